@@ -1,0 +1,106 @@
+"""Reading image sets: Fashion-MNIST in its original IDX files, wherever they come from.
+
+Shapes: S images, `images [S, 1, 28, 28]` uint8, `labels [S]` int64.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# Mean and standard deviation of the 60,000 training images, pixels scaled to [0, 1].
+FASHION_MEAN, FASHION_STD = 0.2860, 0.3530
+FASHION_CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+_IDX_UINT8 = 0x08
+
+
+def cache_dir() -> Path:
+    """Folder for downloads and training checkpoints, outside any checkout (`VTOK_CACHE`, else `~/.cache/vtok`)."""
+    return Path(os.environ.get("VTOK_CACHE", Path.home() / ".cache" / "vtok"))
+
+
+def read_idx(path: Path) -> Tensor:
+    """Reads one IDX file of unsigned bytes, gzipped or not.
+
+    Args:
+        path: the file. IDX is a 4-byte magic (0, 0, type, number of dimensions), one big-endian int32 a dimension, data.
+
+    Returns:
+        uint8 tensor with the shape that the header states.
+
+    Raises:
+        ValueError: the file is not IDX, holds another type, or is shorter or longer than its header says.
+    """
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as file:
+            raw = file.read()
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: damaged gzip file ({error}); fetch it again") from error
+    if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] != _IDX_UINT8:
+        raise ValueError(f"{path}: not an IDX file of unsigned bytes (first bytes: {raw[:4].hex()})")
+    ndim = raw[3]
+    shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(ndim)]
+    data = torch.frombuffer(bytearray(raw), dtype=torch.uint8)[4 + 4 * ndim :]
+    expected = torch.Size(shape).numel()
+    if data.numel() != expected:
+        raise ValueError(f"{path}: the header promises {shape} = {expected} bytes, the file holds {data.numel()}")
+    return data.reshape(shape)
+
+
+def write_idx(path: Path, data: Tensor) -> None:
+    """Writes a uint8 tensor as a gzipped IDX file (the inverse of `read_idx`), the same bytes every time."""
+    header = bytes([0, 0, _IDX_UINT8, data.ndim]) + b"".join(int(n).to_bytes(4, "big") for n in data.shape)
+    with open(path, "wb") as raw, gzip.GzipFile(filename="", mode="wb", fileobj=raw, compresslevel=9, mtime=0) as file:
+        file.write(header + data.contiguous().numpy().tobytes())
+
+
+def load_fashion_mnist(split: str, folder: Path | None = None) -> tuple[Tensor, Tensor]:
+    """Loads Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, MIT).
+
+    Args:
+        split: `"train"` (60,000 images) or `"t10k"` (10,000 test images).
+        folder: where the four `*-ubyte.gz` files lie; `None` takes the Debian package `dataset-fashion-mnist` if it is
+            installed, else lets torchvision download the set into `cache_dir()`.
+
+    Returns:
+        (images [S, 1, 28, 28] uint8, labels [S] int64).
+
+    Raises:
+        FileNotFoundError: `folder` lacks the files.
+    """
+    if folder is None:
+        folder = DEBIAN_FOLDER if DEBIAN_FOLDER.is_dir() else _download(cache_dir())
+    images, labels = (folder / f"{split}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1"))
+    for path in (images, labels):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; install Debian's dataset-fashion-mnist or name another folder")
+    return read_idx(images).unsqueeze(1), read_idx(labels).long()
+
+
+def _download(root: Path) -> Path:
+    from torchvision.datasets import FashionMNIST
+
+    FashionMNIST(str(root), download=True)
+    return root / "FashionMNIST" / "raw"
+
+
+def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 pixels [.., 28, 28] -> zero mean, unit variance in `dtype` (statistics of the training set)."""
+    return (images.to(dtype) / 255 - FASHION_MEAN) / FASHION_STD

@@ -1,0 +1,167 @@
+"""The patched block: attention half, reduction, MLP half; upstream's own forward wherever there is nothing to do.
+
+Shapes: B batch, N tokens in, M tokens out, C width.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtok.config import Reducer
+from vtok.errors import UnsupportedModelError
+from vtok.ops.rows import take_rows
+from vtok.patches.attend import place_taps, projected_view, sdpa, tapped_view
+from vtok.patches.protocol import Attend, Block, BlockSpec
+from vtok.patches.swap import Mixin, check_forward, put_on
+from vtok.reduction import Plan, apply_plan
+from vtok.run import Run
+from vtok.state import AttentionView, Place, Site, TokenState, add_bias, gather_mask, gather_positions, log_size_bias
+
+
+@dataclass
+class Link:
+    """All that vtok stores on a block instance, as a plain attribute: never in a state_dict.
+
+    Attributes:
+        run: shared by the tower.
+        index: number of the block.
+        spec: anatomy of the block.
+        attend: how its attention is called.
+        site: where this block reduces, `None` = it does not.
+        reducer: what decides there.
+        stepwise: compute attention step by step (only some queries attend, or the module takes no mask).
+    """
+
+    run: Run
+    index: int
+    spec: BlockSpec
+    attend: Attend
+    site: Site | None = None
+    reducer: Reducer | None = None
+    stepwise: bool = False
+
+    def decide(self, x: Tensor, state: TokenState, view: AttentionView) -> Plan | None:
+        """The method's plan: without gradients, and outside autocast, which would push scores below fp32."""
+        assert self.reducer is not None and self.site is not None
+        with torch.no_grad(), _full_precision(x.device.type):
+            return self.reducer.plan(x, state, view, self.site)
+
+    def move(self, x: Tensor, state: TokenState, plan: Plan | None) -> tuple[Tensor, TokenState]:
+        """Applies a plan, if there is one."""
+        if plan is None:
+            return x, state
+        with _full_precision(x.device.type):
+            return apply_plan(x, state, plan)
+
+
+def _full_precision(device: str) -> AbstractContextManager:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _chain(block: nn.Module, names: tuple[str, ...], h: Tensor) -> Tensor:
+    for name in names:
+        part = getattr(block, name, None)
+        if part is not None:
+            h = part(h) if isinstance(part, nn.Module) else part * h
+    return h
+
+
+class ReducingBlock(Mixin):
+    """Mixin put in front of a block's own class, on one instance."""
+
+    _vtok: Link
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        link = self._vtok
+        run, spec = link.run, link.spec
+        state = run.enter(link.index, x, self.training)
+        if link.site is None and state.trivial:  # idle: upstream's code, upstream's bits
+            out = super().forward(x, *args, **kwargs)
+        else:
+            kwargs = self._surroundings(x, state, {**dict(zip(spec.args, args)), **kwargs})
+            if link.site is None and link.attend.takes_bias:
+                out = super().forward(x, **kwargs)
+            elif spec.whole:
+                out = super().forward(x, **kwargs)
+                view = tapped_view(link.attend, self, run, kwargs.get(spec.mask), None)
+                out, state = link.move(out, state, link.decide(x, state, view))
+            else:
+                out, state = self._split(x, state, kwargs)
+        run.leave(link.index, state, out)
+        return out
+
+    def _surroundings(self, x: Tensor, state: TokenState, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Mask and rotary table for the tokens that are left, sizes and padding added to the mask."""
+        spec = self._vtok.spec
+        if kwargs.get("is_causal"):
+            raise UnsupportedModelError("is_causal=True has no meaning once tokens are merged or moved; vtok patches encoders")
+        mask = kwargs.get(spec.mask) if spec.own_mask is None else spec.own_mask(self, kwargs)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype  # that queries will have
+        mask = add_bias(gather_mask(mask, state), log_size_bias(state, dtype, self._vtok.run.prop_attn))
+        if mask is not None or spec.mask in kwargs:
+            kwargs[spec.mask] = mask
+        if spec.rope is not None:
+            kwargs[spec.rope] = gather_positions(kwargs.get(spec.rope), state)
+        return kwargs
+
+    def _split(self, x: Tensor, state: TokenState, kwargs: dict[str, Any]) -> tuple[Tensor, TokenState]:
+        link = self._vtok
+        spec, attend, attn = link.spec, link.attend, link.spec.attention(self)
+        place = None if link.site is None else link.site.place
+        bias = kwargs.get(spec.mask)
+        rope = kwargs.get(spec.rope) if spec.rope else None
+        h = _chain(self, spec.pre1, x)
+        if link.stepwise:
+            projected = attend.project(attn, h, rope)
+            view = projected_view(attend, attn, projected, bias)
+            rows = None
+            if place is Place.BLOCK_PRE:  # rows that go attend no more, but still serve as keys and values
+                plan = link.decide(x, state, view)
+                x, state = link.move(x, state, plan)
+                rows = None if plan is None else plan.keep
+            out = sdpa(attend, attn, projected, bias, rows)
+            h = attend.output(attn, out, h if rows is None else take_rows(h, rows))
+        else:
+            h = attend.call(attn, h, kwargs)
+            view = tapped_view(attend, attn, link.run, bias, rope)
+        x = x + _chain(self, spec.post1, h)
+        if place is Place.BLOCK_MID:
+            x, state = link.move(x, state, link.decide(x, state, view))
+        x = x + _chain(self, spec.post2, getattr(self, spec.mlp)(_chain(self, spec.pre2, x)))
+        if place is Place.BLOCK_END:
+            x, state = link.move(x, state, link.decide(x, state, view))
+        return x, state
+
+
+def install(blocks: tuple[Block, ...], run: Run, steps: dict[int, tuple[Site, Reducer]]) -> None:
+    """Swaps the classes of a tower's blocks and hooks what their methods need. Nothing is changed if it cannot all be done."""
+    links = [_link(i, block, run, steps.get(i)) for i, block in enumerate(blocks)]
+    for block in blocks:
+        check_forward(block.module)
+    for block, link in zip(blocks, links):
+        block.module.__dict__["_vtok"] = link
+        put_on(block.module, ReducingBlock)
+        if link.reducer is not None and not link.stepwise:
+            place_taps(block.attend, block.attention, run, link.reducer.needs)
+
+
+def _link(index: int, block: Block, run: Run, step: tuple[Site, Reducer] | None) -> Link:
+    spec, attend = block.spec, block.attend
+    if step is None:
+        return Link(run, index, spec, attend, stepwise=not attend.takes_bias)
+    site, reducer = step
+    missing = reducer.needs - set(attend.taps)
+    pre = site.place is Place.BLOCK_PRE
+    stepwise = not spec.whole and (pre or bool(missing) or not attend.takes_bias)
+    if (stepwise and not attend.splits) or (missing and not stepwise):
+        raise UnsupportedModelError(
+            f"block {index}: {type(block.attention).__name__} does not show {', '.join(sorted(missing or reducer.needs))}, "
+            "which this method looks at"
+        )
+    return Link(run, index, spec, attend, site, reducer, stepwise)

@@ -1,0 +1,105 @@
+"""What comes after the blocks must know how many patches a token stands for, and which rows are padding.
+
+Shapes: B batch, N tokens after the last block, P prefix tokens, C width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtok.errors import StateError, UnsupportedModelError
+from vtok.patches.swap import Hook, Mixin
+from vtok.run import Run
+from vtok.state import TokenState, at_least_fp32, log_size_bias
+
+
+class PoolBias(Hook):
+    """Forward pre-hook of an attention pool: adds log(size), and -inf on padding, to its logits.
+
+    Args:
+        run: of the tower.
+        parameter: under which the pool takes an additive [B, 1, 1, N] mask.
+        drop_prefix: whether the pool sees the patches alone.
+    """
+
+    def __init__(self, run: Run, parameter: str, drop_prefix: bool):
+        self.run, self.parameter, self.drop_prefix = run, parameter, drop_prefix
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        state = self.run.current.final
+        bias = None if state is None else log_size_bias(state, args[0].dtype)
+        if bias is None or state is None:
+            return None
+        if self.drop_prefix:
+            bias = bias[..., state.num_prefix :]
+        return args, {**kwargs, self.parameter: bias}
+
+
+def weighted_mean(x: Tensor, state: TokenState, first: int) -> Tensor:
+    """Mean of the tokens from row `first` on, each counted as often as it has members: [B, N, C] -> [B, C]."""
+    weight = state.size if state.size is not None else at_least_fp32(x.new_ones(x.shape[:2]))
+    if state.keep is not None:
+        weight = weight * state.keep
+    weight = weight[:, first:]
+    weight = weight / weight.sum(1, keepdim=True)
+    return (weight[:, None] @ at_least_fp32(x[:, first:])).squeeze(1).to(x.dtype)
+
+
+def real_max(x: Tensor, state: TokenState, first: int) -> Tensor:
+    """Maximum over the tokens from row `first` on, padding left out: [B, N, C] -> [B, C]."""
+    if state.keep is not None:
+        x = x.masked_fill(~state.keep[..., None], float("-inf"))
+    return x[:, first:].amax(1)
+
+
+def pool(x: Tensor, state: TokenState, kind: str, first: int) -> Tensor:
+    """timm's "avg", "max" and "avgmax" pooling over tokens that stand for several patches."""
+    if kind == "avg":
+        return weighted_mean(x, state, first)
+    if kind == "max":
+        return real_max(x, state, first)
+    return 0.5 * (real_max(x, state, first) + weighted_mean(x, state, first))
+
+
+class PatchedTrunk(Mixin):
+    """Mixin for timm trunks: average and maximum pooling over reduced tokens; dense outputs and packed inputs explained."""
+
+    _vtok_run: Run
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(x, dict) or kwargs.get("patch_coord") is not None:
+            raise UnsupportedModelError("vtok patches image input [B, C, H, W]; packed NaFlex input is not supported")
+        return super().forward(x, *args, **kwargs)
+
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        upstream: Any = super()
+        return self._pool_reduced(x, upstream.pool, pool_type)
+
+    def _pool(self, x: Tensor, pool_type: str | None = None, patch_valid: Tensor | None = None) -> Tensor:
+        upstream: Any = super()
+        return self._pool_reduced(x, upstream._pool, pool_type)
+
+    def _pool_reduced(self, x: Tensor, upstream: Any, pool_type: str | None) -> Tensor:
+        state = self._vtok_run.current.final
+        kind: Any = self.global_pool if pool_type is None else pool_type
+        plain = state is None or (state.size is None and state.keep is None)
+        if plain or kind not in ("avg", "max", "avgmax") or getattr(self, "attn_pool", None) is not None:
+            return upstream(x, pool_type)
+        assert state is not None
+        return pool(x, state, kind, 0 if getattr(self, "pool_include_prefix", False) else state.num_prefix)
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        upstream: Any = super()
+        try:
+            return upstream.forward_intermediates(*args, **kwargs)
+        except RuntimeError as error:
+            final = self._vtok_run.current.final
+            if torch.compiler.is_compiling() or final is None or final.trivial or kwargs.get("output_fmt", "NCHW") == "NLC":
+                raise
+            raise StateError(
+                "tokens were reduced, so intermediate outputs no longer fill the patch grid. Ask for output_fmt='NLC', "
+                "or patch with trace=True and put tokens back in place with vtok.unmerge(model, tokens)"
+            ) from error

@@ -1,0 +1,220 @@
+"""What a backend describes: the anatomy of its blocks as data, its towers, and an `Adapter` that finds and installs them.
+
+Shapes: B batch, N tokens, C width, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from vtok.config import ModelInfo
+from vtok.cost import TowerCost
+from vtok.run import Run
+
+
+class Projected(NamedTuple):
+    """Queries, keys and values of an attention module: [B, H or Hk, N, D]; `k` before rotation, `q` and `k_rot` after."""
+
+    q: Tensor
+    k: Tensor
+    k_rot: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class TapSpec:
+    """Where a hook finds q, k or v.
+
+    Attributes:
+        child: module of the attention (or of an unsplittable block) whose output is caught.
+        layout: axes of what it returns: "bhnd", "bnhd" or "bn(hd)".
+        part: for a fused projection, which columns to take, as a function of the module; `None` = all.
+    """
+
+    child: str
+    layout: str = "bhnd"
+    part: Callable[[Any], slice] | None = None
+
+
+class Attend:
+    """How one class of attention modules is called, looked into and priced.
+
+    Attributes:
+        taps: "q", "k", "v" -> where a hook finds them.
+        takes_bias: whether `call` accepts an additive [B, 1, 1, N] mask; otherwise `project` and `output` are always used.
+        splits: whether `project` and `output` exist, so that only some query rows can attend.
+        softmax: whether probabilities are one softmax of q k^T.
+        late: linear children that see kept query rows only (output projection, gate).
+    """
+
+    taps: ClassVar[dict[str, TapSpec]] = {}
+    takes_bias: ClassVar[bool] = True
+    splits: ClassVar[bool] = True
+    softmax: ClassVar[bool] = True
+    late: ClassVar[tuple[str, ...]] = ()
+
+    def heads(self, attn: Any) -> tuple[int, int]:
+        """(query heads H, head dim D)."""
+        raise NotImplementedError
+
+    def scale(self, attn: Any) -> float:
+        """Factor on the logits."""
+        raise NotImplementedError
+
+    def pair_macs(self, attn: Any) -> int:
+        """MACs for one (query, key) pair over all heads: scores and weighted values."""
+        num_heads, head_dim = self.heads(attn)
+        return 2 * num_heads * head_dim
+
+    def call(self, attn: Any, h: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The module's own forward: [B, N, C] -> [B, N, C]."""
+        return attn(h, **kwargs)
+
+    def project(self, attn: Any, h: Tensor, rope: Tensor | None) -> Projected:
+        """Queries, keys and values of h [B, N, C]."""
+        raise NotImplementedError
+
+    def rotate(self, attn: Any, t: Tensor, rope: Tensor) -> Tensor:
+        """Applies a rotary table to queries or keys [B, H, N, D], prefix tokens left alone."""
+        raise NotImplementedError
+
+    def output(self, attn: Any, out: Tensor, h: Tensor) -> Tensor:
+        """What follows the weighted values: [B, M, H D] -> [B, M, C]; h [B, M, C] are the rows that attended."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """x = x + post1(attn(pre1(x))); x = x + post2(mlp(pre2(x))).
+
+    `pre` and `post` name children: modules are called, tensors multiplied, missing or `None` ones skipped.
+
+    Attributes:
+        attn: child that attends; "" = the block itself (one fused projection, nothing between attention and MLP).
+        args: positional parameters of the block's forward after x.
+        mask: parameter under which block and attention take an additive mask.
+        rope: parameter that carries rotary tables, if any.
+        own_mask: makes a bias that the block would build for the original length, from (block, kwargs).
+    """
+
+    attn: str
+    pre1: tuple[str, ...] = ()
+    post1: tuple[str, ...] = ()
+    pre2: tuple[str, ...] = ()
+    mlp: str = "mlp"
+    post2: tuple[str, ...] = ()
+    args: tuple[str, ...] = ()
+    mask: str = "attn_mask"
+    rope: str | None = None
+    own_mask: Callable[[nn.Module, dict[str, Any]], Tensor | None] | None = None
+
+    @property
+    def whole(self) -> bool:
+        """True if the block cannot be split: reductions wait until its end."""
+        return not self.attn
+
+    def attention(self, block: nn.Module) -> nn.Module:
+        return getattr(block, self.attn) if self.attn else block
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a tower with its description."""
+
+    module: nn.Module
+    spec: BlockSpec
+    attend: Attend
+
+    @property
+    def attention(self) -> nn.Module:
+        return self.spec.attention(self.module)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A stack of blocks that one token sequence runs through.
+
+    Attributes:
+        path: name of the tower inside the patched model, "" = the model itself.
+        module: the tower.
+        blocks: in the order they run.
+        num_prefix: tokens at the front that are never reduced.
+        has_cls: whether token 0 is a class token.
+        input_size: (channels, height, width) for which `grid` and costs are stated.
+        grid: (rows, columns) of patches at that size.
+        blind_pool: why the pooling head can see neither sizes nor padding, or `None`.
+    """
+
+    path: str
+    module: nn.Module
+    blocks: tuple[Block, ...]
+    num_prefix: int
+    has_cls: bool
+    input_size: tuple[int, int, int]
+    grid: tuple[int, int]
+    blind_pool: str | None = None
+
+    @property
+    def info(self) -> ModelInfo:
+        first = self.blocks[0]
+        num_heads, head_dim = first.attend.heads(first.attention)
+        return ModelInfo(
+            name=type(self.module).__name__,
+            depth=len(self.blocks),
+            num_prefix=self.num_prefix,
+            num_patches=self.grid[0] * self.grid[1],
+            grid=self.grid,
+            has_cls=self.has_cls,
+            head_dim=head_dim,
+            num_heads=num_heads,
+            plain_softmax=all(b.attend.softmax for b in self.blocks),
+            blind_pool=self.blind_pool,
+        )
+
+
+class Example(NamedTuple):
+    """A tiny random model on which the contract tests run."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    input_size: tuple[int, int, int]
+
+
+class Adapter(Protocol):
+    """One backend."""
+
+    supported: str  # a sentence part that names the supported models, for refusals
+
+    def towers(self, model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Sequence[Tower]:
+        """The towers inside `model`, described for an input size (default: the one the model was built for).
+
+        Raises:
+            UnsupportedModelError: a tower is there but cannot be patched; the message says why. No tower: empty.
+        """
+        ...
+
+    def attach(self, tower: Tower, run: Run) -> None:
+        """Makes what follows the blocks see sizes and padding."""
+        ...
+
+    def cost(self, tower: Tower) -> TowerCost:
+        """Closed-form MACs at the tower's input size."""
+        ...
+
+    def examples(self) -> Sequence[Example]:
+        """One tiny model for every covered kind of block and head."""
+        ...
+
+
+def qualified_name(cls: type) -> str:
+    """`package.module.Class`."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def look_up(module: nn.Module, table: dict[str, Any]) -> Any | None:
+    """The entry for a module's class or nearest base, by qualified name: nothing is imported to recognise it."""
+    return next((table[name] for name in map(qualified_name, type(module).__mro__) if name in table), None)

@@ -1,0 +1,76 @@
+"""vtok: fewer visual tokens inside the vision transformer you already have.
+
+    vtok.patch(model, method="pitome")
+
+Importing vtok needs torch alone; a backend is imported only when a model of it is patched.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from vtok._version import __version__
+from vtok.api import info, patch, patched, plan, save_config, supports, unmerge, unpatch
+from vtok.errors import (
+    BudgetError,
+    ConfigError,
+    MissingExtraError,
+    StateError,
+    UnknownNameError,
+    UnsupportedModelError,
+    VtokError,
+)
+from vtok.registry import ADAPTERS, METHODS
+
+if TYPE_CHECKING:
+    from vtok.methods.ats import ATS
+    from vtok.methods.pitome import PiToMe
+    from vtok.methods.random_drop import RandomDrop
+    from vtok.methods.tome import ToMe
+    from vtok.methods.uniform_grid import UniformGrid
+    from vtok.methods.zero_tprune import ZeroTPrune
+
+# Config classes, imported on first use: class name -> method name.
+_CONFIGS = {
+    "ATS": "ats",
+    "PiToMe": "pitome",
+    "RandomDrop": "random",
+    "ToMe": "tome",
+    "UniformGrid": "uniform",
+    "ZeroTPrune": "zero_tprune",
+}
+
+__all__ = [
+    "ADAPTERS",
+    "ATS",
+    "METHODS",
+    "BudgetError",
+    "ConfigError",
+    "MissingExtraError",
+    "PiToMe",
+    "RandomDrop",
+    "StateError",
+    "ToMe",
+    "UniformGrid",
+    "UnknownNameError",
+    "UnsupportedModelError",
+    "VtokError",
+    "ZeroTPrune",
+    "__version__",
+    "info",
+    "patch",
+    "patched",
+    "plan",
+    "save_config",
+    "supports",
+    "unmerge",
+    "unpatch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CONFIGS:
+        return METHODS.get(_CONFIGS[name])
+    raise AttributeError(f"module 'vtok' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

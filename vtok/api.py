@@ -1,0 +1,300 @@
+"""The functions a user calls. Names and configs become methods, models become towers; every user-facing check lives here."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtok import files, reduction
+from vtok.budget import Budget, default_target, solve, steps_of
+from vtok.config import MethodConfig, Reducer
+from vtok.cost import Estimate, estimate
+from vtok.describe import Info, PlanReport, Support
+from vtok.errors import ConfigError, StateError, UnsupportedModelError, VtokError, unknown
+from vtok.patches import find_adapters
+from vtok.patches.block import ReducingBlock, install
+from vtok.patches.protocol import Adapter, Tower
+from vtok.patches.swap import Mixin, remove_hooks, take_off
+from vtok.registry import ADAPTERS, METHODS
+from vtok.run import Run
+from vtok.state import Site
+
+Method = str | os.PathLike | MethodConfig | Sequence[str | MethodConfig]
+Size = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What was patched into one tower: kept on its `Run`, and all that `info` and `save_config` need."""
+
+    path: str
+    configs: tuple[MethodConfig, ...]
+    steps: dict[int, tuple[Site, Reducer]]
+    budget: Budget | None
+
+
+def patch(
+    model: nn.Module,
+    method: Method = "pitome",
+    *,
+    flops: float | None = None,
+    input_size: Size | None = None,
+    calibration: Tensor | None = None,
+    trace: bool = False,
+    **params: Any,
+) -> nn.Module:
+    """Makes a model shorten its token sequence from now on, in place. An earlier patch is removed first.
+
+    Args:
+        model: a model that holds one or more supported vision towers; weights and state_dict stay as they are.
+        method: a method's name; a config object; a list of these (they must reduce in different blocks); or the path of a file,
+            or of a folder, that `save_config` wrote.
+        flops: a budget instead of a knob: the share of the model's FLOPs to leave, the reduction's own included, in (0, 1].
+        input_size: (channels, height, width) for which a budget is solved and counts are checked; default: the model's own.
+        calibration: images, as the tower takes them, for methods whose token counts depend on the image.
+        trace: keep a map from original to reduced tokens, for `unmerge` and overlays.
+        **params: parameters of the method, if it was given by name.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnknownNameError: no such method or parameter.
+        ConfigError: a value that makes no sense for this model, or a budget that cannot be met.
+        UnsupportedModelError: nothing in the model can be patched, or not with this method; the model is left as it was.
+    """
+    loaded = _load(model, method) if not params and flops is None else None
+    configs, trace = (loaded.configs, trace or loaded.trace) if loaded else (_configs(method, params), trace)
+    ready = []
+    for adapter, tower in _towers(model, input_size):
+        if loaded:
+            loaded.check(tower.info)
+        ready.append((adapter, tower, _resolve(adapter, tower, configs, flops, calibration)))
+    unpatch(model)
+    for adapter, tower, made in ready:
+        run = Run(len(tower.blocks), tower.num_prefix, any(r.prop_attn for _, r in made.steps.values()), trace)
+        run.patch = made
+        install(tower.blocks, run, made.steps)
+        adapter.attach(tower, run)
+    return model
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Restores a model bit for bit: classes, hooks and attributes. A model that is not patched is returned as it is."""
+    for module in model.modules():
+        if isinstance(module, Mixin):
+            take_off(module)
+        for name in ("_vtok", "_vtok_run"):
+            module.__dict__.pop(name, None)
+        remove_hooks(module)
+    return model
+
+
+@contextmanager
+def patched(model: nn.Module, method: Method = "pitome", **kwargs: Any) -> Iterator[nn.Module]:
+    """`with vtok.patched(model, "tome", r=8): ...`; the model is unpatched at the end, whatever happens inside."""
+    patch(model, method, **kwargs)
+    try:
+        yield model
+    finally:
+        unpatch(model)
+
+
+def plan(
+    model: nn.Module,
+    method: Method = "pitome",
+    *,
+    flops: float | None = None,
+    input_size: Size | None = None,
+    calibration: Tensor | None = None,
+    **params: Any,
+) -> PlanReport:
+    """What a method would do, before anything runs: tokens and MACs per block and the speed-up they imply.
+
+    No forward pass is needed. For methods whose counts depend on the image the numbers are upper bounds, and say so, unless
+    `calibration` images are given, which are run once. Arguments and errors are those of `patch`; the model is not changed.
+    """
+    adapter, tower = _towers(model, input_size)[0]
+    made = _resolve(adapter, tower, _configs(method, params), flops, calibration)
+    result = _estimate(adapter, tower, made.steps)
+    if calibration is not None and not result.exact:
+        result = _measure(adapter, tower, made.configs, calibration)
+    return PlanReport(type(tower.module).__name__, made.configs, result, made.budget, tower.info.num_patches)
+
+
+def info(model: nn.Module, probe: Any = None) -> Info:
+    """What is patched, and what the last forward pass of this thread did.
+
+    Args:
+        model: patched or not.
+        probe: input for the model; it is run once, which also finds the attention kernel of every block.
+
+    Returns:
+        Tokens in and out of every block (per image where they differ), MACs of that pass. Print it.
+    """
+    from vtok.inspection import tower_info
+
+    found = _towers(model, None)
+    kernels: dict[int, list[str]] = {}
+    if probe is not None:
+        from vtok.probe import attention_kernels
+
+        modules = [b.module for _, tower in found for b in tower.blocks]
+        names = attention_kernels(modules, lambda: model(probe))
+        for i, (_, tower) in enumerate(found):
+            kernels[i], names = names[: len(tower.blocks)], names[len(tower.blocks) :]
+    return Info(
+        tuple(tower_info(adapter, tower, run_of(tower.module), kernels.get(i)) for i, (adapter, tower) in enumerate(found))
+    )
+
+
+def supports(model: nn.Module) -> Support:
+    """What `patch` would patch in a model, and which methods work on it; never raises."""
+    try:
+        found = _towers(model, None)
+    except VtokError as error:
+        return Support(reason=str(error))
+    towers: list[tuple[str, str, int, str]] = []
+    methods: dict[str, str | None] = {}
+    for _, tower in found:
+        kinds = Counter(_own_class(b.module).__name__ for b in tower.blocks)
+        towers.append(
+            (tower.path, _own_class(tower.module).__name__, len(tower.blocks), ", ".join(f"{n} x{c}" for n, c in kinds.items()))
+        )
+    for name in METHODS.names():
+        methods[name] = None
+        try:
+            for adapter, tower in found:
+                _resolve(adapter, tower, (METHODS.get(name)(),), None, None)
+        except VtokError as error:
+            methods[name] = str(error)
+    return Support(tuple(towers), methods)
+
+
+def unmerge(model: nn.Module, tokens: Tensor, fill: float = 0.0) -> Tensor:
+    """Puts the tokens [B, N, C] of the last forward pass back on the original grid: [B, N0, C], prefix first.
+
+    The model must be patched with `trace=True`. Merged tokens share their features, dropped ones get `fill`.
+    """
+    run = run_of(model)
+    if run is None or run.current.final is None:
+        raise StateError("unmerge needs a patched model that has just run; patch it with trace=True and call it first")
+    return reduction.unmerge(tokens, run.current.final, fill)
+
+
+def save_config(model: nn.Module, path: str | os.PathLike) -> None:
+    """Writes what is patched as JSON: to a file, or as `vtok.json` into a folder (beside a saved model).
+
+    `vtok.patch(other_model, path)` brings it back; numbers that a budget chose are written, not the budget.
+    """
+    run = run_of(model)
+    if run is None:
+        raise StateError("the model is not patched; there is nothing to save")
+    tower = next(t for _, t in _towers(model, None) if run_of(t.module) is run)
+    files.save(path, run.patch.configs, run.trace, tower.info)
+
+
+def run_of(module: nn.Module) -> Run | None:
+    """The `Run` of the first patched tower in a module, or `None`."""
+    return next((m._vtok.run for m in module.modules() if isinstance(m, ReducingBlock)), None)
+
+
+def _own_class(module: nn.Module) -> type:
+    return type(module).__bases__[1] if isinstance(module, Mixin) else type(module)
+
+
+def _load(model: nn.Module, method: Method) -> files.Saved | None:
+    if isinstance(method, os.PathLike) or (isinstance(method, str) and method not in METHODS and files.is_path(method)):
+        return files.load(method)
+    return None
+
+
+def _configs(method: Method, params: dict[str, Any]) -> tuple[MethodConfig, ...]:
+    """What the user named -> config objects."""
+    if isinstance(method, str):
+        return (METHODS.get(method).create(**params),)
+    if isinstance(method, MethodConfig):
+        if params:
+            raise ConfigError(f"parameters belong into the config object: {type(method).__name__}({', '.join(params)}=...)")
+        return (method,)
+    if isinstance(method, Sequence) and method:
+        if params:
+            raise ConfigError("with a list of methods, give parameters as config objects: [vtok.ToMe(r=8), ...]")
+        return tuple(config for one in method for config in _configs(one, {}))
+    raise unknown("method", str(method), METHODS.names())
+
+
+def _towers(model: nn.Module, input_size: Size | None) -> list[tuple[Adapter, Tower]]:
+    """Every supported tower of a model; raises if there is none."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"vtok patches a torch.nn.Module, got {type(model).__name__}")
+    found = [(adapter, tower) for _, adapter in find_adapters(model) for tower in adapter.towers(model, input_size)]
+    if not found:
+        known = "; ".join(ADAPTERS.get(name).supported for name in ADAPTERS) if len(ADAPTERS.names()) else ""
+        raise UnsupportedModelError(f"{type(model).__name__} holds nothing that vtok can patch; supported: {known}")
+    return found
+
+
+def _resolve(
+    adapter: Adapter, tower: Tower, configs: tuple[MethodConfig, ...], flops: float | None, calibration: Tensor | None
+) -> Patch:
+    """Configs with every number chosen, and where they act, checked against the tower."""
+    info_, budget = tower.info, None
+    if flops is not None and len(configs) > 1:
+        raise ConfigError("a FLOPs budget sets the knob of one method; with several, give each its own numbers")
+    chosen = []
+    for config in configs:
+        target = flops
+        if target is None and config.default_flops is not None and config.needs_budget():
+            target = default_target(config.default_flops, adapter.cost(tower), info_)
+        if target is not None:
+
+            def measure(candidate: MethodConfig) -> Estimate:
+                assert calibration is not None
+                return _measure(adapter, tower, (candidate,), calibration)
+
+            config, budget = solve(config, target, info_, adapter.cost(tower), measure if calibration is not None else None)
+        chosen.append(config)
+    reducers = [config.build(info_) for config in chosen]
+    if len(reducers) > 1 and any(r.ragged for r in reducers):
+        raise UnsupportedModelError(
+            "a method that keeps a different number of tokens for every image leaves padding, which other methods do not "
+            "handle; patch it alone"
+        )
+    if info_.blind_pool is not None:
+        for config, reducer in zip(chosen, reducers):
+            if reducer.sites and (reducer.sizes or reducer.ragged):
+                raise UnsupportedModelError(f"{config.name} cannot be used on {info_.name}: {info_.blind_pool}")
+    return Patch(tower.path, tuple(chosen), steps_of(reducers), budget)
+
+
+def _estimate(adapter: Adapter, tower: Tower, steps: dict[int, tuple[Site, Reducer]]) -> Estimate:
+    info_ = tower.info
+    return estimate(adapter.cost(tower), steps, info_.num_prefix + info_.num_patches, info_.num_prefix)
+
+
+def _measure(adapter: Adapter, tower: Tower, configs: tuple[MethodConfig, ...], images: Tensor) -> Estimate:
+    """What calibration images cost on average; the tower is patched for one pass and left as it was."""
+    from vtok.inspection import tower_info
+
+    if run_of(tower.module) is not None:
+        raise StateError("calibration runs the model; unpatch it first")
+    training = tower.module.training
+    try:
+        patch(tower.module.eval(), configs if len(configs) > 1 else configs[0], input_size=tower.input_size)
+        with torch.no_grad():
+            tower.module(images)
+        found = tower_info(adapter, tower, run_of(tower.module), None)
+    finally:
+        unpatch(tower.module)
+        tower.module.train(training)
+    result = found.mean_estimate or found.estimate
+    assert result is not None
+    return result

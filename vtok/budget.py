@@ -1,0 +1,115 @@
+"""From "60 % of the FLOPs" to a setting: the step of a method's ladder whose cost comes closest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vtok.config import MethodConfig, ModelInfo, Reducer
+from vtok.cost import Estimate, TowerCost, estimate
+from vtok.errors import BudgetError, ConfigError
+from vtok.state import Site
+
+TOLERANCE = 0.02  # how far above the budget the strongest setting may stay, as a share of the model's FLOPs
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a FLOPs budget was turned into.
+
+    Attributes:
+        target: share of the unpatched model's FLOPs that was asked for.
+        reached: the share that the chosen setting needs.
+        knob: the chosen parameters.
+        num_patches: of the input size it was solved for.
+        exact: False if token counts depend on the image and no calibration images were given: `reached` is an upper bound.
+    """
+
+    target: float
+    reached: float
+    knob: dict[str, Any]
+    num_patches: int
+    exact: bool
+
+    def __str__(self) -> str:
+        knob = ", ".join(f"{name}={_short(value)}" for name, value in self.knob.items())
+        bound = "" if self.exact else " at most (counts depend on the image)"
+        return f"flops={self.target:g} -> {knob}: {self.reached:.3f} of the FLOPs{bound} at {self.num_patches} patches"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_short(v) for v in value) + "]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def steps_of(reducers: Sequence[Reducer]) -> dict[int, tuple[Site, Reducer]]:
+    """Block -> (site, reducer).
+
+    Raises:
+        ConfigError: two methods want the same block.
+    """
+    steps: dict[int, tuple[Site, Reducer]] = {}
+    for reducer in reducers:
+        for site in reducer.sites:
+            if site.index in steps:
+                other = steps[site.index][0]
+                raise ConfigError(f"two methods reduce in block {site.index} ({other} and {site}); give them different layers")
+            steps[site.index] = (site, reducer)
+    return steps
+
+
+def default_target(share: float, cost: TowerCost, info: ModelInfo) -> float:
+    """The budget that leaves `share` of what the blocks cost; the stem of a hybrid, which no method can thin out, is added."""
+    whole = estimate(cost, {}, info.num_prefix + info.num_patches, info.num_prefix)
+    blocks = sum(row.macs for row in whole.rows)
+    return 1 - (1 - share) * blocks / whole.base_macs
+
+
+def solve(
+    config: MethodConfig,
+    target: float,
+    info: ModelInfo,
+    cost: TowerCost,
+    measure: Callable[[MethodConfig], Estimate] | None = None,
+) -> tuple[MethodConfig, Budget]:
+    """Finds the setting of a method that meets a budget.
+
+    Args:
+        config: the method; parameters that its ladder does not vary are kept.
+        target: share of the model's FLOPs, reduction included, in (0, 1].
+        info: of the tower.
+        cost: of the tower.
+        measure: runs calibration images and returns what they cost; used for methods whose counts depend on the image.
+
+    Returns:
+        (config with the chosen setting, what it needs).
+
+    Raises:
+        BudgetError: no setting comes close.
+    """
+    if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target <= 1:
+        raise ConfigError(f"flops is a share of the model's FLOPs in (0, 1], got {target!r}")
+    ladder = config.ladder(info)
+    known: dict[int, Estimate] = {}
+
+    def at(i: int) -> Estimate:
+        if i not in known:
+            result = estimate(cost, steps_of([ladder[i].build(info)]), info.num_prefix + info.num_patches, info.num_prefix)
+            known[i] = result if result.exact or measure is None else measure(ladder[i])
+        return known[i]
+
+    low, high = 0, len(ladder) - 1  # FLOPs fall along the ladder
+    if at(high).fraction > target + TOLERANCE:
+        raise BudgetError(
+            f"{config.name} cannot bring {info.name} down to flops={target:g}: its strongest setting still needs "
+            f"{at(high).fraction:.3f}"
+        )
+    while low < high:  # the first step at or under the target
+        middle = (low + high) // 2
+        low, high = (low, middle) if at(middle).fraction <= target else (middle + 1, high)
+    best = min((i for i in (low - 1, low) if i >= 0), key=lambda i: abs(at(i).fraction - target))
+    found = at(best)
+    budget = Budget(float(target), found.fraction, ladder[best].knob(), info.num_patches, found.exact)
+    return ladder[best], budget

@@ -1,0 +1,208 @@
+"""What vtok tells about a model: what is patched, what a method would cost, what can be patched. Plain text, no dependencies.
+
+Counts are tokens (prefix included) per image; costs are multiply-accumulates (MACs) per image; 1 MAC = 2 FLOPs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from vtok.budget import Budget
+from vtok.config import MethodConfig
+from vtok.cost import Estimate
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned to the right, the first to the left."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        return "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
+
+    return "\n".join(line(row) for row in (header, *rows))
+
+
+def _tokens(count: float) -> str:
+    return f"{count:.0f}" if float(count).is_integer() else f"{count:.1f}"
+
+
+def _giga(macs: float) -> str:
+    return f"{macs / 1e9:.3f}"
+
+
+def _settings(config: MethodConfig) -> str:
+    values = {k: v for k, v in config.to_dict().items() if k != "method" and v is not None}
+    return f"{config.name}(" + ", ".join(f"{k}={v}" for k, v in values.items()) + ")"
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What a method would do to one tower. `str()` gives a table.
+
+    Attributes:
+        tower: class name.
+        configs: the methods, with every number resolved.
+        estimate: tokens and MACs per block.
+        budget: if a budget chose the setting.
+        num_patches: of the stated input size.
+    """
+
+    tower: str
+    configs: tuple[MethodConfig, ...]
+    estimate: Estimate
+    budget: Budget | None
+    num_patches: int
+
+    @property
+    def tokens(self) -> tuple[int | float, ...]:
+        """Tokens after each block."""
+        return tuple(row.tokens_out for row in self.estimate.rows)
+
+    def __str__(self) -> str:
+        e = self.estimate
+        rows = [
+            (
+                f"block {r.block}" + (f" {r.place.value}" if r.place else ""),
+                _tokens(r.tokens_in),
+                _tokens(r.tokens_out),
+                _giga(r.macs),
+                _giga(r.reduction_macs),
+            )
+            for r in e.rows
+        ]
+        lines = [
+            f"{self.tower}, {self.num_patches} patches: " + " + ".join(_settings(c) for c in self.configs),
+            table(("", "tokens in", "out", "GMACs", "reduction"), rows),
+            f"GMACs {_giga(e.base_macs)} -> {_giga(e.macs)} (GFLOPs {_giga(2 * e.base_macs)} -> {_giga(2 * e.macs)}), "
+            f"reduction itself {_giga(e.reduction_macs)}",
+            f"implied speed-up {e.implied_speedup:.2f}x",
+        ]
+        if not e.exact:
+            lines.append("token counts depend on the image: these are upper bounds; pass calibration=images for means")
+        if self.budget is not None:
+            lines.append(str(self.budget))
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """One block of the last forward pass.
+
+    Attributes:
+        block: its number.
+        site: where it reduces ("pre", "mid", "end"), or "".
+        tokens_in: rows that entered, padding included.
+        tokens_out: rows that left.
+        per_image: real tokens that left, for each image; `None` where all images have `tokens_out`.
+        kernel: what computed attention, if it was probed.
+    """
+
+    block: int
+    site: str
+    tokens_in: int
+    tokens_out: int
+    per_image: tuple[int, ...] | None = None
+    kernel: str | None = None
+
+    @property
+    def mean_tokens(self) -> float:
+        return self.tokens_out if self.per_image is None else sum(self.per_image) / len(self.per_image)
+
+
+@dataclass(frozen=True)
+class TowerInfo:
+    """A tower and its last forward pass.
+
+    Attributes:
+        path: name in the model, "" = the model itself.
+        tower: class name.
+        configs: methods patched into it (empty: unpatched).
+        blocks: of the last forward pass of this thread; empty before one.
+        estimate: MACs of that pass, from the rows that were really computed.
+        mean_estimate: MACs that the mean number of real tokens implies (differs where images are padded).
+        budget: if a budget chose the setting.
+        num_patches: of the input size that plans are made for.
+        notes: what a user should know.
+    """
+
+    path: str
+    tower: str
+    configs: tuple[MethodConfig, ...]
+    blocks: tuple[BlockInfo, ...] = ()
+    estimate: Estimate | None = None
+    mean_estimate: Estimate | None = None
+    budget: Budget | None = None
+    num_patches: int = 0
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        where = f"{self.path} ({self.tower})" if self.path else self.tower
+        method = " + ".join(_settings(c) for c in self.configs) or "not patched"
+        lines = [f"{where}: {method}"]
+        if self.budget is not None:
+            lines.append(str(self.budget))
+        if self.blocks:
+            kernels = any(b.kernel for b in self.blocks)
+            header = ["", "tokens in", "out", "mean"] + (["kernel"] if kernels else [])
+            rows = [
+                [
+                    f"block {b.block}" + (f" {b.site}" if b.site else ""),
+                    str(b.tokens_in),
+                    str(b.tokens_out),
+                    _tokens(b.mean_tokens),
+                ]
+                + ([b.kernel or "-"] if kernels else [])
+                for b in self.blocks
+            ]
+            lines.append(table(header, rows))
+        elif self.configs:
+            lines.append("no forward pass yet")
+        if self.estimate is not None:
+            e = self.estimate
+            lines.append(
+                f"GMACs {_giga(e.base_macs)} -> {_giga(e.macs)} (GFLOPs {_giga(2 * e.base_macs)} -> {_giga(2 * e.macs)}), "
+                f"reduction itself {_giga(e.reduction_macs)}; implied speed-up {e.implied_speedup:.2f}x"
+            )
+        if self.mean_estimate is not None:
+            lines.append(f"by mean tokens, without padding: implied speed-up {self.mean_estimate.implied_speedup:.2f}x")
+        return "\n".join([*lines, *self.notes])
+
+
+@dataclass(frozen=True)
+class Info:
+    """What `vtok.info` found."""
+
+    towers: tuple[TowerInfo, ...]
+
+    @property
+    def patched(self) -> bool:
+        return any(t.configs for t in self.towers)
+
+    def __str__(self) -> str:
+        return "\n\n".join(str(t) for t in self.towers)
+
+
+@dataclass(frozen=True)
+class Support:
+    """What `vtok.supports` found.
+
+    Attributes:
+        towers: (path, class name, blocks, "class of block x count") of what would be patched.
+        methods: method -> `None` if it works on every tower, else why not.
+        reason: why nothing can be patched, or `None`.
+    """
+
+    towers: tuple[tuple[str, str, int, str], ...] = ()
+    methods: dict[str, str | None] = field(default_factory=dict)
+    reason: str | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.towers) and self.reason is None
+
+    def __str__(self) -> str:
+        if self.reason is not None:
+            return f"not supported: {self.reason}"
+        lines = [f"{path or 'the model itself'}: {name}, {count} blocks ({kinds})" for path, name, count, kinds in self.towers]
+        lines += [f"  {name}: {'yes' if why is None else 'no: ' + why}" for name, why in sorted(self.methods.items())]
+        return "\n".join(lines)

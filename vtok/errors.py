@@ -1,0 +1,45 @@
+"""Errors that users meet. Each message says what was wrong, what was found and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VtokError(Exception):
+    """Base of every error that vtok raises on purpose."""
+
+
+class UnknownNameError(VtokError, ValueError):
+    """A method, parameter, task or run that does not exist."""
+
+
+class ConfigError(VtokError, ValueError):
+    """A parameter or a config file whose value makes no sense."""
+
+
+class BudgetError(ConfigError):
+    """A FLOPs budget that the method cannot meet on this model."""
+
+
+class UnsupportedModelError(VtokError, TypeError):
+    """A model, block, head or input that vtok cannot patch, or a method that needs what the model lacks."""
+
+
+class StateError(VtokError, RuntimeError):
+    """A patched model used in a way that would mix up or lose its token state."""
+
+
+class MissingExtraError(VtokError, ImportError):
+    """An optional dependency that the called part of vtok needs."""
+
+    def __init__(self, package: str, extra: str):
+        super().__init__(f'{package} is not installed; run: pip install "vtok[{extra}]"')
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
+    """`unknown method 'pitom'; did you mean 'pitome'? known: ats, pitome, ...`"""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" did you mean {near[0]!r}?" if near else ""
+    return UnknownNameError(f"unknown {kind} {name!r};{hint} known: {', '.join(known)}")

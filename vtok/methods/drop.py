@@ -1,0 +1,81 @@
+"""What the two baselines that look at no feature share: each block keeps a fixed share of its patches, in raster order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vtok.config import MethodConfig, ModelInfo, Reducer, block_indices, fraction
+from vtok.ops.rows import with_prefix
+from vtok.reduction import Plan
+from vtok.state import AttentionView, Place, Site, TokenState
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class DropConfig(MethodConfig):
+    """Fields of a baseline that drops patches unseen.
+
+    Attributes:
+        keep: share of its patches that each block in `layers` keeps ((0, 1]; default 0.925); 1.0 is an exact no-op.
+        layers: 0-based blocks that prune, between attention and MLP; default all.
+    """
+
+    keep: float = 0.925
+    layers: Iterable[int] | None = None
+
+    def __post_init__(self) -> None:
+        fraction(self.keep, "keep")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+
+    def knob(self) -> dict[str, Any]:
+        return {"keep": self.keep}
+
+    def ladder(self, info: ModelInfo) -> Sequence[Self]:
+        return [self.replace(keep=1 - step / 1000) for step in range(1000)]
+
+    def blocks(self, info: ModelInfo) -> tuple[int, ...]:
+        return block_indices(self.layers, range(info.depth), info.depth)
+
+
+def kept_count(patches: int, keep: float) -> int:
+    """floor(patches keep), at least one."""
+    return min(patches, max(1, math.floor(patches * keep)))
+
+
+@dataclass(frozen=True)
+class DropReducer(Reducer):
+    """Keeps, in every chosen block, the patches of lowest rank."""
+
+    keep: float
+    layers: tuple[int, ...]
+
+    def rank(self, position: Tensor, state: TokenState, at: Site) -> Tensor:
+        """[B, n] sortable values for the patches at the raster positions [B, n] of the original grid; low = kept."""
+        raise NotImplementedError
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(Site(Place.BLOCK_MID, i) for i in self.layers) if self.keep < 1 else ()
+
+    def plan(self, x: Tensor, state: TokenState, view: AttentionView, at: Site) -> Plan | None:
+        batch, n, _ = x.shape
+        p = state.num_prefix
+        m = kept_count(n - p, self.keep)
+        if m == n - p:
+            return None
+        here = torch.arange(n - p, device=x.device).expand(batch, n - p)
+        position = here if state.index is None else state.index[:, p:] - p
+        rows = self.rank(position, state, at).argsort(dim=-1, stable=True)[:, :m].sort(-1).values
+        return Plan(with_prefix(rows, p))
+
+    def count(self, at: Site, n: int, num_prefix: int) -> int:
+        return num_prefix + kept_count(n - num_prefix, self.keep)

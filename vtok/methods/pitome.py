@@ -1,0 +1,217 @@
+"""PiToMe: Accelerating Transformers with Spectrum-Preserving Token Merging (Tran et al., NeurIPS 2024). Tokens are ranked by
+the energy of the cluster they sit in; of the most redundant 2k, every second merges into its best match, the rest is protected.
+
+Shapes: B batch, T tokens without prefix, d metric width, k merged tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vtok.config import MethodConfig, ModelInfo, Reducer, Schedule, fraction
+from vtok.errors import ConfigError
+from vtok.methods.tome import check_merge_count
+from vtok.ops.matching import best_partner, unit
+from vtok.ops.rows import take_rows, with_prefix
+from vtok.reduction import Plan
+from vtok.state import AttentionView, Place, Site, TokenState
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+DEFAULT_RATIO = 0.925
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What the authors' code at its last commit does for one family of models, where it differs from the paper."""
+
+    margin: float  # m of block i is `margin (1 - i / L)`
+    sorted_bsm: str  # half of the blocks that match as ToMe does on energy-sorted tokens, protecting none: "first" or "last"
+    prop_attn: bool
+
+
+# Read off the public code (hchautran/PiToMe at 550b5de); golden arrays of both are in the tests.
+PRESETS = {"official_deit": Preset(0.75, "first", False), "official_mae": Preset(0.75, "last", False)}
+PAPER_MARGIN = 0.9
+
+
+@dataclass(frozen=True)
+class PiToMe(MethodConfig):
+    """Config of PiToMe. The default is the paper's algorithm in every block.
+
+    Attributes:
+        ratio: share of the patches that each block keeps (paper: r; (0, 1], a number or one per block; default 0.925; authors
+            sweep 0.9 to 0.975). 1.0 is an exact no-op. No block merges more than half of its patches.
+        r: number of patches that each block removes, instead of `ratio` (a number, one per block, or `(r, inflect)`).
+        margin: similarity above which two tokens count as close (paper: m; [-1, 1], a number or one per block; default: the
+            paper's 0.9 - 0.9 i / L for block i of L).
+        alpha: how strongly tokens below the margin count (paper: alpha; default 1.0).
+        prop_attn: proportional attention (default: on, as in the paper; presets: as in the authors' code, off).
+        preset: `"official_deit"` or `"official_mae"`: margins, matching and attention of the authors' last commit, in which
+            half of the blocks run ToMe's matching on energy-sorted tokens. Meant for comparing with that code.
+
+    The paper's energy keeps cos itself above the margin and leaves a token's own cosine out; the authors' code, which is
+    followed here, subtracts the margin and leaves it in. That shifts energies, the second part alike for all tokens.
+    """
+
+    name: ClassVar[str] = "pitome"
+
+    ratio: Any = None
+    r: Any = None
+    margin: Any = None
+    alpha: float = 1.0
+    prop_attn: bool | None = None
+    preset: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.ratio is not None and self.r is not None:
+            raise ConfigError(f"give ratio or r, not both (got ratio={self.ratio}, r={self.r})")
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ConfigError(f"unknown preset {self.preset!r}; known: {', '.join(PRESETS)}")
+        if self.preset is not None and self.margin is not None:
+            raise ConfigError(f"preset {self.preset!r} fixes the margins; drop margin={self.margin} or the preset")
+        for name, integer in (("ratio", False), ("r", True), ("margin", False)):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, Schedule.of(value, name, integer))
+        if self.ratio is not None:
+            for value in self.ratio.values:
+                fraction(value, "ratio")
+        if self.r is not None and self.r.kind != "linear" and min(self.r.values) < 0:
+            raise ConfigError(f"r counts tokens to remove and cannot be negative, got {self.r}")
+        if not math.isfinite(self.alpha) or self.alpha < 0:
+            raise ConfigError(f"alpha must be a number >= 0, got {self.alpha}")
+
+    def knob(self) -> dict[str, Any]:
+        return {"ratio": self.ratio.to_plain()} if self.ratio is not None else {}
+
+    def ladder(self, info: ModelInfo) -> Sequence[Self]:
+        return [self.replace(ratio=1 - step / 1000, r=None) for step in range(501)]
+
+    def build(self, info: ModelInfo) -> PiToMeReducer:
+        depth, preset = info.depth, PRESETS.get(self.preset or "")
+        ratio = r = None
+        if self.r is not None:
+            r = tuple(int(v) for v in self.r.resolve(depth, "r", pad=0))
+            check_merge_count(r, info)
+        else:
+            ratio = (self.ratio or Schedule.of(DEFAULT_RATIO, "ratio")).resolve(depth, "ratio", pad=1.0)
+        peak = PAPER_MARGIN if preset is None else preset.margin
+        margin = tuple(peak - peak * i / depth for i in range(depth))
+        if self.margin is not None:
+            margin = self.margin.resolve(depth, "margin", pad=0.0)
+        half = math.ceil(depth / 2)
+        sorted_bsm = tuple(preset is not None and (i < half) == (preset.sorted_bsm == "first") for i in range(depth))
+        prop_attn = (preset is None or preset.prop_attn) if self.prop_attn is None else self.prop_attn
+        return PiToMeReducer(ratio, r, margin, self.alpha, sorted_bsm, info.head_dim, prop_attn)
+
+
+def merge_count(t: int, ratio: float) -> int:
+    """k = floor(T - T ratio) in double precision (`int(T * (1 - ratio))` differs), at most half of the patches."""
+    return min(math.floor(t - t * ratio), t // 2)
+
+
+def energy_score(metric: Tensor, margin: float, alpha: float = 1.0) -> Tensor:
+    """How large a cluster of similar tokens each token sits in: E_i = mean_j ELU_alpha(cos(v_i, v_j) - m).
+
+    One T x T matrix is built, and rectified in place.
+
+    Args:
+        metric: [B, T, d].
+        margin: m.
+        alpha: scale of the negative part.
+
+    Returns:
+        [B, T], in at least fp32.
+    """
+    return _energy(unit(metric), margin, alpha)
+
+
+def _energy(m: Tensor, margin: float, alpha: float) -> Tensor:
+    similarity = m @ m.transpose(-1, -2)
+    return F.elu_(similarity.sub_(margin), alpha).mean(-1)
+
+
+def energy_plan(metric: Tensor, k: int, margin: float, alpha: float, num_prefix: int) -> Plan | None:
+    """The paper's matching: of the 2k tokens of highest energy, ranks 0, 2, .. merge into their best match among 1, 3, ..
+
+    Args:
+        metric: [B, N, d], prefix included.
+        k: tokens to remove, at most half of the patches.
+        margin: m.
+        alpha: of the energy.
+        num_prefix: P.
+
+    Returns:
+        Plan with the order prefix, protected tokens by falling energy, destinations; `None` if k is 0.
+    """
+    if k <= 0:
+        return None
+    m = unit(metric[:, num_prefix:])
+    rank = _energy(m, margin, alpha).argsort(dim=-1, descending=True, stable=True)
+    a, b, protected = rank[:, : 2 * k : 2], rank[:, 1 : 2 * k : 2], rank[:, 2 * k :]
+    _, partner = best_partner(take_rows(m, a), take_rows(m, b))
+    keep = with_prefix(torch.cat([protected, b], 1), num_prefix)
+    return Plan(keep, a + num_prefix, partner + (num_prefix + protected.shape[1]))
+
+
+def sorted_bsm_plan(metric: Tensor, k: int, margin: float, alpha: float, num_prefix: int) -> Plan | None:
+    """The authors' variant in half of the blocks: even energy ranks against odd ones over all tokens, then ToMe's choice of
+    the k most similar pairs; no token is protected. Order: prefix, unmerged even ranks by falling similarity, odd ranks."""
+    if k <= 0:
+        return None
+    m = unit(metric[:, num_prefix:])
+    rank = _energy(m, margin, alpha).argsort(dim=-1, descending=True, stable=True)
+    a, b = rank[:, ::2], rank[:, 1::2]
+    score, partner = best_partner(take_rows(m, a), take_rows(m, b))
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    src, rest = order[:, :k], order[:, k:]
+    keep = with_prefix(torch.cat([a.gather(1, rest), b], 1), num_prefix)
+    return Plan(keep, a.gather(1, src) + num_prefix, partner.gather(1, src) + (num_prefix + rest.shape[1]))
+
+
+@dataclass(frozen=True)
+class PiToMeReducer(Reducer):
+    """PiToMe with a ratio or count, a margin and a kind of matching for every block."""
+
+    ratio: tuple[float, ...] | None
+    r: tuple[int, ...] | None
+    margin: tuple[float, ...]
+    alpha: float
+    sorted_bsm: tuple[bool, ...]
+    metric_width: int
+    prop_attn: bool = True
+    needs: ClassVar[frozenset[str]] = frozenset("k")
+    sizes: ClassVar[bool] = True
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        idle = [ratio == 1.0 for ratio in self.ratio] if self.ratio is not None else [r <= 0 for r in self.r or ()]
+        return tuple(Site(Place.BLOCK_MID, i) for i, nothing in enumerate(idle) if not nothing)
+
+    def merged(self, i: int, t: int) -> int:
+        """Tokens that block i merges out of t patches."""
+        return merge_count(t, self.ratio[i]) if self.ratio is not None else max(0, min((self.r or ())[i], t // 2))
+
+    def plan(self, x: Tensor, state: TokenState, view: AttentionView, at: Site) -> Plan | None:
+        i, metric = at.index, view.key_metric()
+        k = self.merged(i, metric.shape[1] - state.num_prefix)
+        make = sorted_bsm_plan if self.sorted_bsm[i] else energy_plan
+        return make(metric, k, self.margin[i], self.alpha, state.num_prefix)
+
+    def count(self, at: Site, n: int, num_prefix: int) -> int:
+        return n - self.merged(at.index, n - num_prefix)
+
+    def macs(self, at: Site, n: int, num_prefix: int) -> int:
+        t = n - num_prefix
+        k = self.merged(at.index, t)
+        pairs = ((t + 1) // 2) * (t // 2) if self.sorted_bsm[at.index] else k * k
+        return (t * t + pairs) * self.metric_width if k else 0

@@ -1,0 +1,100 @@
+"""ToMe: Token Merging: Your ViT But Faster (Bolya et al., ICLR 2023). Between attention and MLP of every block the r most
+redundant token pairs are merged; a merged token weighs as many patches as it stands for.
+
+Shapes: B batch, N tokens, P prefix tokens, C width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from vtok.config import MethodConfig, ModelInfo, Reducer, Schedule
+from vtok.errors import ConfigError
+from vtok.ops.matching import bipartite_pairs, bipartite_soft_matching
+from vtok.reduction import Plan
+from vtok.state import AttentionView, Place, Site, TokenState
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class ToMe(MethodConfig):
+    """Config of ToMe.
+
+    Attributes:
+        r: tokens removed in every block (paper: r; whole number >= 0). An int; a list with one number a block (blocks beyond
+            it remove none); or `(r, inflect)`, a line that falls from 2r to 0 at inflect = -1 (the paper's "decreasing"
+            schedule) and rises at +1. Deep blocks remove at most half of the patches they still have. Usual: 13 to 16 for
+            ViT-S and -B at 224 px, 7 to 8 for ViT-L. Default: the constant r that leaves about 0.6 of what the blocks cost.
+        prop_attn: proportional attention, log(size) added to the logits (paper: part of the method). Switch it off for MAE
+            models used without fine-tuning, as the authors do.
+    """
+
+    name: ClassVar[str] = "tome"
+    default_flops: ClassVar[float | None] = 0.6
+
+    r: Any = None
+    prop_attn: bool = True
+
+    def __post_init__(self) -> None:
+        if self.r is not None:
+            object.__setattr__(self, "r", Schedule.of(self.r, "r", integer=True))
+            if min(self.r.values) < 0 and self.r.kind != "linear":
+                raise ConfigError(f"r counts tokens to remove and cannot be negative, got {self.r}")
+
+    def needs_budget(self) -> bool:
+        return self.r is None
+
+    def knob(self) -> dict[str, Any]:
+        return {"r": self.r.to_plain()}
+
+    def ladder(self, info: ModelInfo) -> Sequence[Self]:
+        return [self.replace(r=r) for r in range(info.num_patches // 2 + 1)]
+
+    def build(self, info: ModelInfo) -> ToMeReducer:
+        per_block = tuple(int(r) for r in self.r.resolve(info.depth, "r", pad=0))
+        check_merge_count(per_block, info)
+        return ToMeReducer(per_block, info.head_dim, self.prop_attn)
+
+
+def check_merge_count(per_block: Sequence[int], info: ModelInfo) -> None:
+    """Raises if some block is asked to merge more tokens than half of the patches of an untouched image."""
+    most = info.num_patches // 2
+    for i, r in enumerate(per_block):
+        if r > most:
+            raise ConfigError(
+                f"r={r} in block {i}: {info.name} has {info.num_patches} patches, of which one block can merge at most {most}"
+            )
+
+
+@dataclass(frozen=True)
+class ToMeReducer(Reducer):
+    """ToMe with a number of tokens to remove for every block."""
+
+    r: tuple[int, ...]
+    metric_width: int
+    prop_attn: bool = True
+    needs: ClassVar[frozenset[str]] = frozenset("k")
+    sizes: ClassVar[bool] = True
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(Site(Place.BLOCK_MID, i) for i, r in enumerate(self.r) if r > 0)
+
+    def plan(self, x: Tensor, state: TokenState, view: AttentionView, at: Site) -> Plan | None:
+        match = bipartite_soft_matching(view.key_metric(), self.r[at.index], state.num_prefix)
+        return None if match is None else Plan(*match)
+
+    def count(self, at: Site, n: int, num_prefix: int) -> int:
+        return n - bipartite_pairs(n, self.r[at.index], num_prefix)
+
+    def macs(self, at: Site, n: int, num_prefix: int) -> int:
+        if bipartite_pairs(n, self.r[at.index], num_prefix) == 0:
+            return 0
+        a, b = (n + 1) // 2 - (num_prefix + 1) // 2, n // 2 - num_prefix // 2
+        return a * b * self.metric_width

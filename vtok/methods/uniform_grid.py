@@ -1,0 +1,73 @@
+"""Uniform pruning: the second floor. Each block keeps a regular subset of the patch grid, the same for every image.
+
+Patches are ranked by an ordered dither (Bayer's matrix): the first quarter of the ranks is every second patch of every second
+row, and so on, so that whatever number stays is spread evenly, and what a later block keeps is a subset of that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtok.config import ModelInfo
+from vtok.methods.drop import DropConfig, DropReducer
+from vtok.state import Site, TokenState
+
+
+@dataclass(frozen=True)
+class UniformGrid(DropConfig):
+    """Config of uniform pruning.
+
+    Attributes:
+        keep: share of its patches that each block in `layers` keeps ((0, 1]; default 0.925); 1.0 is an exact no-op.
+        layers: 0-based blocks that prune, between attention and MLP; default all.
+    """
+
+    name: ClassVar[str] = "uniform"
+
+    def build(self, info: ModelInfo) -> UniformReducer:
+        return UniformReducer(self.keep, self.blocks(info), info.num_patches, info.grid)
+
+
+def grid_width(patches: int, known_patches: int, grid: tuple[int, int]) -> int:
+    """Columns of the grid that `patches` fill: the model's own, else a square, else one row."""
+    if patches == known_patches == grid[0] * grid[1]:
+        return grid[1]
+    side = math.isqrt(patches)
+    return side if side * side == patches else patches
+
+
+def dither_rank(position: Tensor, width: int, height: int) -> Tensor:
+    """Values of Bayer's dither matrix: positions of small rank cover the grid evenly.
+
+    Args:
+        position: raster positions, int64, any shape.
+        width: columns of the grid.
+        height: rows of the grid.
+
+    Returns:
+        int64 of the same shape; distinct positions have distinct ranks.
+    """
+    y, x = position // width, position % width
+    rank = torch.zeros_like(position)
+    for bit in range(max(width - 1, height - 1, 1).bit_length()):  # the lowest bits of a coordinate decide first
+        high, low = (x >> bit ^ y >> bit) & 1, y >> bit & 1
+        rank = 4 * rank + 2 * high + low
+    return rank
+
+
+@dataclass(frozen=True)
+class UniformReducer(DropReducer):
+    """Uniform pruning in some blocks of a model whose grid is known."""
+
+    num_patches: int
+    grid: tuple[int, int]
+
+    def rank(self, position: Tensor, state: TokenState, at: Site) -> Tensor:
+        patches = state.length - state.num_prefix
+        width = grid_width(patches, self.num_patches, self.grid)
+        return dither_rank(position, width, -(-patches // width))

@@ -1,0 +1,284 @@
+"""Zero-TPrune: Zero-Shot Token Pruning through Leveraging of the Attention Graph (Wang, Dedhia, Jha, CVPR 2024). At the end of
+some blocks: one vote ranks the tokens (I'), near duplicates among the less important half go (S), many votes on the remaining
+graph keep the best (I). Tokens are dropped, not merged.
+
+The paper's text was not at hand: equations follow a detailed reading note and the authors' earlier code; what is a reading of
+ours (scale of the head filter, keys concatenated over heads, which half gets the odd token, rows normalised again after S) is
+said where it is done.
+
+Shapes: B batch, N tokens, P prefix tokens, n patches, d feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vtok.config import MethodConfig, ModelInfo, Reducer, block_indices, fraction, require_cls, require_softmax
+from vtok.errors import ConfigError
+from vtok.methods.random_drop import splitmix
+from vtok.ops.graph import importance
+from vtok.ops.matching import unit
+from vtok.ops.rows import rows_where, take_rows, with_prefix
+from vtok.reduction import Plan
+from vtok.state import AttentionView, Place, Site, TokenState, at_least_fp32
+
+# A schedule for DeiT-S that meets the 3.08 GFLOPs of the paper's ablation table (0-based blocks of 12; 196 patches). The paper
+# prints none: this one is a recollection that fits the budget, not a quotation.
+_BLOCKS, _RETAIN, _SIMILAR, _DEPTH, _PATCHES = (0, 2, 5, 8, 10), (1.0, 0.9, 0.8, 0.7, 1.0), 10, 12, 196
+PARTITIONS = ("seq_u", "seq_i", "alternate", "random")
+METRICS = ("cos", "dot", "manhattan", "euclidean", "minkowski3", "minkowski4", "minkowski5", "chebyshev")
+
+
+@dataclass(frozen=True)
+class ZeroTPrune(MethodConfig):
+    """Config of Zero-TPrune. Lists hold one value per entry of `layers`.
+
+    Attributes:
+        layers: 0-based blocks at whose end tokens are pruned (default: 0, 2, 5, 8, 10 of 12, scaled to the depth).
+        retain: share of the patches that the I-stage keeps ((0, 1], number or list; default 1, .9, .8, .7, 1).
+        r: near duplicates that the S-stage prunes (tokens, number or list; default 10 per 196 patches).
+        iters: votes of the I-stage (number or list; default, from the paper: 30 in the first three blocks, 1 in the last
+            three, 5 between).
+        tau: temperature of the attention that is ranked (paper: 1; the authors' earlier code: 0.5).
+        cls_init: `"sqrt"`, the class token starts with sqrt(N) votes, or `"uniform"` (the paper's "-uni"; the choice for
+            models without a class token).
+        head_filter: (low, high) bounds on a head's variance, `None` = no filter (paper: [0.01, 0.7], scale not stated).
+        partition: which tokens the S-stage may prune: `"seq_u"`, the less important half (paper's choice), `"seq_i"`, the more
+            important one, `"alternate"` odd ranks, or `"random"`.
+        metric: similarity of keys: `"cos"` (paper's choice), `"dot"`, `"manhattan"`, `"euclidean"`, `"minkowski3"` to `5`,
+            `"chebyshev"`.
+    """
+
+    name: ClassVar[str] = "zero_tprune"
+
+    layers: Any = None
+    retain: Any = None
+    r: Any = None
+    iters: Any = None
+    tau: float = 1.0
+    cls_init: str = "sqrt"
+    head_filter: Any = (0.01, 0.7)
+    partition: str = "seq_u"
+    metric: str = "cos"
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "retain", "r", "iters", "head_filter"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        for value in _each(self.retain):
+            fraction(value, "retain")
+        for name in ("r", "iters"):
+            for value in _each(getattr(self, name)):
+                if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                    raise ConfigError(f"{name} takes whole numbers >= 0, got {value!r}")
+        if not self.tau > 0:
+            raise ConfigError(f"tau must be > 0, got {self.tau}")
+        for name, allowed in (("cls_init", ("sqrt", "uniform")), ("partition", PARTITIONS), ("metric", METRICS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.head_filter is not None and (len(self.head_filter) != 2 or self.head_filter[0] > self.head_filter[1]):
+            raise ConfigError(f"head_filter is (low, high) or None, got {self.head_filter!r}")
+
+    def knob(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("layers", "retain", "r")}
+
+    def ladder(self, info: ModelInfo) -> Sequence[ZeroTPrune]:
+        steps = self._steps(info)
+
+        def at(strength: float) -> ZeroTPrune:
+            retain = tuple(max(0.01, 1 - strength * (1 - s.retain)) for s in steps)
+            return self.replace(
+                layers=tuple(s.block for s in steps),
+                retain=retain,
+                r=tuple(round(strength * s.r) for s in steps),
+                iters=tuple(s.iters for s in steps),
+            )
+
+        return [at(percent / 100) for percent in range(401)]
+
+    def _steps(self, info: ModelInfo) -> tuple[Step, ...]:
+        """The schedule for this model, sorted by block."""
+        layers, retain, r = self.layers, self.retain, self.r
+        if layers is None:
+            scaled = {round((b + 0.5) / _DEPTH * info.depth - 0.5): share for b, share in zip(_BLOCKS, _RETAIN)}
+            layers, default_retain = tuple(scaled), tuple(scaled.values())
+        else:
+            if retain is None:
+                raise ConfigError("layers is given without retain: say which share each of them keeps")
+            layers, default_retain = tuple(i + info.depth if i < 0 else i for i in layers), ()
+        block_indices(layers, (), info.depth)
+        if len(set(layers)) != len(layers):
+            raise ConfigError(f"layers names a block twice: {layers}")
+        r = round(_SIMILAR * info.num_patches / _PATCHES) if r is None else r
+        shares = _spread(default_retain if retain is None else retain, layers, "retain")
+        counts, votes = _spread(r, layers, "r"), _spread(self.iters, layers, "iters")
+        steps = [
+            Step(block, float(share), count, _default_votes(block, info.depth) if vote is None else vote)
+            for block, share, count, vote in zip(layers, shares, counts, votes)
+        ]
+        return tuple(sorted(steps, key=lambda step: step.block))
+
+    def build(self, info: ModelInfo) -> ZeroTPruneReducer:
+        if self.cls_init == "sqrt":
+            require_cls(info, "zero_tprune", 'pass cls_init="uniform" to start all tokens alike')
+        require_softmax(info, "zero_tprune")
+        steps = self._steps(info)
+        for step in steps:
+            if step.r > info.num_patches // 2:
+                raise ConfigError(
+                    f"r={step.r} in block {step.block}: {info.name} has {info.num_patches} patches, of which the S-stage "
+                    f"can prune at most {info.num_patches // 2}"
+                )
+        return ZeroTPruneReducer(
+            steps,
+            self.tau,
+            self.cls_init == "sqrt",
+            self.head_filter,
+            self.partition,
+            self.metric,
+            info.num_heads,
+            info.head_dim,
+        )
+
+
+def _each(value: Any) -> tuple:
+    return () if value is None else value if isinstance(value, tuple) else (value,)
+
+
+def _spread(value: Any, layers: Sequence[int], name: str) -> tuple:
+    if not isinstance(value, tuple):
+        return (value,) * len(layers)
+    if len(value) != len(layers):
+        raise ConfigError(f"{name} has {len(value)} values for {len(layers)} layers {tuple(layers)}")
+    return value
+
+
+def _default_votes(block: int, depth: int) -> int:
+    return 30 if block < 3 else 1 if block >= depth - 3 else 5
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happens at the end of one block: S prunes `r` patches, I keeps `retain` of the rest after `iters` votes."""
+
+    block: int
+    retain: float
+    r: int
+    iters: int
+
+    def counts(self, n: int) -> tuple[int, int]:
+        """(pruned by S, kept by I) out of n patches; the I-stage rounds down and keeps at least one."""
+        similar = min(self.r, n // 2)
+        return similar, min(n - similar, max(1, int((n - similar) * self.retain)))
+
+
+def similarity(a: Tensor, b: Tensor, metric: str) -> Tensor:
+    """[B, a, d] and [B, b, d] -> [B, a, b], larger = more alike; distances count negative."""
+    if metric == "cos":
+        return unit(a) @ unit(b).transpose(-1, -2)
+    a, b = at_least_fp32(a), at_least_fp32(b)
+    if metric == "dot":
+        return a @ b.transpose(-1, -2)
+    p = {"manhattan": 1.0, "euclidean": 2.0, "chebyshev": float("inf")}.get(metric) or float(metric[-1])
+    return -torch.cdist(a, b, p=p, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def split_halves(score: Tensor, partition: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The half A that the S-stage may prune and the half B it compares with: score [B, n] -> ([B, n // 2], [B, n - n // 2]).
+
+    The odd token goes to B (the paper does not say).
+    """
+    n = score.shape[-1]
+    half = n // 2
+    if partition == "random":
+        order = splitmix(torch.arange(n, device=score.device), seed).argsort(stable=True).expand(len(score), n)
+        return order[:, :half], order[:, half:]
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    if partition == "seq_i":
+        return order[:, :half], order[:, half:]
+    if partition == "alternate":
+        return order[:, 1::2], order[:, ::2]
+    return order[:, n - half :], order[:, : n - half]
+
+
+def most_similar(features: Tensor, a: Tensor, b: Tensor, r: int, metric: str) -> Tensor:
+    """S-stage (eq. 6): the r members of A whose best match in B is closest.
+
+    Args:
+        features: [B, n, d], the keys of all heads side by side.
+        a: [B, |A|] patch numbers that may be pruned.
+        b: [B, |B|] patch numbers they are compared with.
+        r: how many, at most |A|.
+        metric: see `METRICS`.
+
+    Returns:
+        [B, r] patch numbers.
+    """
+    best = similarity(take_rows(features, a), take_rows(features, b), metric).amax(-1)
+    return a.gather(1, best.argsort(dim=-1, descending=True, stable=True)[:, :r])
+
+
+@dataclass(frozen=True)
+class ZeroTPruneReducer(Reducer):
+    """Zero-TPrune with a schedule for one model."""
+
+    steps: tuple[Step, ...]
+    tau: float
+    boost_cls: bool
+    head_filter: tuple[float, float] | None
+    partition: str
+    metric: str
+    num_heads: int
+    head_dim: int
+    needs: ClassVar[frozenset[str]] = frozenset("qk")
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(Site(Place.BLOCK_END, s.block) for s in self.steps if s.r > 0 or s.retain < 1)
+
+    def step(self, at: Site) -> Step:
+        return next(s for s in self.steps if s.block == at.index)
+
+    def plan(self, x: Tensor, state: TokenState, view: AttentionView, at: Site) -> Plan | None:
+        p, step = state.num_prefix, self.step(at)
+        n = x.shape[1] - p
+        similar, kept = step.counts(n)
+        if kept == n:
+            return None
+        attn = view.probs(tau=self.tau)
+        alive = None
+        if similar:
+            score = importance(attn, 1, p, self.boost_cls, self.head_filter)[:, p:]
+            a, b = split_halves(score, self.partition, seed=at.index)
+            assert view.k is not None
+            keys = view.k.transpose(1, 2).flatten(2)[:, p:]
+            pruned = most_similar(keys, a, b, similar, self.metric)
+            alive = attn.new_ones(x.shape[:2], dtype=torch.bool).scatter(1, pruned + p, False)
+        if kept == n - similar:
+            assert alive is not None
+            return Plan(with_prefix(rows_where(alive[:, p:], kept)[0], p))
+        score = importance(attn, step.iters, p, self.boost_cls, self.head_filter, alive)[:, p:]
+        if alive is not None:
+            score = score.masked_fill(~alive[:, p:], float("-inf"))
+        rows = score.argsort(dim=-1, descending=True, stable=True)[:, :kept].sort(-1).values  # raster order
+        return Plan(with_prefix(rows, p))
+
+    def count(self, at: Site, n: int, num_prefix: int) -> int:
+        return num_prefix + self.step(at).counts(n - num_prefix)[1]
+
+    def macs(self, at: Site, n: int, num_prefix: int) -> int:
+        step = self.step(at)
+        patches = n - num_prefix
+        similar, kept = step.counts(patches)
+        if kept == patches:
+            return 0
+        votes = (1 if similar else 0) + (step.iters + (1 if similar else 0) if kept < patches - similar else 0)
+        half = patches // 2
+        products = half * (patches - half) * self.head_dim * self.num_heads if similar else 0
+        return self.num_heads * n * n * (self.head_dim + votes) + products

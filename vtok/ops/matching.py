@@ -1,0 +1,60 @@
+"""Bipartite matching of similar tokens: pure functions of a metric.
+
+Shapes: B batch, N tokens, P prefix tokens, a and b tokens on the two sides, d metric width, R merged pairs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vtok.ops.rows import with_prefix
+from vtok.state import at_least_fp32
+
+
+def unit(t: Tensor) -> Tensor:
+    """Rows of length one, in at least fp32; a zero row stays zero (ToMe's own code would make it NaN)."""
+    return F.normalize(at_least_fp32(t), dim=-1)
+
+
+def best_partner(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """For every unit vector a [B, a, d] the largest cosine to any of b [B, b, d], and where: ([B, a], [B, a])."""
+    score, partner = (a @ b.transpose(-1, -2)).max(-1)
+    return score, partner
+
+
+def bipartite_pairs(n: int, r: int, num_prefix: int) -> int:
+    """Pairs that can be merged: r, but never more than half of the patches."""
+    return max(0, min(r, (n - num_prefix) // 2))
+
+
+def bipartite_soft_matching(metric: Tensor, r: int, num_prefix: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """ToMe's bipartite soft matching (Bolya et al., ICLR 2023; steps 4 to 9 of the algorithm).
+
+    Tokens alternate between A (even positions) and B (odd positions), prefix tokens included; prefix tokens neither merge
+    nor receive. The r tokens of A with the most similar partner in B are folded into it. Output order: prefix, the rest of A
+    (ascending; by falling similarity where there is no prefix), B.
+
+    Args:
+        metric: [B, N, d], compared by cosine.
+        r: tokens to remove; capped at half of the patches.
+        num_prefix: P.
+
+    Returns:
+        (keep [B, N-R], src [B, R], dst [B, R]) as in a `Plan`, or `None` if nothing can be merged.
+    """
+    batch, n, _ = metric.shape
+    r = bipartite_pairs(n, r, num_prefix)
+    if r == 0:
+        return None
+    first_a, first_b = (num_prefix + 1) // 2, num_prefix // 2  # members of A and B that are prefix tokens
+    m = unit(metric)
+    score, partner = best_partner(m[:, 2 * first_a :: 2], m[:, 2 * first_b + 1 :: 2])
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    src, rest = order[:, :r], order[:, r:]
+    if num_prefix:
+        rest = rest.sort(-1).values
+    odd = torch.arange(2 * first_b + 1, n, 2, device=m.device).expand(batch, -1)
+    patches = torch.cat([2 * (rest + first_a), odd], 1) - num_prefix
+    return with_prefix(patches, num_prefix), 2 * (src + first_a), partner.gather(1, src) + (num_prefix + rest.shape[1])

@@ -1,0 +1,118 @@
+"""A `Plan` says which tokens stay and which are folded into them; `apply_plan` is the only code that moves tokens.
+
+Shapes: B batch, N tokens in, M tokens out, R tokens folded away, C width, N0 tokens that entered block 0.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vtok.errors import StateError
+from vtok.ops.rows import flat_rows, take_rows
+from vtok.state import TokenState, at_least_fp32
+
+
+class Plan(NamedTuple):
+    """What happens to N tokens. Pruning has no `src`.
+
+    Attributes:
+        keep: [B, M] int64, the rows that stay, in output order: prefix first, the rest in the order the method defines.
+        src: [B, R] int64, input rows that are folded away; `None` = none.
+        dst: [B, R] int64, output row (0 .. M-1) that each `src` row is folded into.
+        weight: [B, R], weight of each `src` row in the mean; `None` = its size. Kept rows weigh their size.
+        valid: [B, M] bool, False = padding row; `None` = all real.
+        use_size: False makes plain means: every row weighs one and no sizes are recorded.
+    """
+
+    keep: Tensor
+    src: Tensor | None = None
+    dst: Tensor | None = None
+    weight: Tensor | None = None
+    valid: Tensor | None = None
+    use_size: bool = True
+
+
+def apply_plan(x: Tensor, state: TokenState, plan: Plan) -> tuple[Tensor, TokenState]:
+    """Moves the tokens and everything known about them.
+
+    A destination becomes the weighted mean of itself and its sources, written as `x_d + sum_s w_s / W * (x_s - x_d)`, W the
+    total weight: rows that nothing is folded into are copied untouched, and only R rows are computed. Means are taken in at
+    least fp32 and cast back.
+
+    Args:
+        x: [B, N, C].
+        state: of these N tokens.
+        plan: made for them.
+
+    Returns:
+        (x [B, M, C], state of the M tokens).
+    """
+    size = state.size
+    if plan.src is None:
+        out = take_rows(x, plan.keep)
+        size = None if size is None else size.gather(1, plan.keep)
+    else:
+        out, size = _fold(x, size if plan.use_size else None, plan)
+    index = plan.keep if state.index is None else state.index.gather(1, plan.keep)
+    keep = plan.valid
+    if keep is None and state.keep is not None:
+        keep = state.keep.gather(1, plan.keep)
+    group = None if state.group is None else _follow(state.group, plan, x.shape[1])
+    return out, TokenState(state.num_prefix, state.length, index, size, keep, group)
+
+
+def _fold(x: Tensor, size: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor | None]:
+    assert plan.src is not None and plan.dst is not None
+    out = at_least_fp32(take_rows(x, plan.keep))
+    if size is None:
+        weight = out.new_ones(plan.src.shape) if plan.weight is None else plan.weight.to(out.dtype)
+        total = out.new_ones(plan.keep.shape)
+    else:
+        weight = size.gather(1, plan.src) if plan.weight is None else plan.weight
+        total = size.gather(1, plan.keep)
+    total = total.scatter_add(1, plan.dst, weight.to(total.dtype))
+    share = (weight / total.gather(1, plan.dst)).to(out.dtype)
+    delta = (at_least_fp32(take_rows(x, plan.src)) - take_rows(out, plan.dst)).mul_(share[..., None])
+    batch, m, width = out.shape
+    out.view(batch * m, width).index_add_(0, flat_rows(plan.dst, m), delta.view(-1, width))
+    return out.to(x.dtype), total if plan.use_size else None
+
+
+def _follow(group: Tensor, plan: Plan, n: int) -> Tensor:
+    """Where each original token is after the plan."""
+    batch, m = plan.keep.shape
+    moved = group.new_full((batch, n), -1)
+    rows = torch.arange(m, device=group.device).expand(batch, m)
+    if plan.valid is not None:  # a padding row repeats some real row: it must not claim that row's tokens
+        moved = torch.cat([moved, moved[:, :1]], 1)
+        moved = moved.scatter(1, plan.keep.where(plan.valid, n), rows)[:, :n]
+    else:
+        moved = moved.scatter(1, plan.keep, rows)
+    if plan.src is not None and plan.dst is not None:
+        moved = moved.scatter(1, plan.src, plan.dst)
+    return torch.where(group < 0, group, moved.gather(1, group.clamp_min(0)))
+
+
+def unmerge(x: Tensor, state: TokenState, fill: float = 0.0) -> Tensor:
+    """Gives every original token the features of the token it ended in, in the original order.
+
+    Args:
+        x: [B, N, C] features of the reduced tokens.
+        state: their state, made under `trace=True`.
+        fill: value for tokens that were dropped.
+
+    Returns:
+        [B, N0, C].
+
+    Raises:
+        StateError: the run kept no map from original to reduced tokens.
+    """
+    if state.group is None:
+        if state.trivial:
+            return x
+        raise StateError("this run kept no token map; patch with trace=True to undo a reduction")
+    out = take_rows(x, state.group.clamp_min(0))
+    return out.masked_fill((state.group < 0)[..., None], fill)

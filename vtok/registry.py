@@ -1,0 +1,106 @@
+"""The tables of what vtok knows: METHODS and ADAPTERS. To add one, write its file and one line here.
+
+Entries are "module:attribute" strings, imported on first use, so that `import vtok` imports no backend. Other packages add
+theirs through the entry-point groups `vtok.methods` and `vtok.adapters`, or by the decorator `METHODS.register(name)`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar
+
+from vtok.errors import ConfigError, unknown
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Names to objects, loaded lazily.
+
+    Args:
+        kind: what the entries are, in the singular; used in messages.
+        entries: name -> "module:attribute".
+        group: entry-point group that third parties use.
+    """
+
+    def __init__(self, kind: str, entries: dict[str, str], group: str):
+        self.kind, self.group = kind, group
+        self._entries: dict[str, Any] = dict(entries)
+        self._lock = threading.RLock()
+        self._scanned = False
+
+    def names(self) -> list[str]:
+        """All names, sorted, those of installed third parties included."""
+        self._scan()
+        return sorted(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        self._scan()
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def get(self, name: str) -> T:
+        """The object called `name`.
+
+        Raises:
+            UnknownNameError: no such name; the message offers the nearest one.
+        """
+        self._scan()
+        with self._lock:
+            if name not in self._entries:
+                raise unknown(self.kind, name, self._entries)
+            entry = self._entries[name]
+            if isinstance(entry, str):
+                module, _, attribute = entry.partition(":")
+                entry = self._entries[name] = getattr(import_module(module), attribute)
+            return entry
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that adds an object under `name`.
+
+        Raises:
+            ConfigError: the name is taken by something else.
+        """
+
+        def add(target: T) -> T:
+            self._add(name, target)
+            return target
+
+        return add
+
+    def _add(self, name: str, target: Any) -> None:
+        with self._lock:
+            if name in self._entries and self._entries[name] is not target:
+                raise ConfigError(f"{self.kind} {name!r} is already registered as {self._entries[name]!r}, not {target!r}")
+            self._entries[name] = target
+
+    def _scan(self) -> None:
+        with self._lock:
+            if self._scanned:
+                return
+            self._scanned = True
+            for point in entry_points(group=self.group):
+                self._add(point.name, point.value)
+
+
+METHODS: Registry[Any] = Registry(
+    "method",
+    {
+        "ats": "vtok.methods.ats:ATS",
+        "pitome": "vtok.methods.pitome:PiToMe",
+        "random": "vtok.methods.random_drop:RandomDrop",
+        "tome": "vtok.methods.tome:ToMe",
+        "uniform": "vtok.methods.uniform_grid:UniformGrid",
+        "zero_tprune": "vtok.methods.zero_tprune:ZeroTPrune",
+    },
+    group="vtok.methods",
+)
+
+# The name of an adapter is the first part of the module names of the classes it patches: an adapter is imported only when
+# a model holds such a class.
+ADAPTERS: Registry[Any] = Registry("adapter", {"timm": "vtok.patches.timm_vit:TimmAdapter"}, group="vtok.adapters")

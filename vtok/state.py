@@ -1,0 +1,178 @@
+"""What is known about the tokens between two blocks, and what a method may look at.
+
+Shapes: B batch, N tokens now (prefix included), N0 tokens that entered block 0, P prefix tokens, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Place(Enum):
+    """Where in a model tokens may be reduced."""
+
+    BLOCK_PRE = "pre"  # after the block's norm and q/k/v, before attention: only kept query rows attend (ATS)
+    BLOCK_MID = "mid"  # between attention and MLP (ToMe, PiToMe)
+    BLOCK_END = "end"  # after the whole block, with that block's attention (Zero-TPrune)
+
+
+class Site(NamedTuple):
+    """A place in a model: `Site(Place.BLOCK_MID, 3)` lies between attention and MLP of block 3 (0-based)."""
+
+    place: Place
+    index: int  # type: ignore[assignment]  # shadows tuple.index on purpose
+
+    def __str__(self) -> str:
+        return f"block {self.index} {self.place.value}"
+
+
+class TokenState(NamedTuple):
+    """The N tokens at a block boundary. Immutable; `None` means trivial, so an unreduced stretch of blocks costs nothing.
+
+    Attributes:
+        num_prefix: CLS, distillation and register tokens at the front; never merged, never dropped.
+        length: N0, tokens that entered block 0.
+        index: [B, N] int64, row of the sequence that entered block 0; `None` = 0 .. N-1.
+        size: [B, N] fp32 or fp64, patches that a token stands for; `None` = ones.
+        keep: [B, N] bool, False = padding; `None` = all real.
+        group: [B, N0] int64, row where each original token now lives, -1 = dropped; kept only under `trace=True`.
+    """
+
+    num_prefix: int
+    length: int
+    index: Tensor | None = None  # type: ignore[assignment]  # shadows tuple.index on purpose
+    size: Tensor | None = None
+    keep: Tensor | None = None
+    group: Tensor | None = None
+
+    @property
+    def trivial(self) -> bool:
+        """True while nothing has been merged, moved, dropped or padded."""
+        return self.index is None and self.size is None and self.keep is None
+
+
+class AttentionView(NamedTuple):
+    """Queries, keys and values of one block, as its attention used them; a method sees only what it asked for.
+
+    Attributes:
+        q: [B, H, N, D] after normalisation and rotation.
+        k: [B, Hk, N, D] before rotation: content alone, the similarity metric.
+        k_rot: [B, Hk, N, D] as attention used it (the same as `k` where nothing rotates).
+        v: [B, Hk, N, D].
+        scale: factor on the logits.
+        bias: additive logit bias, broadcastable to [B, H, N, N], or `None`.
+    """
+
+    q: Tensor | None
+    k: Tensor | None
+    k_rot: Tensor | None
+    v: Tensor | None
+    scale: float
+    bias: Tensor | None
+
+    def key_metric(self) -> Tensor:
+        """[B, N, D]: keys averaged over heads, in at least fp32 (ToMe section 2, step 3)."""
+        assert self.k is not None
+        return at_least_fp32(self.k).mean(1)
+
+    def probs(self, rows: slice = slice(None), tau: float = 1.0) -> Tensor:
+        """Attention probabilities of some query rows, in at least fp32.
+
+        Args:
+            rows: which queries; one row costs O(N D), all rows build the N x N matrix.
+            tau: softmax temperature; 1 gives the model's own attention.
+
+        Returns:
+            [B, H, rows, N], every row sums to 1.
+        """
+        assert self.q is not None and self.k_rot is not None
+        q, k = at_least_fp32(self.q[:, :, rows]), at_least_fp32(self.k_rot)
+        if k.shape[1] != q.shape[1]:  # grouped-query attention
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        logits = (q * (self.scale / tau)) @ k.transpose(-2, -1)
+        if self.bias is not None:
+            bias = self.bias if self.bias.shape[-2] == 1 else self.bias[..., rows, :]
+            logits = logits + bias.to(logits.dtype) / tau
+        return logits.softmax(-1)
+
+    def received(self, keep: Tensor | None = None) -> Tensor:
+        """[B, H, N]: attention that a token receives, averaged over the (unpadded) queries. Builds the N x N matrix."""
+        probs = self.probs()
+        if keep is None:
+            return probs.mean(-2)
+        weight = keep.to(probs.dtype)[:, None, None]  # [B, 1, 1, N]
+        return (weight @ probs).squeeze(-2) / weight.sum(-1)
+
+
+def at_least_fp32(t: Tensor) -> Tensor:
+    """`t` in fp32, or unchanged if it is fp32 or fp64 already."""
+    return t if t.dtype in (torch.float32, torch.float64) else t.float()
+
+
+def log_size_bias(state: TokenState, dtype: torch.dtype, sizes: bool = True) -> Tensor | None:
+    """Logit bias that makes attention see a merged token as often as it has members.
+
+    Args:
+        state: the tokens.
+        dtype: of the attention; the logarithm is taken in the precision of the sizes and cast last.
+        sizes: False leaves the sizes out and only masks padding (proportional attention off).
+
+    Returns:
+        [B, 1, 1, N]: log(size), -inf on padding; `None` where it would be zero everywhere.
+    """
+    size = state.size if sizes else None
+    if size is None and state.keep is None:
+        return None
+    if size is not None:
+        bias = size.log()
+    else:
+        assert state.keep is not None
+        bias = torch.zeros_like(state.keep, dtype=dtype)
+    if state.keep is not None:
+        bias = bias.masked_fill(~state.keep, float("-inf"))
+    return bias[:, None, None, :].to(dtype)
+
+
+def gather_mask(mask: Tensor | None, state: TokenState) -> Tensor | None:
+    """Restricts a [.., N0, N0] or [.., 1, N0] mask of the original sequence to the tokens still alive: [B, 1|H, N|1, N]."""
+    if mask is None or state.index is None:
+        return mask
+    batch, n = state.index.shape
+    mask = mask[(None,) * (4 - mask.ndim)]
+    mask = mask.expand(batch, *mask.shape[1:])
+    mask = mask.gather(3, state.index[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
+    if mask.shape[2] > 1:
+        mask = mask.gather(2, state.index[:, None, :, None].expand(-1, mask.shape[1], -1, n))
+    return mask
+
+
+def add_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """Sum of an attention mask (bool: True = attend; or additive) and an additive bias; `None` counts as zero."""
+    if mask is None or bias is None:
+        return bias if mask is None else mask
+    if mask.dtype == torch.bool:
+        return bias.masked_fill(~mask, float("-inf"))
+    return mask.to(bias.dtype) + bias
+
+
+def gather_positions(table: Tensor | None, state: TokenState) -> Tensor | None:
+    """Rows of a rotary table for the patches still alive.
+
+    Args:
+        table: [N0-P, D] shared by batch and heads, or [H, N0-P, D], or [B, H, N0-P, D].
+        state: the tokens.
+
+    Returns:
+        [B, 1|H, N-P, D], so that every image has its own positions; `table` itself while nothing has moved.
+    """
+    if table is None or state.index is None:
+        return table
+    rows = state.index[:, state.num_prefix :] - state.num_prefix  # [B, N-P]
+    if table.ndim == 2:
+        return table[rows][:, None]
+    table = table.expand(rows.shape[0], *table.shape[-3:])
+    return table.gather(2, rows[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[-1]))

@@ -64,6 +64,11 @@ def pool(x: Tensor, state: TokenState, kind: str, first: int) -> Tensor:
     return 0.5 * (real_max(x, state, first) + weighted_mean(x, state, first))
 
 
+def _plain(state: TokenState) -> bool:
+    """Whether every row is one real patch, so that upstream's pooling is right as it is."""
+    return state.size is None and state.keep is None
+
+
 class PatchedTrunk(Mixin):
     """Mixin for timm trunks: average and maximum pooling over reduced tokens; dense outputs and packed inputs explained."""
 
@@ -85,10 +90,9 @@ class PatchedTrunk(Mixin):
     def _pool_reduced(self, x: Tensor, upstream: Any, pool_type: str | None) -> Tensor:
         state = self._vtok_run.current.final
         kind: Any = self.global_pool if pool_type is None else pool_type
-        plain = state is None or (state.size is None and state.keep is None)
-        if plain or kind not in ("avg", "max", "avgmax") or getattr(self, "attn_pool", None) is not None:
+        attends = getattr(self, "attn_pool", None) is not None
+        if state is None or _plain(state) or attends or kind not in ("avg", "max", "avgmax"):
             return upstream(x, pool_type)
-        assert state is not None
         return pool(x, state, kind, 0 if getattr(self, "pool_include_prefix", False) else state.num_prefix)
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
@@ -103,3 +107,14 @@ class PatchedTrunk(Mixin):
                 "tokens were reduced, so intermediate outputs no longer fill the patch grid. Ask for output_fmt='NLC', "
                 "or patch with trace=True and put tokens back in place with vtok.unmerge(model, tokens)"
             ) from error
+
+
+class HeadPooledTrunk(PatchedTrunk):
+    """Mixin for trunks that average the patches inside `forward_head` (BEiT)."""
+
+    def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        state, upstream = self._vtok_run.current.final, super()
+        if state is not None and not _plain(state) and self.global_pool == "avg":
+            mean = weighted_mean(x, state, state.num_prefix)  # handed on as the one patch, whose plain mean it is
+            x = torch.cat([x[:, : state.num_prefix], mean[:, None]], 1)
+        return upstream.forward_head(x, *args, **kwargs)

@@ -33,9 +33,13 @@ class Hook:
     """Base of the hooks that vtok registers."""
 
 
-@functools.cache
 def mixed_class(mixin: type, base: type) -> type:
-    """`(mixin, base)` under the name of `base`."""
+    """`(mixin, base)` under the name of `base`; the same class for the same two parts."""
+    return _mixed_class(mixin, base)
+
+
+@functools.cache
+def _mixed_class(mixin: Any, base: Any) -> Any:
     return type(base.__name__, (mixin, base), {"__module__": base.__module__, "__qualname__": base.__qualname__})
 
 
@@ -73,19 +77,27 @@ def take_off(module: nn.Module) -> None:
 def check_forward(module: nn.Module) -> None:
     """Raises if somebody replaced `forward` on the instance: a class swap would silently do nothing.
 
-    accelerate's hooks do that too, but keep the original under `_old_forward`, which `_set_class` re-binds.
+    accelerate's hooks do that too, but keep the class's own forward under `_old_forward`, and leave it bound to the instance
+    when they go: both are re-bound by `_set_class`.
     """
-    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
+    if "forward" in module.__dict__ and not _is_own(module, "forward") and not _is_own(module, "_old_forward"):
         raise StateError(
             f"forward of this {type(module).__name__} was replaced on the instance by {module.__dict__['forward']!r}; "
             "vtok would be bypassed. Patch with vtok first, or remove that replacement"
         )
 
 
-def _set_class(module: nn.Module, cls: type) -> None:
+def _is_own(module: nn.Module, name: str) -> bool:
+    """Whether an instance attribute is nothing but the class's forward, bound to the instance."""
+    bound = module.__dict__.get(name)
+    return getattr(bound, "__self__", None) is module and getattr(bound, "__func__", None) is type(module).forward
+
+
+def _set_class(module: nn.Module, cls: Any) -> None:
+    bound = [name for name in ("_old_forward", "forward") if _is_own(module, name)]
     module.__class__ = cls
-    if "_old_forward" in module.__dict__:
-        module._old_forward = types.MethodType(cls.forward, module)  # type: ignore[assignment,attr-defined]
+    for name in bound:
+        module.__dict__[name] = types.MethodType(cls.forward, module)
 
 
 def remove_hooks(module: nn.Module) -> None:

@@ -18,7 +18,7 @@ from vtok.patches.protocol import Attend, Projected, TapSpec
 
 
 class TimmAttention(Attend):
-    """`Attention`, `AttentionRope`, `EvaAttention`: fused or separate projections, q/k norm, rotation, gate, grouped queries."""
+    """`Attention`, `AttentionRope`, `EvaAttention`: q, k, v fused or apart, q/k norm, rotation, gate, grouped queries."""
 
     # q_norm and k_norm always run (nn.Identity where there is no norm); a hook on qkv would miss EVA: it reads the weight only.
     taps: ClassVar[dict[str, TapSpec]] = {"q": TapSpec("q_norm"), "k": TapSpec("k_norm")}

@@ -90,7 +90,7 @@ _BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "DeiT distilled": _distilled,
     "EVA-02 rotary, SwiGLU": _eva(qkv_fused=False, swiglu_mlp=True, scale_mlp=True),
     "EVA fused q/k/v bias": _eva(use_rot_pos_emb=False, init_values=0.1),
-    "EVA map pool": _eva(global_pool="map"),
+    "EVA map pool": _eva(global_pool="map", use_rot_pos_emb=False),
     "EVA mixed rotary": _eva(rope_type="mixed", attn_type="rope"),
     "EVA post-norm": _eva(use_post_norm=True),
     "EVA grouped queries": _eva(attn_type="rope", num_kv_heads=2, qkv_fused=False),

@@ -13,7 +13,7 @@ from torch import nn
 from vtok.cost import TowerCost
 from vtok.errors import UnsupportedModelError
 from vtok.patches.cost import block_cost, linear_macs, shape_only_macs
-from vtok.patches.pooling import PatchedTrunk, PoolBias
+from vtok.patches.pooling import HeadPooledTrunk, PatchedTrunk, PoolBias
 from vtok.patches.protocol import Attend, Block, BlockSpec, Example, Tower, look_up, qualified_name
 from vtok.patches.swap import put_on
 from vtok.patches.timm_attention import (
@@ -100,7 +100,8 @@ class TimmAdapter:
             hook = PoolBias(run, "attn_mask", drop_prefix=not _pool_sees_prefix(trunk))
             attn_pool.register_forward_pre_hook(hook, with_kwargs=True)
         trunk._vtok_run = run
-        put_on(trunk, PatchedTrunk)
+        pools = hasattr(trunk, "pool") or hasattr(trunk, "_pool")
+        put_on(trunk, PatchedTrunk if pools else HeadPooledTrunk)
 
     def cost(self, tower: Tower) -> TowerCost:
         trunk: Any = tower.module
@@ -114,7 +115,15 @@ class TimmAdapter:
             head += heads
         else:  # no pooling: the classifier runs on every token
             per_token += heads
-        return TowerCost(_stem_macs(trunk, tower, patches), tuple(block_cost(b) for b in tower.blocks), head, per_token)
+        averages = attn_pool is None and trunk.global_pool in ("avg", "avgmax")
+        return TowerCost(
+            _stem_macs(trunk, tower, patches),
+            tuple(block_cost(b) for b in tower.blocks),
+            head,
+            per_token,
+            weighted_mean=trunk.num_features if averages else 0,
+            unpooled=0 if getattr(trunk, "pool_include_prefix", False) else tower.num_prefix,
+        )
 
     def examples(self) -> Sequence[Example]:
         from vtok.patches.timm_examples import EXAMPLES

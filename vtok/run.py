@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from vtok.errors import StateError
 from vtok.state import TokenState
@@ -21,10 +22,7 @@ _TRAINING_PASSES = 16  # forward passes remembered for a later backward (gradien
 
 
 def _address(x: Tensor) -> int:
-    try:
-        return x.data_ptr()
-    except RuntimeError:  # fake tensors have no memory
-        return 0
+    return 0 if isinstance(x, FakeTensor) else x.data_ptr()  # fake tensors have no memory
 
 
 class Pass:

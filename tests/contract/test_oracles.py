@@ -1,0 +1,162 @@
+"""What reduction must be equal to: masking for pruning, duplicates for merging, one image at a time for batches."""
+
+import pytest
+import torch
+from zoo import EXAMPLES, STATIC, attach, build, images, pairs
+
+import vtok
+from vtok.api import run_of
+from vtok.patches.block import ReducingBlock
+from vtok.reduction import Plan
+
+PRUNING = ("ats", "random", "uniform", "zero_tprune")
+MERGING = ("pitome", "tome")
+
+
+def test_every_method_prunes_or_merges():
+    assert sorted(PRUNING + MERGING) == vtok.METHODS.names()
+
+
+class Masking:
+    """Stands in for a reducer: drops nothing, but masks what the real one dropped, by original index."""
+
+    def __init__(self, reducer, kept):
+        self.reducer, self.kept = reducer, kept  # block -> list of sets of original rows, one an image
+
+    def __getattr__(self, name):
+        return getattr(self.reducer, name)
+
+    def plan(self, x, state, view, at):
+        batch, n, _ = x.shape
+        valid = torch.zeros(batch, n, dtype=torch.bool)
+        for b, rows in enumerate(self.kept[at.index]):
+            valid[b, sorted(rows)] = True
+        return Plan(torch.arange(n).expand(batch, n), valid=valid)
+
+
+def _kept_rows(run):
+    """Original rows alive after each block, per image."""
+    kept = {}
+    for i, state in enumerate(run.current.states[1:]):
+        if state.index is None:
+            kept[i] = None
+            continue
+        real = torch.ones_like(state.index, dtype=torch.bool) if state.keep is None else state.keep
+        kept[i] = [set(row[mask].tolist()) for row, mask in zip(state.index, real)]
+    return kept
+
+
+@pytest.mark.parametrize(("name", "method"), [p for p in pairs() if p[1] in PRUNING])
+def test_dropping_equals_masking(name, method):
+    """Rotary tables, relative biases, masks and pooling must follow the tokens that stay."""
+    model, x = build(name, torch.float64), images(name, batch=3, dtype=torch.float64)
+    attach(name, model, method)
+    with torch.no_grad():
+        dropped = model(x)
+        run = run_of(model)
+        kept = _kept_rows(run)
+        assert run.current.tokens(run.depth) < run.current.length, "nothing was dropped"
+        for block in model.modules():
+            if isinstance(block, ReducingBlock) and block._vtok.reducer is not None:
+                block._vtok.reducer = Masking(block._vtok.reducer, kept)
+        masked = model(x)
+        assert run.current.tokens(run.depth) == run.current.length
+    assert (dropped - masked).abs().max() <= 1e-10 * masked.abs().max()
+
+
+def _quadrants(name):
+    """Four colours, one a quadrant: 16 identical patches each."""
+    channels, height, width = EXAMPLES[name].input_size
+    colours = torch.tensor([[1.0, -1.0, 0.5], [-0.7, 0.9, 1.2], [0.3, 1.1, -1.3], [-1.2, -0.4, 0.8]], dtype=torch.float64)
+    x = colours.T.reshape(1, channels, 2, 2).repeat_interleave(height // 2, 2).repeat_interleave(width // 2, 3)
+    return torch.cat([x, x.flip(1)])
+
+
+def _has_positions(name):
+    """Whether attention itself knows positions (or a convolution mixed them in), so that equal patches become unequal."""
+    model = build(name)
+    tables = any(
+        hasattr(m, "relative_position_bias_table") and m.relative_position_bias_table is not None for m in model.modules()
+    )
+    shared = getattr(model, "rel_pos_bias", None) is not None
+    return tables or shared or getattr(model, "rope", None) is not None or "hybrid" in name
+
+
+LOSSLESS = [p for p in pairs() if p[1] in MERGING and not _has_positions(p[0])]
+
+
+def test_lossless_merging_covers_every_pool():
+    pools = {"ViT average pool", "ViT average and maximum pool", "ViT maximum pool", "ViT map pool (SigLIP)", "EVA map pool"}
+    assert {f"timm: {pool}" for pool in pools} <= {name for name, _ in LOSSLESS}
+
+
+@pytest.mark.parametrize(("name", "method"), LOSSLESS)
+def test_merging_duplicates_is_lossless(name, method):
+    """Identical patches, no position embedding: whatever merges, the size bias and the weighted pool make up for it."""
+    model, x = build(name, torch.float64), _quadrants(name)
+    with torch.no_grad():
+        for parameter_name, p in model.named_parameters():
+            if "pos_embed" in parameter_name:
+                p.zero_()
+        reference = model(x)
+        vtok.patch(model, method, input_size=EXAMPLES[name].input_size, **({"r": 6} if method == "tome" else {"ratio": 0.85}))
+        merged = model(x)
+    run = run_of(model)
+    assert run.current.tokens(run.depth) < run.current.length - 15
+    assert (merged - reference).abs().max() <= 1e-9 * reference.abs().max()
+
+
+@pytest.mark.parametrize(("name", "method"), pairs())
+def test_a_batch_equals_one_image_at_a_time(name, method):
+    model, x = build(name, torch.float64), images(name, batch=4, dtype=torch.float64)
+    attach(name, model, method)
+    with torch.no_grad():
+        together = model(x)
+        alone = torch.cat([model(image[None]) for image in x])
+        again = model(x)
+    assert torch.equal(together, again)
+    assert (together - alone).abs().max() <= 1e-10 * together.abs().max()
+
+
+def test_ats_keeps_the_same_ids_alone_and_in_any_batch():
+    name = "timm: ViT"
+    model, x = build(name, torch.float64), images(name, batch=6, dtype=torch.float64)
+    attach(name, model, "ats", num_tokens=40)
+    run = run_of(model)
+    with torch.no_grad():
+        model(x)
+        together = _kept_rows(run)
+        counts = {len(rows) for rows in together[3]}
+        assert len(counts) > 1, "all images kept the same number: the test says nothing"
+        for order in ([0], [3, 1], [5, 4, 3, 2, 1, 0]):
+            model(x[order])
+            for block, rows in _kept_rows(run).items():
+                assert rows == (None if together[block] is None else [together[block][b] for b in order])
+
+
+@pytest.mark.parametrize("name", [n for n, m in pairs() if m == "ats"])
+def test_ats_drop_equals_mask(name):
+    model, x = build(name, torch.float64), images(name, batch=4, dtype=torch.float64)
+    with torch.no_grad():
+        dropped = attach(name, model, "ats", num_tokens=40)(x)
+        shapes = [run_of(model).current.tokens(i) for i in range(5)]
+        masked = attach(name, model, "ats", num_tokens=40, **STATIC["ats"])(x)
+        fixed = [run_of(model).current.tokens(i) for i in range(5)]
+    assert (dropped - masked).abs().max() <= 1e-10 * masked.abs().max()
+    assert shapes[-1] <= fixed[-1]
+
+
+@pytest.mark.parametrize("method", vtok.METHODS.names())
+def test_prefix_tokens_stay_in_front(method):
+    for name in ("timm: ViT qk-norm, LayerScale, 4 registers", "timm: DeiT distilled", "timm: DINOv3 rotary, 4 registers"):
+        model, x = build(name), images(name)
+        attach(name, model, method, trace=True)
+        with torch.no_grad():
+            model(x)
+        run = run_of(model)
+        final, p = run.current.final, run.num_prefix
+        assert final.index[:, :p].tolist() == [list(range(p))] * len(x)
+        assert final.group[:, :p].tolist() == [list(range(p))] * len(x)
+        if final.size is not None:
+            assert (final.size[:, :p] == 1).all()
+            assert (final.size.sum(1) == run.current.length).all()

@@ -48,17 +48,26 @@ class TowerCost:
         blocks: one entry a block.
         head: after the last block, whatever the number of tokens.
         head_per_token: after the last block, per token that arrives (attention pooling).
+        weighted_mean: per token that an average pool takes in, once tokens differ in weight: a plain mean has no products.
+        unpooled: tokens in front that the average pool leaves out.
     """
 
     stem: int
     blocks: tuple[BlockCost, ...]
     head: int
     head_per_token: int = 0
+    weighted_mean: int = 0
+    unpooled: int = 0
 
-    def total(self, tokens: Sequence[tuple[float, float]], places: Sequence[Place | None]) -> float:
-        """MACs of the model, reduction left out, given (tokens in, tokens out) of every block."""
+    def total(self, tokens: Sequence[tuple[float, float]], places: Sequence[Place | None], weighted: bool = False) -> float:
+        """MACs of the model, reduction left out, given (tokens in, tokens out) of every block.
+
+        `weighted`: the tokens that leave the last block differ in weight (merged, or some are padding).
+        """
         blocks = sum(cost.macs(n, m, place) for cost, (n, m), place in zip(self.blocks, tokens, places))
-        return self.stem + blocks + self.head + self.head_per_token * tokens[-1][1]
+        left = tokens[-1][1]
+        pool = self.weighted_mean * (left - self.unpooled) if weighted else 0
+        return self.stem + blocks + self.head + self.head_per_token * left + pool
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,7 @@ def estimate(
         num_prefix: of these, protected.
         counts: (tokens in, out) of every block if they were measured; `None` = as the reducers say.
     """
-    rows, n, exact = [], float(n0), True
+    rows, n, exact, weighted = [], float(n0), True, False
     for i, block in enumerate(cost.blocks):
         m, place, own = n, None, 0.0
         if counts is not None:
@@ -130,9 +139,12 @@ def estimate(
                 m = reducer.count(site, int(n), num_prefix)
                 exact = exact and reducer.exact
             own = reducer.macs(site, round(n), num_prefix)
+            # A ragged step is taken to leave padding; if all images keep the same number, the pool is priced a hair too high.
+            weighted = weighted or reducer.ragged or (reducer.sizes and m < n)
         rows.append(Row(i, place, n, m, block.macs(n, m, place), own))
         n = m
     tokens = [(row.tokens_in, row.tokens_out) for row in rows]
     places = [row.place for row in rows]
     base = cost.total([(n0, n0)] * len(cost.blocks), [None] * len(cost.blocks))
-    return Estimate(tuple(rows), base, cost.total(tokens, places), sum(row.reduction_macs for row in rows), exact)
+    macs = cost.total(tokens, places, weighted)
+    return Estimate(tuple(rows), base, macs, sum(row.reduction_macs for row in rows), exact)

@@ -97,6 +97,7 @@ class ATS(MethodConfig):
             self.score == "per_head",
             self.query == "cls",
             info.num_heads * info.head_dim,
+            info.num_heads,
         )
 
 
@@ -128,6 +129,7 @@ class ATSReducer(Reducer):
     per_head: bool
     from_cls: bool
     width: int
+    num_heads: int
     needs: ClassVar[frozenset[str]] = frozenset("qkv")
     ragged: ClassVar[bool] = True
     exact: ClassVar[bool] = False
@@ -152,7 +154,7 @@ class ATSReducer(Reducer):
         return Plan(with_prefix(kept, p), valid=real)
 
     def scores(self, state: TokenState, view: AttentionView) -> Tensor:
-        """[B, N-P]: significance of every patch, 0 for padding."""
+        """[B, N-P]: significance of every patch; 0 for padding, which the bias of the view hides."""
         p = state.num_prefix
         attn = view.probs(slice(0, 1))[:, :, 0] if self.from_cls else view.received(state.keep)
         assert view.v is not None
@@ -163,9 +165,6 @@ class ATSReducer(Reducer):
         attn, v = attn[:, :, first:], v[:, :, first:]
         if p == 0:
             attn, v = torch.nn.functional.pad(attn, (1, 0)), torch.nn.functional.pad(v, (0, 0, 1, 0))
-        if state.keep is not None:
-            keep = state.keep[:, first:] if p else torch.nn.functional.pad(state.keep, (1, 0))
-            attn = attn * keep[:, None]
         return significance_scores(attn, v, self.per_head)
 
     def _rows(self, hit: Tensor, most: int) -> tuple[Tensor, Tensor | None]:
@@ -180,5 +179,8 @@ class ATSReducer(Reducer):
         return n if self.points is None else min(n, num_prefix + self.points)
 
     def macs(self, at: Site, n: int, num_prefix: int) -> int:
-        queries = 1 if self.from_cls else n
-        return queries * n * self.width + (0 if self.from_cls else n * n)
+        if self.from_cls:
+            return n * self.width
+        # Padding, which the first site cannot have, turns the plain mean over queries into a product with weights.
+        padded = at.index != self.layers[0]
+        return n * n * (self.width + (self.num_heads if padded else 0))

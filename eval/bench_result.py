@@ -1,0 +1,174 @@
+"""The result of a benchmark: its fields, as JSON, and as tables for the terminal or, in GitHub markdown, for a README."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from vtok.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+HEADER = (
+    "method",
+    "tokens",
+    "GMACs",
+    "GFLOPs (2x)",
+    "images/s",
+    "speed-up [95 %]",
+    "implied",
+    "achieved [95 %]",
+    "reduction",
+    "memory MB",
+    "attention",
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One setting against the unpatched model. Mappings have the keys `base` (unpatched) and `patched` unless said otherwise.
+
+    Attributes:
+        model: name.
+        backend: adapter.
+        method: name(s) of the method.
+        params: its parameters, resolved.
+        tokens: `in`, `out`, `mean_per_layer` (mean over images of the real tokens that leave each block).
+        gmacs: per image: `base`, `model` (patched), `computed` (padding included), `pruner` (the reduction's own).
+        gflops: the same, 2 x.
+        implied_speedup: base / model, the reduction's own MACs left out.
+        samples_per_sec: images a second, from median step times.
+        step_time_ms: median time of a batch.
+        spread: distance of the quartiles of the step times, as a share of their median.
+        speedup: median over the pairs of unpatched time / patched time.
+        speedup_ci: 95 % interval, percentile bootstrap over the pairs.
+        achieved: speedup / implied_speedup.
+        achieved_ci: its interval.
+        slower: whether the whole interval of the speed-up lies below 1.
+        verdict: the same in words.
+        kernel: what computed attention, by number of blocks.
+        dtype, device, device_name, threads, batch_size, img_size, pairs, seed: of the run.
+        versions: of python, torch, vtok and the backends.
+        peak_memory_mb: see `vtok.eval.memory`; `None` if it was left out.
+        reduction_share: part of the forward pass spent deciding and moving tokens, by the profiler, whose own cost per operator
+            makes it an upper bound; `None` if it was left out.
+        baseline_check: `plain_ms` (median step of a plain loop), `ratio` (interleaved / plain), `ok` (within 3 %).
+    """
+
+    model: str
+    backend: str
+    method: str
+    params: Any
+    tokens: dict[str, Any]
+    gmacs: dict[str, float]
+    gflops: dict[str, float]
+    implied_speedup: float
+    samples_per_sec: dict[str, float]
+    step_time_ms: dict[str, float]
+    spread: dict[str, float]
+    speedup: float
+    speedup_ci: list[float]
+    achieved: float
+    achieved_ci: list[float]
+    slower: bool
+    verdict: str
+    kernel: dict[str, str]
+    dtype: str
+    device: str
+    device_name: str
+    threads: int
+    batch_size: int
+    img_size: int
+    pairs: int
+    seed: int
+    versions: dict[str, str]
+    peak_memory_mb: dict[str, float] | None
+    reduction_share: float | None
+    baseline_check: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values under the names of the fields."""
+        return asdict(self)
+
+
+def to_json(results: Sequence[Result]) -> str:
+    """A JSON list."""
+    return json.dumps([result.to_dict() for result in results], indent=2)
+
+
+def from_json(text: str) -> list[Result]:
+    """The inverse of `to_json`."""
+    return [Result(**values) for values in json.loads(text)]
+
+
+def label(method: str, params: Any) -> str:
+    """ "tome(r=8)": parameters that are set; several methods carry theirs one by one."""
+    if isinstance(params, list):
+        return " + ".join(label(one["method"], {k: v for k, v in one.items() if k != "method"}) for one in params)
+    given = ", ".join(f"{key}={_short(value)}" for key, value in params.items() if value is not None)
+    return f"{method}({given})" if given else method
+
+
+def rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
+    """Cells under `HEADER`, one row a result."""
+    return [
+        (
+            label(r.method, r.params),
+            f"{r.tokens['in']:.0f} -> {_short(r.tokens['out'])}",
+            f"{r.gmacs['base']:.3f} -> {r.gmacs['model']:.3f} + {r.gmacs['pruner']:.3f}",
+            f"{r.gflops['base']:.3f} -> {r.gflops['model']:.3f} + {r.gflops['pruner']:.3f}",
+            f"{r.samples_per_sec['base']:.1f} -> {r.samples_per_sec['patched']:.1f}",
+            f"{r.speedup:.2f}x [{r.speedup_ci[0]:.2f}, {r.speedup_ci[1]:.2f}]" + (" SLOWER" if r.slower else ""),
+            f"{r.implied_speedup:.2f}x",
+            f"{r.achieved:.2f} [{r.achieved_ci[0]:.2f}, {r.achieved_ci[1]:.2f}]",
+            "-" if r.reduction_share is None else f"{100 * r.reduction_share:.1f} %",
+            "-" if r.peak_memory_mb is None else f"{r.peak_memory_mb['base']:.0f} -> {r.peak_memory_mb['patched']:.0f}",
+            r.kernel["patched"] if len(set(r.kernel.values())) == 1 else f"{r.kernel['base']} -> {r.kernel['patched']}",
+        )
+        for r in results
+    ]
+
+
+def caption(results: Sequence[Result]) -> str:
+    """What all rows share: model, machine, versions, and whether the baseline can be trusted."""
+    r = results[0]
+    check = r.baseline_check
+    trust = "agrees" if check["ok"] else "DOES NOT AGREE: the machine was busy, measure again"
+    software = ", ".join(f"{name} {version}" for name, version in r.versions.items())
+    return (
+        f"{r.model}, {r.img_size} px, batch {r.batch_size}, {r.dtype}, {r.device} ({r.device_name}), {r.threads} threads, "
+        f"{r.pairs} interleaved pairs; {software}. Unpatched {r.step_time_ms['base']:.1f} ms a batch; a plain loop takes "
+        f"{check['plain_ms']:.1f} ms, ratio {check['ratio']:.3f}: {trust}. GMACs and GFLOPs are per image: unpatched -> "
+        "patched + the reduction's own."
+    )
+
+
+def table(results: Sequence[Result]) -> Table:
+    """A rich table.
+
+    Raises:
+        MissingExtraError: rich is not installed.
+    """
+    try:
+        from rich.table import Table
+    except ImportError as error:
+        raise MissingExtraError("rich", "eval") from error
+    made = Table(*HEADER, caption=caption(results))
+    for row, result in zip(rows(results), results):
+        made.add_row(*row, style="red" if result.slower else None)
+    return made
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """A GitHub-markdown table with its caption under it and one sentence a setting on its speed."""
+    lines = ["| " + " | ".join(HEADER) + " |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows(results)]
+    words = [f"- {label(r.method, r.params)}: {r.verdict}." for r in results]
+    return "\n".join([*lines, "", caption(results), "", *words, ""])
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

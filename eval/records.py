@@ -1,0 +1,73 @@
+"""Results as lines of JSON, appended one finished configuration at a time. The file is the truth; the rest derives from it.
+
+A record is written with one `write` and synchronised to disk under a file lock, so that a kill at any moment loses at most
+the configuration in progress and two processes never mix lines. A damaged line is reported and skipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+
+def key_of(identity: dict[str, Any]) -> str:
+    """Short hash of everything that decides a result: equal identities are the same configuration."""
+    text = json.dumps(identity, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Records:
+    """An append-only file of results.
+
+    Args:
+        path: of the JSON lines file; its folder is created.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(f"{self.path}.lock")
+
+    def load(self) -> list[dict[str, Any]]:
+        """All readable records, oldest first; damaged lines raise a warning that names them."""
+        if not self.path.is_file():
+            return []
+        records = []
+        for number, line in enumerate(self.path.read_bytes().split(b"\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                warnings.warn(f"{self.path}:{number}: damaged line skipped ({error})", stacklevel=2)
+                continue
+            if isinstance(record, dict) and "key" in record:
+                records.append(record)
+            else:
+                warnings.warn(f"{self.path}:{number}: not a record, skipped", stacklevel=2)
+        return records
+
+    def by_key(self) -> dict[str, dict[str, Any]]:
+        """The newest record of every configuration."""
+        return {record["key"]: record for record in self.load()}
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds one record that has a `key`."""
+        line = json.dumps(record, sort_keys=True, allow_nan=False).encode() + b"\n"
+        with self._lock, open(self.path, "ab+") as file:
+            if file.tell() and not _ends_with_newline(file):
+                line = b"\n" + line  # a killed writer left half a line: keep it apart
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _ends_with_newline(file: Any) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"

@@ -1,0 +1,167 @@
+"""Images with labels through timm's data pipeline, where files that cannot be read are left out and named.
+
+timm's own dataset puts the next image in the place of an unreadable one, so that it is counted twice under a wrong index. Here
+an unreadable file becomes a marker, which travels with its batch (from a worker process too) and never reaches the model.
+
+Shapes: b readable images of a batch, C channels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vtok.errors import ConfigError
+
+_STREAMS = ("hfids", "tfds", "wds")  # timm's prefixes of datasets without an index
+
+
+class Unreadable(NamedTuple):
+    """A file that was left out, and why."""
+
+    file: str
+    reason: str
+
+
+class Sample(NamedTuple):
+    """An image [C, H, W], its label, its number in the dataset."""
+
+    image: Tensor
+    label: int
+    row: int
+
+
+class Batch(NamedTuple):
+    """What the loader yields.
+
+    Attributes:
+        images: [b, C, H, W]; `None` if no file of the batch could be read.
+        labels: [b] int64.
+        rows: numbers of the images in the dataset.
+        skipped: files of this batch that were left out.
+    """
+
+    images: Tensor | None
+    labels: Tensor
+    rows: list[int]
+    skipped: list[Unreadable]
+
+
+class CheckedImages(Dataset):
+    """A timm `ImageDataset` or torchvision dataset whose unreadable files become `Unreadable`.
+
+    Args:
+        inner: has `reader` (timm) or returns (PIL image, label).
+        mode: PIL mode, "RGB" or "L".
+        num_samples: evenly spaced images to take; `None` = all.
+    """
+
+    def __init__(self, inner: Any, mode: str, num_samples: int | None = None):
+        self.inner, self.mode = inner, mode
+        self.transform: Any = None  # timm's create_loader sets it
+        count = len(inner)
+        taken = count if num_samples is None else min(num_samples, count)
+        self.indices = [i * count // taken for i in range(taken)]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, row: int) -> Sample | Unreadable:
+        index = self.indices[row]
+        try:
+            image, label = self._decode(index)
+        except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, struct.error, ...
+            return Unreadable(self.filename(row), f"{type(error).__name__}: {error}")
+        return Sample(self.transform(image), -1 if label is None else int(label), row)
+
+    def _decode(self, index: int) -> tuple[Any, Any]:
+        from PIL import Image
+
+        if not hasattr(self.inner, "reader"):
+            image, label = self.inner[index]
+            return image.convert(self.mode), label
+        file, label, *_ = self.inner.reader[index]
+        with file, Image.open(file) as image:
+            return image.convert(self.mode), label  # reads all pixels: a truncated file fails here
+
+    def filename(self, row: int) -> str:
+        """Path of an image inside the dataset, as far as it has one."""
+        index = self.indices[row]
+        return str(self.inner.filename(index)) if hasattr(self.inner, "filename") else f"image {index}"
+
+    @property
+    def class_to_idx(self) -> dict[str, int] | None:
+        """Class name -> label, `None` if the dataset does not say."""
+        return getattr(getattr(self.inner, "reader", self.inner), "class_to_idx", None)
+
+
+def collate(items: Sequence[Sample | Unreadable]) -> Batch:
+    """Makes a batch of what could be read."""
+    good = [item for item in items if isinstance(item, Sample)]
+    return Batch(
+        torch.stack([item.image for item in good]) if good else None,
+        torch.tensor([item.label for item in good], dtype=torch.int64),
+        [item.row for item in good],
+        [item for item in items if isinstance(item, Unreadable)],
+    )
+
+
+def other_files(data: CheckedImages, class_map: str = "") -> list[Unreadable]:
+    """Visible files of an image folder that are no samples: other extensions, or folders that the class map leaves out."""
+    reader = getattr(data.inner, "reader", None)
+    samples, root = getattr(reader, "samples", None), getattr(reader, "root", None)
+    if samples is None or not root or not os.path.isdir(root):
+        return []
+    from timm.data.readers.img_extensions import get_img_extensions
+
+    known = {os.path.abspath(path) for path, *_ in samples}
+    ours = {os.path.abspath(p) for p in (class_map, os.path.join(root, class_map)) if class_map}
+    found = []
+    for folder, _, names in os.walk(root, followlinks=True):
+        for name in sorted(names):
+            path = os.path.abspath(os.path.join(folder, name))
+            if name.startswith(".") or path in known or path in ours:
+                continue
+            extension = os.path.splitext(name)[1].lower()
+            is_image = extension in get_img_extensions(as_set=True)
+            reason = "its folder is not in the class map" if is_image else f"not an image extension: {extension or 'none'}"
+            found.append(Unreadable(os.path.relpath(path, root), reason))
+    return sorted(found)
+
+
+def open_dataset(root: str, name: str, split: str, class_map: str, mode: str, num_samples: int | None) -> CheckedImages:
+    """timm's `create_dataset`, checked.
+
+    Args:
+        root: image folder (or its parent, which holds the split's folder), .tar file, or root of a named dataset.
+        name: timm's name of the dataset, "" = image folder.
+        split: name of the split.
+        class_map: file with a class name a line (.txt) or a pickled mapping (.pkl); "" = folders in natural order.
+        mode: PIL mode.
+        num_samples: see `CheckedImages`.
+
+    Raises:
+        ConfigError: there is nothing there, or it is a stream.
+    """
+    from timm.data import create_dataset
+
+    if not name and not os.path.exists(root):
+        raise ConfigError(f"{root} does not exist; name a folder with one sub-folder of images a class")
+    if class_map and not any(os.path.isfile(path) for path in (class_map, os.path.join(root, class_map))):
+        raise ConfigError(f"class map {class_map} is neither a file nor a file in {root}")
+    if name.partition("/")[0].lower() in _STREAMS:
+        raise ConfigError(f"{name} is a stream; paired evaluation needs an index: a folder, a .tar file, hfds/... or torch/...")
+    try:
+        labelled: Any = class_map  # a file name, which timm's annotation forgets
+        data = create_dataset(name, root=root, split=split, class_map=labelled, input_img_mode=mode)
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"timm cannot open {name or root}: {error}") from error
+    checked = CheckedImages(data, mode, num_samples)
+    if not len(checked):
+        raise ConfigError(f"{root} holds no images")
+    return checked

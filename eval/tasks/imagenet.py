@@ -1,0 +1,231 @@
+"""ImageNet-style accuracy of a timm model on a folder of images, with the pipeline, flags and fields of timm's validate.py.
+
+Patched and unpatched models see the very same batches: what a method costs is a paired difference with its standard error.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtok.api import Size, run_of
+from vtok.errors import ConfigError
+from vtok.eval.intervals import mean_stderr
+from vtok.eval.settings import (
+    PassCost,
+    Setting,
+    backend,
+    evaluating,
+    mean_cost,
+    method_name,
+    model_name,
+    pass_cost,
+    placed,
+    resolved_params,
+    twin,
+    versions,
+)
+from vtok.eval.tasks.image_folder import CheckedImages, Unreadable, open_dataset, other_files
+from vtok.eval.tasks.scoring import Scorer, Scores
+from vtok.eval.tasks.timm_pipeline import Options, create_loader, create_model, data_config
+
+
+class _Tally:
+    """What one setting has scored so far, and what its passes cost."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        run = run_of(model)
+        self.adapts = run is not None and any(not reducer.exact for _, reducer in run.patch.steps.values())
+        self.scores: list[Scores] = []
+        self.costs: list[PassCost] = []
+        self.images: list[int] = []
+
+    def add(self, scores: Scores, size: Size) -> None:
+        """Takes the scores of the batch that the model has just seen."""
+        self.scores.append(scores)
+        if self.adapts or not self.costs:
+            self.costs.append(pass_cost(self.model, size))
+            self.images.append(len(scores.prediction))
+
+    def column(self, name: str) -> Tensor:
+        """[n]: one field of the scores, for the images that count."""
+        counts = [s.counts for s in self.scores]
+        return torch.cat([getattr(s, name)[c] for s, c in zip(self.scores, counts)] or [torch.empty(0)])
+
+
+def evaluate(
+    model: str | nn.Module,
+    data_dir: str | os.PathLike,
+    settings: Sequence[Any] = (None,),
+    options: Options | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Top-1 and top-5 accuracy of every setting, all on the same batches.
+
+    Args:
+        model: a timm name, or an unpatched model, which is left as it is.
+        data_dir: folder with one sub-folder of images a class, or what `options.dataset` reads.
+        settings: each `None` (unpatched), a method, (method, parameters), or a `Setting`.
+        options: see `Options`.
+        progress: called with (images done, images).
+
+    Returns:
+        One record a setting: timm's fields (`model, top1, top1_err, top5, top5_err, param_count` in M, `img_size, crop_pct,
+        interpolation`; accuracies in percent, rounded as timm does); `metrics` unrounded: `top1`, its `top1_stderr`, `top5`,
+        and against the unpatched setting, if there is one, the paired `difference` of top-1 with its `difference_stderr`
+        and the `agreement` of predictions, all in percent; `n` images scored; `method, params, tokens, gmacs, gflops,
+        implied_speedup`; `skipped` (file and reason) and `num_skipped`; `notes`; and what describes the run.
+
+    Raises:
+        ConfigError: nothing to read, labels that do not fit the model, an input size it does not take.
+        UnsupportedModelError: a method does not work on the model.
+        MissingExtraError: timm is not installed.
+    """
+    options = options or Options()
+    chosen = [Setting.of(value) for value in settings]
+    if not chosen:
+        raise ConfigError("nothing to evaluate: name at least one setting, None for the unpatched model")
+    net = create_model(model, options) if isinstance(model, str) else model
+    name = model if isinstance(model, str) else model_name(model)
+    if run_of(net) is not None:
+        raise ConfigError("evaluate patches copies of the model itself; pass it unpatched (vtok.unpatch(model))")
+    scorer = Scorer.load(options.valid_labels, options.real_labels)
+    device = options.device or ("cuda" if torch.cuda.is_available() else None)
+    with evaluating(net):
+        base = placed(net, options.dtype(options.model_dtype) if options.model_dtype else None, device)
+        if options.channels_last:
+            base = copy.deepcopy(base).to(memory_format=torch.channels_last)
+        config = data_config(base, options)
+        size = config["input_size"]
+        data = open_dataset(
+            os.fspath(data_dir),
+            options.dataset,
+            options.split,
+            options.class_map,
+            "RGB" if size[0] == 3 else "L",
+            options.num_samples,
+        )
+        notes = _check_labels(data, scorer, base, options)
+        tallies = [_Tally(setting.apply(twin(base), size)) for setting in chosen]
+        skipped = _run(tallies, data, scorer, config, options, progress)
+    n = len(tallies[0].column("top1"))
+    if not n:
+        why = f"; the first: {skipped[0].file}: {skipped[0].reason}" if skipped else ""
+        raise ConfigError(f"none of the {len(data)} files in {data_dir} could be read and scored{why}")
+    skipped += other_files(data, options.class_map)
+    common = _describe(net, base, os.fspath(data_dir), config, options) | {
+        "labels": "real" if scorer.real is not None else "dataset",
+        "n": n,
+        "num_skipped": len(skipped),
+        "skipped": [one._asdict() for one in skipped],
+        "notes": notes,
+    }
+    unpatched = next((t for t, setting in zip(tallies, chosen) if setting.method is None), None)
+    return [{"model": name, **_score(tally, unpatched), **common} for tally in tallies]
+
+
+def _describe(net: nn.Module, base: nn.Module, data_dir: str, config: dict[str, Any], options: Options) -> dict[str, Any]:
+    """What all settings of a run share."""
+    first = next(base.parameters())
+    return {
+        "param_count": round(sum(p.numel() for p in net.parameters()) / 1e6, 2),
+        "img_size": config["input_size"][-1],
+        "crop_pct": config["crop_pct"],
+        "interpolation": config["interpolation"],
+        "task": "imagenet",
+        "backend": backend(net),
+        "dataset": data_dir,
+        "split": options.split,
+        "batch_size": options.batch_size,
+        "dtype": options.amp_dtype + " autocast" if options.amp else str(first.dtype).removeprefix("torch."),
+        "device": str(first.device),
+        "seed": options.seed,
+        "versions": versions(),
+    }
+
+
+def _score(tally: _Tally, unpatched: _Tally | None) -> dict[str, Any]:
+    """Accuracies of a setting, alone and against the unpatched model, and what it costs."""
+    hits = tally.column("top1").double()
+    top1, stderr = (100 * value for value in mean_stderr(hits.numpy()))
+    top5 = 100 * float(tally.column("top5").double().mean())
+    metrics = {"top1": top1, "top1_stderr": stderr, "top5": top5}
+    if unpatched is not None and tally is not unpatched:
+        difference, error = mean_stderr((hits - unpatched.column("top1").double()).numpy())
+        same = (tally.column("prediction") == unpatched.column("prediction")).double().mean()
+        metrics |= {"difference": 100 * difference, "difference_stderr": 100 * error, "agreement": 100 * float(same)}
+    return {
+        "method": method_name(tally.model),
+        "params": resolved_params(tally.model),
+        "top1": round(top1, 4),
+        "top1_err": round(100 - top1, 4),
+        "top5": round(top5, 4),
+        "top5_err": round(100 - top5, 4),
+        "metrics": metrics,
+        **mean_cost(tally.costs, tally.images).fields(),
+    }
+
+
+def _run(
+    tallies: Sequence[_Tally],
+    data: CheckedImages,
+    scorer: Scorer,
+    config: dict[str, Any],
+    options: Options,
+    progress: Callable[[int, int], None] | None,
+) -> list[Unreadable]:
+    """Shows every batch to every model; returns what could not be read."""
+    first = next(tallies[0].model.parameters())
+    layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    skipped: list[Unreadable] = []
+    done = 0
+    with torch.inference_mode(), _autocast(first.device, options):
+        for batch in create_loader(data, config, options):
+            skipped += batch.skipped
+            done += len(batch.rows) + len(batch.skipped)
+            if batch.images is not None:
+                images = batch.images.to(first.device, first.dtype, memory_format=layout)
+                names = [data.filename(row) for row in batch.rows]
+                for tally in tallies:
+                    tally.add(scorer.score(tally.model(images), batch.labels, names), config["input_size"])
+            if progress is not None:
+                progress(done, len(data))
+    return skipped
+
+
+def _autocast(device: torch.device, options: Options) -> AbstractContextManager:
+    return torch.autocast(device.type, options.dtype(options.amp_dtype)) if options.amp else nullcontext()
+
+
+def _check_labels(data: CheckedImages, scorer: Scorer, model: nn.Module, options: Options) -> list[str]:
+    """Notes on how the folder's labels fit the model's outputs.
+
+    Raises:
+        ConfigError: they cannot fit.
+    """
+    outputs, classes = getattr(model, "num_classes", None), data.class_to_idx
+    if outputs is None:
+        return []
+    if outputs < 1:
+        raise ConfigError(f"{model_name(model)} has no classifier (num_classes={outputs})")
+    labels = scorer.num_labels(outputs)
+    if scorer.real is not None or not classes:
+        return []
+    if max(classes.values()) >= labels:
+        raise ConfigError(
+            f"the data has label {max(classes.values())} (of {len(classes)} classes), but only {labels} outputs of the model "
+            "count; pass class_map, valid_labels or num_classes"
+        )
+    if len(classes) < labels and not options.class_map:
+        return [
+            f"the data has {len(classes)} classes, the model {labels}: folders are numbered 0 to {len(classes) - 1} in their "
+            "natural order. Pass class_map (or valid_labels) if the model numbers them otherwise"
+        ]
+    return []

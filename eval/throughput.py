@@ -1,0 +1,262 @@
+"""Speed of patched models against the unpatched one: what `vtok bench` measures.
+
+All models of a run are timed in turn, batch by batch (unpatched, first setting, second setting, unpatched, ...), so that each
+patched batch has an unpatched neighbour in time. They are separate module trees over the same parameters: nothing is patched
+or unpatched between batches, weights take memory once, and every model finds in the cache what its predecessor left there. What
+that interleaving does to the unpatched model itself is measured too: a plain loop over it, in the same run, must agree with
+its interleaved times within 3 % (`baseline_check`).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vtok
+from vtok.api import run_of
+from vtok.errors import ConfigError
+from vtok.eval.bench_result import Result
+from vtok.eval.flops import watched_reduction
+from vtok.eval.intervals import Interval, paired_ratio, spread
+from vtok.eval.memory import peak_memory
+from vtok.eval.settings import (
+    PassCost,
+    Setting,
+    backend,
+    evaluating,
+    method_name,
+    model_name,
+    pass_cost,
+    placed,
+    resolved_params,
+    twin,
+    versions,
+)
+
+PAIRS, FEWEST_PAIRS, WARMUP = 20, 5, 3
+BASELINE_TOLERANCE = 0.03
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_PLAIN_BLOCKS = 4  # the plain loop runs in as many stretches, spread over the run
+_PROFILED = 3  # forward passes under the profiler
+
+
+def measure(
+    model: nn.Module,
+    images: Tensor,
+    settings: Sequence[Any],
+    *,
+    pairs: int = PAIRS,
+    warmup: int = WARMUP,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    threads: int | None = None,
+    name: str | None = None,
+    seed: int = 0,
+    memory: bool = True,
+    profile: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Result]:
+    """Times settings against the unpatched model, all in one run.
+
+    Args:
+        model: unpatched; left as it is. It is run in eval mode, without gradients.
+        images: one batch [B, C, H, W]; for methods that keep more of difficult images it should hold real ones.
+        settings: each a `Setting`, a method, or (method, parameters).
+        pairs: timed batches of every model, 20 or more for a result to quote, 5 at least.
+        warmup: untimed batches of every model.
+        dtype: "fp32", "bf16", "fp16" or a torch type; `None` = the model's own.
+        device: `None` = the model's own.
+        threads: of torch's CPU operators; `None` = as set. Set back afterwards.
+        name: of the model, for the records.
+        seed: of the bootstrap.
+        memory: whether to measure peak memory (on the CPU a process for each setting, some seconds each).
+        profile: whether to measure the share of the reduction step.
+        progress: called with (rounds done, rounds).
+
+    Returns:
+        One result a setting, in order.
+
+    Raises:
+        ConfigError: too few pairs, an unknown type, a patched model, no setting.
+        UnsupportedModelError: a method does not work on the model.
+    """
+    chosen = [Setting.of(value) for value in settings]
+    if not chosen:
+        raise ConfigError("nothing to measure: name at least one method")
+    if pairs < FEWEST_PAIRS:
+        raise ConfigError(f"an interval from {pairs} pairs says nothing; take {PAIRS} or more ({FEWEST_PAIRS} at least)")
+    if run_of(model) is not None:
+        raise ConfigError("measure patches copies of the model itself; pass it unpatched (vtok.unpatch(model))")
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ConfigError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]
+    with _threads(threads), evaluating(model):
+        base = placed(model, dtype, device)
+        images = images.to(next(base.parameters()))
+        height, width = images.shape[-2:]
+        size = (images.shape[1], height, width)
+        patched = [setting.apply(twin(base), size) for setting in chosen]
+        peaks = peak_memory(base, images, [Setting(), *chosen]) if memory else None
+        kernels = [attention_kernel(m, images) for m in (base, *patched)]  # a pass of each: the costs below describe it
+        with torch.inference_mode():
+            costs = [pass_cost(m, size) for m in patched]
+            shares = [reduction_share(m, images) if profile else None for m in patched]
+            times, plain = _interleave([base, *patched], images, pairs, warmup, progress)
+        check = _baseline_check(times[0], plain)
+        common: dict[str, Any] = {
+            "model": name or model_name(model),
+            "backend": backend(model),
+            "dtype": str(images.dtype).removeprefix("torch."),
+            "device": str(images.device),
+            "device_name": _device_name(images.device),
+            "threads": torch.get_num_threads(),
+            "batch_size": len(images),
+            "img_size": int(width),
+            "pairs": pairs,
+            "seed": seed,
+            "versions": versions(),
+            "baseline_check": check,
+        }
+        return [
+            Result(
+                method=method_name(patched[i]),
+                params=resolved_params(patched[i]),
+                kernel={"base": kernels[0], "patched": kernels[i + 1]},
+                peak_memory_mb=None if peaks is None else {"base": peaks[0], "patched": peaks[i + 1]},
+                reduction_share=shares[i],
+                **costs[i].fields(),
+                **compare(times[0], times[i + 1], costs[i], len(images), seed),
+                **common,
+            )
+            for i in range(len(chosen))
+        ]
+
+
+def compare(base: Sequence[float], patched: Sequence[float], cost: PassCost, batch_size: int, seed: int = 0) -> dict[str, Any]:
+    """Step times in seconds, pair by pair -> the timing fields of a `Result`."""
+    speedup = paired_ratio(base, patched, seed=seed)
+    achieved = speedup.scaled(1 / cost.implied_speedup)
+    step = {"base": _median(base), "patched": _median(patched)}
+    return {
+        "samples_per_sec": {key: batch_size / value for key, value in step.items()},
+        "step_time_ms": {key: 1000 * value for key, value in step.items()},
+        "spread": {"base": spread(base), "patched": spread(patched)},
+        "speedup": speedup.point,
+        "speedup_ci": [speedup.low, speedup.high],
+        "achieved": achieved.point,
+        "achieved_ci": [achieved.low, achieved.high],
+        "slower": speedup.high < 1,
+        "verdict": verdict(speedup, achieved),
+    }
+
+
+def verdict(speedup: Interval, achieved: Interval) -> str:
+    """What the interval supports, in words. More than the MACs imply is possible (memory traffic), but wants an explanation."""
+    if speedup.high < 1:
+        return f"SLOWER than unpatched ({speedup.point:.2f}x)"
+    if speedup.low <= 1:
+        return f"no measurable difference to unpatched ({speedup.point:.2f}x)"
+    beyond = "; more than its MACs imply" if achieved.low > 1 else ""
+    return f"faster than unpatched ({speedup.point:.2f}x){beyond}"
+
+
+def attention_kernel(model: nn.Module, images: Tensor) -> str:
+    """Runs the model once and names the attention kernels with their number of blocks: "flash (cpu) x12"."""
+    kernels = [block.kernel or "-" for tower in vtok.info(model, probe=images).towers for block in tower.blocks]
+    return ", ".join(f"{kernel} x{kernels.count(kernel)}" for kernel in dict.fromkeys(kernels))
+
+
+def reduction_share(model: nn.Module, images: Tensor) -> float:
+    """Part of the forward pass spent in the reduction step, by torch's profiler, in passes that are not timed otherwise."""
+    from torch.profiler import ProfilerActivity, record_function
+    from torch.profiler import profile as profiler
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports its own progress, and missing GPUs, on stderr
+    cuda = images.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
+    with torch.no_grad(), watched_reduction(model, lambda _: record_function("vtok.reduction")):
+        model(images)
+        with profiler(activities=activities) as recorded:
+            for _ in range(_PROFILED):
+                with record_function("vtok.forward"):
+                    model(images)
+            _synchronise(images.device)
+    spent = {event.key: event.device_time_total if cuda else event.cpu_time_total for event in recorded.key_averages()}
+    return spent.get("vtok.reduction", 0.0) / spent["vtok.forward"]
+
+
+def _interleave(
+    models: Sequence[nn.Module],
+    images: Tensor,
+    pairs: int,
+    warmup: int,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[list[list[float]], list[float]]:
+    """(seconds of every batch of every model, seconds of the plain loop's batches)."""
+    for model in models:
+        for _ in range(warmup):
+            model(images)
+    times: list[list[float]] = [[] for _ in models]
+    plain: list[float] = []
+    stretch = -(-pairs // _PLAIN_BLOCKS)
+    for done in range(pairs):
+        if done % stretch == 0:
+            plain += [_timed(models[0], images) for _ in range(stretch)]
+        for model, taken in zip(models, times):
+            taken.append(_timed(model, images))
+        if progress is not None:
+            progress(done + 1, pairs)
+    return times, plain
+
+
+def _timed(model: nn.Module, images: Tensor) -> float:
+    _synchronise(images.device)
+    start = time.perf_counter()
+    model(images)
+    _synchronise(images.device)
+    return time.perf_counter() - start
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _baseline_check(interleaved: Sequence[float], plain: Sequence[float]) -> dict[str, Any]:
+    ratio = _median(interleaved) / _median(plain)
+    return {"plain_ms": 1000 * _median(plain), "ratio": ratio, "ok": abs(ratio - 1) <= BASELINE_TOLERANCE}
+
+
+def _median(values: Sequence[float]) -> float:
+    ordered, n = sorted(values), len(values)
+    return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

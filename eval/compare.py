@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from vtok.eval.intervals import mean_stderr, paired_ratio
 from vtok.eval.records import Records, key_of
-from vtok.eval.settings import PassCost, Setting, backend, pass_cost, resolved_params, twin, versions
+from vtok.eval.report import correctness
+from vtok.eval.settings import PassCost, Setting, backend, mean_cost, pass_cost, resolved_params, twin, versions
 
 TIMED_EVERY = 4  # every fourth batch runs through the unpatched model too
 
@@ -77,6 +78,8 @@ class Comparison:
     def __init__(self, model: nn.Module, name: str, data: Data, records: Records, batch_size: int = 100):
         self.model, self.name, self.data, self.records, self.batch_size = model, name, data, records, batch_size
         self.patched = twin(model)
+        channels, height, width = data.images.shape[1:]
+        self.size = (channels, height, width)
 
     def key(self, case: Case) -> str:
         """What identifies a configuration: everything but the machine."""
@@ -108,8 +111,7 @@ class Comparison:
         params = dict(case.setting.params)
         if case.setting.method is not None:
             params["calibration"] = self.data.calibration
-        size = tuple(self.data.images.shape[1:])
-        Setting(case.setting.method, params).apply(self.patched, size)
+        Setting(case.setting.method, params).apply(self.patched, self.size)
         try:
             correct, costs, pairs = self._classify(advance)
             record = self._record(case, correct, costs, pairs)
@@ -121,7 +123,6 @@ class Comparison:
     def _classify(self, advance: Advance) -> tuple[np.ndarray, list[tuple[int, PassCost]], list[tuple[float, float]]]:
         """Per image whether it was right; (images, cost) of every batch; (unpatched, patched) seconds of the timed ones."""
         correct, costs, pairs = [], [], []
-        size = tuple(self.data.images.shape[1:])
         batches = list(zip(self.data.images.split(self.batch_size), self.data.labels.split(self.batch_size)))
         with torch.inference_mode():
             self.patched(batches[0][0])  # warm-up
@@ -131,14 +132,14 @@ class Comparison:
                 if unpatched is not None:
                     pairs.append((unpatched, seconds))
                 correct.append((logits.argmax(-1) == y).numpy())
-                costs.append((len(x), pass_cost(self.patched, size)))
+                costs.append((len(x), pass_cost(self.patched, self.size)))
                 advance(len(x))
         return np.concatenate(correct), costs, pairs
 
     def _record(
         self, case: Case, correct: np.ndarray, costs: list[tuple[int, PassCost]], pairs: list[tuple[float, float]]
     ) -> dict[str, Any]:
-        n, cost = len(correct), _mean_cost(costs)
+        n, cost = len(correct), mean_cost([c for _, c in costs], [images for images, _ in costs])
         accuracy, stderr = mean_stderr(correct)
         record = {
             "key": self.key(case),
@@ -163,8 +164,8 @@ class Comparison:
         base = correctness(self.records.by_key()[self.key(Case(Setting(), 1.0))])
         difference, error = mean_stderr(correct.astype(float) - base.astype(float))
         record["metrics"] |= {"difference": 100 * difference, "difference_stderr": 100 * error}
-        speed = paired_ratio(*zip(*pairs)) if pairs else None
-        if speed is not None:
+        if pairs:
+            speed = paired_ratio([unpatched for unpatched, _ in pairs], [patched for _, patched in pairs])
             record |= {
                 "speedup": speed.point,
                 "speedup_ci": [speed.low, speed.high],
@@ -173,31 +174,7 @@ class Comparison:
         return record
 
 
-def correctness(record: dict[str, Any]) -> np.ndarray:
-    """[n] bool: which images a configuration got right."""
-    return np.unpackbits(np.frombuffer(bytes.fromhex(record["correct"]), np.uint8), count=record["n"]).astype(bool)
-
-
 def _seconds(model: nn.Module, x: Tensor) -> tuple[float, Tensor]:
     start = time.perf_counter()
     out = model(x)
     return time.perf_counter() - start, out
-
-
-def _mean_cost(costs: list[tuple[int, PassCost]]) -> PassCost:
-    """Costs of batches, averaged over images."""
-    total = sum(images for images, _ in costs)
-
-    def mean(value: Callable[[PassCost], float]) -> float:
-        return sum(images * value(cost) for images, cost in costs) / total
-
-    first = costs[0][1]
-    return PassCost(
-        tokens_in=first.tokens_in,
-        mean_per_layer=tuple(mean(lambda c, i=i: c.mean_per_layer[i]) for i in range(len(first.mean_per_layer))),  # type: ignore[misc]
-        base_macs=first.base_macs,
-        macs=mean(lambda c: c.macs),
-        computed_macs=mean(lambda c: c.computed_macs),
-        reduction_macs=mean(lambda c: c.reduction_macs),
-        ragged=first.ragged,
-    )

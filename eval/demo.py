@@ -94,7 +94,7 @@ def write_overlays(comparison: Comparison, path: Path, methods: Sequence[str]) -
     settings = []
     for method in methods:
         params = {"flops": OVERLAY_BUDGET, "calibration": comparison.data.calibration}
-        settings.append((f"{method}", method, params))
+        settings.append((method, method, params))
     overlay_sheet(
         comparison.model,
         normalise(images[rows]),
@@ -102,4 +102,5 @@ def write_overlays(comparison: Comparison, path: Path, methods: Sequence[str]) -
         settings,
         path,
         [FASHION_CLASSES[c] for c in _OVERLAY_CLASSES],
+        f"after the last block at {OVERLAY_BUDGET:g} of the FLOPs: dropped patches are dark, merged ones share a colour",
     )

@@ -83,6 +83,7 @@ def overlay_sheet(
     settings: Sequence[tuple[str, Any, dict[str, Any]]],
     path: Path,
     titles: Sequence[str] = (),
+    heading: str = "",
 ) -> None:
     """A sheet with one row an image and one column a method, and the images themselves on the left.
 
@@ -93,6 +94,7 @@ def overlay_sheet(
         settings: (column title, method, parameters).
         path: PNG to write.
         titles: of the rows.
+        heading: of the sheet.
     """
     import matplotlib
 
@@ -124,5 +126,6 @@ def overlay_sheet(
             axis.add_collection(LineCollection(outlines(groups[r], grid), colors="white", linewidths=0.35, alpha=0.7))
             left = len(np.unique(groups[r][groups[r] >= 0]))
             axis.set_xlabel(f"{left} of {groups.shape[1]} patches", fontsize=7)
+    figure.suptitle(heading, fontsize=11)
     figure.savefig(path, dpi=110)
     plt.close(figure)

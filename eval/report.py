@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vtok.eval.intervals import mean_stderr
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 Record = dict[str, Any]
 FLOOR = ("random", "uniform")
-HEADER = ("method", "budget", "tokens", "GMACs", "GFLOPs", "top-1 %", "vs unpatched", "implied", "measured", "achieved")
+HEADER = ("method", "budget", "tokens", "GMACs", "GFLOPs", "top-1 %", "vs unpatched", "implied", "measured [95 %]", "achieved")
 
-CAPTION = "± standard error; vs unpatched: paired; tokens: mean over blocks; measured: median of pairs [95 %]"
+CAPTION = "± standard error; vs unpatched: paired by image; tokens: mean over blocks; measured: median of paired batches"
 
 
 def ordered(records: Sequence[Record]) -> list[Record]:
@@ -54,7 +59,7 @@ def table(records: Sequence[Record], title: str) -> Table:
         caption="± standard error; vs unpatched: paired; tokens: mean over blocks; measured: median of pairs [95 %]",
     )
     for i, name in enumerate(HEADER):
-        result.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+        result.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     rows = ordered(records)
     for i, record in enumerate(rows):
         last = i + 1 == len(rows) or rows[i + 1]["budget"] != record["budget"]
@@ -71,64 +76,67 @@ def markdown(records: Sequence[Record]) -> str:
 
 
 def findings(records: Sequence[Record]) -> list[str]:
-    """What the numbers say, in sentences: whether the task can rank methods, and who does not beat random at equal FLOPs."""
-    patched = [r for r in records if "difference" in r["metrics"]]
-    floor = {r["budget"]: r for r in patched if r["method"] == "random"}
+    """What the numbers say, in sentences: whether the task can rank methods, who does not beat random, who is slower."""
+    patched = ordered([r for r in records if "difference" in r["metrics"]])
+    random = {r["budget"]: r for r in patched if r["method"] == "random"}
     lines = []
-    if floor:
-        lowest = floor[min(floor)]
-        loss, error = -lowest["metrics"]["difference"], lowest["metrics"]["difference_stderr"]
-        told = loss >= 3 * error
+    if random:
+        lowest = random[min(random)]
+        loss, error = -lowest["metrics"]["difference"], max(lowest["metrics"]["difference_stderr"], 1e-9)
+        enough = "enough" if loss >= 3 * error else "too little"
         lines.append(
-            f"random at {lowest['budget']:g} of the FLOPs loses {loss:.2f} points, {loss / max(error, 1e-9):.1f} standard errors: "
-            + ("enough to rank methods" if told else "too little to rank methods")
+            f"random at {lowest['budget']:g} of the FLOPs loses {loss:.2f} points, {loss / error:.1f} standard errors: "
+            f"{enough} to rank methods"
         )
-    for r in ordered(patched):
-        if r["method"] in FLOOR or r["budget"] not in floor:
+    for r in patched:
+        if r["method"] in FLOOR or r["budget"] not in random:
             continue
-        other = floor[r["budget"]]
-        gap = r["metrics"]["top1"] - other["metrics"]["top1"]
-        if gap <= 0:
-            lines.append(f"{r['method']} does not beat random at {r['budget']:g} of the FLOPs ({gap:+.2f} points)")
-    lines += [
-        f"{r['method']} at {r['budget']:g} was slower than unpatched" for r in ordered(patched) if r.get("speedup", 1) < 1
-    ]
+        gap, error = mean_stderr(correctness(r).astype(float) - correctness(random[r["budget"]]))
+        if gap <= 2 * error:
+            where = f"{r['budget']:g} of the FLOPs"
+            lines.append(f"{r['method']} does not clearly beat random at {where}: {100 * gap:+.2f} ± {100 * error:.2f}")
+    lines += [f"{r['method']} at {r['budget']:g} was slower than unpatched" for r in patched if r.get("speedup", 1) < 1]
     return lines
+
+
+def correctness(record: Record) -> np.ndarray:
+    """[n] bool: which images a configuration got right."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(record["correct"]), np.uint8), count=record["n"]).astype(bool)
+
+
+def flat(record: Record, best: set[str]) -> dict[str, Any]:
+    """One row of `sweep.csv`; `best` holds the keys of the Pareto front."""
+    metrics, low_high = record["metrics"], record.get("speedup_ci", ("", ""))
+    return {
+        "model": record["model"],
+        "method": record["method"],
+        "budget": record["budget"],
+        "params": json.dumps(record["params"]),
+        "dataset": record["dataset"],
+        "n": record["n"],
+        "top1": metrics["top1"],
+        "top1_stderr": metrics["top1_stderr"],
+        "difference": metrics.get("difference", ""),
+        "difference_stderr": metrics.get("difference_stderr", ""),
+        "tokens_out": record["tokens"]["out"],
+        "gmacs": record["gmacs"]["model"],
+        "gmacs_reduction": record["gmacs"]["pruner"],
+        "implied_speedup": record["implied_speedup"],
+        "speedup": record.get("speedup", ""),
+        "speedup_low": low_high[0],
+        "speedup_high": low_high[1],
+        "achieved": record.get("achieved", ""),
+        "pareto": record["key"] in best,
+    }
 
 
 def write_csv(records: Sequence[Record], path: Path) -> None:
     """One flat row a configuration, `model` first; `pareto` marks those that no other beats in both top-1 and GMACs."""
-    best = pareto(records)
+    rows = [flat(record, pareto(records)) for record in ordered(records)]
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            ["model", "method", "budget", "params", "dataset", "n", "top1", "top1_stderr", "difference", "difference_stderr"]
-            + [
-                "tokens_out",
-                "gmacs",
-                "gmacs_reduction",
-                "implied_speedup",
-                "speedup",
-                "speedup_low",
-                "speedup_high",
-                "achieved",
-                "pareto",
-            ]
-        )
-        for r in ordered(records):
-            m, ci = r["metrics"], r.get("speedup_ci", ["", ""])
-            writer.writerow(
-                [r["model"], r["method"], r["budget"], r["params"], r["dataset"], r["n"], m["top1"], m["top1_stderr"]]
-                + [m.get("difference", ""), m.get("difference_stderr", ""), r["tokens"]["out"], r["gmacs"]["model"]]
-                + [
-                    r["gmacs"]["pruner"],
-                    r["implied_speedup"],
-                    r.get("speedup", ""),
-                    *ci,
-                    r.get("achieved", ""),
-                    r["key"] in best,
-                ]
-            )
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def pareto(records: Sequence[Record]) -> set[str]:

@@ -57,7 +57,8 @@ class RunConfig:
         batch_size: images a forward pass.
         dtype: "fp32", "bf16" or "fp16".
         seed: of anything random.
-        published: figures to compare with: top1, base_top1 (%), gflops, base_gflops (as the source counts), images, source, note.
+        published: figures to compare with: top1, base_top1 (%), gflops, base_gflops (as the source counts them), images,
+            source, note.
     """
 
     name: str

@@ -120,12 +120,13 @@ class ReducingBlock(Mixin):
         if link.stepwise:
             projected = attend.project(attn, h, rope)
             view = projected_view(attend, attn, projected, bias)
-            rows = None
-            if place is Place.BLOCK_PRE:  # rows that go attend no more, but still serve as keys and values
+            rows = out = None
+            if place is Place.BLOCK_PRE and link.reducer is not None:
                 plan = link.decide(x, state, view)
+                rows = None if plan is None else plan.keep  # rows that go attend no more, but still serve as keys and values
+                out = link.reducer.attention(state, view, rows)
                 x, state = link.move(x, state, plan)
-                rows = None if plan is None else plan.keep
-            out = sdpa(attend, attn, projected, bias, rows)
+            out = sdpa(attend, attn, projected, bias, rows) if out is None else out.transpose(1, 2).flatten(2)
             h = attend.output(attn, out, h if rows is None else take_rows(h, rows))
         else:
             h = attend.call(attn, h, kwargs)

@@ -113,7 +113,8 @@ class HeadPooledTrunk(PatchedTrunk):
     """Mixin for trunks that average the patches inside `forward_head` (BEiT)."""
 
     def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        state, upstream = self._vtok_run.current.final, super()
+        state = self._vtok_run.current.final
+        upstream: Any = super()
         if state is not None and not _plain(state) and self.global_pool == "avg":
             mean = weighted_mean(x, state, state.num_prefix)  # handed on as the one patch, whose plain mean it is
             x = torch.cat([x[:, : state.num_prefix], mean[:, None]], 1)

@@ -61,6 +61,10 @@ class Attend:
         """(query heads H, head dim D)."""
         raise NotImplementedError
 
+    def kv_heads(self, attn: Any) -> int:
+        """Key and value heads, as a tap shows them."""
+        return self.heads(attn)[0]
+
     def scale(self, attn: Any) -> float:
         """Factor on the logits."""
         raise NotImplementedError
@@ -171,6 +175,7 @@ class Tower:
             has_cls=self.has_cls,
             head_dim=head_dim,
             num_heads=num_heads,
+            num_kv_heads=first.attend.kv_heads(first.attention),
             plain_softmax=all(b.attend.softmax for b in self.blocks),
             blind_pool=self.blind_pool,
         )

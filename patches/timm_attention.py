@@ -28,6 +28,9 @@ class TimmAttention(Attend):
         width = attn.qkv.weight.shape[0] // 3 if attn.qkv is not None else attn.q_proj.weight.shape[0]
         return attn.num_heads, width // attn.num_heads
 
+    def kv_heads(self, attn: Any) -> int:
+        return getattr(attn, "num_kv_heads", self.heads(attn)[0])
+
     def scale(self, attn: Any) -> float:
         return attn.scale
 

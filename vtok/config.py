@@ -31,6 +31,7 @@ class ModelInfo:
         has_cls: whether token 0 is a class token.
         head_dim: width of one attention head, D.
         num_heads: query heads, H.
+        num_kv_heads: key and value heads; fewer under grouped-query attention.
         plain_softmax: whether attention is one softmax over q k^T (differential attention is not).
         blind_pool: why the pooling head can see neither sizes nor padding, or `None` if it can.
     """
@@ -43,6 +44,7 @@ class ModelInfo:
     has_cls: bool
     head_dim: int
     num_heads: int
+    num_kv_heads: int
     plain_softmax: bool = True
     blind_pool: str | None = None
 
@@ -72,6 +74,13 @@ class Reducer:
     def plan(self, x: Tensor, state: TokenState, view: AttentionView, at: Site) -> Plan | None:
         """Decides; `None` = leave the tokens as they are. x [B, N, C]: the tokens that the plan will be applied to."""
         raise NotImplementedError
+
+    def attention(self, state: TokenState, view: AttentionView, rows: Tensor | None) -> Tensor | None:
+        """Attention output [B, H, M, D] of the kept query rows, at a BLOCK_PRE site; `None` = the model's own attention.
+
+        `state` is that of the N tokens before the plan, `rows` [B, M] the plan's kept rows (`None` = all).
+        """
+        return None
 
     def count(self, at: Site, n: int, num_prefix: int) -> int:
         """Tokens after this site when `n` (prefix included) arrive."""
@@ -180,6 +189,11 @@ class Schedule:
         if isinstance(value, tuple):
             if len(value) != 2:
                 raise ConfigError(f"{name} as a tuple is (r, inflect); for one number a block pass a list, got {value!r}")
+            for number in value:
+                if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+                    raise ConfigError(f"{name}=(r, inflect) takes two numbers, got {value!r}")
+            if value[0] < 0 or abs(value[1]) > 1:
+                raise ConfigError(f"{name}=(r, inflect) takes r >= 0 and inflect in [-1, 1], got {value!r}")
             return cls("linear", (float(value[0]), float(value[1])))
         numbers = value if isinstance(value, list) else [value]
         for number in numbers:
@@ -207,8 +221,10 @@ class Schedule:
                 raise ConfigError(f"{name} lists {len(self.values)} blocks, the model has {depth}")
             return self.values + (pad,) * (depth - len(self.values))
         mean, inflect = self.values
+        if depth == 1:
+            return (int(mean),)
         low = int(mean * (1 - inflect))  # truncation as in ToMe's own schedule: (8, -1) over 12 blocks removes 91, not 96
-        step = (2 * mean - low - low) / max(1, depth - 1)
+        step = (2 * mean - low - low) / (depth - 1)
         return tuple(int(low + step * i) for i in range(depth))
 
     def __str__(self) -> str:

@@ -68,17 +68,17 @@ def _fold(x: Tensor, size: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor | 
     assert plan.src is not None and plan.dst is not None
     out = at_least_fp32(take_rows(x, plan.keep))
     if size is None:
-        weight = out.new_ones(plan.src.shape) if plan.weight is None else plan.weight.to(out.dtype)
-        total = out.new_ones(plan.keep.shape)
+        stay, go = out.new_ones(plan.keep.shape), out.new_ones(plan.src.shape)
     else:
-        weight = size.gather(1, plan.src) if plan.weight is None else plan.weight
-        total = size.gather(1, plan.keep)
-    total = total.scatter_add(1, plan.dst, weight.to(total.dtype))
+        stay, go = size.gather(1, plan.keep), size.gather(1, plan.src)
+    size = stay.scatter_add(1, plan.dst, go)
+    weight = go if plan.weight is None else plan.weight.to(go.dtype)
+    total = size if plan.weight is None else stay.scatter_add(1, plan.dst, weight)
     share = (weight / total.gather(1, plan.dst)).to(out.dtype)
     delta = (at_least_fp32(take_rows(x, plan.src)) - take_rows(out, plan.dst)).mul_(share[..., None])
     batch, m, width = out.shape
     out.view(batch * m, width).index_add_(0, flat_rows(plan.dst, m), delta.view(-1, width))
-    return out.to(x.dtype), total if plan.use_size else None
+    return out.to(x.dtype), size if plan.use_size else None
 
 
 def _follow(group: Tensor, plan: Plan, n: int) -> Tensor:

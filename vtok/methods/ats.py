@@ -34,7 +34,8 @@ class ATS(MethodConfig):
     """Config of ATS.
 
     Attributes:
-        num_tokens: sample points per block (paper: K), an upper bound on the patches that survive; whole number >= 1.
+        num_tokens: sample points per block (paper: K), an upper bound on the patches that survive; whole number >= 1. The paper
+            stops at the number of patches; more points sample finer and so keep more, which is ours.
         keep: the same as a share of the model's patches ((0, 1]; default 0.55, which is K = 108 at 196 patches); 1.0 is an
             exact no-op. Give one of the two.
         layers: 0-based blocks that sample (default: from a quarter of the depth on; blocks 3 to 11 of 12, as in the paper).
@@ -44,8 +45,9 @@ class ATS(MethodConfig):
             or `"per_head"`, attention times value norm summed over heads (as other implementations read the paper).
         query: whose attention counts: `"cls"`, or `"mean"`, the mean over all queries (builds the N x N matrix; a
             substitute for models without a class token, not in the paper).
-        parity: sample exactly as the authors' code does: as many points as the image has patches, stretched CDF. There
-            K cannot be set, at least one token is lost per block, and what an image keeps depends on its batch.
+        parity: do exactly as the authors' code does: as many points as the image has patches, stretched CDF, and in every block
+            their softmax, which builds the N x N matrix. There K cannot be set, at least one token is lost per sampling block,
+            and what an image keeps depends on its batch. For comparing with that code.
     """
 
     name: ClassVar[str] = "ats"
@@ -78,58 +80,74 @@ class ATS(MethodConfig):
         return {"num_tokens": self.num_tokens}
 
     def ladder(self, info: ModelInfo) -> Sequence[Self]:
-        steps = [self.replace(num_tokens=k, keep=None) for k in range(info.num_patches - 1, 0, -1)]
-        return [self.replace(num_tokens=None, keep=1.0), *steps]
+        n = info.num_patches
+        finer = [round(n * 2 ** (step / 4)) for step in range(28, 0, -1)]  # where attention is peaked, K = n already drops most
+        points = [*finer, *range(n, 0, -1)]
+        return [self.replace(num_tokens=None, keep=1.0), *(self.replace(num_tokens=k, keep=None) for k in points)]
 
     def build(self, info: ModelInfo) -> ATSReducer:
         if self.query == "cls":
             require_cls(info, "ats", 'pass query="mean" to use the mean attention that a token receives instead')
         require_softmax(info, "ats")
         keep = DEFAULT_KEEP if self.keep is None and self.num_tokens is None and not self.parity else self.keep
-        points = self.num_tokens if keep is None else max(1, round(keep * info.num_patches))
-        if self.num_tokens is not None and self.num_tokens > info.num_patches:
-            raise ConfigError(f"num_tokens={self.num_tokens}, but {info.name} has only {info.num_patches} patches")
+        points = max(1, round(keep * info.num_patches)) if keep is not None else self.num_tokens or info.num_patches
         layers = block_indices(self.layers, range(info.depth // 4, info.depth), info.depth)
-        return ATSReducer(
-            None if self.parity else points,
+        kind = ParityReducer if self.parity else ATSReducer
+        return kind(
+            points,
             () if keep == 1.0 else layers,
             self.mode == "drop",
             self.score == "per_head",
             self.query == "cls",
             info.num_heads * info.head_dim,
             info.num_heads,
+            info.depth,
         )
+
+
+def patch_scores(attn: Tensor, v: Tensor, per_head: bool = False) -> Tensor:
+    """Attention that a token receives times the length of what it has to say, as a share of all tokens given.
+
+    Args:
+        attn: [B, H, n].
+        v: [B, H, n, d].
+        per_head: multiply head by head, then sum; otherwise sum attention over heads first.
+
+    Returns:
+        [B, n], sums to 1, in at least fp32 (all zero where every score is zero).
+    """
+    attn, v = at_least_fp32(attn), at_least_fp32(v)
+    score = (attn * v.norm(dim=-1)).sum(1) if per_head else attn.sum(1) * v.square().sum((1, 3)).sqrt()
+    total = score.sum(-1, keepdim=True)
+    return score / torch.where(total > 0, total, 1)
 
 
 def significance_scores(cls_attn: Tensor, v: Tensor, per_head: bool = False) -> Tensor:
     """How much of the class token's output each token makes up: S_j = (sum_h A_h[0, j]) |v_j| / sum, j >= 1.
 
     Args:
-        cls_attn: [B, H, N], attention of the class token to every token.
+        cls_attn: [B, H, N], attention of the class token (token 0) to every token.
         v: [B, H, N, d].
         per_head: sum_h A_h[0, j] |v_hj| instead.
 
     Returns:
-        [B, N-1], sums to 1, in at least fp32 (all zero where every score is zero).
+        [B, N-1], sums to 1, in at least fp32.
     """
-    cls_attn, v = at_least_fp32(cls_attn), at_least_fp32(v)
-    score = (cls_attn * v.norm(dim=-1)).sum(1) if per_head else cls_attn.sum(1) * v.square().sum((1, 3)).sqrt()
-    score = score[:, 1:]
-    total = score.sum(-1, keepdim=True)
-    return score / torch.where(total > 0, total, 1)
+    return patch_scores(cls_attn[:, :, 1:], v[:, :, 1:], per_head)
 
 
 @dataclass(frozen=True)
 class ATSReducer(Reducer):
-    """ATS with K sample points in some blocks; `points=None` samples as the authors' code does."""
+    """ATS with K sample points in some blocks."""
 
-    points: int | None
+    points: int
     layers: tuple[int, ...]
     drop: bool
     per_head: bool
     from_cls: bool
     width: int
     num_heads: int
+    depth: int
     needs: ClassVar[frozenset[str]] = frozenset("qkv")
     ragged: ClassVar[bool] = True
     exact: ClassVar[bool] = False
@@ -140,32 +158,20 @@ class ATSReducer(Reducer):
 
     def plan(self, x: Tensor, state: TokenState, view: AttentionView, at: Site) -> Plan | None:
         p = state.num_prefix
-        score = self.scores(state, view)
-        valid = None if state.keep is None else state.keep[:, p:]
-        if self.points is None:
-            order, hit = endpoint_samples(score, state.length - p)
-            kept, real = self._rows(hit, state.length - p)
-            kept = order.gather(1, kept)
-        else:
-            hit = midpoint_samples(score, self.points, valid)
-            kept, real = self._rows(hit, min(self.points, score.shape[1]))
-        if real is not None:
-            real = torch.cat([real.new_ones(len(real), p), real], 1)
-        return Plan(with_prefix(kept, p), valid=real)
-
-    def scores(self, state: TokenState, view: AttentionView) -> Tensor:
-        """[B, N-P]: significance of every patch; 0 for padding, which the bias of the view hides."""
-        p = state.num_prefix
         attn = view.probs(slice(0, 1))[:, :, 0] if self.from_cls else view.received(state.keep)
         assert view.v is not None
         v = view.v
         if v.shape[1] != attn.shape[1]:  # grouped-query attention
             v = v.repeat_interleave(attn.shape[1] // v.shape[1], 1)
-        first = max(p - 1, 0)  # other prefix tokens are never scored: the last of them stands in for the class token
-        attn, v = attn[:, :, first:], v[:, :, first:]
-        if p == 0:
-            attn, v = torch.nn.functional.pad(attn, (1, 0)), torch.nn.functional.pad(v, (0, 0, 1, 0))
-        return significance_scores(attn, v, self.per_head)
+        score = patch_scores(attn[:, :, p:], v[:, :, p:], self.per_head)  # padding has none: the bias of the view hides it
+        hit = midpoint_samples(score, self.points, None if state.keep is None else state.keep[:, p:])
+        return self._plan(*self._rows(hit, min(self.points, score.shape[1])), p)
+
+    def _plan(self, kept: Tensor, real: Tensor | None, num_prefix: int) -> Plan:
+        """The plan that keeps these patches [B, M], of which only `real` ones are no padding."""
+        if real is not None:
+            real = torch.cat([real.new_ones(len(real), num_prefix), real], 1)
+        return Plan(with_prefix(kept, num_prefix), valid=real)
 
     def _rows(self, hit: Tensor, most: int) -> tuple[Tensor, Tensor | None]:
         """Positions of the hits [B, M], and which of them are real (`None` = all)."""
@@ -176,7 +182,7 @@ class ATSReducer(Reducer):
         return rows, None if fewest == longest else real
 
     def count(self, at: Site, n: int, num_prefix: int) -> int:
-        return n if self.points is None else min(n, num_prefix + self.points)
+        return min(n, num_prefix + self.points)
 
     def macs(self, at: Site, n: int, num_prefix: int) -> int:
         if self.from_cls:
@@ -184,3 +190,65 @@ class ATSReducer(Reducer):
         # Padding, which the first site cannot have, turns the plain mean over queries into a product with weights.
         padded = at.index != self.layers[0]
         return n * n * (self.width + (self.num_heads if padded else 0))
+
+
+EPSILON = 1e-6
+
+
+def authors_softmax(logits: Tensor, keep: Tensor | None) -> Tensor:
+    """The masked softmax of the authors' code (after DynamicViT): a little mass goes to every token, padding attends to itself.
+
+    Args:
+        logits: [B, H, N, N], padding not masked.
+        keep: [B, N] bool, False = padding; `None` = all real.
+
+    Returns:
+        [B, H, N, N]; rows sum to nearly 1.
+    """
+    n = logits.shape[-1]
+    mass = (logits - logits.amax(-1, keepdim=True)).exp()
+    if keep is not None:
+        mass = mass * (keep[:, None, None] | torch.eye(n, dtype=torch.bool, device=keep.device))
+    return (mass + EPSILON / n) / (mass.sum(-1, keepdim=True) + EPSILON)
+
+
+@dataclass(frozen=True)
+class ParityReducer(ATSReducer):
+    """ATS as its authors' code runs it, for comparing with it: their samples, and in every block their softmax."""
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(Site(Place.BLOCK_PRE, i) for i in range(self.depth))
+
+    def plan(self, x: Tensor, state: TokenState, view: AttentionView, at: Site) -> Plan | None:
+        if at.index not in self.layers:
+            return None
+        p, points = state.num_prefix, state.length - state.num_prefix
+        attn, v = self._attention(state, view)
+        order, hit = endpoint_samples(patch_scores(attn[:, :, 0, p:], v[:, :, p:], self.per_head), points)
+        kept, real = self._rows(hit, points)
+        return self._plan(order.gather(1, kept), real, p)
+
+    def attention(self, state: TokenState, view: AttentionView, rows: Tensor | None) -> Tensor:
+        attn, v = self._attention(state, view)
+        if rows is not None:
+            attn = attn.gather(2, rows[:, None, :, None].expand(-1, attn.shape[1], -1, attn.shape[3]))
+        return (attn @ v).to(view.v.dtype if view.v is not None else v.dtype)
+
+    def _attention(self, state: TokenState, view: AttentionView) -> tuple[Tensor, Tensor]:
+        """(probabilities [B, H, N, N], values [B, H, N, d]); padding has queries, keys and values of zero."""
+        assert view.q is not None
+        assert view.k_rot is not None
+        assert view.v is not None
+        q, k, v = (at_least_fp32(t) for t in (view.q, view.k_rot, view.v))
+        if k.shape[1] != q.shape[1]:
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        if state.keep is not None:
+            q, k, v = (t * state.keep[:, None, :, None] for t in (q, k, v))
+        logits = (q * view.scale) @ k.transpose(-2, -1)
+        if view.bias is not None:  # a bias of the model's own; what masks padding is left to the softmax
+            logits = logits + view.bias.masked_fill(view.bias == float("-inf"), 0).to(logits.dtype)
+        return authors_softmax(logits, state.keep), v
+
+    def macs(self, at: Site, n: int, num_prefix: int) -> int:
+        return n * n * self.width

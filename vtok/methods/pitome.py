@@ -87,8 +87,10 @@ class PiToMe(MethodConfig):
                 fraction(value, "ratio")
         if self.r is not None and self.r.kind != "linear" and min(self.r.values) < 0:
             raise ConfigError(f"r counts tokens to remove and cannot be negative, got {self.r}")
-        if not math.isfinite(self.alpha) or self.alpha < 0:
-            raise ConfigError(f"alpha must be a number >= 0, got {self.alpha}")
+        if self.margin is not None and not all(-1 <= value <= 1 for value in self.margin.values):
+            raise ConfigError(f"margin is a cosine in [-1, 1], got {self.margin}")
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 <= self.alpha < math.inf:
+            raise ConfigError(f"alpha must be a number >= 0, got {self.alpha!r}")
 
     def knob(self) -> dict[str, Any]:
         return {"ratio": self.ratio.to_plain()} if self.ratio is not None else {}

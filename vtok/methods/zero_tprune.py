@@ -6,7 +6,7 @@ The paper's text was not at hand: equations follow a detailed reading note and t
 ours (scale of the head filter, keys concatenated over heads, which half gets the odd token, rows normalised again after S) is
 said where it is done.
 
-Shapes: B batch, N tokens, P prefix tokens, n patches, d feature width.
+Shapes: B batch, N tokens, P prefix tokens, n patches, d head dim.
 """
 
 from __future__ import annotations
@@ -20,18 +20,15 @@ from torch import Tensor
 
 from vtok.config import MethodConfig, ModelInfo, Reducer, block_indices, fraction, require_cls, require_softmax
 from vtok.errors import ConfigError
-from vtok.methods.random_drop import splitmix
+from vtok.ops.duplicates import METRICS, PARTITIONS, most_similar, split_halves
 from vtok.ops.graph import importance
-from vtok.ops.matching import unit
-from vtok.ops.rows import rows_where, take_rows, with_prefix
+from vtok.ops.rows import rows_where, with_prefix
 from vtok.reduction import Plan
-from vtok.state import AttentionView, Place, Site, TokenState, at_least_fp32
+from vtok.state import AttentionView, Place, Site, TokenState
 
 # A schedule for DeiT-S that meets the 3.08 GFLOPs of the paper's ablation table (0-based blocks of 12; 196 patches). The paper
 # prints none: this one is a recollection that fits the budget, not a quotation.
 _BLOCKS, _RETAIN, _SIMILAR, _DEPTH, _PATCHES = (0, 2, 5, 8, 10), (1.0, 0.9, 0.8, 0.7, 1.0), 10, 12, 196
-PARTITIONS = ("seq_u", "seq_i", "alternate", "random")
-METRICS = ("cos", "dot", "manhattan", "euclidean", "minkowski3", "minkowski4", "minkowski5", "chebyshev")
 
 
 @dataclass(frozen=True)
@@ -77,8 +74,8 @@ class ZeroTPrune(MethodConfig):
             for value in _each(getattr(self, name)):
                 if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                     raise ConfigError(f"{name} takes whole numbers >= 0, got {value!r}")
-        if not self.tau > 0:
-            raise ConfigError(f"tau must be > 0, got {self.tau}")
+        if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)) or not self.tau > 0:
+            raise ConfigError(f"tau must be a number > 0, got {self.tau!r}")
         for name, allowed in (("cls_init", ("sqrt", "uniform")), ("partition", PARTITIONS), ("metric", METRICS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -111,8 +108,8 @@ class ZeroTPrune(MethodConfig):
         else:
             if retain is None:
                 raise ConfigError("layers is given without retain: say which share each of them keeps")
+            block_indices(layers, (), info.depth)
             layers, default_retain = tuple(i + info.depth if i < 0 else i for i in layers), ()
-        block_indices(layers, (), info.depth)
         if len(set(layers)) != len(layers):
             raise ConfigError(f"layers names a block twice: {layers}")
         r = round(_SIMILAR * info.num_patches / _PATCHES) if r is None else r
@@ -143,6 +140,7 @@ class ZeroTPrune(MethodConfig):
             self.partition,
             self.metric,
             info.num_heads,
+            info.num_kv_heads,
             info.head_dim,
         )
 
@@ -178,50 +176,46 @@ class Step:
         return similar, min(n - similar, max(1, int((n - similar) * self.retain)))
 
 
-def similarity(a: Tensor, b: Tensor, metric: str) -> Tensor:
-    """[B, a, d] and [B, b, d] -> [B, a, b], larger = more alike; distances count negative."""
-    if metric == "cos":
-        return unit(a) @ unit(b).transpose(-1, -2)
-    a, b = at_least_fp32(a), at_least_fp32(b)
-    if metric == "dot":
-        return a @ b.transpose(-1, -2)
-    p = {"manhattan": 1.0, "euclidean": 2.0, "chebyshev": float("inf")}.get(metric) or float(metric[-1])
-    return -torch.cdist(a, b, p=p, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def split_halves(score: Tensor, partition: str, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """The half A that the S-stage may prune and the half B it compares with: score [B, n] -> ([B, n // 2], [B, n - n // 2]).
-
-    The odd token goes to B (the paper does not say).
-    """
-    n = score.shape[-1]
-    half = n // 2
-    if partition == "random":
-        order = splitmix(torch.arange(n, device=score.device), seed).argsort(stable=True).expand(len(score), n)
-        return order[:, :half], order[:, half:]
-    order = score.argsort(dim=-1, descending=True, stable=True)
-    if partition == "seq_i":
-        return order[:, :half], order[:, half:]
-    if partition == "alternate":
-        return order[:, 1::2], order[:, ::2]
-    return order[:, n - half :], order[:, : n - half]
-
-
-def most_similar(features: Tensor, a: Tensor, b: Tensor, r: int, metric: str) -> Tensor:
-    """S-stage (eq. 6): the r members of A whose best match in B is closest.
+def prune_plan(
+    attn: Tensor,
+    keys: Tensor,
+    num_prefix: int,
+    step: Step,
+    boost_cls: bool = True,
+    head_filter: tuple[float, float] | None = (0.01, 0.7),
+    partition: str = "seq_u",
+    metric: str = "cos",
+) -> Plan:
+    """One pruning layer: I' ranks by one vote, S prunes near duplicates, I keeps the best of the graph that is left.
 
     Args:
-        features: [B, n, d], the keys of all heads side by side.
-        a: [B, |A|] patch numbers that may be pruned.
-        b: [B, |B|] patch numbers they are compared with.
-        r: how many, at most |A|.
-        metric: see `METRICS`.
+        attn: [B, H, N, N] probabilities, in at least fp32.
+        keys: [B, Hk, N, d].
+        num_prefix: P.
+        step: how much goes, and after how many votes.
+        boost_cls, head_filter: see `importance`.
+        partition: see `split_halves`.
+        metric: see `similarity`.
 
     Returns:
-        [B, r] patch numbers.
+        Plan with the prefix, then the kept patches in raster order.
     """
-    best = similarity(take_rows(features, a), take_rows(features, b), metric).amax(-1)
-    return a.gather(1, best.argsort(dim=-1, descending=True, stable=True)[:, :r])
+    p, batch, n = num_prefix, len(attn), attn.shape[-1] - num_prefix
+    similar, kept = step.counts(n)
+    alive = None
+    if similar:
+        score = importance(attn, 1, p, boost_cls, head_filter)[:, p:]
+        a, b = split_halves(score, partition, seed=step.block)
+        features = keys.transpose(1, 2).flatten(2)[:, p:]  # all heads side by side
+        pruned = most_similar(features, a, b, similar, metric)
+        alive = attn.new_ones(batch, p + n, dtype=torch.bool).scatter(1, pruned + p, False)
+        if kept == n - similar:
+            return Plan(with_prefix(rows_where(alive[:, p:], kept)[0], p))
+    score = importance(attn, step.iters, p, boost_cls, head_filter, alive)[:, p:]
+    if alive is not None:
+        score = score.masked_fill(~alive[:, p:], float("-inf"))
+    rows = score.argsort(dim=-1, descending=True, stable=True)[:, :kept].sort(-1).values
+    return Plan(with_prefix(rows, p))
 
 
 @dataclass(frozen=True)
@@ -235,6 +229,7 @@ class ZeroTPruneReducer(Reducer):
     partition: str
     metric: str
     num_heads: int
+    num_kv_heads: int
     head_dim: int
     needs: ClassVar[frozenset[str]] = frozenset("qk")
 
@@ -246,28 +241,22 @@ class ZeroTPruneReducer(Reducer):
         return next(s for s in self.steps if s.block == at.index)
 
     def plan(self, x: Tensor, state: TokenState, view: AttentionView, at: Site) -> Plan | None:
-        p, step = state.num_prefix, self.step(at)
-        n = x.shape[1] - p
-        similar, kept = step.counts(n)
-        if kept == n:
+        step = self.step(at)
+        patches = x.shape[1] - state.num_prefix
+        if step.counts(patches)[1] == patches:
             return None
         attn = view.probs(tau=self.tau)
-        alive = None
-        if similar:
-            score = importance(attn, 1, p, self.boost_cls, self.head_filter)[:, p:]
-            a, b = split_halves(score, self.partition, seed=at.index)
-            assert view.k is not None
-            keys = view.k.transpose(1, 2).flatten(2)[:, p:]
-            pruned = most_similar(keys, a, b, similar, self.metric)
-            alive = attn.new_ones(x.shape[:2], dtype=torch.bool).scatter(1, pruned + p, False)
-        if kept == n - similar:
-            assert alive is not None
-            return Plan(with_prefix(rows_where(alive[:, p:], kept)[0], p))
-        score = importance(attn, step.iters, p, self.boost_cls, self.head_filter, alive)[:, p:]
-        if alive is not None:
-            score = score.masked_fill(~alive[:, p:], float("-inf"))
-        rows = score.argsort(dim=-1, descending=True, stable=True)[:, :kept].sort(-1).values  # raster order
-        return Plan(with_prefix(rows, p))
+        assert view.k is not None
+        return prune_plan(
+            attn,
+            view.k,
+            state.num_prefix,
+            step,
+            boost_cls=self.boost_cls,
+            head_filter=self.head_filter,
+            partition=self.partition,
+            metric=self.metric,
+        )
 
     def count(self, at: Site, n: int, num_prefix: int) -> int:
         return num_prefix + self.step(at).counts(n - num_prefix)[1]
@@ -280,5 +269,5 @@ class ZeroTPruneReducer(Reducer):
             return 0
         votes = (1 if similar else 0) + (step.iters + (1 if similar else 0) if kept < patches - similar else 0)
         half = patches // 2
-        products = half * (patches - half) * self.head_dim * self.num_heads if similar else 0
+        products = half * (patches - half) * self.head_dim * self.num_kv_heads if similar else 0
         return self.num_heads * n * n * (self.head_dim + votes) + products

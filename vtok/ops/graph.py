@@ -41,26 +41,29 @@ def weighted_page_rank(attn: Tensor, signal: Tensor, iters: int, alive: Tensor |
 
     Args:
         attn: [B, H, N, N].
-        signal: [B, 1 or H, N], zero outside `alive`.
+        signal: [B, 1 or H, N], sums to 1, zero outside `alive`.
         iters: number of votes, fixed in advance.
         alive: [B, N] bool or `None`.
         damping: share of every new signal that is spread evenly (0 in the paper).
 
     Returns:
-        [B, H, N]; its sum stays that of `signal`.
+        [B, H, N], sums to 1 (less where a row has nothing left), zero outside `alive`.
     """
     signal = signal.expand(*attn.shape[:-1])
     weight = None
+    evenly: Tensor | float = 1 / attn.shape[-1]
     if alive is not None:
         mask = alive[:, None].to(attn.dtype)  # [B, 1, N]
-        weight = 1 / (attn @ mask[..., None]).squeeze(-1)  # one over what is left of each row
+        evenly = mask / mask.sum(-1, keepdim=True)
+        left = (attn @ mask[..., None]).squeeze(-1)  # of each row
+        weight = 1 / left.clamp_min(torch.finfo(attn.dtype).tiny)  # a token that saw dead ones only has no vote
     for _ in range(iters):
         votes = signal if weight is None else signal * weight
         signal = (votes.unsqueeze(-2) @ attn).squeeze(-2)
         if alive is not None:
             signal = signal * mask
         if damping:
-            signal = signal * (1 - damping) + damping / attn.shape[-1]
+            signal = signal * (1 - damping) + damping * evenly
     return signal
 
 

@@ -14,7 +14,7 @@ def take_rows(t: Tensor, rows: Tensor) -> Tensor:
     if t.ndim == 2:
         return t.gather(1, rows)
     batch, n = t.shape[:2]
-    return t.reshape(batch * n, -1).index_select(0, flat_rows(rows, n)).view(*rows.shape, -1)
+    return t.reshape(batch * n, -1).index_select(0, flat_rows(rows, n)).view(*rows.shape, t.shape[2])
 
 
 def flat_rows(rows: Tensor, n: int) -> Tensor:
@@ -49,4 +49,4 @@ def rows_where(chosen: Tensor, width: int) -> tuple[Tensor, Tensor]:
     rows = torch.zeros(batch, width + 1, dtype=torch.int64, device=chosen.device)
     rows = rows.scatter(1, place, torch.arange(n, device=chosen.device).expand(batch, n))[:, :width]
     valid = torch.arange(width, device=chosen.device) < chosen.sum(-1, keepdim=True)
-    return rows.where(valid, 0), valid
+    return rows, valid

@@ -35,7 +35,7 @@ def midpoint_samples(score: Tensor, k: int, valid: Tensor | None = None) -> Tens
     cdf = mass.gather(-1, order).cumsum(-1)
     total = mass.sum(-1, keepdim=True)
     cdf = cdf / torch.where(total > 0, total, 1)
-    if valid is not None:  # out of reach of every sample
+    if valid is not None:  # out of reach of every sample, whatever the last bits of a parallel sum are
         cdf = cdf.masked_fill(~valid.gather(-1, order), 3.0)
     points = (torch.arange(k, device=score.device, dtype=score.dtype) + 0.5) / k
     return _hit(nearest(points.expand(len(score), k).contiguous(), cdf.contiguous()), order)
@@ -59,7 +59,7 @@ def endpoint_samples(score: Tensor, points: int) -> tuple[Tensor, Tensor]:
     start = cdf.masked_fill(cdf == 0, float("inf")).amin(-1, keepdim=True)
     # The authors build the line in float32 and widen it; building it in float64 would flip borderline samples.
     line = torch.linspace(0, 1, points, device=score.device, dtype=torch.float32).to(score.dtype)
-    last = points - 1
+    last = max(1, points - 1)
     samples = start + (line * last - start * torch.arange(points, device=score.device)) / last
     index = nearest(samples.contiguous(), cdf.contiguous())
     hit = torch.zeros_like(order, dtype=torch.bool).scatter(-1, index, True)

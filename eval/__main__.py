@@ -1,0 +1,5 @@
+"""`python -m vtok.eval` is the `vtok` program."""
+
+from vtok.eval.cli import main
+
+main()

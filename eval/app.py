@@ -1,0 +1,172 @@
+"""The commands of the `vtok` program."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import vtok
+from vtok.errors import ConfigError
+from vtok.eval import runs
+from vtok.eval.imagenet_command import evaluate_imagenet
+from vtok.registry import METHODS
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=vtok.__doc__)
+evaluate = typer.Typer(no_args_is_help=True, help="Accuracy of patched models on standard tasks.")
+app.add_typer(evaluate, name="eval")
+evaluate.command("imagenet")(evaluate_imagenet)
+console = Console()
+if not console.is_terminal:  # piped into a file or a log: tables keep their columns
+    console = Console(width=132)
+
+Methods = Annotated[list[str], typer.Argument(help="name or name:key=value,..., e.g. tome:r=13 or pitome:flops=0.6")]
+Model = Annotated[str, typer.Argument(help="a timm model name, or 'reference'")]
+Pretrained = Annotated[bool, typer.Option(help="load pretrained weights (they change what data-dependent methods keep)")]
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="print the version and leave")] = False) -> None:
+    if version:
+        console.print(vtok.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def methods() -> None:
+    """Lists the methods with their parameters and defaults."""
+    table = Table(show_lines=False)
+    for column in ("method", "config class", "parameters and defaults", "what it does"):
+        table.add_column(column)
+    for name in METHODS:
+        cls = METHODS.get(name)
+        defaults = ", ".join(f"{k}={v}" for k, v in cls().to_dict().items() if k != "method")
+        about = (__import__(cls.__module__, fromlist=["_"]).__doc__ or "").strip().split("\n")[0]
+        table.add_row(name, cls.__name__, defaults, about)
+    console.print(table)
+
+
+@app.command()
+def plan(
+    model: Model,
+    method: Methods,
+    img_size: Annotated[int | None, typer.Option(help="input size in pixels")] = None,
+) -> None:
+    """Tokens and MACs per block and the implied speed-up of methods on a model, before anything runs."""
+    from vtok.eval.models import load_model
+
+    with torch.device("meta" if model != "reference" else "cpu"):
+        net = load_model(model, img_size=img_size)
+    for text in method:
+        name, params = runs.parse_method(text)
+        console.print(str(vtok.plan(net, name, **params)), highlight=False)
+        console.print()
+
+
+@app.command()
+def bench(
+    model: Model,
+    method: Methods,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b")] = 16,
+    pairs: Annotated[int, typer.Option(help="unpatched/patched pairs of timed batches")] = 20,
+    threads: Annotated[int | None, typer.Option(help="CPU threads (default: torch's)")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
+    device: Annotated[str | None, typer.Option()] = None,
+    img_size: Annotated[int | None, typer.Option()] = None,
+    pretrained: Pretrained = False,
+    memory: Annotated[bool, typer.Option(help="measure peak memory, one child process a setting")] = True,
+    profile: Annotated[bool, typer.Option(help="profile the share of the reduction step")] = True,
+    output: Annotated[Path | None, typer.Option("--json", help="file for the results")] = None,
+    markdown: Annotated[bool, typer.Option(help="print the table as GitHub markdown")] = False,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Times patched models against the unpatched one, interleaved in one run, beside what their MACs imply."""
+    from vtok.eval import bench_result
+    from vtok.eval.models import load_model, sample_images
+    from vtok.eval.throughput import measure
+
+    net = load_model(model, pretrained, img_size, seed)
+    images = sample_images(model, net, batch_size, seed)
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("timing", total=None)
+        results = measure(
+            net,
+            images,
+            [runs.parse_method(text) for text in method],
+            pairs=pairs,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            name=model,
+            seed=seed,
+            memory=memory,
+            profile=profile,
+            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    if output is not None:
+        output.write_text(bench_result.to_json(results), encoding="utf-8")
+    if markdown:
+        print(bench_result.markdown(results))
+    else:
+        console.print(bench_result.table(results))
+
+
+@app.command()
+def configs() -> None:
+    """Lists the runs that come with vtok, with their published figures."""
+    table = Table()
+    for column in ("run", "model", "method", "published top-1 (unpatched)", "GFLOPs as published"):
+        table.add_column(column)
+    for name in runs.bundled():
+        run = runs.load(name)
+        p = run.published
+        table.add_row(name, run.model, run.method.name, f"{p['top1']} ({p.get('base_top1', '-')})", str(p.get("gflops", "-")))
+    console.print(table)
+
+
+@app.command()
+def run(
+    config: Annotated[str, typer.Argument(help="name of a bundled run (see `vtok configs`) or path of a YAML file")],
+    data: Annotated[Path | None, typer.Option(help="folder of the data")] = None,
+    change: Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. method.ratio=0.95")] = None,
+    pretrained: Annotated[bool, typer.Option(help="load pretrained weights")] = True,
+    workers: Annotated[int, typer.Option("--workers", "-j")] = 4,
+    output: Annotated[Path | None, typer.Option("--json", help="file for the results")] = None,
+) -> None:
+    """Runs a configuration and prints what was published beside what is measured."""
+    from vtok.eval.runner import published_beside_measured, run_config
+
+    wanted = runs.load(config, change or ())
+    folder = data or (Path(wanted.data) if wanted.data else None)
+    if folder is None:
+        raise ConfigError(f"{config} names no data; pass --data FOLDER (for task {wanted.task})")
+    records = run_config(wanted, folder, pretrained, workers, console)
+    if output is not None:
+        output.write_text(json.dumps(records, indent=2, default=str), encoding="utf-8")
+    console.print(published_beside_measured(wanted, records))
+
+
+@app.command()
+def demo(
+    images: Annotated[int, typer.Option("--images", "-n", help="test images")] = 2000,
+    full: Annotated[bool, typer.Option("--full", help="all 10,000 test images")] = False,
+    out: Annotated[Path, typer.Option(help="folder for results; a second run goes on where the first stopped")] = Path(
+        "results/demo"
+    ),
+    budgets: Annotated[str, typer.Option(help="shares of the FLOPs")] = "0.8,0.6,0.4",
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b")] = 100,
+) -> None:
+    """Every method on the bundled model and images at several FLOPs budgets: accuracy, tokens, MACs, time."""
+    from vtok.eval.demo import run_demo
+
+    try:
+        shares = tuple(float(b) for b in budgets.split(","))
+    except ValueError:
+        raise ConfigError(f"--budgets takes numbers such as 0.8,0.6,0.4, got {budgets!r}") from None
+    run_demo(out, None if full else images, shares, batch_size=batch_size, console=console)

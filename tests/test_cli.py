@@ -1,0 +1,121 @@
+"""The commands, as a user types them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from vtok.eval.app import app
+
+run = CliRunner()
+
+
+def _ok(*args):
+    result = run.invoke(app, [str(a) for a in args], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_help_and_version():
+    assert "bench" in run.invoke(app, ["--help"]).output
+    import vtok
+
+    assert vtok.__version__ in _ok("--version")
+
+
+def test_methods_lists_every_method():
+    text = _ok("methods")
+    for name in ("tome", "pitome", "ats", "zero_tprune", "random", "uniform"):
+        assert name in text
+
+
+def test_plan():
+    text = _ok("plan", "deit_tiny_patch16_224", "tome:r=13", "pitome:flops=0.7")
+    assert "41" in text
+    assert "implied speed-up" in text
+    assert "flops=0.7 -> ratio=" in text
+
+
+def test_bench(tmp_path):
+    args = ["bench", "vit_tiny_patch16_224", "tome:r=8", "random", "--img-size", 64, "-b", 2, "--pairs", 5, "--threads", 1]
+    text = _ok(*args, "--no-memory", "--no-profile", "--json", tmp_path / "bench.json")
+    assert "achieved" in text
+    rows = json.loads((tmp_path / "bench.json").read_text())
+    assert [r["method"] for r in rows] == ["tome", "random"]
+    assert _ok(*args, "--no-memory", "--no-profile", "--markdown").startswith("|")
+
+
+def test_configs_lists_the_runs():
+    assert "tome_vit_s_augreg_r13" in _ok("configs")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, colour in (("a", (200, 30, 30)), ("b", (30, 30, 200))):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            Image.new("RGB", (70, 60), colour).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "a" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")
+    return tmp_path
+
+
+def test_eval_imagenet(folder, tmp_path):
+    out = tmp_path / "r.json"
+    args = ["eval", "imagenet", "--model", "vit_tiny_patch16_224", "--data", folder, "--no-pretrained", "--num-classes", 2]
+    args += ["-b", 4, "-j", 0, "--model-kwargs", "img_size=64", "--method", "tome:r=2", "-M", "random"]
+    text = _ok(*args, "--results-file", out)
+    assert "1 files were skipped" in text
+    assert "broken.jpg" in text
+    records = json.loads(out.read_text())
+    assert [r["method"] for r in records] == ["unpatched", "tome", "random"]
+    assert records[0]["n"] == 6
+
+
+def test_run_prints_published_beside_measured(folder, tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        "model: {backend: timm, name: deit_tiny_patch16_224.fb_in1k}\nmethod: {name: pitome, ratio: 0.9}\ntask: imagenet\n"
+        "batch_size: 3\npublished: {top1: 69.34, base_top1: 72.13, gflops: 0.712, source: a log}\n"
+    )
+    text = _ok(
+        "run", path, "--data", folder, "--no-pretrained", "-j", 0, "--set", "method.ratio=0.95", "--json", tmp_path / "r.json"
+    )
+    for word in ("69.34", "72.13", "-2.790", "0.712", "published", "measured", "a log"):
+        assert word in text
+    assert json.loads((tmp_path / "r.json").read_text())[1]["params"]["ratio"] == 0.95
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["plan", "reference", "tomee"], "unknown method 'tomee'; did you mean 'tome'?"),
+        (["run", "nothing"], "unknown run 'nothing'"),
+        (["run", "tome_vit_s_augreg_r13"], "names no data; pass --data FOLDER"),
+        (["demo", "--budgets", "a,b"], "--budgets takes numbers"),
+        (["plan", "no_such_model", "tome"], "timm cannot make no_such_model"),
+    ],
+)
+def test_expected_errors_are_one_line(args, words):
+    done = subprocess.run([sys.executable, "-m", "vtok.eval", *args], capture_output=True, text=True, env={**os.environ})
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_demo(tmp_path):
+    """The main job on a few images; a second run has nothing left to do and gives the same table."""
+    args = ["demo", "--images", 40, "--out", tmp_path / "d", "--budgets", "0.6", "-b", 20]
+    first = _ok(*args)
+    for word in ("tome", "random", "unpatched", "implied", "standard errors"):
+        assert word in first
+    for name in ("results.jsonl", "sweep.csv", "pareto.png", "overlays.png"):
+        assert (tmp_path / "d" / name).stat().st_size > 0
+    lines = (tmp_path / "d" / "results.jsonl").read_text().splitlines()
+    assert len(lines) == 7
+    second = _ok(*args)
+    assert "7 of 7 configurations are in" in second
+    assert (tmp_path / "d" / "results.jsonl").read_text().splitlines() == lines

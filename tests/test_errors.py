@@ -1,0 +1,252 @@
+"""Bad input gets a message that says what was wrong, what was found and what to do. Each message is read here."""
+
+import json
+import sys
+
+import pytest
+import timm
+import torch
+from torch import nn
+from zoo import Nothing, build, images
+
+import vtok
+from vtok.methods.ats import ATS
+from vtok.state import Place
+
+
+@pytest.fixture
+def model():
+    return build("timm: ViT")
+
+
+def _message(error, call, *args, **kwargs):
+    with pytest.raises(error) as caught:
+        call(*args, **kwargs)
+    return str(caught.value)
+
+
+def test_unknown_method(model):
+    text = _message(vtok.UnknownNameError, vtok.patch, model, "pitom")
+    assert "unknown method 'pitom'" in text
+    assert "did you mean 'pitome'?" in text
+    assert "zero_tprune" in text
+
+
+def test_unknown_parameter(model):
+    text = _message(vtok.UnknownNameError, vtok.patch, model, "pitome", ratoi=0.9)
+    assert "unknown parameter of pitome 'ratoi'" in text
+    assert "did you mean 'ratio'?" in text
+
+
+def test_parameters_beside_a_config_object(model):
+    assert "PiToMe(ratio=...)" in _message(vtok.ConfigError, vtok.patch, model, vtok.PiToMe(), ratio=0.9)
+
+
+def test_a_method_that_is_no_method(model):
+    assert "unknown method '3'" in _message(vtok.UnknownNameError, vtok.patch, model, 3)
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "words"),
+    [
+        ("tome", {"r": 500}, ["r=500 in block 0", "64 patches", "at most 32"]),
+        ("tome", {"r": -1}, ["cannot be negative"]),
+        ("tome", {"r": 2.5}, ["must be whole", "2.5"]),
+        ("tome", {"r": [1, 2, 3, 4, 5]}, ["lists 5 blocks", "has 4"]),
+        ("tome", {"r": (8, -1, 2)}, ["(r, inflect)", "pass a list"]),
+        ("pitome", {"r": 500}, ["r=500", "at most 32"]),
+        ("pitome", {"ratio": 0.9, "r": 3}, ["ratio or r, not both"]),
+        ("pitome", {"ratio": 1.2}, ["fraction in (0, 1]", "1.2"]),
+        ("pitome", {"preset": "official"}, ["unknown preset 'official'", "official_deit"]),
+        ("pitome", {"preset": "official_deit", "margin": 0.5}, ["fixes the margins"]),
+        ("pitome", {"alpha": -1.0}, ["alpha", ">= 0"]),
+        ("ats", {"num_tokens": 0}, ["whole number >= 1"]),
+        ("ats", {"num_tokens": 8, "keep": 0.5}, ["num_tokens or keep, not both"]),
+        ("ats", {"mode": "dorp"}, ["mode must be one of drop, mask"]),
+        ("ats", {"parity": True, "num_tokens": 8}, ["parity=True", "cannot be set"]),
+        ("ats", {"layers": [7]}, ["layers names block 7", "blocks 0 to 3"]),
+        ("zero_tprune", {"layers": [1, 2], "retain": [0.9]}, ["retain has 1 values for 2 layers"]),
+        ("zero_tprune", {"layers": [1]}, ["layers is given without retain"]),
+        ("zero_tprune", {"layers": [1, 1], "retain": 0.9}, ["names a block twice"]),
+        ("zero_tprune", {"retain": 0.0}, ["retain is a fraction in (0, 1]"]),
+        ("zero_tprune", {"r": 60}, ["r=60", "at most 32"]),
+        ("zero_tprune", {"metric": "cosine"}, ["metric must be one of cos, dot"]),
+        ("zero_tprune", {"head_filter": (0.7, 0.1)}, ["(low, high)"]),
+        ("random", {"keep": 0}, ["keep is a fraction in (0, 1]"]),
+        ("random", {"seed": 1.5}, ["seed must be a whole number"]),
+        ("uniform", {"keep": True}, ["keep is a fraction"]),
+    ],
+)
+def test_values_that_make_no_sense(model, method, params, words):
+    text = _message(vtok.ConfigError, vtok.patch, model, method, **params)
+    for word in words:
+        assert word in text, text
+    assert not vtok.info(model).patched
+
+
+def test_budgets_that_cannot_be_met(model):
+    text = _message(vtok.BudgetError, vtok.patch, model, "tome", flops=0.05)
+    assert "cannot bring VisionTransformer down to flops=0.05" in text
+    assert "strongest setting still needs 0." in text
+    assert "in (0, 1], got 1.5" in _message(vtok.ConfigError, vtok.patch, model, "tome", flops=1.5)
+    both = [vtok.ToMe(r=[4, 0, 0, 0]), vtok.RandomDrop(keep=0.9, layers=[3])]
+    assert "sets the knob of one method" in _message(vtok.ConfigError, vtok.patch, model, both, flops=0.5)
+
+
+def test_two_methods_in_one_block(model):
+    text = _message(vtok.ConfigError, vtok.patch, model, ["tome", vtok.RandomDrop(layers=[3])])
+    assert "two methods reduce in block 3" in text
+    assert "different layers" in text
+
+
+def test_two_methods_in_different_blocks(model):
+    vtok.patch(model, [vtok.ToMe(r=[6, 6]), vtok.RandomDrop(keep=0.5, layers=[3])])
+    with torch.no_grad():
+        model(images("timm: ViT"))
+    assert [b.tokens_out for b in vtok.info(model).towers[0].blocks] == [59, 53, 53, 27]
+
+
+def test_padding_is_not_handed_to_other_methods(model):
+    text = _message(vtok.UnsupportedModelError, vtok.patch, model, [ATS(layers=[1]), vtok.RandomDrop(layers=[3])])
+    assert "patch it alone" in text
+
+
+def test_unsupported_blocks():
+    with torch.device("meta"):
+        model = timm.create_model("vit_relpos_small_patch16_224")
+    text = _message(vtok.UnsupportedModelError, vtok.patch, model, "tome")
+    assert "block 0 of VisionTransformerRelPos is a timm.models.vision_transformer_relpos.RelPosBlock" in text
+    assert "supported: timm's plain ViTs" in text
+
+
+def test_unknown_attention():
+    class MyAttention(nn.Module):
+        def forward(self, x, attn_mask=None, is_causal=False):
+            return x
+
+    model = build("timm: ViT")
+    model.blocks[2].attn = MyAttention()
+    text = _message(vtok.UnsupportedModelError, vtok.patch, model, "tome")
+    assert "block 2 of VisionTransformer attends with" in text
+    assert "MyAttention, which vtok does not know" in text
+
+
+@pytest.mark.parametrize("nothing", [nn.Linear(3, 3), nn.Sequential(nn.Conv2d(3, 8, 3))])
+def test_nothing_to_patch(nothing):
+    text = _message(vtok.UnsupportedModelError, vtok.patch, nothing, "tome")
+    assert "holds nothing that vtok can patch" in text
+    assert "VisionTransformer" in text
+
+
+def test_not_a_module():
+    assert "got str" in _message(vtok.UnsupportedModelError, vtok.patch, "vit_base", "tome")
+
+
+def test_a_forward_replaced_by_someone_else(model):
+    original = model.blocks[1].forward
+    model.blocks[1].forward = lambda *args, **kwargs: original(*args, **kwargs)
+    text = _message(vtok.StateError, vtok.patch, model, "tome", r=4)
+    assert "forward of this Block was replaced on the instance" in text
+    assert "Patch with vtok first" in text
+    assert not any(hasattr(block, "_vtok") for block in model.blocks)
+
+
+def test_a_class_put_on_top_of_ours(model):
+    vtok.patch(model, "tome", r=4)
+    block = model.blocks[1]
+    block.__class__ = type("Wrapped", (type(block),), {})
+    text = _message(vtok.StateError, vtok.unpatch, model)
+    assert "was wrapped by another tool" in text
+
+
+def test_methods_that_need_a_class_token():
+    model = build("timm: ViT average pool")
+    text = _message(vtok.UnsupportedModelError, vtok.patch, model, "ats", num_tokens=30)
+    assert "reads the attention of a class token and VisionTransformer has none" in text
+    assert 'query="mean"' in text
+    text = _message(vtok.UnsupportedModelError, vtok.patch, model, "zero_tprune")
+    assert 'cls_init="uniform"' in text
+
+
+def test_methods_that_need_probabilities():
+    text = _message(vtok.UnsupportedModelError, vtok.patch, build("timm: ViT differential attention"), "ats", num_tokens=30)
+    assert "difference of two softmaxes" in text
+
+
+def test_a_tap_that_does_not_exist():
+    greedy = Nothing(place=Place.BLOCK_END, needs=frozenset("kv"))
+    text = _message(vtok.UnsupportedModelError, vtok.patch, build("timm: ViT differential attention"), greedy)
+    assert "DiffAttention does not show v" in text
+
+
+def test_pools_that_cannot_see_sizes():
+    from timm.models.vision_transformer import VisionTransformer
+
+    kwargs = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 4, "num_classes": 10}
+    model = VisionTransformer(**kwargs, global_pool="prr").eval()
+    text = _message(vtok.UnsupportedModelError, vtok.patch, model, "tome", r=4)
+    assert "tome cannot be used on VisionTransformer: its attention pool (prr) takes no mask" in text
+    vtok.patch(model, "random", keep=0.8)
+    with torch.no_grad():
+        assert torch.isfinite(model(torch.randn(1, 3, 64, 64))).all()
+
+
+def test_causal_attention(model):
+    vtok.patch(model, "tome", r=4)
+    with torch.no_grad():
+        text = _message(vtok.UnsupportedModelError, model, images("timm: ViT"), is_causal=True)
+    assert "vtok patches encoders" in text
+
+
+def test_packed_input():
+    model = vtok.patch(build("timm: NaFlexViT"), "random", input_size=(3, 64, 64))
+    text = _message(vtok.UnsupportedModelError, model, {"patches": torch.zeros(1, 4, 192)})
+    assert "packed NaFlex input is not supported" in text
+
+
+def test_config_files(model, tmp_path):
+    path = tmp_path / "run.json"
+    assert "does not exist; methods are: ats" in _message(vtok.ConfigError, vtok.patch, model, str(path))
+    path.write_text("{not json")
+    assert "is not a JSON file" in _message(vtok.ConfigError, vtok.patch, model, path)
+    path.write_text("[1, 2]")
+    assert "expected a file of vtok.save_config with format 1, found 'list'" in _message(
+        vtok.ConfigError, vtok.patch, model, path
+    )
+    vtok.save_config(vtok.patch(model, "tome", r=4), path)
+    saved = json.loads(path.read_text())
+
+    def rewritten(**changes):
+        path.write_text(json.dumps({**saved, **changes}))
+        return _message(vtok.VtokError, vtok.patch, model, path)
+
+    assert "format 1, found 9" in rewritten(format=9)
+    assert "'methods' must be a list" in rewritten(methods=[])
+    assert "'model' must be a mapping" in rewritten(model=3)
+    text = rewritten(methods=[{"method": "tome", "rr": 3}])
+    assert str(path) in text
+    assert "unknown parameter of tome 'rr'" in text
+    assert "unknown method 'tom'" in rewritten(methods=[{"method": "tom"}])
+    text = rewritten(model={**saved["model"], "depth": 12})
+    assert "saved from VisionTransformer with 12 blocks, this VisionTransformer has 4" in text
+
+
+def test_nothing_to_save(model, tmp_path):
+    assert "not patched; there is nothing to save" in _message(vtok.StateError, vtok.save_config, model, tmp_path)
+
+
+def test_unmerge_before_a_pass(model):
+    text = _message(vtok.StateError, vtok.unmerge, vtok.patch(model, "tome", r=4, trace=True), torch.zeros(1, 3, 4))
+    assert "has just run" in text
+
+
+def test_a_missing_extra(monkeypatch):
+    from vtok.eval.tasks.timm_pipeline import Options, create_model
+
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert 'pip install "vtok[timm]"' in _message(vtok.MissingExtraError, create_model, "vit_tiny_patch16_224", Options())
+
+
+def test_registries_refuse_collisions():
+    text = _message(vtok.ConfigError, vtok.METHODS.register("tome"), object())
+    assert "method 'tome' is already registered" in text

@@ -1,0 +1,100 @@
+"""The wheel holds exactly one top-level name, `vtok`; the folder list in pyproject is complete."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+SETUP = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+
+
+def test_every_package_folder_is_listed():
+    homes = {"vtok": ROOT / "vtok", **{name: ROOT / path for name, path in SETUP["package-dir"].items()}}
+    found = set()
+    for name, home in homes.items():
+        for folder, subfolders, files in os.walk(home):  # does not enter links
+            subfolders[:] = [s for s in subfolders if s != "__pycache__" and not (Path(folder) / s).is_symlink()]
+            if "__init__.py" in files:
+                found.add(".".join((name, *Path(folder).relative_to(home).parts)))
+    assert found == set(SETUP["packages"])
+
+
+@pytest.mark.parametrize("name", ["patches", "eval", "configs", "assets"])
+def test_links_point_at_the_real_folder(name):
+    link = ROOT / "vtok" / name
+    assert link.is_symlink()
+    assert link.resolve() == ROOT / name
+    assert not os.path.isabs(os.readlink(link))
+
+
+def test_the_top_level_is_the_agreed_one():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.fail("this test runs in a git checkout")
+    top = {line.split("/")[0] for line in tracked.stdout.splitlines()}
+    visible = {name for name in top if not name.startswith(".")}
+    fixed = {"pyproject.toml", "vtok", "patches", "eval", "configs", "tests", "assets", "README.md"}
+    assert visible <= fixed | {"LICENSE", "NOTICE", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile"}
+    assert fixed <= visible
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """sdist, and the wheel made from it."""
+    out = tmp_path_factory.mktemp("dist")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)], check=True, capture_output=True
+    )
+    return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
+
+
+@pytest.mark.slow
+def test_the_wheel_is_whole_and_leaks_nothing(built, tmp_path):
+    wheel, _ = built
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert len(names) == len(set(names))
+    assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"vtok"}
+    for file in ("vtok/py.typed", "vtok/assets/fashion_vit.safetensors", "vtok/configs/tome_vit_s_augreg_r13.yaml"):
+        assert file in names
+    target = tmp_path / "site"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel)], check=True)
+    assert {p.name for p in target.iterdir() if "dist-info" not in p.name and p.name != "bin"} == {"vtok"}
+    code = (
+        "import vtok, vtok.patches.timm_vit, vtok.eval.tasks.imagenet\n"
+        "from vtok.eval import runs, reference\n"
+        "assert vtok.__file__.startswith('.') or 'site' in vtok.__file__, vtok.__file__\n"
+        "print(len(runs.bundled()), reference.asset('fashion_vit.safetensors').stat().st_size > 1e6)\n"
+        "for name in ('patches', 'eval', 'configs', 'assets', 'tests'):\n"
+        "    try: __import__(name)\n"
+        "    except ModuleNotFoundError: continue\n"
+        "    raise SystemExit(name + ' leaked')\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(target)}
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd="/", env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(len(list((ROOT / "configs").glob("*.yaml")))), "True"]
+
+
+@pytest.mark.slow
+def test_the_sdist_has_the_shape_of_the_repository(built):
+    _, sdist = built
+    with tarfile.open(sdist) as archive:
+        names = {n.partition("/")[2] for n in archive.getnames()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "NOTICE", "vtok/api.py", "patches/block.py", "eval/cli.py"} <= names
+
+
+def test_the_editable_install_sees_every_part():
+    code = "import vtok.patches.block, vtok.eval.cli, vtok.configs, vtok.assets; print(vtok.__file__)"
+    out = subprocess.run([sys.executable, "-P", "-c", code], cwd="/", capture_output=True, text=True, check=True).stdout
+    assert Path(out.strip()) == ROOT / "vtok" / "__init__.py"

@@ -1,0 +1,130 @@
+"""Run files: what comes with vtok loads and fits its model; what is wrong in a file is named."""
+
+import pytest
+import timm
+import torch
+
+import vtok
+from vtok.eval import runs
+
+
+def test_every_published_point_has_its_figures_and_source():
+    names = runs.bundled()
+    assert len(names) >= 20
+    methods = {runs.load(name).method.name for name in names}
+    assert methods == {"ats", "pitome", "tome", "zero_tprune"}
+    for name in names:
+        p = runs.load(name).published
+        assert 50 < p["top1"] < 90, name
+        assert p["top1"] < p["base_top1"], name
+        assert p["source"], name
+
+
+@pytest.mark.parametrize("name", runs.bundled())
+def test_published_gflops_are_what_the_schedule_costs(name):
+    """Resolved against the model on the meta device. The sources count a multiply-accumulate as one FLOP."""
+    run = runs.load(name)
+    with torch.device("meta"):
+        model = timm.create_model(run.model)
+    plan = vtok.plan(model, run.method)
+    published = run.published.get("gflops")
+    if run.method.name == "ats":  # counts depend on the image: the plan is a bound
+        assert plan.estimate.base_macs / 1e9 == pytest.approx(run.published["base_gflops"], rel=0.01)
+        assert plan.estimate.fraction > 0.9
+    elif published is None:
+        assert plan.estimate.macs < 0.95 * plan.estimate.base_macs
+    elif run.method.name == "pitome":
+        width, cost = model.embed_dim, 0.0
+        for row in plan.estimate.rows:  # attention and MLP of every block on the tokens that enter it
+            cost += row.tokens_in * 12 * width**2 + 2 * row.tokens_in**2 * width
+        assert cost / 1e9 == pytest.approx(published, rel=0.006)  # their matching of the time left a few tokens less
+    else:
+        assert plan.estimate.macs / 1e9 == pytest.approx(published, rel=0.01)
+
+
+def _file(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+GOOD = "model: {backend: timm, name: deit_tiny_patch16_224}\nmethod: {name: tome, r: 8}\ntask: imagenet\n"
+
+
+def test_a_minimal_file(tmp_path):
+    run = runs.load(str(_file(tmp_path, GOOD)))
+    assert (run.name, run.model, run.method, run.batch_size) == ("run", "deit_tiny_patch16_224", vtok.ToMe(r=8), 64)
+
+
+def test_overrides(tmp_path):
+    path = str(_file(tmp_path, GOOD))
+    run = runs.load(path, ["method.r=[4, 2]", "batch_size=8", "model.name=deit_small_patch16_224"])
+    assert run.method == vtok.ToMe(r=[4, 2])
+    assert (run.batch_size, run.model) == (8, "deit_small_patch16_224")
+    for bad in ("batch_size", "method.r.x=1", "method.r=[1"):
+        with pytest.raises(vtok.ConfigError, match="--set"):
+            runs.load(path, [bad])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("task: [imagenet", ["not a YAML file"]),
+        ("- a\n- b", ["expected a mapping", "found list"]),
+        (GOOD + "mehtod: {}", ["unknown key 'mehtod'", "did you mean 'method'?"]),
+        (GOOD + "batch_size: many", ["batch_size must be int", "'many'"]),
+        (GOOD + "dtype: fp8", ["dtype must be one of fp32, bf16, fp16", "'fp8'"]),
+        (GOOD.replace("task: imagenet\n", ""), ["task is missing"]),
+        (GOOD.replace("backend: timm, ", ""), ["model.backend is missing"]),
+        (GOOD.replace("timm", "tim"), ["model.backend must be one of timm"]),
+        (GOOD.replace("name: tome, ", ""), ["method.name is missing"]),
+        (GOOD.replace("tome", "tom"), ["unknown method 'tom'", "did you mean 'tome'?"]),
+        (GOOD.replace("r: 8", "rr: 8"), ["unknown parameter of tome 'rr'"]),
+        (GOOD.replace("r: 8", "r: 8.5"), ["must be whole"]),
+        (GOOD + "published: {top1: 3}", ["published.source is missing"]),
+        (GOOD + "published: {top1: 3, source: x, top2: 1}", ["unknown key 'published.top2'"]),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, change, words):
+    path = _file(tmp_path, change)
+    with pytest.raises(vtok.VtokError) as caught:
+        runs.load(str(path))
+    for word in [str(path), *words]:
+        assert word in str(caught.value), str(caught.value)
+
+
+def test_runs_that_do_not_exist():
+    with pytest.raises(
+        vtok.UnknownNameError, match="unknown run 'tome_vit_s_augreg_r12'; did you mean 'tome_vit_s_augreg_r13'"
+    ):
+        runs.load("tome_vit_s_augreg_r12")
+    with pytest.raises(vtok.ConfigError, match="does not exist"):
+        runs.load("nowhere/run.yaml")
+
+
+def test_yaml_cannot_run_code(tmp_path):
+    path = _file(tmp_path, GOOD + "data: !!python/object/apply:os.system ['true']")
+    with pytest.raises(vtok.ConfigError, match="not a YAML file"):
+        runs.load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("tome", ("tome", {})),
+        ("tome:r=13", ("tome", {"r": 13})),
+        ("pitome:ratio=0.9,prop_attn=false", ("pitome", {"ratio": 0.9, "prop_attn": False})),
+        (
+            "zero_tprune:layers=[2,5],retain=[0.9,0.8],head_filter=null",
+            ("zero_tprune", {"layers": [2, 5], "retain": [0.9, 0.8], "head_filter": None}),
+        ),
+    ],
+)
+def test_methods_on_the_command_line(text, expected):
+    assert runs.parse_method(text) == expected
+
+
+@pytest.mark.parametrize("text", ["tome:13", "tome:r=[1", "tome:r"])
+def test_unreadable_methods_on_the_command_line(text):
+    with pytest.raises(vtok.ConfigError, match="tome:r=13"):
+        runs.parse_method(text)

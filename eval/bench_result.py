@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from vtok.errors import MissingExtraError
+from vtok.registry import METHODS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -105,10 +106,11 @@ def from_json(text: str) -> list[Result]:
 
 
 def label(method: str, params: Any) -> str:
-    """ "tome(r=8)": parameters that are set; several methods carry theirs one by one."""
+    """ "tome(r=8)": parameters that differ from the defaults; several methods carry theirs one by one."""
     if isinstance(params, list):
         return " + ".join(label(one["method"], {k: v for k, v in one.items() if k != "method"}) for one in params)
-    given = ", ".join(f"{key}={_short(value)}" for key, value in params.items() if value is not None)
+    defaults = METHODS.get(method)().to_dict() if method in METHODS else {}
+    given = ", ".join(f"{key}={_short(value)}" for key, value in params.items() if value != defaults.get(key))
     return f"{method}({given})" if given else method
 
 

@@ -58,8 +58,8 @@ class DropReducer(Reducer):
     keep: float
     layers: tuple[int, ...]
 
-    def rank(self, position: Tensor, state: TokenState, at: Site) -> Tensor:
-        """[B, n] sortable values for the patches at the raster positions [B, n] of the original grid; low = kept."""
+    def rank(self, n: int, state: TokenState, at: Site, device: torch.device) -> Tensor:
+        """[B, n] sortable values for the n patches, or [1, n] if they are the same for every image; low = kept."""
         raise NotImplementedError
 
     @property
@@ -72,10 +72,8 @@ class DropReducer(Reducer):
         m = kept_count(n - p, self.keep)
         if m == n - p:
             return None
-        here = torch.arange(n - p, device=x.device).expand(batch, n - p)
-        position = here if state.index is None else state.index[:, p:] - p
-        rows = self.rank(position, state, at).argsort(dim=-1, stable=True)[:, :m].sort(-1).values
-        return Plan(with_prefix(rows, p))
+        rows = self.rank(n - p, state, at, x.device).argsort(dim=-1, stable=True)[:, :m].sort(-1).values
+        return Plan(with_prefix(rows.expand(batch, m), p))
 
     def count(self, at: Site, n: int, num_prefix: int) -> int:
         return num_prefix + kept_count(n - num_prefix, self.keep)

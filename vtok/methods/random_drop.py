@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from vtok.config import ModelInfo
@@ -47,5 +48,5 @@ class RandomReducer(DropReducer):
 
     seed: int
 
-    def rank(self, position: Tensor, state: TokenState, at: Site) -> Tensor:
-        return splitmix(position, (self.seed << 12) + at.index)
+    def rank(self, n: int, state: TokenState, at: Site, device: torch.device) -> Tensor:
+        return splitmix(torch.arange(n, device=device), (self.seed << 12) + at.index)[None]

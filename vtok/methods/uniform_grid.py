@@ -67,7 +67,11 @@ class UniformReducer(DropReducer):
     num_patches: int
     grid: tuple[int, int]
 
-    def rank(self, position: Tensor, state: TokenState, at: Site) -> Tensor:
+    def rank(self, n: int, state: TokenState, at: Site, device: torch.device) -> Tensor:
         patches = state.length - state.num_prefix
         width = grid_width(patches, self.num_patches, self.grid)
+        if state.index is None:
+            position = torch.arange(n, device=device)[None]
+        else:  # where the patches that are left lie on the original grid
+            position = state.index[:, state.num_prefix :] - state.num_prefix
         return dither_rank(position, width, -(-patches // width))

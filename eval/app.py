@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -47,7 +48,7 @@ def methods() -> None:
     for name in METHODS:
         cls = METHODS.get(name)
         defaults = ", ".join(f"{k}={v}" for k, v in cls().to_dict().items() if k != "method")
-        about = (__import__(cls.__module__, fromlist=["_"]).__doc__ or "").strip().split("\n")[0]
+        about = (sys.modules[cls.__module__].__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
         table.add_row(name, cls.__name__, defaults, about)
     console.print(table)
 
@@ -93,7 +94,7 @@ def bench(
 
     net = load_model(model, pretrained, img_size, seed)
     images = sample_images(model, net, batch_size, seed)
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("timing", total=None)
         results = measure(
             net,
@@ -146,7 +147,7 @@ def run(
     folder = data or (Path(wanted.data) if wanted.data else None)
     if folder is None:
         raise ConfigError(f"{config} names no data; pass --data FOLDER (for task {wanted.task})")
-    records = run_config(wanted, folder, pretrained, workers, console)
+    records = run_config(wanted, folder, pretrained, workers, Console(stderr=True))
     if output is not None:
         output.write_text(json.dumps(records, indent=2, default=str), encoding="utf-8")
     console.print(published_beside_measured(wanted, records))

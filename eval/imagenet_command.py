@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,11 +26,11 @@ def evaluate_imagenet(**flags: Any) -> None:
     """Accuracy on an ImageNet-style folder with timm's own pipeline, unpatched and patched on the same batches."""
     from vtok.eval.tasks.imagenet import evaluate
 
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=132)
     model, data, methods, output = (flags.pop(name) for name in ("model", "data", "method", "results_file"))
     settings = [None, *(parse_method(text) for text in methods or ())]
     options = Options(**{name: _value(name, value) for name, value in flags.items()})
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task(model, total=None)
         records = evaluate(
             model, data, settings, options, lambda done, total: progress.update(bar, completed=done, total=total)

@@ -17,7 +17,7 @@ run = CliRunner()
 def _ok(*args):
     result = run.invoke(app, [str(a) for a in args], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout
 
 
 def test_help_and_version():

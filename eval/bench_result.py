@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from vtok.errors import MissingExtraError
-from vtok.registry import METHODS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,7 +35,8 @@ class Result:
         model: name.
         backend: adapter.
         method: name(s) of the method.
-        params: its parameters, resolved.
+        setting: what was asked for, e.g. "tome(r=13)".
+        params: parameters of the method, resolved.
         tokens: `in`, `out`, `mean_per_layer` (mean over images of the real tokens that leave each block).
         gmacs: per image: `base`, `model` (patched), `computed` (padding included), `pruner` (the reduction's own).
         gflops: the same, 2 x.
@@ -62,6 +62,7 @@ class Result:
     model: str
     backend: str
     method: str
+    setting: str
     params: Any
     tokens: dict[str, Any]
     gmacs: dict[str, float]
@@ -105,20 +106,11 @@ def from_json(text: str) -> list[Result]:
     return [Result(**values) for values in json.loads(text)]
 
 
-def label(method: str, params: Any) -> str:
-    """ "tome(r=8)": parameters that differ from the defaults; several methods carry theirs one by one."""
-    if isinstance(params, list):
-        return " + ".join(label(one["method"], {k: v for k, v in one.items() if k != "method"}) for one in params)
-    defaults = METHODS.get(method)().to_dict() if method in METHODS else {}
-    given = ", ".join(f"{key}={_short(value)}" for key, value in params.items() if value != defaults.get(key))
-    return f"{method}({given})" if given else method
-
-
 def rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
     """Cells under `HEADER`, one row a result."""
     return [
         (
-            label(r.method, r.params),
+            r.setting,
             f"{r.tokens['in']:.0f} -> {_short(r.tokens['out'])}",
             f"{r.gmacs['base']:.3f} -> {r.gmacs['model']:.3f} + {r.gmacs['pruner']:.3f}",
             f"{r.gflops['base']:.3f} -> {r.gflops['model']:.3f} + {r.gflops['pruner']:.3f}",
@@ -168,7 +160,7 @@ def markdown(results: Sequence[Result]) -> str:
     """A GitHub-markdown table with its caption under it and one sentence a setting on its speed."""
     lines = ["| " + " | ".join(HEADER) + " |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows(results)]
-    words = [f"- {label(r.method, r.params)}: {r.verdict}." for r in results]
+    words = [f"- {r.setting}: {r.verdict}." for r in results]
     return "\n".join([*lines, "", caption(results), "", *words, ""])
 
 

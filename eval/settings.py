@@ -57,6 +57,18 @@ class Setting:
         parts = self.method if isinstance(self.method, (list, tuple)) else [self.method]
         return " + ".join(part.name if isinstance(part, MethodConfig) else str(part) for part in parts)
 
+    @property
+    def title(self) -> str:
+        """ "tome(r=13)": what the caller asked for, without what follows from it or was left at its default."""
+        if isinstance(self.method, (list, tuple)):
+            return " + ".join(Setting(part).title for part in self.method)
+        given = {key: value for key, value in self.params.items() if key != "calibration"}
+        if isinstance(self.method, MethodConfig):
+            defaults = type(self.method)().to_dict()
+            given = {key: value for key, value in self.method.to_dict().items() if value != defaults[key]}
+        text = ", ".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in given.items())
+        return f"{self.name}({text})" if text else self.name
+
     def apply(self, model: nn.Module, input_size: Size | None = None) -> nn.Module:
         """Patches (or unpatches) the model in place; a budget is solved for `input_size`. Errors are those of `vtok.patch`."""
         if self.method is None:

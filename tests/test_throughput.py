@@ -289,4 +289,7 @@ def test_setting_names():
     assert Setting().name == "unpatched"
     assert Setting.of(["tome", "pitome"]).name == "tome + pitome"
     assert Setting.of(("tome", {"r": 3})) == Setting("tome", {"r": 3})
-    assert bench_result.label("a", [{"method": "x", "k": 1}, {"method": "y", "k": None}]) == "x(k=1) + y"
+    assert Setting("tome", {"r": 3}).title == "tome(r=3)"
+    assert Setting("ats", {"flops": 0.61234567, "calibration": zoo.images(NAME)}).title == "ats(flops=0.6123)"
+    assert Setting([vtok.ToMe(r=[1, 2]), "random"]).title == "tome(r=[1, 2]) + random"
+    assert Setting(vtok.PiToMe()).title == "pitome"

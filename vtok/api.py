@@ -261,7 +261,7 @@ def _resolve(
                 return _measure(adapter, tower, (candidate,), calibration)
 
             config, budget = solve(config, target, info_, adapter.cost(tower), measure if calibration is not None else None)
-        chosen.append(config)
+        chosen.append(config.resolved(info_))
     reducers = [config.build(info_) for config in chosen]
     if len(reducers) > 1 and any(r.ragged for r in reducers):
         raise UnsupportedModelError(

@@ -111,6 +111,10 @@ class MethodConfig:
         """
         raise NotImplementedError
 
+    def resolved(self, info: ModelInfo) -> Self:
+        """The same config with defaults that depend on the model written out, as `info`, `plan` and saved files show it."""
+        return self
+
     def needs_budget(self) -> bool:
         """True when no knob is set and the default operating point is a share of FLOPs (`default_flops`)."""
         return False

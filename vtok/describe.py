@@ -31,6 +31,14 @@ def _giga(macs: float) -> str:
     return f"{macs / 1e9:.3f}"
 
 
+def _costs(e: Estimate) -> str:
+    return (
+        f"GMACs {_giga(e.base_macs)} -> {_giga(e.macs)} + {_giga(e.reduction_macs)} for the reduction itself, "
+        f"GFLOPs {_giga(2 * e.base_macs)} -> {_giga(2 * e.macs)} + {_giga(2 * e.reduction_macs)}; "
+        f"implied speed-up {e.implied_speedup:.2f}x"
+    )
+
+
 def _settings(config: MethodConfig) -> str:
     values = {k: v for k, v in config.to_dict().items() if k != "method" and v is not None}
     return f"{config.name}(" + ", ".join(f"{k}={v}" for k, v in values.items()) + ")"
@@ -74,9 +82,7 @@ class PlanReport:
         lines = [
             f"{self.tower}, {self.num_patches} patches: " + " + ".join(_settings(c) for c in self.configs),
             table(("", "tokens in", "out", "GMACs", "reduction"), rows),
-            f"GMACs {_giga(e.base_macs)} -> {_giga(e.macs)} (GFLOPs {_giga(2 * e.base_macs)} -> {_giga(2 * e.macs)}), "
-            f"reduction itself {_giga(e.reduction_macs)}",
-            f"implied speed-up {e.implied_speedup:.2f}x",
+            _costs(e),
         ]
         if not e.exact:
             lines.append("token counts depend on the image: these are upper bounds; pass calibration=images for means")
@@ -159,11 +165,7 @@ class TowerInfo:
         elif self.configs:
             lines.append("no forward pass yet")
         if self.estimate is not None:
-            e = self.estimate
-            lines.append(
-                f"GMACs {_giga(e.base_macs)} -> {_giga(e.macs)} (GFLOPs {_giga(2 * e.base_macs)} -> {_giga(2 * e.macs)}), "
-                f"reduction itself {_giga(e.reduction_macs)}; implied speed-up {e.implied_speedup:.2f}x"
-            )
+            lines.append(_costs(self.estimate))
         if self.mean_estimate is not None:
             lines.append(f"by mean tokens, without padding: implied speed-up {self.mean_estimate.implied_speedup:.2f}x")
         return "\n".join([*lines, *self.notes])

@@ -65,6 +65,8 @@ class ATS(MethodConfig):
             raise ConfigError(f"give num_tokens or keep, not both (got {self.num_tokens} and {self.keep})")
         if self.parity and (self.num_tokens is not None or self.keep is not None):
             raise ConfigError("parity=True samples as many points as there are patches; num_tokens and keep cannot be set")
+        if self.keep is None and self.num_tokens is None and not self.parity:
+            object.__setattr__(self, "keep", DEFAULT_KEEP)
         if self.keep is not None:
             fraction(self.keep, "keep")
         k = self.num_tokens
@@ -85,17 +87,23 @@ class ATS(MethodConfig):
         points = [*finer, *range(n, 0, -1)]
         return [self.replace(num_tokens=None, keep=1.0), *(self.replace(num_tokens=k, keep=None) for k in points)]
 
+    def blocks(self, info: ModelInfo) -> tuple[int, ...]:
+        return block_indices(self.layers, range(info.depth // 4, info.depth), info.depth)
+
+    def resolved(self, info: ModelInfo) -> Self:
+        return self.replace(layers=self.blocks(info))
+
     def build(self, info: ModelInfo) -> ATSReducer:
         if self.query == "cls":
             require_cls(info, "ats", 'pass query="mean" to use the mean attention that a token receives instead')
         require_softmax(info, "ats")
-        keep = DEFAULT_KEEP if self.keep is None and self.num_tokens is None and not self.parity else self.keep
-        points = max(1, round(keep * info.num_patches)) if keep is not None else self.num_tokens or info.num_patches
-        layers = block_indices(self.layers, range(info.depth // 4, info.depth), info.depth)
+        points = self.num_tokens or info.num_patches
+        if self.keep is not None:
+            points = max(1, round(self.keep * info.num_patches))
         kind = ParityReducer if self.parity else ATSReducer
         return kind(
             points,
-            () if keep == 1.0 else layers,
+            () if self.keep == 1.0 else self.blocks(info),
             self.mode == "drop",
             self.score == "per_head",
             self.query == "cls",

@@ -78,6 +78,8 @@ class PiToMe(MethodConfig):
             raise ConfigError(f"unknown preset {self.preset!r}; known: {', '.join(PRESETS)}")
         if self.preset is not None and self.margin is not None:
             raise ConfigError(f"preset {self.preset!r} fixes the margins; drop margin={self.margin} or the preset")
+        if self.ratio is None and self.r is None:
+            object.__setattr__(self, "ratio", DEFAULT_RATIO)
         for name, integer in (("ratio", False), ("r", True), ("margin", False)):
             value = getattr(self, name)
             if value is not None:
@@ -101,11 +103,11 @@ class PiToMe(MethodConfig):
     def build(self, info: ModelInfo) -> PiToMeReducer:
         depth, preset = info.depth, PRESETS.get(self.preset or "")
         ratio = r = None
-        if self.r is not None:
+        if self.ratio is not None:
+            ratio = self.ratio.resolve(depth, "ratio", pad=1.0)
+        else:
             r = tuple(int(v) for v in self.r.resolve(depth, "r", pad=0))
             check_merge_count(r, info)
-        else:
-            ratio = (self.ratio or Schedule.of(DEFAULT_RATIO, "ratio")).resolve(depth, "ratio", pad=1.0)
         peak = PAPER_MARGIN if preset is None else preset.margin
         margin = tuple(peak - peak * i / depth for i in range(depth))
         if self.margin is not None:

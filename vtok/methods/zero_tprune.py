@@ -86,18 +86,22 @@ class ZeroTPrune(MethodConfig):
         return {name: getattr(self, name) for name in ("layers", "retain", "r")}
 
     def ladder(self, info: ModelInfo) -> Sequence[ZeroTPrune]:
-        steps = self._steps(info)
+        full, steps = self.resolved(info), self._steps(info)
 
         def at(strength: float) -> ZeroTPrune:
             retain = tuple(max(0.01, 1 - strength * (1 - s.retain)) for s in steps)
-            return self.replace(
-                layers=tuple(s.block for s in steps),
-                retain=retain,
-                r=tuple(round(strength * s.r) for s in steps),
-                iters=tuple(s.iters for s in steps),
-            )
+            return full.replace(retain=retain, r=tuple(round(strength * s.r) for s in steps))
 
         return [at(percent / 100) for percent in range(401)]
+
+    def resolved(self, info: ModelInfo) -> ZeroTPrune:
+        steps = self._steps(info)
+        return self.replace(
+            layers=tuple(s.block for s in steps),
+            retain=tuple(s.retain for s in steps),
+            r=tuple(s.r for s in steps),
+            iters=tuple(s.iters for s in steps),
+        )
 
     def _steps(self, info: ModelInfo) -> tuple[Step, ...]:
         """The schedule for this model, sorted by block."""

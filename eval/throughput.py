@@ -128,7 +128,7 @@ def measure(
         return [
             Result(
                 method=method_name(patched[i]),
-                setting=setting.title,
+                setting=chosen[i].title,
                 params=resolved_params(patched[i]),
                 kernel={"base": kernels[0], "patched": kernels[i + 1]},
                 peak_memory_mb=None if peaks is None else {"base": peaks[0], "patched": peaks[i + 1]},

@@ -24,7 +24,8 @@ from vtok.state import Place, Site
 NAME = "timm: ViT"
 # What result files of an evaluation must say.
 FIELDS = (
-    "model, backend, method, setting, params, tokens, gmacs, implied_speedup, samples_per_sec, step_time_ms, speedup, achieved, kernel, "
+    "model, backend, method, setting, params, tokens, gmacs, implied_speedup, samples_per_sec, step_time_ms, speedup, "
+    "achieved, kernel, "
     "dtype, device, batch_size, img_size, seed, versions, speedup_ci, achieved_ci, threads, peak_memory_mb, reduction_share, "
     "baseline_check, slower, verdict, pairs, gflops, spread, device_name"
 )

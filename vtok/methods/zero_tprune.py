@@ -89,10 +89,10 @@ class ZeroTPrune(MethodConfig):
         full, steps = self.resolved(info), self._steps(info)
 
         def at(strength: float) -> ZeroTPrune:
-            retain = tuple(max(0.01, 1 - strength * (1 - s.retain)) for s in steps)
-            return full.replace(retain=retain, r=tuple(round(strength * s.r) for s in steps))
+            retain = tuple(s.retain**strength for s in steps)  # as if the schedule ran `strength` times
+            return full.replace(retain=retain, r=tuple(min(round(strength * s.r), info.num_patches // 2) for s in steps))
 
-        return [at(percent / 100) for percent in range(401)]
+        return [at(percent / 100) for percent in range(1001)]
 
     def resolved(self, info: ModelInfo) -> ZeroTPrune:
         steps = self._steps(info)

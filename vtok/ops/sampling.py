@@ -6,6 +6,7 @@ Shapes: B batch, n scored tokens, K sample points.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -37,8 +38,18 @@ def midpoint_samples(score: Tensor, k: int, valid: Tensor | None = None) -> Tens
     cdf = cdf / torch.where(total > 0, total, 1)
     if valid is not None:  # out of reach of every sample, whatever the last bits of a parallel sum are
         cdf = cdf.masked_fill(~valid.gather(-1, order), 3.0)
-    points = (torch.arange(k, device=score.device, dtype=score.dtype) + 0.5) / k
-    return _hit(nearest(points.expand(len(score), k).contiguous(), cdf.contiguous()), order)
+    # Entry j is closest for the samples between the middles to its neighbours; of equal entries the first takes them all. How
+    # many of the K lie below a value follows from arithmetic, so a large K costs nothing.
+    first = torch.cat([torch.ones_like(order[:, :1], dtype=torch.bool), cdf[:, 1:] > cdf[:, :-1]], 1)
+    later = F.pad(cdf, (0, 1), value=float("inf")).gather(-1, torch.searchsorted(cdf, cdf, right=True))  # next higher entry
+    below = F.pad((cdf[:, 1:] + cdf[:, :-1]) / 2, (1, 0), value=float("-inf"))
+    hit = first & (_samples_up_to((cdf + later) / 2, k) > _samples_up_to(below, k))
+    return torch.zeros_like(hit).scatter(-1, order, hit)
+
+
+def _samples_up_to(value: Tensor, k: int) -> Tensor:
+    """How many of the points (2t-1)/2K, t = 1 .. K, are <= value."""
+    return (value * k + 0.5).floor().clamp(0, k)
 
 
 def endpoint_samples(score: Tensor, points: int) -> tuple[Tensor, Tensor]:
@@ -64,8 +75,3 @@ def endpoint_samples(score: Tensor, points: int) -> tuple[Tensor, Tensor]:
     index = nearest(samples.contiguous(), cdf.contiguous())
     hit = torch.zeros_like(order, dtype=torch.bool).scatter(-1, index, True)
     return order, hit
-
-
-def _hit(index: Tensor, order: Tensor) -> Tensor:
-    """Marks the tokens order[index]."""
-    return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order.gather(-1, index), True)

@@ -162,6 +162,7 @@ def demo(
     ),
     budgets: Annotated[str, typer.Option(help="shares of the FLOPs")] = "0.8,0.6,0.4",
     batch_size: Annotated[int, typer.Option("--batch-size", "-b")] = 100,
+    control: Annotated[bool, typer.Option("--control", help="also: what each method's choice of tokens is worth")] = False,
 ) -> None:
     """Every method on the bundled model and images at several FLOPs budgets: accuracy, tokens, MACs, time."""
     from vtok.eval.demo import run_demo
@@ -170,4 +171,4 @@ def demo(
         shares = tuple(float(b) for b in budgets.split(","))
     except ValueError:
         raise ConfigError(f"--budgets takes numbers such as 0.8,0.6,0.4, got {budgets!r}") from None
-    run_demo(out, None if full else images, shares, batch_size=batch_size, console=console)
+    run_demo(out, None if full else images, shares, batch_size=batch_size, control=control, console=console)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vtok.config import MethodConfig
 from vtok.eval.intervals import mean_stderr, paired_ratio
 from vtok.eval.records import Records, key_of
 from vtok.eval.report import correctness
@@ -56,7 +57,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        return self.setting.name if self.setting.method is None else f"{self.setting.name} at {self.budget:g} of the FLOPs"
+        return self.setting.name if self.setting.method is None else f"{self.setting.name} at {self.budget:g}"
 
 
 def cases(methods: Sequence[str], budgets: Sequence[float]) -> list[Case]:
@@ -88,7 +89,7 @@ class Comparison:
             {
                 "model": self.name,
                 "method": method,
-                "params": dict(case.setting.params),
+                "params": given(case.setting),
                 "budget": case.budget,
                 "data": self.data.name,
                 "n": len(self.data),
@@ -172,6 +173,12 @@ class Comparison:
                 "achieved": speed.point / cost.implied_speedup,
             }
         return record
+
+
+def given(setting: Setting) -> dict[str, Any]:
+    """What was asked for, as plain values: the parameters of a name, or the fields of a config object."""
+    method = setting.method
+    return (method.to_dict() if isinstance(method, MethodConfig) else {}) | dict(setting.params)
 
 
 def _seconds(model: nn.Module, x: Tensor) -> tuple[float, Tensor]:

@@ -11,11 +11,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vtok.eval import report
-from vtok.eval.compare import Comparison, Data, cases
+from vtok.eval.compare import Case, Comparison, Data, cases
+from vtok.eval.control import controls
+from vtok.eval.control import table as value_of_choice
 from vtok.eval.data import FASHION_CLASSES, normalise
 from vtok.eval.overlay import overlay_sheet
 from vtok.eval.records import Records
 from vtok.eval.reference import VIT_WEIGHTS, asset, load_reference_images, load_reference_vit
+from vtok.eval.settings import Setting
 from vtok.registry import METHODS
 
 BUDGETS = (0.8, 0.6, 0.4)
@@ -42,6 +45,7 @@ def run_demo(
     budgets: Sequence[float] = BUDGETS,
     methods: Sequence[str] | None = None,
     batch_size: int = 100,
+    control: bool = False,
     console: Console | None = None,
 ) -> list[report.Record]:
     """Runs what is missing, then writes `sweep.csv`, `pareto.png` and `overlays.png` beside `results.jsonl`.
@@ -52,7 +56,8 @@ def run_demo(
         budgets: shares of the model's FLOPs.
         methods: names; default all.
         batch_size: images a forward pass.
-        console: where the table goes.
+        control: also run every method's places and counts with the tokens drawn at random (`vtok.eval.control`).
+        console: where the tables go.
 
     Returns:
         The records, unpatched first.
@@ -68,23 +73,32 @@ def run_demo(
         console.print(f"[yellow]{warning.message}[/yellow]")
     if len(todo) < len(wanted):
         console.print(f"{len(wanted) - len(todo)} of {len(wanted)} configurations are in {records.path}; running the rest")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=len(todo) * len(data))
-        for case in todo:
-            progress.update(bar, description=f"{case.title:<32}")
-            comparison.run(case, lambda images: progress.advance(bar, images))
+    _run(comparison, todo, console)
     found = records.by_key()
     done = report.ordered([found[comparison.key(case)] for case in wanted])
     title = f"reference ViT on Fashion-MNIST, {len(data)} test images"
     console.print(report.table(done, title))
     for line in report.findings(done):
         console.print(f"- {line}")
+    if control:
+        extra = [Case(Setting(choice), budget) for choice, budget in controls(done)]
+        _run(comparison, comparison.pending(extra), console)
+        found = records.by_key()
+        console.print(value_of_choice(done + [found[comparison.key(case)] for case in extra]))
     report.write_csv(done, out / "sweep.csv")
     report.plot(done, out / "pareto.png", title)
     write_overlays(comparison, out / "overlays.png", sorted(methods or METHODS.names()))
     console.print(f"results.jsonl, sweep.csv, pareto.png and overlays.png are in {out}")
     return done
+
+
+def _run(comparison: Comparison, todo: Sequence[Case], console: Console) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("", total=len(todo) * len(comparison.data))
+        for case in todo:
+            progress.update(bar, description=f"{case.title:<36}")
+            comparison.run(case, lambda images: progress.advance(bar, images))
 
 
 def write_overlays(comparison: Comparison, path: Path, methods: Sequence[str]) -> None:

@@ -1,0 +1,62 @@
+"""The control that draws tokens at random, at a method's own places and counts."""
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+from zoo import build, images
+
+import vtok
+from vtok.eval.compare import Case, Comparison, Data, cases
+from vtok.eval.control import RandomChoice, controls, table
+from vtok.eval.records import Records
+from vtok.eval.settings import Setting
+
+METHODS = [vtok.ToMe(r=2), vtok.PiToMe(r=2), vtok.ZeroTPrune(layers=[0, 1], retain=0.7, r=1), vtok.ATS(num_tokens=9)]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_as_many_tokens_at_the_same_places_but_others(method):
+    x = images("timm: ViT", batch=3)
+    patched, control = vtok.patch(build("timm: ViT"), method), vtok.patch(build("timm: ViT"), RandomChoice(method))
+    other = vtok.patch(build("timm: ViT"), RandomChoice(method, seed=1))
+    with torch.no_grad():
+        out = [model(x) for model in (patched, control, other)]
+    assert all(o.isfinite().all() for o in out)
+    assert not torch.allclose(out[0], out[1])
+    assert not torch.allclose(out[1], out[2])
+    first = [vtok.info(model).towers[0].blocks for model in (patched, control)]
+    if method.name != "ats":  # whose later counts depend on the tokens that are left
+        assert [b.tokens_out for b in first[0]] == [b.tokens_out for b in first[1]]
+    else:
+        reduced = next(i for i, b in enumerate(first[0]) if b.tokens_out < b.tokens_in)
+        assert first[0][reduced].mean_tokens == first[1][reduced].mean_tokens
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_an_image_alone_and_in_a_batch(method):
+    x = images("timm: ViT", batch=4).double()
+    model = vtok.patch(build("timm: ViT").double(), RandomChoice(method))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat([model(image) for image in x.split(1)]), model(x))
+
+
+def test_the_table_sets_a_method_beside_its_control(tmp_path):
+    model, x = build("timm: ViT"), images("timm: ViT", batch=24)
+    with torch.no_grad():
+        labels = model(x).argmax(-1)
+    comparison = Comparison(model, "tiny", Data("noise", x, labels, x[:4]), Records(tmp_path / "r.jsonl"), batch_size=12)
+    for case in cases(["tome", "random"], [0.7]):
+        comparison.run(case)
+    done = comparison.records.load()
+    (choice, budget), *others = controls(done)
+    assert (choice.method.name, budget, others) == ("tome", 0.7, [])
+    case = Case(Setting(choice), budget)
+    assert case in comparison.pending([case])
+    record = comparison.run(case)
+    assert comparison.pending([case]) == []
+    assert record["tokens"] == next(r for r in done if r["method"] == "tome")["tokens"]
+    console = Console(width=120, file=io.StringIO(), record=True)
+    console.print(table([*done, record]))
+    assert f"{record['metrics']['top1']:.2f}" in console.export_text()

@@ -29,7 +29,7 @@ def evaluate_imagenet(**flags: Any) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=132)
     model, data, methods, output = (flags.pop(name) for name in ("model", "data", "method", "results_file"))
     settings = [None, *(parse_method(text) for text in methods or ())]
-    options = Options(**{name: _value(name, value) for name, value in flags.items()})
+    options = Options(**{name: _value(name, value) for name, value in flags.items() if value is not None})
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task(model, total=None)
         records = evaluate(

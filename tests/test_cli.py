@@ -75,6 +75,23 @@ def test_eval_imagenet(folder, tmp_path):
     assert records[0]["n"] == 6
 
 
+def test_eval_imagenet_as_the_readme_writes_it(folder):
+    text = _ok(
+        "eval",
+        "imagenet",
+        "--model",
+        "vit_tiny_patch16_224",
+        "--method",
+        "tome:r=13",
+        "--data",
+        folder,
+        "--no-pretrained",
+        "-j",
+        0,
+    )
+    assert "vit_tiny_patch16_224, 6 images, 224 px" in text
+
+
 def test_run_prints_published_beside_measured(folder, tmp_path):
     path = tmp_path / "tiny.yaml"
     path.write_text(

@@ -64,6 +64,12 @@ def pool(x: Tensor, state: TokenState, kind: str, first: int) -> Tensor:
     return 0.5 * (real_max(x, state, first) + weighted_mean(x, state, first))
 
 
+_OFF_GRID = (
+    "tokens were reduced, so intermediate outputs no longer fill the patch grid. Ask for output_fmt='NLC'; to get the last "
+    "block's tokens back in place, patch with trace=True and call vtok.unmerge(model, model.forward_features(x))"
+)
+
+
 def _plain(state: TokenState) -> bool:
     """Whether every row is one real patch, so that upstream's pooling is right as it is."""
     return state.size is None and state.keep is None
@@ -95,18 +101,37 @@ class PatchedTrunk(Mixin):
             return upstream(x, pool_type)
         return pool(x, state, kind, 0 if getattr(self, "pool_include_prefix", False) else state.num_prefix)
 
-    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+    def forward_intermediates(
+        self,
+        x: Any,
+        indices: Any = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         upstream: Any = super()
         try:
-            return upstream.forward_intermediates(*args, **kwargs)
+            out = upstream.forward_intermediates(
+                x, indices, return_prefix_tokens, norm, stop_early, output_fmt, *args, **kwargs
+            )
         except RuntimeError as error:
-            final = self._vtok_run.current.final
-            if torch.compiler.is_compiling() or final is None or final.trivial or kwargs.get("output_fmt", "NCHW") == "NLC":
+            if output_fmt == "NLC" or not self._off_grid(indices):
                 raise
-            raise StateError(
-                "tokens were reduced, so intermediate outputs no longer fill the patch grid. Ask for output_fmt='NLC', "
-                "or patch with trace=True and put tokens back in place with vtok.unmerge(model, tokens)"
-            ) from error
+            raise StateError(_OFF_GRID) from error
+        if output_fmt != "NLC" and self._off_grid(indices):  # numbers that happen to divide would fill a grid with nonsense
+            raise StateError(_OFF_GRID)
+        return out
+
+    def _off_grid(self, indices: Any) -> bool:
+        """Whether what leaves the last of the wanted blocks (timm's `indices`) is no longer the patch grid, row by row."""
+        blocks: Any = self.blocks
+        depth = len(blocks)
+        last = depth - 1 if indices is None or isinstance(indices, int) else max(i % depth for i in indices)
+        state = self._vtok_run.current.states[last + 1]
+        return state is not None and state.index is not None
 
 
 class HeadPooledTrunk(PatchedTrunk):

@@ -108,11 +108,16 @@ def unmerge(x: Tensor, state: TokenState, fill: float = 0.0) -> Tensor:
         [B, N0, C].
 
     Raises:
-        StateError: the run kept no map from original to reduced tokens.
+        StateError: the run kept no map from original to reduced tokens, or left other tokens than these.
     """
     if state.group is None:
         if state.trivial:
             return x
         raise StateError("this run kept no token map; patch with trace=True to undo a reduction")
+    if state.index is not None and x.shape[:2] != state.index.shape:
+        raise StateError(
+            f"the last forward pass left [images, tokens] = {list(state.index.shape)} tokens, got {list(x.shape[:2])}; "
+            "pass what leaves the last block, prefix included"
+        )
     out = take_rows(x, state.group.clamp_min(0))
     return out.masked_fill((state.group < 0)[..., None], fill)

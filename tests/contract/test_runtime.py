@@ -166,6 +166,26 @@ def test_partial_passes():
             attach(name, build(name), "tome").blocks[2](tokens)
 
 
+def test_intermediate_grids_are_whole_or_refused():
+    """60 tokens of 48 numbers fill an 8 x 8 grid of 45 channels: a reshape alone would not notice."""
+    name = "timm: ViT"
+    model, x = build(name), images(name)
+    with torch.no_grad():
+        reference = model.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
+        vtok.patch(model, "tome", r=4)
+        for call in (model.forward_intermediates, model.get_intermediate_layers):
+            with pytest.raises(vtok.StateError, match="no longer fill the patch grid"):
+                call(x, **({"reshape": True} if call == model.get_intermediate_layers else {}))
+        with pytest.raises(vtok.StateError, match="no longer fill the patch grid"):
+            model.forward_intermediates(x, 1, False, False, False, "NCHW")
+        vtok.patch(model, "ats", num_tokens=10_000, mode="mask", layers=[3])  # as many rows, but moved
+        with pytest.raises(vtok.StateError, match="no longer fill the patch grid"):
+            model.forward_intermediates(x)
+        for stop_early in (False, True):  # blocks before the first reduction are whole
+            early = model.forward_intermediates(x, indices=[0, 1], intermediates_only=True, stop_early=stop_early)
+            assert all(torch.equal(a, b) for a, b in zip(early, reference))
+
+
 def test_unmerge_puts_tokens_back():
     name = "timm: ViT"
     model, x = attach(name, build(name), "tome", trace=True), images(name)
@@ -182,3 +202,6 @@ def test_unmerge_puts_tokens_back():
     assert ((filled == -7).all(-1).sum(1) == 65 - tokens.shape[1]).all()
     with pytest.raises(vtok.StateError, match="trace=True"):
         vtok.unmerge(attach(name, build(name), "random"), tokens)
+    for other in (tokens[:, 1:], tokens[:1], torch.cat([tokens, tokens], 1)):  # other tokens than the last pass left
+        with pytest.raises(vtok.StateError, match=r"the last forward pass left .* tokens"):
+            vtok.unmerge(pruned, other)

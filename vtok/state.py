@@ -75,9 +75,9 @@ class AttentionView(NamedTuple):
     bias: Tensor | None
 
     def key_metric(self) -> Tensor:
-        """[B, N, D]: keys averaged over heads, in at least fp32 (ToMe section 2, step 3)."""
+        """[B, N, D]: keys summed over heads, in at least fp32 (ToMe section 2, step 3, has their mean: the cosines are equal)."""
         assert self.k is not None
-        return at_least_fp32(self.k).mean(1)
+        return at_least_fp32(self.k).sum(1)
 
     def probs(self, rows: slice = slice(None), tau: float = 1.0) -> Tensor:
         """Attention probabilities of some query rows, in at least fp32.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtok.ops.rows import with_prefix
+from vtok.ops.rows import prefix_rows
 from vtok.state import at_least_fp32
 
 
@@ -56,5 +56,6 @@ def bipartite_soft_matching(metric: Tensor, r: int, num_prefix: int) -> tuple[Te
     if num_prefix:
         rest = rest.sort(-1).values
     odd = torch.arange(2 * first_b + 1, n, 2, device=m.device).expand(batch, -1)
-    patches = torch.cat([2 * (rest + first_a), odd], 1) - num_prefix
-    return with_prefix(patches, num_prefix), 2 * (src + first_a), partner.gather(1, src) + (num_prefix + rest.shape[1])
+    prefix = prefix_rows(batch, num_prefix, m.device)
+    keep = torch.cat([prefix, 2 * (rest + first_a), odd], 1)
+    return keep, 2 * (src + first_a), partner.gather(1, src) + (num_prefix + rest.shape[1])

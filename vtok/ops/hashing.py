@@ -17,6 +17,9 @@ def splitmix(position: Tensor, seed: int) -> Tensor:
     def shifted(z: Tensor, by: int) -> Tensor:  # logical, not arithmetic
         return (z >> by) & ((1 << (64 - by)) - 1)
 
+    position = position & (
+        (1 << 62) - 1
+    )  # changes nothing; inductor would fold `arange` into index arithmetic that cannot wrap
     z = (position + 1) * wrap(_GOLDEN_GAMMA) + wrap(seed * _MIX_2)
     z = (z ^ shifted(z, 30)) * wrap(_MIX_1)
     z = (z ^ shifted(z, 27)) * wrap(_MIX_2)

@@ -16,7 +16,7 @@ from vtok.config import Reducer
 from vtok.errors import UnsupportedModelError
 from vtok.ops.rows import take_rows
 from vtok.patches.attend import place_taps, projected_view, sdpa, tapped_view
-from vtok.patches.protocol import Attend, Block, BlockSpec
+from vtok.patches.protocol import Attend, Block, BlockSpec, Tower
 from vtok.patches.swap import Mixin, check_forward, put_on
 from vtok.reduction import Plan, apply_plan
 from vtok.run import Run
@@ -59,8 +59,12 @@ class Link:
             return apply_plan(x, state, plan)
 
 
+def _autocasts(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)  # the meta device has no autocast to ask about
+
+
 def _full_precision(device: str) -> AbstractContextManager:
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
 
 
 def _chain(block: nn.Module, names: tuple[str, ...], h: Tensor) -> Tensor:
@@ -102,7 +106,7 @@ class ReducingBlock(Mixin):
             raise UnsupportedModelError("is_causal=True has no meaning once tokens are merged or moved; vtok patches encoders")
         mask = kwargs.get(spec.mask) if spec.own_mask is None else spec.own_mask(self, kwargs)
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype  # that queries will have
+        dtype = torch.get_autocast_dtype(device) if _autocasts(device) else x.dtype  # that queries will have
         mask = add_bias(gather_mask(mask, state), log_size_bias(state, dtype, self._vtok.run.prop_attn))
         if mask is not None or spec.mask in kwargs:
             kwargs[spec.mask] = mask
@@ -140,12 +144,18 @@ class ReducingBlock(Mixin):
         return x, state
 
 
-def install(blocks: tuple[Block, ...], run: Run, steps: dict[int, tuple[Site, Reducer]]) -> None:
-    """Swaps the classes of a tower's blocks and hooks what their methods need. Nothing is changed if it cannot all be done."""
-    links = [_link(i, block, run, steps.get(i)) for i, block in enumerate(blocks)]
-    for block in blocks:
+def check(tower: Tower, steps: dict[int, tuple[Site, Reducer]]) -> None:
+    """Raises whatever `install` and the adapter's `attach` would raise; changes nothing."""
+    for i, block in enumerate(tower.blocks):
+        _link(i, block, Run(0, 0, False, False), steps.get(i))
         check_forward(block.module)
-    for block, link in zip(blocks, links):
+    check_forward(tower.module)
+
+
+def install(blocks: tuple[Block, ...], run: Run, steps: dict[int, tuple[Site, Reducer]]) -> None:
+    """Swaps the classes of a tower's blocks and hooks what their methods need. `check` comes first."""
+    for i, block in enumerate(blocks):
+        link = _link(i, block, run, steps.get(i))
         block.module.__dict__["_vtok"] = link
         put_on(block.module, ReducingBlock)
         if link.reducer is not None and not link.stepwise:

@@ -8,6 +8,7 @@ that unpatching works on deep copies and on unpickled models, with no list of ha
 from __future__ import annotations
 
 import functools
+import reprlib
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -81,8 +82,9 @@ def check_forward(module: nn.Module) -> None:
     when they go: both are re-bound by `_set_class`.
     """
     if "forward" in module.__dict__ and not _is_own(module, "forward") and not _is_own(module, "_old_forward"):
+        found = reprlib.repr(module.__dict__["forward"])  # cut short: a bound method prints its whole module
         raise StateError(
-            f"forward of this {type(module).__name__} was replaced on the instance by {module.__dict__['forward']!r}; "
+            f"forward of this {type(module).__name__} was replaced on the instance by {found}; "
             "vtok would be bypassed. Patch with vtok first, or remove that replacement"
         )
 

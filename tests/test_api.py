@@ -58,6 +58,14 @@ def test_budgets_are_met(deit, method, target):
     assert knob in str(plan) or knob.split(",")[0] in str(plan)
 
 
+@pytest.mark.parametrize("method", vtok.METHODS.names())
+def test_the_whole_budget_reduces_nothing(method):
+    model, x = build("timm: ViT"), images("timm: ViT")
+    with torch.no_grad():
+        reference = model(x)
+        assert torch.equal(vtok.patch(model, method, flops=1.0)(x), reference)
+
+
 def test_plans_need_no_forward_pass(deit):
     model = copy.deepcopy(deit)
 

@@ -75,6 +75,29 @@ def test_a_method_that_is_no_method(model):
         ("random", {"keep": 0}, ["keep is a fraction in (0, 1]"]),
         ("random", {"seed": 1.5}, ["seed must be a whole number"]),
         ("uniform", {"keep": True}, ["keep is a fraction"]),
+        ("tome", {"prop_attn": "yes"}, ["prop_attn is True or False, got 'yes'"]),
+        ("pitome", {"prop_attn": 1}, ["prop_attn is True or False"]),
+        ("pitome", {"preset": ["official_deit"]}, ["unknown preset"]),
+        ("ats", {"parity": "no"}, ["parity is True or False"]),
+        ("ats", {"layers": 5}, ["layers is a list of block numbers", "got 5"]),
+        ("ats", {"layers": [1.5]}, ["layers is a list of block numbers"]),
+        ("uniform", {"layers": "12"}, ["layers is a list of block numbers"]),
+        ("zero_tprune", {"layers": 1, "retain": 0.5}, ["layers is a list of block numbers"]),
+        ("zero_tprune", {"layers": ["a"], "retain": 0.5}, ["layers is a list of block numbers"]),
+        ("zero_tprune", {"head_filter": 3}, ["head_filter is (low, high) or None, got 3"]),
+        ("zero_tprune", {"head_filter": ("a", "b")}, ["head_filter is (low, high) or None"]),
+        ("tome", {"r": 3, "flops": 0.6}, ["flops sets r of tome", "not both"]),
+        ("pitome", {"r": 3, "flops": 0.6}, ["flops sets r of pitome", "not both"]),
+        ("ats", {"num_tokens": 30, "flops": 0.6}, ["flops sets num_tokens of ats", "not both"]),
+        ("random", {"keep": 0.5, "flops": 0.6}, ["flops sets keep of random", "not both"]),
+        ("tome", {"r": 3, "input_size": 64}, ["input_size is (channels, height, width), got 64"]),
+        ("tome", {"r": 3, "input_size": (3, 64)}, ["input_size is (channels, height, width)"]),
+        ("ats", {"flops": 0.6, "calibration": [1]}, ["calibration is a batch of images", "got list"]),
+        (
+            "ats",
+            {"flops": 0.6, "calibration": torch.zeros(3, 64, 64)},
+            ["calibration is a batch of images", "shape [3, 64, 64]"],
+        ),
     ],
 )
 def test_values_that_make_no_sense(model, method, params, words):
@@ -82,6 +105,11 @@ def test_values_that_make_no_sense(model, method, params, words):
     for word in words:
         assert word in text, text
     assert not vtok.info(model).patched
+
+
+def test_empty_lists_reduce_nothing(model):
+    for method, params in (("tome", {"r": []}), ("pitome", {"r": []}), ("pitome", {"ratio": []}), ("ats", {"layers": []})):
+        assert set(vtok.plan(model, method, **params).tokens) == {65}
 
 
 def test_budgets_that_cannot_be_met(model):
@@ -140,6 +168,11 @@ def test_nothing_to_patch(nothing):
 
 def test_not_a_module():
     assert "got str" in _message(vtok.UnsupportedModelError, vtok.patch, "vit_base", "tome")
+    assert "got str" in _message(vtok.UnsupportedModelError, vtok.unpatch, "vit_base")
+
+
+def test_a_class_in_place_of_a_config(model):
+    assert "pass an object of it: vtok.ToMe(...)" in _message(vtok.ConfigError, vtok.patch, model, vtok.ToMe)
 
 
 def test_a_forward_replaced_by_someone_else(model):
@@ -149,6 +182,28 @@ def test_a_forward_replaced_by_someone_else(model):
     assert "forward of this Block was replaced on the instance" in text
     assert "Patch with vtok first" in text
     assert not any(hasattr(block, "_vtok") for block in model.blocks)
+
+
+def test_a_refused_patch_changes_nothing():
+    """Neither half of the towers nor an earlier patch is touched when a forward turns out to be replaced."""
+
+    def replace(module):
+        original = module.forward
+        module.forward = lambda *args, **kwargs: original(*args, **kwargs)
+
+    trunk = build("timm: ViT")
+    replace(trunk)
+    pair = nn.ModuleList([build("timm: ViT"), build("timm: ViT")])
+    replace(pair[1].blocks[3])
+    for broken in (trunk, pair):
+        assert "was replaced" in _message(vtok.StateError, vtok.patch, broken, "tome", r=4)
+        assert not vtok.info(broken).patched
+    patched = vtok.patch(build("timm: ViT"), "tome", r=4)
+    replace(patched.blocks[3])
+    before = str(vtok.info(patched))
+    text = _message(vtok.StateError, vtok.patch, patched, "pitome")
+    assert len(text) < 300, "the whole module was printed"
+    assert str(vtok.info(patched)) == before
 
 
 def test_a_class_put_on_top_of_ours(model):

@@ -19,7 +19,7 @@ from vtok.cost import Estimate, estimate
 from vtok.describe import Info, PlanReport, Support
 from vtok.errors import ConfigError, StateError, UnsupportedModelError, VtokError, unknown
 from vtok.patches import find_adapters
-from vtok.patches.block import ReducingBlock, install
+from vtok.patches.block import ReducingBlock, check, install
 from vtok.patches.protocol import Adapter, Tower
 from vtok.patches.swap import Mixin, remove_hooks, take_off
 from vtok.registry import ADAPTERS, METHODS
@@ -76,7 +76,9 @@ def patch(
     for adapter, tower in _towers(model, input_size):
         if loaded:
             loaded.check(tower.info)
-        ready.append((adapter, tower, _resolve(adapter, tower, configs, flops, calibration)))
+        made = _resolve(adapter, tower, configs, flops, calibration)
+        check(tower, made.steps)
+        ready.append((adapter, tower, made))
     unpatch(model)
     for adapter, tower, made in ready:
         run = Run(len(tower.blocks), tower.num_prefix, any(r.prop_attn for _, r in made.steps.values()), trace)
@@ -88,6 +90,7 @@ def patch(
 
 def unpatch(model: nn.Module) -> nn.Module:
     """Restores a model bit for bit: classes, hooks and attributes. A model that is not patched is returned as it is."""
+    _require_module(model)
     for module in model.modules():
         if isinstance(module, Mixin):
             take_off(module)
@@ -201,6 +204,11 @@ def save_config(model: nn.Module, path: str | os.PathLike) -> None:
     files.save(path, run.patch.configs, run.trace, tower.info)
 
 
+def _require_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"vtok patches a torch.nn.Module, got {type(model).__name__}")
+
+
 def run_of(module: nn.Module) -> Run | None:
     """The `Run` of the first patched tower in a module, or `None`."""
     return next((m._vtok.run for m in module.modules() if isinstance(m, ReducingBlock)), None)
@@ -228,13 +236,18 @@ def _configs(method: Method, params: dict[str, Any]) -> tuple[MethodConfig, ...]
         if params:
             raise ConfigError("with a list of methods, give parameters as config objects: [vtok.ToMe(r=8), ...]")
         return tuple(config for one in method for config in _configs(one, {}))
+    if isinstance(method, type) and issubclass(method, MethodConfig):
+        raise ConfigError(f"{method.__name__} is a config class; pass an object of it: vtok.{method.__name__}(...)")
     raise unknown("method", str(method), METHODS.names())
 
 
 def _towers(model: nn.Module, input_size: Size | None) -> list[tuple[Adapter, Tower]]:
     """Every supported tower of a model; raises if there is none."""
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"vtok patches a torch.nn.Module, got {type(model).__name__}")
+    _require_module(model)
+    if input_size is not None:
+        numbers = isinstance(input_size, (tuple, list)) and all(isinstance(n, int) and n > 0 for n in input_size)
+        if not numbers or len(input_size) != 3:
+            raise ConfigError(f"input_size is (channels, height, width), got {input_size!r}")
     found = [(adapter, tower) for _, adapter in find_adapters(model) for tower in adapter.towers(model, input_size)]
     if not found:
         known = "; ".join(ADAPTERS.get(name).supported for name in ADAPTERS) if len(ADAPTERS.names()) else ""
@@ -286,6 +299,9 @@ def _measure(adapter: Adapter, tower: Tower, configs: tuple[MethodConfig, ...], 
 
     if run_of(tower.module) is not None:
         raise StateError("calibration runs the model; unpatch it first")
+    if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
+        got = f"shape {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise ConfigError(f"calibration is a batch of images [B, C, H, W] as the tower takes them, got {got}")
     training = tower.module.training
     try:
         patch(tower.module.eval(), configs if len(configs) > 1 else configs[0], input_size=tower.input_size)

@@ -91,6 +91,9 @@ def solve(
     """
     if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target <= 1:
         raise ConfigError(f"flops is a share of the model's FLOPs in (0, 1], got {target!r}")
+    both = [name for name in config.set_by_budget if name in config.given()]
+    if both:
+        raise ConfigError(f"flops sets {' and '.join(both)} of {config.name}; give the budget or the parameter, not both")
     ladder = config.ladder(info)
     known: dict[int, Estimate] = {}
 
@@ -110,6 +113,8 @@ def solve(
         middle = (low + high) // 2
         low, high = (low, middle) if at(middle).fraction <= target else (middle + 1, high)
     best = min((i for i in (low - 1, low) if i >= 0), key=lambda i: abs(at(i).fraction - target))
+    if target >= at(0).fraction:  # nothing to save: the mildest steps of some ladders cost more than they save
+        best = 0
     found = at(best)
     budget = Budget(float(target), found.fraction, ladder[best].knob(), info.num_patches, found.exact)
     return ladder[best], budget

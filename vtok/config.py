@@ -101,6 +101,7 @@ class MethodConfig:
 
     name: ClassVar[str]
     default_flops: ClassVar[float | None] = None  # share of the blocks' FLOPs taken when `needs_budget()`
+    set_by_budget: ClassVar[tuple[str, ...]] = ()  # parameters that `ladder` replaces: given beside a budget they are refused
 
     def build(self, info: ModelInfo) -> Reducer:
         """Resolves the config for a model.
@@ -149,6 +150,11 @@ class MethodConfig:
             if key not in known:
                 raise unknown(f"parameter of {cls.name}", key, known)
         return cls(**params)
+
+    def given(self) -> dict[str, Any]:
+        """Parameters that were set to something else than their defaults, as plain values."""
+        defaults = type(self)().to_dict()
+        return {name: value for name, value in self.to_dict().items() if value is not None and value != defaults[name]}
 
     def replace(self, **changes: Any) -> Self:
         return dataclasses.replace(self, **changes)
@@ -240,6 +246,21 @@ def fraction(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise ConfigError(f"{name} is a fraction in (0, 1], got {value!r}")
     return float(value)
+
+
+def block_numbers(layers: Any) -> tuple[int, ...]:
+    """Checks that `layers` lists whole numbers."""
+    listed = isinstance(layers, Iterable) and not isinstance(layers, (str, dict))
+    numbers = tuple(layers) if listed else ()
+    if not listed or any(isinstance(i, bool) or not isinstance(i, int) for i in numbers):
+        raise ConfigError(f"layers is a list of block numbers such as [3, 6, 9], got {layers!r}")
+    return numbers
+
+
+def flag(value: Any, name: str) -> None:
+    """Checks that a value is True or False."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is True or False, got {value!r}")
 
 
 def block_indices(layers: Iterable[int] | None, default: Iterable[int], depth: int) -> tuple[int, ...]:

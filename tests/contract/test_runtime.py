@@ -1,5 +1,6 @@
 """Threads, fake tensors, compilation, kernels, other tools that patch models."""
 
+import copy
 import threading
 
 import pytest
@@ -86,6 +87,16 @@ def test_compiles_without_graph_breaks(name, method):
 @pytest.mark.parametrize("method", vtok.METHODS.names())
 def test_compiles_with_inductor(method):
     _compiled_equals_eager("timm: ViT", method, "inductor")
+
+
+@pytest.mark.parametrize("method", vtok.METHODS.names())
+def test_empty_batches_and_meta_tensors(method):
+    name = "timm: ViT"
+    model, x = attach(name, build(name), method), images(name)
+    with torch.no_grad():
+        assert model(x[:0]).shape == (0, 10)
+        if method != "ats":  # its counts depend on what the image holds
+            assert copy.deepcopy(model).to("meta")(x.to("meta")).shape == (len(x), 10)
 
 
 def test_compiled_models_follow_patch_and_unpatch():

@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from vtok.config import MethodConfig, ModelInfo, Reducer, block_indices, fraction, require_cls, require_softmax
+from vtok.config import (
+    MethodConfig,
+    ModelInfo,
+    Reducer,
+    block_indices,
+    block_numbers,
+    flag,
+    fraction,
+    require_cls,
+    require_softmax,
+)
 from vtok.errors import ConfigError
 from vtok.ops.rows import rows_where, with_prefix
 from vtok.ops.sampling import endpoint_samples, midpoint_samples
@@ -51,6 +61,7 @@ class ATS(MethodConfig):
     """
 
     name: ClassVar[str] = "ats"
+    set_by_budget: ClassVar[tuple[str, ...]] = ("num_tokens", "keep")
 
     num_tokens: int | None = None
     keep: float | None = None
@@ -76,7 +87,8 @@ class ATS(MethodConfig):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
+            object.__setattr__(self, "layers", block_numbers(self.layers))
+        flag(self.parity, "parity")
 
     def knob(self) -> dict[str, Any]:
         return {"num_tokens": self.num_tokens}
@@ -183,7 +195,7 @@ class ATSReducer(Reducer):
 
     def _rows(self, hit: Tensor, most: int) -> tuple[Tensor, Tensor | None]:
         """Positions of the hits [B, M], and which of them are real (`None` = all)."""
-        if not self.drop:
+        if not self.drop or not len(hit):
             return rows_where(hit, most)
         fewest, longest = (int(c) for c in torch.stack(hit.sum(-1).aminmax()).tolist())  # the one host synchronisation
         rows, real = rows_where(hit, longest)

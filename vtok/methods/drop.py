@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from vtok.config import MethodConfig, ModelInfo, Reducer, block_indices, fraction
+from vtok.config import MethodConfig, ModelInfo, Reducer, block_indices, block_numbers, fraction
 from vtok.ops.rows import with_prefix
 from vtok.reduction import Plan
 from vtok.state import AttentionView, Place, Site, TokenState
@@ -28,13 +28,15 @@ class DropConfig(MethodConfig):
         layers: 0-based blocks that prune, between attention and MLP; default all.
     """
 
+    set_by_budget: ClassVar[tuple[str, ...]] = ("keep",)
+
     keep: float = 0.925
     layers: Iterable[int] | None = None
 
     def __post_init__(self) -> None:
         fraction(self.keep, "keep")
         if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
+            object.__setattr__(self, "layers", block_numbers(self.layers))
 
     def knob(self) -> dict[str, Any]:
         return {"keep": self.keep}

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtok.config import MethodConfig, ModelInfo, Reducer, Schedule, fraction
+from vtok.config import MethodConfig, ModelInfo, Reducer, Schedule, flag, fraction
 from vtok.errors import ConfigError
 from vtok.methods.tome import check_merge_count
 from vtok.ops.matching import best_partner, unit
@@ -63,6 +63,7 @@ class PiToMe(MethodConfig):
     """
 
     name: ClassVar[str] = "pitome"
+    set_by_budget: ClassVar[tuple[str, ...]] = ("ratio", "r")
 
     ratio: Any = None
     r: Any = None
@@ -74,7 +75,7 @@ class PiToMe(MethodConfig):
     def __post_init__(self) -> None:
         if self.ratio is not None and self.r is not None:
             raise ConfigError(f"give ratio or r, not both (got ratio={self.ratio}, r={self.r})")
-        if self.preset is not None and self.preset not in PRESETS:
+        if self.preset is not None and (not isinstance(self.preset, str) or self.preset not in PRESETS):
             raise ConfigError(f"unknown preset {self.preset!r}; known: {', '.join(PRESETS)}")
         if self.preset is not None and self.margin is not None:
             raise ConfigError(f"preset {self.preset!r} fixes the margins; drop margin={self.margin} or the preset")
@@ -87,12 +88,14 @@ class PiToMe(MethodConfig):
         if self.ratio is not None:
             for value in self.ratio.values:
                 fraction(value, "ratio")
-        if self.r is not None and self.r.kind != "linear" and min(self.r.values) < 0:
+        if self.r is not None and self.r.kind != "linear" and any(value < 0 for value in self.r.values):
             raise ConfigError(f"r counts tokens to remove and cannot be negative, got {self.r}")
         if self.margin is not None and not all(-1 <= value <= 1 for value in self.margin.values):
             raise ConfigError(f"margin is a cosine in [-1, 1], got {self.margin}")
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 <= self.alpha < math.inf:
             raise ConfigError(f"alpha must be a number >= 0, got {self.alpha!r}")
+        if self.prop_attn is not None:
+            flag(self.prop_attn, "prop_attn")
 
     def knob(self) -> dict[str, Any]:
         return {"ratio": self.ratio.to_plain()} if self.ratio is not None else {}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from vtok.config import MethodConfig, ModelInfo, Reducer, Schedule
+from vtok.config import MethodConfig, ModelInfo, Reducer, Schedule, flag
 from vtok.errors import ConfigError
 from vtok.ops.matching import bipartite_pairs, bipartite_soft_matching
 from vtok.reduction import Plan
@@ -37,6 +37,7 @@ class ToMe(MethodConfig):
 
     name: ClassVar[str] = "tome"
     default_flops: ClassVar[float | None] = 0.6
+    set_by_budget: ClassVar[tuple[str, ...]] = ("r",)
 
     r: Any = None
     prop_attn: bool = True
@@ -44,8 +45,9 @@ class ToMe(MethodConfig):
     def __post_init__(self) -> None:
         if self.r is not None:
             object.__setattr__(self, "r", Schedule.of(self.r, "r", integer=True))
-            if min(self.r.values) < 0 and self.r.kind != "linear":
+            if self.r.kind != "linear" and any(value < 0 for value in self.r.values):
                 raise ConfigError(f"r counts tokens to remove and cannot be negative, got {self.r}")
+        flag(self.prop_attn, "prop_attn")
 
     def needs_budget(self) -> bool:
         return self.r is None

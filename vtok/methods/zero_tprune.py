@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vtok.config import MethodConfig, ModelInfo, Reducer, block_indices, fraction, require_cls, require_softmax
+from vtok.config import MethodConfig, ModelInfo, Reducer, block_indices, block_numbers, fraction, require_cls, require_softmax
 from vtok.errors import ConfigError
 from vtok.ops.duplicates import METRICS, PARTITIONS, most_similar, split_halves
 from vtok.ops.graph import importance
@@ -68,6 +68,8 @@ class ZeroTPrune(MethodConfig):
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", block_numbers(self.layers))
         for value in _each(self.retain):
             fraction(value, "retain")
         for name in ("r", "iters"):
@@ -79,7 +81,7 @@ class ZeroTPrune(MethodConfig):
         for name, allowed in (("cls_init", ("sqrt", "uniform")), ("partition", PARTITIONS), ("metric", METRICS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if self.head_filter is not None and (len(self.head_filter) != 2 or self.head_filter[0] > self.head_filter[1]):
+        if self.head_filter is not None and not _is_range(self.head_filter):
             raise ConfigError(f"head_filter is (low, high) or None, got {self.head_filter!r}")
 
     def knob(self) -> dict[str, Any]:
@@ -147,6 +149,12 @@ class ZeroTPrune(MethodConfig):
             info.num_kv_heads,
             info.head_dim,
         )
+
+
+def _is_range(value: Any) -> bool:
+    """Whether a value is (low, high)."""
+    numbers = isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value)
+    return numbers and value[0] <= value[1]
 
 
 def _each(value: Any) -> tuple:

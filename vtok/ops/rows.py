@@ -14,7 +14,7 @@ def take_rows(t: Tensor, rows: Tensor) -> Tensor:
     if t.ndim == 2:
         return t.gather(1, rows)
     batch, n = t.shape[:2]
-    return t.reshape(batch * n, -1).index_select(0, flat_rows(rows, n)).view(*rows.shape, t.shape[2])
+    return t.reshape(batch * n, t.shape[2]).index_select(0, flat_rows(rows, n)).view(*rows.shape, t.shape[2])
 
 
 def flat_rows(rows: Tensor, n: int) -> Tensor:

@@ -1,16 +1,17 @@
 """Speed of patched models against the unpatched one: what `vtok bench` measures.
 
-All models of a run are timed in turn, batch by batch (unpatched, first setting, second setting, unpatched, ...), so that each
-patched batch has an unpatched neighbour in time. They are separate module trees over the same parameters: nothing is patched
-or unpatched between batches, weights take memory once, and every model finds in the cache what its predecessor left there. What
-that interleaving does to the unpatched model itself is measured too: a plain loop over it, in the same run, must agree with
-its interleaved times within 3 % (`baseline_check`).
+All models of a run are timed batch by batch in rounds, so that each patched batch has an unpatched partner close in time. The order
+within a round is drawn anew every time, because a model finds in cache and heap what its predecessor left there. They are
+separate module trees over the same parameters: nothing is patched or unpatched between batches, and weights take memory once.
+What that interleaving does to the unpatched model itself is measured too: a plain loop over it, in the same run, must agree
+with its interleaved times within 3 % (`baseline_check`).
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -207,12 +208,12 @@ def _interleave(
             model(images)
     times: list[list[float]] = [[] for _ in models]
     plain: list[float] = []
-    stretch = -(-pairs // _PLAIN_BLOCKS)
+    stretch, order = -(-pairs // _PLAIN_BLOCKS), random.Random(0)
     for done in range(pairs):
         if done % stretch == 0:
             plain += [_timed(models[0], images) for _ in range(stretch)]
-        for model, taken in zip(models, times):
-            taken.append(_timed(model, images))
+        for i in order.sample(range(len(models)), len(models)):
+            times[i].append(_timed(models[i], images))
         if progress is not None:
             progress(done + 1, pairs)
     return times, plain

@@ -92,6 +92,7 @@ def bench(
     from vtok.eval.models import load_model, sample_images
     from vtok.eval.throughput import measure
 
+    runs.prepared(output)
     net = load_model(model, pretrained, img_size, seed)
     images = sample_images(model, net, batch_size, seed)
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -143,6 +144,7 @@ def run(
     """Runs a configuration and prints what was published beside what is measured."""
     from vtok.eval.runner import published_beside_measured, run_config
 
+    runs.prepared(output)
     wanted = runs.load(config, change or ())
     folder = data or (Path(wanted.data) if wanted.data else None)
     if folder is None:

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from vtok.errors import ConfigError
-from vtok.eval.runs import parse_method
+from vtok.eval.runs import parse_method, prepared
 from vtok.eval.tasks.timm_pipeline import Options
 
 _SHORT = {"batch_size": "-b", "workers": "-j"}
@@ -28,6 +28,7 @@ def evaluate_imagenet(**flags: Any) -> None:
 
     console = Console() if sys.stdout.isatty() else Console(width=132)
     model, data, methods, output = (flags.pop(name) for name in ("model", "data", "method", "results_file"))
+    prepared(output)
     settings = [None, *(parse_method(text) for text in methods or ())]
     options = Options(**{name: _value(name, value) for name, value in flags.items() if value is not None})
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -70,7 +71,7 @@ def print_records(records: list[dict[str, Any]], console: Console) -> None:
     for record in records:
         m = record["metrics"]
         table.add_row(
-            record["method"],
+            record["setting"],
             f"{m['top1']:.3f} ± {m['top1_stderr']:.3f}",
             f"{m['top5']:.3f}",
             f"{m['difference']:+.3f} ± {m['difference_stderr']:.3f}" if "difference" in m else "-",

@@ -40,6 +40,7 @@ _PUBLISHED_KEYS: dict[str, tuple[Any, bool]] = {
     "note": (str, False),
 }
 BACKENDS = ("timm",)
+_NOT_PARAMETERS = ("model", "method", "input_size", "calibration", "trace")  # other arguments of vtok.patch and vtok.plan
 DTYPES = ("fp32", "bf16", "fp16")
 
 
@@ -188,4 +189,23 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
         params = None
     if not isinstance(params, dict) or any(value is None and f"{key}=null" not in rest for key, value in params.items()):
         raise ConfigError(f"cannot read {text!r}; write a method as name or name:key=value,key=value, e.g. tome:r=13")
+    for key in params:
+        if key in _NOT_PARAMETERS:
+            raise ConfigError(f"{text!r}: {key} is no parameter of a method")
     return name, params
+
+
+def prepared(output: Path | None) -> Path | None:
+    """The file for results, its folder made now: not after hours of measuring.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    if output is not None:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"results cannot be written to {output}: {error}") from error
+        if output.is_dir():
+            raise ConfigError(f"results cannot be written to {output}: it is a folder")
+    return output

@@ -42,9 +42,9 @@ def test_plan():
 
 def test_bench(tmp_path):
     args = ["bench", "vit_tiny_patch16_224", "tome:r=8", "random", "--img-size", 64, "-b", 2, "--pairs", 5, "--threads", 1]
-    text = _ok(*args, "--no-memory", "--no-profile", "--json", tmp_path / "bench.json")
+    text = _ok(*args, "--no-memory", "--no-profile", "--json", tmp_path / "new" / "bench.json")
     assert "achieved" in text
-    rows = json.loads((tmp_path / "bench.json").read_text())
+    rows = json.loads((tmp_path / "new" / "bench.json").read_text())
     assert [r["method"] for r in rows] == ["tome", "random"]
     assert _ok(*args, "--no-memory", "--no-profile", "--markdown").startswith("|")
 
@@ -69,6 +69,7 @@ def test_eval_imagenet(folder, tmp_path):
     args += ["-b", 4, "-j", 0, "--model-kwargs", "img_size=64", "--method", "tome:r=2", "-M", "random"]
     text = _ok(*args, "--results-file", out)
     assert "1 files were skipped" in text
+    assert "tome(r=2)" in text
     assert "broken.jpg" in text
     records = json.loads(out.read_text())
     assert [r["method"] for r in records] == ["unpatched", "tome", "random"]
@@ -114,6 +115,9 @@ def test_run_prints_published_beside_measured(folder, tmp_path):
         (["run", "tome_vit_s_augreg_r13"], "names no data; pass --data FOLDER"),
         (["demo", "--budgets", "a,b"], "--budgets takes numbers"),
         (["plan", "no_such_model", "tome"], "timm cannot make no_such_model"),
+        (["plan", "reference", "tome:method=3"], "method is no parameter of a method"),
+        (["bench", "reference", "tome", "--json", "/"], "results cannot be written to /: it is a folder"),
+        (["eval", "imagenet", "--model", "a", "--data", "b", "--results-file", "/dev/null/r"], "results cannot be written to"),
     ],
 )
 def test_expected_errors_are_one_line(args, words):

@@ -39,8 +39,8 @@ from vtok.eval.tasks.timm_pipeline import Options, create_loader, create_model, 
 class _Tally:
     """What one setting has scored so far, and what its passes cost."""
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, model: nn.Module, title: str):
+        self.model, self.title = model, title
         run = run_of(model)
         self.adapts = run is not None and any(not reducer.exact for _, reducer in run.patch.steps.values())
         self.scores: list[Scores] = []
@@ -80,7 +80,7 @@ def evaluate(
         One record a setting: timm's fields (`model, top1, top1_err, top5, top5_err, param_count` in M, `img_size, crop_pct,
         interpolation`; accuracies in percent, rounded as timm does); `metrics` unrounded: `top1`, its `top1_stderr`, `top5`,
         and against the unpatched setting, if there is one, the paired `difference` of top-1 with its `difference_stderr`
-        and the `agreement` of predictions, all in percent; `n` images scored; `method, params, tokens, gmacs, gflops,
+        and the `agreement` of predictions, all in percent; `n` images scored; `method, setting, params, tokens, gmacs, gflops,
         implied_speedup`; `skipped` (file and reason) and `num_skipped`; `notes`; and what describes the run.
 
     Raises:
@@ -113,7 +113,7 @@ def evaluate(
             options.num_samples,
         )
         notes = _check_labels(data, scorer, base, options)
-        tallies = [_Tally(setting.apply(twin(base), size)) for setting in chosen]
+        tallies = [_Tally(setting.apply(twin(base), size), setting.title) for setting in chosen]
         skipped = _run(tallies, data, scorer, config, options, progress)
     n = len(tallies[0].column("top1"))
     if not n:
@@ -163,6 +163,7 @@ def _score(tally: _Tally, unpatched: _Tally | None) -> dict[str, Any]:
         metrics |= {"difference": 100 * difference, "difference_stderr": 100 * error, "agreement": 100 * float(same)}
     return {
         "method": method_name(tally.model),
+        "setting": tally.title,
         "params": resolved_params(tally.model),
         "top1": round(top1, 4),
         "top1_err": round(100 - top1, 4),

@@ -1,10 +1,11 @@
 """Speed of patched models against the unpatched one: what `vtok bench` measures.
 
-All models of a run are timed batch by batch in rounds, so that each patched batch has an unpatched partner close in time. The order
-within a round is drawn anew every time, because a model finds in cache and heap what its predecessor left there. They are
-separate module trees over the same parameters: nothing is patched or unpatched between batches, and weights take memory once.
-What that interleaving does to the unpatched model itself is measured too: a plain loop over it, in the same run, must agree
-with its interleaved times within 3 % (`baseline_check`).
+All models of a run are timed batch by batch in rounds, so that each patched batch has an unpatched partner close in time. Every
+timed batch follows an untimed one of the same model: heap and caches are then as they are when that model alone is served (on
+CPUs, the allocator's page faults after a change of model are worth several per cent). The order within a round is drawn anew
+every time. The models are separate module trees over the same parameters: nothing is patched or unpatched between batches, and
+weights take memory once. What interleaving does to the unpatched model itself is measured too: a plain loop over it, in the
+same run, must agree with its interleaved times within 3 % (`baseline_check`).
 """
 
 from __future__ import annotations
@@ -211,8 +212,10 @@ def _interleave(
     stretch, order = -(-pairs // _PLAIN_BLOCKS), random.Random(0)
     for done in range(pairs):
         if done % stretch == 0:
+            models[0](images)
             plain += [_timed(models[0], images) for _ in range(stretch)]
         for i in order.sample(range(len(models)), len(models)):
+            models[i](images)
             times[i].append(_timed(models[i], images))
         if progress is not None:
             progress(done + 1, pairs)

@@ -206,9 +206,11 @@ def test_models_run_in_turn_in_one_loop():
     rest = "".join(order)
     assert rest.startswith("uab"), "warm-up"
     rounds = []
-    for start in range(3, len(rest), 8):
-        assert rest[start : start + 2] == "uu", "a stretch of the plain loop before every second round"
-        rounds += [rest[start + 2 : start + 5], rest[start + 5 : start + 8]]
+    for start in range(3, len(rest), 15):
+        assert rest[start : start + 3] == "uuu", "a stretch of the plain loop before every second round"
+        rounds += [rest[start + 3 : start + 9], rest[start + 9 : start + 15]]
+    assert all(r[::2] == r[1::2] for r in rounds), "an untimed batch of the same model before each timed one"
+    rounds = [r[::2] for r in rounds]
     assert len(rounds) == 8 and all(sorted(r) == ["a", "b", "u"] for r in rounds)
     assert len(set(rounds)) > 2, "the order changes"
     assert [len(t) for t in times] == [8, 8, 8] and len(plain) == 8

@@ -75,7 +75,7 @@ class AttentionView(NamedTuple):
     bias: Tensor | None
 
     def key_metric(self) -> Tensor:
-        """[B, N, D]: keys summed over heads, in at least fp32 (ToMe section 2, step 3, has their mean: the cosines are equal)."""
+        """[B, N, D]: keys summed over heads, in at least fp32 (ToMe section 2, step 3, takes the mean: same cosines)."""
         assert self.k is not None
         return at_least_fp32(self.k).sum(1)
 

@@ -62,17 +62,17 @@ def put_on(module: nn.Module, mixin: type) -> None:
 
 
 def take_off(module: nn.Module) -> None:
-    """Gives a module its original class back.
+    """Gives a module its original class back. `check_class` comes first."""
+    _set_class(module, type(module).__bases__[1])
 
-    Raises:
-        StateError: another tool has put a class of its own on top since.
-    """
+
+def check_class(module: nn.Module) -> None:
+    """Raises if another tool has put a class of its own on top of ours since."""
     cls = type(module)
     if not (len(cls.__bases__) == 2 and issubclass(cls.__bases__[0], Mixin)):
         raise StateError(
             f"{cls.__name__} was wrapped by another tool ({cls.__mro__[1].__name__}) after vtok patched it; undo that first"
         )
-    _set_class(module, cls.__bases__[1])
 
 
 def check_forward(module: nn.Module) -> None:

@@ -145,7 +145,7 @@ def test_saved_configs_come_back(tmp_path, method, as_folder):
     assert run_of(other).patch.configs == run_of(model).patch.configs
     vtok.save_config(other, path)
     content = json.loads((path / "vtok.json" if as_folder else path).read_text())
-    assert content["methods"][0]["method"] == method
+    assert content["towers"][0]["methods"][0]["method"] == method
 
 
 @pytest.mark.parametrize(

@@ -276,14 +276,28 @@ def test_config_files(model, tmp_path):
         return _message(vtok.VtokError, vtok.patch, model, path)
 
     assert "format 1, found 9" in rewritten(format=9)
-    assert "'methods' must be a list" in rewritten(methods=[])
-    assert "'model' must be a mapping" in rewritten(model=3)
-    text = rewritten(methods=[{"method": "tome", "rr": 3}])
+
+    def tower(**changes):
+        return rewritten(towers=[{**saved["towers"][0], **changes}])
+
+    assert "'towers' must be a list of mappings" in rewritten(towers=3)
+    assert "'methods' must be a list" in tower(methods=[])
+    assert "'methods' must be a list" in tower(methods=[{"method": ["tome"]}])
+    text = tower(methods=[{"method": "tome", "rr": 3}])
     assert str(path) in text
     assert "unknown parameter of tome 'rr'" in text
-    assert "unknown method 'tom'" in rewritten(methods=[{"method": "tom"}])
-    text = rewritten(model={**saved["model"], "depth": 12})
-    assert "saved from VisionTransformer with 12 blocks, this VisionTransformer has 4" in text
+    assert "unknown method 'tom'" in tower(methods=[{"method": "tom"}])
+    assert "saved from VisionTransformer with 12 blocks, this VisionTransformer has 4" in tower(depth=12)
+    assert "saved from VisionTransformer with 2 prefix tokens, this VisionTransformer has 1" in tower(num_prefix=2)
+    assert "saved from a model with 2 towers, this one has 1" in rewritten(towers=saved["towers"] * 2)
+    path.write_text(json.dumps({**saved, "towers": [{**saved["towers"][0], "num_patches": 9}]}))
+    with pytest.warns(UserWarning, match="saved for 9 patches"):
+        vtok.patch(model, path)
+    for more in ({"r": 3}, {"flops": 0.5}):
+        assert "is a saved patch, which holds all its numbers; leave out" in _message(
+            vtok.ConfigError, vtok.patch, model, path, **more
+        )
+    assert "does not exist" in _message(vtok.ConfigError, vtok.save_config, model, tmp_path / "missing" / "run.json")
 
 
 def test_nothing_to_save(model, tmp_path):

@@ -21,7 +21,7 @@ from vtok.errors import ConfigError, StateError, UnsupportedModelError, VtokErro
 from vtok.patches import find_adapters
 from vtok.patches.block import ReducingBlock, check, install
 from vtok.patches.protocol import Adapter, Tower
-from vtok.patches.swap import Mixin, remove_hooks, take_off
+from vtok.patches.swap import Mixin, check_class, remove_hooks, take_off
 from vtok.registry import ADAPTERS, METHODS
 from vtok.run import Run
 from vtok.state import Site
@@ -70,27 +70,36 @@ def patch(
         ConfigError: a value that makes no sense for this model, or a budget that cannot be met.
         UnsupportedModelError: nothing in the model can be patched, or not with this method; the model is left as it was.
     """
-    loaded = _load(model, method) if not params and flops is None else None
-    configs, trace = (loaded.configs, trace or loaded.trace) if loaded else (_configs(method, params), trace)
+    found = _towers(model, input_size)
+    wanted, saved_trace = _wanted(found, method, params, flops)
     ready = []
-    for adapter, tower in _towers(model, input_size):
-        if loaded:
-            loaded.check(tower.info)
+    for (adapter, tower), configs in zip(found, wanted):
         made = _resolve(adapter, tower, configs, flops, calibration)
         check(tower, made.steps)
         ready.append((adapter, tower, made))
     unpatch(model)
     for adapter, tower, made in ready:
-        run = Run(len(tower.blocks), tower.num_prefix, any(r.prop_attn for _, r in made.steps.values()), trace)
-        run.patch = made
-        install(tower.blocks, run, made.steps)
-        adapter.attach(tower, run)
+        _install(adapter, tower, made, trace or saved_trace)
     return model
 
 
+def _install(adapter: Adapter, tower: Tower, made: Patch, trace: bool) -> None:
+    run = Run(len(tower.blocks), tower.num_prefix, any(r.prop_attn for _, r in made.steps.values()), trace)
+    run.patch = made
+    install(tower.blocks, run, made.steps)
+    adapter.attach(tower, run)
+
+
 def unpatch(model: nn.Module) -> nn.Module:
-    """Restores a model bit for bit: classes, hooks and attributes. A model that is not patched is returned as it is."""
+    """Restores a model bit for bit: classes, hooks and attributes. A model that is not patched is returned as it is.
+
+    Raises:
+        StateError: another tool has wrapped a patched module since; nothing is changed.
+    """
     _require_module(model)
+    for module in model.modules():
+        if isinstance(module, Mixin):
+            check_class(module)
     for module in model.modules():
         if isinstance(module, Mixin):
             take_off(module)
@@ -102,12 +111,22 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def patched(model: nn.Module, method: Method = "pitome", **kwargs: Any) -> Iterator[nn.Module]:
-    """`with vtok.patched(model, "tome", r=8): ...`; the model is unpatched at the end, whatever happens inside."""
+    """`with vtok.patched(model, "tome", r=8): ...`; at the end, whatever happens inside, the model is as it was before:
+    unpatched, or with the patch that it had."""
+    before = _installed(model)
     patch(model, method, **kwargs)
     try:
         yield model
     finally:
         unpatch(model)
+        for earlier in before:
+            _install(*earlier)
+
+
+def _installed(model: nn.Module) -> list[tuple[Adapter, Tower, Patch, bool]]:
+    """What is patched into each tower, as `_install` takes it."""
+    found = [(adapter, tower, run_of(tower.module)) for adapter, tower in _towers(model, None)]
+    return [(adapter, tower, run.patch, run.trace) for adapter, tower, run in found if run is not None]
 
 
 def plan(
@@ -123,9 +142,12 @@ def plan(
 
     No forward pass is needed. For methods whose counts depend on the image the numbers are upper bounds, and say so, unless
     `calibration` images are given, which are run once. Arguments and errors are those of `patch`; the model is not changed.
+    Of a model with several towers it describes the first.
     """
-    adapter, tower = _towers(model, input_size)[0]
-    made = _resolve(adapter, tower, _configs(method, params), flops, calibration)
+    found = _towers(model, input_size)
+    wanted, _ = _wanted(found, method, params, flops)
+    adapter, tower = found[0]
+    made = _resolve(adapter, tower, wanted[0], flops, calibration)
     result = _estimate(adapter, tower, made.steps)
     if calibration is not None and not result.exact:
         result = _measure(adapter, tower, made.configs, calibration)
@@ -197,11 +219,10 @@ def save_config(model: nn.Module, path: str | os.PathLike) -> None:
 
     `vtok.patch(other_model, path)` brings it back; numbers that a budget chose are written, not the budget.
     """
-    run = run_of(model)
-    if run is None:
+    found = _installed(model) if run_of(model) is not None else []
+    if not found:
         raise StateError("the model is not patched; there is nothing to save")
-    tower = next(t for _, t in _towers(model, None) if run_of(t.module) is run)
-    files.save(path, run.patch.configs, run.trace, tower.info)
+    files.save(path, [(tower.info, made.configs) for _, tower, made, _ in found], any(trace for *_, trace in found))
 
 
 def _require_module(model: Any) -> None:
@@ -218,10 +239,17 @@ def _own_class(module: nn.Module) -> type:
     return type(module).__bases__[1] if isinstance(module, Mixin) else type(module)
 
 
-def _load(model: nn.Module, method: Method) -> files.Saved | None:
+def _wanted(
+    found: Sequence[tuple[Adapter, Tower]], method: Method, params: dict[str, Any], flops: float | None
+) -> tuple[list[tuple[MethodConfig, ...]], bool]:
+    """(configs for every tower, whether a file asks for a trace)."""
     if isinstance(method, os.PathLike) or (isinstance(method, str) and method not in METHODS and files.is_path(method)):
-        return files.load(method)
-    return None
+        if params or flops is not None:
+            given = ", ".join([*params, *([] if flops is None else ["flops"])])
+            raise ConfigError(f"{os.fspath(method)} is a saved patch, which holds all its numbers; leave out {given}")
+        loaded = files.load(method)
+        return loaded.configs_for([tower.info for _, tower in found]), loaded.trace
+    return [_configs(method, params)] * len(found), False
 
 
 def _configs(method: Method, params: dict[str, Any]) -> tuple[MethodConfig, ...]:
@@ -297,20 +325,21 @@ def _measure(adapter: Adapter, tower: Tower, configs: tuple[MethodConfig, ...], 
     """What calibration images cost on average; the tower is patched for one pass and left as it was."""
     from vtok.inspection import tower_info
 
-    if run_of(tower.module) is not None:
-        raise StateError("calibration runs the model; unpatch it first")
     if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
         got = f"shape {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise ConfigError(f"calibration is a batch of images [B, C, H, W] as the tower takes them, got {got}")
-    training = tower.module.training
+    channels = (tower.input_size or images.shape[1:])[0]
+    if images.shape[1] != channels:
+        raise ConfigError(f"calibration images have {images.shape[1]} channels, {tower.info.name} takes {channels}")
+    modes = [(module, module.training) for module in tower.module.modules()]
+    one = configs if len(configs) > 1 else configs[0]
     try:
-        patch(tower.module.eval(), configs if len(configs) > 1 else configs[0], input_size=tower.input_size)
-        with torch.no_grad():
+        with patched(tower.module.eval(), one, input_size=tower.input_size), torch.no_grad():
             tower.module(images)
-        found = tower_info(adapter, tower, run_of(tower.module), None)
+            found = tower_info(adapter, tower, run_of(tower.module), None)
     finally:
-        unpatch(tower.module)
-        tower.module.train(training)
+        for module, mode in modes:
+            module.training = mode
     result = found.mean_estimate or found.estimate
     assert result is not None
     return result

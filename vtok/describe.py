@@ -163,7 +163,7 @@ class TowerInfo:
             ]
             lines.append(table(header, rows))
         elif self.configs:
-            lines.append("no forward pass yet")
+            lines.append("no forward pass yet in this thread")
         if self.estimate is not None:
             lines.append(_costs(self.estimate))
         if self.mean_estimate is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from vtok.registry import METHODS
 
 FILE_NAME = "vtok.json"
 FORMAT = 1
+_IDENTITY = ("name", "depth", "num_patches", "num_prefix")
 
 
 @dataclass(frozen=True)
@@ -23,23 +26,36 @@ class Saved:
 
     Attributes:
         path: where it came from.
-        configs: the methods.
+        towers: for every tower its name, depth, num_patches and num_prefix when it was saved, and its methods.
         trace: whether the token map was kept.
-        model: name, depth, num_patches and num_prefix of the tower it was saved from.
     """
 
     path: Path
-    configs: tuple[MethodConfig, ...]
+    towers: tuple[tuple[dict[str, Any], tuple[MethodConfig, ...]], ...]
     trace: bool
-    model: dict[str, Any]
 
-    def check(self, info: ModelInfo) -> None:
-        """Raises ConfigError if the file was saved from a tower of another depth."""
-        if self.model.get("depth") != info.depth:
-            raise ConfigError(
-                f"{self.path}: saved from {self.model.get('name')} with {self.model.get('depth')} blocks, "
-                f"this {info.name} has {info.depth}; pass the method and its parameters instead"
-            )
+    def configs_for(self, infos: Sequence[ModelInfo]) -> list[tuple[MethodConfig, ...]]:
+        """The methods of every tower of a model.
+
+        Raises:
+            ConfigError: the file was saved from a model with other towers, or towers of another depth or prefix.
+        """
+        if len(infos) != len(self.towers):
+            raise ConfigError(f"{self.path}: saved from a model with {len(self.towers)} towers, this one has {len(infos)}")
+        for info, (saved, _) in zip(infos, self.towers):
+            for name, what in (("depth", "blocks"), ("num_prefix", "prefix tokens")):
+                if saved.get(name) != getattr(info, name):
+                    raise ConfigError(
+                        f"{self.path}: saved from {saved.get('name')} with {saved.get(name)} {what}, "
+                        f"this {info.name} has {getattr(info, name)}; pass the method and its parameters instead"
+                    )
+            if saved.get("num_patches") != info.num_patches:
+                warnings.warn(
+                    f"{self.path}: saved for {saved.get('num_patches')} patches, this {info.name} has {info.num_patches}; "
+                    "the numbers are used as they are",
+                    stacklevel=4,
+                )
+        return [configs for _, configs in self.towers]
 
 
 def is_path(text: str) -> bool:
@@ -47,17 +63,21 @@ def is_path(text: str) -> bool:
     return text.endswith(".json") or os.sep in text or Path(text).exists()
 
 
-def save(path: str | os.PathLike, configs: tuple[MethodConfig, ...], trace: bool, info: ModelInfo) -> None:
-    """Writes `configs`; a folder receives `vtok.json`."""
+def save(path: str | os.PathLike, towers: Sequence[tuple[ModelInfo, tuple[MethodConfig, ...]]], trace: bool) -> None:
+    """Writes the methods of every tower; a folder receives `vtok.json`."""
     target = Path(path)
     if target.is_dir():
         target = target / FILE_NAME
+    if not target.parent.is_dir():
+        raise ConfigError(f"{target} cannot be written: the folder {target.parent} does not exist")
     content = {
         "format": FORMAT,
         "vtok": __version__,
-        "model": {"name": info.name, "depth": info.depth, "num_patches": info.num_patches, "num_prefix": info.num_prefix},
-        "methods": [config.to_dict() for config in configs],
         "trace": trace,
+        "towers": [
+            {**{name: getattr(info, name) for name in _IDENTITY}, "methods": [config.to_dict() for config in configs]}
+            for info, configs in towers
+        ],
     }
     target.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -80,13 +100,18 @@ def load(path: str | os.PathLike) -> Saved:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise ConfigError(f"{source}: expected a file of vtok.save_config with format {FORMAT}, found {found!r}")
-    methods, model = content.get("methods"), content.get("model")
-    if not isinstance(methods, list) or not methods or not all(isinstance(m, dict) and "method" in m for m in methods):
+    towers = content.get("towers")
+    if not isinstance(towers, list) or not towers or not all(isinstance(tower, dict) for tower in towers):
+        raise ConfigError(f"{source}: 'towers' must be a list of mappings, found {towers!r}")
+    return Saved(source, tuple((tower, _methods(source, tower)) for tower in towers), bool(content.get("trace", False)))
+
+
+def _methods(source: Path, tower: dict[str, Any]) -> tuple[MethodConfig, ...]:
+    methods = tower.get("methods")
+    listed = isinstance(methods, list) and methods
+    if not listed or not all(isinstance(m, dict) and isinstance(m.get("method"), str) for m in methods or ()):
         raise ConfigError(f"{source}: 'methods' must be a list of mappings with a 'method' each, found {methods!r}")
-    if not isinstance(model, dict):
-        raise ConfigError(f"{source}: 'model' must be a mapping, found {model!r}")
     try:
-        configs = tuple(METHODS.get(m["method"]).from_dict(m) for m in methods)
+        return tuple(METHODS.get(m["method"]).from_dict(m) for m in methods or ())
     except (UnknownNameError, ConfigError) as error:
         raise type(error)(f"{source}: {error}") from error
-    return Saved(source, configs, bool(content.get("trace", False)), model)

@@ -23,8 +23,12 @@ def tower_info(adapter: Adapter, tower: Tower, run: Run | None, kernels: list[st
     made, last = run.patch, run.current
     if last.final is None:
         return TowerInfo(tower.path, name, made.configs, budget=made.budget, num_patches=patches)
-    blocks = tuple(_block(i, run, last, None if kernels is None else kernels[i]) for i in range(run.depth))
+    ran = [i for i in range(len(tower.blocks)) if last.states[i + 1] is not None]  # fewer if the pass was stopped early
+    blocks = tuple(_block(i, run, last, None if kernels is None else kernels[i]) for i in ran)
     cost, notes = adapter.cost(tower), []
+    if len(ran) < len(tower.blocks):
+        cost = replace(cost, blocks=tuple(cost.blocks[i] for i in ran))
+        notes.append(f"note: the last pass ended after {len(ran)} of {len(tower.blocks)} blocks")
     seen = last.length - run.num_prefix
     if seen != patches:  # the stem is priced per patch
         cost = replace(cost, stem=round(cost.stem * seen / patches))

@@ -37,7 +37,8 @@ class Pass:
 
     @property
     def final(self) -> TokenState | None:
-        return self.states[-1]
+        """What left the last block that ran: not always the last block (blocks may be cut off or a pass stopped early)."""
+        return next((state for state in reversed(self.states[1:]) if state is not None), None)
 
     def tokens(self, i: int) -> int:
         """Tokens (rows, padding included) that entered block i; `i = depth` for what left the last block."""

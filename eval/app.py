@@ -74,9 +74,9 @@ def plan(
 def bench(
     model: Model,
     method: Methods,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b")] = 16,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = 16,
     pairs: Annotated[int, typer.Option(help="unpatched/patched pairs of timed batches")] = 20,
-    threads: Annotated[int | None, typer.Option(help="CPU threads (default: torch's)")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: torch's)")] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
     device: Annotated[str | None, typer.Option()] = None,
     img_size: Annotated[int | None, typer.Option()] = None,
@@ -157,13 +157,13 @@ def run(
 
 @app.command()
 def demo(
-    images: Annotated[int, typer.Option("--images", "-n", help="test images")] = 2000,
+    images: Annotated[int, typer.Option("--images", "-n", min=2, max=10_000, help="test images")] = 2000,
     full: Annotated[bool, typer.Option("--full", help="all 10,000 test images")] = False,
     out: Annotated[Path, typer.Option(help="folder for results; a second run goes on where the first stopped")] = Path(
         "results/demo"
     ),
     budgets: Annotated[str, typer.Option(help="shares of the FLOPs")] = "0.8,0.6,0.4",
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b")] = 100,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = 100,
     control: Annotated[bool, typer.Option("--control", help="also: what each method's choice of tokens is worth")] = False,
 ) -> None:
     """Every method on the bundled model and images at several FLOPs budgets: accuracy, tokens, MACs, time."""

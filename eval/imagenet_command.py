@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -93,6 +94,13 @@ def print_records(records: list[dict[str, Any]], console: Console) -> None:
 _FIELDS = {field.name: field for field in dataclasses.fields(Options)}
 
 
+def _help() -> dict[str, str]:
+    """What the docstring of `Options` says about each field."""
+    listed = inspect.cleandoc(Options.__doc__ or "").partition("Attributes:\n")[2]
+    entries = re.findall(r"^    (\w+(?:, \w+)*): (.+?)(?=\n    \w|\Z)", listed, re.MULTILINE | re.DOTALL)
+    return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
+
+
 def _signature() -> inspect.Signature:
     """One keyword a field of `Options`, so that flag names and defaults are stated once."""
     parameters = {
@@ -110,6 +118,7 @@ def _signature() -> inspect.Signature:
         )
         for name, annotation in parameters.items()
     ]
+    about = _help()
     for name, field in _FIELDS.items():
         kind, default = str(field.type), field.default
         text = "tuple" in kind or "Mapping" in kind
@@ -117,7 +126,7 @@ def _signature() -> inspect.Signature:
         optional = text or "None" in kind
         flag = "--" + name.replace("_", "-")
         names = [flag, *([_SHORT[name]] if name in _SHORT else [])] if base is not bool else [f"{flag}/--no-{flag[2:]}"]
-        annotation: Any = Annotated[base | None if optional else base, typer.Option(*names)]
+        annotation: Any = Annotated[base | None if optional else base, typer.Option(*names, help=about.get(name))]
         made.append(
             inspect.Parameter(
                 name,

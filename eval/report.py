@@ -19,7 +19,7 @@ Record = dict[str, Any]
 FLOOR = ("random", "uniform")
 HEADER = ("method", "budget", "tokens", "GMACs", "GFLOPs", "top-1 %", "vs unpatched", "implied", "measured [95 %]", "achieved")
 
-CAPTION = "± standard error; vs unpatched: paired by image; tokens: mean over blocks; measured: median of paired batches"
+CAPTION = "± standard error; vs unpatched: paired; tokens: mean over blocks; measured: median of pairs [95 %]"
 
 
 def ordered(records: Sequence[Record]) -> list[Record]:
@@ -54,10 +54,7 @@ def table(records: Sequence[Record], title: str) -> Table:
     """A rich table with a rule between budgets."""
     from rich.table import Table
 
-    result = Table(
-        title=title,
-        caption="± standard error; vs unpatched: paired; tokens: mean over blocks; measured: median of pairs [95 %]",
-    )
+    result = Table(title=title, caption=CAPTION)
     for i, name in enumerate(HEADER):
         result.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     rows = ordered(records)

@@ -6,6 +6,7 @@ A file is read with `yaml.safe_load` and checked key by key; every complaint nam
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -40,6 +41,7 @@ _PUBLISHED_KEYS: dict[str, tuple[Any, bool]] = {
     "note": (str, False),
 }
 BACKENDS = ("timm",)
+_KINDS = {Mapping: "a mapping", str: "text", int: "a whole number", float: "a number"}
 _NOT_PARAMETERS = ("model", "method", "input_size", "calibration", "trace")  # other arguments of vtok.patch and vtok.plan
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -149,6 +151,8 @@ def _checked(path: Path, content: dict[str, Any]) -> RunConfig:
         raise UnknownNameError(f"{path}: method: {error}") from error
     except VtokError as error:
         raise ConfigError(f"{path}: method: {error}") from error
+    if content.get("batch_size") is not None and content["batch_size"] < 1:
+        raise ConfigError(f"{path}: batch_size must be at least 1, got {content['batch_size']}")
     rest = {k: content[k] for k in ("data", "batch_size", "dtype", "seed") if content.get(k) is not None}
     return RunConfig(path.stem, model["backend"], model["name"], config, content["task"], published=published, **rest)
 
@@ -159,7 +163,7 @@ def _check_keys(path: Path, prefix: str, content: Mapping[str, Any], keys: dict[
             raise ConfigError(f"{path}: {unknown('key', f'{prefix}{key}', (prefix + k for k in keys))}")
         kind, _ = keys[key]
         if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-            names = " or ".join(k.__name__ for k in kind) if isinstance(kind, tuple) else kind.__name__
+            names = " or ".join(_KINDS[k] for k in (kind if isinstance(kind, tuple) else (kind,)))
             raise ConfigError(f"{path}: {prefix}{key} must be {names}, got {value!r}")
     for key, (_, needed) in keys.items():
         if needed and content.get(key) is None:
@@ -171,8 +175,19 @@ def _check_choice(path: Path, key: str, value: str, allowed: Sequence[str]) -> N
         raise ConfigError(f"{path}: {key} must be one of {', '.join(allowed)}, got {value!r}")
 
 
+class _Tuples(yaml.SafeLoader):
+    """Plain values and, besides, tuples of them."""
+
+
+def _tuple(loader: yaml.SafeLoader, node: yaml.SequenceNode) -> tuple[Any, ...]:
+    return tuple(loader.construct_sequence(node))
+
+
+_Tuples.add_constructor("!tuple", _tuple)
+
+
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:
-    """Reads a method as the command line writes it: `tome`, `tome:r=13`, `zero_tprune:layers=[2,5],retain=[0.9,0.8]`.
+    """Reads a method as the command line writes it: `tome`, `tome:r=13`, `tome:r=(8,-1)`, `zero_tprune:layers=[2],retain=0.9`.
 
     Returns:
         (name, parameters).
@@ -184,7 +199,8 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     if not colon:
         return name, {}
     try:
-        params = yaml.safe_load("{" + rest.replace("=", ": ") + "}")
+        text_in_yaml = re.sub(r"\(([^()]*)\)", r"!tuple [\1]", rest.replace("=", ": "))
+        params = yaml.load("{" + text_in_yaml + "}", _Tuples)
     except yaml.YAMLError:
         params = None
     if not isinstance(params, dict) or any(value is None and f"{key}=null" not in rest for key, value in params.items()):

@@ -210,10 +210,23 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, same)
 
 
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device, tried out.
+
+    Raises:
+        ConfigError: torch knows no such device, or this machine has none.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        raise ConfigError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return torch.device(device)
+
+
 def placed(model: nn.Module, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> nn.Module:
     """The model on a device in a type (`None` = its own): the same object, or a copy if it would have to change."""
     first = next(p for p in model.parameters() if p.is_floating_point())
-    dtype, where = dtype or first.dtype, first.device if device is None else torch.device(device)
+    dtype, where = dtype or first.dtype, first.device if device is None else usable_device(device)
     if (dtype, where) == (first.dtype, first.device):
         return model
     return copy.deepcopy(model).to(where, dtype)

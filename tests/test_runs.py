@@ -72,7 +72,7 @@ def test_overrides(tmp_path):
         ("task: [imagenet", ["not a YAML file"]),
         ("- a\n- b", ["expected a mapping", "found list"]),
         (GOOD + "mehtod: {}", ["unknown key 'mehtod'", "did you mean 'method'?"]),
-        (GOOD + "batch_size: many", ["batch_size must be int", "'many'"]),
+        (GOOD + "batch_size: many", ["batch_size must be a whole number", "'many'"]),
         (GOOD + "dtype: fp8", ["dtype must be one of fp32, bf16, fp16", "'fp8'"]),
         (GOOD.replace("task: imagenet\n", ""), ["task is missing"]),
         (GOOD.replace("backend: timm, ", ""), ["model.backend is missing"]),
@@ -113,6 +113,7 @@ def test_yaml_cannot_run_code(tmp_path):
     [
         ("tome", ("tome", {})),
         ("tome:r=13", ("tome", {"r": 13})),
+        ("tome:r=(8,-1),prop_attn=false", ("tome", {"r": (8, -1), "prop_attn": False})),
         ("pitome:ratio=0.9,prop_attn=false", ("pitome", {"ratio": 0.9, "prop_attn": False})),
         (
             "zero_tprune:layers=[2,5],retain=[0.9,0.8],head_filter=null",

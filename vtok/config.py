@@ -202,6 +202,8 @@ class Schedule:
             for number in value:
                 if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
                     raise ConfigError(f"{name}=(r, inflect) takes two numbers, got {value!r}")
+            if not integer:
+                raise ConfigError(f"{name} is a number or a list; (r, inflect) is a schedule of token counts, got {value!r}")
             if value[0] < 0 or abs(value[1]) > 1:
                 raise ConfigError(f"{name}=(r, inflect) takes r >= 0 and inflect in [-1, 1], got {value!r}")
             return cls("linear", (float(value[0]), float(value[1])))

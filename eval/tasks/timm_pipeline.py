@@ -78,6 +78,17 @@ class Options:
     valid_labels: str = ""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        channels = self.in_chans or (self.input_size[0] if self.input_size else 3)
+        for name, allowed in (("mean", (1, channels)), ("std", (1, channels)), ("input_size", (3,))):
+            value = getattr(self, name)
+            if value is not None and len(value) not in allowed:
+                raise ConfigError(f"{name} takes {' or '.join(str(n) for n in allowed)} numbers, got {value!r}")
+        for name, least in (("batch_size", 1), ("workers", 0), ("num_samples", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}")
+
     def dtype(self, name: str) -> torch.dtype:
         """`amp_dtype` or `model_dtype` as a torch type."""
         if name not in _TYPES:

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all lint format install
+.PHONY: demo test test-all test-oldest lint format install
 
 install: $(VENV)/.installed
 
@@ -22,6 +22,19 @@ test: install
 
 test-all: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
+
+# The lower bounds of what vtok itself needs, pinned: what pyproject.toml promises is what passes here.
+OLDEST := .venv-oldest
+PYTHON_OLDEST ?= python3.10
+
+$(OLDEST)/.installed: pyproject.toml
+	$(PYTHON_OLDEST) -m venv --clear $(OLDEST)
+	sed -nE '/^dependencies/,/^all = /s/.*"([A-Za-z0-9_.-]+)>=([0-9.]+)".*/\1==\2/p' pyproject.toml > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt -e ".[dev]"
+	touch $@
+
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n auto --dist worksteal -m "not slow and not compile"
 
 lint: install
 	$(BIN)/ruff check .

@@ -182,11 +182,19 @@ class Tower:
 
 
 class Example(NamedTuple):
-    """A tiny random model on which the contract tests run."""
+    """A tiny random model on which the contract tests run.
+
+    Attributes:
+        name: unique within the backend.
+        build: makes it.
+        input_size: (channels, height, width).
+        since: release of the backend that first has it; "" = the oldest one supported.
+    """
 
     name: str
     build: Callable[[], nn.Module]
     input_size: tuple[int, int, int]
+    since: str = ""
 
 
 class Adapter(Protocol):

@@ -105,4 +105,12 @@ _BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "NaFlexViT map pool": _naflex(class_token=False, global_pool="map"),
 }
 
-EXAMPLES = tuple(Example(name, build, _SIZE) for name, build in _BUILDERS.items())
+# Younger than the oldest supported timm: the release that first has them, or first runs them in every dtype.
+_SINCE = {
+    "EVA mixed rotary": "1.0.31",
+    "ViT differential attention": "1.0.23",
+    "EVA grouped queries": "1.0.30",
+    "NaFlexViT rotary, gated": "1.0.28",
+}
+
+EXAMPLES = tuple(Example(name, build, _SIZE, _SINCE.get(name, "")) for name, build in _BUILDERS.items())

@@ -96,5 +96,5 @@ def test_the_sdist_has_the_shape_of_the_repository(built):
 
 def test_the_editable_install_sees_every_part():
     code = "import vtok.patches.block, vtok.eval.cli, vtok.configs, vtok.assets; print(vtok.__file__)"
-    out = subprocess.run([sys.executable, "-P", "-c", code], cwd="/", capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True).stdout
     assert Path(out.strip()) == ROOT / "vtok" / "__init__.py"

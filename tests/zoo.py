@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 import vtok
 from vtok.config import MethodConfig, ModelInfo, Reducer
@@ -29,9 +32,15 @@ WITHOUT_CLS: dict[str, dict[str, Any]] = {"ats": {"query": "mean"}, "zero_tprune
 # Static shapes, for compilation and fake tensors.
 STATIC: dict[str, dict[str, Any]] = {"ats": {"mode": "mask"}}
 
-EXAMPLES: dict[str, Example] = {
-    f"{name}: {example.name}": example for name in ADAPTERS for example in ADAPTERS.get(name)().examples()
-}
+
+def _too_new(backend: str, example: Example) -> bool:
+    """Whether the installed release of a backend is older than an example."""
+    return bool(example.since) and TorchVersion(importlib.import_module(backend).__version__) < example.since
+
+
+_ALL = {(backend, example.name): example for backend in ADAPTERS for example in ADAPTERS.get(backend)().examples()}
+EXAMPLES = {": ".join(key): example for key, example in _ALL.items() if not _too_new(key[0], example)}
+TOO_NEW = {": ".join(key): example for key, example in _ALL.items() if _too_new(key[0], example)}
 # One example for every class of block and of attention.
 FAMILIES = [
     "timm: ViT",
@@ -45,6 +54,7 @@ FAMILIES = [
     "timm: BEiT relative bias",
     "timm: NaFlexViT rotary, gated",
 ]
+FAMILIES = [name for name in FAMILIES if name not in TOO_NEW]
 
 
 @functools.cache
@@ -66,6 +76,8 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A fresh copy of an example, every parameter random, in eval mode."""
     import copy
 
+    if name in TOO_NEW:
+        pytest.skip(f"{name} needs release {TOO_NEW[name].since}")
     return copy.deepcopy(_prototype(name)).to(dtype)
 
 

@@ -38,7 +38,10 @@ class Pass:
     @property
     def final(self) -> TokenState | None:
         """What left the last block that ran: not always the last block (blocks may be cut off or a pass stopped early)."""
-        return next((state for state in reversed(self.states[1:]) if state is not None), None)
+        for state in reversed(self.states[1:]):
+            if state is not None:
+                return state
+        return None
 
     def tokens(self, i: int) -> int:
         """Tokens (rows, padding included) that entered block i; `i = depth` for what left the last block."""
@@ -66,7 +69,9 @@ class Run:
         self._passes: dict[int, deque[Pass]] = {}  # by thread
         self._resumed: dict[int, tuple[Pass, int, int]] = {}  # by thread: pass, next block, address of its input
         self._taps: dict[int, dict[str, Tensor]] = {}  # by thread
-        self._traced = Pass(self.depth)  # compiled graphs trace this one: they cannot ask for a thread's name
+        # Compiled graphs trace these: they cannot ask for a thread's name.
+        self._traced = Pass(self.depth)
+        self._traced_taps: dict[str, Tensor] = {}
         self._traced_last = False  # whether the last pass was a compiled one
 
     @property
@@ -80,7 +85,9 @@ class Run:
     @property
     def taps(self) -> dict[str, Tensor]:
         """What hooks of this thread's running block caught; the block empties it."""
-        return self._taps.setdefault(0 if torch.compiler.is_compiling() else threading.get_ident(), {})
+        if torch.compiler.is_compiling():
+            return self._traced_taps
+        return self._taps.setdefault(threading.get_ident(), {})
 
     def enter(self, i: int, x: Tensor, training: bool) -> TokenState:
         """State of the tokens x [B, N, C] that enter block i. Block 0 opens a pass, whichever entry point was called.

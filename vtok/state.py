@@ -79,23 +79,23 @@ class AttentionView(NamedTuple):
         assert self.k is not None
         return at_least_fp32(self.k).sum(1)
 
-    def probs(self, rows: slice = slice(None), tau: float = 1.0) -> Tensor:
-        """Attention probabilities of some query rows, in at least fp32.
+    def probs(self, first: int | None = None, tau: float = 1.0) -> Tensor:
+        """Attention probabilities of the first query rows, in at least fp32.
 
         Args:
-            rows: which queries; one row costs O(N D), all rows build the N x N matrix.
+            first: how many queries, `None` = all; one row costs O(N D), all rows build the N x N matrix.
             tau: softmax temperature; 1 gives the model's own attention.
 
         Returns:
-            [B, H, rows, N], every row sums to 1.
+            [B, H, first, N], every row sums to 1.
         """
         assert self.q is not None and self.k_rot is not None
-        q, k = at_least_fp32(self.q[:, :, rows]), at_least_fp32(self.k_rot)
+        q, k = at_least_fp32(self.q[:, :, :first]), at_least_fp32(self.k_rot)
         if k.shape[1] != q.shape[1]:  # grouped-query attention
             k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         logits = (q * (self.scale / tau)) @ k.transpose(-2, -1)
         if self.bias is not None:
-            bias = self.bias if self.bias.shape[-2] == 1 else self.bias[..., rows, :]
+            bias = self.bias if self.bias.shape[-2] == 1 else self.bias[..., :first, :]
             logits = logits + bias.to(logits.dtype) / tau
         return logits.softmax(-1)
 

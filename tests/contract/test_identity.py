@@ -137,6 +137,7 @@ def test_a_refused_patch_leaves_the_old_one():
 
 def test_the_context_manager_unpatches_after_an_error():
     model = build("timm: ViT")
+    tokens = model._pos_embed(model.patch_embed(images("timm: ViT")))
     with pytest.raises(vtok.UnsupportedModelError, match="is_causal"), vtok.patched(model, "tome", r=4):
-        model(images("timm: ViT"), is_causal=True)
+        model.blocks[0](tokens, is_causal=True)  # older timm models do not hand it on
     assert not vtok.info(model).patched

@@ -178,7 +178,7 @@ class ATSReducer(Reducer):
 
     def plan(self, x: Tensor, state: TokenState, view: AttentionView, at: Site) -> Plan | None:
         p = state.num_prefix
-        attn = view.probs(slice(0, 1))[:, :, 0] if self.from_cls else view.received(state.keep)
+        attn = view.probs(first=1)[:, :, 0] if self.from_cls else view.received(state.keep)
         assert view.v is not None
         v = view.v
         if v.shape[1] != attn.shape[1]:  # grouped-query attention

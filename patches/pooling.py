@@ -9,11 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from vtok.errors import StateError, UnsupportedModelError
 from vtok.patches.swap import Hook, Mixin
 from vtok.run import Run
 from vtok.state import TokenState, at_least_fp32, log_size_bias
+
+_NO_GRID = (
+    "tokens were reduced, so intermediate outputs no longer fill the patch grid. Ask for output_fmt='NLC', "
+    "or patch with trace=True and put tokens back in place with vtok.unmerge(model, tokens)"
+)
 
 
 class PoolBias(Hook):
@@ -23,10 +29,11 @@ class PoolBias(Hook):
         run: of the tower.
         parameter: under which the pool takes an additive [B, 1, 1, N] mask.
         drop_prefix: whether the pool sees the patches alone.
+        flat: whether that mask is [B, N] instead (`key_padding_mask` of `nn.MultiheadAttention`: added if it is float).
     """
 
-    def __init__(self, run: Run, parameter: str, drop_prefix: bool):
-        self.run, self.parameter, self.drop_prefix = run, parameter, drop_prefix
+    def __init__(self, run: Run, parameter: str, drop_prefix: bool, flat: bool = False):
+        self.run, self.parameter, self.drop_prefix, self.flat = run, parameter, drop_prefix, flat
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         state = self.run.current.final
@@ -35,6 +42,8 @@ class PoolBias(Hook):
             return None
         if self.drop_prefix:
             bias = bias[..., state.num_prefix :]
+        if self.flat:
+            bias = bias[:, 0, 0]
         return args, {**kwargs, self.parameter: bias}
 
 
@@ -64,15 +73,42 @@ def pool(x: Tensor, state: TokenState, kind: str, first: int) -> Tensor:
     return 0.5 * (real_max(x, state, first) + weighted_mean(x, state, first))
 
 
-def _plain(state: TokenState) -> bool:
+def plain(state: TokenState) -> bool:
     """Whether every row is one real patch, so that upstream's pooling is right as it is."""
     return state.size is None and state.keep is None
 
 
-class PatchedTrunk(Mixin):
-    """Mixin for timm trunks: average and maximum pooling over reduced tokens; dense outputs and packed inputs explained."""
+class DenseOutputs(Mixin):
+    """Mixin for towers with `forward_intermediates`: feature maps that reduced tokens cannot fill are refused."""
 
     _vtok_run: Run
+
+    def _width(self) -> int:
+        """Channels of a token between the blocks."""
+        width: Any = self.embed_dim
+        return width
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        upstream: Any = super()
+        try:
+            out = upstream.forward_intermediates(*args, **kwargs)
+        except RuntimeError as error:
+            if torch.compiler.is_compiling() or not self._reduced() or kwargs.get("output_fmt", "NCHW") == "NLC":
+                raise
+            raise StateError(_NO_GRID) from error
+        if not torch.compiler.is_compiling() and self._reduced():
+            # Where the counts happen to divide, upstream's reshape succeeds and mixes tokens into channels.
+            maps = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.ndim == 4]
+            if any(t.shape[1] != self._width() for t in maps):
+                raise StateError(_NO_GRID)
+        return out
+
+    def _reduced(self) -> bool:
+        return any(state is not None and not state.trivial for state in self._vtok_run.current.states)
+
+
+class PatchedTrunk(DenseOutputs):
+    """Mixin for timm trunks: average and maximum pooling over reduced tokens; packed inputs are refused."""
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(x, dict) or kwargs.get("patch_coord") is not None:
@@ -91,22 +127,9 @@ class PatchedTrunk(Mixin):
         state = self._vtok_run.current.final
         kind: Any = self.global_pool if pool_type is None else pool_type
         attends = getattr(self, "attn_pool", None) is not None
-        if state is None or _plain(state) or attends or kind not in ("avg", "max", "avgmax"):
+        if state is None or plain(state) or attends or kind not in ("avg", "max", "avgmax"):
             return upstream(x, pool_type)
         return pool(x, state, kind, 0 if getattr(self, "pool_include_prefix", False) else state.num_prefix)
-
-    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        upstream: Any = super()
-        try:
-            return upstream.forward_intermediates(*args, **kwargs)
-        except RuntimeError as error:
-            final = self._vtok_run.current.final
-            if torch.compiler.is_compiling() or final is None or final.trivial or kwargs.get("output_fmt", "NCHW") == "NLC":
-                raise
-            raise StateError(
-                "tokens were reduced, so intermediate outputs no longer fill the patch grid. Ask for output_fmt='NLC', "
-                "or patch with trace=True and put tokens back in place with vtok.unmerge(model, tokens)"
-            ) from error
 
 
 class HeadPooledTrunk(PatchedTrunk):
@@ -115,7 +138,7 @@ class HeadPooledTrunk(PatchedTrunk):
     def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         state = self._vtok_run.current.final
         upstream: Any = super()
-        if state is not None and not _plain(state) and self.global_pool == "avg":
+        if state is not None and not plain(state) and self.global_pool == "avg":
             mean = weighted_mean(x, state, state.num_prefix)  # handed on as the one patch, whose plain mean it is
             x = torch.cat([x[:, : state.num_prefix], mean[:, None]], 1)
         return upstream.forward_head(x, *args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,11 +30,15 @@ WITHOUT_CLS: dict[str, dict[str, Any]] = {"ats": {"query": "mean"}, "zero_tprune
 # Static shapes, for compilation and fake tensors.
 STATIC: dict[str, dict[str, Any]] = {"ats": {"mode": "mask"}}
 
+# A backend that is not installed has no examples.
 EXAMPLES: dict[str, Example] = {
-    f"{name}: {example.name}": example for name in ADAPTERS for example in ADAPTERS.get(name)().examples()
+    f"{name}: {example.name}": example
+    for name in ADAPTERS
+    if importlib.util.find_spec(name) is not None
+    for example in ADAPTERS.get(name)().examples()
 }
 # One example for every class of block and of attention.
-FAMILIES = [
+_FAMILIES = [
     "timm: ViT",
     "timm: ViT differential attention",
     "timm: ViT res-post-norm",
@@ -44,7 +49,14 @@ FAMILIES = [
     "timm: EVA grouped queries",
     "timm: BEiT relative bias",
     "timm: NaFlexViT rotary, gated",
+    "open_clip: ViT",
+    "open_clip: ViT sequence first",
+    "open_clip: ViT custom blocks, all norms",
 ]
+FAMILIES = [name for name in _FAMILIES if name in EXAMPLES]
+# Parameters that bring queries and keys about, and weights of norms, by the names that backends give them.
+_ATTENDING = ("qkv", "q_proj", "in_proj")
+_NORMS = ("norm", "ln_")
 
 
 @functools.cache
@@ -53,11 +65,12 @@ def _prototype(name: str) -> nn.Module:
     model = EXAMPLES[name].build().eval()
     generator = torch.Generator().manual_seed(1)
     for parameter_name, p in model.named_parameters():  # nothing zero, attention far from uniform
-        scale = 0.3 if p.ndim <= 1 or not p.any() else (2.5 if "qkv" in parameter_name or "q_proj" in parameter_name else 1.0)
+        sharp = any(part in parameter_name for part in _ATTENDING)
+        scale = 0.3 if p.ndim <= 1 or not p.any() else (2.5 if sharp else 1.0)
         fan = 1 if p.ndim <= 1 or not p.any() else p[0].numel()
         with torch.no_grad():
             p.copy_(torch.randn(p.shape, generator=generator) * scale / fan**0.5)
-            if p.ndim == 1 and "norm" in parameter_name and parameter_name.endswith("weight"):
+            if p.ndim == 1 and any(part in parameter_name for part in _NORMS) and parameter_name.endswith("weight"):
                 p.add_(1)
     return model
 

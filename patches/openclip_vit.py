@@ -129,6 +129,8 @@ def _tower(path: str, visual: Any, input_size: tuple[int, int, int] | None) -> T
             "position embedding when a model is made: open_clip.create_model(..., force_image_size=...)"
         )
     blocks = tuple(_block(i, block) for i, block in enumerate(visual.transformer.resblocks))
+    if not blocks:
+        raise UnsupportedModelError(f"{type(visual).__name__} has no blocks left to patch")
     return Tower(path, visual, blocks, num_prefix=1, has_cls=True, input_size=own, grid=tuple(visual.grid_size))
 
 

@@ -264,6 +264,10 @@ def test_unknown_blocks_and_sizes_are_refused():
     model.visual.transformer.resblocks[1].attn = torch.nn.Identity()
     with pytest.raises(vtok.UnsupportedModelError, match=r"block 1 attends with .*Identity.*known: open_clip"):
         vtok.patch(model, "tome")
+    model = clip()
+    model.visual.transformer.resblocks = torch.nn.ModuleList()
+    with pytest.raises(vtok.UnsupportedModelError, match="no blocks left"):
+        vtok.patch(model, "tome")
     with pytest.raises(vtok.UnsupportedModelError, match="force_image_size"):
         vtok.plan(clip(), "tome", input_size=(3, 32, 32))
 

@@ -71,7 +71,6 @@ def sdpa(attend: Attend, attn: nn.Module, p: Projected, bias: Tensor | None, row
     if k.shape[1] != q.shape[1]:  # grouped-query attention
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    drop = getattr(attn, "attn_drop", None)
-    p_drop = drop.p if attn.training and isinstance(drop, nn.Dropout) else 0.0
+    p_drop = attend.dropout(attn) if attn.training else 0.0
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p_drop, scale=attend.scale(attn))
     return out.transpose(1, 2).flatten(2)

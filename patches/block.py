@@ -83,11 +83,13 @@ class ReducingBlock(Mixin):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         link = self._vtok
         run, spec = link.run, link.spec
-        state = run.enter(link.index, x, self.training)
-        if link.site is None and state.trivial:  # idle: upstream's code, upstream's bits
+        rows = x.transpose(0, 1) if spec.seq_first else x  # [B, N, C]
+        state = run.enter(link.index, rows, self.training)
+        idle = link.site is None and state.trivial
+        if idle or len(args) > len(spec.args):  # upstream's code, upstream's bits; and its error, if it is called wrongly
             out = super().forward(x, *args, **kwargs)
         else:
-            kwargs = self._surroundings(x, state, {**dict(zip(spec.args, args)), **kwargs})
+            kwargs = self._surroundings(rows, state, {**dict(zip(spec.args, args)), **kwargs})
             if link.site is None and link.attend.takes_bias:
                 out = super().forward(x, **kwargs)
             elif spec.whole:
@@ -95,7 +97,8 @@ class ReducingBlock(Mixin):
                 view = tapped_view(link.attend, self, run, kwargs.get(spec.mask), None)
                 out, state = link.move(out, state, link.decide(x, state, view))
             else:
-                out, state = self._split(x, state, kwargs)
+                out, state = self._split(rows, state, kwargs)
+                out = out.transpose(0, 1) if spec.seq_first else out
         run.leave(link.index, state, out)
         return out
 

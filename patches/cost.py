@@ -27,7 +27,8 @@ def block_cost(block: Block) -> BlockCost:
         return BlockCost(linear_macs(block.module), 0, per_pair, 0, whole=True)
     late = sum(linear_macs(getattr(attn, name, None)) for name in attend.late)
     mlp = getattr(block.module, block.spec.mlp)
-    return BlockCost(linear_macs(attn) - late, late, per_pair, linear_macs(mlp))
+    bare = sum(getattr(attn, name).numel() for name in attend.weights)
+    return BlockCost(linear_macs(attn) - late + bare, late, per_pair, linear_macs(mlp))
 
 
 def shape_only_macs(module: nn.Module, input_size: tuple[int, int, int]) -> int:

@@ -5,6 +5,7 @@ Shapes: B batch, N tokens after the last block, P prefix tokens, C width.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -15,6 +16,11 @@ from vtok.patches.swap import Hook, Mixin
 from vtok.run import Run
 from vtok.state import TokenState, at_least_fp32, log_size_bias
 
+_OFF_GRID = (
+    "tokens were reduced, so intermediate outputs no longer fill the patch grid. Ask for output_fmt='NLC'; to get the last "
+    "block's tokens back in place, patch with trace=True and call vtok.unmerge on them"
+)
+
 
 class PoolBias(Hook):
     """Forward pre-hook of an attention pool: adds log(size), and -inf on padding, to its logits.
@@ -23,10 +29,11 @@ class PoolBias(Hook):
         run: of the tower.
         parameter: under which the pool takes an additive [B, 1, 1, N] mask.
         drop_prefix: whether the pool sees the patches alone.
+        flat: whether that mask is [B, N] instead (`key_padding_mask` of `nn.MultiheadAttention`: added if it is float).
     """
 
-    def __init__(self, run: Run, parameter: str, drop_prefix: bool):
-        self.run, self.parameter, self.drop_prefix = run, parameter, drop_prefix
+    def __init__(self, run: Run, parameter: str, drop_prefix: bool, flat: bool = False):
+        self.run, self.parameter, self.drop_prefix, self.flat = run, parameter, drop_prefix, flat
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         state = self.run.current.final
@@ -35,6 +42,8 @@ class PoolBias(Hook):
             return None
         if self.drop_prefix:
             bias = bias[..., state.num_prefix :]
+        if self.flat:
+            bias = bias[:, 0, 0]
         return args, {**kwargs, self.parameter: bias}
 
 
@@ -64,21 +73,43 @@ def pool(x: Tensor, state: TokenState, kind: str, first: int) -> Tensor:
     return 0.5 * (real_max(x, state, first) + weighted_mean(x, state, first))
 
 
-_OFF_GRID = (
-    "tokens were reduced, so intermediate outputs no longer fill the patch grid. Ask for output_fmt='NLC'; to get the last "
-    "block's tokens back in place, patch with trace=True and call vtok.unmerge(model, model.forward_features(x))"
-)
-
-
-def _plain(state: TokenState) -> bool:
+def plain(state: TokenState) -> bool:
     """Whether every row is one real patch, so that upstream's pooling is right as it is."""
     return state.size is None and state.keep is None
 
 
-class PatchedTrunk(Mixin):
-    """Mixin for timm trunks: average and maximum pooling over reduced tokens; dense outputs and packed inputs explained."""
+class DenseOutputs(Mixin):
+    """Mixin for towers with `forward_intermediates`: feature maps that reduced tokens cannot fill are refused."""
 
     _vtok_run: Run
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        upstream: Any = super()
+        if torch.compiler.is_compiling():
+            return upstream.forward_intermediates(*args, **kwargs)
+        call = inspect.signature(upstream.forward_intermediates).bind(*args, **kwargs)
+        call.apply_defaults()
+        grid, indices = call.arguments["output_fmt"] != "NLC", call.arguments["indices"]
+        try:
+            out = upstream.forward_intermediates(*args, **kwargs)
+        except RuntimeError as error:
+            if not grid or not self._off_grid(indices):
+                raise
+            raise StateError(_OFF_GRID) from error
+        if grid and self._off_grid(indices):  # numbers that happen to divide would fill a grid with nonsense
+            raise StateError(_OFF_GRID)
+        return out
+
+    def _off_grid(self, indices: Any) -> bool:
+        """Whether what leaves the last of the wanted blocks (`indices`) is no longer the patch grid, row by row."""
+        run = self._vtok_run
+        last = run.depth - 1 if indices is None or isinstance(indices, int) else max(i % run.depth for i in indices)
+        state = run.current.states[last + 1]
+        return state is not None and state.index is not None
+
+
+class PatchedTrunk(DenseOutputs):
+    """Mixin for timm trunks: average and maximum pooling over reduced tokens; packed inputs are refused."""
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(x, dict) or kwargs.get("patch_coord") is not None:
@@ -97,41 +128,9 @@ class PatchedTrunk(Mixin):
         state = self._vtok_run.current.final
         kind: Any = self.global_pool if pool_type is None else pool_type
         attends = getattr(self, "attn_pool", None) is not None
-        if state is None or _plain(state) or attends or kind not in ("avg", "max", "avgmax"):
+        if state is None or plain(state) or attends or kind not in ("avg", "max", "avgmax"):
             return upstream(x, pool_type)
         return pool(x, state, kind, 0 if getattr(self, "pool_include_prefix", False) else state.num_prefix)
-
-    def forward_intermediates(
-        self,
-        x: Any,
-        indices: Any = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        upstream: Any = super()
-        try:
-            out = upstream.forward_intermediates(
-                x, indices, return_prefix_tokens, norm, stop_early, output_fmt, *args, **kwargs
-            )
-        except RuntimeError as error:
-            if output_fmt == "NLC" or not self._off_grid(indices):
-                raise
-            raise StateError(_OFF_GRID) from error
-        if output_fmt != "NLC" and self._off_grid(indices):  # numbers that happen to divide would fill a grid with nonsense
-            raise StateError(_OFF_GRID)
-        return out
-
-    def _off_grid(self, indices: Any) -> bool:
-        """Whether what leaves the last of the wanted blocks (timm's `indices`) is no longer the patch grid, row by row."""
-        blocks: Any = self.blocks
-        depth = len(blocks)
-        last = depth - 1 if indices is None or isinstance(indices, int) else max(i % depth for i in indices)
-        state = self._vtok_run.current.states[last + 1]
-        return state is not None and state.index is not None
 
 
 class HeadPooledTrunk(PatchedTrunk):
@@ -140,7 +139,7 @@ class HeadPooledTrunk(PatchedTrunk):
     def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         state = self._vtok_run.current.final
         upstream: Any = super()
-        if state is not None and not _plain(state) and self.global_pool == "avg":
+        if state is not None and not plain(state) and self.global_pool == "avg":
             mean = weighted_mean(x, state, state.num_prefix)  # handed on as the one patch, whose plain mean it is
             x = torch.cat([x[:, : state.num_prefix], mean[:, None]], 1)
         return upstream.forward_head(x, *args, **kwargs)

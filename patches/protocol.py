@@ -49,6 +49,7 @@ class Attend:
         splits: whether `project` and `output` exist, so that only some query rows can attend.
         softmax: whether probabilities are one softmax of q k^T.
         late: linear children that see kept query rows only (output projection, gate).
+        weights: matrices that every token is multiplied with, kept as bare parameters instead of linear children.
     """
 
     taps: ClassVar[dict[str, TapSpec]] = {}
@@ -56,6 +57,7 @@ class Attend:
     splits: ClassVar[bool] = True
     softmax: ClassVar[bool] = True
     late: ClassVar[tuple[str, ...]] = ()
+    weights: ClassVar[tuple[str, ...]] = ()
 
     def heads(self, attn: Any) -> tuple[int, int]:
         """(query heads H, head dim D)."""
@@ -68,6 +70,11 @@ class Attend:
     def scale(self, attn: Any) -> float:
         """Factor on the logits."""
         raise NotImplementedError
+
+    def dropout(self, attn: Any) -> float:
+        """Share of the attention probabilities that is dropped in training."""
+        drop = getattr(attn, "attn_drop", None)
+        return drop.p if isinstance(drop, nn.Dropout) else 0.0
 
     def pair_macs(self, attn: Any) -> int:
         """MACs for one (query, key) pair over all heads: scores and weighted values."""
@@ -103,6 +110,7 @@ class BlockSpec:
         mask: parameter under which block and attention take an additive mask.
         rope: parameter that carries rotary tables, if any.
         own_mask: makes a bias that the block would build for the original length, from (block, kwargs).
+        seq_first: whether the block takes and returns [N, B, C].
     """
 
     attn: str
@@ -115,6 +123,7 @@ class BlockSpec:
     mask: str = "attn_mask"
     rope: str | None = None
     own_mask: Callable[[nn.Module, dict[str, Any]], Tensor | None] | None = None
+    seq_first: bool = False
 
     @property
     def whole(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,11 +38,17 @@ def _too_new(backend: str, example: Example) -> bool:
     return bool(example.since) and TorchVersion(importlib.import_module(backend).__version__) < example.since
 
 
-_ALL = {(backend, example.name): example for backend in ADAPTERS for example in ADAPTERS.get(backend)().examples()}
+# A backend that is not installed has no examples.
+_ALL = {
+    (backend, example.name): example
+    for backend in ADAPTERS
+    if importlib.util.find_spec(backend) is not None
+    for example in ADAPTERS.get(backend)().examples()
+}
 EXAMPLES = {": ".join(key): example for key, example in _ALL.items() if not _too_new(key[0], example)}
 TOO_NEW = {": ".join(key): example for key, example in _ALL.items() if _too_new(key[0], example)}
 # One example for every class of block and of attention.
-FAMILIES = [
+_FAMILIES = [
     "timm: ViT",
     "timm: ViT differential attention",
     "timm: ViT res-post-norm",
@@ -53,8 +59,14 @@ FAMILIES = [
     "timm: EVA grouped queries",
     "timm: BEiT relative bias",
     "timm: NaFlexViT rotary, gated",
+    "open_clip: ViT",
+    "open_clip: ViT sequence first",
+    "open_clip: ViT custom blocks, all norms",
 ]
-FAMILIES = [name for name in FAMILIES if name not in TOO_NEW]
+FAMILIES = [name for name in _FAMILIES if name in EXAMPLES]
+# Parameters that bring queries and keys about, and weights of norms, by the names that backends give them.
+_ATTENDING = ("qkv", "q_proj", "in_proj")
+_NORMS = ("norm", "ln_")
 
 
 @functools.cache
@@ -63,11 +75,12 @@ def _prototype(name: str) -> nn.Module:
     model = EXAMPLES[name].build().eval()
     generator = torch.Generator().manual_seed(1)
     for parameter_name, p in model.named_parameters():  # nothing zero, attention far from uniform
-        scale = 0.3 if p.ndim <= 1 or not p.any() else (2.5 if "qkv" in parameter_name or "q_proj" in parameter_name else 1.0)
+        sharp = any(part in parameter_name for part in _ATTENDING)
+        scale = 0.3 if p.ndim <= 1 or not p.any() else (2.5 if sharp else 1.0)
         fan = 1 if p.ndim <= 1 or not p.any() else p[0].numel()
         with torch.no_grad():
             p.copy_(torch.randn(p.shape, generator=generator) * scale / fan**0.5)
-            if p.ndim == 1 and "norm" in parameter_name and parameter_name.endswith("weight"):
+            if p.ndim == 1 and any(part in parameter_name for part in _NORMS) and parameter_name.endswith("weight"):
                 p.add_(1)
     return model
 

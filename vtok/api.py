@@ -276,7 +276,13 @@ def _towers(model: nn.Module, input_size: Size | None) -> list[tuple[Adapter, To
         numbers = isinstance(input_size, (tuple, list)) and all(isinstance(n, int) and n > 0 for n in input_size)
         if not numbers or len(input_size) != 3:
             raise ConfigError(f"input_size is (channels, height, width), got {input_size!r}")
-    found = [(adapter, tower) for _, adapter in find_adapters(model) for tower in adapter.towers(model, input_size)]
+    described = [(adapter, tower) for _, adapter in find_adapters(model) for tower in adapter.towers(model, input_size)]
+    outermost: dict[int, tuple[Adapter, Tower]] = {}
+    for adapter, tower in described:  # a wrapper and what it wraps, from two backends: the wrapper knows what comes after
+        key = id(tower.blocks[0].module)
+        if key not in outermost or len(tower.path) < len(outermost[key][1].path):
+            outermost[key] = (adapter, tower)
+    found = list(outermost.values())
     if not found:
         known = "; ".join(ADAPTERS.get(name).supported for name in ADAPTERS) if len(ADAPTERS.names()) else ""
         raise UnsupportedModelError(f"{type(model).__name__} holds nothing that vtok can patch; supported: {known}")

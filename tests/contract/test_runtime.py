@@ -53,9 +53,15 @@ def test_no_host_synchronisation(name, method):
     assert run_of(model).current.tokens(4) < run_of(model).current.length
 
 
+def shorten(model, depth):
+    """Cuts a tower down to its first blocks."""
+    home, name = (model, "blocks") if hasattr(model, "blocks") else (model.transformer, "resblocks")
+    setattr(home, name, getattr(home, name)[:depth])
+
+
 def _compiled_equals_eager(name, method, backend):
     model, x = build(name), images(name)
-    model.blocks = model.blocks[:3]
+    shorten(model, 3)
     settings = {"layers": [0, 1, 2], "retain": 0.8} if method == "zero_tprune" else {}
     attach(name, model, method, **STATIC.get(method, {}), **settings)
     with torch.no_grad():
@@ -118,7 +124,8 @@ def test_fused_attention_stays(name, method):
     model, x = build(name), images(name)
     unpatched = [b.kernel for b in vtok.info(model, probe=x).towers[0].blocks]
     if "differential" not in name and "shared" not in name:  # values wider than keys, a 3-D bias: torch itself falls back
-        assert set(unpatched) == {"flash (cpu)"}
+        # open_clip's own blocks run torch's inference kernel until tokens have sizes or a method looks at keys
+        assert set(unpatched) in ({"flash (cpu)"}, {"native multi-head"})
     attach(name, model, method)
     maps = {"zero_tprune": {0, 2}, "ats": {1, 2, 3}}.get(method, set())
     if method == "ats" and model_has_cls(model):

@@ -23,7 +23,11 @@ def test_every_parameter_that_upstream_reaches_gets_a_gradient(name, method):
     assert all(torch.isfinite(g).all() for g in patched.values() if g is not None)
 
 
-@pytest.mark.parametrize(("name", "method"), pairs(FAMILIES))
+# Upstream cannot checkpoint these; a test of the backend watches whether that is still so.
+NOT_CHECKPOINTED = ("open_clip: ViT custom blocks, all norms",)
+
+
+@pytest.mark.parametrize(("name", "method"), [p for p in pairs(FAMILIES) if p[0] not in NOT_CHECKPOINTED])
 def test_checkpointing_gives_equal_gradients(name, method):
     model, x = build(name, torch.float64).train(), images(name, dtype=torch.float64)
     attach(name, model, method)

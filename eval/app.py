@@ -16,6 +16,7 @@ from rich.table import Table
 import vtok
 from vtok.errors import ConfigError
 from vtok.eval import runs
+from vtok.eval.clip_command import evaluate_retrieval, evaluate_zeroshot
 from vtok.eval.imagenet_command import evaluate_imagenet
 from vtok.registry import METHODS
 
@@ -23,6 +24,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 evaluate = typer.Typer(no_args_is_help=True, help="Accuracy of patched models on standard tasks.")
 app.add_typer(evaluate, name="eval")
 evaluate.command("imagenet")(evaluate_imagenet)
+evaluate.command("retrieval")(evaluate_retrieval)
+evaluate.command("zeroshot")(evaluate_zeroshot)
 console = Console()
 if not console.is_terminal:  # piped into a file or a log: tables keep their columns
     console = Console(width=132)
@@ -123,12 +126,13 @@ def bench(
 def configs() -> None:
     """Lists the runs that come with vtok, with their published figures."""
     table = Table()
-    for column in ("run", "model", "method", "published top-1 (unpatched)", "GFLOPs as published"):
-        table.add_column(column)
+    for i, column in enumerate(("run", "task", "model", "method", "published (unpatched)", "GFLOPs as published")):
+        table.add_column(column, no_wrap=i == 0)
     for name in runs.bundled():
         run = runs.load(name)
-        p = run.published
-        table.add_row(name, run.model, run.method.name, f"{p['top1']} ({p.get('base_top1', '-')})", str(p.get("gflops", "-")))
+        p, figure = run.published, runs.FIGURES[run.task][0]
+        text = f"{figure.replace('_retrieval_recall', ' R')} {p[figure]} ({p.get(f'base_{figure}', '-')})"
+        table.add_row(name, run.task, run.model, run.method.name, text, str(p.get("gflops", "-")))
     console.print(table)
 
 

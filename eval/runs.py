@@ -30,17 +30,27 @@ _KEYS: dict[str, tuple[Any, bool]] = {
     "seed": (int, False),
     "published": (Mapping, False),
 }
-_MODEL_KEYS: dict[str, tuple[Any, bool]] = {"backend": (str, True), "name": (str, True)}
+_MODEL_KEYS: dict[str, tuple[Any, bool]] = {"backend": (str, True), "name": (str, True), "pretrained": (str, False)}
 _PUBLISHED_KEYS: dict[str, tuple[Any, bool]] = {
-    "top1": ((int, float), True),
-    "base_top1": ((int, float), False),
     "gflops": ((int, float), False),
     "base_gflops": ((int, float), False),
     "images": (int, False),
     "source": (str, True),
     "note": (str, False),
 }
-BACKENDS = ("timm",)
+# task -> the figures that papers print for it, in percent, under the names of the task's metrics; each may have a `base_` one,
+# of the unpatched model
+FIGURES: dict[str, tuple[str, ...]] = {
+    "imagenet": ("top1",),
+    "retrieval": ("text_retrieval_recall@1", "image_retrieval_recall@1", "recall_sum"),
+    "zeroshot": ("acc1",),
+}
+# task -> whose models it can build
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "imagenet": ("timm",),
+    "retrieval": ("open_clip", "transformers"),
+    "zeroshot": ("open_clip", "transformers"),
+}
 _KINDS = {Mapping: "a mapping", str: "text", int: "a whole number", float: "a number"}
 _NOT_PARAMETERS = ("model", "method", "input_size", "calibration", "trace")  # other arguments of vtok.patch and vtok.plan
 DTYPES = ("fp32", "bf16", "fp16")
@@ -56,12 +66,13 @@ class RunConfig:
         model: name under which the backend creates it.
         method: config object.
         task: name of the evaluation.
+        pretrained: tag of open_clip's weights; `None` = the ones that the name stands for.
         data: folder of the data, or `None` if it must be given when running.
         batch_size: images a forward pass.
         dtype: "fp32", "bf16" or "fp16".
         seed: of anything random.
-        published: figures to compare with: top1, base_top1 (%), gflops, base_gflops (as the source counts them), images,
-            source, note.
+        published: figures to compare with: the task's (see `FIGURES`) and `base_` ones of the unpatched model, in percent;
+            gflops, base_gflops (as the source counts them), images, source, note.
     """
 
     name: str
@@ -69,6 +80,7 @@ class RunConfig:
     model: str
     method: MethodConfig
     task: str
+    pretrained: str | None = None
     data: str | None = None
     batch_size: int = 64
     dtype: str = "fp32"
@@ -140,8 +152,8 @@ def _checked(path: Path, content: dict[str, Any]) -> RunConfig:
     _check_keys(path, "model.", model, _MODEL_KEYS)
     published = content.get("published", {})
     if published:
-        _check_keys(path, "published.", published, _PUBLISHED_KEYS)
-    _check_choice(path, "model.backend", model["backend"], BACKENDS)
+        _check_keys(path, "published.", published, _published_keys(content["task"]))
+    _check_choice(path, "model.backend", model["backend"], _backends(content["task"]))
     _check_choice(path, "dtype", content.get("dtype", "fp32"), DTYPES)
     if "name" not in method:
         raise ConfigError(f"{path}: method.name is missing; known methods: {', '.join(METHODS.names())}")
@@ -154,7 +166,21 @@ def _checked(path: Path, content: dict[str, Any]) -> RunConfig:
     if content.get("batch_size") is not None and content["batch_size"] < 1:
         raise ConfigError(f"{path}: batch_size must be at least 1, got {content['batch_size']}")
     rest = {k: content[k] for k in ("data", "batch_size", "dtype", "seed") if content.get(k) is not None}
-    return RunConfig(path.stem, model["backend"], model["name"], config, content["task"], published=published, **rest)
+    tag = model.get("pretrained")
+    return RunConfig(path.stem, model["backend"], model["name"], config, content["task"], tag, published=published, **rest)
+
+
+def _published_keys(task: str) -> dict[str, tuple[Any, bool]]:
+    """What `published` may hold for a task; the first figure must be there."""
+    number = (int, float)
+    figures = FIGURES.get(task, ())
+    own: dict[str, tuple[Any, bool]] = {name: (number, name == figures[0]) for name in figures}
+    return own | {f"base_{name}": (number, False) for name in figures} | _PUBLISHED_KEYS
+
+
+def _backends(task: str) -> tuple[str, ...]:
+    """Whose models a task builds; a task from another package may build any."""
+    return BACKENDS.get(task) or tuple(sorted({name for names in BACKENDS.values() for name in names}))
 
 
 def _check_keys(path: Path, prefix: str, content: Mapping[str, Any], keys: dict[str, tuple[Any, bool]]) -> None:

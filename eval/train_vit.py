@@ -82,13 +82,13 @@ def augment(images: Tensor, shift: int) -> Tensor:
     return F.pad(images, (shift,) * 4)[torch.arange(batch)[:, None, None], 0, rows, columns][:, None]
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
     """AdamW that decays matrices only."""
     decay: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for parameter in model.parameters():
         (decay if parameter.ndim == 2 else rest).append(parameter)
-    groups = [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.98))  # the schedule sets the rate of every step
 
 
@@ -140,7 +140,7 @@ def _run_stage(
 ) -> None:
     stage, per_epoch = recipe.stages[number], len(images) // recipe.batch_size
     total, step = round(stage.epochs * per_epoch), 0
-    optimizer = make_optimizer(model, recipe)
+    optimizer = make_optimizer(model, recipe.weight_decay)
     if saved is not None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])

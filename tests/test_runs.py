@@ -14,13 +14,41 @@ def test_every_published_point_has_its_figures_and_source():
     methods = {runs.load(name).method.name for name in names}
     assert methods == {"ats", "pitome", "tome", "zero_tprune"}
     for name in names:
-        p = runs.load(name).published
-        assert 50 < p["top1"] < 90, name
-        assert p["top1"] < p["base_top1"], name
+        run = runs.load(name)
+        p = run.published
+        for figure in runs.FIGURES[run.task]:
+            low, high = {"top1": (50, 90), "recall_sum": (300, 600)}.get(figure, (30, 100))
+            assert low < p[figure] < p[f"base_{figure}"] < high, name
         assert p["source"], name
 
 
-@pytest.mark.parametrize("name", runs.bundled())
+IMAGENET = [name for name in runs.bundled() if runs.load(name).task == "imagenet"]
+RETRIEVAL = [name for name in runs.bundled() if runs.load(name).task == "retrieval"]
+# timm models with the anatomy of the image towers
+TWINS = {"clip_b": "vit_base_patch16_clip_224", "clip_l": "vit_large_patch14_clip_224", "blip_b": "vit_base_patch16_384"}
+
+
+def test_every_retrieval_point_has_a_run():
+    points = {f"pitome_{model}_{data}_{ratio}" for model in TWINS for data in ("flickr30k", "coco") for ratio in ("925", "95")}
+    assert set(RETRIEVAL) == points
+
+
+@pytest.mark.parametrize("name", RETRIEVAL)
+def test_retrieval_runs_name_weights_that_exist_and_cost_what_is_published(name):
+    run = runs.load(name)
+    if run.backend == "open_clip":
+        open_clip = pytest.importorskip("open_clip")
+        assert (run.model, run.pretrained) in open_clip.list_pretrained()
+    with torch.device("meta"):
+        model = timm.create_model(TWINS[name.removeprefix("pitome_").rsplit("_", 2)[0]])
+    rows, width = vtok.plan(model, run.method).estimate.rows, model.embed_dim
+    counts = {"gflops": [row.tokens_in for row in rows], "base_gflops": [rows[0].tokens_in for _ in rows]}
+    for figure, tokens in counts.items():  # attention and MLP of every block on the tokens that enter it
+        macs = sum(12 * n * width**2 + 2 * n**2 * width for n in tokens)
+        assert macs / 1e9 == pytest.approx(run.published[figure], rel=0.004), figure
+
+
+@pytest.mark.parametrize("name", IMAGENET)
 def test_published_gflops_are_what_the_schedule_costs(name):
     """Resolved against the model on the meta device. The sources count a multiply-accumulate as one FLOP."""
     run = runs.load(name)
@@ -51,9 +79,17 @@ def _file(tmp_path, text):
 GOOD = "model: {backend: timm, name: deit_tiny_patch16_224}\nmethod: {name: tome, r: 8}\ntask: imagenet\n"
 
 
+CLIP = "model: {backend: open_clip, name: ViT-B-32, pretrained: openai}\nmethod: {name: tome, r: 8}\ntask: retrieval\n"
+
+
 def test_a_minimal_file(tmp_path):
     run = runs.load(str(_file(tmp_path, GOOD)))
     assert (run.name, run.model, run.method, run.batch_size) == ("run", "deit_tiny_patch16_224", vtok.ToMe(r=8), 64)
+
+
+def test_a_tag_of_weights(tmp_path):
+    run = runs.load(str(_file(tmp_path, CLIP)))
+    assert (run.backend, run.pretrained, run.task) == ("open_clip", "openai", "retrieval")
 
 
 def test_overrides(tmp_path):
@@ -83,6 +119,9 @@ def test_overrides(tmp_path):
         (GOOD.replace("r: 8", "r: 8.5"), ["must be whole"]),
         (GOOD + "published: {top1: 3}", ["published.source is missing"]),
         (GOOD + "published: {top1: 3, source: x, top2: 1}", ["unknown key 'published.top2'"]),
+        (GOOD + "published: {source: x}", ["published.top1 is missing"]),
+        (GOOD.replace("imagenet", "retrieval"), ["model.backend must be one of open_clip, transformers", "'timm'"]),
+        (CLIP + "published: {top1: 3, source: x}", ["unknown key 'published.top1'"]),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, change, words):

@@ -9,4 +9,12 @@ from typing import Any
 
 from vtok.registry import Registry
 
-TASKS: Registry[Any] = Registry("task", {"imagenet": "vtok.eval.tasks.imagenet:evaluate"}, group="vtok.tasks")
+TASKS: Registry[Any] = Registry(
+    "task",
+    {
+        "imagenet": "vtok.eval.tasks.imagenet:evaluate",
+        "retrieval": "vtok.eval.tasks.retrieval:evaluate",
+        "zeroshot": "vtok.eval.tasks.zeroshot:evaluate",
+    },
+    group="vtok.tasks",
+)

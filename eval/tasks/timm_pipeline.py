@@ -16,7 +16,7 @@ from vtok.errors import ConfigError, MissingExtraError
 from vtok.eval.settings import towers
 from vtok.eval.tasks.image_folder import CheckedImages, collate
 
-_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ class Options:
 
     def dtype(self, name: str) -> torch.dtype:
         """`amp_dtype` or `model_dtype` as a torch type."""
-        if name not in _TYPES:
-            raise ConfigError(f"unknown type {name!r}; known: {', '.join(_TYPES)}")
-        return _TYPES[name]
+        if name not in TYPES:
+            raise ConfigError(f"unknown type {name!r}; known: {', '.join(TYPES)}")
+        return TYPES[name]
 
 
 def create_model(name: str, options: Options) -> nn.Module:

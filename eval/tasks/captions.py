@@ -1,0 +1,123 @@
+"""Images with captions: Karpathy's JSON for Flickr30k and COCO, and the pages that come with vtok.
+
+Such a file is `{"images": [{"filename", "filepath" (COCO), "split", "sentences": [{"raw"}, ...]}, ...]}`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vtok.errors import ConfigError
+
+PAGES = "reference-pages"
+
+
+@dataclass(frozen=True)
+class CaptionedImages:
+    """Images and the captions of each; indexing opens an image, as `CheckedImages` wants it: (PIL image, number).
+
+    Attributes:
+        name: of the data set.
+        files: name of each image.
+        captions: of each image, at least one.
+        open: number -> PIL image.
+    """
+
+    name: str
+    files: Sequence[str]
+    captions: Sequence[Sequence[str]]
+    open: Callable[[int], Any]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.open(index), index
+
+    def filename(self, index: int) -> str:
+        return self.files[index]
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Opens images by path (a class, not a closure: worker processes may have to pickle it)."""
+
+    paths: Sequence[Path]
+
+    def __call__(self, index: int) -> Any:
+        from PIL import Image
+
+        return Image.open(self.paths[index])
+
+
+def reference_pages() -> CaptionedImages:
+    """The bundled test pages."""
+    from PIL import Image
+
+    from vtok.eval.reference import load_reference_pages
+
+    pages = load_reference_pages("test")
+    arrays = pages.images.permute(0, 2, 3, 1).numpy()
+    names = [f"page {i}" for i in range(len(arrays))]
+    return CaptionedImages("easyvqa_pages", names, [[one] for one in pages.captions], lambda i: Image.fromarray(arrays[i]))
+
+
+def open_captions(
+    data: str | os.PathLike, split: str = "test", images: str = "", max_captions: int | None = None
+) -> CaptionedImages:
+    """Reads a caption file.
+
+    Args:
+        data: Karpathy's JSON file, or a folder with one `dataset*.json`; or `"reference-pages"`.
+        split: the images to take: "test", "val" or "train".
+        images: folder of the images; "" = the folder of the JSON file. Images may lie in sub-folders named by `filepath`, or in
+            one called `images`.
+        max_captions: of each image, the first ones; `None` = all (clip_benchmark takes five of COCO's).
+
+    Raises:
+        ConfigError: no such file, not Karpathy's form, a split without images, or images that are nowhere.
+    """
+    if os.fspath(data) == PAGES:
+        return reference_pages()
+    path = _caption_file(Path(data))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        entries = [entry for entry in content["images"] if entry["split"] == split]
+        captions = [[str(sentence["raw"]) for sentence in entry["sentences"]][:max_captions] for entry in entries]
+        files = [os.path.join(entry.get("filepath", ""), entry["filename"]) for entry in entries]
+        splits = sorted({str(entry["split"]) for entry in content["images"]})
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f'{path} is not of Karpathy\'s form {{"images": [{{"filename", "split", "sentences": [{{"raw"}}]}}]}}: '
+            f"{type(error).__name__} {error}"
+        ) from error
+    if not entries:
+        raise ConfigError(f"{path} has no images of split {split!r}; it has: {', '.join(splits)}")
+    for file, own in zip(files, captions):
+        if not own:
+            raise ConfigError(f"{path}: {file} has no captions (max_captions={max_captions})")
+    root = _image_root(Path(images) if images else path.parent, files)
+    return CaptionedImages(path.stem, files, captions, _Files([root / file for file in files]))
+
+
+def _caption_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    found = sorted(path.glob("dataset*.json")) if path.is_dir() else []
+    if len(found) != 1:
+        what = f"holds {len(found)} files dataset*.json" if path.is_dir() else "does not exist"
+        raise ConfigError(f"{path} {what}; name Karpathy's JSON file (dataset_flickr30k.json, dataset_coco.json)")
+    return found[0]
+
+
+def _image_root(folder: Path, files: Sequence[str]) -> Path:
+    """The folder under which at least one of the images lies; which of them are missing shows when they are read."""
+    for root in (folder, folder / "images"):
+        if any((root / file).is_file() for file in files):
+            return root
+    raise ConfigError(f"none of the {len(files)} images (the first: {files[0]}) lies in {folder} or its folder images")

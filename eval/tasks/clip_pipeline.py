@@ -1,0 +1,234 @@
+"""What zero-shot classification and retrieval share: flags, batches, and every setting's image features on the same batches.
+
+Shapes: n readable images, D width of the common space.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from vtok.api import Size, run_of
+from vtok.errors import ConfigError, UnsupportedModelError
+from vtok.eval.clip_models import DualEncoder, load_clip
+from vtok.eval.settings import (
+    PassCost,
+    Setting,
+    evaluating,
+    mean_cost,
+    method_name,
+    pass_cost,
+    placed,
+    resolved_params,
+    twin,
+    versions,
+)
+from vtok.eval.tasks.image_folder import CheckedImages, Unreadable, collate
+from vtok.eval.tasks.timm_pipeline import TYPES
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ClipOptions:
+    """Flags of the tasks for dual encoders.
+
+    Attributes:
+        pretrained: open_clip's tag or file of weights; "" = none (folders and Hugging Face models bring theirs).
+        backend: "open_clip" or "transformers"; `None` = find out.
+        split: of the data.
+        num_samples: evenly spaced images to take; `None` = all.
+        batch_size: images in a batch.
+        workers: processes that read images; 0 = none.
+        device: `None` = the GPU if there is one.
+        amp, amp_dtype: autocast.
+        model_dtype: "float32", "bfloat16" or "float16"; `None` = the model's own.
+        language: of the texts; stored with the result.
+        seed: of weights that are not loaded; stored with the result.
+    """
+
+    pretrained: str = ""
+    backend: str | None = None
+    split: str = "test"
+    num_samples: int | None = None
+    batch_size: int = 64
+    workers: int = 4
+    device: str | None = None
+    amp: bool = False
+    amp_dtype: str = "bfloat16"
+    model_dtype: str | None = None
+    language: str = "en"
+    seed: int = 0
+
+
+class Embedded:
+    """What one setting made of the images, and what its passes cost."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.parts: list[Tensor] = []
+        self.costs: list[PassCost] = []
+
+    @property
+    def features(self) -> Tensor:
+        """[n, D] of unit length, on the CPU."""
+        return torch.cat(self.parts)
+
+    def fields(self) -> dict[str, Any]:
+        """Method, parameters and costs of the image tower; no costs for an unpatched model that vtok knows no tower of."""
+        what = {"method": method_name(self.model), "params": resolved_params(self.model)}
+        if not self.costs:
+            return what
+        return what | mean_cost(self.costs, [len(part) for part in self.parts]).fields()
+
+
+@dataclass(frozen=True)
+class Features:
+    """All settings on all images.
+
+    Attributes:
+        encoder: the unpatched model as it was run, for texts.
+        settings: one entry a setting.
+        unpatched: the entry of the unpatched setting, or `None`.
+        labels: [n] int64.
+        common: fields that all records share.
+    """
+
+    encoder: DualEncoder
+    settings: list[Embedded]
+    unpatched: Embedded | None
+    labels: Tensor
+    common: dict[str, Any]
+
+
+def run(
+    model: str | DualEncoder,
+    data: CheckedImages,
+    settings: Sequence[Any],
+    options: ClipOptions,
+    progress: Progress | None,
+    texts: Callable[[DualEncoder], Tensor],
+) -> tuple[Features, Tensor]:
+    """Embeds every image under every setting, and the task's texts once: no method touches the text tower.
+
+    Args:
+        model: a name (see `load_clip`) or an unpatched model, which is left as it is.
+        data: images with a number or class each.
+        settings: each `None` (unpatched), a method, (method, parameters), or a `Setting`.
+        options: see `ClipOptions`.
+        progress: called with (images done, images).
+        texts: encoder -> features of the texts.
+
+    Returns:
+        (features of the images, features of the texts on the CPU).
+
+    Raises:
+        ConfigError: nothing to evaluate or to read, or a model that is patched already.
+        UnsupportedModelError: a method does not work on the model.
+    """
+    chosen = [Setting.of(value) for value in settings]
+    if not chosen:
+        raise ConfigError("nothing to evaluate: name at least one setting, None for the unpatched model")
+    encoder = load_clip(model, options.pretrained, options.backend, options.seed) if isinstance(model, str) else model
+    if run_of(encoder.net) is not None:
+        raise ConfigError("evaluate patches copies of the model itself; pass it unpatched (vtok.unpatch(model))")
+    data.transform = encoder.preprocess
+    device = options.device or ("cuda" if torch.cuda.is_available() else None)
+    with evaluating(encoder.net), torch.inference_mode():
+        base = placed(encoder.net, _type(options.model_dtype) if options.model_dtype else None, device)
+        encoder = replace(encoder, net=base)
+        first = next(base.parameters())
+        with _autocast(first.device, options):
+            found = texts(encoder).cpu()
+        size = _size(data)
+        embedded = [Embedded(setting.apply(twin(base), size)) for setting in chosen]
+        labels, skipped = _embed(encoder, embedded, data, size, options, progress)
+    common = {
+        "model": encoder.name,
+        "pretrained": encoder.pretrained,
+        "language": options.language,
+        "backend": encoder.backend,
+        "split": options.split,
+        "n": len(labels),
+        "img_size": size[-1],
+        "param_count": round(sum(p.numel() for p in base.parameters()) / 1e6, 2),
+        "batch_size": options.batch_size,
+        "dtype": options.amp_dtype + " autocast" if options.amp else str(first.dtype).removeprefix("torch."),
+        "device": str(first.device),
+        "seed": options.seed,
+        "versions": versions(),
+        "num_skipped": len(skipped),
+        "skipped": [one._asdict() for one in skipped],
+    }
+    unpatched = next((e for e, setting in zip(embedded, chosen) if setting.method is None), None)
+    return Features(encoder, embedded, unpatched, labels, common), found
+
+
+def _embed(
+    encoder: DualEncoder,
+    embedded: Sequence[Embedded],
+    data: CheckedImages,
+    size: Size,
+    options: ClipOptions,
+    progress: Progress | None,
+) -> tuple[Tensor, list[Unreadable]]:
+    """Shows every batch to every setting; returns the labels of what could be read, and what could not."""
+    first = next(encoder.net.parameters())
+    labels: list[Tensor] = []
+    skipped: list[Unreadable] = []
+    done = 0
+    loader = DataLoader(data, options.batch_size, num_workers=options.workers, collate_fn=collate)
+    with _autocast(first.device, options):
+        for batch in loader:
+            skipped += batch.skipped
+            done += len(batch.rows) + len(batch.skipped)
+            if batch.images is not None:
+                labels.append(batch.labels)
+                images = batch.images.to(first.device, first.dtype)
+                for one in embedded:
+                    one.parts.append(encoder.encode_image(one.model, images).cpu())
+                    one.costs += _cost(one.model, size)
+            if progress is not None:
+                progress(done, len(data))
+    return torch.cat(labels), skipped
+
+
+def _cost(model: nn.Module, size: Size) -> list[PassCost]:
+    try:
+        return [pass_cost(model, size)]
+    except UnsupportedModelError:  # it could not have been patched either
+        return []
+
+
+def _size(data: CheckedImages) -> Size:
+    """(channels, height, width) of the first image that can be read."""
+    first: Any = None
+    for row in range(len(data)):
+        first = data[row]
+        if not isinstance(first, Unreadable):
+            channels, height, width = first.image.shape
+            return channels, height, width
+    raise ConfigError(f"none of the {len(data)} images could be read; the last: {first.file}: {first.reason}")
+
+
+def _autocast(device: torch.device, options: ClipOptions) -> AbstractContextManager:
+    return torch.autocast(device.type, _type(options.amp_dtype)) if options.amp else nullcontext()
+
+
+def _type(name: str) -> torch.dtype:
+    if name not in TYPES:
+        raise ConfigError(f"unknown type {name!r}; known: {', '.join(TYPES)}")
+    return TYPES[name]
+
+
+def finite(metrics: dict[str, float | None]) -> dict[str, float | None]:
+    """The same with `None` for what is not a number: strict JSON knows no NaN."""
+    return {name: None if value is None or math.isnan(value) else value for name, value in copy.copy(metrics).items()}

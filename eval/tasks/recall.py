@@ -1,0 +1,91 @@
+"""Recall at k over a gallery, where equal captions are positives of each other.
+
+Shapes: I images, T texts, Q queries, G gallery entries, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CHUNK = 512  # queries compared at a time: COCO's 25,000 x 5,000 scores would be half a gigabyte at once
+
+
+def text_groups(texts: Sequence[str], equal_captions: bool = True) -> Tensor:
+    """[T] int64: the same number for texts that are equal (white space aside), or a number of its own for each."""
+    if not equal_captions:
+        return torch.arange(len(texts))
+    known: dict[str, int] = {}
+    return torch.tensor([known.setdefault(" ".join(text.split()), len(known)) for text in texts], dtype=torch.int64)
+
+
+class Positives:
+    """Which texts belong to which images: text t and image i match if i owns t or a text equal to t.
+
+    Args:
+        owner: [T] image of each text.
+        group: [T] see `text_groups`.
+        images: I.
+    """
+
+    def __init__(self, owner: Tensor, group: Tensor, images: int):
+        self.group = group
+        self.member = torch.zeros(images, int(group.max()) + 1 if len(group) else 0, dtype=torch.bool)  # [I, groups]
+        self.member[owner, group] = True
+
+    def of_texts(self, rows: slice) -> Tensor:
+        """[texts of `rows`, I] bool."""
+        return self.member[:, self.group[rows]].T
+
+    def of_images(self, rows: slice) -> Tensor:
+        """[images of `rows`, T] bool."""
+        return self.member[rows][:, self.group]
+
+
+def first_ranks(queries: Tensor, gallery: Tensor, positives: Callable[[slice], Tensor]) -> Tensor:
+    """How many wrong answers stand before the first right one.
+
+    A wrong answer that scores the same as the best right one stands before it: a model that gives every pair the same score
+    finds nothing, whatever order a sort would leave ties in. Without ties this is what a sort gives.
+
+    Args:
+        queries: [Q, D].
+        gallery: [G, D].
+        positives: rows of queries -> [rows, G] bool.
+
+    Returns:
+        [Q] int64, 0 = first; G for a query without a right answer. Recall at k is the share below k.
+    """
+    found = []
+    for start in range(0, len(queries), CHUNK):
+        rows = slice(start, start + CHUNK)
+        scores, right = queries[rows] @ gallery.T, positives(rows)
+        best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+        before = ((scores >= best) & ~right).sum(1)
+        found.append(torch.where(right.any(1), before, len(gallery)))
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
+
+
+def clustered_mean_stderr(values: np.ndarray, cluster: np.ndarray) -> tuple[float, float]:
+    """Mean and its standard error where values of one cluster go together, as the captions of one image do.
+
+    The error of a ratio of sums over clusters (linearised); with one value a cluster, that of the plain mean.
+
+    Args:
+        values: [n].
+        cluster: [n] int, 0 to the number of clusters - 1.
+
+    Returns:
+        The mean and its error, which is not a number for fewer than two clusters.
+    """
+    count = np.bincount(cluster)
+    total = np.bincount(cluster, weights=values)[count > 0]
+    count = count[count > 0]
+    mean = float(total.sum() / count.sum())
+    if len(count) < 2:
+        return mean, float("nan")
+    rest = total - mean * count
+    return mean, float(np.sqrt((rest**2).sum() * len(count) / (len(count) - 1)) / count.sum())

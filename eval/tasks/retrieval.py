@@ -1,0 +1,148 @@
+"""Image and text retrieval by any open_clip or Hugging Face dual encoder, with the metrics and fields of clip_benchmark.
+
+Text retrieval asks with an image and looks for one of its captions; image retrieval asks with a caption. Only the two encoders
+are used: models that rank again with a cross-encoder (BLIP's matching head) are measured without it.
+
+Shapes: I images, T texts, D width of the common space.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vtok.errors import ConfigError
+from vtok.eval.clip_models import DualEncoder
+from vtok.eval.tasks.captions import open_captions
+from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, finite, run
+from vtok.eval.tasks.image_folder import CheckedImages
+from vtok.eval.tasks.recall import Positives, clustered_mean_stderr, first_ranks, text_groups
+
+TEXT_BATCH = 256
+
+
+@dataclass(frozen=True)
+class RetrievalOptions(ClipOptions):
+    """Flags of retrieval, beside those of `ClipOptions`.
+
+    Attributes:
+        recall_k: numbers of answers to look at.
+        images: folder of the images; "" = the folder of the caption file.
+        max_captions: of each image, the first ones; `None` = all.
+        equal_captions: whether an image also matches the captions of others that are equal to its own.
+    """
+
+    recall_k: tuple[int, ...] = (1, 5, 10)
+    images: str = ""
+    max_captions: int | None = None
+    equal_captions: bool = True
+
+
+def evaluate(
+    model: str | DualEncoder,
+    data: str | os.PathLike,
+    settings: Sequence[Any] = (None,),
+    options: RetrievalOptions | None = None,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Recalls of every setting, all on the same batches.
+
+    Args:
+        model: a name (see `load_clip`), or an unpatched model, which is left as it is.
+        data: Karpathy's JSON file or its folder (see `open_captions`), or `"reference-pages"`.
+        settings: each `None` (unpatched), a method, (method, parameters), or a `Setting`.
+        options: see `RetrievalOptions`.
+        progress: called with (images done, images).
+
+    Returns:
+        One record a setting: clip_benchmark's fields (`dataset, model, pretrained, task, metrics, language`), where `metrics`
+        holds, in [0, 1], `image_retrieval_recall@k` and `text_retrieval_recall@k`, each also with `_stderr` and, against the
+        unpatched setting, if there is one, the paired `_difference` and `_difference_stderr`; `recall_sum` is the sum of the
+        recalls (papers print 100 times that). Captions of one image are one cluster for the errors. Then `n` images,
+        `num_texts`, `method, params, tokens, gmacs, gflops, implied_speedup` (of the image tower, if vtok knows it), `skipped`
+        and what describes the run. Images that cannot be read are left out with their captions.
+
+    Raises:
+        ConfigError: nothing to read, a file of another form, a k that makes no sense.
+        UnsupportedModelError: a method does not work on the model.
+        MissingExtraError: the backend is not installed.
+    """
+    options = options or RetrievalOptions()
+    if not options.recall_k or min(options.recall_k) < 1:
+        raise ConfigError(f"recall_k takes numbers from 1 on, got {options.recall_k}")
+    source = open_captions(data, options.split, options.images, options.max_captions)
+    images = CheckedImages(source, "RGB", options.num_samples)
+    captions = [source.captions[index] for index in images.indices]
+    texts = [caption for own in captions for caption in own]
+    features, embedded = run(model, images, settings, options, progress, lambda e: encode_texts(e, texts))
+    gallery = _Gallery(images, captions, features.labels, embedded, options)
+    base = None if features.unpatched is None else gallery.hits(features.unpatched)
+    records = []
+    for one in features.settings:
+        metrics = gallery.metrics(gallery.hits(one), base if one is not features.unpatched else None)
+        records.append(
+            {
+                "dataset": source.name,
+                "task": "zeroshot_retrieval",
+                "metrics": finite(metrics),
+                **one.fields(),
+                **features.common,
+                "num_texts": len(gallery.owner),
+                "equal_captions": options.equal_captions,
+            }
+        )
+    return records
+
+
+def encode_texts(encoder: DualEncoder, texts: Sequence[str]) -> Tensor:
+    """[T, D] of unit length, in batches."""
+    return torch.cat([encoder.encode_text(texts[i : i + TEXT_BATCH]) for i in range(0, len(texts), TEXT_BATCH)])
+
+
+class _Gallery:
+    """The images that could be read and their texts: what is asked for, and what counts as right."""
+
+    def __init__(
+        self,
+        images: CheckedImages,
+        captions: Sequence[Sequence[str]],
+        labels: Tensor,
+        embedded: Tensor,
+        options: RetrievalOptions,
+    ):
+        place = {index: row for row, index in enumerate(images.indices)}
+        rows = [place[int(label)] for label in labels]  # labels are numbers of the whole data set
+        first = np.cumsum([0, *(len(own) for own in captions)])
+        kept = [t for row in rows for t in range(first[row], first[row + 1])]
+        self.owner = torch.tensor([i for i, row in enumerate(rows) for _ in captions[row]])
+        self.texts = embedded[kept]
+        group = text_groups([text for row in rows for text in captions[row]], options.equal_captions)
+        self.positives, self.options = Positives(self.owner, group, len(rows)), options
+
+    def hits(self, one: Embedded) -> dict[str, np.ndarray]:
+        """Metric -> per query 1.0 if a right answer is among the first k, else 0.0."""
+        found = {}
+        images = one.features
+        image_ranks = first_ranks(self.texts, images, self.positives.of_texts)
+        text_ranks = first_ranks(images, self.texts, self.positives.of_images)
+        for k in self.options.recall_k:
+            found[f"image_retrieval_recall@{k}"] = (image_ranks < k).double().numpy()
+            found[f"text_retrieval_recall@{k}"] = (text_ranks < k).double().numpy()
+        return found
+
+    def metrics(self, hits: dict[str, np.ndarray], base: dict[str, np.ndarray] | None) -> dict[str, float | None]:
+        found: dict[str, float | None] = {}
+        errors: dict[str, float | None] = {}
+        for name, values in hits.items():
+            cluster = self.owner.numpy() if name.startswith("image") else np.arange(len(values))
+            found[name], errors[f"{name}_stderr"] = clustered_mean_stderr(values, cluster)
+            if base is not None:
+                difference, error = clustered_mean_stderr(values - base[name], cluster)
+                errors |= {f"{name}_difference": difference, f"{name}_difference_stderr": error}
+        return found | {"recall_sum": float(sum(value or 0.0 for value in found.values()))} | errors

@@ -1,0 +1,202 @@
+"""Zero-shot classification by any open_clip or Hugging Face dual encoder, with the metrics and fields of clip_benchmark.
+
+Patched and unpatched models see the very same batches: what a method costs is a paired difference with its standard error.
+
+Shapes: n images, K classes, D width of the common space.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vtok.errors import ConfigError
+from vtok.eval.clip_models import DualEncoder
+from vtok.eval.easyvqa import CLASSES, TEMPLATES
+from vtok.eval.intervals import mean_stderr
+from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, finite, run
+from vtok.eval.tasks.image_folder import CheckedImages, open_dataset
+
+PICTURES = "reference-pictures"
+Template = str | Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class ZeroshotOptions(ClipOptions):
+    """Flags of zero-shot classification, beside those of `ClipOptions`.
+
+    Attributes:
+        templates: prompts with `{c}` for the class; one that is a file holds one prompt a line; "openai" and "simple" are
+            open_clip's 80 and 7 for ImageNet. None = "a photo of a {c}." (for the bundled pictures, the prompts of training).
+        classnames: file with a class name a line, in the order of the labels, or "imagenet" for open_clip's; "" = the folders'
+            names, underscores as spaces.
+        dataset: timm's name of a data set ("torch/cifar10", "hfds/..."); "" = a folder with one sub-folder a class.
+        class_map: file that maps folders to classes; "" = natural order of the folders.
+    """
+
+    templates: tuple[str, ...] = ()
+    classnames: str = ""
+    dataset: str = ""
+    class_map: str = ""
+
+
+def evaluate(
+    model: str | DualEncoder,
+    data: str | os.PathLike,
+    settings: Sequence[Any] = (None,),
+    options: ZeroshotOptions | None = None,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Zero-shot accuracy of every setting, all on the same batches.
+
+    Args:
+        model: a name (see `load_clip`), or an unpatched model, which is left as it is.
+        data: folder with one sub-folder of images a class, what `options.dataset` reads, or `"reference-pictures"`.
+        settings: each `None` (unpatched), a method, (method, parameters), or a `Setting`.
+        options: see `ZeroshotOptions`.
+        progress: called with (images done, images).
+
+    Returns:
+        One record a setting: clip_benchmark's fields (`dataset, model, pretrained, task, metrics, language`), where `metrics`
+        holds shares in [0, 1]: `acc1`, `acc5` (`None` below five classes), `mean_per_class_recall`, the standard errors
+        `acc1_stderr` and `mean_per_class_recall_stderr`, and against the unpatched setting, if there is one, the paired
+        `difference` of acc1, `difference_stderr` and `agreement`; then `n, method, params, tokens, gmacs, gflops,
+        implied_speedup` (of the image tower, if vtok knows it), `skipped`, `notes`, and what describes the run.
+
+    Raises:
+        ConfigError: nothing to read, or labels, names and prompts that do not fit together.
+        UnsupportedModelError: a method does not work on the model.
+        MissingExtraError: the backend is not installed.
+    """
+    options = options or ZeroshotOptions()
+    images, names, name = _open(os.fspath(data), options)
+    prompts = templates(options.templates or (TEMPLATES if name == "easyvqa" else ("a photo of a {c}.",)))
+    features, classifier = run(model, images, settings, options, progress, lambda e: class_embeddings(e, names, prompts))
+    if int(features.labels.max()) >= len(names):
+        raise ConfigError(f"the data has label {int(features.labels.max())}, but there are only {len(names)} class names")
+    records = []
+    base = None if features.unpatched is None else _Scored(features.unpatched, classifier, features.labels)
+    for one in features.settings:
+        metrics = _Scored(one, classifier, features.labels).metrics(base if one is not features.unpatched else None)
+        records.append(
+            {
+                "dataset": name,
+                "task": "zeroshot_classification",
+                "metrics": finite(metrics),
+                **one.fields(),
+                **features.common,
+                "num_classes": len(names),
+                "num_templates": len(prompts),
+            }
+        )
+    return records
+
+
+def class_embeddings(encoder: DualEncoder, names: Sequence[str], prompts: Sequence[Template]) -> Tensor:
+    """[K, D] of unit length: the mean over all prompts of each class, as in CLIP."""
+    rows = []
+    for name in names:
+        texts = [prompt(name) if callable(prompt) else prompt.format(c=name) for prompt in prompts]
+        rows.append(F.normalize(encoder.encode_text(texts).mean(0), dim=0))
+    return torch.stack(rows)
+
+
+def templates(given: Sequence[str]) -> list[Template]:
+    """Prompts as they were named: texts, files, or open_clip's sets.
+
+    Raises:
+        ConfigError: a prompt without `{c}`, or with another field.
+    """
+    found: list[Template] = []
+    for text in given:
+        if text in ("openai", "simple"):
+            from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+
+            found += OPENAI_IMAGENET_TEMPLATES if text == "openai" else SIMPLE_IMAGENET_TEMPLATES
+        elif Path(text).is_file():
+            found += [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip()]
+        else:
+            found.append(text)
+    for prompt in found:
+        try:
+            fits = callable(prompt) or prompt.format(c="x") != prompt.format(c="y")
+        except (LookupError, ValueError):
+            fits = False
+        if not fits:
+            raise ConfigError(f"a prompt needs {{c}} where the class name goes, got {prompt!r}")
+    return found
+
+
+class _Scored:
+    """Predictions of one setting."""
+
+    def __init__(self, embedded: Embedded, classifier: Tensor, labels: Tensor):
+        scores = embedded.features @ classifier.T  # [n, K]
+        self.labels, self.classes = labels, classifier.shape[0]
+        ranked = scores.topk(min(5, self.classes), dim=1).indices
+        self.prediction = ranked[:, 0]
+        self.top1 = (self.prediction == labels).double().numpy()
+        self.top5 = (ranked == labels[:, None]).any(1).double().numpy()
+
+    def metrics(self, base: _Scored | None) -> dict[str, float | None]:
+        acc1, stderr = mean_stderr(self.top1)
+        recall, recall_stderr = mean_per_class(self.top1, self.labels.numpy())
+        found: dict[str, float | None] = {
+            "acc1": acc1,
+            "acc5": float(self.top5.mean()) if self.classes >= 5 else None,
+            "mean_per_class_recall": recall,
+            "acc1_stderr": stderr,
+            "mean_per_class_recall_stderr": recall_stderr,
+        }
+        if base is not None:
+            difference, error = mean_stderr(self.top1 - base.top1)
+            same = float((self.prediction == base.prediction).double().mean())
+            found |= {"difference": difference, "difference_stderr": error, "agreement": same}
+        return found
+
+
+def mean_per_class(hits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Mean over the classes that occur of the share of hits, and its standard error (not a number if a class has one image)."""
+    parts = np.array([mean_stderr(hits[labels == label]) for label in np.unique(labels)])
+    return float(parts[:, 0].mean()), float(np.sqrt((parts[:, 1] ** 2).sum()) / len(parts))
+
+
+def _open(data: str, options: ZeroshotOptions) -> tuple[CheckedImages, list[str], str]:
+    """(images, class names, name of the data set)."""
+    if data == PICTURES:
+        from PIL import Image
+
+        from vtok.eval.reference import load_reference_pictures
+
+        pictures, classes = load_reference_pictures("test")
+        arrays = pictures.permute(0, 2, 3, 1).numpy()
+        pairs = [(Image.fromarray(array), int(label)) for array, label in zip(arrays, classes)]
+        return CheckedImages(pairs, "RGB", options.num_samples), list(CLASSES), "easyvqa"
+    images = open_dataset(data, options.dataset, options.split, options.class_map, "RGB", options.num_samples)
+    return images, _names(images, options), options.dataset or os.path.basename(os.path.normpath(data))
+
+
+def _names(images: CheckedImages, options: ZeroshotOptions) -> list[str]:
+    if options.classnames == "imagenet":
+        from open_clip import IMAGENET_CLASSNAMES
+
+        return list(IMAGENET_CLASSNAMES)
+    if options.classnames:
+        path = Path(options.classnames)
+        if not path.is_file():
+            raise ConfigError(f"class names: {path} does not exist; name a file with one a line, or 'imagenet'")
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else [line.strip() for line in text.splitlines() if line.strip()]
+    known = images.class_to_idx
+    if not known:
+        raise ConfigError("the data does not name its classes; pass classnames, a file with one a line")
+    return [name.replace("_", " ") for name, _ in sorted(known.items(), key=lambda pair: pair[1])]

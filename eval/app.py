@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
@@ -65,8 +64,7 @@ def plan(
     """Tokens and MACs per block and the implied speed-up of methods on a model, before anything runs."""
     from vtok.eval.models import load_model
 
-    with torch.device("meta" if model != "reference" else "cpu"):
-        net = load_model(model, img_size=img_size)
+    net = load_model(model, img_size=img_size, meta=True)
     for text in method:
         name, params = runs.parse_method(text)
         console.print(str(vtok.plan(net, name, **params)), highlight=False)

@@ -13,12 +13,15 @@ from vtok.eval.tasks.timm_pipeline import Options, create_model
 REFERENCE = "reference"
 
 
-def load_model(name: str, pretrained: bool = False, img_size: int | None = None, seed: int = 0) -> nn.Module:
-    """`"reference"` for the ViT that comes with vtok, else a timm model (random weights unless `pretrained`), in eval mode."""
+def load_model(
+    name: str, pretrained: bool = False, img_size: int | None = None, seed: int = 0, meta: bool = False
+) -> nn.Module:
+    """`"reference"` for the ViT that comes with vtok, else a timm model (random weights unless `pretrained`, none
+    at all with `meta`), in eval mode."""
     if name == REFERENCE:
         return load_reference_vit()
     kwargs = {"img_size": img_size} if img_size else {}
-    return create_model(name, Options(pretrained=pretrained, model_kwargs=kwargs, seed=seed)).eval()
+    return create_model(name, Options(pretrained=pretrained, model_kwargs=kwargs, seed=seed), meta).eval()
 
 
 def sample_images(name: str, model: nn.Module, batch_size: int, seed: int = 0) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -96,8 +97,8 @@ class Options:
         return TYPES[name]
 
 
-def create_model(name: str, options: Options) -> nn.Module:
-    """timm's `create_model` with the weights that the options name.
+def create_model(name: str, options: Options, meta: bool = False) -> nn.Module:
+    """timm's `create_model` with the weights that the options name; `meta`: without memory for weights.
 
     Raises:
         ConfigError: timm has no such model, or its weights cannot be had.
@@ -116,7 +117,8 @@ def create_model(name: str, options: Options) -> nn.Module:
         raise ConfigError(f"checkpoint {options.checkpoint} does not exist")
     torch.manual_seed(options.seed)  # weights that no checkpoint sets
     try:
-        model = timm.create_model(name, pretrained=options.pretrained and not options.checkpoint, **kwargs)
+        with torch.device("meta") if meta else nullcontext():
+            model = timm.create_model(name, pretrained=options.pretrained and not options.checkpoint, **kwargs)
         if options.checkpoint:
             timm.models.load_checkpoint(model, options.checkpoint, options.use_ema)
     except (RuntimeError, OSError, TypeError) as error:  # unknown name or argument, no weights, no network, wrong checkpoint

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok.errors import StateError
 from vtok.patches.protocol import Attend, Projected, TapSpec
 from vtok.patches.swap import Hook
 from vtok.run import Run
-from vtok.state import AttentionView
+from vtok.state import AttentionView, Rope
 
 
 class Tap(Hook):
@@ -41,8 +43,16 @@ def _heads_first(t: Tensor, tap: TapSpec, attn: nn.Module, head_dim: int) -> Ten
     return t.transpose(1, 2) if tap.layout == "bnhd" else t
 
 
-def tapped_view(attend: Attend, attn: nn.Module, run: Run, bias: Tensor | None, rope: Tensor | None) -> AttentionView:
-    """The view of a block whose attention ran by itself, from what the hooks caught."""
+def tapped_view(
+    attend: Attend, attn: nn.Module, run: Run, bias: Tensor | None, rope: Rope | None, needs: frozenset[str]
+) -> AttentionView:
+    """The view of a block whose attention ran by itself, from what the hooks caught.
+
+    Raises:
+        StateError: a layer that is looked at was replaced, and the hook went with the old one.
+    """
+    if not torch.compiler.is_compiling():
+        _check_taps(attend, attn, needs)
     _, head_dim = attend.heads(attn)
     caught = {name: _heads_first(t, attend.taps[name], attn, head_dim) for name, t in run.taps.items()}
     run.taps.clear()
@@ -52,6 +62,16 @@ def tapped_view(attend: Attend, attn: nn.Module, run: Run, bias: Tensor | None, 
         q = attend.rotate(attn, q, rope)
         k_rot = None if k is None else attend.rotate(attn, k, rope)
     return AttentionView(q, k, k_rot, v, attend.scale(attn), bias)
+
+
+def _check_taps(attend: Attend, attn: nn.Module, needs: frozenset[str]) -> None:
+    for name in needs:
+        child = attend.taps[name].child
+        if not any(isinstance(hook, Tap) for hook in getattr(attn, child)._forward_hooks.values()):
+            raise StateError(
+                f"{child} of a {type(attn).__name__} was replaced after vtok patched the model, which goes on looking at the "
+                "old layer. Apply PEFT first, then vtok; or unpatch, change the model, and patch again"
+            )
 
 
 def projected_view(attend: Attend, attn: nn.Module, p: Projected, bias: Tensor | None) -> AttentionView:
@@ -71,7 +91,6 @@ def sdpa(attend: Attend, attn: nn.Module, p: Projected, bias: Tensor | None, row
     if k.shape[1] != q.shape[1]:  # grouped-query attention
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    drop = getattr(attn, "attn_drop", None)
-    p_drop = drop.p if attn.training and isinstance(drop, nn.Dropout) else 0.0
+    p_drop = attend.dropout(attn) if attn.training else 0.0
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p_drop, scale=attend.scale(attn))
     return out.transpose(1, 2).flatten(2)

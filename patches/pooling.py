@@ -21,7 +21,7 @@ class PoolBias(Hook):
 
     Args:
         run: of the tower.
-        parameter: under which the pool takes an additive [B, 1, 1, N] mask.
+        parameter: under which the pool takes an additive [B, 1, 1, N] mask; "key_padding_mask" takes one of [B, N].
         drop_prefix: whether the pool sees the patches alone.
     """
 
@@ -35,7 +35,7 @@ class PoolBias(Hook):
             return None
         if self.drop_prefix:
             bias = bias[..., state.num_prefix :]
-        return args, {**kwargs, self.parameter: bias}
+        return args, {**kwargs, self.parameter: bias[:, 0, 0] if self.parameter == "key_padding_mask" else bias}
 
 
 def weighted_mean(x: Tensor, state: TokenState, first: int) -> Tensor:

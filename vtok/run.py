@@ -65,6 +65,7 @@ class Run:
         self._passes: dict[int, deque[Pass]] = {}  # by thread
         self._resumed: dict[int, tuple[Pass, int, int]] = {}  # by thread: pass, next block, address of its input
         self._taps: dict[int, dict[str, Tensor]] = {}  # by thread
+        self._averaged: dict[int, bool] = {}  # by thread
         self._traced = Pass(self.depth)  # compiled graphs trace this one: they cannot ask for a thread's name
         self._traced_last = False  # whether the last pass was a compiled one
 
@@ -79,7 +80,20 @@ class Run:
     @property
     def taps(self) -> dict[str, Tensor]:
         """What hooks of this thread's running block caught; the block empties it."""
-        return self._taps.setdefault(0 if torch.compiler.is_compiling() else threading.get_ident(), {})
+        return self._taps.setdefault(self._me(), {})
+
+    @property
+    def averaged(self) -> bool:
+        """Whether this thread is inside a head that takes a mean of what the tower returns."""
+        return self._averaged.get(self._me(), False)
+
+    @averaged.setter
+    def averaged(self, value: bool) -> None:
+        self._averaged[self._me()] = value
+
+    @staticmethod
+    def _me() -> int:
+        return 0 if torch.compiler.is_compiling() else threading.get_ident()  # compiled graphs cannot ask for a thread
 
     def enter(self, i: int, x: Tensor, training: bool) -> TokenState:
         """State of the tokens x [B, N, C] that enter block i. Block 0 opens a pass, whichever entry point was called.
@@ -101,6 +115,11 @@ class Run:
         state = run.states[i]
         if state is None:
             raise StateError(f"block {i} was called although block 0 has not run; a patched tower runs from its first block")
+        return state
+
+    def seed(self, state: TokenState) -> TokenState:
+        """Makes `state` the one that enters block 0 of this thread's pass: some of its tokens are padding."""
+        self.current.states[0] = state
         return state
 
     def leave(self, i: int, state: TokenState, x: Tensor) -> None:

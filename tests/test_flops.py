@@ -11,8 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import vtok
 from vtok.eval.flops import count_macs, formulas, links, watched_reduction
-from vtok.patches.protocol import look_up
-from vtok.patches.timm_vit import BLOCKS
 
 BATCH = 3
 
@@ -69,19 +67,18 @@ def test_info_is_close_for_whatever_rows_ats_keeps(name):
 def test_reported_tokens_are_those_that_modules_see(name, method):
     model, _ = patched(name, method)
     images, rows = zoo.images(name, BATCH), {}
-    blocks = [module for module in model.modules() if look_up(module, BLOCKS) is not None]
+    blocks = vtok.api._towers(model, None)[0][1].blocks
 
     def watch(i):
         return lambda _module, args: rows.__setitem__(i, args[0].shape[1])
 
     for i, block in enumerate(blocks):
-        whole = look_up(block, BLOCKS).whole
-        (block if whole else block.mlp).register_forward_pre_hook(watch(i))
+        (block.module if block.spec.whole else block.module.mlp).register_forward_pre_hook(watch(i))
     with torch.no_grad():
         model(images)
     tower = vtok.info(model).towers[0]
     for i, block in enumerate(tower.blocks):
-        before_mlp = block.site in ("pre", "mid") and not look_up(blocks[i], BLOCKS).whole
+        before_mlp = block.site in ("pre", "mid") and not blocks[i].spec.whole
         assert rows[i] == (block.tokens_out if before_mlp else block.tokens_in), i
     assert tower.blocks[-1].tokens_out < tower.blocks[0].tokens_in
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,11 +30,12 @@ WITHOUT_CLS: dict[str, dict[str, Any]] = {"ats": {"query": "mean"}, "zero_tprune
 # Static shapes, for compilation and fake tensors.
 STATIC: dict[str, dict[str, Any]] = {"ats": {"mode": "mask"}}
 
+BACKENDS = [name for name in ADAPTERS if importlib.util.find_spec(name) is not None]  # of those that are installed
 EXAMPLES: dict[str, Example] = {
-    f"{name}: {example.name}": example for name in ADAPTERS for example in ADAPTERS.get(name)().examples()
+    f"{name}: {example.name}": example for name in BACKENDS for example in ADAPTERS.get(name)().examples()
 }
 # One example for every class of block and of attention.
-FAMILIES = [
+_FAMILIES = [
     "timm: ViT",
     "timm: ViT differential attention",
     "timm: ViT res-post-norm",
@@ -44,7 +46,16 @@ FAMILIES = [
     "timm: EVA grouped queries",
     "timm: BEiT relative bias",
     "timm: NaFlexViT rotary, gated",
+    "transformers: ViT",
+    "transformers: CLIP tower",
+    "transformers: SigLIP tower, attention pool",
+    "transformers: DINOv2 classifier, registers",
+    "transformers: DINOv3 rotary, registers",
+    "transformers: BEiT relative bias, average pool",
+    "transformers: InternVL tower, qk-norm",
+    "transformers: BLIP tower",
 ]
+FAMILIES = [name for name in _FAMILIES if name.partition(":")[0] in BACKENDS]
 
 
 @functools.cache
@@ -76,6 +87,23 @@ def images(name: str, batch: int = 2, dtype: torch.dtype = torch.float32, seed: 
     coarse = torch.randn(batch, channels, 4, 4, generator=generator, dtype=torch.float64)
     coarse = coarse.repeat_interleave(height // 4, 2).repeat_interleave(width // 4, 3)
     return (coarse + 0.3 * torch.randn(batch, channels, height, width, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def block_list(model: nn.Module) -> Any:
+    """The list that a model keeps its (only) tower's blocks in."""
+    first = vtok.api._towers(model, None)[0][1].blocks[0].module
+    lists = [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
+    return next(m for m in lists if any(block is first for block in m))
+
+
+def checkpointing(model: nn.Module) -> None:
+    """Switches a model's own gradient checkpointing on."""
+    for module in model.modules():
+        if hasattr(module, "set_grad_checkpointing"):
+            return module.set_grad_checkpointing(True)
+        if hasattr(module, "gradient_checkpointing_enable"):
+            return module.gradient_checkpointing_enable()
+    raise TypeError(f"{type(model).__name__} has no gradient checkpointing")
 
 
 def config_for(name: str, method: str, model: nn.Module, **extra: Any) -> MethodConfig | None:

@@ -103,4 +103,11 @@ METHODS: Registry[Any] = Registry(
 
 # The name of an adapter is the first part of the module names of the classes it patches: an adapter is imported only when
 # a model holds such a class.
-ADAPTERS: Registry[Any] = Registry("adapter", {"timm": "vtok.patches.timm_vit:TimmAdapter"}, group="vtok.adapters")
+ADAPTERS: Registry[Any] = Registry(
+    "adapter",
+    {
+        "timm": "vtok.patches.timm_vit:TimmAdapter",
+        "transformers": "vtok.patches.hf_vision:HfAdapter",
+    },
+    group="vtok.adapters",
+)

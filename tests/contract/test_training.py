@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from zoo import FAMILIES, attach, build, images, pairs
+from zoo import FAMILIES, attach, build, checkpointing, images, pairs
 
 import vtok
 from vtok.api import run_of
@@ -28,7 +28,7 @@ def test_checkpointing_gives_equal_gradients(name, method):
     model, x = build(name, torch.float64).train(), images(name, dtype=torch.float64)
     attach(name, model, method)
     reference = _gradients(model, x)
-    model.set_grad_checkpointing(True)
+    checkpointing(model)
     checkpointed = _gradients(model, x)
     for parameter, gradient in reference.items():
         assert gradient is None or torch.equal(gradient, checkpointed[parameter]), parameter

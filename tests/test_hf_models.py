@@ -236,3 +236,21 @@ def test_a_layer_that_is_not_known():
         vtok.UnsupportedModelError, match=r"block 1 of ViTModel holds a .*Other, which vtok cannot patch .*supported: "
     ):
         vtok.patch(model, "tome")
+
+
+def test_inputs_by_name():
+    """`probe` and `calibration` may be mappings: what processors return."""
+    model = inner(build("transformers: CLIP, both towers"))
+    inputs = transformers.BatchFeature({"input_ids": torch.tensor([[1, 5, 2]]), "pixel_values": torch.randn(1, 3, 64, 64)})
+    vtok.patch(model, "tome", r=6)
+    tower = vtok.info(model, probe=inputs).towers[0]
+    assert (tower.path, tower.blocks[-1].tokens_out, tower.blocks[-1].kernel) == ("vision_model", 41, "flash (cpu)")
+    vtok.unpatch(model)
+    calibration = {"pixel_values": torch.randn(4, 3, 64, 64)}
+    assert vtok.plan(model, "ats", num_tokens=30, calibration=calibration).estimate.exact
+
+
+def test_plans_of_a_model_with_a_text_tower_are_those_of_its_image_tower_and_projection():
+    whole, alone = inner(build("transformers: CLIP, both towers")), inner(build("transformers: CLIP tower"))
+    difference = vtok.plan(whole, "tome", r=6).estimate.macs - vtok.plan(alone, "tome", r=6).estimate.macs
+    assert difference == 48 * 24

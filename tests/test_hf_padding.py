@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from zoo import SETTINGS, WITHOUT_CLS, Nothing, build
+from zoo import SETTINGS, WITHOUT_CLS, Nothing, build, checkpointing
 
 import vtok
 from vtok.api import run_of
@@ -151,7 +151,7 @@ def test_gradients_flow_through_padded_batches():
     plain = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     assert all(torch.isfinite(g).all() for g in plain.values())
     model.zero_grad()
-    model.model.gradient_checkpointing_enable()
+    checkpointing(model)
     call(name, PICTURES, model).square().sum().backward()
     assert all(torch.equal(p.grad, plain[n]) for n, p in model.named_parameters() if p.grad is not None)
 

@@ -101,8 +101,9 @@ def checkpointing(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "set_grad_checkpointing"):
             return module.set_grad_checkpointing(True)
-        if hasattr(module, "gradient_checkpointing_enable"):
-            return module.gradient_checkpointing_enable()
+        for switch in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):  # the new name and the old
+            if hasattr(module, switch):
+                return getattr(module, switch)()
     raise TypeError(f"{type(model).__name__} has no gradient checkpointing")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from zoo import EXAMPLES, STATIC, attach, build, images, pairs
+from zoo import BACKENDS, EXAMPLES, STATIC, attach, build, images, pairs
 
 import vtok
 from vtok.api import run_of
@@ -90,7 +90,12 @@ LOSSLESS = [p for p in pairs() if p[1] in MERGING and not _has_positions(p[0])]
 
 def test_lossless_merging_covers_every_pool():
     pools = {"ViT average pool", "ViT average and maximum pool", "ViT maximum pool", "ViT map pool (SigLIP)", "EVA map pool"}
-    assert {f"timm: {pool}" for pool in pools} <= {name for name, _ in LOSSLESS}
+    merged = {name for name, _ in LOSSLESS}
+    assert {f"timm: {pool}" for pool in pools} <= merged
+    if "transformers" in BACKENDS:
+        heads = {n for n in EXAMPLES if n.startswith("transformers: ") and ("average" in n or "attention pool" in n)}
+        assert len(heads) >= 7
+        assert heads - merged == {"transformers: BEiT relative bias, average pool"}
 
 
 @pytest.mark.parametrize(("name", "method"), LOSSLESS)

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok.errors import StateError
 from vtok.patches.protocol import Attend, Projected, TapSpec
 from vtok.patches.swap import Hook
 from vtok.run import Run
-from vtok.state import AttentionView
+from vtok.state import AttentionView, Rope
 
 
 class Tap(Hook):
@@ -41,8 +43,16 @@ def _heads_first(t: Tensor, tap: TapSpec, attn: nn.Module, head_dim: int) -> Ten
     return t.transpose(1, 2) if tap.layout == "bnhd" else t
 
 
-def tapped_view(attend: Attend, attn: nn.Module, run: Run, bias: Tensor | None, rope: Tensor | None) -> AttentionView:
-    """The view of a block whose attention ran by itself, from what the hooks caught."""
+def tapped_view(
+    attend: Attend, attn: nn.Module, run: Run, bias: Tensor | None, rope: Rope | None, needs: frozenset[str]
+) -> AttentionView:
+    """The view of a block whose attention ran by itself, from what the hooks caught.
+
+    Raises:
+        StateError: a layer that is looked at was replaced, and the hook went with the old one.
+    """
+    if not torch.compiler.is_compiling():
+        _check_taps(attend, attn, needs)
     _, head_dim = attend.heads(attn)
     caught = {name: _heads_first(t, attend.taps[name], attn, head_dim) for name, t in run.taps.items()}
     run.taps.clear()
@@ -52,6 +62,16 @@ def tapped_view(attend: Attend, attn: nn.Module, run: Run, bias: Tensor | None, 
         q = attend.rotate(attn, q, rope)
         k_rot = None if k is None else attend.rotate(attn, k, rope)
     return AttentionView(q, k, k_rot, v, attend.scale(attn), bias)
+
+
+def _check_taps(attend: Attend, attn: nn.Module, needs: frozenset[str]) -> None:
+    for name in needs:
+        child = attend.taps[name].child
+        if not any(isinstance(hook, Tap) for hook in getattr(attn, child)._forward_hooks.values()):
+            raise StateError(
+                f"{child} of a {type(attn).__name__} was replaced after vtok patched the model, which goes on looking at the "
+                "old layer. Apply PEFT first, then vtok; or unpatch, change the model, and patch again"
+            )
 
 
 def projected_view(attend: Attend, attn: nn.Module, p: Projected, bias: Tensor | None) -> AttentionView:

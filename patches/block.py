@@ -16,6 +16,7 @@ from vtok.config import Reducer
 from vtok.errors import UnsupportedModelError
 from vtok.ops.rows import take_rows
 from vtok.patches.attend import place_taps, projected_view, sdpa, tapped_view
+from vtok.patches.padded import key_padding, plan_without_padding
 from vtok.patches.protocol import Attend, Block, BlockSpec, Tower
 from vtok.patches.swap import Mixin, check_forward, put_on
 from vtok.reduction import Plan, apply_plan
@@ -45,11 +46,18 @@ class Link:
     reducer: Reducer | None = None
     stepwise: bool = False
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the method looks at here."""
+        return frozenset() if self.reducer is None else self.reducer.needs
+
     def decide(self, x: Tensor, state: TokenState, view: AttentionView) -> Plan | None:
         """The method's plan: without gradients, and outside autocast, which would push scores below fp32."""
         assert self.reducer is not None and self.site is not None
         with torch.no_grad(), _full_precision(x.device.type):
-            return self.reducer.plan(x, state, view, self.site)
+            if state.keep is None or self.reducer.ragged:  # a ragged method knows padding: it makes some itself
+                return self.reducer.plan(x, state, view, self.site)
+            return plan_without_padding(self.reducer, x, state, view, self.site)
 
     def move(self, x: Tensor, state: TokenState, plan: Plan | None) -> tuple[Tensor, TokenState]:
         """Applies a plan, if there is one."""
@@ -85,16 +93,18 @@ class ReducingBlock(Mixin):
         run, spec = link.run, link.spec
         rows = x.transpose(0, 1) if spec.seq_first else x  # [B, N, C]
         state = run.enter(link.index, rows, self.training)
-        idle = link.site is None and state.trivial
+        if link.index == 0 and spec.padding_mask and state.real is None:
+            state = self._padded(rows, state, {**dict(zip(spec.args, args)), **kwargs})
+        idle = link.site is None and state.untouched
         if idle or len(args) > len(spec.args):  # upstream's code, upstream's bits; and its error, if it is called wrongly
             out = super().forward(x, *args, **kwargs)
         else:
             kwargs = self._surroundings(rows, state, {**dict(zip(spec.args, args)), **kwargs})
-            if link.site is None and link.attend.takes_bias:
+            if link.site is None and link.attend.takes_bias and spec.passes_mask:
                 out = super().forward(x, **kwargs)
             elif spec.whole:
                 out = super().forward(x, **kwargs)
-                view = tapped_view(link.attend, self, run, kwargs.get(spec.mask), None)
+                view = tapped_view(link.attend, self, run, kwargs.get(spec.mask), None, link.needs)
                 out, state = link.move(out, state, link.decide(x, state, view))
             else:
                 out, state = self._split(rows, state, kwargs)
@@ -102,15 +112,28 @@ class ReducingBlock(Mixin):
         run.leave(link.index, state, out)
         return out
 
+    def _padded(self, x: Tensor, state: TokenState, kwargs: dict[str, Any]) -> TokenState:
+        """The state that enters the first block, with what the mask says of padding."""
+        keep = key_padding(kwargs.get(self._vtok.spec.mask), x.shape[1])
+        return state if keep is None else self._vtok.run.seed(state._replace(keep=keep, real=keep))
+
     def _surroundings(self, x: Tensor, state: TokenState, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Mask and rotary table for the tokens that are left, sizes and padding added to the mask."""
         spec = self._vtok.spec
         if kwargs.get("is_causal"):
             raise UnsupportedModelError("is_causal=True has no meaning once tokens are merged or moved; vtok patches encoders")
+        if state.real is not None:  # as good as upstream's mask, and N times smaller
+            kwargs[spec.mask] = None
         mask = kwargs.get(spec.mask) if spec.own_mask is None else spec.own_mask(self, kwargs)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if _autocasts(device) else x.dtype  # that queries will have
-        mask = add_bias(gather_mask(mask, state), log_size_bias(state, dtype, self._vtok.run.prop_attn))
+        bias = log_size_bias(state, dtype, self._vtok.run.prop_attn)
+        why = None if bias is None or self._vtok.stepwise else self._vtok.attend.refuses_bias(spec.attention(self))
+        if why is not None:
+            raise UnsupportedModelError(
+                f"{type(self).__name__} must see the sizes of merged tokens and which rows are padding: {why}"
+            )
+        mask = add_bias(gather_mask(mask, state), bias)
         if mask is not None or spec.mask in kwargs:
             kwargs[spec.mask] = mask
         if spec.rope is not None:
@@ -137,7 +160,7 @@ class ReducingBlock(Mixin):
             h = attend.output(attn, out, h if rows is None else take_rows(h, rows))
         else:
             h = attend.call(attn, h, kwargs)
-            view = tapped_view(attend, attn, link.run, bias, rope)
+            view = tapped_view(attend, attn, link.run, bias, rope, link.needs)
         x = x + _chain(self, spec.post1, h)
         if place is Place.BLOCK_MID:
             x, state = link.move(x, state, link.decide(x, state, view))

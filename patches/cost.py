@@ -15,8 +15,13 @@ def linear_macs(module: nn.Module | None) -> int:
     """MACs per token of all linear layers in `module` (quantised and adapted ones too: any with in_ and out_features)."""
     if module is None:
         return 0
-    layers: list[Any] = [m for m in module.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
-    return sum(layer.in_features * layer.out_features for layer in layers)
+    layers: list[Any] = [m for m in module.modules() if _is_linear(m)]
+    outer = [m for m in layers if any(_is_linear(inner) for inner in m.modules() if inner is not m)]  # adapters around a layer
+    return sum(layer.in_features * layer.out_features for layer in layers if layer not in outer)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
 def block_cost(block: Block) -> BlockCost:

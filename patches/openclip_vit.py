@@ -90,7 +90,7 @@ class OpenClipAdapter:
             adapter, trunk = inner
             return adapter.attach(trunk, run)
         for pool in _token_pools(visual):
-            hook = PoolBias(run, "key_padding_mask", drop_prefix=False, flat=True)
+            hook = PoolBias(run, "key_padding_mask", drop_prefix=False)
             pool.attn.register_forward_pre_hook(hook, with_kwargs=True)
         visual._vtok_run = run
         put_on(visual, OpenClipTower)

@@ -27,13 +27,12 @@ class PoolBias(Hook):
 
     Args:
         run: of the tower.
-        parameter: under which the pool takes an additive [B, 1, 1, N] mask.
+        parameter: under which the pool takes an additive [B, 1, 1, N] mask; "key_padding_mask" takes one of [B, N].
         drop_prefix: whether the pool sees the patches alone.
-        flat: whether that mask is [B, N] instead (`key_padding_mask` of `nn.MultiheadAttention`: added if it is float).
     """
 
-    def __init__(self, run: Run, parameter: str, drop_prefix: bool, flat: bool = False):
-        self.run, self.parameter, self.drop_prefix, self.flat = run, parameter, drop_prefix, flat
+    def __init__(self, run: Run, parameter: str, drop_prefix: bool):
+        self.run, self.parameter, self.drop_prefix = run, parameter, drop_prefix
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         state = self.run.current.final
@@ -42,9 +41,7 @@ class PoolBias(Hook):
             return None
         if self.drop_prefix:
             bias = bias[..., state.num_prefix :]
-        if self.flat:
-            bias = bias[:, 0, 0]
-        return args, {**kwargs, self.parameter: bias}
+        return args, {**kwargs, self.parameter: bias[:, 0, 0] if self.parameter == "key_padding_mask" else bias}
 
 
 def weighted_mean(x: Tensor, state: TokenState, first: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vtok.config import ModelInfo
 from vtok.cost import TowerCost
 from vtok.run import Run
+from vtok.state import Rope
 
 
 class Projected(NamedTuple):
@@ -81,16 +82,20 @@ class Attend:
         num_heads, head_dim = self.heads(attn)
         return 2 * num_heads * head_dim
 
+    def refuses_bias(self, attn: Any) -> str | None:
+        """Why `call` cannot take an additive mask as it is set up now (its kernel knows none), or `None` if it can."""
+        return None
+
     def call(self, attn: Any, h: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The module's own forward: [B, N, C] -> [B, N, C]."""
         return attn(h, **kwargs)
 
-    def project(self, attn: Any, h: Tensor, rope: Tensor | None) -> Projected:
+    def project(self, attn: Any, h: Tensor, rope: Rope | None) -> Projected:
         """Queries, keys and values of h [B, N, C]."""
         raise NotImplementedError
 
-    def rotate(self, attn: Any, t: Tensor, rope: Tensor) -> Tensor:
-        """Applies a rotary table to queries or keys [B, H, N, D], prefix tokens left alone."""
+    def rotate(self, attn: Any, t: Tensor, rope: Rope) -> Tensor:
+        """Applies rotary tables to queries or keys [B, H, N, D], prefix tokens left alone."""
         raise NotImplementedError
 
     def output(self, attn: Any, out: Tensor, h: Tensor) -> Tensor:
@@ -109,7 +114,10 @@ class BlockSpec:
         args: positional parameters of the block's forward after x.
         mask: parameter under which block and attention take an additive mask.
         rope: parameter that carries rotary tables, if any.
-        own_mask: makes a bias that the block would build for the original length, from (block, kwargs).
+        own_mask: makes the mask that the block would build for the original length, from (block, kwargs); takes out of kwargs
+            what the attention does not know.
+        passes_mask: whether the block's forward hands a mask on as it is; otherwise a block that needs one is always split.
+        padding_mask: whether a mask that enters the first block may mark padding, which then seeds the token state.
         seq_first: whether the block takes and returns [N, B, C].
     """
 
@@ -124,6 +132,8 @@ class BlockSpec:
     rope: str | None = None
     own_mask: Callable[[nn.Module, dict[str, Any]], Tensor | None] | None = None
     seq_first: bool = False
+    passes_mask: bool = True
+    padding_mask: bool = False
 
     @property
     def whole(self) -> bool:
@@ -160,6 +170,8 @@ class Tower:
         input_size: (channels, height, width) for which `grid` and costs are stated.
         grid: (rows, columns) of patches at that size.
         blind_pool: why the pooling head can see neither sizes nor padding, or `None`.
+        heads: modules of the patched model that follow the tower and run once an image (projection, classifier), for costs.
+        averaged_by: the module around the tower whose own forward averages the tower's patches, if there is one.
     """
 
     path: str
@@ -170,6 +182,8 @@ class Tower:
     input_size: tuple[int, int, int]
     grid: tuple[int, int]
     blind_pool: str | None = None
+    heads: tuple[nn.Module, ...] = ()
+    averaged_by: nn.Module | None = None
 
     @property
     def info(self) -> ModelInfo:
@@ -187,6 +201,7 @@ class Tower:
             num_kv_heads=first.attend.kv_heads(first.attention),
             plain_softmax=all(b.attend.softmax for b in self.blocks),
             blind_pool=self.blind_pool,
+            blind_attention=next((why for b in self.blocks if (why := b.attend.refuses_bias(b.attention))), None),
         )
 
 

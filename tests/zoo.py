@@ -33,18 +33,15 @@ WITHOUT_CLS: dict[str, dict[str, Any]] = {"ats": {"query": "mean"}, "zero_tprune
 STATIC: dict[str, dict[str, Any]] = {"ats": {"mode": "mask"}}
 
 
+BACKENDS = [name for name in ADAPTERS if importlib.util.find_spec(name) is not None]  # of those that are installed
+
+
 def _too_new(backend: str, example: Example) -> bool:
     """Whether the installed release of a backend is older than an example."""
     return bool(example.since) and TorchVersion(importlib.import_module(backend).__version__) < example.since
 
 
-# A backend that is not installed has no examples.
-_ALL = {
-    (backend, example.name): example
-    for backend in ADAPTERS
-    if importlib.util.find_spec(backend) is not None
-    for example in ADAPTERS.get(backend)().examples()
-}
+_ALL = {(backend, example.name): example for backend in BACKENDS for example in ADAPTERS.get(backend)().examples()}
 EXAMPLES = {": ".join(key): example for key, example in _ALL.items() if not _too_new(key[0], example)}
 TOO_NEW = {": ".join(key): example for key, example in _ALL.items() if _too_new(key[0], example)}
 # One example for every class of block and of attention.
@@ -62,6 +59,14 @@ _FAMILIES = [
     "open_clip: ViT",
     "open_clip: ViT sequence first",
     "open_clip: ViT custom blocks, all norms",
+    "transformers: ViT",
+    "transformers: CLIP tower",
+    "transformers: SigLIP tower, attention pool",
+    "transformers: DINOv2 classifier, registers",
+    "transformers: DINOv3 rotary, registers",
+    "transformers: BEiT relative bias, average pool",
+    "transformers: InternVL tower, qk-norm",
+    "transformers: BLIP tower",
 ]
 FAMILIES = [name for name in _FAMILIES if name in EXAMPLES]
 # Parameters that bring queries and keys about, and weights of norms, by the names that backends give them.
@@ -101,6 +106,24 @@ def images(name: str, batch: int = 2, dtype: torch.dtype = torch.float32, seed: 
     coarse = torch.randn(batch, channels, 4, 4, generator=generator, dtype=torch.float64)
     coarse = coarse.repeat_interleave(height // 4, 2).repeat_interleave(width // 4, 3)
     return (coarse + 0.3 * torch.randn(batch, channels, height, width, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def block_list(model: nn.Module) -> Any:
+    """The list that a model keeps its (only) tower's blocks in."""
+    first = vtok.api._towers(model, None)[0][1].blocks[0].module
+    lists = [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
+    return next(m for m in lists if any(block is first for block in m))
+
+
+def checkpointing(model: nn.Module) -> None:
+    """Switches a model's own gradient checkpointing on."""
+    for module in model.modules():
+        if hasattr(module, "set_grad_checkpointing"):
+            return module.set_grad_checkpointing(True)
+        for switch in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):  # the new name and the old
+            if hasattr(module, switch):
+                return getattr(module, switch)()
+    raise TypeError(f"{type(model).__name__} has no gradient checkpointing")
 
 
 def config_for(name: str, method: str, model: nn.Module, **extra: Any) -> MethodConfig | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +46,7 @@ def patch(
     *,
     flops: float | None = None,
     input_size: Size | None = None,
-    calibration: Tensor | None = None,
+    calibration: Any = None,
     trace: bool = False,
     **params: Any,
 ) -> nn.Module:
@@ -58,7 +58,7 @@ def patch(
             or of a folder, that `save_config` wrote.
         flops: a budget instead of a knob: the share of the model's FLOPs to leave, the reduction's own included, in (0, 1].
         input_size: (channels, height, width) for which a budget is solved and counts are checked; default: the model's own.
-        calibration: images, as the tower takes them, for methods whose token counts depend on the image.
+        calibration: images, as the tower takes them (a mapping: by name), for methods whose token counts depend on the image.
         trace: keep a map from original to reduced tokens, for `unmerge` and overlays.
         **params: parameters of the method, if it was given by name.
 
@@ -135,7 +135,7 @@ def plan(
     *,
     flops: float | None = None,
     input_size: Size | None = None,
-    calibration: Tensor | None = None,
+    calibration: Any = None,
     **params: Any,
 ) -> PlanReport:
     """What a method would do, before anything runs: tokens and MACs per block and the speed-up they imply.
@@ -159,7 +159,7 @@ def info(model: nn.Module, probe: Any = None) -> Info:
 
     Args:
         model: patched or not.
-        probe: input for the model; it is run once, which also finds the attention kernel of every block.
+        probe: input for the model (a mapping: by name); it is run once, which also finds the attention kernel of every block.
 
     Returns:
         Tokens in and out of every block (per image where they differ), MACs of that pass. Print it.
@@ -172,7 +172,7 @@ def info(model: nn.Module, probe: Any = None) -> Info:
         from vtok.probe import attention_kernels
 
         modules = [b.module for _, tower in found for b in tower.blocks]
-        names = attention_kernels(modules, lambda: model(probe))
+        names = attention_kernels(modules, lambda: _call(model, probe))
         for i, (_, tower) in enumerate(found):
             kernels[i], names = names[: len(tower.blocks)], names[len(tower.blocks) :]
     return Info(
@@ -235,6 +235,10 @@ def run_of(module: nn.Module) -> Run | None:
     return next((m._vtok.run for m in module.modules() if isinstance(m, ReducingBlock)), None)
 
 
+def _call(module: nn.Module, inputs: Any) -> Any:
+    return module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
+
+
 def _own_class(module: nn.Module) -> type:
     return type(module).__bases__[1] if isinstance(module, Mixin) else type(module)
 
@@ -289,9 +293,7 @@ def _towers(model: nn.Module, input_size: Size | None) -> list[tuple[Adapter, To
     return found
 
 
-def _resolve(
-    adapter: Adapter, tower: Tower, configs: tuple[MethodConfig, ...], flops: float | None, calibration: Tensor | None
-) -> Patch:
+def _resolve(adapter: Adapter, tower: Tower, configs: tuple[MethodConfig, ...], flops: float | None, calibration: Any) -> Patch:
     """Configs with every number chosen, and where they act, checked against the tower."""
     info_, budget = tower.info, None
     if flops is not None and len(configs) > 1:
@@ -319,6 +321,10 @@ def _resolve(
         for config, reducer in zip(chosen, reducers):
             if reducer.sites and (reducer.sizes or reducer.ragged):
                 raise UnsupportedModelError(f"{config.name} cannot be used on {info_.name}: {info_.blind_pool}")
+    if info_.blind_attention is not None:
+        for config, reducer in zip(chosen, reducers):
+            if reducer.sites and (reducer.ragged or (reducer.sizes and reducer.prop_attn)):
+                raise UnsupportedModelError(f"{config.name} cannot be used on {info_.name}: {info_.blind_attention}")
     return Patch(tower.path, tuple(chosen), steps_of(reducers), budget)
 
 
@@ -327,21 +333,26 @@ def _estimate(adapter: Adapter, tower: Tower, steps: dict[int, tuple[Site, Reduc
     return estimate(adapter.cost(tower), steps, info_.num_prefix + info_.num_patches, info_.num_prefix)
 
 
-def _measure(adapter: Adapter, tower: Tower, configs: tuple[MethodConfig, ...], images: Tensor) -> Estimate:
-    """What calibration images cost on average; the tower is patched for one pass and left as it was."""
-    from vtok.inspection import tower_info
-
+def _check_images(images: Any, tower: Tower) -> None:
     if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
         got = f"shape {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise ConfigError(f"calibration is a batch of images [B, C, H, W] as the tower takes them, got {got}")
     channels = (tower.input_size or images.shape[1:])[0]
     if images.shape[1] != channels:
         raise ConfigError(f"calibration images have {images.shape[1]} channels, {tower.info.name} takes {channels}")
+
+
+def _measure(adapter: Adapter, tower: Tower, configs: tuple[MethodConfig, ...], images: Any) -> Estimate:
+    """What calibration images cost on average; the tower is patched for one pass and left as it was."""
+    from vtok.inspection import tower_info
+
+    if not isinstance(images, Mapping):
+        _check_images(images, tower)
     modes = [(module, module.training) for module in tower.module.modules()]
     one = configs if len(configs) > 1 else configs[0]
     try:
         with patched(tower.module.eval(), one, input_size=tower.input_size), torch.no_grad():
-            tower.module(images)
+            _call(tower.module, images)
             found = tower_info(adapter, tower, run_of(tower.module), None)
     finally:
         for module, mode in modes:

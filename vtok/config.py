@@ -34,6 +34,7 @@ class ModelInfo:
         num_kv_heads: key and value heads; fewer under grouped-query attention.
         plain_softmax: whether attention is one softmax over q k^T (differential attention is not).
         blind_pool: why the pooling head can see neither sizes nor padding, or `None` if it can.
+        blind_attention: why attention, as it is set up, can see neither sizes nor padding, or `None` if it can.
     """
 
     name: str
@@ -47,6 +48,7 @@ class ModelInfo:
     num_kv_heads: int
     plain_softmax: bool = True
     blind_pool: str | None = None
+    blind_attention: str | None = None
 
 
 class Reducer:

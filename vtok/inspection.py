@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from vtok.cost import Estimate, TowerCost, estimate
 from vtok.describe import BlockInfo, TowerInfo
 from vtok.run import Pass, Run
+from vtok.state import TokenState
 
 if TYPE_CHECKING:
     from vtok.patches.protocol import Adapter, Tower
@@ -40,7 +41,7 @@ def tower_info(adapter: Adapter, tower: Tower, run: Run | None, kernels: list[st
         configs=made.configs,
         blocks=blocks,
         estimate=_estimate(cost, run, [(b.tokens_in, b.tokens_out) for b in blocks]),
-        mean_estimate=_mean_estimate(cost, run, blocks) if ragged else None,
+        mean_estimate=_mean_estimate(cost, run, blocks, _real(last.states[0])) if ragged else None,
         budget=made.budget,
         num_patches=patches,
         notes=tuple(notes),
@@ -49,23 +50,25 @@ def tower_info(adapter: Adapter, tower: Tower, run: Run | None, kernels: list[st
 
 def _block(i: int, run: Run, last: Pass, kernel: str | None) -> BlockInfo:
     step, state = run.patch.steps.get(i), last.states[i + 1]
-    per_image = None
-    if state is not None and state.keep is not None:
-        per_image = tuple(int(c) for c in state.keep.sum(1).tolist())
     site = step[0].place.value if step else ""
-    return BlockInfo(i, site, last.tokens(i), last.tokens(i + 1), per_image, kernel)
+    return BlockInfo(i, site, last.tokens(i), last.tokens(i + 1), _real(state), kernel)
 
 
 def _estimate(cost: TowerCost, run: Run, counts: Sequence[tuple[float, float]]) -> Estimate:
     return estimate(cost, run.patch.steps, int(counts[0][0]), run.num_prefix, counts)
 
 
-def _mean_estimate(cost: TowerCost, run: Run, blocks: tuple[BlockInfo, ...]) -> Estimate:
+def _real(state: TokenState | None) -> tuple[int, ...] | None:
+    """Real tokens of every image, if some are padding."""
+    return None if state is None or state.keep is None else tuple(int(c) for c in state.keep.sum(1).tolist())
+
+
+def _mean_estimate(cost: TowerCost, run: Run, blocks: tuple[BlockInfo, ...], entered: tuple[int, ...] | None) -> Estimate:
     """Mean over images of what each would cost alone (attention is quadratic: not the cost of the mean)."""
     images = max(len(b.per_image or ()) for b in blocks)
     each = []
     for image in range(images):
-        n: float = blocks[0].tokens_in
+        n: float = blocks[0].tokens_in if entered is None else entered[image]
         counts: list[tuple[float, float]] = []
         for b in blocks:
             m = b.tokens_out if b.per_image is None else b.per_image[image]
@@ -83,5 +86,9 @@ def _mean_estimate(cost: TowerCost, run: Run, blocks: tuple[BlockInfo, ...]) -> 
         for same in zip(*(e.rows for e in each))
     )
     return Estimate(
-        rows, each[0].base_macs, sum(e.macs for e in each) / images, sum(e.reduction_macs for e in each) / images, exact=True
+        rows,
+        sum(e.base_macs for e in each) / images,
+        sum(e.macs for e in each) / images,
+        sum(e.reduction_macs for e in each) / images,
+        exact=True,
     )

@@ -25,6 +25,7 @@ class Plan(NamedTuple):
         weight: [B, R], weight of each `src` row in the mean; `None` = its size. Kept rows weigh their size.
         valid: [B, M] bool, False = padding row; `None` = all real.
         use_size: False makes plain means: every row weighs one and no sizes are recorded.
+        folds: [B, R] bool, False = this `src` row fills up an image that folds fewer, and goes nowhere; `None` = all real.
     """
 
     keep: Tensor
@@ -33,6 +34,7 @@ class Plan(NamedTuple):
     weight: Tensor | None = None
     valid: Tensor | None = None
     use_size: bool = True
+    folds: Tensor | None = None
 
 
 def apply_plan(x: Tensor, state: TokenState, plan: Plan) -> tuple[Tensor, TokenState]:
@@ -61,7 +63,7 @@ def apply_plan(x: Tensor, state: TokenState, plan: Plan) -> tuple[Tensor, TokenS
     if keep is None and state.keep is not None:
         keep = state.keep.gather(1, plan.keep)
     group = None if state.group is None else _follow(state.group, plan, x.shape[1])
-    return out, TokenState(state.num_prefix, state.length, index, size, keep, group)
+    return out, TokenState(state.num_prefix, state.length, index, size, keep, group, state.real)
 
 
 def _fold(x: Tensor, size: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor | None]:
@@ -71,8 +73,10 @@ def _fold(x: Tensor, size: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor | 
         stay, go = out.new_ones(plan.keep.shape), out.new_ones(plan.src.shape)
     else:
         stay, go = size.gather(1, plan.keep), size.gather(1, plan.src)
-    size = stay.scatter_add(1, plan.dst, go)
     weight = go if plan.weight is None else plan.weight.to(go.dtype)
+    if plan.folds is not None:
+        go, weight = go * plan.folds, weight * plan.folds
+    size = stay.scatter_add(1, plan.dst, go)
     total = size if plan.weight is None else stay.scatter_add(1, plan.dst, weight)
     share = (weight / total.gather(1, plan.dst)).to(out.dtype)
     rows, dst = out.view(-1, out.shape[2]), flat_rows(plan.dst, out.shape[1])
@@ -92,7 +96,8 @@ def _follow(group: Tensor, plan: Plan, n: int) -> Tensor:
     else:
         moved = moved.scatter(1, plan.keep, rows)
     if plan.src is not None and plan.dst is not None:
-        moved = moved.scatter(1, plan.src, plan.dst)
+        src = plan.src if plan.folds is None else plan.src.where(plan.folds, n)
+        moved = torch.cat([moved, moved[:, :1]], 1).scatter(1, src, plan.dst)[:, :n]
     return torch.where(group < 0, group, moved.gather(1, group.clamp_min(0)))
 
 

@@ -108,6 +108,7 @@ ADAPTERS: Registry[Any] = Registry(
     {
         "open_clip": "vtok.patches.openclip_vit:OpenClipAdapter",
         "timm": "vtok.patches.timm_vit:TimmAdapter",
+        "transformers": "vtok.patches.hf_vision:HfAdapter",
     },
     group="vtok.adapters",
 )

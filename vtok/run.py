@@ -72,6 +72,7 @@ class Run:
         # Compiled graphs trace these: they cannot ask for a thread's name.
         self._traced = Pass(self.depth)
         self._traced_taps: dict[str, Tensor] = {}
+        self._averaged: dict[int, bool] = {}  # by thread
         self._traced_last = False  # whether the last pass was a compiled one
 
     @property
@@ -88,6 +89,19 @@ class Run:
         if torch.compiler.is_compiling():
             return self._traced_taps
         return self._taps.setdefault(threading.get_ident(), {})
+
+    @property
+    def averaged(self) -> bool:
+        """Whether this thread is inside a head that takes a mean of what the tower returns."""
+        return self._averaged.get(self._me(), False)
+
+    @averaged.setter
+    def averaged(self, value: bool) -> None:
+        self._averaged[self._me()] = value
+
+    @staticmethod
+    def _me() -> int:
+        return 0 if torch.compiler.is_compiling() else threading.get_ident()  # compiled graphs cannot ask for a thread
 
     def enter(self, i: int, x: Tensor, training: bool) -> TokenState:
         """State of the tokens x [B, N, C] that enter block i. Block 0 opens a pass, whichever entry point was called.
@@ -109,6 +123,11 @@ class Run:
         state = run.states[i]
         if state is None:
             raise StateError(f"block {i} was called although block 0 has not run; a patched tower runs from its first block")
+        return state
+
+    def seed(self, state: TokenState) -> TokenState:
+        """Makes `state` the one that enters block 0 of this thread's pass: some of its tokens are padding."""
+        self.current.states[0] = state
         return state
 
     def leave(self, i: int, state: TokenState, x: Tensor) -> None:

@@ -40,6 +40,7 @@ class TokenState(NamedTuple):
         size: [B, N] fp32 or fp64, patches that a token stands for; `None` = ones.
         keep: [B, N] bool, False = padding; `None` = all real.
         group: [B, N0] int64, row where each original token now lives, -1 = dropped; kept only under `trace=True`.
+        real: [B, N0] bool, False = padding that images came with; the model's own mask then says no more than `keep`.
     """
 
     num_prefix: int
@@ -48,11 +49,20 @@ class TokenState(NamedTuple):
     size: Tensor | None = None
     keep: Tensor | None = None
     group: Tensor | None = None
+    real: Tensor | None = None
 
     @property
     def trivial(self) -> bool:
         """True while nothing has been merged, moved, dropped or padded."""
-        return self.index is None and self.size is None and self.keep is None
+        return self.untouched and self.keep is None
+
+    @property
+    def untouched(self) -> bool:
+        """True while every token is where upstream put it; some may be padding, which upstream's own mask hides."""
+        return self.index is None and self.size is None
+
+
+Rope = Tensor | tuple[Tensor, ...]  # one rotary table, or several (cosines and sines)
 
 
 class AttentionView(NamedTuple):
@@ -159,11 +169,11 @@ def add_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
     return mask.to(bias.dtype) + bias
 
 
-def gather_positions(table: Tensor | None, state: TokenState) -> Tensor | None:
-    """Rows of a rotary table for the patches still alive.
+def gather_positions(table: Rope | None, state: TokenState) -> Rope | None:
+    """Rows of rotary tables for the patches still alive.
 
     Args:
-        table: [N0-P, D] shared by batch and heads, or [H, N0-P, D], or [B, H, N0-P, D].
+        table: [N0-P, D] shared by batch and heads, or [H, N0-P, D], or [B, H, N0-P, D]; or several of these.
         state: the tokens.
 
     Returns:
@@ -172,6 +182,10 @@ def gather_positions(table: Tensor | None, state: TokenState) -> Tensor | None:
     if table is None or state.index is None:
         return table
     rows = state.index[:, state.num_prefix :] - state.num_prefix  # [B, N-P]
+    return tuple(_pick(t, rows) for t in table) if isinstance(table, tuple) else _pick(table, rows)
+
+
+def _pick(table: Tensor, rows: Tensor) -> Tensor:
     if table.ndim == 2:
         return table[rows][:, None]
     table = table.expand(rows.shape[0], *table.shape[-3:])

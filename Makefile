@@ -23,13 +23,13 @@ test: install
 test-all: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
-# The lower bounds of what vtok itself needs, pinned: what pyproject.toml promises is what passes here.
+# The lower bounds of torch and of the backends, pinned: what pyproject.toml promises of them is what passes here.
 OLDEST := .venv-oldest
 PYTHON_OLDEST ?= python3.10
 
 $(OLDEST)/.installed: pyproject.toml
 	$(PYTHON_OLDEST) -m venv --clear $(OLDEST)
-	sed -nE '/^dependencies/,/^all = /s/.*"([A-Za-z0-9_.-]+)>=([0-9.]+)".*/\1==\2/p' pyproject.toml > $(OLDEST)/constraints.txt
+	sed -nE 's/.*"(torch|torchvision|timm|open_clip_torch|transformers)>=([0-9.]+)".*/\1==\2/p' pyproject.toml > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt -e ".[dev]"
 	touch $@
 

@@ -81,10 +81,13 @@ def signature(options: type, leading: Mapping[str, tuple[Any, Any]]) -> inspect.
 
 
 def _help(options: type) -> dict[str, str]:
-    """What the dataclass's docstring says about each field."""
-    listed = inspect.cleandoc(options.__doc__ or "").partition("Attributes:\n")[2]
-    entries = re.findall(r"^    (\w+(?:, \w+)*): (.+?)(?=\n    \w|\Z)", listed, re.MULTILINE | re.DOTALL)
-    return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
+    """What the docstrings of the dataclass and of its bases say about each field."""
+    found = {}
+    for cls in reversed(options.__mro__):
+        listed = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
+        entries = re.findall(r"^    (\w+(?:,\s+\w+)*): (.+?)(?=\n    \w|\Z)", listed, re.MULTILINE | re.DOTALL)
+        found |= {name: " ".join(text.split()) for names, text in entries for name in re.split(r",\s+", names)}
+    return found
 
 
 def _kinds(options: type) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The commands, as a user types them."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -140,3 +141,13 @@ def test_demo(tmp_path):
     second = _ok(*args)
     assert "7 of 7 configurations are in" in second
     assert (tmp_path / "d" / "results.jsonl").read_text().splitlines() == lines
+
+
+def test_every_flag_of_the_evaluations_is_explained():
+    from vtok.eval.flags import _help
+    from vtok.eval.tasks.retrieval import RetrievalOptions
+    from vtok.eval.tasks.timm_pipeline import Options
+    from vtok.eval.tasks.zeroshot import ZeroshotOptions
+
+    for options in (Options, ZeroshotOptions, RetrievalOptions):
+        assert {field.name for field in dataclasses.fields(options)} <= set(_help(options)), options.__name__

@@ -30,7 +30,8 @@ class Options:
         class_map: file that maps folder names to classes; "" = natural order of the folders.
         num_samples: evenly spaced images to take; `None` = all.
         pretrained: load pretrained weights (for a model given by name, without checkpoint).
-        checkpoint: file with weights, for a model given by name; `use_ema` takes the averaged ones.
+        checkpoint: file with weights, for a model given by name.
+        use_ema: take the averaged weights of the checkpoint.
         num_classes, gp, model_kwargs: for timm's create_model.
         batch_size: images in a batch.
         workers: processes that read images; 0 = none.

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 from zoo import EXAMPLES, FAMILIES, STATIC, attach, block_list, build, images, pairs
 
 import vtok
@@ -82,6 +83,10 @@ def _some_quick(combinations):
 
 @pytest.mark.parametrize(("name", "method"), _some_quick(pairs(FAMILIES)))
 def test_compiles_without_graph_breaks(name, method):
+    if name.startswith("transformers: ") and TorchVersion(torch.__version__) < "2.7":
+        pytest.skip(
+            "transformers looks into code objects, which torch 2.6 cannot trace: unpatched models do not compile either"
+        )
     _compiled_equals_eager(name, method, "aot_eager")
 
 

@@ -82,7 +82,7 @@ def signature(options: type, leading: Mapping[str, tuple[Any, Any]]) -> inspect.
 
 def _help(options: type) -> dict[str, str]:
     """What the docstrings of the dataclass and of its bases say about each field."""
-    found = {}
+    found: dict[str, str] = {}
     for cls in reversed(options.__mro__):
         listed = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
         entries = re.findall(r"^    (\w+(?:,\s+\w+)*): (.+?)(?=\n    \w|\Z)", listed, re.MULTILINE | re.DOTALL)

@@ -129,5 +129,6 @@ _LEADING: dict[str, tuple[Any, Any]] = {
     "method": (Annotated[list[str] | None, typer.Option("--method", "-M", help=METHOD_HELP)], None),
     "output": (Annotated[Path | None, typer.Option("--output", help="folder for one JSON file a record")], None),
 }
+# typer reads a command's flags off its signature.
 evaluate_zeroshot.__signature__ = signature(ZeroshotOptions, _LEADING)  # type: ignore[attr-defined]
 evaluate_retrieval.__signature__ = signature(RetrievalOptions, _LEADING)  # type: ignore[attr-defined]

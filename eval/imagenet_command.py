@@ -67,6 +67,7 @@ def print_records(records: list[dict[str, Any]], console: Console) -> None:
             console.print(f"  {one['file']}: {one['reason']}")
 
 
+# typer reads a command's flags off its signature.
 evaluate_imagenet.__signature__ = signature(  # type: ignore[attr-defined]
     Options,
     {

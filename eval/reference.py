@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vtok.errors import ConfigError
 from vtok.eval.clip_models import REFERENCE, DualEncoder, load_clip
 from vtok.eval.data import read_idx
 from vtok.eval.easyvqa import BLANK, PAGE_SIZE, caption, compose
@@ -149,9 +150,15 @@ def load_reference_clip() -> DualEncoder:
 
     Raises:
         MissingExtraError: open_clip is not installed.
-        FileNotFoundError: this installation lacks the weights.
+        ConfigError: this installation lacks the weights.
     """
-    folder = asset(f"{CLIP_FOLDER}/{WEIGHTS_FILE}").parent
+    try:
+        folder = asset(f"{CLIP_FOLDER}/{WEIGHTS_FILE}").parent
+    except FileNotFoundError as error:
+        raise ConfigError(
+            "the reference CLIP does not come with this version of vtok yet; "
+            "train it: python -m vtok.eval.train_clip --export assets"
+        ) from error
     return replace(load_clip(f"local-dir:{folder}"), name=REFERENCE)
 
 

@@ -159,7 +159,8 @@ def recalls(model: nn.Module, images: Tensor, captions: list[str], tokenizer: An
         t = torch.cat([net.encode_text(part, normalize=True) for part in tokenizer(captions).split(batch_size)])
     model.train(training)
     scores, own = t @ x.T, torch.arange(len(captions))
-    return tuple((s.argmax(1) == own).float().mean().item() for s in (scores, scores.T))  # type: ignore[return-value]
+    image, text = ((s.argmax(1) == own).float().mean().item() for s in (scores, scores.T))
+    return image, text
 
 
 def train(

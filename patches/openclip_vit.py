@@ -49,10 +49,6 @@ _REFUSED = {
 class OpenClipTower(DenseOutputs):
     """Mixin for open_clip's vision transformer: average pooling over reduced tokens."""
 
-    def _width(self) -> int:
-        transformer: Any = self.transformer
-        return transformer.width
-
     def _global_pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
         state, upstream = self._vtok_run.current.final, cast(Any, super())
         pooled, tokens = upstream._global_pool(x)

@@ -27,6 +27,7 @@ from vtok.eval.train_vit import Stage
 
 open_clip = pytest.importorskip("open_clip")
 
+# After the check that open_clip is there: these import it.
 from vtok.eval import train_clip  # noqa: E402
 from vtok.eval.train_clip import Recipe, contrastive_loss, draw_batch, make_tokenizer, resample, train  # noqa: E402
 

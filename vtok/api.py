@@ -113,6 +113,7 @@ def unpatch(model: nn.Module) -> nn.Module:
 def patched(model: nn.Module, method: Method = "pitome", **kwargs: Any) -> Iterator[nn.Module]:
     """`with vtok.patched(model, "tome", r=8): ...`; at the end, whatever happens inside, the model is as it was before:
     unpatched, or with the patch that it had."""
+    _require_module(model)
     before = _installed(model)
     patch(model, method, **kwargs)
     try:
@@ -125,6 +126,8 @@ def patched(model: nn.Module, method: Method = "pitome", **kwargs: Any) -> Itera
 
 def _installed(model: nn.Module) -> list[tuple[Adapter, Tower, Patch, bool]]:
     """What is patched into each tower, as `_install` takes it."""
+    if run_of(model) is None:
+        return []
     found = [(adapter, tower, run_of(tower.module)) for adapter, tower in _towers(model, None)]
     return [(adapter, tower, run.patch, run.trace) for adapter, tower, run in found if run is not None]
 
@@ -219,7 +222,7 @@ def save_config(model: nn.Module, path: str | os.PathLike) -> None:
 
     `vtok.patch(other_model, path)` brings it back; numbers that a budget chose are written, not the budget.
     """
-    found = _installed(model) if run_of(model) is not None else []
+    found = _installed(model)
     if not found:
         raise StateError("the model is not patched; there is nothing to save")
     files.save(path, [(tower.info, made.configs) for _, tower, made, _ in found], any(trace for *_, trace in found))

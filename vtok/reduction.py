@@ -96,8 +96,10 @@ def _follow(group: Tensor, plan: Plan, n: int) -> Tensor:
     else:
         moved = moved.scatter(1, plan.keep, rows)
     if plan.src is not None and plan.dst is not None:
-        src = plan.src if plan.folds is None else plan.src.where(plan.folds, n)
-        moved = torch.cat([moved, moved[:, :1]], 1).scatter(1, src, plan.dst)[:, :n]
+        if plan.folds is None:
+            moved = moved.scatter(1, plan.src, plan.dst)
+        else:  # folds that go nowhere are written to a column of their own
+            moved = torch.cat([moved, moved[:, :1]], 1).scatter(1, plan.src.where(plan.folds, n), plan.dst)[:, :n]
     return torch.where(group < 0, group, moved.gather(1, group.clamp_min(0)))
 
 

@@ -10,19 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vtok.config import MethodConfig, ModelInfo, Reducer
+from vtok.api import patched
+from vtok.config import MethodConfig, ModelInfo, Reducer, require_cls
 from vtok.eval.intervals import mean_stderr
 from vtok.eval.report import FLOOR, Record, correctness, ordered
 from vtok.ops.hashing import splitmix
 from vtok.ops.rows import with_prefix
 from vtok.reduction import Plan
 from vtok.registry import METHODS
-from vtok.state import AttentionView, Site, TokenState
+from vtok.state import AttentionView, Place, Site, TokenState
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -96,6 +97,55 @@ class RandomChoiceReducer(Reducer):
 
     def macs(self, at: Site, n: int, num_prefix: int) -> int:
         return self.inner.macs(at, n, num_prefix)
+
+
+@dataclass(frozen=True)
+class Watch(MethodConfig):
+    """Reduces nothing; `seen` receives what the class token attends to in every block: [B, n], heads averaged, sums to 1."""
+
+    name: ClassVar[str] = "watch"
+    seen: list[Tensor]
+
+    def build(self, info: ModelInfo) -> WatchReducer:
+        require_cls(info, self.name, "there is nothing to watch")
+        return WatchReducer(self.seen, info.depth)
+
+
+@dataclass(frozen=True)
+class WatchReducer(Reducer):
+    """Looks at every block."""
+
+    seen: list[Tensor]
+    depth: int
+    needs: ClassVar[frozenset[str]] = frozenset("qk")
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(Site(Place.BLOCK_MID, i) for i in range(self.depth))
+
+    def plan(self, x: Tensor, state: TokenState, view: AttentionView, at: Site) -> Plan | None:
+        attn = view.probs(first=1)[:, :, 0, state.num_prefix :].mean(1)
+        self.seen.append(attn / attn.sum(-1, keepdim=True))
+        return None
+
+    def count(self, at: Site, n: int, num_prefix: int) -> int:
+        return n
+
+
+def attention_kept(model: nn.Module, images: Tensor, block: int) -> list[float]:
+    """Share of the class token's attention, in every block, that falls on the half of the patches which it attends to most in
+    one block: how well an early choice by class attention foresees later blocks (0.5 = chance).
+
+    Args:
+        model: with a class token; patched for the one pass, left as it was.
+        images: [B, C, H, W].
+        block: 0-based block that chooses the half.
+    """
+    seen: list[Tensor] = []
+    with patched(model, Watch(seen)), torch.inference_mode():
+        model(images)
+    half = seen[block].argsort(dim=-1, descending=True)[:, : seen[block].shape[1] // 2]
+    return [float(attn.gather(1, half).sum(1).mean()) for attn in seen]
 
 
 def controls(records: Sequence[Record]) -> list[tuple[RandomChoice, float]]:

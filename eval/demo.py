@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vtok.eval import report
 from vtok.eval.compare import Case, Comparison, Data, cases
-from vtok.eval.control import controls
+from vtok.eval.control import attention_kept, controls
 from vtok.eval.control import table as value_of_choice
 from vtok.eval.data import FASHION_CLASSES, normalise
 from vtok.eval.overlay import overlay_sheet
@@ -24,6 +24,7 @@ from vtok.registry import METHODS
 BUDGETS = (0.8, 0.6, 0.4)
 CALIBRATION_IMAGES = 128
 OVERLAY_BUDGET = 0.6
+_FIRST_ATS_BLOCK = 3
 _OVERLAY_CLASSES = (9, 1, 8, 0, 5, 3)  # ankle boot, trouser, bag, T-shirt, sandal, dress
 
 
@@ -85,6 +86,11 @@ def run_demo(
         _run(comparison, comparison.pending(extra), console)
         found = records.by_key()
         console.print(value_of_choice(done + [found[comparison.key(case)] for case in extra]))
+        shares = attention_kept(comparison.patched, data.calibration, _FIRST_ATS_BLOCK)
+        console.print(
+            f"- the half of the patches that the class token attends to most in block {_FIRST_ATS_BLOCK} holds this share of "
+            "its attention in blocks 0, 1, ...: " + " ".join(f"{share:.2f}" for share in shares) + " (chance: 0.50)"
+        )
     report.write_csv(done, out / "sweep.csv")
     report.plot(done, out / "pareto.png", title)
     write_overlays(comparison, out / "overlays.png", sorted(methods or METHODS.names()))

@@ -9,7 +9,7 @@ from zoo import build, images
 
 import vtok
 from vtok.eval.compare import Case, Comparison, Data, cases
-from vtok.eval.control import RandomChoice, controls, table
+from vtok.eval.control import RandomChoice, attention_kept, controls, table
 from vtok.eval.records import Records
 from vtok.eval.settings import Setting
 
@@ -40,6 +40,26 @@ def test_an_image_alone_and_in_a_batch(method):
     model = vtok.patch(build("timm: ViT").double(), RandomChoice(method))
     with torch.no_grad():
         torch.testing.assert_close(torch.cat([model(image) for image in x.split(1)]), model(x))
+
+
+def test_attention_kept_by_an_early_choice():
+    model, x = build("timm: ViT"), images("timm: ViT", batch=3)
+    shares = attention_kept(model, x, block=1)
+    assert not vtok.info(model).patched
+    seen = {}
+    with torch.no_grad():
+        for i, block in enumerate(model.blocks):
+            block.attn.register_forward_pre_hook(lambda m, args, i=i: seen.__setitem__(i, args[0]))
+        model(x)
+        maps = []
+        for i, block in enumerate(model.blocks):
+            attn = block.attn
+            q, k, _ = attn.qkv(seen[i]).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            row = ((attn.q_norm(q) * attn.scale) @ attn.k_norm(k).transpose(-1, -2)).softmax(-1)[:, :, 0, 1:].mean(1)
+            maps.append(row / row.sum(-1, keepdim=True))
+    best = maps[1].topk(32, -1).indices
+    torch.testing.assert_close(torch.tensor(shares), torch.stack([m.gather(1, best).sum(1).mean() for m in maps]))
+    assert shares[1] == max(shares) > 0.5
 
 
 def test_the_table_sets_a_method_beside_its_control(tmp_path):

@@ -30,7 +30,7 @@ if not console.is_terminal:  # piped into a file or a log: tables keep their col
     console = Console(width=132)
 
 Methods = Annotated[list[str], typer.Argument(help="name or name:key=value,..., e.g. tome:r=13 or pitome:flops=0.6")]
-Model = Annotated[str, typer.Argument(help="a timm model name, or 'reference'")]
+Model = Annotated[str, typer.Argument(help="a timm name, open_clip:NAME, transformers:NAME, reference or reference-clip")]
 Pretrained = Annotated[bool, typer.Option(help="load pretrained weights (they change what data-dependent methods keep)")]
 
 

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import vtok
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, MissingExtraError
 from vtok.eval import runs
 from vtok.eval.clip_command import evaluate_retrieval, evaluate_zeroshot
 from vtok.eval.imagenet_command import evaluate_imagenet
@@ -167,8 +167,10 @@ def demo(
     budgets: Annotated[str, typer.Option(help="shares of the FLOPs")] = "0.8,0.6,0.4",
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = 100,
     control: Annotated[bool, typer.Option("--control", help="also: what each method's choice of tokens is worth")] = False,
+    clip: Annotated[bool, typer.Option(help="also: the bundled CLIP, zero-shot and retrieval")] = True,
 ) -> None:
-    """Every method on the bundled model and images at several FLOPs budgets: accuracy, tokens, MACs, time."""
+    """Every method on the bundled models and images at several FLOPs budgets: accuracy, tokens, MACs, time."""
+    from vtok.eval import clip_demo
     from vtok.eval.demo import run_demo
 
     try:
@@ -176,3 +178,9 @@ def demo(
     except ValueError:
         raise ConfigError(f"--budgets takes numbers such as 0.8,0.6,0.4, got {budgets!r}") from None
     run_demo(out, None if full else images, shares, batch_size=batch_size, control=control, console=console)
+    if clip:
+        counts = (None, None) if full else (min(images, clip_demo.PICTURES), min(images, clip_demo.PAGES))
+        try:
+            clip_demo.run_clip_demo(out, *counts, console=console)
+        except MissingExtraError as error:
+            console.print(f"[yellow]the CLIP part was left out: {error}[/yellow]")

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vtok.errors import ConfigError
 from vtok.eval.clip_models import REFERENCE, DualEncoder, load_clip
 from vtok.eval.data import read_idx
 from vtok.eval.easyvqa import BLANK, PAGE_SIZE, caption, compose
@@ -150,15 +149,8 @@ def load_reference_clip() -> DualEncoder:
 
     Raises:
         MissingExtraError: open_clip is not installed.
-        ConfigError: this installation lacks the weights.
     """
-    try:
-        folder = asset(f"{CLIP_FOLDER}/{WEIGHTS_FILE}").parent
-    except FileNotFoundError as error:
-        raise ConfigError(
-            "the reference CLIP does not come with this version of vtok yet; "
-            "train it: python -m vtok.eval.train_clip --export assets"
-        ) from error
+    folder = asset(f"{CLIP_FOLDER}/{WEIGHTS_FILE}").parent
     return replace(load_clip(f"local-dir:{folder}"), name=REFERENCE)
 
 

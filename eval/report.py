@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,11 @@ HEADER = ("method", "budget", "tokens", "GMACs", "GFLOPs", "top-1 %", "vs unpatc
 CAPTION = "± standard error; vs unpatched: paired; tokens: mean over blocks; measured: median of pairs [95 %]"
 
 
+def is_unpatched(record: Record) -> bool:
+    """Whether a record is that of the model as it came."""
+    return "difference" not in record["metrics"]
+
+
 def ordered(records: Sequence[Record]) -> list[Record]:
     """Unpatched first, then by falling budget, methods before the floor."""
     return sorted(records, key=lambda r: (-r["budget"], r["method"] in FLOOR, r["method"]))
@@ -29,7 +34,7 @@ def ordered(records: Sequence[Record]) -> list[Record]:
 
 def row(record: Record) -> tuple[str, ...]:
     """The cells of one configuration, as `HEADER` names them."""
-    m, unpatched = record["metrics"], "difference" not in record["metrics"]
+    m, unpatched = record["metrics"], is_unpatched(record)
     measured = (
         f"{record['speedup']:.2f}x [{record['speedup_ci'][0]:.2f}, {record['speedup_ci'][1]:.2f}]"
         if "speedup" in record
@@ -74,7 +79,7 @@ def markdown(records: Sequence[Record]) -> str:
 
 def findings(records: Sequence[Record]) -> list[str]:
     """What the numbers say, in sentences: whether the task can rank methods, who does not beat random, who is slower."""
-    patched = ordered([r for r in records if "difference" in r["metrics"]])
+    patched = ordered([r for r in records if not is_unpatched(r)])
     random = {r["budget"]: r for r in patched if r["method"] == "random"}
     lines = []
     if random:
@@ -151,40 +156,57 @@ def pareto(records: Sequence[Record]) -> set[str]:
     return {r["key"] for r in records if not dominated(r)}
 
 
+class Panel(NamedTuple):
+    """What one plot shows: functions of a record that give x, y and the standard error of y (`None` = no point)."""
+
+    x_label: str
+    y_label: str
+    x: Callable[[Record], float | None]
+    y: Callable[[Record], float]
+    error: Callable[[Record], float]
+
+
 def plot(records: Sequence[Record], path: Path, title: str) -> None:
     """Top-1 against GMACs and against measured speed-up, one line a method, with standard errors."""
+    n = next(r["n"] for r in records if is_unpatched(r))
+    top1, error = lambda r: r["metrics"]["top1"], lambda r: r["metrics"]["top1_stderr"]
+    label = f"top-1 on {n} images (%)"
+    macs = Panel("GMACs per image (model)", label, lambda r: r["gmacs"]["model"], top1, error)
+    speed = Panel(
+        "measured speed-up over unpatched", label, lambda r: 1.0 if is_unpatched(r) else r.get("speedup"), top1, error
+    )
+    plot_panels(records, (macs, speed), path, title, share_y=True)
+
+
+def plot_panels(records: Sequence[Record], panels: Sequence[Panel], path: Path, title: str, share_y: bool = False) -> None:
+    """Panels side by side, one line a method with standard errors, the unpatched model as a star and a level."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    base = next(r for r in records if "difference" not in r["metrics"])
+    base = next(r for r in records if is_unpatched(r))
     methods = sorted({r["method"] for r in records} - {base["method"]}, key=lambda m: (m in FLOOR, m))
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
-    panels = (
-        (axes[0], "GMACs per image (model)", lambda r: r["gmacs"]["model"], False),
-        (axes[1], "measured speed-up over unpatched", lambda r: r.get("speedup"), True),
-    )
-    for axis, label, x_of, right_is_better in panels:
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.6), sharey=share_y, layout="constrained")
+    for axis, panel in zip(axes, panels):
         for i, method in enumerate(methods):
-            points = [r for r in ordered(records) if r["method"] == method and x_of(r) is not None]
+            points = [r for r in ordered(records) if r["method"] == method and panel.x(r) is not None]
             axis.errorbar(
-                [x_of(r) for r in points],
-                [r["metrics"]["top1"] for r in points],
-                yerr=[r["metrics"]["top1_stderr"] for r in points],
+                [panel.x(r) for r in points],
+                [panel.y(r) for r in points],
+                yerr=[panel.error(r) for r in points],
                 label=method,
                 color="0.6" if method in FLOOR else f"C{i}",
                 linestyle="--" if method in FLOOR else "-",
                 marker="x" if method in FLOOR else "o",
                 capsize=2,
             )
-        axis.axhline(base["metrics"]["top1"], color="black", linewidth=0.8)
-        axis.plot(
-            1.0 if right_is_better else base["gmacs"]["model"], base["metrics"]["top1"], "k*", markersize=11, label="unpatched"
-        )
-        axis.set_xlabel(label)
+        axis.axhline(panel.y(base), color="black", linewidth=0.8)
+        axis.plot(panel.x(base), panel.y(base), "k*", markersize=11, label="unpatched")
+        axis.set_xlabel(panel.x_label)
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel(f"top-1 on {base['n']} images (%)")
+        if axis is axes[0] or not share_y:
+            axis.set_ylabel(panel.y_label)
     axes[0].legend(frameon=False, fontsize=9)
     figure.suptitle(title)
     figure.savefig(path, dpi=130)

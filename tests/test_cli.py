@@ -134,10 +134,10 @@ def test_demo(tmp_path):
     first = _ok(*args)
     for word in ("tome", "random", "unpatched", "implied", "standard errors"):
         assert word in first
-    for name in ("results.jsonl", "sweep.csv", "pareto.png", "overlays.png"):
+    for name in ("results.jsonl", "sweep.csv", "pareto.png", "overlays.png", "clip.png"):
         assert (tmp_path / "d" / name).stat().st_size > 0
     lines = (tmp_path / "d" / "results.jsonl").read_text().splitlines()
-    assert len(lines) == 7
+    assert len(lines) == 7 + 13  # the ViT's at one budget, the CLIP's at two
     second = _ok(*args)
     assert "7 of 7 configurations are in" in second
     assert (tmp_path / "d" / "results.jsonl").read_text().splitlines() == lines

@@ -273,7 +273,6 @@ def test_the_command_line(clip_folder, karpathy, folder, tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda f, k: zeroshot("reference-clip", f), "the reference CLIP does not come with this version"),
         (lambda f, k: zeroshot("no-such-model", f), "open_clip has no model 'no-such-model'"),
         (lambda f, k: zeroshot(str(f), f), "transformers cannot load"),
         (

@@ -1,0 +1,211 @@
+"""The CLIP part of the demo: every method on the reference CLIP at two FLOPs budgets of its image tower, beside random, uniform
+and unpatched: zero-shot accuracy on single pictures, retrieval on pages."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from vtok.eval.compare import Case, cases, given
+from vtok.eval.records import Records, key_of
+from vtok.eval.reference import (
+    CLIP_FOLDER,
+    WEIGHTS_FILE,
+    asset,
+    load_reference_clip,
+    load_reference_pages,
+    normalise_page,
+)
+from vtok.eval.report import FLOOR, Panel, Record, is_unpatched, ordered, plot_panels
+from vtok.eval.settings import backend, versions
+from vtok.eval.tasks import captions, retrieval, zeroshot
+from vtok.registry import METHODS
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+BUDGETS = (0.6, 0.4)
+PICTURES, PAGES = 444, 500  # every second one
+_ACCURACY = ("acc1", "difference")
+_RECALLS = ("image_retrieval_recall@1", "text_retrieval_recall@1")
+HEADER = ("method", "budget", "tokens", "GMACs", "implied", "top-1 %", "vs unpatched", "image R@1 %", "vs", "text R@1 %", "vs")
+CAPTION = (
+    "top-1: zero-shot, 24 classes; R@1: retrieval; ± standard error; vs: against unpatched, paired; tokens: mean over blocks"
+)
+
+
+def run_clip_demo(
+    out: Path,
+    pictures: int | None = PICTURES,
+    pages: int | None = PAGES,
+    budgets: Sequence[float] = BUDGETS,
+    methods: Sequence[str] | None = None,
+    console: Console | None = None,
+) -> list[Record]:
+    """Runs the configurations that have no record yet, all on the same batches, then prints a table and writes `clip.png`.
+
+    Args:
+        out: folder of results; a second run with the same arguments goes on where the first stopped.
+        pictures: evenly spaced test pictures; `None` = all 888.
+        pages: evenly spaced test pages; `None` = all 1,000.
+        budgets: shares of the FLOPs of the image tower.
+        methods: names; default all.
+        console: where the table goes.
+
+    Returns:
+        The records, unpatched first; `metrics` holds those of zero-shot classification and of retrieval, as shares.
+
+    Raises:
+        MissingExtraError: open_clip is not installed.
+    """
+    console = console or Console()
+    counts = (pictures, pages)
+    records = Records(out / "results.jsonl")
+    wanted = cases(sorted(methods or METHODS.names()), budgets)
+    keys = {_key(case, counts): case for case in wanted}
+    missing = [case for key, case in keys.items() if key not in records.by_key()]
+    if missing:
+        # differences are taken to the unpatched model on the same batches
+        todo = [wanted[0], *(case for case in missing if case is not wanted[0])]
+        for case, record in zip(todo, _measure(todo, counts, console)):
+            records.append({"key": _key(case, counts), "budget": case.budget, **record})
+    found = records.by_key()
+    done = ordered([found[key] for key in keys])
+    n = done[0]["n"]
+    title = f"reference CLIP on easy-VQA: {n['pictures']} pictures, {n['pages']} pages"
+    console.print(table(done, title))
+    for line in findings(done):
+        console.print(f"- {line}")
+    plot(done, out / "clip.png", title)
+    return done
+
+
+def _key(case: Case, counts: tuple[int | None, int | None]) -> str:
+    weights = asset(f"{CLIP_FOLDER}/{WEIGHTS_FILE}").read_bytes()
+    return key_of(
+        {
+            "model": "easyvqa_clip@" + hashlib.sha256(weights).hexdigest()[:8],
+            "method": case.setting.name,
+            "params": given(case.setting),
+            "budget": case.budget,
+            "data": "easyvqa",
+            "n": counts,
+            "vtok": versions()["vtok"],
+        }
+    )
+
+
+def _measure(todo: Sequence[Case], counts: tuple[int | None, int | None], console: Console) -> list[Record]:
+    """One record a case, in order: costs, and the metrics of both tasks."""
+    encoder = load_reference_clip()
+    calibration = normalise_page(load_reference_pages("calibration").images)
+    settings = [
+        (c.setting.method, {**c.setting.params, "calibration": calibration}) if c.setting.method else None for c in todo
+    ]
+    with Progress(console=console) as progress:
+        bar = progress.add_task("reference CLIP", total=None)
+
+        def advance(before: int, rest: int | None, done: int, total: int) -> None:
+            progress.update(bar, completed=before + done, total=total + before if rest is None else before + total + rest)
+
+        rest = counts[1] or len(load_reference_pages("test").captions)
+        own = zeroshot.ZeroshotOptions(num_samples=counts[0], workers=0)
+        accuracy = zeroshot.evaluate(encoder, zeroshot.PICTURES, settings, own, lambda d, t: advance(0, rest, d, t))
+        first = accuracy[0]["n"]
+        options = retrieval.RetrievalOptions(num_samples=counts[1], workers=0)
+        recall = retrieval.evaluate(encoder, captions.PAGES, settings, options, lambda d, t: advance(first, None, d, t))
+    kept = ("method", "params", "tokens", "gmacs", "gflops", "implied_speedup", "dtype", "device", "batch_size", "versions")
+    return [
+        {name: b[name] for name in kept}
+        | {
+            "model": encoder.name,
+            "backend": backend(encoder.net),
+            "dataset": f"{a['dataset']} + {b['dataset']}",
+            "n": {"pictures": a["n"], "pages": b["n"]},
+            "metrics": b["metrics"] | a["metrics"],
+        }
+        for a, b in zip(accuracy, recall)
+    ]
+
+
+def row(record: Record) -> tuple[str, ...]:
+    """The cells of one configuration, as `HEADER` names them."""
+    m, unpatched = record["metrics"], is_unpatched(record)
+    layers = record["tokens"]["mean_per_layer"]
+    cells = [
+        record["method"],
+        f"{record['budget']:g}",
+        f"{sum(layers) / len(layers):.0f}",
+        f"{record['gmacs']['model']:.3f}",
+        "-" if unpatched else f"{record['implied_speedup']:.2f}x",
+    ]
+    for name, change in (_ACCURACY, *((recall, f"{recall}_difference") for recall in _RECALLS)):
+        cells.append(f"{100 * m[name]:.1f} ± {100 * m[f'{name}_stderr']:.1f}")
+        cells.append("-" if unpatched else f"{100 * m[change]:+.1f} ± {100 * m[f'{change}_stderr']:.1f}")
+    return tuple(cells)
+
+
+def table(records: Sequence[Record], title: str) -> Table:
+    """A rich table with a rule between budgets."""
+    from rich.table import Table
+
+    result = Table(title=title, caption=CAPTION)
+    for i, name in enumerate(HEADER):
+        result.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+    rows = ordered(records)
+    for i, record in enumerate(rows):
+        last = i + 1 == len(rows) or rows[i + 1]["budget"] != record["budget"]
+        result.add_row(*row(record), end_section=last, style="dim" if record["method"] in FLOOR else None)
+    return result
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """The same as a GitHub table."""
+    lines = ["| " + " | ".join(HEADER) + " |", "|---|" + "---:|" * (len(HEADER) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row(r)) + " |" for r in ordered(records)])
+
+
+def findings(records: Sequence[Record]) -> list[str]:
+    """Who is below random by more than two standard errors of the two losses, or not clearly above it."""
+    lines = []
+    by_place = {(r["method"], r["budget"]): r["metrics"] for r in records}
+    for record in ordered([r for r in records if r["method"] not in FLOOR and not is_unpatched(r)]):
+        random = by_place.get(("random", record["budget"]))
+        if random is None:
+            continue
+        behind = [label for label, name in _COMPARED.items() if record["metrics"][name] < random[name]]
+        if behind:
+            lines.append(f"{record['method']} is below random at {record['budget']:g} of the FLOPs in {' and '.join(behind)}")
+    return lines
+
+
+_COMPARED = {"zero-shot top-1": "acc1", "image R@1": _RECALLS[0], "text R@1": _RECALLS[1]}
+
+
+def plot(records: Sequence[Record], path: Path, title: str) -> None:
+    """Zero-shot top-1 and the mean of both recalls at 1 against GMACs."""
+
+    def macs(r: Record) -> Any:
+        return r["gmacs"]["model"]
+
+    def mean_recall(r: Record) -> float:
+        return 50 * sum(r["metrics"][name] for name in _RECALLS)
+
+    def recall_error(r: Record) -> float:
+        # the two recalls share their images: the errors are added as if they went fully together
+        return 50 * sum(r["metrics"][f"{name}_stderr"] for name in _RECALLS)
+
+    accuracy = Panel(
+        "GMACs per image (image tower)",
+        "zero-shot top-1, 24 classes (%)",
+        macs,
+        lambda r: 100 * r["metrics"]["acc1"],
+        lambda r: 100 * r["metrics"]["acc1_stderr"],
+    )
+    recall = Panel("GMACs per image (image tower)", "recall at 1, mean of both directions (%)", macs, mean_recall, recall_error)
+    plot_panels(records, (accuracy, recall), path, title)

@@ -167,6 +167,7 @@ class Tower:
         blocks: in the order they run.
         num_prefix: tokens at the front that are never reduced.
         has_cls: whether token 0 is a class token.
+        width: of a token between blocks, C.
         input_size: (channels, height, width) for which `grid` and costs are stated.
         grid: (rows, columns) of patches at that size.
         blind_pool: why the pooling head can see neither sizes nor padding, or `None`.
@@ -179,6 +180,7 @@ class Tower:
     blocks: tuple[Block, ...]
     num_prefix: int
     has_cls: bool
+    width: int
     input_size: tuple[int, int, int]
     grid: tuple[int, int]
     blind_pool: str | None = None
@@ -196,6 +198,7 @@ class Tower:
             num_patches=self.grid[0] * self.grid[1],
             grid=self.grid,
             has_cls=self.has_cls,
+            width=self.width,
             head_dim=head_dim,
             num_heads=num_heads,
             num_kv_heads=first.attend.kv_heads(first.attention),

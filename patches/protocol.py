@@ -171,6 +171,7 @@ class Tower:
         input_size: (channels, height, width) for which `grid` and costs are stated.
         grid: (rows, columns) of patches at that size.
         blind_pool: why the pooling head can see neither sizes nor padding, or `None`.
+        blind_reader: why attention behind the tower, which reads its tokens, can see neither, or `None`.
         heads: modules of the patched model that follow the tower and run once an image (projection, classifier), for costs.
         averaged_by: the module around the tower whose own forward averages the tower's patches, if there is one.
     """
@@ -184,6 +185,7 @@ class Tower:
     input_size: tuple[int, int, int]
     grid: tuple[int, int]
     blind_pool: str | None = None
+    blind_reader: str | None = None
     heads: tuple[nn.Module, ...] = ()
     averaged_by: nn.Module | None = None
 
@@ -191,6 +193,7 @@ class Tower:
     def info(self) -> ModelInfo:
         first = self.blocks[0]
         num_heads, head_dim = first.attend.heads(first.attention)
+        refusals = (b.attend.refuses_bias(b.attention) for b in self.blocks)
         return ModelInfo(
             name=type(self.module).__name__,
             depth=len(self.blocks),
@@ -204,7 +207,7 @@ class Tower:
             num_kv_heads=first.attend.kv_heads(first.attention),
             plain_softmax=all(b.attend.softmax for b in self.blocks),
             blind_pool=self.blind_pool,
-            blind_attention=next((why for b in self.blocks if (why := b.attend.refuses_bias(b.attention))), None),
+            blind_attention=self.blind_reader or next((why for why in refusals if why), None),
         )
 
 

@@ -10,9 +10,15 @@ import vtok
 from vtok.eval.flops import count_macs
 from vtok.patches.attend import Tap
 
+PRESETS = ("official_clip", "official_llava")  # between attention and MLP, weighted by size; after the MLP, plain means
+# Every kind of block once, the plain ones of each backend under both.
+BOTH = [
+    name for name in FAMILIES if name in ("timm: ViT", "open_clip: ViT", "transformers: CLIP tower", "transformers: BLIP tower")
+]
+CASES = sorted({(name, PRESETS[i % 2]) for i, name in enumerate(FAMILIES)} | {(n, preset) for n in BOTH for preset in PRESETS})
 
-@pytest.mark.parametrize("preset", ["official_clip", "official_llava"])
-@pytest.mark.parametrize("name", FAMILIES)
+
+@pytest.mark.parametrize(("name", "preset"), CASES)
 def test_hidden_states_are_compared_in_every_kind_of_block(name: str, preset: str) -> None:
     """Without a hook or a value read back, at the stated price, alone as in a batch; undone without a trace."""
     model, x = build(name, torch.float64), images(name, dtype=torch.float64)
@@ -48,7 +54,7 @@ def test_blocks_that_cannot_be_split_merge_what_left_them() -> None:
 
 
 @pytest.mark.skipif("open_clip" not in BACKENDS, reason="needs open_clip")
-@pytest.mark.parametrize("preset", ["official_clip", "official_llava"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_the_layout_of_the_blocks_makes_no_difference(preset: str) -> None:
     """Blocks that take [N, B, C] compare the tokens of one image, not the images of one token."""
     x = images("open_clip: ViT", dtype=torch.float64)

@@ -105,7 +105,7 @@ class ReducingBlock(Mixin):
             elif spec.whole:
                 out = super().forward(x, **kwargs)
                 view = tapped_view(link.attend, self, run, kwargs.get(spec.mask), None, link.needs)
-                out, state = link.move(out, state, link.decide(x, state, view))
+                out, state = link.move(out, state, link.decide(out, state, view))
             else:
                 out, state = self._split(rows, state, kwargs)
                 out = out.transpose(0, 1) if spec.seq_first else out

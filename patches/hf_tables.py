@@ -132,7 +132,7 @@ class OwnerSpec:
     Attributes:
         heads: children that run once an image, for costs.
         averages: whether its own forward averages the tower's patches.
-        blind: why it can see neither sizes nor padding.
+        blind: why its attention to the tower's tokens can see neither sizes nor padding.
     """
 
     heads: tuple[str, ...] = ()
@@ -143,7 +143,10 @@ class OwnerSpec:
 _CLASSIFIER = OwnerSpec(("classifier",))
 _AVERAGE = OwnerSpec(("classifier",), averages=True)
 _PROJECTED = OwnerSpec(("visual_projection",))
-_CROSS = OwnerSpec(blind="its text model attends to the image tokens, and its mask there can only hide them, not weigh them")
+_CROSS = OwnerSpec(
+    blind="its text model attends to the image tokens, and its mask there can only hide them, not weigh them; choose a method "
+    "that prunes, or one with prop_attn=False"
+)
 
 OWNERS: dict[str, OwnerSpec] = {
     _in("beit") + "BeitForImageClassification": _CLASSIFIER,

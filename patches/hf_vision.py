@@ -52,9 +52,10 @@ class HfAdapter:
             blocks=blocks,
             num_prefix=spec.num_prefix + _num_registers(module),
             has_cls=spec.num_prefix > 0,
+            width=module.config.hidden_size,
             input_size=size,
             grid=_grid(module.config, size),
-            blind_pool=next((owner.blind for _, owner in owners if owner.blind), None),
+            blind_reader=next((owner.blind for _, owner in owners if owner.blind), None),
             heads=tuple(getattr(outer, name) for outer, owner in owners for name in owner.heads),
             averaged_by=next((outer for outer, owner in owners if owner.averages), None),
         )

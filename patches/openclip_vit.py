@@ -127,7 +127,16 @@ def _tower(path: str, visual: Any, input_size: tuple[int, int, int] | None) -> T
     blocks = tuple(_block(i, block) for i, block in enumerate(visual.transformer.resblocks))
     if not blocks:
         raise UnsupportedModelError(f"{type(visual).__name__} has no blocks left to patch")
-    return Tower(path, visual, blocks, num_prefix=1, has_cls=True, input_size=own, grid=tuple(visual.grid_size))
+    return Tower(
+        path=path,
+        module=visual,
+        blocks=blocks,
+        num_prefix=1,
+        has_cls=True,
+        width=visual.transformer.width,
+        input_size=own,
+        grid=tuple(visual.grid_size),
+    )
 
 
 def _block(index: int, block: Any) -> Block:

@@ -167,9 +167,11 @@ class Tower:
         blocks: in the order they run.
         num_prefix: tokens at the front that are never reduced.
         has_cls: whether token 0 is a class token.
+        width: of a token between blocks, C.
         input_size: (channels, height, width) for which `grid` and costs are stated.
         grid: (rows, columns) of patches at that size.
         blind_pool: why the pooling head can see neither sizes nor padding, or `None`.
+        blind_reader: why attention behind the tower, which reads its tokens, can see neither, or `None`.
         heads: modules of the patched model that follow the tower and run once an image (projection, classifier), for costs.
         averaged_by: the module around the tower whose own forward averages the tower's patches, if there is one.
     """
@@ -179,9 +181,11 @@ class Tower:
     blocks: tuple[Block, ...]
     num_prefix: int
     has_cls: bool
+    width: int
     input_size: tuple[int, int, int]
     grid: tuple[int, int]
     blind_pool: str | None = None
+    blind_reader: str | None = None
     heads: tuple[nn.Module, ...] = ()
     averaged_by: nn.Module | None = None
 
@@ -189,6 +193,7 @@ class Tower:
     def info(self) -> ModelInfo:
         first = self.blocks[0]
         num_heads, head_dim = first.attend.heads(first.attention)
+        refusals = (b.attend.refuses_bias(b.attention) for b in self.blocks)
         return ModelInfo(
             name=type(self.module).__name__,
             depth=len(self.blocks),
@@ -196,12 +201,13 @@ class Tower:
             num_patches=self.grid[0] * self.grid[1],
             grid=self.grid,
             has_cls=self.has_cls,
+            width=self.width,
             head_dim=head_dim,
             num_heads=num_heads,
             num_kv_heads=first.attend.kv_heads(first.attention),
             plain_softmax=all(b.attend.softmax for b in self.blocks),
             blind_pool=self.blind_pool,
-            blind_attention=next((why for b in self.blocks if (why := b.attend.refuses_bias(b.attention))), None),
+            blind_attention=self.blind_reader or next((why for why in refusals if why), None),
         )
 
 

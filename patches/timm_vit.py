@@ -88,6 +88,7 @@ class TimmAdapter:
             blocks=blocks,
             num_prefix=module.num_prefix_tokens,
             has_cls=getattr(embeds if embeds is not None else module, "cls_token", None) is not None,
+            width=module.embed_dim,
             input_size=size,
             grid=_grid(module, size),
             blind_pool=_blind_pool(module),

@@ -54,7 +54,7 @@ def model_info(**changes: Any) -> ModelInfo:
     """Facts of a small ViT."""
     facts: dict[str, Any] = {
         "name": "Vit", "depth": 4, "num_prefix": 1, "num_patches": 16, "grid": (4, 4), "has_cls": True,
-        "head_dim": 8, "num_heads": 3, "num_kv_heads": 3,
+        "width": 24, "head_dim": 8, "num_heads": 3, "num_kv_heads": 3,
     }  # fmt: skip
     return ModelInfo(**{**facts, **changes})
 

@@ -73,4 +73,4 @@ def attention(seed: int, batch: int, n: int, dtype: torch.dtype = torch.float64)
 def decided(reducer: Reducer, view: AttentionView, state: TokenState, block: int = 0) -> Plan | None:
     site = next(site for site in reducer.sites if site.index >= block)
     assert view.k is not None
-    return reducer.plan(torch.zeros(view.k.shape[0], view.k.shape[2], 1), state, view, site)
+    return reducer.plan(view.k.transpose(1, 2).flatten(2), state, view, site)  # the tokens: keys of all heads side by side

@@ -205,6 +205,17 @@ def test_retrieval_patched_and_unpatched(encoder, karpathy):
     assert records[1]["tokens"]["out"] < 197
 
 
+@pytest.mark.parametrize("make", [tiny_native, lambda: tiny_hugging_face("blip")])
+def test_retrieval_with_the_presets_of_the_runs(make, karpathy):
+    """Two encoders, also where a model holds a text model that looks at image tokens besides."""
+    encoder = make()
+    preset = "official_clip" if encoder.backend == "open_clip" else "official_blip"
+    records = retrieval(encoder, karpathy, [None, ("pitome", {"ratio": 0.8, "preset": preset})], options(RetrievalOptions))
+    assert records[1]["tokens"]["in"] == 17 and records[1]["tokens"]["out"] == 12
+    assert records[1]["params"]["preset"] == preset and records[1]["implied_speedup"] > 1.1
+    assert "image_retrieval_recall@1_difference" in records[1]["metrics"]
+
+
 def test_captions_that_are_equal_can_be_told_apart(karpathy):
     encoder = tiny_native()
     together, apart = (

@@ -130,7 +130,7 @@ def test_whole_models(name: str) -> None:
     depth = len(g["tokens_after_block"])
     reducer = config.build(model_info(depth=depth))
     assert_close(torch.tensor(reducer.margin, dtype=torch.float64), g["margins"], 1e-15)
-    assert_equal(torch.tensor(reducer.sorted_bsm), g["use_bsm_pitome"])
+    assert_equal(torch.tensor([kind == "sorted_bsm" for kind in reducer.matching]), g["use_bsm_pitome"])
     assert not reducer.prop_attn
     with vtok.patched(model(g["tag"]), config, trace=True) as patched:
         logits, outputs, done = run_model(patched, images(g))

@@ -58,7 +58,12 @@ CASES = [
 PICTURES = [picture(i, grid) for i, grid in enumerate(GRIDS)]
 
 
+PRESETS = ("official_clip", "official_llava")  # PiToMe on hidden states, with sizes and without
+
+
 def config(method, **extra):
+    if method in PRESETS:
+        return vtok.PiToMe(ratio=0.8, preset=method)
     knobs = {**SETTINGS[method], **WITHOUT_CLS.get(method, {})}
     if method == "zero_tprune":
         knobs["r"] = 3
@@ -66,7 +71,7 @@ def config(method, **extra):
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
-@pytest.mark.parametrize("method", vtok.METHODS.names())
+@pytest.mark.parametrize("method", [*vtok.METHODS.names(), *PRESETS])
 @pytest.mark.parametrize(("name", "call"), CASES)
 def test_a_padded_batch_equals_its_images_alone(name, call, method, kernel):
     model = build(name, torch.float64)
@@ -85,7 +90,7 @@ def test_a_padded_batch_equals_its_images_alone(name, call, method, kernel):
         assert (again - together).abs().max() <= (1e-10 if kernel == "sdpa" else 1e-4) * alone.abs().max()
 
 
-@pytest.mark.parametrize("method", vtok.METHODS.names())
+@pytest.mark.parametrize("method", [*vtok.METHODS.names(), *PRESETS])
 @pytest.mark.parametrize(("name", "call"), CASES)
 def test_no_patch_and_padding_ever_meet(name, call, method):
     model = vtok.patch(build(name, torch.float64), config(method), trace=True)

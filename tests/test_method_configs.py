@@ -8,6 +8,7 @@ from helpers_golden import model_info
 
 import vtok
 from vtok.config import MethodConfig
+from vtok.methods.pitome_presets import PRESETS
 from vtok.registry import METHODS
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
@@ -25,8 +26,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("pitome", {"ratio": float("nan")}, "ratio must hold numbers"),
     ("pitome", {"alpha": -1.0}, "alpha must be a number >= 0, got -1.0"),
     ("pitome", {"alpha": float("inf")}, "alpha must be a number >= 0, got inf"),
-    ("pitome", {"preset": "official_clip"}, "unknown preset 'official_clip'; known: official_deit, official_mae"),
+    ("pitome", {"preset": "official_albef"}, "unknown preset 'official_albef'; known: official_deit, official_mae, .*_llava"),
     ("pitome", {"preset": "official_mae", "margin": 0.5}, "preset 'official_mae' fixes the margins"),
+    ("pitome", {"preset": "official_clip", "metric": "keys"}, "preset 'official_clip' fixes the metric; drop metric=keys"),
+    ("pitome", {"metric": "queries"}, "metric must be one of keys, hidden, got 'queries'"),
+    ("pitome", {"preset": "official_llava", "prop_attn": True}, "preset 'official_llava' ignores sizes, so prop_attn=True"),
     ("ats", {"num_tokens": 8, "keep": 0.5}, "give num_tokens or keep, not both"),
     ("ats", {"num_tokens": 0}, "num_tokens must be a whole number >= 1, got 0"),
     ("ats", {"num_tokens": 7.5}, "num_tokens must be a whole number >= 1, got 7.5"),
@@ -80,6 +84,7 @@ IDLE: list[tuple[str, dict[str, Any]]] = [
     ("pitome", {"ratio": [1.0, 1]}),
     ("pitome", {"r": 0}),
     ("pitome", {"ratio": 1.0, "preset": "official_deit"}),
+    ("pitome", {"ratio": 1.0, "preset": "official_llava"}),
     ("ats", {"keep": 1.0}),
     ("ats", {"layers": []}),
     ("random", {"keep": 1.0}),
@@ -94,6 +99,7 @@ WHERE: list[tuple[str, dict[str, Any], list[int]]] = [
     ("pitome", {"ratio": [0.9, 1.0, 0.9]}, [0, 2]),
     ("pitome", {"r": [0, 5]}, [1]),
     ("pitome", {}, list(range(12))),
+    ("pitome", {"metric": "hidden"}, list(range(12))),
     ("ats", {}, list(range(3, 12))),
     ("ats", {"layers": [-1, 4]}, [4, 11]),
     ("zero_tprune", {}, [0, 2, 5, 8, 10]),
@@ -133,6 +139,7 @@ def test_where_methods_act(method: str, params: dict[str, Any], blocks: list[int
 
 def configs() -> list[MethodConfig]:
     extra = [METHODS.get(method)(**params) for method, params, _ in WHERE]
+    extra += [vtok.PiToMe(preset=preset) for preset in PRESETS]
     return [METHODS.get(name)() for name in METHODS] + extra
 
 
@@ -155,7 +162,8 @@ def test_default_schedules() -> None:
     assert pitome.ratio == (0.925,) * 12
     assert pitome.margin == pytest.approx([0.9 * (1 - i / 12) for i in range(12)])
     assert pitome.prop_attn
-    assert not any(pitome.sorted_bsm)
+    assert set(pitome.matching) == {"energy"}
+    assert (pitome.hidden, pitome.use_size) == (False, True)
     assert vtok.ATS().build(facts).points == 108
     steps = vtok.ZeroTPrune().build(facts).steps
     assert [(s.block, s.retain, s.r, s.iters) for s in steps] == [

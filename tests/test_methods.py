@@ -22,6 +22,8 @@ CONFIGS: dict[str, MethodConfig] = {
     "pitome": vtok.PiToMe(ratio=0.7),
     "pitome, r": vtok.PiToMe(r=2),
     "pitome, sorted": vtok.PiToMe(ratio=0.7, preset="official_deit"),
+    "pitome, hidden": vtok.PiToMe(ratio=0.7, preset="official_clip"),
+    "pitome, plain": vtok.PiToMe(ratio=0.7, preset="official_llava"),
     "ats": vtok.ATS(keep=0.5),
     "ats, mask": vtok.ATS(num_tokens=3, mode="mask"),
     "ats, per head": vtok.ATS(keep=0.7, score="per_head"),
@@ -57,18 +59,21 @@ def test_plans_are_sound(name: str, batch: int, grid: tuple[int, int], p: int, s
         assert reducer.count(site, n, p) == n
         return
     assert_equal(plan.keep[:, :p], torch.arange(p).expand(batch, p))
-    assert (plan.src is not None) == reducer.sizes
+    merges = name.startswith(("tome", "pitome"))
+    assert (plan.src is not None) == merges
+    assert reducer.sizes == (merges and plan.use_size)
     left, expected = plan.keep.shape[1], reducer.count(site, n, p)
     assert left == expected if reducer.exact else left <= expected <= n
     for b in range(batch):
         kept = plan.keep[b].tolist() if plan.valid is None else plan.keep[b, plan.valid[b]].tolist()
         folded = [] if plan.src is None else plan.src[b].tolist()
         assert len(set(kept + folded)) == len(kept + folded) >= p + 1
-        assert not reducer.sizes or sorted(kept + folded) == list(range(n))
+        assert not merges or sorted(kept + folded) == list(range(n))
         assert plan.dst is None or (plan.dst[b] >= p).all()
     x = normal(seed, batch, n, 3)
     out, after = apply_plan(x, state, plan)
     assert_equal(out[:, :p], x[:, :p])
+    assert (after.size is not None) == reducer.sizes
     assert after.size is None or torch.allclose(after.size.sum(1), torch.tensor(float(n), dtype=x.dtype))
 
 

@@ -33,6 +33,14 @@ def test_every_retrieval_point_has_a_run():
     assert set(RETRIEVAL) == points
 
 
+def test_retrieval_runs_do_what_the_authors_do_for_the_model():
+    for name in RETRIEVAL:
+        run = runs.load(name)
+        family = "clip" if "_clip_" in name else "blip"
+        assert run.method == vtok.PiToMe(ratio=float("0." + name.rpartition("_")[2]), preset=f"official_{family}"), name
+        assert family.upper() in run.published["note"]
+
+
 @pytest.mark.parametrize("name", RETRIEVAL)
 def test_retrieval_runs_name_weights_that_exist_and_cost_what_is_published(name):
     run = runs.load(name)

@@ -77,9 +77,13 @@ _NORMS = ("norm", "ln_")
 @functools.cache
 def _prototype(name: str) -> nn.Module:
     torch.manual_seed(0)
-    model = EXAMPLES[name].build().eval()
+    return randomise(EXAMPLES[name].build().eval())
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Every parameter random, nothing zero, attention far from uniform."""
     generator = torch.Generator().manual_seed(1)
-    for parameter_name, p in model.named_parameters():  # nothing zero, attention far from uniform
+    for parameter_name, p in model.named_parameters():
         sharp = any(part in parameter_name for part in _ATTENDING)
         scale = 0.3 if p.ndim <= 1 or not p.any() else (2.5 if sharp else 1.0)
         fan = 1 if p.ndim <= 1 or not p.any() else p[0].numel()

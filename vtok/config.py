@@ -29,12 +29,13 @@ class ModelInfo:
         num_patches: patch tokens at the stated input size.
         grid: rows and columns of patches; rows x columns may differ from `num_patches` where no grid is known.
         has_cls: whether token 0 is a class token.
+        width: of a token between blocks, C.
         head_dim: width of one attention head, D.
         num_heads: query heads, H.
         num_kv_heads: key and value heads; fewer under grouped-query attention.
         plain_softmax: whether attention is one softmax over q k^T (differential attention is not).
         blind_pool: why the pooling head can see neither sizes nor padding, or `None` if it can.
-        blind_attention: why attention, as it is set up, can see neither sizes nor padding, or `None` if it can.
+        blind_attention: why attention to the tokens, as it is set up, can see neither sizes nor padding, or `None` if it can.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ModelInfo:
     num_patches: int
     grid: tuple[int, int]
     has_cls: bool
+    width: int
     head_dim: int
     num_heads: int
     num_kv_heads: int
@@ -55,9 +57,9 @@ class Reducer:
     """Base of a config resolved for one model: pure, stateless, frozen.
 
     Attributes:
-        needs: which of "q", "k", "v" a plan looks at.
+        needs: which of "q", "k", "v" a plan looks at; nothing is caught for a plan that looks at the tokens alone.
         prop_attn: whether later attention must see token sizes.
-        sizes: whether plans merge tokens (sizes change).
+        sizes: whether plans merge tokens and record how many patches each stands for.
         ragged: whether images of one batch may keep different numbers of tokens.
         exact: whether `count` is exact; False = an upper bound, the true number depends on the image.
     """

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from vtok.config import MethodConfig, ModelInfo, Reducer, Schedule, flag, fraction
 from vtok.errors import ConfigError
+from vtok.methods.pitome_presets import BSM, HIDDEN, METRICS, PAPER, PRESETS, SORTED_BSM
 from vtok.methods.tome import check_merge_count
-from vtok.ops.matching import best_partner, unit
+from vtok.ops.matching import best_partner, bipartite_sides, bipartite_soft_matching, unit
 from vtok.ops.rows import take_rows, with_prefix
 from vtok.reduction import Plan
 from vtok.state import AttentionView, Place, Site, TokenState
@@ -27,20 +28,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 DEFAULT_RATIO = 0.925
-
-
-@dataclass(frozen=True)
-class Preset:
-    """What the authors' code at its last commit does for one family of models, where it differs from the paper."""
-
-    margin: float  # m of block i is `margin (1 - i / L)`
-    sorted_bsm: str  # half of the blocks that match as ToMe does on energy-sorted tokens, protecting none: "first" or "last"
-    prop_attn: bool
-
-
-# Read off the public code (hchautran/PiToMe at 550b5de); golden arrays of both are in the tests.
-PRESETS = {"official_deit": Preset(0.75, "first", False), "official_mae": Preset(0.75, "last", False)}
-PAPER_MARGIN = 0.9
 
 
 @dataclass(frozen=True)
@@ -54,9 +41,20 @@ class PiToMe(MethodConfig):
         margin: similarity above which two tokens count as close (paper: m; [-1, 1], a number or one per block; default: the
             paper's 0.9 - 0.9 i / L for block i of L).
         alpha: how strongly tokens below the margin count (paper: alpha; default 1.0).
+        metric: what is compared: `"keys"`, averaged over heads (default), or `"hidden"`, the hidden states about to merge.
         prop_attn: proportional attention (default: on, as in the paper; presets: as in the authors' code, off).
-        preset: `"official_deit"` or `"official_mae"`: margins, matching and attention of the authors' last commit, in which
-            half of the blocks run ToMe's matching on energy-sorted tokens. Meant for comparing with that code.
+        preset: margins, matching, metric, place and attention of the authors' last commit, for comparing with that code. In
+            block i of L (0-based), between attention and MLP unless said otherwise, all without proportional attention:
+
+            - `"official_deit"`: m = 0.75 - 0.75 i / L, keys; the first half of the blocks (rounded up) runs ToMe's matching on
+              tokens sorted by energy, which protects none.
+            - `"official_mae"`: the same margins and metric, but it is the other half that runs ToMe's matching.
+            - `"official_clip"`: m = 0.95 - 0.95 i / L, hidden states.
+            - `"official_blip"`: m = 0.9 - 0.9 i / L, hidden states; every block reduces, as under `forward_features`, which
+              retrieval calls. (Their `forward` spares the last block; taking all blocks is our reading.)
+            - `"official_llava"`, CLIP inside LLaVA: m = 0.9 - 0.9 i / L, hidden states, after the MLP, plain means that ignore
+              sizes; the first 13 blocks run plain ToMe matching with the share taken of all tokens, CLS included. Their 13 is
+              written for a tower of 24 blocks and is kept at any depth.
 
     The paper's energy keeps cos itself above the margin and leaves a token's own cosine out; the authors' code, which is
     followed here, subtracts the margin and leaves it in. That shifts energies, the second part alike for all tokens.
@@ -69,6 +67,7 @@ class PiToMe(MethodConfig):
     r: Any = None
     margin: Any = None
     alpha: float = 1.0
+    metric: str | None = None
     prop_attn: bool | None = None
     preset: str | None = None
 
@@ -77,8 +76,9 @@ class PiToMe(MethodConfig):
             raise ConfigError(f"give ratio or r, not both (got ratio={self.ratio}, r={self.r})")
         if self.preset is not None and (not isinstance(self.preset, str) or self.preset not in PRESETS):
             raise ConfigError(f"unknown preset {self.preset!r}; known: {', '.join(PRESETS)}")
-        if self.preset is not None and self.margin is not None:
-            raise ConfigError(f"preset {self.preset!r} fixes the margins; drop margin={self.margin} or the preset")
+        for name, what in (("margin", "margins"), ("metric", "metric")):
+            if self.preset is not None and getattr(self, name) is not None:
+                raise ConfigError(f"preset {self.preset!r} fixes the {what}; drop {name}={getattr(self, name)} or the preset")
         if self.ratio is None and self.r is None:
             object.__setattr__(self, "ratio", DEFAULT_RATIO)
         for name, integer in (("ratio", False), ("r", True), ("margin", False)):
@@ -94,8 +94,14 @@ class PiToMe(MethodConfig):
             raise ConfigError(f"margin is a cosine in [-1, 1], got {self.margin}")
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 <= self.alpha < math.inf:
             raise ConfigError(f"alpha must be a number >= 0, got {self.alpha!r}")
+        if self.metric is not None and self.metric not in METRICS:
+            raise ConfigError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
         if self.prop_attn is not None:
             flag(self.prop_attn, "prop_attn")
+        if self.prop_attn and self.preset is not None and not PRESETS[self.preset].use_size:
+            raise ConfigError(
+                f"preset {self.preset!r} ignores sizes, so prop_attn=True would see none; drop prop_attn or the preset"
+            )
 
     def knob(self) -> dict[str, Any]:
         return {"ratio": self.ratio.to_plain()} if self.ratio is not None else {}
@@ -104,26 +110,37 @@ class PiToMe(MethodConfig):
         return [self.replace(ratio=1 - step / 1000, r=None) for step in range(501)]
 
     def build(self, info: ModelInfo) -> PiToMeReducer:
-        depth, preset = info.depth, PRESETS.get(self.preset or "")
+        depth, preset = info.depth, PAPER if self.preset is None else PRESETS[self.preset]
         ratio = r = None
         if self.ratio is not None:
             ratio = self.ratio.resolve(depth, "ratio", pad=1.0)
         else:
             r = tuple(int(v) for v in self.r.resolve(depth, "r", pad=0))
             check_merge_count(r, info)
-        peak = PAPER_MARGIN if preset is None else preset.margin
-        margin = tuple(peak - peak * i / depth for i in range(depth))
+        margin = tuple(preset.margin - preset.margin * i / depth for i in range(depth))
         if self.margin is not None:
             margin = self.margin.resolve(depth, "margin", pad=0.0)
-        half = math.ceil(depth / 2)
-        sorted_bsm = tuple(preset is not None and (i < half) == (preset.sorted_bsm == "first") for i in range(depth))
-        prop_attn = (preset is None or preset.prop_attn) if self.prop_attn is None else self.prop_attn
-        return PiToMeReducer(ratio, r, margin, self.alpha, sorted_bsm, info.head_dim, prop_attn)
+        hidden = (self.metric or preset.metric) == HIDDEN
+        return PiToMeReducer(
+            ratio=ratio,
+            r=r,
+            margin=margin,
+            alpha=self.alpha,
+            matching=preset.matching(depth),
+            place=preset.place,
+            hidden=hidden,
+            metric_width=info.width if hidden else info.head_dim,
+            use_size=preset.use_size,
+            prop_attn=preset.prop_attn if self.prop_attn is None else self.prop_attn,
+        )
 
 
-def merge_count(t: int, ratio: float) -> int:
-    """k = floor(T - T ratio) in double precision (`int(T * (1 - ratio))` differs), at most half of the patches."""
-    return min(math.floor(t - t * ratio), t // 2)
+def merge_count(t: int, ratio: float, num_prefix: int = 0) -> int:
+    """k = floor(T - T ratio) in double precision (`int(T * (1 - ratio))` differs), at most half of the patches.
+
+    T may count `num_prefix` tokens that are no patches.
+    """
+    return min(math.floor(t - t * ratio), (t - num_prefix) // 2)
 
 
 def energy_score(metric: Tensor, margin: float, alpha: float = 1.0) -> Tensor:
@@ -193,32 +210,56 @@ class PiToMeReducer(Reducer):
     r: tuple[int, ...] | None
     margin: tuple[float, ...]
     alpha: float
-    sorted_bsm: tuple[bool, ...]
+    matching: tuple[str, ...]
+    place: Place
+    hidden: bool
     metric_width: int
-    prop_attn: bool = True
-    needs: ClassVar[frozenset[str]] = frozenset("k")
-    sizes: ClassVar[bool] = True
+    use_size: bool
+    prop_attn: bool
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset() if self.hidden else frozenset("k")
+
+    @property
+    def sizes(self) -> bool:
+        return self.use_size
 
     @property
     def sites(self) -> tuple[Site, ...]:
         idle = [ratio == 1.0 for ratio in self.ratio] if self.ratio is not None else [r <= 0 for r in self.r or ()]
-        return tuple(Site(Place.BLOCK_MID, i) for i, nothing in enumerate(idle) if not nothing)
+        return tuple(Site(self.place, i) for i, nothing in enumerate(idle) if not nothing)
 
-    def merged(self, i: int, t: int) -> int:
-        """Tokens that block i merges out of t patches."""
-        return merge_count(t, self.ratio[i]) if self.ratio is not None else max(0, min((self.r or ())[i], t // 2))
+    def merged(self, i: int, n: int, num_prefix: int) -> int:
+        """Tokens that block i merges when n (prefix included) arrive."""
+        if self.ratio is None:
+            return max(0, min((self.r or ())[i], (n - num_prefix) // 2))
+        if self.matching[i] == BSM:
+            return merge_count(n, self.ratio[i], num_prefix)
+        return merge_count(n - num_prefix, self.ratio[i])
 
     def plan(self, x: Tensor, state: TokenState, view: AttentionView, at: Site) -> Plan | None:
-        i, metric = at.index, view.key_metric()
-        k = self.merged(i, metric.shape[1] - state.num_prefix)
-        make = sorted_bsm_plan if self.sorted_bsm[i] else energy_plan
-        return make(metric, k, self.margin[i], self.alpha, state.num_prefix)
+        metric = x if self.hidden else view.key_metric()
+        plan = self._match(metric, at.index, state.num_prefix)
+        return plan if plan is None or self.use_size else plan._replace(use_size=False)
+
+    def _match(self, metric: Tensor, i: int, num_prefix: int) -> Plan | None:
+        k = self.merged(i, metric.shape[1], num_prefix)
+        if self.matching[i] == BSM:
+            found = bipartite_soft_matching(metric, k, num_prefix)
+            return None if found is None else Plan(*found)
+        make = sorted_bsm_plan if self.matching[i] == SORTED_BSM else energy_plan
+        return make(metric, k, self.margin[i], self.alpha, num_prefix)
 
     def count(self, at: Site, n: int, num_prefix: int) -> int:
-        return n - self.merged(at.index, n - num_prefix)
+        return n - self.merged(at.index, n, num_prefix)
 
     def macs(self, at: Site, n: int, num_prefix: int) -> int:
-        t = n - num_prefix
-        k = self.merged(at.index, t)
-        pairs = ((t + 1) // 2) * (t // 2) if self.sorted_bsm[at.index] else k * k
-        return (t * t + pairs) * self.metric_width if k else 0
+        i, t, k = at.index, n - num_prefix, self.merged(at.index, n, num_prefix)
+        if k == 0:
+            return 0
+        if self.matching[i] == BSM:
+            a, b = bipartite_sides(n, num_prefix)
+            return a * b * self.metric_width
+        pairs = ((t + 1) // 2) * (t // 2) if self.matching[i] == SORTED_BSM else k * k
+        return (t * t + pairs) * self.metric_width

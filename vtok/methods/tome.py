@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vtok.config import MethodConfig, ModelInfo, Reducer, Schedule, flag
 from vtok.errors import ConfigError
-from vtok.ops.matching import bipartite_pairs, bipartite_soft_matching
+from vtok.ops.matching import bipartite_pairs, bipartite_sides, bipartite_soft_matching
 from vtok.reduction import Plan
 from vtok.state import AttentionView, Place, Site, TokenState
 
@@ -98,5 +98,5 @@ class ToMeReducer(Reducer):
     def macs(self, at: Site, n: int, num_prefix: int) -> int:
         if bipartite_pairs(n, self.r[at.index], num_prefix) == 0:
             return 0
-        a, b = (n + 1) // 2 - (num_prefix + 1) // 2, n // 2 - num_prefix // 2
+        a, b = bipartite_sides(n, num_prefix)
         return a * b * self.metric_width

@@ -29,6 +29,11 @@ def bipartite_pairs(n: int, r: int, num_prefix: int) -> int:
     return max(0, min(r, (n - num_prefix) // 2))
 
 
+def bipartite_sides(n: int, num_prefix: int) -> tuple[int, int]:
+    """Patches on the two sides of ToMe's matching: at even and at odd positions of n tokens, the prefix counted."""
+    return (n + 1) // 2 - (num_prefix + 1) // 2, n // 2 - num_prefix // 2
+
+
 def bipartite_soft_matching(metric: Tensor, r: int, num_prefix: int) -> tuple[Tensor, Tensor, Tensor] | None:
     """ToMe's bipartite soft matching (Bolya et al., ICLR 2023; steps 4 to 9 of the algorithm).
 

@@ -76,4 +76,15 @@ _BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "timm trunk, map pool (SigLIP)": _wrapped(class_token=False, global_pool="map"),
 }
 
-EXAMPLES = tuple(Example(name, build, _SIZE) for name, build in _BUILDERS.items())
+# Rows of the support matrix that the first word of a name does not give.
+_FAMILIES = {
+    "ViT with attention pool (CoCa)": tuple(name for name in _BUILDERS if name.startswith("ViT attention pool")),
+    "ViT (CLIP, CLIPA, MetaCLIP)": tuple(
+        name for name in _BUILDERS if name.startswith("ViT") and not name.startswith("ViT attention pool")
+    ),
+    "timm trunk": ("timm trunk",),
+    "timm trunk, map pool (SigLIP)": ("timm trunk, map pool (SigLIP)",),
+}
+_FAMILY = {name: family for family, names in _FAMILIES.items() for name in names}
+
+EXAMPLES = tuple(Example(name, build, _SIZE, family=_FAMILY.get(name, "")) for name, build in _BUILDERS.items())

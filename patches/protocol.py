@@ -219,12 +219,14 @@ class Example(NamedTuple):
         build: makes it.
         input_size: (channels, height, width).
         since: release of the backend that first has it; "" = the oldest one supported.
+        family: row of the support matrix; "" = the first word of the name.
     """
 
     name: str
     build: Callable[[], nn.Module]
     input_size: tuple[int, int, int]
     since: str = ""
+    family: str = ""
 
 
 class Adapter(Protocol):

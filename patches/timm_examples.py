@@ -113,4 +113,29 @@ _SINCE = {
     "NaFlexViT rotary, gated": "1.0.28",
 }
 
-EXAMPLES = tuple(Example(name, build, _SIZE, _SINCE.get(name, "")) for name, build in _BUILDERS.items())
+# Rows of the support matrix that the first word of a name does not give.
+_FAMILIES = {
+    "ViT, AugReg, DeiT-III, DINOv2": (
+        "ViT",
+        "ViT qk-norm, LayerScale, 4 registers",
+        "ViT scaled norms (sub-LN)",
+        "ViT average pool with CLS",
+    ),
+    "ViT without class token (SigLIP)": (
+        "ViT map pool (SigLIP)",
+        "ViT map pool over registers",
+        "ViT average pool",
+        "ViT average and maximum pool",
+        "ViT maximum pool",
+    ),
+    "ViT differential attention": ("ViT differential attention",),
+    "ViT res-post-norm": ("ViT res-post-norm",),
+    "ViT parallel blocks": ("ViT parallel blocks", "ViT parallel blocks, qk-norm, LayerScale"),
+    "ViT hybrid": ("ViT hybrid",),
+    "DeiT, distilled": ("DeiT distilled",),
+    "EVA, EVA-02": tuple(name for name in _BUILDERS if name.startswith("EVA")),
+    "NaFlexViT without class token": ("NaFlexViT average pool, registers", "NaFlexViT map pool"),
+}
+_FAMILY = {name: family for family, names in _FAMILIES.items() for name in names}
+
+EXAMPLES = tuple(Example(name, build, _SIZE, _SINCE.get(name, ""), _FAMILY.get(name, "")) for name, build in _BUILDERS.items())

@@ -172,6 +172,12 @@ def test_supports():
     assert support.methods["tome"] is None
     assert "class token" in support.methods["ats"]
     assert "4 blocks (Block x4)" in str(support)
+    assert support.on_request == {"ats": {"query": "mean"}, "zero_tprune": {"cls_init": "uniform"}}
+    assert '  ats: with query="mean": ats reads the attention of a class token' in str(support)
+    assert "  tome: yes" in str(support)
+    without_softmax = vtok.supports(build("timm: ViT differential attention"))
+    assert without_softmax.on_request == {}
+    assert "  ats: no: ats needs attention probabilities" in str(without_softmax)
     patched = vtok.patch(build("timm: ViT"), "tome", r=4)
     assert vtok.supports(patched).towers[0][3] == "Block x4"
     refused = vtok.supports(torch.nn.Linear(2, 2))

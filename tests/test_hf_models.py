@@ -88,7 +88,9 @@ def test_flash_is_refused_only_where_sizes_matter(name, flash):
         for method, knobs in (("tome", {"r": 6}), ("pitome", {}), ("ats", {"num_tokens": 30})):
             with pytest.raises(vtok.UnsupportedModelError, match=r"flash_attention_2.*set_attn_implementation\('sdpa'\)"):
                 vtok.patch(model, method, **knobs)
-        assert "flash_attention_2" in vtok.supports(model).methods["tome"]
+        support = vtok.supports(model)
+        assert "flash_attention_2" in support.methods["tome"]
+        assert support.on_request == {"tome": {"prop_attn": False}, "pitome": {"prop_attn": False}}
         inner(model).config._attn_implementation = "sdpa"
         vtok.patch(model, "tome", r=6)
         inner(model).config._attn_implementation = "flash_attention_2"  # after patching: said when it runs

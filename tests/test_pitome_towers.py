@@ -11,11 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from zoo import BACKENDS, images, randomise
+from zoo import BACKENDS, images
 
 import vtok
 from vtok.api import run_of
 from vtok.eval.flops import count_macs
+from vtok.eval.tiny import randomise
 from vtok.patches.attend import Tap
 
 DEPTH, WIDTH, HEADS, RATIO = 16, 32, 2, 0.9  # deeper than 13: the last blocks of `official_llava` match by energy

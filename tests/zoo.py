@@ -2,48 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dataclasses
 import functools
-import importlib.util
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
-from torch.torch_version import TorchVersion
 
 import vtok
 from vtok.config import MethodConfig, ModelInfo, Reducer
-from vtok.patches.protocol import Example
-from vtok.registry import ADAPTERS, METHODS
+from vtok.eval import tiny
+from vtok.registry import METHODS
 from vtok.state import Place, Site
 
-# Settings under which a method really reduces 64 patches in 4 blocks. A new method adds one row.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "ats": {"num_tokens": 24},
-    "pitome": {"ratio": 0.8},
-    "random": {"keep": 0.8},
-    "tome": {"r": 6},
-    "uniform": {"keep": 0.8},
-    "zero_tprune": {"layers": [0, 2], "retain": 0.8, "r": 5},
-}
-# What a user passes where a model has no class token.
-WITHOUT_CLS: dict[str, dict[str, Any]] = {"ats": {"query": "mean"}, "zero_tprune": {"cls_init": "uniform"}}
+# Settings under which a method really reduces 64 patches in 4 blocks.
+SETTINGS: dict[str, dict[str, Any]] = {name: dict(METHODS.get(name).trial) for name in METHODS}
 # Static shapes, for compilation and fake tensors.
 STATIC: dict[str, dict[str, Any]] = {"ats": {"mode": "mask"}}
 
 
-BACKENDS = [name for name in ADAPTERS if importlib.util.find_spec(name) is not None]  # of those that are installed
+def _first_built(method: str, info: ModelInfo) -> tuple[dict[str, Any], Reducer] | None:
+    """(parameters that a model asks for, reducer), or `None` if the method refuses such a model."""
+    for extra, config in METHODS.get(method).variants(**SETTINGS[method]):
+        with contextlib.suppress(vtok.UnsupportedModelError):
+            return extra, config.build(info)
+    return None
 
 
-def _too_new(backend: str, example: Example) -> bool:
-    """Whether the installed release of a backend is older than an example."""
-    return bool(example.since) and TorchVersion(importlib.import_module(backend).__version__) < example.since
+_VIT = ModelInfo("ViT", 4, 1, 64, (8, 8), True, 12, 4, 4)
+_POOLED = {name: _first_built(name, dataclasses.replace(_VIT, num_prefix=0, has_cls=False)) for name in METHODS}
+# What a user passes where a model has no class token.
+WITHOUT_CLS: dict[str, dict[str, Any]] = {name: made[0] for name, made in _POOLED.items() if made is not None}
+MERGING = [name for name in METHODS if (made := _first_built(name, _VIT)) is not None and made[1].sizes]
 
-
-_ALL = {(backend, example.name): example for backend in BACKENDS for example in ADAPTERS.get(backend)().examples()}
-EXAMPLES = {": ".join(key): example for key, example in _ALL.items() if not _too_new(key[0], example)}
-TOO_NEW = {": ".join(key): example for key, example in _ALL.items() if _too_new(key[0], example)}
+BACKENDS = tiny.backends()
+EXAMPLES, TOO_NEW = tiny.examples()
 # One example for every class of block and of attention.
 _FAMILIES = [
     "timm: ViT",
@@ -69,47 +66,23 @@ _FAMILIES = [
     "transformers: BLIP tower",
 ]
 FAMILIES = [name for name in _FAMILIES if name in EXAMPLES]
-# Parameters that bring queries and keys about, and weights of norms, by the names that backends give them.
-_ATTENDING = ("qkv", "q_proj", "in_proj")
-_NORMS = ("norm", "ln_")
 
 
 @functools.cache
 def _prototype(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    return randomise(EXAMPLES[name].build().eval())
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """Every parameter random, nothing zero, attention far from uniform."""
-    generator = torch.Generator().manual_seed(1)
-    for parameter_name, p in model.named_parameters():
-        sharp = any(part in parameter_name for part in _ATTENDING)
-        scale = 0.3 if p.ndim <= 1 or not p.any() else (2.5 if sharp else 1.0)
-        fan = 1 if p.ndim <= 1 or not p.any() else p[0].numel()
-        with torch.no_grad():
-            p.copy_(torch.randn(p.shape, generator=generator) * scale / fan**0.5)
-            if p.ndim == 1 and any(part in parameter_name for part in _NORMS) and parameter_name.endswith("weight"):
-                p.add_(1)
-    return model
+    return tiny.build(EXAMPLES[name])
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A fresh copy of an example, every parameter random, in eval mode."""
-    import copy
-
     if name in TOO_NEW:
         pytest.skip(f"{name} needs release {TOO_NEW[name].since}")
     return copy.deepcopy(_prototype(name)).to(dtype)
 
 
 def images(name: str, batch: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    """Random images with some structure: coarse blocks plus noise, so that tokens differ in how alike they are."""
-    channels, height, width = EXAMPLES[name].input_size
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.randn(batch, channels, 4, 4, generator=generator, dtype=torch.float64)
-    coarse = coarse.repeat_interleave(height // 4, 2).repeat_interleave(width // 4, 3)
-    return (coarse + 0.3 * torch.randn(batch, channels, height, width, generator=generator, dtype=torch.float64)).to(dtype)
+    """Random images; see `tiny.images`."""
+    return tiny.images(EXAMPLES[name], batch, dtype, seed)
 
 
 def block_list(model: nn.Module) -> Any:
@@ -131,9 +104,8 @@ def checkpointing(model: nn.Module) -> None:
 
 
 def config_for(name: str, method: str, model: nn.Module, **extra: Any) -> MethodConfig | None:
-    """The method's config for an example, with its substitute where there is no class token; `None` if it is refused."""
-    for substitute in ({}, WITHOUT_CLS.get(method, {})):
-        config = METHODS.get(method)(**{**SETTINGS[method], **substitute, **extra})
+    """The method's config for an example, with a substitute where the default is refused; `None` if all are."""
+    for _, config in METHODS.get(method).variants(**{**SETTINGS[method], **extra}):
         try:
             vtok.plan(model, config, input_size=EXAMPLES[name].input_size)
         except vtok.UnsupportedModelError:

@@ -184,7 +184,7 @@ def info(model: nn.Module, probe: Any = None) -> Info:
 
 
 def supports(model: nn.Module) -> Support:
-    """What `patch` would patch in a model, and which methods work on it; never raises."""
+    """What `patch` would patch in a model, and which methods work on it, by default or on request; never raises."""
     try:
         found = _towers(model, None)
     except VtokError as error:
@@ -196,14 +196,20 @@ def supports(model: nn.Module) -> Support:
         towers.append(
             (tower.path, _own_class(tower.module).__name__, len(tower.blocks), ", ".join(f"{n} x{c}" for n, c in kinds.items()))
         )
+    on_request: dict[str, dict[str, Any]] = {}
     for name in METHODS.names():
         methods[name] = None
-        try:
-            for adapter, tower in found:
-                _resolve(adapter, tower, (METHODS.get(name)(),), None, None)
-        except VtokError as error:
-            methods[name] = str(error)
-    return Support(tuple(towers), methods)
+        for extra, config in METHODS.get(name).variants():
+            try:
+                for adapter, tower in found:
+                    check(tower, _resolve(adapter, tower, (config,), None, None).steps)
+            except VtokError as error:
+                methods[name] = methods[name] or str(error)
+                continue
+            if extra:
+                on_request[name] = extra
+            break
+    return Support(tuple(towers), methods, on_request=on_request)
 
 
 def unmerge(model: nn.Module, tokens: Tensor, fill: float = 0.0) -> Tensor:

@@ -5,8 +5,10 @@ Counts are tokens (prefix included) per image; costs are multiply-accumulates (M
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from vtok.budget import Budget
 from vtok.config import MethodConfig
@@ -42,6 +44,11 @@ def _costs(e: Estimate) -> str:
 def _settings(config: MethodConfig) -> str:
     values = {k: v for k, v in config.to_dict().items() if k != "method" and v is not None}
     return f"{config.name}(" + ", ".join(f"{k}={v}" for k, v in values.items()) + ")"
+
+
+def keywords(params: Mapping[str, Any]) -> str:
+    """Parameters as a user writes them: `query="mean", prop_attn=False`."""
+    return ", ".join(f"{name}={json.dumps(v) if isinstance(v, str) else repr(v)}" for name, v in params.items())
 
 
 @dataclass(frozen=True)
@@ -191,13 +198,15 @@ class Support:
 
     Attributes:
         towers: (path, class name, blocks, "class of block x count") of what would be patched.
-        methods: method -> `None` if it works on every tower, else why not.
+        methods: method -> `None` if it works on every tower as it is, else why not.
         reason: why nothing can be patched, or `None`.
+        on_request: method -> parameters with which it works although it does not without them.
     """
 
     towers: tuple[tuple[str, str, int, str], ...] = ()
     methods: dict[str, str | None] = field(default_factory=dict)
     reason: str | None = None
+    on_request: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.towers) and self.reason is None
@@ -206,5 +215,11 @@ class Support:
         if self.reason is not None:
             return f"not supported: {self.reason}"
         lines = [f"{path or 'the model itself'}: {name}, {count} blocks ({kinds})" for path, name, count, kinds in self.towers]
-        lines += [f"  {name}: {'yes' if why is None else 'no: ' + why}" for name, why in sorted(self.methods.items())]
+        lines += [f"  {name}: {self._verdict(name, why)}" for name, why in sorted(self.methods.items())]
         return "\n".join(lines)
+
+    def _verdict(self, method: str, why: str | None) -> str:
+        if why is None:
+            return "yes"
+        wanted = self.on_request.get(method)
+        return f"no: {why}" if wanted is None else f"with {keywords(wanted)}: {why}"

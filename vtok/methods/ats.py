@@ -9,7 +9,7 @@ Shapes: B batch, H heads, N tokens, P prefix tokens, d head dim, K sample points
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -62,6 +62,8 @@ class ATS(MethodConfig):
 
     name: ClassVar[str] = "ats"
     set_by_budget: ClassVar[tuple[str, ...]] = ("num_tokens", "keep")
+    trial: ClassVar[Mapping[str, Any]] = {"num_tokens": 24}
+    substitutes: ClassVar[tuple[Mapping[str, Any], ...]] = ({"query": "mean"},)
 
     num_tokens: int | None = None
     keep: float | None = None

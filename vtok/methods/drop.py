@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,6 +29,7 @@ class DropConfig(MethodConfig):
     """
 
     set_by_budget: ClassVar[tuple[str, ...]] = ("keep",)
+    trial: ClassVar[Mapping[str, Any]] = {"keep": 0.8}
 
     keep: float = 0.925
     layers: Iterable[int] | None = None

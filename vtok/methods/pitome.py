@@ -7,7 +7,7 @@ Shapes: B batch, T tokens without prefix, d metric width, k merged tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -62,6 +62,8 @@ class PiToMe(MethodConfig):
 
     name: ClassVar[str] = "pitome"
     set_by_budget: ClassVar[tuple[str, ...]] = ("ratio", "r")
+    trial: ClassVar[Mapping[str, Any]] = {"ratio": 0.8}
+    substitutes: ClassVar[tuple[Mapping[str, Any], ...]] = ({"prop_attn": False},)
 
     ratio: Any = None
     r: Any = None

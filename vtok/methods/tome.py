@@ -6,7 +6,7 @@ Shapes: B batch, N tokens, P prefix tokens, C width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -38,6 +38,8 @@ class ToMe(MethodConfig):
     name: ClassVar[str] = "tome"
     default_flops: ClassVar[float | None] = 0.6
     set_by_budget: ClassVar[tuple[str, ...]] = ("r",)
+    trial: ClassVar[Mapping[str, Any]] = {"r": 6}
+    substitutes: ClassVar[tuple[Mapping[str, Any], ...]] = ({"prop_attn": False},)
 
     r: Any = None
     prop_attn: bool = True

@@ -11,7 +11,7 @@ Shapes: B batch, N tokens, P prefix tokens, n patches, d head dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -52,6 +52,8 @@ class ZeroTPrune(MethodConfig):
     """
 
     name: ClassVar[str] = "zero_tprune"
+    trial: ClassVar[Mapping[str, Any]] = {"layers": [0, 2], "retain": 0.8, "r": 5}
+    substitutes: ClassVar[tuple[Mapping[str, Any], ...]] = ({"cls_init": "uniform"},)
 
     layers: Any = None
     retain: Any = None

@@ -1,0 +1,65 @@
+"""`vtok matrix`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from vtok.errors import ConfigError
+from vtok.eval import matrix, matrix_report, runs, tiny
+from vtok.eval.settings import versions
+from vtok.registry import METHODS
+
+
+def print_matrix(
+    backend: Annotated[list[str] | None, typer.Option(help="repeatable; default: all that are installed")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="name; repeatable (default: all)")] = None,
+    markdown: Annotated[bool, typer.Option(help="print the table as GitHub markdown")] = False,
+    output: Annotated[Path | None, typer.Option("--json", help="file for every cell, with what was measured")] = None,
+    into: Annotated[Path | None, typer.Option(help="file, such as README.md, whose table is replaced")] = None,
+) -> None:
+    """Which methods work on which models, found out by running them: tokens go down, and removing equals masking.
+
+    Ends with code 1 if some method is neither right nor refused.
+    """
+    runs.prepared(output)
+    page = None if into is None else _read(into)
+    for name in method or ():
+        METHODS.get(name)
+    examples, too_new = tiny.examples(backend)
+    console, errors = Console(), Console(stderr=True)
+    if not console.is_terminal:
+        console = Console(width=160)
+    with Progress(console=errors, transient=True) as progress:
+        bar = progress.add_task("models", total=len(examples) * len(method or METHODS.names()))
+        found = []
+        for cell in matrix.cells(examples, method):
+            found.append(cell)
+            progress.update(bar, advance=1, description=f"{cell.backend}: {cell.model}")
+    for name, example in too_new.items():
+        errors.print(f"left out: {name} (needs release {example.since})", highlight=False)
+    if output is not None:
+        output.write_text(matrix.to_json(found), encoding="utf-8")
+    if into is not None and page is not None:
+        into.write_text(matrix_report.put_into(page, matrix_report.markdown(found)), encoding="utf-8")
+    if markdown:
+        print(matrix_report.markdown(found))
+    else:
+        software = ", ".join(f"{name} {version}" for name, version in versions().items())
+        console.print(matrix_report.table(found, software))
+        console.print(matrix_report.notes(found), markup=False, highlight=False)
+    if any(cell.status == matrix.FAILED for cell in found):
+        raise typer.Exit(1)
+
+
+def _read(path: Path) -> str:
+    """The text of a file that has a place for the table."""
+    if not path.is_file():
+        raise ConfigError(f"{path} is no file; --into takes one that has a place for the table, such as README.md")
+    text = path.read_text(encoding="utf-8")
+    matrix_report.put_into(text, "")
+    return text

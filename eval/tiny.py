@@ -1,0 +1,78 @@
+"""The tiny models that backends offer as examples, with weights and images under which tokens differ."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.torch_version import TorchVersion
+
+from vtok.errors import MissingExtraError
+from vtok.patches.protocol import Example
+from vtok.registry import ADAPTERS
+
+# Parameters that bring queries and keys about, and weights of norms, by the names that backends give them.
+_ATTENDING = ("qkv", "q_proj", "in_proj")
+_NORMS = ("norm", "ln_")
+
+
+def backends() -> list[str]:
+    """Backends that are installed."""
+    return [name for name in ADAPTERS if importlib.util.find_spec(name) is not None]
+
+
+def examples(names: Sequence[str] | None = None) -> tuple[dict[str, Example], dict[str, Example]]:
+    """The examples of some backends (default: of those that are installed), by "backend: name".
+
+    Returns:
+        (examples that the installed releases can run, examples that are too new for them).
+
+    Raises:
+        UnknownNameError: no such backend.
+        MissingExtraError: it is not installed.
+    """
+    runs: dict[str, Example] = {}
+    too_new: dict[str, Example] = {}
+    for backend in backends() if names is None else names:
+        adapter = ADAPTERS.get(backend)
+        if importlib.util.find_spec(backend) is None:
+            raise MissingExtraError(backend, backend)
+        release = TorchVersion(importlib.import_module(backend).__version__)
+        for example in adapter().examples():
+            late = bool(example.since) and release < example.since
+            (too_new if late else runs)[f"{backend}: {example.name}"] = example
+    return runs, too_new
+
+
+def build(example: Example) -> nn.Module:
+    """The model in eval mode, every parameter random (see `randomise`)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = example.build().eval()
+    return randomise(model)
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """The same model with every parameter drawn anew: none is zero, attention is far from uniform."""
+    generator = torch.Generator().manual_seed(1)
+    for name, p in model.named_parameters():
+        sharp = any(part in name for part in _ATTENDING)
+        scale = 0.3 if p.ndim <= 1 or not p.any() else (2.5 if sharp else 1.0)
+        fan = 1 if p.ndim <= 1 or not p.any() else p[0].numel()
+        with torch.no_grad():
+            p.copy_(torch.randn(p.shape, generator=generator) * scale / fan**0.5)
+            if p.ndim == 1 and any(part in name for part in _NORMS) and name.endswith("weight"):
+                p.add_(1)
+    return model
+
+
+def images(example: Example, batch: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """[B, C, H, W] random images with some structure: coarse blocks plus noise, so that tokens differ in how alike they are."""
+    channels, height, width = example.input_size
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(batch, channels, 4, 4, generator=generator, dtype=torch.float64)
+    coarse = coarse.repeat_interleave(height // 4, 2).repeat_interleave(width // 4, 3)
+    return (coarse + 0.3 * torch.randn(batch, channels, height, width, generator=generator, dtype=torch.float64)).to(dtype)

@@ -33,7 +33,7 @@ def _first_built(method: str, info: ModelInfo) -> tuple[dict[str, Any], Reducer]
     return None
 
 
-_VIT = ModelInfo("ViT", 4, 1, 64, (8, 8), True, 12, 4, 4)
+_VIT = ModelInfo("ViT", 4, 1, 64, (8, 8), True, 48, 12, 4, 4)
 _POOLED = {name: _first_built(name, dataclasses.replace(_VIT, num_prefix=0, has_cls=False)) for name in METHODS}
 # What a user passes where a model has no class token.
 WITHOUT_CLS: dict[str, dict[str, Any]] = {name: made[0] for name, made in _POOLED.items() if made is not None}

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor, nn
 
+from vtok.api import run_of
+from vtok.config import MethodConfig
 from vtok.eval.compare import Case, cases, given
 from vtok.eval.records import Records, key_of
 from vtok.eval.reference import (
@@ -22,7 +25,7 @@ from vtok.eval.reference import (
     normalise_page,
 )
 from vtok.eval.report import FLOOR, Panel, Record, is_unpatched, ordered, plot_panels
-from vtok.eval.settings import backend, versions
+from vtok.eval.settings import Setting, backend, twin, versions
 from vtok.eval.tasks import captions, retrieval, zeroshot
 from vtok.registry import METHODS
 
@@ -30,7 +33,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 BUDGETS = (0.6, 0.4)
-PICTURES, PAGES = 444, 500  # every second one
+PICTURES, PAGES = 148, 400  # evenly spaced
+CALIBRATION_PAGES = 48
 _ACCURACY = ("acc1", "difference")
 _RECALLS = ("image_retrieval_recall@1", "text_retrieval_recall@1")
 HEADER = ("method", "budget", "tokens", "GMACs", "implied", "top-1 %", "vs unpatched", "image R@1 %", "vs", "text R@1 %", "vs")
@@ -103,10 +107,8 @@ def _key(case: Case, counts: tuple[int | None, int | None]) -> str:
 def _measure(todo: Sequence[Case], counts: tuple[int | None, int | None], console: Console) -> list[Record]:
     """One record a case, in order: costs, and the metrics of both tasks."""
     encoder = load_reference_clip()
-    calibration = normalise_page(load_reference_pages("calibration").images)
-    settings = [
-        (c.setting.method, {**c.setting.params, "calibration": calibration}) if c.setting.method else None for c in todo
-    ]
+    calibration = normalise_page(load_reference_pages("calibration").images[:CALIBRATION_PAGES])
+    settings = [_resolved(case, encoder.net, calibration) for case in todo]
     with Progress(console=console) as progress:
         bar = progress.add_task("reference CLIP", total=None)
 
@@ -131,6 +133,17 @@ def _measure(todo: Sequence[Case], counts: tuple[int | None, int | None], consol
         }
         for a, b in zip(accuracy, recall)
     ]
+
+
+def _resolved(case: Case, model: nn.Module, calibration: Tensor) -> list[MethodConfig] | None:
+    """The configs that a case's budget leads to, found once for both tasks; `None` for the unpatched model."""
+    if case.setting.method is None:
+        return None
+    setting = Setting(case.setting.method, {**case.setting.params, "calibration": calibration})
+    channels, height, width = calibration.shape[1:]
+    run = run_of(setting.apply(twin(model), (channels, height, width)))
+    assert run is not None
+    return list(run.patch.configs)
 
 
 def row(record: Record) -> tuple[str, ...]:

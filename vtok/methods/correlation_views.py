@@ -56,9 +56,10 @@ def global_views(family: str, views: Sequence[int]) -> Tensor:
         raise unknown("family of cropping models", family, GLOBAL_VIEW)
     if any(count < 1 for count in views):
         raise ConfigError(f"every image has at least one view, got {list(views)}")
+    place = {"first": 0, "last": -1}[GLOBAL_VIEW[family]]
     whole = torch.zeros(sum(views), dtype=torch.bool)
-    ends = torch.tensor(list(views)).cumsum(0)
-    whole[ends - 1 if GLOBAL_VIEW[family] == "last" else ends - torch.tensor(list(views))] = True
+    for image in whole.split(list(views)):
+        image[place] = True
     return whole
 
 

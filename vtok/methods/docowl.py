@@ -145,9 +145,8 @@ class HReducer(NamedTuple):
         names = ("reducer_before.0", "reducer", "visual_fc")
         missing = [key for name in names for key in (f"{name}.weight", f"{name}.bias") if key not in weights]
         if missing or "vit_eos" not in weights:
-            raise ConfigError(
-                f"no weights of an H-Reducer: {', '.join(missing or ['vit_eos'])} missing; pass vision2text.state_dict()"
-            )
+            what = ", ".join(missing or ["vit_eos"])
+            raise ConfigError(f"these are not the weights of an H-Reducer, {what} is missing; pass vision2text.state_dict()")
         before, reduce, project = ((weights[f"{name}.weight"], weights[f"{name}.bias"]) for name in names)
         if before[0].shape[2:] != H_REDUCER or reduce[0].shape[2:] != H_REDUCER:
             raise ConfigError(f"conv_shape 1x4 is supported, got kernels {list(before[0].shape)} and {list(reduce[0].shape)}")

@@ -1,5 +1,6 @@
 """Views, crops and feature rows of cropping models, against transformers' own functions."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -223,7 +224,7 @@ def test_padded_patches_of_idefics() -> None:
     patches[0, [2, 3, 6, 7, 10]] = False  # the upper right token, and a quarter of the lower right one
     layout, groups = plain_layout("idefics3", 2, 4, patches), group_map((4, 4), (2, 2))
     keys, low = normal(0, 2, 2, 16, 2), positive(0, 2, 16)
-    other = [torch.where(patches[:, None, :, None], keys, 99.0), torch.where(patches, low, 99.0)]
+    other = [torch.where(patches[:, None, :, None], keys, math.nan), torch.where(patches, low, math.nan)]
     results = []
     for k, a in ([keys, low], other):
         scores = feature_scores(k, a, a, 2, layout, groups)

@@ -168,7 +168,7 @@ def group_scores(scores: TokenScores, groups: Tensor) -> TokenScores:
     """
     critical, low, outlier, valid = scores
     if valid is not None:
-        critical, low, outlier = critical.masked_fill(~valid, 1e3), low * valid, outlier & valid
+        critical, low, outlier = critical.masked_fill(~valid, 1e3), low.masked_fill(~valid, 0), outlier & valid
     critical = critical[:, groups].amin(-1)
     if valid is not None:
         valid = valid[:, groups].any(-1)
@@ -209,9 +209,9 @@ def select_tokens(
     if min_tokens < 1 or multiple < 1:
         raise ConfigError(f"min_tokens and multiple start at 1, got {min_tokens} and {multiple}")
     critical, low, outlier, valid = scores
-    low, outlier = at_least_fp32(low), outlier if valid is None else outlier & valid
+    low = at_least_fp32(low)
     if valid is not None:
-        low = low * valid
+        low, outlier = low.masked_fill(~valid, 0), outlier & valid
     p = low / low.sum(-1, keepdim=True).clamp_min(torch.finfo(low.dtype).tiny)
     informative = critical <= alpha
     count = (informative if valid is None else informative & valid).sum(-1)

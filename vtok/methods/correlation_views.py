@@ -133,8 +133,8 @@ def packed_layout(how: Packing) -> Layout:
         for new, cut in zip(how.size, (how.lines, how.columns))
     )
     view = 1 + (line // side)[:, None] * columns + column // side
-    newlines = F.pad(view, (0, 1), value=-1).flatten() if rows else view.new_full((1,), -1)
-    owner = torch.cat([view.new_zeros(side**2), newlines])
+    crops = F.pad(view, (0, 1), value=-1).flatten() if rows else view.new_full((1,), -1)  # -1: newlines
+    owner = torch.cat([view.new_zeros(side**2), crops])
     mine = owner == torch.arange(len(inside))[:, None]
     found, valid = rows_where(mine, int(mine.sum(-1).max()))
     return Layout(found, valid, global_views("llava_next", [len(inside)]), len(owner), inside, how)
@@ -179,9 +179,9 @@ def feature_scores(
 def feature_metric(keys: Tensor, layout: Layout, groups: Tensor | None = None) -> Tensor:
     """What feature rows are compared by when one joins another: [V, H, n, d] -> [V, m, H d]; merged tokens by the sum of
     their patches' unit keys."""
-    metric = unit(head_metric(keys))
+    metric = unit(head_metric(keys.detach()))
     if groups is None:
         return to_features(layout, metric)
     if layout.patches is not None:
-        metric = metric * layout.patches[..., None]
+        metric = metric.masked_fill(~layout.patches[..., None], 0)
     return metric[:, groups].sum(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 _GOLDEN_GAMMA, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # of splitmix64
@@ -24,3 +25,9 @@ def splitmix(position: Tensor, seed: int) -> Tensor:
     z = (z ^ shifted(z, 30)) * wrap(_MIX_1)
     z = (z ^ shifted(z, 27)) * wrap(_MIX_2)
     return z ^ shifted(z, 31)
+
+
+def uniforms(position: Tensor, seed: int, dtype: torch.dtype) -> Tensor:
+    """A number in (0, 1) for every position, never 0 or 1: odd multiples of 2^-24, so the same in fp32 and fp64."""
+    bits = (splitmix(position, seed) >> 41) & ((1 << 23) - 1)
+    return (2 * bits + 1).to(dtype) / (1 << 24)

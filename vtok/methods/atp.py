@@ -172,7 +172,7 @@ def soft_masks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """M_r and M_s (Eq. 9 and 10), sigmoid((S - theta) T), and M, the larger of them (Eq. 11), each [.., n].
 
-    M > 0.5 exactly where `hard_mask` holds. A high T (the reproductions take 10 and 100) is closer to it, but its gradient
+    M > 0.5 where `hard_mask` holds. A high T (the reproductions take 10 and 100) is closer to 0 or 1, but its gradient
     vanishes beyond |S - theta| of about 5 / T.
     """
     m_r = ((redundant - theta_r[..., None]) * temperature).sigmoid()

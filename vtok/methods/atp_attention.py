@@ -45,6 +45,7 @@ def attention_scores(
     if rows is None:
         rows = int(asked.sum(-1).max())
     index, valid = rows_where(asked, rows)
+    index = index.where(valid, q.shape[2] - 1)  # row 0 may be padding, and padding may hold anything
     with full_precision(q.device):
         q, k = at_least_fp32(q), at_least_fp32(k)
         weights = []
@@ -88,11 +89,11 @@ def self_logits(q: Tensor, k: Tensor, layout: Layout, scale: float) -> Tensor:
     """
     with full_precision(q.device):
         q, k = at_least_fp32(q), at_least_fp32(k)
-        visual = layout.visual.to(q.dtype)
-        mean = (visual[:, None, None] @ q).squeeze(-2) / visual.sum(-1).clamp_min(1)[:, None, None]  # [B, H, D]
+        visual = layout.visual
+        mean = q.masked_fill(~visual[:, None, :, None], 0).sum(2) / visual.sum(-1).clamp_min(1)[:, None, None]  # [B, H, D]
         mean = mean.unflatten(1, (k.shape[1], -1)).sum(2)
         score = (k @ mean[..., None]).sum(1).squeeze(-1) * (scale / q.shape[1])
-    return score.masked_fill(~layout.visual, 0)
+    return score.masked_fill(~visual, 0)
 
 
 def gate_bias(gate: Tensor, dtype: torch.dtype) -> Tensor:
@@ -126,7 +127,7 @@ def soft_attention(q: Tensor, k: Tensor, gate: Tensor, real: Tensor, scale: floa
     probs = _probs(q, k, rows, real, scale, gate if renormalise else None)
     if not renormalise:
         probs = probs * gate[:, None, None].to(probs.dtype)
-    return probs * real[:, None, :, None]
+    return probs.masked_fill(~real[:, None, :, None], 0)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vtok.errors import ConfigError, MissingExtraError
+from vtok.errors import ConfigError, MissingExtraError, UnknownNameError
 from vtok.methods import atp
 from vtok.methods.atp import Layout
 from vtok.methods.atp_attention import attention_scores, debiased, full_precision, self_logits
@@ -203,7 +203,7 @@ def load(
     try:
         spec = _read_header(header)
         spec.check(depth, width, grid)
-    except (ConfigError, TypeError) as error:
+    except (ConfigError, UnknownNameError) as error:
         raise ConfigError(f"{path}: {error}") from error
     with torch.device("meta"):  # every parameter comes from the file
         modules = ATPModules(spec)

@@ -45,7 +45,6 @@ def attention_scores(
     if rows is None:
         rows = int(asked.sum(-1).max())
     index, valid = rows_where(asked, rows)
-    index = index.where(valid, q.shape[2] - 1)  # row 0 may be padding, and padding may hold anything
     with full_precision(q.device):
         q, k = at_least_fp32(q), at_least_fp32(k)
         weights = []

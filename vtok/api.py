@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from vtok import files, reduction
 from vtok.budget import Budget, default_target, solve, steps_of
-from vtok.config import MethodConfig, Reducer
+from vtok.config import MethodConfig, ModelInfo, Reducer
 from vtok.cost import Estimate, estimate
 from vtok.describe import Info, PlanReport, Support
 from vtok.errors import ConfigError, StateError, UnsupportedModelError, VtokError, unknown
-from vtok.patches import find_adapters
+from vtok.patches import find_adapters, find_vlms
 from vtok.patches.block import ReducingBlock, check, install
 from vtok.patches.protocol import Adapter, Tower
 from vtok.patches.swap import Mixin, check_class, remove_hooks, take_off
+from vtok.prompt import VLMInfo
 from vtok.registry import ADAPTERS, METHODS
 from vtok.run import Run
 from vtok.state import Site
@@ -48,18 +49,21 @@ def patch(
     input_size: Size | None = None,
     calibration: Any = None,
     trace: bool = False,
+    positions: str | None = None,
     **params: Any,
 ) -> nn.Module:
     """Makes a model shorten its token sequence from now on, in place. An earlier patch is removed first.
 
     Args:
-        model: a model that holds one or more supported vision towers; weights and state_dict stay as they are.
+        model: a model that holds one or more supported vision towers, or a supported vision-language model, whose prompts are
+            shortened by visual tokens, `generate()` and all; weights and state_dict stay as they are.
         method: a method's name; a config object; a list of these (they must reduce in different blocks); or the path of a file,
             or of a folder, that `save_config` wrote.
         flops: a budget instead of a knob: the share of the model's FLOPs to leave, the reduction's own included, in (0, 1].
         input_size: (channels, height, width) for which a budget is solved and counts are checked; default: the model's own.
         calibration: images, as the tower takes them (a mapping: by name), for methods whose token counts depend on the image.
         trace: keep a map from original to reduced tokens, for `unmerge` and overlays.
+        positions: of a vision-language model's tokens behind dropped ones: "original" (default), or "compact", numbered anew.
         **params: parameters of the method, if it was given by name.
 
     Returns:
@@ -70,8 +74,19 @@ def patch(
         ConfigError: a value that makes no sense for this model, or a budget that cannot be met.
         UnsupportedModelError: nothing in the model can be patched, or not with this method; the model is left as it was.
     """
+    _require_module(model)
+    if vlms := find_vlms(model):
+        from vtok import vlm
+
+        vlm.refuse({"flops": flops, "input_size": input_size, "calibration": calibration, "trace": trace or None})
+        pruners = vlm.resolve_all(vlms, *_wanted([v.info for v in vlms], method, params, None), positions)
+        unpatch(model)
+        vlm.put(model, vlms, pruners)
+        return model
+    if positions is not None:
+        raise ConfigError(f"positions is for vision-language models; {type(model).__name__} is none that vtok knows")
     found = _towers(model, input_size)
-    wanted, saved_trace = _wanted(found, method, params, flops)
+    wanted, saved = _wanted([tower.info for _, tower in found], method, params, flops)
     ready = []
     for (adapter, tower), configs in zip(found, wanted):
         made = _resolve(adapter, tower, configs, flops, calibration)
@@ -79,7 +94,7 @@ def patch(
         ready.append((adapter, tower, made))
     unpatch(model)
     for adapter, tower, made in ready:
-        _install(adapter, tower, made, trace or saved_trace)
+        _install(adapter, tower, made, trace or (saved is not None and saved.trace))
     return model
 
 
@@ -114,7 +129,7 @@ def patched(model: nn.Module, method: Method = "pitome", **kwargs: Any) -> Itera
     """`with vtok.patched(model, "tome", r=8): ...`; at the end, whatever happens inside, the model is as it was before:
     unpatched, or with the patch that it had."""
     _require_module(model)
-    before = _installed(model)
+    before, pruners = _installed(model), _pruners(model)
     patch(model, method, **kwargs)
     try:
         yield model
@@ -122,6 +137,20 @@ def patched(model: nn.Module, method: Method = "pitome", **kwargs: Any) -> Itera
         unpatch(model)
         for earlier in before:
             _install(*earlier)
+        if pruners:
+            from vtok import vlm
+
+            vlm.put(model, [v for v, _ in pruners], [p for _, p in pruners])
+
+
+def _pruners(model: nn.Module) -> list[Any]:
+    """(vision-language model, what its hooks share) where it is patched."""
+    vlms = find_vlms(model)
+    if not vlms:
+        return []
+    from vtok.patches.hf_vlm_install import pruner_of
+
+    return [(v, pruner) for v in vlms if (pruner := pruner_of(v)) is not None]
 
 
 def _installed(model: nn.Module) -> list[tuple[Adapter, Tower, Patch, bool]]:
@@ -147,14 +176,57 @@ def plan(
     `calibration` images are given, which are run once. Arguments and errors are those of `patch`; the model is not changed.
     Of a model with several towers it describes the first.
     """
+    _require_module(model)
+    if find_vlms(model):
+        raise UnsupportedModelError(
+            f"plan describes vision encoders; what a prompt of {type(model).__name__} costs depends on its text and images: "
+            "patch the model, run it and ask vtok.info(model)"
+        )
     found = _towers(model, input_size)
-    wanted, _ = _wanted(found, method, params, flops)
+    wanted, _ = _wanted([tower.info for _, tower in found], method, params, flops)
     adapter, tower = found[0]
     made = _resolve(adapter, tower, wanted[0], flops, calibration)
     result = _estimate(adapter, tower, made.steps)
     if calibration is not None and not result.exact:
         result = _measure(adapter, tower, made.configs, calibration)
     return PlanReport(type(tower.module).__name__, made.configs, result, made.budget, tower.info.num_patches)
+
+
+def prune_inputs(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    method: Method = "random",
+    *,
+    positions: str | None = None,
+    pad_token_id: int | None = None,
+    **params: Any,
+) -> dict[str, Any]:
+    """Shortens the prompt of a vision-language model itself: no hooks, for static caches, compilation and serving.
+
+    The vision side is run, the method chooses among its features, and the placeholders of those that leave are deleted. Of a
+    method that also drops tokens inside the LLM only this part is done, with a warning.
+
+    Args:
+        model: with its language head, not patched.
+        inputs: what the processor returned: input_ids, attention_mask, pixel_values and so on.
+        method: as for `patch`.
+        positions: "original" (default): tokens keep the positions they had in the long prompt; "compact": numbered anew.
+        pad_token_id: fills rows that keep fewer tokens, on the left; default: the model's own.
+        **params: parameters of the method, if it was given by name.
+
+    Returns:
+        Inputs for `generate()` or the model: shorter input_ids, attention_mask and position_ids, and the features that stay in
+        place of the pixels. `generate()` returns this shorter prompt followed by the answer: slice at its length.
+
+    Raises:
+        ConfigError, UnsupportedModelError, UnknownNameError: as `patch` does.
+    """
+    from vtok import vlm
+
+    _require_module(model)
+    vlms = find_vlms(model)
+    wanted, saved = _wanted([v.info for v in vlms], method, params, None)
+    return vlm.shorten(model, vlms, inputs, wanted, saved, positions, pad_token_id)
 
 
 def info(model: nn.Module, probe: Any = None) -> Info:
@@ -169,6 +241,14 @@ def info(model: nn.Module, probe: Any = None) -> Info:
     """
     from vtok.inspection import tower_info
 
+    _require_module(model)
+    if vlms := find_vlms(model):
+        from vtok import vlm
+
+        if probe is not None:
+            with torch.no_grad():
+                _call(model, probe)
+        return Info(prompts=tuple(vlm.describe(v) for v in vlms))
     found = _towers(model, None)
     kernels: dict[int, list[str]] = {}
     if probe is not None:
@@ -186,6 +266,11 @@ def info(model: nn.Module, probe: Any = None) -> Info:
 def supports(model: nn.Module) -> Support:
     """What `patch` would patch in a model, and which methods work on it; never raises."""
     try:
+        _require_module(model)
+        if vlms := find_vlms(model):
+            from vtok import vlm
+
+            return vlm.support(vlms)
         found = _towers(model, None)
     except VtokError as error:
         return Support(reason=str(error))
@@ -222,6 +307,9 @@ def save_config(model: nn.Module, path: str | os.PathLike) -> None:
 
     `vtok.patch(other_model, path)` brings it back; numbers that a budget chose are written, not the budget.
     """
+    if pruners := _pruners(model):
+        saved = [(v.info, pruner.configs) for v, pruner in pruners]
+        return files.save(path, saved, False, "compact" if pruners[0][1].compact else "original")
     found = _installed(model)
     if not found:
         raise StateError("the model is not patched; there is nothing to save")
@@ -247,16 +335,16 @@ def _own_class(module: nn.Module) -> type:
 
 
 def _wanted(
-    found: Sequence[tuple[Adapter, Tower]], method: Method, params: dict[str, Any], flops: float | None
-) -> tuple[list[tuple[MethodConfig, ...]], bool]:
-    """(configs for every tower, whether a file asks for a trace)."""
+    infos: Sequence[ModelInfo | VLMInfo], method: Method, params: dict[str, Any], flops: float | None
+) -> tuple[list[tuple[MethodConfig, ...]], files.Saved | None]:
+    """(configs for every tower or vision-language model, the file that they came from)."""
     if isinstance(method, os.PathLike) or (isinstance(method, str) and method not in METHODS and files.is_path(method)):
         if params or flops is not None:
             given = ", ".join([*params, *([] if flops is None else ["flops"])])
             raise ConfigError(f"{os.fspath(method)} is a saved patch, which holds all its numbers; leave out {given}")
         loaded = files.load(method)
-        return loaded.configs_for([tower.info for _, tower in found]), loaded.trace
-    return [_configs(method, params)] * len(found), False
+        return loaded.configs_for(infos), loaded
+    return [_configs(method, params)] * len(infos), None
 
 
 def _configs(method: Method, params: dict[str, Any]) -> tuple[MethodConfig, ...]:

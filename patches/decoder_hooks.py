@@ -52,9 +52,8 @@ class BeforeModel(PrunerHook):
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         running = self.pruner.open()
         kwargs = dict(zip(inspect.signature(module.forward).parameters, args), **kwargs)
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            running.real = mask.bool()
+        cache = kwargs.get("past_key_values")
+        running.real = masks.seen_columns(kwargs.get("attention_mask"))
         if state_of(cache) is not None and stored(cache) == 0:
             forget(cache)
         running.state = state_of(cache)
@@ -332,9 +331,9 @@ def _slots(
 
 
 def _real(running: Pass, state: PromptState, total: int, batch: int, device: torch.device) -> Tensor:
-    """[B, total] bool, False = padding: by the caller's 2-D mask, or by what is known of the prompt, all text being real."""
-    if running.real is not None and running.real.shape[1] == total:
-        return running.real.to(device)
+    """[B, total] bool, False = padding: by the caller's mask, or by what is known of the prompt, all text being real."""
+    if running.real is not None and running.real.shape[1] >= total:
+        return running.real[:, :total].to(device).expand(batch, -1)
     prompt = state.real.to(device).repeat_interleave(batch // len(state.real), 0)
     return torch.cat([prompt, prompt.new_ones(batch, total - state.length)], 1)
 

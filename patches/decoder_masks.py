@@ -51,6 +51,16 @@ def real_columns(mask: Mask, batch: int, length: int, device: torch.device) -> T
     return (diagonal if diagonal.dtype == torch.bool else diagonal == 0).to(device).expand(batch, length)
 
 
+def seen_columns(mask: Mask) -> Tensor | None:
+    """[B, columns so far] bool: what the newest token may see, by the mask that a caller passes; `None` if it says nothing."""
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention")
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+        return None
+    row = mask if mask.ndim == 2 else mask[:, 0, -1]
+    return row == 0 if row.is_floating_point() and mask.ndim == 4 else row.bool()
+
+
 def gather_mask(mask: Mask, stage: Stage, like: Tensor, implementation: str, keys: int) -> Mask:
     """The mask of a shortened prompt from the one that the model made for the E columns that enter the LLM.
 

@@ -67,7 +67,7 @@ class Pass:
 
     Attributes:
         prunes: whether it reads a prompt with images.
-        real: [B, columns so far] bool from the caller's 2-D mask, or `None`.
+        real: [B, columns so far] bool from the caller's mask, or `None`.
         state: what the cache remembers, or will.
         visual: [B, L] bool, if it prunes.
         features: [B, L] bool, False = left by the choice among image features; `None` = all stay.

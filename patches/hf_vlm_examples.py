@@ -73,7 +73,7 @@ def _padded(rows: list[list[int]]) -> Inputs:
 
 
 def prompts(generator: torch.Generator, counts: list[int], token: int = IMAGE) -> Inputs:
-    """Two prompts; the first holds all images but the last, with text before, between and behind them. counts: tokens of each."""
+    """Two prompts; the first holds all images but the last, text before, between and behind them. counts: tokens of each."""
     rows = [_words(generator, 3), [1, *_words(generator, 2)]]
     for i, count in enumerate(counts):
         rows[i == len(counts) - 1] += [START, *[token] * count, END, *_words(generator, 2)]

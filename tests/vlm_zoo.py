@@ -60,15 +60,6 @@ def text_model(model: Any) -> Any:
     return vlm.text
 
 
-# What a prompt's columns keep, by their own number: no method, and nothing that a bug of the hooks could share.
-def keeps(model: Any, ids: Tensor, share: int, offset: int = 0) -> Tensor:
-    """[B, L] bool: of the visual columns every `share`-th stays (0 = none); rows keep different numbers; text stays."""
-    seen = visual(model, ids)
-    number = seen.cumsum(1) + torch.arange(len(ids))[:, None]
-    stays = torch.zeros_like(seen) if share == 0 else (number + offset) % share == 0
-    return stays | ~seen
-
-
 @dataclass(frozen=True)
 class Columns(MethodConfig):
     """Drops fixed columns: at layers, or before the LLM (layer 0)."""
@@ -93,8 +84,8 @@ class _ColumnsReducer(VLMReducer):
         share = dict(self.shares)[at.index]
         if share == 0:
             return torch.zeros_like(layout.visual)
-        # the ordinal of a visual column cannot be counted here: earlier ones may be gone. Columns say enough.
-        return (layout.column + torch.arange(len(x))[:, None]) % share == 0
+        first = layout.column.where(layout.real, layout.length).amin(1, keepdim=True)  # differs between rows, not between beams
+        return (layout.column + first) % share == 0
 
 
 def column_keeps(model: Any, values: dict[str, Tensor], shares: tuple[tuple[int, int], ...]) -> dict[int, Tensor]:
@@ -104,7 +95,7 @@ def column_keeps(model: Any, values: dict[str, Tensor], shares: tuple[tuple[int,
     for layer in range(len(text_model(model).layers)):
         for first, share in shares:
             if first == layer:
-                column = torch.arange(ids.shape[1]) + torch.arange(len(ids))[:, None]
+                column = torch.arange(ids.shape[1]) + values["attention_mask"].argmax(1, keepdim=True)
                 stays = torch.zeros_like(seen) if share == 0 else column % share == 0
                 alive = alive & (stays | ~seen)
         result[layer] = alive
@@ -204,3 +195,64 @@ def feature_keeps(model: Any, values: dict[str, Tensor], keep: float, method: st
             first += len(x)
         stays[values["input_ids"] == vlm.tokens[modality]] = torch.cat(rows)
     return stays
+
+
+@dataclass(frozen=True)
+class Attended(MethodConfig):
+    """Keeps the visual tokens that the last text token attends to most, as read from `probe` decoder layers before."""
+
+    name: ClassVar[str] = "attended"
+    layer: int = 2
+    count: int = 5
+    back: int = 1
+
+    def build_vlm(self, info: VLMInfo) -> VLMReducer:
+        return AttendedReducer(self.layer, self.count, self.back)
+
+
+@dataclass(frozen=True)
+class AttendedReducer(VLMReducer):
+    layer: int
+    count: int
+    back: int
+    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return (Site(Place.DECODER_IN, self.layer),)
+
+    def probe(self, at: Site) -> int:
+        return at.index - self.back
+
+    def keep(self, x: Tensor, layout: Layout, attention: LayerAttention | None, at: Site) -> Tensor:
+        assert attention is not None
+        assert attention.layer == at.index - self.back
+        last = torch.full((len(x), 1), x.shape[1] - 1)
+        score = attention.probs(last).mean(1)[:, 0].masked_fill(~layout.visual, -1)
+        chosen = score.argsort(dim=1, descending=True, stable=True)[:, : self.count]
+        return torch.zeros_like(layout.visual).scatter(1, chosen, True)
+
+
+@dataclass(frozen=True)
+class Nearest(MethodConfig):
+    """Keeps every fourth visual token and folds each of the others into the nearest kept one by plain means."""
+
+    name: ClassVar[str] = "nearest"
+
+    def build_vlm(self, info: VLMInfo) -> VLMReducer:
+        return _NearestReducer()
+
+
+@dataclass(frozen=True)
+class _NearestReducer(VLMReducer):
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return (Site(Place.IMAGE_FEATURES, 0),)
+
+    def features(self, images: ImageFeatures) -> Plan:
+        batch, n, _ = images.tokens.shape
+        order = torch.arange(n)
+        keep, src = order[order % 4 == 0], order[order % 4 != 0]
+        dst = (src // 4).clamp_max(len(keep) - 1)
+        keep, src, dst = (t.expand(batch, -1) for t in (keep.flip(0), src, len(keep) - 1 - dst))
+        return Plan(keep, src, dst)

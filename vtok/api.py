@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,21 +14,19 @@ from torch import Tensor, nn
 
 from vtok import files, reduction
 from vtok.budget import Budget, default_target, solve, steps_of
-from vtok.config import MethodConfig, ModelInfo, Reducer
+from vtok.config import MethodConfig, Reducer
 from vtok.cost import Estimate, estimate
 from vtok.describe import Info, PlanReport, Support
-from vtok.errors import ConfigError, StateError, UnsupportedModelError, VtokError, unknown
-from vtok.patches import find_adapters, find_vlms
-from vtok.patches.block import ReducingBlock, check, install
+from vtok.errors import ConfigError, StateError, UnsupportedModelError, VtokError
+from vtok.patches import find_vlms
+from vtok.patches.block import check, install
 from vtok.patches.protocol import Adapter, Tower
 from vtok.patches.swap import Mixin, check_class, remove_hooks, take_off
-from vtok.prompt import VLMInfo
-from vtok.registry import ADAPTERS, METHODS
+from vtok.registry import METHODS
+from vtok.resolve import Method, Size, own_class, require_module, run_of, wanted
+from vtok.resolve import towers as _towers
 from vtok.run import Run
 from vtok.state import Site
-
-Method = str | os.PathLike | MethodConfig | Sequence[str | MethodConfig]
-Size = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -74,21 +72,21 @@ def patch(
         ConfigError: a value that makes no sense for this model, or a budget that cannot be met.
         UnsupportedModelError: nothing in the model can be patched, or not with this method; the model is left as it was.
     """
-    _require_module(model)
+    require_module(model)
     if vlms := find_vlms(model):
         from vtok import vlm
 
         vlm.refuse({"flops": flops, "input_size": input_size, "calibration": calibration, "trace": trace or None})
-        pruners = vlm.resolve_all(vlms, *_wanted([v.info for v in vlms], method, params, None), positions)
+        pruners = vlm.resolve_all(vlms, *wanted([v.info for v in vlms], method, params, None), positions)
         unpatch(model)
         vlm.put(model, vlms, pruners)
         return model
     if positions is not None:
         raise ConfigError(f"positions is for vision-language models; {type(model).__name__} is none that vtok knows")
     found = _towers(model, input_size)
-    wanted, saved = _wanted([tower.info for _, tower in found], method, params, flops)
+    configs_of, saved = wanted([tower.info for _, tower in found], method, params, flops)
     ready = []
-    for (adapter, tower), configs in zip(found, wanted):
+    for (adapter, tower), configs in zip(found, configs_of):
         made = _resolve(adapter, tower, configs, flops, calibration)
         check(tower, made.steps)
         ready.append((adapter, tower, made))
@@ -111,7 +109,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     Raises:
         StateError: another tool has wrapped a patched module since; nothing is changed.
     """
-    _require_module(model)
+    require_module(model)
     for module in model.modules():
         if isinstance(module, Mixin):
             check_class(module)
@@ -128,7 +126,7 @@ def unpatch(model: nn.Module) -> nn.Module:
 def patched(model: nn.Module, method: Method = "pitome", **kwargs: Any) -> Iterator[nn.Module]:
     """`with vtok.patched(model, "tome", r=8): ...`; at the end, whatever happens inside, the model is as it was before:
     unpatched, or with the patch that it had."""
-    _require_module(model)
+    require_module(model)
     before, pruners = _installed(model), _pruners(model)
     patch(model, method, **kwargs)
     try:
@@ -176,16 +174,16 @@ def plan(
     `calibration` images are given, which are run once. Arguments and errors are those of `patch`; the model is not changed.
     Of a model with several towers it describes the first.
     """
-    _require_module(model)
+    require_module(model)
     if find_vlms(model):
         raise UnsupportedModelError(
             f"plan describes vision encoders; what a prompt of {type(model).__name__} costs depends on its text and images: "
             "patch the model, run it and ask vtok.info(model)"
         )
     found = _towers(model, input_size)
-    wanted, _ = _wanted([tower.info for _, tower in found], method, params, flops)
+    configs_of, _ = wanted([tower.info for _, tower in found], method, params, flops)
     adapter, tower = found[0]
-    made = _resolve(adapter, tower, wanted[0], flops, calibration)
+    made = _resolve(adapter, tower, configs_of[0], flops, calibration)
     result = _estimate(adapter, tower, made.steps)
     if calibration is not None and not result.exact:
         result = _measure(adapter, tower, made.configs, calibration)
@@ -223,10 +221,10 @@ def prune_inputs(
     """
     from vtok import vlm
 
-    _require_module(model)
+    require_module(model)
     vlms = find_vlms(model)
-    wanted, saved = _wanted([v.info for v in vlms], method, params, None)
-    return vlm.shorten(model, vlms, inputs, wanted, saved, positions, pad_token_id)
+    configs_of, saved = wanted([v.info for v in vlms], method, params, None)
+    return vlm.shorten(model, vlms, inputs, configs_of, saved, positions, pad_token_id)
 
 
 def info(model: nn.Module, probe: Any = None) -> Info:
@@ -241,7 +239,7 @@ def info(model: nn.Module, probe: Any = None) -> Info:
     """
     from vtok.inspection import tower_info
 
-    _require_module(model)
+    require_module(model)
     if vlms := find_vlms(model):
         from vtok import vlm
 
@@ -266,7 +264,7 @@ def info(model: nn.Module, probe: Any = None) -> Info:
 def supports(model: nn.Module) -> Support:
     """What `patch` would patch in a model, and which methods work on it; never raises."""
     try:
-        _require_module(model)
+        require_module(model)
         if vlms := find_vlms(model):
             from vtok import vlm
 
@@ -277,9 +275,9 @@ def supports(model: nn.Module) -> Support:
     towers: list[tuple[str, str, int, str]] = []
     methods: dict[str, str | None] = {}
     for _, tower in found:
-        kinds = Counter(_own_class(b.module).__name__ for b in tower.blocks)
+        kinds = Counter(own_class(b.module).__name__ for b in tower.blocks)
         towers.append(
-            (tower.path, _own_class(tower.module).__name__, len(tower.blocks), ", ".join(f"{n} x{c}" for n, c in kinds.items()))
+            (tower.path, own_class(tower.module).__name__, len(tower.blocks), ", ".join(f"{n} x{c}" for n, c in kinds.items()))
         )
     for name in METHODS.names():
         methods[name] = None
@@ -316,72 +314,8 @@ def save_config(model: nn.Module, path: str | os.PathLike) -> None:
     files.save(path, [(tower.info, made.configs) for _, tower, made, _ in found], any(trace for *_, trace in found))
 
 
-def _require_module(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"vtok patches a torch.nn.Module, got {type(model).__name__}")
-
-
-def run_of(module: nn.Module) -> Run | None:
-    """The `Run` of the first patched tower in a module, or `None`."""
-    return next((m._vtok.run for m in module.modules() if isinstance(m, ReducingBlock)), None)
-
-
 def _call(module: nn.Module, inputs: Any) -> Any:
     return module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
-
-
-def _own_class(module: nn.Module) -> type:
-    return type(module).__bases__[1] if isinstance(module, Mixin) else type(module)
-
-
-def _wanted(
-    infos: Sequence[ModelInfo | VLMInfo], method: Method, params: dict[str, Any], flops: float | None
-) -> tuple[list[tuple[MethodConfig, ...]], files.Saved | None]:
-    """(configs for every tower or vision-language model, the file that they came from)."""
-    if isinstance(method, os.PathLike) or (isinstance(method, str) and method not in METHODS and files.is_path(method)):
-        if params or flops is not None:
-            given = ", ".join([*params, *([] if flops is None else ["flops"])])
-            raise ConfigError(f"{os.fspath(method)} is a saved patch, which holds all its numbers; leave out {given}")
-        loaded = files.load(method)
-        return loaded.configs_for(infos), loaded
-    return [_configs(method, params)] * len(infos), None
-
-
-def _configs(method: Method, params: dict[str, Any]) -> tuple[MethodConfig, ...]:
-    """What the user named -> config objects."""
-    if isinstance(method, str):
-        return (METHODS.get(method).create(**params),)
-    if isinstance(method, MethodConfig):
-        if params:
-            raise ConfigError(f"parameters belong into the config object: {type(method).__name__}({', '.join(params)}=...)")
-        return (method,)
-    if isinstance(method, Sequence) and method:
-        if params:
-            raise ConfigError("with a list of methods, give parameters as config objects: [vtok.ToMe(r=8), ...]")
-        return tuple(config for one in method for config in _configs(one, {}))
-    if isinstance(method, type) and issubclass(method, MethodConfig):
-        raise ConfigError(f"{method.__name__} is a config class; pass an object of it: vtok.{method.__name__}(...)")
-    raise unknown("method", str(method), METHODS.names())
-
-
-def _towers(model: nn.Module, input_size: Size | None) -> list[tuple[Adapter, Tower]]:
-    """Every supported tower of a model; raises if there is none."""
-    _require_module(model)
-    if input_size is not None:
-        numbers = isinstance(input_size, (tuple, list)) and all(isinstance(n, int) and n > 0 for n in input_size)
-        if not numbers or len(input_size) != 3:
-            raise ConfigError(f"input_size is (channels, height, width), got {input_size!r}")
-    described = [(adapter, tower) for _, adapter in find_adapters(model) for tower in adapter.towers(model, input_size)]
-    outermost: dict[int, tuple[Adapter, Tower]] = {}
-    for adapter, tower in described:  # a wrapper and what it wraps, from two backends: the wrapper knows what comes after
-        key = id(tower.blocks[0].module)
-        if key not in outermost or len(tower.path) < len(outermost[key][1].path):
-            outermost[key] = (adapter, tower)
-    found = list(outermost.values())
-    if not found:
-        known = "; ".join(ADAPTERS.get(name).supported for name in ADAPTERS) if len(ADAPTERS.names()) else ""
-        raise UnsupportedModelError(f"{type(model).__name__} holds nothing that vtok can patch; supported: {known}")
-    return found
 
 
 def _resolve(adapter: Adapter, tower: Tower, configs: tuple[MethodConfig, ...], flops: float | None, calibration: Any) -> Patch:

@@ -81,7 +81,7 @@ def _check_site(config: MethodConfig, site: Site, info: VLMInfo) -> None:
         )
     if 0 < site.index < info.first_layer:
         raise UnsupportedModelError(
-            f"{config.name} drops tokens in front of decoder layer {site.index}, but {info.name} adds features of the tower to its "
+            f"{config.name} drops tokens in front of decoder layer {site.index}, but {info.name} adds tower features to its "
             f"visual tokens up to layer {info.first_layer - 1}; drop them before the LLM or from layer {info.first_layer} on"
         )
 
@@ -134,8 +134,8 @@ def refuse(given: Mapping[str, Any]) -> None:
     names = [name for name, value in given.items() if value is not None]
     if names:
         raise ConfigError(
-            f"{' and '.join(names)} cannot be used on a vision-language model: what its prompts cost depends on text and images; "
-            "set the parameters of the method"
+            f"{' and '.join(names)} cannot be used on a vision-language model, whose costs depend on text and images; set the "
+            "parameters of the method"
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtok.errors import UnsupportedModelError
+from vtok.errors import ConfigError, UnsupportedModelError
 from vtok.patches.decoder_state import Stage, take
 
 Mask = Tensor | Mapping[str, Any] | None
@@ -43,8 +43,10 @@ def real_columns(mask: Mask, batch: int, length: int, device: torch.device) -> T
     """[B, L] bool: False = padding, as far as the mask of a whole prompt says (2-D, 4-D, a mapping of these, or `None`)."""
     if isinstance(mask, Mapping):
         mask = next((m for m in mask.values() if m is not None), None)
-    if mask is None or mask.ndim not in (2, 4):
+    if mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=device)
+    if mask.ndim not in (2, 4):
+        raise ConfigError(f"attention_mask must be [rows, columns] or [rows, 1, queries, keys], got shape {list(mask.shape)}")
     if mask.ndim == 2:
         return mask[:, -length:].bool().to(device).expand(batch, length)
     diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)[:, :length]

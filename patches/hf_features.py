@@ -133,14 +133,19 @@ def _with_features(output: Any, images: list[Tensor]) -> Any:
 def short_output(output: Any, rows: Tensor) -> Any:
     """A copy of a model output that holds the kept features alone, deep ones included, in the container the model expects.
 
+    Features stay parted by image, by which generate() repeats them for beams. A model that expects one tensor gets [images, n, D]
+    if every image keeps as many, else [1, all, D]: that cannot be repeated for several rows.
+
     Args:
         output: of `get_image_features`.
         rows: [features in all] bool.
     """
 
     def kept(features: Any) -> Any:
-        found = torch.cat([x.reshape(-1, x.shape[-1]) for x in features])[rows]
-        return found[None] if isinstance(features, Tensor) else [found]
+        parts = [x[stays] for x, stays in zip(features, rows.split([len(x) for x in features]))]
+        if not isinstance(features, Tensor):
+            return parts
+        return torch.stack(parts) if len({len(x) for x in parts}) == 1 else torch.cat(parts)[None]
 
     values = {"pooler_output": kept(output.pooler_output)}
     deep = getattr(output, "deepstack_features", None)

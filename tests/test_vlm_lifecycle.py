@@ -32,8 +32,8 @@ def _hooks(model):
 def test_bits(name):
     """keep=1.0 changes no bit, nor does a patch that has gone; nothing is registered, no config is touched."""
     model, values = _build(name), inputs(name)
+    before = generate(model, values, steps=3)  # transformers hooks some towers itself then
     hooks, tables, config = _hooks(model), _registered(), model.config.to_dict()
-    before = generate(model, values, steps=3)
     vtok.patch(model, "uniform", keep=1.0)
     assert torch.equal(generate(model, values, steps=3)[1], before[1])
     vtok.patch(model, [vtok.RandomDrop(keep=0.5), Attended(layer=3)])
@@ -66,10 +66,10 @@ def test_patched_goes_back_to_the_earlier_patch():
 
 def test_copies_and_pickles():
     model, values = vtok.patch(_build("LLaVA-1.5"), [vtok.UniformGrid(keep=0.5), Attended()]), inputs("LLaVA-1.5")
-    before = generate(model, values)
     buffer = io.BytesIO()
-    torch.save(model, buffer)
+    torch.save(model, buffer)  # not after a pass: transformers' own hooks cannot be pickled
     buffer.seek(0)
+    before = generate(model, values)
     for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
         assert torch.equal(generate(other, values)[1], before[1])
         vtok.unpatch(other)
@@ -104,9 +104,10 @@ def test_state_dicts_and_wrapped_models():
 def test_a_failed_call_leaves_nothing_behind():
     model, values = vtok.patch(_build("LLaVA-1.5"), "uniform", keep=0.5), inputs("LLaVA-1.5")
     before = generate(model, values)
-    for broken in ({**values, "pixel_values": values["pixel_values"][:1]}, {**values, "attention_mask": torch.ones(2, 3, 3)}):
-        with pytest.raises((ValueError, RuntimeError, IndexError)):
-            model(**broken)
+    with pytest.raises(ValueError, match="do not match"):
+        model(**{**values, "pixel_values": values["pixel_values"][:1]})
+    with pytest.raises(vtok.ConfigError, match=r"attention_mask must be .* got shape \[2, 3, 3\]"):
+        model(**{**values, "attention_mask": torch.ones(2, 3, 3)})
     assert torch.equal(generate(model, values)[1], before[1])
 
 

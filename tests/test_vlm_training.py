@@ -16,9 +16,9 @@ def _build(name):
 
 
 def _labels(model, values):
-    """All text that is not padding; where no kept token precedes a visual one, labels say nothing."""
-    ids = values["input_ids"]
-    return ids.masked_fill(visual(model, ids) | (values["attention_mask"] == 0), -100)
+    """All text but the first token, which would be predicted from padding."""
+    ids, real = values["input_ids"], values["attention_mask"] == 1
+    return ids.masked_fill(visual(model, ids) | ~real | (real.cumsum(1) == 1), -100)
 
 
 @pytest.mark.parametrize("name", EACH)

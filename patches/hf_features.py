@@ -133,8 +133,8 @@ def _with_features(output: Any, images: list[Tensor]) -> Any:
 def short_output(output: Any, rows: Tensor) -> Any:
     """A copy of a model output that holds the kept features alone, deep ones included, in the container the model expects.
 
-    Features stay parted by image, by which generate() repeats them for beams. A model that expects one tensor gets [images, n, D]
-    if every image keeps as many, else [1, all, D]: that cannot be repeated for several rows.
+    Features stay parted by image, by which generate() repeats them for beams. A model that expects one tensor gets
+    [images, n, D] if every image keeps as many, else [1, all, D]: that cannot be repeated for several rows.
 
     Args:
         output: of `get_image_features`.

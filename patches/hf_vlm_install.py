@@ -79,7 +79,7 @@ def short_inputs(
 
     Raises:
         ConfigError: there is no prompt, or no image that would belong to it.
-        StateError: placeholders and features differ in number.
+        StateError: placeholders and features differ in number, or a prompt ends with a dropped token.
     """
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2:
@@ -104,6 +104,12 @@ def short_inputs(
         raise StateError(
             "the prompt and the images do not belong together: "
             + ", ".join(f"{a} {m} placeholders, {b} {m} features" for m, (a, b) in counts.items())
+        )
+    last = real.long().cumsum(1).argmax(1, keepdim=True)
+    if not compacted and not bool(keep.gather(1, last).all()):
+        raise StateError(
+            "a prompt ends with a visual token that is dropped, but generate() numbers the answer by the last token: put text "
+            "behind the image, or pass positions='compact'"
         )
     rows, _ = compact(keep & real)
     filled = rows >= 0

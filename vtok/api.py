@@ -214,9 +214,9 @@ def prune_inputs(
 
     Returns:
         Inputs for `generate()` or the model: shorter input_ids, attention_mask and position_ids, and the features that stay in
-        place of the pixels. `generate()` returns this shorter prompt followed by the answer: slice at its length. Make them anew
-        for every call: `generate()` with beams changes the features it is given. Sliding windows look back over the tokens that
-        are left.
+        place of the pixels. `generate()` returns this shorter prompt followed by the answer: slice at its length. Make them
+        anew for every call: `generate()` with beams changes the features it is given. Sliding windows look back over the tokens
+        that are left.
 
     Raises:
         ConfigError, UnsupportedModelError, UnknownNameError: as `patch` does.

@@ -83,7 +83,7 @@ class BeforeModel(PrunerHook):
         kwargs["mm_encoder_outputs"] = chosen.outputs
         if keep is None:
             return kwargs
-        real = masks.real_columns(kwargs.get("attention_mask"), *ids.shape, ids.device)
+        real = masks.real_columns(kwargs.get("attention_mask"), ids.shape[0], ids.shape[1], ids.device)
         running.prunes, running.visual, running.given = True, visual & real, given
         running.state = PromptState(ids.shape[1], real)
         running.state.compact = pruner.compact
@@ -153,7 +153,7 @@ class BeforeText(PrunerHook):
             position = torch.arange(x.shape[1], device=x.device)[None]
         if state.compact:
             position = renumbered(position, keep | ~state.real)
-        changed = {"inputs_embeds": take(x, rows, 1), "position_ids": take(position, rows, position.ndim - 1)}
+        changed: dict[str, Any] = {"inputs_embeds": take(x, rows, 1), "position_ids": take(position, rows, position.ndim - 1)}
         if isinstance(mask, Mapping):
             changed["attention_mask"] = {
                 name: masks.gather_mask(m, stage, x, kind, _keys(cache, rows.shape[1], _first_of(cache, name)))
@@ -270,7 +270,7 @@ def _prompt_kwargs(
     keys = _keys(cache, x.shape[1], index)
     kind = layer.self_attn.config._attn_implementation
     if recounted:
-        make = functools.partial(masks.text_mask, stage.column, state.real, x.shape[1], x, kind, keys, 0, window)
+        make: Any = functools.partial(masks.text_mask, stage.column, state.real, x.shape[1], x, kind, keys, 0, window)
     else:
         make = functools.partial(masks.gather_mask, mask, stage, x, kind, keys)
     shared = _once(running, ("mask", id(stage), id(mask), keys, window), mask, make)

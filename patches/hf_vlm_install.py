@@ -29,7 +29,7 @@ class Guard(Mixin):
                 "prefill_chunk_size reads a prompt in pieces, but which visual tokens stay is decided on the whole prompt; "
                 "leave it out, or shorten the prompt with vtok.prune_inputs"
             )
-        return super()._prefill(input_ids, generation_config, *args, **kwargs)  # type: ignore[operator, misc]
+        return super()._prefill(input_ids, generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
         raise UnsupportedModelError(

@@ -236,7 +236,7 @@ class Info:
 
     @property
     def patched(self) -> bool:
-        return any(found.configs for found in (*self.towers, *self.prompts))
+        return any(t.configs for t in self.towers) or any(p.configs for p in self.prompts)
 
     def __str__(self) -> str:
         return "\n\n".join(str(found) for found in (*self.prompts, *self.towers))

@@ -141,7 +141,8 @@ def refuse(given: Mapping[str, Any]) -> None:
 
 def support(vlms: Sequence[VLM]) -> Support:
     """See `vtok.supports`."""
-    rows, methods = [], {}
+    rows: list[tuple[str, str, int, str]] = []
+    methods: dict[str, str | None] = {}
     for vlm in vlms:
         kinds = Counter(type(layer).__name__ for layer in vlm.text.layers)
         listed = ", ".join(f"{name} x{count}" for name, count in kinds.items())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -16,3 +17,12 @@ def find_adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     for name in ADAPTERS:
         if name in roots:
             yield name, ADAPTERS.get(name)()
+
+
+def find_vlms(model: nn.Module) -> Sequence[Any]:
+    """The vision-language models inside `model`, as their adapters describe them; empty if there is none.
+
+    Raises:
+        UnsupportedModelError: one is there but cannot be patched.
+    """
+    return [vlm for _, adapter in find_adapters(model) if hasattr(adapter, "vlms") for vlm in adapter.vlms(model)]

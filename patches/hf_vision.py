@@ -9,6 +9,7 @@ from torch import nn
 
 from vtok.cost import TowerCost
 from vtok.errors import UnsupportedModelError
+from vtok.patches import hf_vlm
 from vtok.patches.cost import block_cost, linear_macs
 from vtok.patches.hf_heads import HeadEnds, HeadStarts, MeanInput, MeanOutput, NoPoolMask, WholeAttentions
 from vtok.patches.hf_tables import ATTENTIONS, BLOCKS, OWNERS, TOWERS, OwnerSpec, TowerSpec
@@ -22,8 +23,13 @@ class HfAdapter:
 
     supported = (
         "transformers' ViT, DeiT, BEiT, ViT-MAE and ViT-MSN encoders, DINOv2 (with registers) and DINOv3, the image towers of "
-        "CLIP, SigLIP, SigLIP2, BLIP, InternVL, Idefics2, Idefics3 and SmolVLM, and their image classifiers"
+        "CLIP, SigLIP, SigLIP2, BLIP, InternVL, Idefics2, Idefics3 and SmolVLM, and their image classifiers; the prompts of "
+        f"{hf_vlm.SUPPORTED}"
     )
+
+    def vlms(self, model: nn.Module) -> Sequence[hf_vlm.VLM]:
+        """The vision-language models inside `model`, whose prompts can be shortened."""
+        return hf_vlm.find(model)
 
     def towers(self, model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Sequence[Tower]:
         found = []

@@ -19,12 +19,13 @@ ALLOWED = {
     "state": set(),
     "reduction": {"errors", "ops", "state"},
     "run": {"errors", "state"},
-    "config": {"errors", "reduction", "state"},
+    "prompt": {"reduction", "state"},
+    "config": {"errors", "prompt", "reduction", "state"},
     "cost": {"config", "state"},
-    "methods": {"config", "errors", "methods", "ops", "reduction", "state"},
-    "patches": {"config", "cost", "errors", "ops", "patches", "reduction", "registry", "run", "state"},
+    "methods": {"config", "errors", "methods", "ops", "prompt", "reduction", "state"},
+    "patches": {"config", "cost", "errors", "ops", "patches", "prompt", "reduction", "registry", "run", "state"},
 }
-CORE = ["api", "budget", "describe", "files", "inspection", "probe"]
+CORE = ["api", "budget", "describe", "files", "inspection", "probe", "resolve", "vlm"]
 
 
 def _imports(path):

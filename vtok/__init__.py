@@ -8,7 +8,7 @@ Importing vtok needs torch alone; a backend is imported only when a model of it 
 from typing import TYPE_CHECKING, Any
 
 from vtok._version import __version__
-from vtok.api import info, patch, patched, plan, save_config, supports, unmerge, unpatch
+from vtok.api import info, patch, patched, plan, prune_inputs, save_config, supports, unmerge, unpatch
 from vtok.errors import (
     BudgetError,
     ConfigError,
@@ -59,6 +59,7 @@ __all__ = [
     "patch",
     "patched",
     "plan",
+    "prune_inputs",
     "save_config",
     "supports",
     "unmerge",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,17 +17,16 @@ from vtok.budget import Budget, default_target, solve, steps_of
 from vtok.config import MethodConfig, Reducer
 from vtok.cost import Estimate, estimate
 from vtok.describe import Info, PlanReport, Support
-from vtok.errors import ConfigError, StateError, UnsupportedModelError, VtokError, unknown
-from vtok.patches import find_adapters
-from vtok.patches.block import ReducingBlock, check, install
+from vtok.errors import ConfigError, StateError, UnsupportedModelError, VtokError
+from vtok.patches import find_vlms
+from vtok.patches.block import check, install
 from vtok.patches.protocol import Adapter, Tower
 from vtok.patches.swap import Mixin, check_class, remove_hooks, take_off
-from vtok.registry import ADAPTERS, METHODS
+from vtok.registry import METHODS
+from vtok.resolve import Method, Size, own_class, require_module, run_of, wanted
+from vtok.resolve import towers as _towers
 from vtok.run import Run
 from vtok.state import Site
-
-Method = str | os.PathLike | MethodConfig | Sequence[str | MethodConfig]
-Size = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -48,18 +47,21 @@ def patch(
     input_size: Size | None = None,
     calibration: Any = None,
     trace: bool = False,
+    positions: str | None = None,
     **params: Any,
 ) -> nn.Module:
     """Makes a model shorten its token sequence from now on, in place. An earlier patch is removed first.
 
     Args:
-        model: a model that holds one or more supported vision towers; weights and state_dict stay as they are.
+        model: a model that holds one or more supported vision towers, or a supported vision-language model, whose prompts are
+            shortened by visual tokens, `generate()` and all; weights and state_dict stay as they are.
         method: a method's name; a config object; a list of these (they must reduce in different blocks); or the path of a file,
             or of a folder, that `save_config` wrote.
         flops: a budget instead of a knob: the share of the model's FLOPs to leave, the reduction's own included, in (0, 1].
         input_size: (channels, height, width) for which a budget is solved and counts are checked; default: the model's own.
         calibration: images, as the tower takes them (a mapping: by name), for methods whose token counts depend on the image.
         trace: keep a map from original to reduced tokens, for `unmerge` and overlays.
+        positions: of a vision-language model's tokens behind dropped ones: "original" (default), or "compact", numbered anew.
         **params: parameters of the method, if it was given by name.
 
     Returns:
@@ -70,16 +72,27 @@ def patch(
         ConfigError: a value that makes no sense for this model, or a budget that cannot be met.
         UnsupportedModelError: nothing in the model can be patched, or not with this method; the model is left as it was.
     """
+    require_module(model)
+    if vlms := find_vlms(model):
+        from vtok import vlm
+
+        vlm.refuse({"flops": flops, "input_size": input_size, "calibration": calibration, "trace": trace or None})
+        pruners = vlm.resolve_all(vlms, *wanted([v.info for v in vlms], method, params, None), positions)
+        unpatch(model)
+        vlm.put(model, vlms, pruners)
+        return model
+    if positions is not None:
+        raise ConfigError(f"positions is for vision-language models; {type(model).__name__} is none that vtok knows")
     found = _towers(model, input_size)
-    wanted, saved_trace = _wanted(found, method, params, flops)
+    configs_of, saved = wanted([tower.info for _, tower in found], method, params, flops)
     ready = []
-    for (adapter, tower), configs in zip(found, wanted):
+    for (adapter, tower), configs in zip(found, configs_of):
         made = _resolve(adapter, tower, configs, flops, calibration)
         check(tower, made.steps)
         ready.append((adapter, tower, made))
     unpatch(model)
     for adapter, tower, made in ready:
-        _install(adapter, tower, made, trace or saved_trace)
+        _install(adapter, tower, made, trace or (saved is not None and saved.trace))
     return model
 
 
@@ -96,7 +109,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     Raises:
         StateError: another tool has wrapped a patched module since; nothing is changed.
     """
-    _require_module(model)
+    require_module(model)
     for module in model.modules():
         if isinstance(module, Mixin):
             check_class(module)
@@ -113,8 +126,8 @@ def unpatch(model: nn.Module) -> nn.Module:
 def patched(model: nn.Module, method: Method = "pitome", **kwargs: Any) -> Iterator[nn.Module]:
     """`with vtok.patched(model, "tome", r=8): ...`; at the end, whatever happens inside, the model is as it was before:
     unpatched, or with the patch that it had."""
-    _require_module(model)
-    before = _installed(model)
+    require_module(model)
+    before, pruners = _installed(model), _pruners(model)
     patch(model, method, **kwargs)
     try:
         yield model
@@ -122,6 +135,20 @@ def patched(model: nn.Module, method: Method = "pitome", **kwargs: Any) -> Itera
         unpatch(model)
         for earlier in before:
             _install(*earlier)
+        if pruners:
+            from vtok import vlm
+
+            vlm.put(model, [v for v, _ in pruners], [p for _, p in pruners])
+
+
+def _pruners(model: nn.Module) -> list[Any]:
+    """(vision-language model, what its hooks share) where it is patched."""
+    vlms = find_vlms(model)
+    if not vlms:
+        return []
+    from vtok.patches.hf_vlm_install import pruner_of
+
+    return [(v, pruner) for v in vlms if (pruner := pruner_of(v)) is not None]
 
 
 def _installed(model: nn.Module) -> list[tuple[Adapter, Tower, Patch, bool]]:
@@ -147,14 +174,59 @@ def plan(
     `calibration` images are given, which are run once. Arguments and errors are those of `patch`; the model is not changed.
     Of a model with several towers it describes the first.
     """
+    require_module(model)
+    if find_vlms(model):
+        raise UnsupportedModelError(
+            f"plan describes vision encoders; what a prompt of {type(model).__name__} costs depends on its text and images: "
+            "patch the model, run it and ask vtok.info(model)"
+        )
     found = _towers(model, input_size)
-    wanted, _ = _wanted(found, method, params, flops)
+    configs_of, _ = wanted([tower.info for _, tower in found], method, params, flops)
     adapter, tower = found[0]
-    made = _resolve(adapter, tower, wanted[0], flops, calibration)
+    made = _resolve(adapter, tower, configs_of[0], flops, calibration)
     result = _estimate(adapter, tower, made.steps)
     if calibration is not None and not result.exact:
         result = _measure(adapter, tower, made.configs, calibration)
     return PlanReport(type(tower.module).__name__, made.configs, result, made.budget, tower.info.num_patches)
+
+
+def prune_inputs(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    method: Method = "random",
+    *,
+    positions: str | None = None,
+    pad_token_id: int | None = None,
+    **params: Any,
+) -> dict[str, Any]:
+    """Shortens the prompt of a vision-language model itself: no hooks, for static caches, compilation and serving.
+
+    The vision side is run, the method chooses among its features, and the placeholders of those that leave are deleted. Of a
+    method that also drops tokens inside the LLM only this part is done, with a warning.
+
+    Args:
+        model: with its language head, not patched.
+        inputs: what the processor returned: input_ids, attention_mask, pixel_values and so on.
+        method: as for `patch`.
+        positions: "original" (default): tokens keep the positions they had in the long prompt; "compact": numbered anew.
+        pad_token_id: fills rows that keep fewer tokens, on the left; default: the model's own.
+        **params: parameters of the method, if it was given by name.
+
+    Returns:
+        Inputs for `generate()` or the model: shorter input_ids, attention_mask and position_ids, and the features that stay in
+        place of the pixels. `generate()` returns this shorter prompt followed by the answer: slice at its length. Make them
+        anew for every call: `generate()` with beams changes the features it is given. Sliding windows look back over the tokens
+        that are left.
+
+    Raises:
+        ConfigError, UnsupportedModelError, UnknownNameError: as `patch` does.
+    """
+    from vtok import vlm
+
+    require_module(model)
+    vlms = find_vlms(model)
+    configs_of, saved = wanted([v.info for v in vlms], method, params, None)
+    return vlm.shorten(model, vlms, inputs, configs_of, saved, positions, pad_token_id)
 
 
 def info(model: nn.Module, probe: Any = None) -> Info:
@@ -169,6 +241,14 @@ def info(model: nn.Module, probe: Any = None) -> Info:
     """
     from vtok.inspection import tower_info
 
+    require_module(model)
+    if vlms := find_vlms(model):
+        from vtok import vlm
+
+        if probe is not None:
+            with torch.no_grad():
+                _call(model, probe)
+        return Info(prompts=tuple(vlm.describe(v) for v in vlms))
     found = _towers(model, None)
     kernels: dict[int, list[str]] = {}
     if probe is not None:
@@ -186,15 +266,20 @@ def info(model: nn.Module, probe: Any = None) -> Info:
 def supports(model: nn.Module) -> Support:
     """What `patch` would patch in a model, and which methods work on it, by default or on request; never raises."""
     try:
+        require_module(model)
+        if vlms := find_vlms(model):
+            from vtok import vlm
+
+            return vlm.support(vlms)
         found = _towers(model, None)
     except VtokError as error:
         return Support(reason=str(error))
     towers: list[tuple[str, str, int, str]] = []
     methods: dict[str, str | None] = {}
     for _, tower in found:
-        kinds = Counter(_own_class(b.module).__name__ for b in tower.blocks)
+        kinds = Counter(own_class(b.module).__name__ for b in tower.blocks)
         towers.append(
-            (tower.path, _own_class(tower.module).__name__, len(tower.blocks), ", ".join(f"{n} x{c}" for n, c in kinds.items()))
+            (tower.path, own_class(tower.module).__name__, len(tower.blocks), ", ".join(f"{n} x{c}" for n, c in kinds.items()))
         )
     on_request: dict[str, dict[str, Any]] = {}
     for name in METHODS.names():
@@ -228,78 +313,17 @@ def save_config(model: nn.Module, path: str | os.PathLike) -> None:
 
     `vtok.patch(other_model, path)` brings it back; numbers that a budget chose are written, not the budget.
     """
+    if pruners := _pruners(model):
+        saved = [(v.info, pruner.configs) for v, pruner in pruners]
+        return files.save(path, saved, False, "compact" if pruners[0][1].compact else "original")
     found = _installed(model)
     if not found:
         raise StateError("the model is not patched; there is nothing to save")
     files.save(path, [(tower.info, made.configs) for _, tower, made, _ in found], any(trace for *_, trace in found))
 
 
-def _require_module(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"vtok patches a torch.nn.Module, got {type(model).__name__}")
-
-
-def run_of(module: nn.Module) -> Run | None:
-    """The `Run` of the first patched tower in a module, or `None`."""
-    return next((m._vtok.run for m in module.modules() if isinstance(m, ReducingBlock)), None)
-
-
 def _call(module: nn.Module, inputs: Any) -> Any:
     return module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
-
-
-def _own_class(module: nn.Module) -> type:
-    return type(module).__bases__[1] if isinstance(module, Mixin) else type(module)
-
-
-def _wanted(
-    found: Sequence[tuple[Adapter, Tower]], method: Method, params: dict[str, Any], flops: float | None
-) -> tuple[list[tuple[MethodConfig, ...]], bool]:
-    """(configs for every tower, whether a file asks for a trace)."""
-    if isinstance(method, os.PathLike) or (isinstance(method, str) and method not in METHODS and files.is_path(method)):
-        if params or flops is not None:
-            given = ", ".join([*params, *([] if flops is None else ["flops"])])
-            raise ConfigError(f"{os.fspath(method)} is a saved patch, which holds all its numbers; leave out {given}")
-        loaded = files.load(method)
-        return loaded.configs_for([tower.info for _, tower in found]), loaded.trace
-    return [_configs(method, params)] * len(found), False
-
-
-def _configs(method: Method, params: dict[str, Any]) -> tuple[MethodConfig, ...]:
-    """What the user named -> config objects."""
-    if isinstance(method, str):
-        return (METHODS.get(method).create(**params),)
-    if isinstance(method, MethodConfig):
-        if params:
-            raise ConfigError(f"parameters belong into the config object: {type(method).__name__}({', '.join(params)}=...)")
-        return (method,)
-    if isinstance(method, Sequence) and method:
-        if params:
-            raise ConfigError("with a list of methods, give parameters as config objects: [vtok.ToMe(r=8), ...]")
-        return tuple(config for one in method for config in _configs(one, {}))
-    if isinstance(method, type) and issubclass(method, MethodConfig):
-        raise ConfigError(f"{method.__name__} is a config class; pass an object of it: vtok.{method.__name__}(...)")
-    raise unknown("method", str(method), METHODS.names())
-
-
-def _towers(model: nn.Module, input_size: Size | None) -> list[tuple[Adapter, Tower]]:
-    """Every supported tower of a model; raises if there is none."""
-    _require_module(model)
-    if input_size is not None:
-        numbers = isinstance(input_size, (tuple, list)) and all(isinstance(n, int) and n > 0 for n in input_size)
-        if not numbers or len(input_size) != 3:
-            raise ConfigError(f"input_size is (channels, height, width), got {input_size!r}")
-    described = [(adapter, tower) for _, adapter in find_adapters(model) for tower in adapter.towers(model, input_size)]
-    outermost: dict[int, tuple[Adapter, Tower]] = {}
-    for adapter, tower in described:  # a wrapper and what it wraps, from two backends: the wrapper knows what comes after
-        key = id(tower.blocks[0].module)
-        if key not in outermost or len(tower.path) < len(outermost[key][1].path):
-            outermost[key] = (adapter, tower)
-    found = list(outermost.values())
-    if not found:
-        known = "; ".join(ADAPTERS.get(name).supported for name in ADAPTERS) if len(ADAPTERS.names()) else ""
-        raise UnsupportedModelError(f"{type(model).__name__} holds nothing that vtok can patch; supported: {known}")
-    return found
 
 
 def _resolve(adapter: Adapter, tower: Tower, configs: tuple[MethodConfig, ...], flops: float | None, calibration: Any) -> Patch:

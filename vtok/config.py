@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from vtok.errors import ConfigError, UnsupportedModelError, unknown
+from vtok.prompt import VLMInfo, VLMReducer
 from vtok.reduction import Plan
 from vtok.state import AttentionView, Site, TokenState
 
@@ -120,6 +121,23 @@ class MethodConfig:
             ConfigError: a value does not fit the model.
         """
         raise NotImplementedError
+
+    def build_vlm(self, info: VLMInfo) -> VLMReducer:
+        """Resolves the config for a vision-language model; a method that acts on visual tokens before or in the LLM has it.
+
+        Raises:
+            UnsupportedModelError: the method acts inside vision encoders only, or the model lacks what it needs.
+            ConfigError: a value does not fit the model.
+        """
+        raise UnsupportedModelError(
+            f"{self.name} reduces tokens inside the blocks of a vision encoder, which vtok does not patch inside a "
+            f"vision-language model such as {info.name}: not every connector works with fewer tokens"
+        )
+
+    @classmethod
+    def for_vlms(cls) -> bool:
+        """Whether the method acts on the visual tokens of vision-language models."""
+        return cls.build_vlm is not MethodConfig.build_vlm
 
     def resolved(self, info: ModelInfo) -> Self:
         """The same config with defaults that depend on the model written out, as `info`, `plan` and saved files show it."""

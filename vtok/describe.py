@@ -179,17 +179,74 @@ class TowerInfo:
 
 
 @dataclass(frozen=True)
+class PromptRow:
+    """One place where a vision-language model dropped visual tokens.
+
+    Attributes:
+        place: "before the LLM" or "decoder layer k".
+        tokens_in: visual tokens that arrived, for each row of the batch.
+        tokens_out: visual tokens that went on.
+    """
+
+    place: str
+    tokens_in: tuple[int, ...]
+    tokens_out: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PromptInfo:
+    """A vision-language model and the last prompt with images that this thread gave it.
+
+    Attributes:
+        path: name in the model, "" = the model itself.
+        model: class name.
+        configs: methods patched into it (empty: unpatched).
+        positions: "original" or "compact".
+        rows: places where tokens were dropped, in order.
+        text: other tokens of every row of the batch; empty before the first prompt.
+    """
+
+    path: str
+    model: str
+    configs: tuple[MethodConfig, ...]
+    positions: str = "original"
+    rows: tuple[PromptRow, ...] = ()
+    text: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        where = f"{self.path} ({self.model})" if self.path else self.model
+        if not self.configs:
+            return f"{where}: not patched"
+        lines = [f"{where}: {' + '.join(_settings(c) for c in self.configs)}; {self.positions} positions"]
+        if self.rows:
+            cells = [(r.place, _listed(r.tokens_in), _listed(r.tokens_out)) for r in self.rows]
+            lines.append(table(("", "visual tokens in", "out"), cells))
+            lines.append(f"other tokens: {_listed(self.text)}")
+        elif self.text:
+            lines.append("the last prompt kept all its visual tokens")
+        else:
+            lines.append("no prompt with images yet in this thread")
+        return "\n".join(lines)
+
+
+def _listed(counts: Sequence[int]) -> str:
+    """One number if all rows of a batch have it, else one for each row."""
+    return str(counts[0]) if len(set(counts)) == 1 else ", ".join(map(str, counts))
+
+
+@dataclass(frozen=True)
 class Info:
     """What `vtok.info` found."""
 
-    towers: tuple[TowerInfo, ...]
+    towers: tuple[TowerInfo, ...] = ()
+    prompts: tuple[PromptInfo, ...] = ()
 
     @property
     def patched(self) -> bool:
-        return any(t.configs for t in self.towers)
+        return any(t.configs for t in self.towers) or any(p.configs for p in self.prompts)
 
     def __str__(self) -> str:
-        return "\n\n".join(str(t) for t in self.towers)
+        return "\n\n".join(str(found) for found in (*self.prompts, *self.towers))
 
 
 @dataclass(frozen=True)

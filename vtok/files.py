@@ -13,6 +13,7 @@ from typing import Any
 from vtok._version import __version__
 from vtok.config import MethodConfig, ModelInfo
 from vtok.errors import ConfigError, UnknownNameError
+from vtok.prompt import VLMInfo
 from vtok.registry import METHODS
 
 FILE_NAME = "vtok.json"
@@ -28,13 +29,15 @@ class Saved:
         path: where it came from.
         towers: for every tower its name, depth, num_patches and num_prefix when it was saved, and its methods.
         trace: whether the token map was kept.
+        positions: of the prompts of vision-language models, if it was saved from one.
     """
 
     path: Path
     towers: tuple[tuple[dict[str, Any], tuple[MethodConfig, ...]], ...]
     trace: bool
+    positions: str | None = None
 
-    def configs_for(self, infos: Sequence[ModelInfo]) -> list[tuple[MethodConfig, ...]]:
+    def configs_for(self, infos: Sequence[ModelInfo | VLMInfo]) -> list[tuple[MethodConfig, ...]]:
         """The methods of every tower of a model.
 
         Raises:
@@ -44,14 +47,15 @@ class Saved:
             raise ConfigError(f"{self.path}: saved from a model with {len(self.towers)} towers, this one has {len(infos)}")
         for info, (saved, _) in zip(infos, self.towers):
             for name, what in (("depth", "blocks"), ("num_prefix", "prefix tokens")):
-                if saved.get(name) != getattr(info, name):
+                if saved.get(name) != getattr(info, name, None):
                     raise ConfigError(
                         f"{self.path}: saved from {saved.get('name')} with {saved.get(name)} {what}, "
-                        f"this {info.name} has {getattr(info, name)}; pass the method and its parameters instead"
+                        f"this {info.name} has {getattr(info, name, 'none')}; pass the method and its parameters instead"
                     )
-            if saved.get("num_patches") != info.num_patches:
+            patches = getattr(info, "num_patches", None)
+            if saved.get("num_patches") != patches:
                 warnings.warn(
-                    f"{self.path}: saved for {saved.get('num_patches')} patches, this {info.name} has {info.num_patches}; "
+                    f"{self.path}: saved for {saved.get('num_patches')} patches, this {info.name} has {patches}; "
                     "the numbers are used as they are",
                     stacklevel=4,
                 )
@@ -63,8 +67,13 @@ def is_path(text: str) -> bool:
     return text.endswith(".json") or os.sep in text or Path(text).exists()
 
 
-def save(path: str | os.PathLike, towers: Sequence[tuple[ModelInfo, tuple[MethodConfig, ...]]], trace: bool) -> None:
-    """Writes the methods of every tower; a folder receives `vtok.json`."""
+def save(
+    path: str | os.PathLike,
+    towers: Sequence[tuple[ModelInfo | VLMInfo, tuple[MethodConfig, ...]]],
+    trace: bool,
+    positions: str | None = None,
+) -> None:
+    """Writes the methods of every tower or vision-language model; a folder receives `vtok.json`."""
     target = Path(path)
     if target.is_dir():
         target = target / FILE_NAME
@@ -75,9 +84,13 @@ def save(path: str | os.PathLike, towers: Sequence[tuple[ModelInfo, tuple[Method
         "vtok": __version__,
         "trace": trace,
         "towers": [
-            {**{name: getattr(info, name) for name in _IDENTITY}, "methods": [config.to_dict() for config in configs]}
+            {
+                **{n: getattr(info, n) for n in _IDENTITY if hasattr(info, n)},
+                "methods": [config.to_dict() for config in configs],
+            }
             for info, configs in towers
         ],
+        **({} if positions is None else {"positions": positions}),
     }
     target.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -103,7 +116,12 @@ def load(path: str | os.PathLike) -> Saved:
     towers = content.get("towers")
     if not isinstance(towers, list) or not towers or not all(isinstance(tower, dict) for tower in towers):
         raise ConfigError(f"{source}: 'towers' must be a list of mappings, found {towers!r}")
-    return Saved(source, tuple((tower, _methods(source, tower)) for tower in towers), bool(content.get("trace", False)))
+    return Saved(
+        source,
+        tuple((tower, _methods(source, tower)) for tower in towers),
+        bool(content.get("trace", False)),
+        content.get("positions"),
+    )
 
 
 def _methods(source: Path, tower: dict[str, Any]) -> tuple[MethodConfig, ...]:

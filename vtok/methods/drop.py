@@ -1,4 +1,7 @@
-"""What the two baselines that look at no feature share: each block keeps a fixed share of its patches, in raster order."""
+"""What the two baselines that look at no feature share: each block keeps a fixed share of its patches, in raster order.
+
+On a vision-language model they act once, on the image features before the LLM: `keep` is the share of visual tokens there.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ import torch
 from torch import Tensor
 
 from vtok.config import MethodConfig, ModelInfo, Reducer, block_indices, block_numbers, fraction
+from vtok.errors import ConfigError
 from vtok.ops.rows import with_prefix
+from vtok.prompt import ImageFeatures, View, VLMInfo, VLMReducer
 from vtok.reduction import Plan
 from vtok.state import AttentionView, Place, Site, TokenState
 
@@ -24,8 +29,9 @@ class DropConfig(MethodConfig):
     """Fields of a baseline that drops patches unseen.
 
     Attributes:
-        keep: share of its patches that each block in `layers` keeps ((0, 1]; default 0.925); 1.0 is an exact no-op.
-        layers: 0-based blocks that prune, between attention and MLP; default all.
+        keep: share of its patches that each block in `layers` keeps ((0, 1]; default 0.925); 1.0 is an exact no-op. On a
+            vision-language model: share of the visual tokens that enter the LLM, at least one of every view of an image.
+        layers: 0-based blocks that prune, between attention and MLP; default all. Not for vision-language models.
     """
 
     set_by_budget: ClassVar[tuple[str, ...]] = ("keep",)
@@ -47,6 +53,21 @@ class DropConfig(MethodConfig):
 
     def blocks(self, info: ModelInfo) -> tuple[int, ...]:
         return block_indices(self.layers, range(info.depth), info.depth)
+
+    def reducer(self, layers: tuple[int, ...], num_patches: int, grid: tuple[int, int]) -> DropReducer:
+        """The baseline for one grid of patches."""
+        raise NotImplementedError
+
+    def build(self, info: ModelInfo) -> DropReducer:
+        return self.reducer(self.blocks(info), info.num_patches, info.grid)
+
+    def build_vlm(self, info: VLMInfo) -> ViewDrop:
+        if self.layers is not None:
+            raise ConfigError(
+                f"layers={list(self.layers)} names blocks of a vision encoder; on a vision-language model such as {info.name} "
+                f"{self.name} acts once, before the LLM: leave layers out"
+            )
+        return ViewDrop(self)
 
 
 def kept_count(patches: int, keep: float) -> int:
@@ -80,3 +101,26 @@ class DropReducer(Reducer):
 
     def count(self, at: Site, n: int, num_prefix: int) -> int:
         return num_prefix + kept_count(n - num_prefix, self.keep)
+
+
+@dataclass(frozen=True)
+class ViewDrop(VLMReducer):
+    """Keeps the same share of every view of every image, before the LLM."""
+
+    config: DropConfig
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return (Site(Place.IMAGE_FEATURES, 0),) if self.config.keep < 1 else ()
+
+    def features(self, images: ImageFeatures) -> Plan | None:
+        batch = len(images.tokens)
+        kept = [self._rows(i, view, images.tokens.device) for i, view in enumerate(images.views)]
+        return Plan(torch.cat(kept).expand(batch, -1))
+
+    def _rows(self, number: int, view: View, device: torch.device) -> Tensor:
+        n = view.stop - view.start
+        ranks = self.config.reducer((number,), n, (view.rows, view.columns)).rank(
+            n, TokenState(0, n), Site(Place.IMAGE_FEATURES, number), device
+        )
+        return view.start + ranks[0].argsort(stable=True)[: kept_count(n, self.config.keep)].sort().values

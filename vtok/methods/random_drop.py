@@ -12,7 +12,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtok.config import ModelInfo
 from vtok.errors import ConfigError
 from vtok.methods.drop import DropConfig, DropReducer
 from vtok.ops.hashing import splitmix
@@ -24,8 +23,9 @@ class RandomDrop(DropConfig):
     """Config of random pruning.
 
     Attributes:
-        keep: share of its patches that each block in `layers` keeps ((0, 1]; default 0.925); 1.0 is an exact no-op.
-        layers: 0-based blocks that prune, between attention and MLP; default all.
+        keep: share of its patches that each block in `layers` keeps ((0, 1]; default 0.925); 1.0 is an exact no-op. On a
+            vision-language model: share of the visual tokens that enter the LLM, at least one of every view of an image.
+        layers: 0-based blocks that prune, between attention and MLP; default all. Not for vision-language models.
         seed: of the permutations, one per block (whole number; default 0).
     """
 
@@ -38,8 +38,8 @@ class RandomDrop(DropConfig):
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed must be a whole number, got {self.seed!r}")
 
-    def build(self, info: ModelInfo) -> RandomReducer:
-        return RandomReducer(self.keep, self.blocks(info), self.seed)
+    def reducer(self, layers: tuple[int, ...], num_patches: int, grid: tuple[int, int]) -> RandomReducer:
+        return RandomReducer(self.keep, layers, self.seed)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtok.config import ModelInfo
 from vtok.methods.drop import DropConfig, DropReducer
 from vtok.state import Site, TokenState
 
@@ -23,14 +22,15 @@ class UniformGrid(DropConfig):
     """Config of uniform pruning.
 
     Attributes:
-        keep: share of its patches that each block in `layers` keeps ((0, 1]; default 0.925); 1.0 is an exact no-op.
-        layers: 0-based blocks that prune, between attention and MLP; default all.
+        keep: share of its patches that each block in `layers` keeps ((0, 1]; default 0.925); 1.0 is an exact no-op. On a
+            vision-language model: share of the visual tokens that enter the LLM, at least one of every view of an image.
+        layers: 0-based blocks that prune, between attention and MLP; default all. Not for vision-language models.
     """
 
     name: ClassVar[str] = "uniform"
 
-    def build(self, info: ModelInfo) -> UniformReducer:
-        return UniformReducer(self.keep, self.blocks(info), info.num_patches, info.grid)
+    def reducer(self, layers: tuple[int, ...], num_patches: int, grid: tuple[int, int]) -> UniformReducer:
+        return UniformReducer(self.keep, layers, num_patches, grid)
 
 
 def grid_width(patches: int, known_patches: int, grid: tuple[int, int]) -> int:

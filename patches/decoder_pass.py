@@ -1,0 +1,180 @@
+"""What a patched vision-language model knows during one forward pass, and the plan that outlives it where there is no cache.
+
+Shapes: B rows, L columns of the prompt.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vtok.config import MethodConfig
+from vtok.patches.decoder_state import PromptState, Stage
+from vtok.patches.hf_vlm import VLMSpec
+from vtok.prompt import LayerAttention, VLMReducer
+from vtok.state import Site
+
+_PLAN = "_vtok_plan"
+
+
+class Recorded(NamedTuple):
+    """The plan of a prompt, for passes that read it again with more text behind it: generation without a cache.
+
+    Attributes:
+        configs: of the methods that made it.
+        ids: [B, L] token ids of the prompt.
+        keep: decoder layer -> [B, L] bool; 0 = before the LLM.
+    """
+
+    configs: tuple[MethodConfig, ...]
+    ids: Tensor
+    keep: dict[int, Tensor]
+
+    def fits(self, configs: tuple[MethodConfig, ...], ids: Tensor) -> bool:
+        """Whether `ids` [B, >= L] goes on with the prompt."""
+        (batch, length), shape = self.ids.shape, ids.shape
+        return configs == self.configs and shape[0] == batch and shape[1] > length and torch.equal(ids[:, :length], self.ids)
+
+    def at(self, layer: int, column: Tensor) -> Tensor | None:
+        """[B, M] bool for columns [B, M]; what came behind the prompt stays."""
+        keep = self.keep.get(layer)
+        if keep is None:
+            return None
+        length = keep.shape[1]
+        return keep.gather(1, column.clamp(0, length - 1)) | (column >= length)
+
+
+def recorded(outputs: Mapping[str, Any] | None) -> Recorded | None:
+    """The plan that encoded images carry."""
+    return next((o.__dict__[_PLAN] for o in (outputs or {}).values() if _PLAN in getattr(o, "__dict__", {})), None)
+
+
+def record(outputs: Mapping[str, Any] | None, plan: Recorded) -> None:
+    """Leaves a plan on encoded images that the caller holds."""
+    for output in (outputs or {}).values():
+        if output is not None:
+            output.__dict__[_PLAN] = plan
+
+
+@dataclass
+class Pass:
+    """One forward pass.
+
+    Attributes:
+        prunes: whether it reads a prompt with images.
+        real: [B, columns so far] bool from the caller's mask, or `None`.
+        state: what the cache remembers, or will.
+        visual: [B, L] bool, if it prunes.
+        features: [B, L] bool, False = left by the choice among image features; `None` = all stay.
+        given: encoded images of the caller, which carry the plan where there is no cache.
+        plan: what to record, or what was recorded.
+        replays: whether `plan` was made by an earlier pass.
+        slots_counted: whether the LLM made its masks for the shortened sequence, so that it measures windows in slots.
+        probes: decoder layer -> its attention.
+        memo: masks and tables that several layers share.
+    """
+
+    prunes: bool = False
+    real: Tensor | None = None
+    state: PromptState | None = None
+    visual: Tensor | None = None
+    features: Tensor | None = None
+    given: Mapping[str, Any] | None = None
+    plan: Recorded | None = None
+    replays: bool = False
+    slots_counted: bool = False
+    probes: dict[int, LayerAttention] = field(default_factory=dict)
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+
+class Counts(NamedTuple):
+    """What the last prompt of a thread was shortened to; tensors are read only when somebody asks.
+
+    Attributes:
+        visual: [B, L] bool.
+        real: [B, L] bool.
+        stages: decoder layer -> stage, 0 = before the LLM.
+    """
+
+    visual: Tensor
+    real: Tensor
+    stages: dict[int, Stage]
+
+
+class Pruner:
+    """Shared by the hooks of one vision-language model. Passes belong to their thread; all else never changes.
+
+    Args:
+        spec: of the model.
+        tokens: modality -> id of its placeholder.
+        features: what chooses among image features, if anything does.
+        layers: decoder layer -> (site, reducer); 0 = before the LLM.
+        compact: whether tokens are renumbered after what was dropped before the LLM.
+        configs: what was asked for.
+        path: of the model.
+    """
+
+    def __init__(
+        self,
+        spec: VLMSpec,
+        tokens: dict[str, int],
+        features: VLMReducer | None,
+        layers: dict[int, tuple[Site, VLMReducer]],
+        compact: bool,
+        configs: tuple[MethodConfig, ...],
+        path: str,
+    ):
+        self.spec, self.tokens, self.features, self.layers = spec, tokens, features, layers
+        self.compact, self.configs, self.path = compact, configs, path
+        self.probed = frozenset(r.probe(site) for site, r in layers.values() if "attention" in r.needs)
+        self._local = threading.local()
+
+    @property
+    def acts(self) -> bool:
+        return self.features is not None or bool(self.layers)
+
+    @property
+    def _stack(self) -> list[Pass]:
+        return self._local.__dict__.setdefault("stack", [])
+
+    @property
+    def current(self) -> Pass | None:
+        """This thread's running pass."""
+        return self._stack[-1] if self._stack else None
+
+    def open(self) -> Pass:
+        self._stack.append(Pass())
+        return self._stack[-1]
+
+    def close(self) -> None:
+        """Ends this thread's running pass."""
+        if not self._stack:
+            return
+        ended = self._stack.pop()
+        state = ended.state
+        if state is not None:
+            state.inside = False
+        if not ended.prunes or state is None:
+            return
+        if ended.plan is not None and not ended.replays:
+            record(ended.given, ended.plan)
+        assert ended.visual is not None
+        before = {} if state.before is None else {0: state.before}
+        self._local.__dict__["last"] = Counts(ended.visual, state.real, {**before, **state.between})
+
+    @property
+    def last(self) -> Counts | None:
+        """This thread's last prompt with images."""
+        return self._local.__dict__.get("last")
+
+    def __getstate__(self) -> dict[str, Any]:  # passes are neither copied nor pickled
+        return {name: value for name, value in self.__dict__.items() if name != "_local"}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        self.__dict__.update(saved)
+        self._local = threading.local()

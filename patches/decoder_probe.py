@@ -1,0 +1,90 @@
+"""Attention of one decoder layer, worked out from that layer's own input and weights; no kernel is changed, nothing registered.
+
+Shapes: B rows, L columns that enter the layer, R query rows, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtok.patches.decoder_masks import Mask
+from vtok.patches.decoder_state import take
+from vtok.prompt import LayerAttention
+
+
+def why_not(layer: nn.Module) -> str | None:
+    """Why the attention of a decoder layer cannot be worked out, or `None` if it can."""
+    attention = getattr(layer, "self_attn", None)
+    needed = ("q_proj", "k_proj", "head_dim", "scaling")
+    lacking = [name for name in needed if not hasattr(attention, name)]
+    if not hasattr(layer, "input_layernorm"):
+        lacking.append("input_layernorm")
+    if not hasattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb"):
+        lacking.append("apply_rotary_pos_emb")
+    if hasattr(attention, "sinks"):
+        return f"{type(attention).__name__} has attention sinks"
+    return f"{type(attention).__name__} has no {', '.join(lacking)}" if lacking else None
+
+
+def layer_attention(index: int, layer: Any, hidden: Tensor, kwargs: Mapping[str, Any]) -> LayerAttention:
+    """Describes what a decoder layer is about to attend to.
+
+    Args:
+        index: of the layer.
+        layer: the module.
+        hidden: [B, L, C], its input.
+        kwargs: its keyword arguments: `attention_mask` and `position_embeddings` that fit these L columns.
+    """
+    attention, mask, tables = layer.self_attn, kwargs.get("attention_mask"), kwargs["position_embeddings"]
+
+    @functools.cache
+    def normed() -> Tensor:
+        with torch.no_grad():
+            return layer.input_layernorm(hidden)
+
+    def project(rows: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            return _project(attention, normed(), tables, rows)
+
+    def bias(rows: Tensor) -> Tensor:
+        return _bias(mask, rows, hidden.shape[1])
+
+    softcap = getattr(attention, "attn_logit_softcapping", None)
+    return LayerAttention(index, attention.scaling, project, bias, softcap)
+
+
+def _project(attention: Any, x: Tensor, tables: tuple[Tensor, Tensor], rows: Tensor | None) -> Tensor:
+    """Queries of some rows, or the keys of all: [B, H, R, D]."""
+    linear, name = (attention.k_proj, "k_norm") if rows is None else (attention.q_proj, "q_norm")
+    if rows is not None:
+        x = take(x, rows, 1)
+    heads = linear(x).unflatten(-1, (-1, attention.head_dim))
+    norm = getattr(attention, name, None)
+    if norm is not None:
+        heads = norm(heads)
+    heads = heads.transpose(1, 2)
+    cos, sin = tables if rows is None else (take(t, rows, t.ndim - 2) for t in tables)
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    return rotate(heads, heads, cos, sin)[0]
+
+
+def _bias(mask: Mask, rows: Tensor, length: int) -> Tensor:
+    """The layer's mask at some query rows: [B, 1, R, L], 0 or the smallest float."""
+    off = torch.finfo(torch.float32).min
+    order = torch.arange(length, device=rows.device)
+    causal = (order <= rows[:, :, None])[:, None]  # [B, 1, R, L]
+    if mask is None:
+        return torch.zeros(causal.shape, device=rows.device).masked_fill(~causal, off)
+    assert isinstance(mask, Tensor)
+    if mask.ndim == 2:  # flash attention
+        return torch.zeros(causal.shape, device=rows.device).masked_fill(~(causal & mask[:, None, None].bool()), off)
+    chosen = take(mask[:, :1, :, :length].transpose(1, 2), rows, 1).transpose(1, 2)
+    if chosen.dtype == torch.bool:
+        return torch.zeros(chosen.shape, device=rows.device).masked_fill(~chosen, off)
+    return chosen.float().clamp_min(off)

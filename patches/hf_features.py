@@ -1,0 +1,176 @@
+"""Image features of Hugging Face vision-language models: encode, split by image, choose, and find the columns they belong to.
+
+Shapes: B rows, L columns of the prompt, n visual tokens of an image, D width of the LLM.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vtok.errors import StateError, UnsupportedModelError
+from vtok.prompt import ImageFeatures, View, VLMReducer
+from vtok.reduction import Plan, apply_plan
+from vtok.state import TokenState
+
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+# (model, modality, number of the image, its first feature, its features [n, D], keywords of the call) -> what the n tokens are
+Views = Callable[[Any, str, int, int, Tensor, Mapping[str, Any]], tuple[View, ...]]
+
+
+class Chosen(NamedTuple):
+    """What is left of the image features.
+
+    Attributes:
+        outputs: modality -> what `get_image_features` or `get_video_features` returned, kept rows changed where others were
+            folded into them.
+        rows: modality -> [features in all] bool, True = stays.
+    """
+
+    outputs: dict[str, Any]
+    rows: dict[str, Tensor]
+
+
+def carries_images(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call brings images or videos: generate() takes them away once the prompt is read."""
+    given = any(kwargs.get(name) is not None for name in PIXELS.values())
+    outputs = kwargs.get("mm_encoder_outputs")
+    return given or (isinstance(outputs, Mapping) and any(value is not None for value in outputs.values()))
+
+
+def encode(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs the vision side as generate() does: modality -> its output. What is encoded already is taken as it is."""
+    given = kwargs.get("mm_encoder_outputs")
+    outputs = {name: value for name, value in (given or {}).items() if value is not None}
+    for modality, pixels in PIXELS.items():
+        function = getattr(model, f"get_{modality}_features", None)
+        if modality in outputs or kwargs.get(pixels) is None:
+            continue
+        if function is None:
+            raise UnsupportedModelError(f"{type(model).__name__} has no get_{modality}_features, which vtok needs for {pixels}")
+        names = [name for name in inspect.signature(function).parameters if kwargs.get(name) is not None]
+        outputs[modality] = function(**{name: kwargs[name] for name in names if name != "kwargs"}, return_dict=True)
+    return outputs
+
+
+def feature_list(output: Any) -> list[Tensor]:
+    """The features [n, D] of every image."""
+    return list(output.pooler_output)
+
+
+def choose(model: Any, outputs: dict[str, Any], reducer: VLMReducer | None, views: Views, kwargs: Mapping[str, Any]) -> Chosen:
+    """Asks the method which features stay, once for all images that are laid out alike.
+
+    Args:
+        model: the one whose features these are.
+        outputs: modality -> output, left as they are.
+        reducer: of the method, or `None` to keep all.
+        views: says what the tokens of an image are.
+        kwargs: of the call.
+
+    Raises:
+        StateError: the method keeps no token of an image.
+    """
+    outputs, rows = dict(outputs), {}
+    for modality, output in outputs.items():
+        images = feature_list(output)
+        stay = [torch.ones(len(x), dtype=torch.bool, device=x.device) for x in images]
+        rows[modality] = stay
+        if reducer is None:
+            continue
+        alike: dict[tuple[int, tuple[View, ...]], list[int]] = {}
+        first, folded = 0, False
+        for i, x in enumerate(images):
+            alike.setdefault((len(x), views(model, modality, i, first, x.detach(), kwargs)), []).append(i)
+            first += len(x)
+        for (_, parts), numbers in alike.items():
+            tokens = torch.stack([images[i] for i in numbers])
+            with torch.no_grad():
+                plan = reducer.features(ImageFeatures(tokens.detach(), parts, modality))
+            if plan is None:
+                continue
+            if plan.keep.shape[1] == 0 or (plan.valid is not None and not bool(plan.valid.any(1).all())):
+                raise StateError(f"{type(reducer).__name__} keeps no token of an image; at least one must stay")
+            folded = folded or plan.src is not None
+            for i, kept, x in zip(numbers, _masks(plan, tokens), _folded(plan, tokens)):
+                stay[i], images[i] = kept, x
+        if folded:
+            outputs[modality] = _with_features(output, images)
+    return Chosen(outputs, {modality: torch.cat(parts) for modality, parts in rows.items()})
+
+
+def _masks(plan: Plan, tokens: Tensor) -> Tensor:
+    """[B, n] bool: the rows that a plan keeps."""
+    batch, n, _ = tokens.shape
+    kept = torch.zeros(batch, n + 1, dtype=torch.bool, device=tokens.device)
+    rows = plan.keep if plan.valid is None else plan.keep.where(plan.valid, n)  # padding is written to a column of its own
+    return kept.scatter_(1, rows, True)[:, :n]
+
+
+def _folded(plan: Plan, tokens: Tensor) -> Tensor:
+    """[B, n, D]: the tokens, kept ones with what was folded into them."""
+    if plan.src is None:
+        return tokens
+    out, _ = apply_plan(tokens, TokenState(0, tokens.shape[1]), plan)
+    if plan.valid is not None:  # a padding row repeats a real one: it is written to a row of its own
+        rows = plan.keep.where(plan.valid, tokens.shape[1])[..., None].expand_as(out)
+        return torch.cat([tokens, tokens[:, :1]], 1).scatter(1, rows, out)[:, :-1]
+    return tokens.scatter(1, plan.keep[..., None].expand_as(out), out)
+
+
+def _with_features(output: Any, images: list[Tensor]) -> Any:
+    """A copy of a model output that holds other features of the same shapes."""
+    changed = copy.copy(output)
+    changed.pooler_output = torch.stack(images) if isinstance(output.pooler_output, Tensor) else images
+    return changed
+
+
+def short_output(output: Any, rows: Tensor) -> Any:
+    """A copy of a model output that holds the kept features alone, deep ones included, in the container the model expects.
+
+    Features stay parted by image, by which generate() repeats them for beams. A model that expects one tensor gets
+    [images, n, D] if every image keeps as many, else [1, all, D]: that cannot be repeated for several rows.
+
+    Args:
+        output: of `get_image_features`.
+        rows: [features in all] bool.
+    """
+
+    def kept(features: Any) -> Any:
+        parts = [x[stays] for x, stays in zip(features, rows.split([len(x) for x in features]))]
+        if not isinstance(features, Tensor):
+            return parts
+        return torch.stack(parts) if len({len(x) for x in parts}) == 1 else torch.cat(parts)[None]
+
+    values = {"pooler_output": kept(output.pooler_output)}
+    deep = getattr(output, "deepstack_features", None)
+    if deep is not None:
+        values["deepstack_features"] = [kept(features) for features in deep]
+    return type(output)(**values)
+
+
+def visual_columns(ids: Tensor, tokens: Mapping[str, int]) -> Tensor:
+    """[B, L] bool: columns that hold a placeholder of any modality. ids [B, L]."""
+    visual = torch.zeros_like(ids, dtype=torch.bool)
+    for token in tokens.values():
+        visual |= ids == token
+    return visual
+
+
+def kept_columns(ids: Tensor, tokens: Mapping[str, int], chosen: Chosen) -> Tensor | None:
+    """[B, L] bool: False at placeholders whose feature leaves; `None` if placeholders and features differ in number.
+
+    The model itself raises then, and says it better.
+    """
+    keep = torch.ones_like(ids, dtype=torch.bool)
+    for modality, rows in chosen.rows.items():
+        here = ids == tokens[modality]
+        if int(here.sum()) != len(rows):
+            return None
+        keep[here] = rows.to(ids.device)
+    return keep

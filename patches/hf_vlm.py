@@ -1,0 +1,162 @@
+"""Hugging Face vision-language models as data: where each keeps its LLM, what its visual tokens are, and which are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from vtok.errors import UnsupportedModelError
+from vtok.patches import decoder_probe, hf_views
+from vtok.patches.hf_features import Views
+from vtok.patches.protocol import look_up, qualified_name
+from vtok.prompt import VLMInfo
+
+SUPPORTED = (
+    "transformers' LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, Idefics3, SmolVLM, Gemma3 "
+    "and PaliGemma"
+)
+
+
+@dataclass(frozen=True)
+class VLMSpec:
+    """One class of models.
+
+    Attributes:
+        text: child that is the LLM.
+        views: says what the visual tokens of an image are.
+        rotary_3d: whether positions are (time, height, width), which cannot be renumbered.
+    """
+
+    text: str = "language_model"
+    views: Views = hf_views.square
+    rotary_3d: bool = False
+
+
+def _in(model: str) -> str:
+    return f"transformers.models.{model}.modeling_{model}."
+
+
+_QWEN = VLMSpec(views=hf_views.frames, rotary_3d=True)
+_IDEFICS = VLMSpec("text_model", hf_views.tiles)
+
+VLMS: dict[str, VLMSpec] = {
+    _in("gemma3") + "Gemma3Model": VLMSpec(),
+    _in("idefics3") + "Idefics3Model": _IDEFICS,
+    _in("internvl") + "InternVLModel": VLMSpec(),
+    _in("llava") + "LlavaModel": VLMSpec(),
+    _in("llava_next") + "LlavaNextModel": VLMSpec(views=hf_views.any_resolution),
+    _in("llava_onevision") + "LlavaOnevisionModel": VLMSpec(views=hf_views.any_resolution),
+    _in("paligemma") + "PaliGemmaModel": VLMSpec(),
+    _in("qwen2_5_vl") + "Qwen2_5_VLModel": _QWEN,
+    _in("qwen2_vl") + "Qwen2VLModel": _QWEN,
+    _in("qwen3_vl") + "Qwen3VLModel": _QWEN,
+    _in("smolvlm") + "SmolVLMModel": _IDEFICS,
+}
+
+# LLMs whose layers are known to take gathered masks, positions and rotary tables.
+TEXT_MODELS = frozenset(
+    {
+        _in("gemma") + "GemmaModel",
+        _in("gemma2") + "Gemma2Model",
+        _in("gemma3") + "Gemma3TextModel",
+        _in("llama") + "LlamaModel",
+        _in("mistral") + "MistralModel",
+        _in("qwen2") + "Qwen2Model",
+        _in("qwen2_5_vl") + "Qwen2_5_VLTextModel",
+        _in("qwen2_vl") + "Qwen2VLTextModel",
+        _in("qwen3") + "Qwen3Model",
+        _in("qwen3_vl") + "Qwen3VLTextModel",
+    }
+)
+
+_CROSS = "its LLM attends to the image by cross-attention: visual tokens are no part of the prompt that could be shortened"
+_SHARED = "later layers of its LLM share keys and values with earlier ones, which would have to hold the same tokens"
+_LINEAR = "its LLM has linear-attention layers, whose state cannot forget single tokens"
+_CHUNKED = "its LLM attends within chunks of the prompt, whose borders dropped tokens would move"
+
+REFUSED: dict[str, str] = {
+    _in("gemma3n") + "Gemma3nModel": _SHARED,
+    _in("gemma4") + "Gemma4Model": _SHARED,
+    _in("idefics") + "IdeficsModel": _CROSS,
+    _in("lfm2_vl") + "Lfm2VlModel": _LINEAR,
+    _in("llama4") + "Llama4ForConditionalGeneration": _CHUNKED,
+    _in("mllama") + "MllamaModel": _CROSS,
+    _in("qwen3_5") + "Qwen3_5Model": _LINEAR,
+    _in("qwen3_5_moe") + "Qwen3_5MoeModel": _LINEAR,
+}
+
+
+@dataclass(frozen=True)
+class VLM:
+    """A vision-language model that can be patched.
+
+    Attributes:
+        path: name inside the patched model, "" = the model itself.
+        module: the model without its language head: it merges features into the prompt and runs the LLM.
+        spec: its row in the table.
+        info: what methods may know.
+        tokens: modality -> id of its placeholder.
+    """
+
+    path: str
+    module: Any
+    spec: VLMSpec
+    info: VLMInfo
+    tokens: dict[str, int]
+
+    @property
+    def text(self) -> Any:
+        """The LLM."""
+        return getattr(self.module, self.spec.text)
+
+
+def find(model: nn.Module) -> Sequence[VLM]:
+    """The vision-language models inside a model; empty if there is none.
+
+    Raises:
+        UnsupportedModelError: one is there but its prompts cannot be shortened; the message says why.
+    """
+    found = []
+    for path, module in model.named_modules(remove_duplicate=True):
+        why = look_up(module, REFUSED)
+        if why is not None:
+            raise UnsupportedModelError(f"{type(module).__name__} cannot be patched: {why}; supported: {SUPPORTED}")
+        spec = look_up(module, VLMS)
+        if spec is not None:
+            found.append(_describe(path, module, spec))
+    return found
+
+
+def _describe(path: str, module: Any, spec: VLMSpec) -> VLM:
+    name, text = type(module).__name__, getattr(module, spec.text)
+    config = text.config
+    problem = _problem(text)
+    if problem is not None:
+        raise UnsupportedModelError(f"the LLM of {name}, {qualified_name(type(text))}, {problem}; supported: {SUPPORTED}")
+    tokens = {m: getattr(module.config, f"{m}_token_id", None) for m in ("image", "video")}
+    deep = getattr(getattr(module.config, "vision_config", None), "deepstack_visual_indexes", None) or ()
+    info = VLMInfo(
+        name=name,
+        depth=len(text.layers),
+        width=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        first_layer=max(len(deep), 1),
+        no_attention=next((why for layer in text.layers if (why := decoder_probe.why_not(layer))), None),
+    )
+    return VLM(path, module, spec, info, {m: token for m, token in tokens.items() if token is not None})
+
+
+def _problem(text: Any) -> str | None:
+    """Why an LLM's prompts cannot be shortened, or `None`."""
+    config = text.config
+    odd = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    if odd:
+        return f"has layers of type {', '.join(odd)}, whose state cannot forget single tokens or depends on where they stand"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "shares keys and values between layers, which would have to hold the same tokens"
+    if not any(qualified_name(cls) in TEXT_MODELS for cls in type(text).__mro__):
+        return "is not among those that vtok has been tested with"
+    return None

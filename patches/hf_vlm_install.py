@@ -1,0 +1,130 @@
+"""Puts hooks on a vision-language model, finds them again, and shortens inputs without any hook."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtok.errors import ConfigError, StateError, UnsupportedModelError
+from vtok.patches import decoder_hooks as hooks
+from vtok.patches import hf_features as hf
+from vtok.patches.decoder_pass import Pruner
+from vtok.patches.decoder_state import compact, renumbered, take
+from vtok.patches.hf_vlm import VLM
+from vtok.patches.swap import Mixin, put_on
+from vtok.prompt import VLMReducer
+
+PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
+
+
+class Guard(Mixin):
+    """Refuses ways to generate that read a prompt in pieces or take tokens back."""
+
+    def _prefill(self, input_ids: Tensor, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(generation_config, "prefill_chunk_size", None) is not None:
+            raise UnsupportedModelError(
+                "prefill_chunk_size reads a prompt in pieces, but which visual tokens stay is decided on the whole prompt; "
+                "leave it out, or shorten the prompt with vtok.prune_inputs"
+            )
+        return super()._prefill(input_ids, generation_config, *args, **kwargs)  # type: ignore[misc]
+
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedModelError(
+            "assisted decoding takes rejected tokens back out of the cache, whose layers hold different numbers of tokens once "
+            "vtok has shortened the prompt; generate without an assistant, or shorten the prompt with vtok.prune_inputs"
+        )
+
+
+def install(model: nn.Module, vlm: VLM, pruner: Pruner) -> None:
+    """Hooks the model; nothing is hooked if nothing would be dropped, apart from a marker that carries the configs."""
+    vlm.module.register_forward_pre_hook(hooks.BeforeModel(pruner), with_kwargs=True)
+    vlm.module.register_forward_hook(hooks.AfterModel(pruner), always_call=True)
+    if not pruner.acts:
+        return
+    text = vlm.text
+    text.register_forward_pre_hook(hooks.BeforeText(pruner), with_kwargs=True)
+    text.register_forward_hook(hooks.AfterText(pruner), with_kwargs=True)
+    for i, layer in enumerate(text.layers):
+        layer.register_forward_pre_hook(hooks.BeforeLayer(pruner, i), with_kwargs=True)
+    for owner in generators(model, vlm):
+        put_on(owner, Guard)
+
+
+def generators(model: nn.Module, vlm: VLM) -> list[Any]:
+    """The modules that generate text with a vision-language model."""
+    return [m for m in model.modules() if m.__dict__.get("_modules", {}).get("model") is vlm.module and hasattr(m, "_prefill")]
+
+
+def pruner_of(vlm: VLM) -> Pruner | None:
+    """What is installed on a model, or `None`."""
+    found = vlm.module._forward_pre_hooks.values()
+    return next((hook.pruner for hook in found if isinstance(hook, hooks.BeforeModel)), None)
+
+
+def short_inputs(
+    model: Any, vlm: VLM, inputs: Mapping[str, Any], reducer: VLMReducer, compacted: bool, pad: int
+) -> dict[str, Any]:
+    """Inputs of `generate()` or of the model, with the dropped placeholders gone.
+
+    Args:
+        model: with the language head, or the bare one.
+        vlm: the same, described.
+        inputs: as the processor made them.
+        reducer: chooses among image features.
+        compacted: whether positions are numbered anew.
+        pad: token id for padding.
+
+    Raises:
+        ConfigError: there is no prompt, or no image that would belong to it.
+        StateError: placeholders and features differ in number, or a prompt ends with a dropped token.
+    """
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        raise ConfigError(f"inputs must hold input_ids [rows, columns] as the processor makes them, got {sorted(inputs)}")
+    values = dict(inputs)
+    mask = values.get("attention_mask")
+    if mask is not None and mask.ndim != 2:
+        raise ConfigError(f"attention_mask must be [rows, columns], got shape {list(mask.shape)}")
+    if not hf.carries_images(values):
+        return values
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    values.setdefault("attention_mask", real.long())
+    position = values.get("position_ids")
+    if position is None:  # as generate() would number the long prompt
+        position = model._prepare_position_ids_for_generation(ids, values)
+    with torch.no_grad():
+        outputs = hf.encode(vlm.module, values)
+        chosen = hf.choose(vlm.module, outputs, reducer, vlm.spec.views, {**values, "position_ids": position})
+    keep = hf.kept_columns(ids, vlm.tokens, chosen)
+    if keep is None:
+        counts = {m: (int((ids == vlm.tokens[m]).sum()), len(rows)) for m, rows in chosen.rows.items()}
+        raise StateError(
+            "the prompt and the images do not belong together: "
+            + ", ".join(f"{a} {m} placeholders, {b} {m} features" for m, (a, b) in counts.items())
+        )
+    last = real.long().cumsum(1).argmax(1, keepdim=True)
+    if not compacted and not bool(keep.gather(1, last).all()):
+        raise StateError(
+            "a prompt ends with a visual token that is dropped, but generate() numbers the answer by the last token: put text "
+            "behind the image, or pass positions='compact'"
+        )
+    rows, _ = compact(keep & real)
+    filled = rows >= 0
+    if compacted:
+        position = renumbered(position, keep | ~real)
+    short: dict[str, Any] = {
+        "input_ids": take(ids, rows, 1).masked_fill(~filled, pad),
+        "attention_mask": filled.long(),
+        "position_ids": take(position, rows, position.ndim - 1),
+        "mm_encoder_outputs": {m: hf.short_output(out, chosen.rows[m]) for m, out in chosen.outputs.items()},
+    }
+    for name in PER_TOKEN:
+        if values.get(name) is not None:
+            short[name] = take(values[name], rows, 1).masked_fill(~filled, 0)
+    if values.get("labels") is not None:
+        short["labels"] = take(values["labels"], rows, 1).masked_fill(~filled, -100)
+    gone = {"pixel_values", "pixel_values_videos", "pixel_attention_mask", "image_sizes", "image_grid_thw", "video_grid_thw"}
+    return {name: value for name, value in values.items() if name not in gone | set(short)} | short

@@ -1,0 +1,258 @@
+"""Tiny vision-language models, methods that choose in known ways, and the oracle: the whole prompt under an explicit mask."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+import vtok
+from vtok.config import MethodConfig
+from vtok.patches.hf_vlm import find
+from vtok.patches.hf_vlm_examples import EXAMPLES
+from vtok.prompt import ImageFeatures, LayerAttention, Layout, VLMInfo, VLMReducer
+from vtok.reduction import Plan
+from vtok.state import Place, Site
+
+NEW = 8  # greedy steps
+TOLERANCE = 1e-5
+
+
+@functools.cache
+def _prototype(name: str) -> Any:
+    torch.manual_seed(0)
+    model = EXAMPLES[name].build()
+    for p in model.parameters():
+        if p.ndim > 1:
+            p.data.mul_(3.0)  # far from uniform attention and logits
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def build(name: str, kernel: str = "sdpa") -> Any:
+    """A fresh copy of an example."""
+    model = copy.deepcopy(_prototype(name))
+    model.set_attn_implementation(kernel)
+    return model
+
+
+def inputs(name: str, seed: int = 0) -> dict[str, Tensor]:
+    """Two prompts, the second padded on the left; the first has more images where a family allows it."""
+    return EXAMPLES[name].inputs(_prototype(name), torch.Generator().manual_seed(seed))
+
+
+def visual(model: Any, ids: Tensor) -> Tensor:
+    """[B, L] bool."""
+    (vlm,) = find(model)
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for token in vlm.tokens.values():
+        found |= ids == token
+    return found
+
+
+def text_model(model: Any) -> Any:
+    (vlm,) = find(model)
+    return vlm.text
+
+
+@dataclass(frozen=True)
+class Columns(MethodConfig):
+    """Drops fixed columns: at layers, or before the LLM (layer 0)."""
+
+    name: ClassVar[str] = "columns"
+    shares: tuple[tuple[int, int], ...] = ()  # (layer, share)
+
+    def build_vlm(self, info: VLMInfo) -> VLMReducer:
+        return _ColumnsReducer(self.shares)
+
+
+@dataclass(frozen=True)
+class _ColumnsReducer(VLMReducer):
+    shares: tuple[tuple[int, int], ...]
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(Site(Place.DECODER_IN, layer) for layer, _ in self.shares)
+
+    def keep(self, x: Tensor, layout: Layout, attention: LayerAttention | None, at: Site) -> Tensor:
+        assert attention is None
+        share = dict(self.shares)[at.index]
+        if share == 0:
+            return torch.zeros_like(layout.visual)
+        first = layout.column.where(layout.real, layout.length).amin(1, keepdim=True)  # differs between rows, not between beams
+        return (layout.column + first) % share == 0
+
+
+def column_keeps(model: Any, values: dict[str, Tensor], shares: tuple[tuple[int, int], ...]) -> dict[int, Tensor]:
+    """Decoder layer -> [B, L] bool: what `Columns` leaves alive in each layer of the whole prompt."""
+    ids = values["input_ids"]
+    seen, alive, result = visual(model, ids), torch.ones_like(ids, dtype=torch.bool), {}
+    for layer in range(len(text_model(model).layers)):
+        for first, share in shares:
+            if first == layer:
+                column = torch.arange(ids.shape[1]) + values["attention_mask"].argmax(1, keepdim=True)
+                stays = torch.zeros_like(seen) if share == 0 else column % share == 0
+                alive = alive & (stays | ~seen)
+        result[layer] = alive
+    return result
+
+
+class MaskOracle:
+    """The unpatched model on the whole prompt, with an explicit 4-D mask in every layer that hides dropped columns.
+
+    Args:
+        model: not patched.
+        alive: decoder layer -> [B, L] bool.
+    """
+
+    def __init__(self, model: Any, alive: dict[int, Tensor]):
+        self.layers, self.alive, self.handles = text_model(model).layers, alive, []
+        self.window = [self._window(layer) for layer in self.layers]
+
+    @staticmethod
+    def _window(layer: Any) -> Any:
+        return getattr(layer.self_attn.config, "sliding_window", None)
+
+    def __enter__(self) -> MaskOracle:
+        self.handles = [
+            layer.register_forward_pre_hook(functools.partial(self._hook, i), with_kwargs=True)
+            for i, layer in enumerate(self.layers)
+        ]
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _hook(self, i: int, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        x, mask, cache = args[0], kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        alive = self.alive[i]
+        if len(alive) != len(x):
+            alive = alive.repeat_interleave(len(x) // len(alive), 0)
+        queries = x.shape[1]
+        past = 0 if cache is None else int(cache.get_seq_length(i))
+        keys = past + queries if mask is None else mask.shape[-1]
+        held = past + queries if cache is None else cache.get_mask_sizes(queries, i)[0]
+        assert mask is None or keys == held
+        first = past + queries - keys if cache is not None and cache.is_sliding[i] and keys < past + queries else 0
+        column = torch.arange(first, first + keys)
+        alive = torch.cat([alive, alive.new_ones(len(x), max(first + keys - alive.shape[1], 0))], 1)[:, column]
+        asks = torch.arange(past, past + queries)
+        causal = column <= asks[:, None]
+        if mask is None:
+            mask = causal[None, None].expand(len(x), 1, -1, -1)
+        hidden = ~(alive[:, None, None] | (column == asks[:, None]))
+        mask = mask.expand(len(x), -1, -1, -1)
+        off = torch.finfo(x.dtype).min
+        if mask.dtype == torch.bool:
+            mask = mask & ~hidden
+            if module.self_attn.config._attn_implementation == "eager":
+                mask = torch.zeros(mask.shape).masked_fill(~mask, off)
+        else:
+            mask = mask.masked_fill(hidden, off)
+        return args, {**kwargs, "attention_mask": mask}
+
+
+def generate(model: Any, values: dict[str, Any], steps: int = NEW, **kwargs: Any) -> tuple[Tensor, Tensor, Any]:
+    """(new tokens [B, steps], logits [B, steps, V], whole output) of greedy decoding."""
+    values = {k: copy.copy(v) for k, v in values.items()}
+    out = model.generate(
+        **values, max_new_tokens=steps, do_sample=False, return_dict_in_generate=True, output_logits=True, **kwargs
+    )
+    return out.sequences[:, values["input_ids"].shape[1] :], torch.stack(out.logits, 1), out
+
+
+def assert_same(found: tuple[Tensor, Tensor, Any], expected: tuple[Tensor, Tensor, Any]) -> float:
+    """Same tokens and logits; returns the largest difference."""
+    difference = (found[1] - expected[1]).abs().max().item()
+    assert difference <= TOLERANCE * max(1.0, expected[1].abs().max().item()), difference
+    assert torch.equal(found[0], expected[0])
+    return difference
+
+
+def feature_keeps(model: Any, values: dict[str, Tensor], keep: float, method: str = "uniform") -> Tensor:
+    """[B, L] bool: what a method on image features leaves, by asking the method itself about each image alone."""
+    from vtok.patches import hf_features as hf
+
+    (vlm,) = find(model)
+    reducer = vtok.METHODS.get(method)(keep=keep).build_vlm(vlm.info)
+    with torch.no_grad():
+        outputs = hf.encode(vlm.module, values)
+    stays = torch.ones_like(values["input_ids"], dtype=torch.bool)
+    for modality, output in outputs.items():
+        first, rows = 0, []
+        for i, x in enumerate(output.pooler_output):
+            views = vlm.spec.views(vlm.module, modality, i, first, x, values)
+            plan: Plan = reducer.features(ImageFeatures(x[None], views, modality))
+            row = torch.zeros(len(x), dtype=torch.bool)
+            row[plan.keep[0]] = True
+            rows.append(row)
+            first += len(x)
+        stays[values["input_ids"] == vlm.tokens[modality]] = torch.cat(rows)
+    return stays
+
+
+@dataclass(frozen=True)
+class Attended(MethodConfig):
+    """Keeps the visual tokens that the last text token attends to most, as read from `probe` decoder layers before."""
+
+    name: ClassVar[str] = "attended"
+    layer: int = 2
+    count: int = 5
+    back: int = 1
+
+    def build_vlm(self, info: VLMInfo) -> VLMReducer:
+        return AttendedReducer(self.layer, self.count, self.back)
+
+
+@dataclass(frozen=True)
+class AttendedReducer(VLMReducer):
+    layer: int
+    count: int
+    back: int
+    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return (Site(Place.DECODER_IN, self.layer),)
+
+    def probe(self, at: Site) -> int:
+        return at.index - self.back
+
+    def keep(self, x: Tensor, layout: Layout, attention: LayerAttention | None, at: Site) -> Tensor:
+        assert attention is not None
+        assert attention.layer == at.index - self.back
+        last = torch.full((len(x), 1), x.shape[1] - 1)
+        score = attention.probs(last).mean(1)[:, 0].masked_fill(~layout.visual, -1)
+        chosen = score.argsort(dim=1, descending=True, stable=True)[:, : self.count]
+        return torch.zeros_like(layout.visual).scatter(1, chosen, True)
+
+
+@dataclass(frozen=True)
+class Nearest(MethodConfig):
+    """Keeps every fourth visual token and folds each of the others into the nearest kept one by plain means."""
+
+    name: ClassVar[str] = "nearest"
+
+    def build_vlm(self, info: VLMInfo) -> VLMReducer:
+        return _NearestReducer()
+
+
+@dataclass(frozen=True)
+class _NearestReducer(VLMReducer):
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return (Site(Place.IMAGE_FEATURES, 0),)
+
+    def features(self, images: ImageFeatures) -> Plan:
+        batch, n, _ = images.tokens.shape
+        order = torch.arange(n)
+        keep, src = order[order % 4 == 0], order[order % 4 != 0]
+        dst = (src // 4).clamp_max(len(keep) - 1)
+        keep, src, dst = (t.expand(batch, -1) for t in (keep.flip(0), src, len(keep) - 1 - dst))
+        return Plan(keep, src, dst)

@@ -1,0 +1,208 @@
+"""What a method sees of a vision-language model: image features, the layout of a prompt, the attention of one layer.
+
+Shapes: B rows of a batch (at IMAGE_FEATURES: images), n visual tokens of an image, L columns of the sequence at hand, D width,
+H heads. "Column" without more words means a column of the prompt as the caller passed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vtok.reduction import Plan
+from vtok.state import Site, at_least_fp32
+
+_ROWS_AT_ONCE = 64  # query rows whose probabilities are held at a time
+
+
+@dataclass(frozen=True)
+class VLMInfo:
+    """What a method may know of a vision-language model before any prompt has been seen.
+
+    Attributes:
+        name: class name, for messages.
+        depth: decoder layers of the LLM.
+        width: of the LLM's hidden states and of the image features.
+        num_heads: query heads of a decoder layer, H.
+        first_layer: lowest decoder layer in front of which tokens may be dropped; layer 0 (before the LLM) always may.
+        no_attention: why the attention of a decoder layer cannot be read, or `None` if it can.
+    """
+
+    name: str
+    depth: int
+    width: int
+    num_heads: int
+    first_layer: int = 1
+    no_attention: str | None = None
+
+
+class View(NamedTuple):
+    """A rectangle of visual tokens in raster order, inside the features of one image.
+
+    Attributes:
+        start: its first token.
+        rows: of the rectangle.
+        columns: of the rectangle, a newline token at the end of each row included.
+        newline: whether the last column holds newline tokens, which show no part of the image.
+        overview: whether it shows the whole image, beside others that show parts of it.
+    """
+
+    start: int
+    rows: int
+    columns: int
+    newline: bool = False
+    overview: bool = False
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.rows * self.columns
+
+
+class ImageFeatures(NamedTuple):
+    """Visual tokens of B images that are laid out alike, as the model's own `get_image_features` returns them.
+
+    Attributes:
+        tokens: [B, n, D], after connector and packing: in the embedding space of the LLM.
+        views: what the n tokens are; together they cover 0 .. n-1. One row where no grid is known.
+        modality: "image" or "video".
+    """
+
+    tokens: Tensor
+    views: tuple[View, ...]
+    modality: str = "image"
+
+
+class Layout(NamedTuple):
+    """What the L columns of a sequence inside the LLM are.
+
+    Attributes:
+        visual: [B, L] bool, image and video tokens.
+        real: [B, L] bool, False = padding.
+        column: [B, L] int64, column of the prompt that stands here, -1 = padding that a reduction left.
+        length: columns of the prompt.
+    """
+
+    visual: Tensor
+    real: Tensor
+    column: Tensor
+    length: int
+
+    @property
+    def text(self) -> Tensor:
+        """[B, L] bool: real tokens that are not visual."""
+        return self.real & ~self.visual
+
+    @property
+    def after_image(self) -> Tensor:
+        """[B, L] bool: text behind the first visual token of its row."""
+        return self.text & (self.visual.cumsum(1) > 0)
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """Attention of one decoder layer over the L columns that enter it, worked out only as far as a method asks.
+
+    Attributes:
+        layer: its number.
+        scale: factor on the logits.
+        project: rows [B, R] of queries, or `None` for the keys -> [B, H, R, D] or [B, Hk, L, D], normalised and rotated.
+        bias: rows [B, R] -> additive mask [B, 1, R, L], as the layer applies it.
+        softcap: logits are squeezed to (-softcap, softcap) by a tanh, if given.
+    """
+
+    layer: int
+    scale: float
+    project: Callable[[Tensor | None], Tensor]
+    bias: Callable[[Tensor], Tensor]
+    softcap: float | None = None
+
+    def q(self, rows: Tensor) -> Tensor:
+        """[B, H, R, D]: queries of rows [B, R]."""
+        return self.project(rows)
+
+    @cached_property
+    def k(self) -> Tensor:
+        """[B, Hk, L, D]."""
+        return self.project(None)
+
+    def probs(self, rows: Tensor) -> Tensor:
+        """Attention probabilities of some query rows, in at least fp32.
+
+        Args:
+            rows: [B, R] int64, places in the sequence (0 .. L-1).
+
+        Returns:
+            [B, H, R, L], every row sums to 1. Rows of padding are meaningless, but finite.
+        """
+        q, k = at_least_fp32(self.q(rows)), at_least_fp32(self.k)
+        if k.shape[1] != q.shape[1]:  # grouped-query attention
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        logits = (q * self.scale) @ k.transpose(-2, -1)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return (logits + self.bias(rows).to(logits.dtype)).softmax(-1)
+
+    def mean_probs(self, rows: Tensor) -> Tensor:
+        """Attention averaged over heads and chosen query rows, a few rows at a time: never L x L.
+
+        Args:
+            rows: [B, L] bool, at least one in every row of the batch.
+
+        Returns:
+            [B, L] in at least fp32.
+        """
+        order = (~rows).long().argsort(dim=1, stable=True)[:, : int(rows.sum(1).max())]  # the chosen rows first
+        weight = rows.gather(1, order)
+        total = None
+        for part, w in zip(order.split(_ROWS_AT_ONCE, 1), weight.split(_ROWS_AT_ONCE, 1)):
+            probs = self.probs(part).mean(1)  # [B, r, L]
+            share = (w.to(probs.dtype)[:, None] @ probs).squeeze(1)
+            total = share if total is None else total + share
+        assert total is not None
+        return total / rows.sum(1, keepdim=True)
+
+
+class VLMReducer:
+    """Base of a config resolved for one vision-language model: pure, stateless, frozen.
+
+    Attributes:
+        needs: {"attention"} if decisions in front of decoder layers look at attention probabilities, else empty.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Where visual tokens leave: image features, decoder layers; sites that would change nothing are left out."""
+        raise NotImplementedError
+
+    def probe(self, at: Site) -> int:
+        """The decoder layer whose attention decides at a decoder site: that layer itself or one in front of it."""
+        return at.index
+
+    def features(self, images: ImageFeatures) -> Plan | None:
+        """Decides at IMAGE_FEATURES, for images that are laid out alike; `None` = all tokens stay.
+
+        The plan's rows index the n tokens of an image; whatever its order, tokens keep their order in the prompt. With `src`
+        and `dst`, tokens are folded into kept ones first. Every image keeps at least one token.
+        """
+        raise NotImplementedError
+
+    def keep(self, x: Tensor, layout: Layout, attention: LayerAttention | None, at: Site) -> Tensor | None:
+        """Decides in front of a decoder layer, while the prompt is read; `None` = all tokens stay.
+
+        Args:
+            x: [B, L, D], what enters the layer.
+            layout: of its columns.
+            attention: of the layer that `probe` names, if `needs` asks for it.
+            at: the site.
+
+        Returns:
+            [B, L] bool; only the values at visual tokens count, text always stays. Rows may keep different numbers, also none.
+        """
+        raise NotImplementedError

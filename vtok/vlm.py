@@ -1,0 +1,218 @@
+"""What the functions of `vtok.api` do on a vision-language model, and `prune_inputs`."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from vtok.config import MethodConfig
+from vtok.describe import PromptInfo, PromptRow, Support
+from vtok.errors import ConfigError, UnsupportedModelError, VtokError, unknown
+from vtok.files import Saved
+from vtok.patches.decoder_pass import Pruner
+from vtok.patches.hf_vlm import SUPPORTED, VLM
+from vtok.patches.hf_vlm_install import install, pruner_of, short_inputs
+from vtok.prompt import VLMInfo, VLMReducer
+from vtok.registry import METHODS
+from vtok.state import Place, Site
+
+POSITIONS = ("original", "compact")
+
+
+def check_positions(positions: str) -> None:
+    """Raises unless `positions` is one of `POSITIONS`."""
+    if positions not in POSITIONS:
+        raise unknown("positions", str(positions), POSITIONS)
+
+
+def resolve(vlm: VLM, configs: Sequence[MethodConfig], positions: str) -> Pruner:
+    """Methods -> what the hooks of one model need, checked against it.
+
+    Raises:
+        UnsupportedModelError: a method does not act on vision-language models, or not on this one.
+        ConfigError: two methods want one place, or a place that the model does not have.
+    """
+    check_positions(positions)
+    features: VLMReducer | None = None
+    layers: dict[int, tuple[Site, VLMReducer]] = {}
+    for config in configs:
+        reducer = _built(config, vlm.info)
+        for site in reducer.sites:
+            _check_site(config, site, vlm.info)
+            taken = features is not None if site.place is Place.IMAGE_FEATURES else site.index in layers
+            if taken:
+                raise ConfigError(f"two methods drop visual tokens at one place ({site}); give them different ones")
+            if site.place is Place.IMAGE_FEATURES:
+                features = reducer
+            else:
+                layers[site.index] = (site, reducer)
+    for layer, (site, reducer) in layers.items():
+        if "attention" in reducer.needs:
+            _check_probe(layer, reducer.probe(site), layers, vlm.info)
+    compact = positions == "compact"
+    if compact:
+        _check_compact(vlm, layers)
+    return Pruner(vlm.spec, vlm.tokens, features, layers, compact, tuple(configs), vlm.path)
+
+
+def _built(config: MethodConfig, info: VLMInfo) -> VLMReducer:
+    try:
+        return config.build_vlm(info)
+    except UnsupportedModelError as error:
+        if config.for_vlms():
+            raise
+        others = ", ".join(name for name in METHODS if METHODS.get(name).for_vlms())
+        raise UnsupportedModelError(f"{error}; methods that act on its visual tokens: {others}") from None
+
+
+def _check_site(config: MethodConfig, site: Site, info: VLMInfo) -> None:
+    if site.place is Place.IMAGE_FEATURES:
+        return
+    if site.place is not Place.DECODER_IN:
+        raise UnsupportedModelError(f"{config.name} acts at {site}, which is no place of a vision-language model's LLM")
+    if not 0 <= site.index < info.depth:
+        raise ConfigError(
+            f"{config.name} drops tokens in front of decoder layer {site.index}, {info.name} has decoder layers 0 to "
+            f"{info.depth - 1}"
+        )
+    if 0 < site.index < info.first_layer:
+        raise UnsupportedModelError(
+            f"{config.name} drops tokens in front of decoder layer {site.index}, but {info.name} adds tower features to its "
+            f"visual tokens up to layer {info.first_layer - 1}; drop them before the LLM or from layer {info.first_layer} on"
+        )
+
+
+def _check_probe(layer: int, probed: int, layers: Mapping[int, Any], info: VLMInfo) -> None:
+    if info.no_attention is not None:
+        raise UnsupportedModelError(f"attention of {info.name}'s decoder layers cannot be read: {info.no_attention}")
+    if layer == 0:
+        raise ConfigError("before the LLM there is no attention to decide by; drop in front of a later decoder layer")
+    between = [i for i in layers if probed <= i < layer and i > 0]
+    if not 0 <= probed <= layer or between:
+        why = (
+            f"tokens are dropped in between, in front of layer {between[0]}"
+            if between
+            else "it must be that layer or an earlier one"
+        )
+        raise ConfigError(f"attention of decoder layer {probed} cannot decide what is dropped in front of layer {layer}: {why}")
+
+
+def _check_compact(vlm: VLM, layers: Mapping[int, Any]) -> None:
+    if vlm.spec.rotary_3d:
+        raise UnsupportedModelError(
+            f"positions='compact' numbers the tokens that are left one after the other, but {vlm.info.name} gives visual "
+            "tokens positions in time, height and width; use positions='original'"
+        )
+    if any(layer > 0 for layer in layers):
+        raise ConfigError(
+            "positions='compact' is for tokens dropped before the LLM; what is dropped between its layers has been rotated by "
+            "its original position already: use positions='original'"
+        )
+
+
+def resolve_all(
+    vlms: Sequence[VLM], wanted: Sequence[tuple[MethodConfig, ...]], saved: Saved | None, positions: str | None
+) -> list[Pruner]:
+    """`resolve` for every model; positions that are not given come from the file that the methods came from."""
+    if positions is None:
+        positions = (saved.positions if saved is not None else None) or POSITIONS[0]
+    return [resolve(vlm, configs, positions) for vlm, configs in zip(vlms, wanted)]
+
+
+def put(model: nn.Module, vlms: Sequence[VLM], pruners: Sequence[Pruner]) -> None:
+    """Installs resolved patches."""
+    for vlm, pruner in zip(vlms, pruners):
+        install(model, vlm, pruner)
+
+
+def refuse(given: Mapping[str, Any]) -> None:
+    """Raises if an argument was given that only vision encoders know."""
+    names = [name for name, value in given.items() if value is not None]
+    if names:
+        raise ConfigError(
+            f"{' and '.join(names)} cannot be used on a vision-language model, whose costs depend on text and images; set the "
+            "parameters of the method"
+        )
+
+
+def support(vlms: Sequence[VLM]) -> Support:
+    """See `vtok.supports`."""
+    rows: list[tuple[str, str, int, str]] = []
+    methods: dict[str, str | None] = {}
+    for vlm in vlms:
+        kinds = Counter(type(layer).__name__ for layer in vlm.text.layers)
+        listed = ", ".join(f"{name} x{count}" for name, count in kinds.items())
+        rows.append((vlm.path, type(vlm.module).__name__, vlm.info.depth, listed))
+    for name in METHODS.names():
+        methods[name] = None
+        try:
+            for vlm in vlms:
+                resolve(vlm, (METHODS.get(name)(),), POSITIONS[0])
+        except VtokError as error:
+            methods[name] = str(error)
+    return Support(tuple(rows), methods)
+
+
+def describe(vlm: VLM) -> PromptInfo:
+    """What is patched into a model and what became of the last prompt of this thread."""
+    pruner = pruner_of(vlm)
+    name = type(vlm.module).__name__
+    if pruner is None:
+        return PromptInfo(vlm.path, name, ())
+    rows: list[PromptRow] = []
+    last = pruner.last
+    if last is not None:
+        visual = last.visual
+        entered = tuple(visual.sum(1).tolist())
+        text = tuple((last.real & ~visual).sum(1).tolist())
+        for layer, stage in sorted(last.stages.items()):
+            here = visual.gather(1, stage.column.clamp_min(0)) & (stage.column >= 0)
+            left = tuple(here.sum(1).tolist())
+            rows.append(PromptRow("before the LLM" if layer == 0 else f"decoder layer {layer}", entered, left))
+            entered = left
+        return PromptInfo(vlm.path, name, pruner.configs, _positions(pruner), tuple(rows), text)
+    return PromptInfo(vlm.path, name, pruner.configs, _positions(pruner))
+
+
+def _positions(pruner: Pruner) -> str:
+    return POSITIONS[int(pruner.compact)]
+
+
+def shorten(
+    model: Any,
+    vlms: Sequence[VLM],
+    inputs: Mapping[str, Any],
+    wanted: Sequence[tuple[MethodConfig, ...]],
+    saved: Saved | None,
+    positions: str | None,
+    pad: int | None,
+) -> dict[str, Any]:
+    """See `vtok.prune_inputs`."""
+    if len(vlms) != 1 or not hasattr(model, "_prepare_position_ids_for_generation"):
+        raise UnsupportedModelError(
+            f"prune_inputs takes one vision-language model with its language head, got {type(model).__name__}; supported: "
+            f"{SUPPORTED}"
+        )
+    if pruner_of(vlms[0]) is not None:
+        raise ConfigError("the model is patched and would shorten the prompt a second time; call vtok.unpatch(model) first")
+    pruner = resolve_all(vlms, wanted, saved, positions)[0]
+    places = " and ".join(str(site) for site, _ in pruner.layers.values())
+    names = " + ".join(config.name for config in pruner.configs)
+    if pruner.features is None:
+        if places:
+            raise UnsupportedModelError(f"{names} drops tokens {places}, inside the LLM, which needs hooks: use vtok.patch")
+        return dict(inputs)
+    if places:
+        warnings.warn(
+            f"prune_inputs does what {names} does before the LLM; dropping tokens {places} as well needs hooks: use vtok.patch",
+            stacklevel=3,
+        )
+    if pad is None:
+        pad = getattr(model.generation_config, "pad_token_id", None)
+    if pad is None:
+        pad = model.config.get_text_config().pad_token_id
+    return short_inputs(model, vlms[0], inputs, pruner.features, pruner.compact, 0 if pad is None else int(pad))

@@ -16,6 +16,7 @@ from torch import Tensor
 from vtok.errors import StateError, UnsupportedModelError
 
 _NAME = "_vtok"
+_STAND_INS = ("get_seq_length", "get_mask_sizes", "crop")
 
 
 class Stage(NamedTuple):
@@ -97,6 +98,20 @@ class _Length:
         return stored + state.missing(layer_idx)
 
 
+class _Sizes:
+    """Stands in for a cache's `get_mask_sizes`: outside the LLM, masks are made for the whole prompt, and replaced inside."""
+
+    def __init__(self, cache: Any):
+        self.cache = cache
+
+    def __call__(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        keys, offset = type(self.cache).get_mask_sizes(self.cache, query_length, layer_idx)
+        state = state_of(self.cache)
+        if state is None or state.inside or state.at(layer_idx) is None or stored(self.cache, layer_idx) == 0:
+            return keys, offset
+        return max(int(keys), stored(self.cache, layer_idx) + state.missing(layer_idx) + query_length), 0
+
+
 class _NoCrop:
     """Stands in for a cache's `crop`."""
 
@@ -114,12 +129,12 @@ def state_of(cache: Any) -> PromptState | None:
 
 def remember(cache: Any, state: PromptState) -> None:
     """Puts the state on a cache."""
-    cache.__dict__.update({_NAME: state, "get_seq_length": _Length(cache), "crop": _NoCrop()})
+    cache.__dict__.update({_NAME: state, **dict(zip(_STAND_INS, (_Length(cache), _Sizes(cache), _NoCrop())))})
 
 
 def forget(cache: Any) -> None:
     """Makes a cache an ordinary one again: `reset` empties it, but leaves attributes."""
-    for name in (_NAME, "get_seq_length", "crop"):
+    for name in (_NAME, *_STAND_INS):
         cache.__dict__.pop(name, None)
 
 

@@ -173,6 +173,15 @@ EXAMPLES: dict[str, VLMExample] = {
     "LLaVA, Qwen2 text": _llava({"model_type": "qwen2", **_TEXT}),
     "LLaVA, Qwen3 text": _llava({"model_type": "qwen3", **_TEXT, "head_dim": 16}),
     "LLaVA, Mistral text, window 9": _llava({"model_type": "mistral", **_TEXT, "sliding_window": 9}),
+    "LLaVA, Qwen2 text, window 9 first": _llava(
+        {
+            "model_type": "qwen2",
+            **_TEXT,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        }
+    ),
     "LLaVA-NeXT": VLMExample(
         _model(
             "LlavaNext",

@@ -285,6 +285,8 @@ def test_min_max() -> None:
     )
     assert_close(min_max(score, among), torch.tensor([[0, 0.5, 1, 0], [0, 0, 0, 0]]), 1e-6)
     assert not min_max(score, ~among)[1].any()  # all alike
+    with torch.autograd.set_detect_anomaly(True):  # a NaN on the way back would raise, even one that is masked later
+        min_max(score.requires_grad_(), among).sum().backward()
 
 
 def test_layout_of_a_prompt() -> None:

@@ -31,6 +31,7 @@ def _prototype(name: str) -> Any:
             p.data.mul_(3.0)  # far from uniform attention and logits
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
+    model.generation_config.suppress_tokens = [116, 117, 118, 119]  # placeholders have no images behind them
     return model
 
 

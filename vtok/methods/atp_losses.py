@@ -107,11 +107,11 @@ def atp_loss(
         over: see `average_tokens`.
     """
     size = torch.as_tensor(total, dtype=counts.dtype, device=counts.device).expand(counts.shape[0])
-    seen = (size > 0).to(counts.dtype)
-    samples = seen.sum().clamp_min(1)
-    depth = (depth_loss(counts, layers, size.clamp_min(1)) * seen).sum() / samples
-    average = (average_tokens(counts, layers, size, num_layers, over) * seen).sum() / samples
-    target = (average - target_tokens).abs() * seen.amax()
+    samples = (size > 0).sum()  # the others add nothing to any sum
+    some, samples = samples > 0, samples.clamp_min(1)
+    depth = depth_loss(counts, layers, size.clamp_min(1)).sum() / samples
+    average = average_tokens(counts, layers, size, num_layers, over).sum() / samples
+    target = (average - target_tokens).abs() * some
     if normalise:
         target = target / (size.sum() / samples).clamp_min(1)
     return ATPLosses(lambda_atp * depth + lambda_target * target, depth, target, average)

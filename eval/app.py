@@ -181,8 +181,8 @@ def demo(
         raise ConfigError(f"--budgets takes numbers such as 0.8,0.6,0.4, got {budgets!r}") from None
     run_demo(out, None if full else images, shares, batch_size=batch_size, control=control, console=console)
     if clip:
-        counts = (None, None) if full else (min(images, clip_demo.PICTURES), min(images, clip_demo.PAGES))
+        pictures, pages = (None if full else min(images, count) for count in (clip_demo.PICTURES, clip_demo.PAGES))
         try:
-            clip_demo.run_clip_demo(out, *counts, console=console)
+            clip_demo.run_clip_demo(out, pictures, pages, console=console)
         except MissingExtraError as error:
             console.print(f"[yellow]the CLIP part was left out: {error}[/yellow]")

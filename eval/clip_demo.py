@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 BUDGETS = (0.6, 0.4)
-PICTURES, PAGES = 148, 400  # evenly spaced
+PICTURES, PAGES = 148, 300  # evenly spaced
 CALIBRATION_PAGES = 48
 _ACCURACY = ("acc1", "difference")
 _RECALLS = ("image_retrieval_recall@1", "text_retrieval_recall@1")

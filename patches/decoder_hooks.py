@@ -24,6 +24,7 @@ from vtok.patches.decoder_probe import layer_attention
 from vtok.patches.decoder_state import (
     PromptState,
     Stage,
+    cache_in,
     compact,
     forget,
     remember,
@@ -52,7 +53,7 @@ class BeforeModel(PrunerHook):
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         running = self.pruner.open()
         kwargs = dict(zip(inspect.signature(module.forward).parameters, args), **kwargs)
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         running.real = masks.seen_columns(kwargs.get("attention_mask"))
         if state_of(cache) is not None and stored(cache) == 0:
             forget(cache)
@@ -62,7 +63,7 @@ class BeforeModel(PrunerHook):
         return (), kwargs
 
     def _read(self, module: Any, running: Pass, kwargs: dict[str, Any]) -> dict[str, Any]:
-        pruner, ids, cache = self.pruner, kwargs.get("input_ids"), kwargs.get("past_key_values")
+        pruner, ids, cache = self.pruner, kwargs.get("input_ids"), cache_in(kwargs)
         if ids is None:
             raise UnsupportedModelError(
                 f"{type(module).__name__} got images with inputs_embeds; pass input_ids, which say where the visual tokens are"
@@ -106,7 +107,7 @@ class BeforeText(PrunerHook):
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         running = self.pruner.current
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if running is None:
             if state_of(cache) is not None and stored(cache) > 0:
                 raise StateError(
@@ -145,7 +146,7 @@ class BeforeText(PrunerHook):
     def _shortened(
         self, text: Any, kwargs: dict[str, Any], x: Tensor, keep: Tensor, running: Pass, state: PromptState
     ) -> dict[str, Any]:
-        stage, mask, cache = state.before, kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        stage, mask, cache = state.before, kwargs.get("attention_mask"), cache_in(kwargs)
         assert stage is not None
         rows, kind = stage.entry, text.config._attn_implementation
         position = kwargs.get("position_ids")
@@ -213,7 +214,7 @@ class BeforeLayer(PrunerHook):
         running = self.pruner.current
         if running is None or running.state is None:  # text alone, or a checkpoint that computes the layer again
             return None
-        state, cache = running.state, kwargs.get("past_key_values")
+        state, cache = running.state, cache_in(kwargs)
         x = args[0] if args else kwargs["hidden_states"]
         if not running.prunes:
             return args, _later_kwargs(module, self.index, x, kwargs, running, state, cache)

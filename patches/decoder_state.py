@@ -8,6 +8,7 @@ Shapes: B rows of a batch, L columns of the prompt, E columns that enter the LLM
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -120,6 +121,12 @@ class _NoCrop:
             "this cache holds a prompt that vtok shortened, by a different number of tokens in different layers, and cannot be "
             "cropped (assisted decoding does that); generate without an assistant, or shorten the prompt with vtok.prune_inputs"
         )
+
+
+def cache_in(kwargs: Mapping[str, Any]) -> Any:
+    """The cache among the keywords of a call, or `None`: named `cache` since transformers 5.24, `past_key_values` before."""
+    cache = kwargs.get("cache")
+    return kwargs.get("past_key_values") if cache is None else cache
 
 
 def state_of(cache: Any) -> PromptState | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import vtok
 from vtok.config import MethodConfig
+from vtok.patches.decoder_state import cache_in
 from vtok.patches.hf_vlm import find
 from vtok.patches.hf_vlm_examples import EXAMPLES
 from vtok.prompt import ImageFeatures, LayerAttention, Layout, VLMInfo, VLMReducer
@@ -131,7 +132,7 @@ class MaskOracle:
             handle.remove()
 
     def _hook(self, i: int, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        x, mask, cache = args[0], kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        x, mask, cache = args[0], kwargs.get("attention_mask"), cache_in(kwargs)
         alive = self.alive[i]
         if len(alive) != len(x):
             alive = alive.repeat_interleave(len(x) // len(alive), 0)

@@ -27,7 +27,7 @@ from vtok.eval.reference import (
 from vtok.eval.report import FLOOR, Panel, Record, is_unpatched, ordered, plot_panels
 from vtok.eval.settings import Setting, backend, twin, versions
 from vtok.eval.tasks import captions, retrieval, zeroshot
-from vtok.registry import METHODS
+from vtok.registry import encoder_methods
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -70,7 +70,7 @@ def run_clip_demo(
     console = console or Console()
     counts = (pictures, pages)
     records = Records(out / "results.jsonl")
-    wanted = cases(sorted(methods or METHODS.names()), budgets)
+    wanted = cases(sorted(methods or encoder_methods()), budgets)
     keys = {_key(case, counts): case for case in wanted}
     missing = [case for key, case in keys.items() if key not in records.by_key()]
     if missing:

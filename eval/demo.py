@@ -19,7 +19,7 @@ from vtok.eval.overlay import overlay_sheet
 from vtok.eval.records import Records
 from vtok.eval.reference import VIT_WEIGHTS, asset, load_reference_images, load_reference_vit
 from vtok.eval.settings import Setting
-from vtok.registry import METHODS
+from vtok.registry import encoder_methods
 
 BUDGETS = (0.8, 0.6, 0.4)
 CALIBRATION_IMAGES = 128
@@ -66,7 +66,7 @@ def run_demo(
     console = console or Console()
     data, records = reference_data(count), Records(out / "results.jsonl")
     comparison = Comparison(load_reference_vit(), model_name(), data, records, batch_size)
-    wanted = cases(sorted(methods or METHODS.names()), budgets)
+    wanted = cases(sorted(methods or encoder_methods()), budgets)
     with warnings.catch_warnings(record=True) as damaged:
         warnings.simplefilter("always")
         todo = comparison.pending(wanted)
@@ -93,7 +93,7 @@ def run_demo(
         )
     report.write_csv(done, out / "sweep.csv")
     report.plot(done, out / "pareto.png", title)
-    write_overlays(comparison, out / "overlays.png", sorted(methods or METHODS.names()))
+    write_overlays(comparison, out / "overlays.png", sorted(methods or encoder_methods()))
     console.print(f"results.jsonl, sweep.csv, pareto.png and overlays.png are in {out}")
     return done
 

@@ -18,7 +18,7 @@ from vtok.errors import VtokError
 from vtok.eval import tiny
 from vtok.eval.oracle import differences
 from vtok.patches.protocol import Example
-from vtok.registry import METHODS
+from vtok.registry import METHODS, encoder_methods
 
 YES, ON_REQUEST, NO, FAILED = "yes", "on request", "no", "FAILED"
 STATUSES = (YES, ON_REQUEST, NO, FAILED)
@@ -145,7 +145,7 @@ def cells(
         model = tiny.build(example).double()
         x = tiny.images(example, IMAGES, torch.float64)
         family = example.family or example.name.split()[0].rstrip(",")
-        for method in METHODS.names() if methods is None else methods:
+        for method in encoder_methods() if methods is None else methods:
             found = judge(model, x, method, example.input_size, check)
             yield Cell(key.partition(":")[0], example.name, family, method, **found)
 

@@ -12,7 +12,7 @@ from rich.progress import Progress
 from vtok.errors import ConfigError
 from vtok.eval import matrix, matrix_report, runs, tiny
 from vtok.eval.settings import versions
-from vtok.registry import METHODS
+from vtok.registry import METHODS, encoder_methods
 
 
 def print_matrix(
@@ -35,7 +35,7 @@ def print_matrix(
     if not console.is_terminal:
         console = Console(width=160)
     with Progress(console=errors, transient=True) as progress:
-        bar = progress.add_task("models", total=len(examples) * len(method or METHODS.names()))
+        bar = progress.add_task("models", total=len(examples) * len(method or encoder_methods()))
         found = []
         for cell in matrix.cells(examples, method):
             found.append(cell)

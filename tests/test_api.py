@@ -10,6 +10,7 @@ from zoo import Nothing, build, images
 
 import vtok
 from vtok.api import run_of
+from vtok.registry import encoder_methods
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def deit():
 
 def test_every_method_has_a_default_operating_point(deit):
     fractions = {}
-    for name in vtok.METHODS:
+    for name in encoder_methods():
         plan = vtok.plan(deit, name)
         assert plan.tokens[-1] < 197, name
         fractions[name] = plan.estimate.fraction
@@ -48,7 +49,7 @@ def test_known_operating_points(deit):
 
 
 @pytest.mark.parametrize("target", [0.8, 0.6, 0.4])
-@pytest.mark.parametrize("method", vtok.METHODS.names())
+@pytest.mark.parametrize("method", encoder_methods())
 def test_budgets_are_met(deit, method, target):
     plan = vtok.plan(deit, method, flops=target)
     assert plan.budget.reached == plan.estimate.fraction
@@ -58,7 +59,7 @@ def test_budgets_are_met(deit, method, target):
     assert knob in str(plan) or knob.split(",")[0] in str(plan)
 
 
-@pytest.mark.parametrize("method", vtok.METHODS.names())
+@pytest.mark.parametrize("method", encoder_methods())
 def test_the_whole_budget_reduces_nothing(method):
     model, x = build("timm: ViT"), images("timm: ViT")
     with torch.no_grad():
@@ -74,7 +75,7 @@ def test_plans_need_no_forward_pass(deit):
 
     for module in model.modules():
         module.register_forward_pre_hook(refuse)
-    for name in vtok.METHODS:
+    for name in encoder_methods():
         assert vtok.plan(model, name).tokens[-1] < 197
     assert not vtok.info(model).patched
 
@@ -133,7 +134,7 @@ def test_plans_for_another_input_size(deit):
 
 
 @pytest.mark.parametrize("as_folder", [False, True])
-@pytest.mark.parametrize("method", vtok.METHODS.names())
+@pytest.mark.parametrize("method", encoder_methods())
 def test_saved_configs_come_back(tmp_path, method, as_folder):
     path = tmp_path if as_folder else tmp_path / "run.json"
     model, x = build("timm: ViT"), images("timm: ViT")

@@ -10,6 +10,7 @@ from zoo import SETTINGS, WITHOUT_CLS, Nothing, build, checkpointing
 import vtok
 from vtok.api import run_of
 from vtok.patches.padded import key_padding
+from vtok.registry import encoder_methods
 from vtok.state import Place
 
 GRIDS = [(8, 8), (6, 8), (5, 7), (6, 8), (2, 4)]
@@ -71,7 +72,7 @@ def config(method, **extra):
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
-@pytest.mark.parametrize("method", [*vtok.METHODS.names(), *PRESETS])
+@pytest.mark.parametrize("method", [*encoder_methods(), *PRESETS])
 @pytest.mark.parametrize(("name", "call"), CASES)
 def test_a_padded_batch_equals_its_images_alone(name, call, method, kernel):
     model = build(name, torch.float64)
@@ -90,7 +91,7 @@ def test_a_padded_batch_equals_its_images_alone(name, call, method, kernel):
         assert (again - together).abs().max() <= (1e-10 if kernel == "sdpa" else 1e-4) * alone.abs().max()
 
 
-@pytest.mark.parametrize("method", [*vtok.METHODS.names(), *PRESETS])
+@pytest.mark.parametrize("method", [*encoder_methods(), *PRESETS])
 @pytest.mark.parametrize(("name", "call"), CASES)
 def test_no_patch_and_padding_ever_meet(name, call, method):
     model = vtok.patch(build(name, torch.float64), config(method), trace=True)

@@ -9,7 +9,7 @@ from helpers_golden import model_info
 import vtok
 from vtok.config import MethodConfig
 from vtok.methods.pitome_presets import PRESETS
-from vtok.registry import METHODS
+from vtok.registry import METHODS, encoder_methods
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("tome", {"r": -1}, "r counts tokens to remove and cannot be negative, got -1"),
@@ -171,7 +171,7 @@ def test_default_schedules() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", encoder_methods())
 def test_ladders_start_with_a_no_op_and_never_ease(method: str) -> None:
     """A FLOPs budget is found by bisection over this order."""
     facts = model_info(num_patches=64, grid=(8, 8))

@@ -15,6 +15,7 @@ from vtok.patches.block import ReducingBlock
 from vtok.patches.openclip_vit import BLOCKS
 from vtok.patches.protocol import look_up
 from vtok.patches.swap import Hook, Mixin
+from vtok.registry import encoder_methods
 from vtok.state import Place
 
 open_clip = pytest.importorskip("open_clip")
@@ -47,7 +48,7 @@ def words(batch=3):
 
 
 @pytest.mark.parametrize("cls", [open_clip.CLIP, open_clip.CustomTextCLIP])
-@pytest.mark.parametrize("method", vtok.METHODS.names())
+@pytest.mark.parametrize("method", encoder_methods())
 def test_the_text_tower_is_never_touched(cls, method):
     """Its blocks are of the same class as those of the image tower."""
     model, x, text = clip(cls=cls), pictures(), words()
@@ -162,7 +163,7 @@ def test_a_map_that_would_scramble_tokens_is_refused():
         visual.forward_intermediates(pictures(), indices=[1], stop_early=True)
 
 
-@pytest.mark.parametrize("method", vtok.METHODS.names())
+@pytest.mark.parametrize("method", encoder_methods())
 def test_patch_dropout_comes_before_reduction(method):
     """In training every image keeps its own random patches; indices count what is left of them."""
     model = clip({**VISION, "patch_dropout": 0.5}).train()

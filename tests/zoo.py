@@ -16,11 +16,11 @@ from torch import nn
 import vtok
 from vtok.config import MethodConfig, ModelInfo, Reducer
 from vtok.eval import tiny
-from vtok.registry import METHODS
+from vtok.registry import METHODS, encoder_methods
 from vtok.state import Place, Site
 
 # Settings under which a method really reduces 64 patches in 4 blocks.
-SETTINGS: dict[str, dict[str, Any]] = {name: dict(METHODS.get(name).trial) for name in METHODS}
+SETTINGS: dict[str, dict[str, Any]] = {name: dict(METHODS.get(name).trial) for name in encoder_methods()}
 # Static shapes, for compilation and fake tensors.
 STATIC: dict[str, dict[str, Any]] = {"ats": {"mode": "mask"}}
 
@@ -34,10 +34,10 @@ def _first_built(method: str, info: ModelInfo) -> tuple[dict[str, Any], Reducer]
 
 
 _VIT = ModelInfo("ViT", 4, 1, 64, (8, 8), True, 48, 12, 4, 4)
-_POOLED = {name: _first_built(name, dataclasses.replace(_VIT, num_prefix=0, has_cls=False)) for name in METHODS}
+_POOLED = {name: _first_built(name, dataclasses.replace(_VIT, num_prefix=0, has_cls=False)) for name in encoder_methods()}
 # What a user passes where a model has no class token.
 WITHOUT_CLS: dict[str, dict[str, Any]] = {name: made[0] for name, made in _POOLED.items() if made is not None}
-MERGING = [name for name in METHODS if (made := _first_built(name, _VIT)) is not None and made[1].sizes]
+MERGING = [name for name in encoder_methods() if (made := _first_built(name, _VIT)) is not None and made[1].sizes]
 
 BACKENDS = tiny.backends()
 EXAMPLES, TOO_NEW = tiny.examples()
@@ -117,7 +117,12 @@ def config_for(name: str, method: str, model: nn.Module, **extra: Any) -> Method
 def pairs(names: list[str] | None = None) -> list[tuple[str, str]]:
     """(example, method) for every combination that is supported."""
     chosen = list(EXAMPLES) if names is None else names
-    return [(name, method) for name in chosen for method in METHODS if config_for(name, method, _prototype(name)) is not None]
+    return [
+        (name, method)
+        for name in chosen
+        for method in encoder_methods()
+        if config_for(name, method, _prototype(name)) is not None
+    ]
 
 
 def attach(name: str, model: nn.Module, method: str, **extra: Any) -> nn.Module:

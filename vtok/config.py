@@ -117,10 +117,12 @@ class MethodConfig:
         """Resolves the config for a model.
 
         Raises:
-            UnsupportedModelError: the model lacks what the method needs.
+            UnsupportedModelError: the model lacks what the method needs, or the method acts on vision-language models alone.
             ConfigError: a value does not fit the model.
         """
-        raise NotImplementedError
+        raise UnsupportedModelError(
+            f"{self.name} drops visual tokens from the prompts of vision-language models; {info.name} is a vision encoder"
+        )
 
     def build_vlm(self, info: VLMInfo) -> VLMReducer:
         """Resolves the config for a vision-language model; a method that acts on visual tokens before or in the LLM has it.
@@ -133,6 +135,11 @@ class MethodConfig:
             f"{self.name} reduces tokens inside the blocks of a vision encoder, which vtok does not patch inside a "
             f"vision-language model such as {info.name}: not every connector works with fewer tokens"
         )
+
+    @classmethod
+    def for_encoders(cls) -> bool:
+        """Whether the method acts inside vision encoders."""
+        return cls.build is not MethodConfig.build
 
     @classmethod
     def for_vlms(cls) -> bool:

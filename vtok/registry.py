@@ -101,6 +101,12 @@ METHODS: Registry[Any] = Registry(
     group="vtok.methods",
 )
 
+
+def encoder_methods() -> list[str]:
+    """Names of the methods that act inside vision encoders; the others act on the prompts of vision-language models alone."""
+    return [name for name in METHODS if METHODS.get(name).for_encoders()]
+
+
 # The name of an adapter is the first part of the module names of the classes it patches: an adapter is imported only when
 # a model holds such a class.
 ADAPTERS: Registry[Any] = Registry(

@@ -9,6 +9,7 @@ from zoo import EXAMPLES, Nothing, attach, build, images, pairs
 
 import vtok
 from vtok.patches.swap import Hook, Mixin
+from vtok.registry import encoder_methods
 from vtok.state import Place
 
 NO_OPS = {
@@ -38,7 +39,7 @@ def test_no_ops_are_bit_identical(name):
 
 
 def test_every_method_has_a_no_op():
-    assert set(NO_OPS) == set(vtok.METHODS.names())
+    assert set(NO_OPS) == set(encoder_methods())
     # ATS refuses models without a class token; its no-op is checked wherever it runs.
     assert _accepts("timm: ViT", build("timm: ViT"), "ats", {"keep": 1.0})
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from zoo import BACKENDS, EXAMPLES, MERGING, STATIC, attach, build, images, pairs
 
-import vtok
 from vtok.api import run_of
 from vtok.eval import matrix
+from vtok.registry import encoder_methods
 
 PAIRS = pairs()
 
@@ -23,7 +23,7 @@ def _kept_rows(run):
     return kept
 
 
-@pytest.mark.parametrize("method", vtok.METHODS.names())
+@pytest.mark.parametrize("method", encoder_methods())
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_removing_equals_masking(name, method):
     """Every cell of the support matrix: rotary tables, relative biases, masks, sizes and pools follow the tokens that stay."""
@@ -128,7 +128,7 @@ def test_ats_drop_equals_mask(name):
     assert shapes[-1] <= fixed[-1]
 
 
-@pytest.mark.parametrize("method", vtok.METHODS.names())
+@pytest.mark.parametrize("method", encoder_methods())
 def test_prefix_tokens_stay_in_front(method):
     for name in ("timm: ViT qk-norm, LayerScale, 4 registers", "timm: DeiT distilled", "timm: DINOv3 rotary, 4 registers"):
         model, x = build(name), images(name)

@@ -10,9 +10,10 @@ from zoo import EXAMPLES, FAMILIES, STATIC, attach, block_list, build, images, p
 
 import vtok
 from vtok.api import run_of
+from vtok.registry import encoder_methods
 
 
-@pytest.mark.parametrize("method", vtok.METHODS.names())
+@pytest.mark.parametrize("method", encoder_methods())
 def test_two_threads_give_the_single_thread_result(method):
     name = "timm: ViT"
     model = attach(name, build(name), method)
@@ -75,7 +76,7 @@ def _compiled_equals_eager(name, method, backend):
 
 def _some_quick(combinations):
     """Every method once, every family once; the rest of the matrix is slow."""
-    methods = vtok.METHODS.names()
+    methods = encoder_methods()
     quick = {(name, methods[i % len(methods)]) for i, name in enumerate(FAMILIES)} | {(FAMILIES[0], m) for m in methods}
     quick.add(("timm: ViT differential attention", "tome"))
     return [pytest.param(*c, marks=() if c in quick else pytest.mark.slow) for c in combinations]
@@ -91,12 +92,12 @@ def test_compiles_without_graph_breaks(name, method):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("method", vtok.METHODS.names())
+@pytest.mark.parametrize("method", encoder_methods())
 def test_compiles_with_inductor(method):
     _compiled_equals_eager("timm: ViT", method, "inductor")
 
 
-@pytest.mark.parametrize("method", vtok.METHODS.names())
+@pytest.mark.parametrize("method", encoder_methods())
 def test_empty_batches_and_meta_tensors(method):
     name = "timm: ViT"
     model, x = attach(name, build(name), method), images(name)

@@ -6,6 +6,7 @@ from zoo import FAMILIES, attach, build, checkpointing, images, pairs
 
 import vtok
 from vtok.api import run_of
+from vtok.registry import encoder_methods
 
 
 def _gradients(model, x):
@@ -131,7 +132,7 @@ def _spy_on_decisions(model, seen):
             link.decide = decide
 
 
-@pytest.mark.parametrize("method", vtok.METHODS.names())
+@pytest.mark.parametrize("method", encoder_methods())
 def test_autocast_does_not_reach_the_decisions(method):
     name = "timm: ViT"
     model, x, seen = build(name), images(name), []

@@ -144,6 +144,8 @@ def _describe(path: str, module: Any, spec: VLMSpec) -> VLM:
         width=config.hidden_size,
         num_heads=config.num_attention_heads,
         first_layer=max(len(deep), 1),
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         no_attention=next((why for layer in text.layers if (why := decoder_probe.why_not(layer))), None),
     )
     return VLM(path, module, spec, info, {m: token for m, token in tokens.items() if token is not None})

@@ -158,6 +158,10 @@ class MethodConfig:
         """The same method from the mildest setting (a no-op) to the strongest: what a FLOPs budget chooses from."""
         raise ConfigError(f"{self.name} has no single knob that a FLOPs budget could set")
 
+    def ladder_vlm(self, info: VLMInfo) -> Sequence[Self]:
+        """The same for a vision-language model."""
+        raise ConfigError(f"{self.name} has no single knob that a FLOPs budget for a vision-language model could set")
+
     def knob(self) -> dict[str, Any]:
         """The parameters that `ladder` varies."""
         return {}

@@ -29,6 +29,8 @@ class VLMInfo:
         depth: decoder layers of the LLM.
         width: of the LLM's hidden states and of the image features.
         num_heads: query heads of a decoder layer, H.
+        num_kv_heads: key and value heads, Hk: fewer under grouped-query attention; 0 = as many as query heads.
+        head_dim: width of a head, D; 0 = width / heads.
         first_layer: lowest decoder layer in front of which tokens may be dropped; layer 0 (before the LLM) always may.
         no_attention: why the attention of a decoder layer cannot be read, or `None` if it can.
     """
@@ -39,6 +41,15 @@ class VLMInfo:
     num_heads: int
     first_layer: int = 1
     no_attention: str | None = None
+    num_kv_heads: int = 0
+    head_dim: int = 0
+
+    def probe_macs(self, rows: int, length: int) -> int:
+        """Multiply-accumulates of `LayerAttention.probs` for so many query rows over so many columns: keys of all columns,
+        queries of the rows, and their products."""
+        head = self.head_dim or self.width // self.num_heads
+        keys = self.width * (self.num_kv_heads or self.num_heads) * head * length
+        return keys + rows * self.num_heads * head * (self.width + length)
 
 
 class View(NamedTuple):
@@ -172,9 +183,11 @@ class VLMReducer:
 
     Attributes:
         needs: {"attention"} if decisions in front of decoder layers look at attention probabilities, else empty.
+        exact: whether the counts below are exact; False = upper bounds, the true numbers depend on the images or the text.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    exact: ClassVar[bool] = False
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -206,3 +219,19 @@ class VLMReducer:
             [B, L] bool; only the values at visual tokens count, text always stays. Rows may keep different numbers, also none.
         """
         raise NotImplementedError
+
+    def feature_count(self, n: int, views: tuple[View, ...], modality: str = "image") -> int:
+        """Tokens of an image (or video) of n that stay at IMAGE_FEATURES."""
+        return n
+
+    def feature_macs(self, n: int, views: tuple[View, ...], modality: str = "image") -> int:
+        """Multiply-accumulates of the matrix products that `features` makes for an image (or video) of n tokens."""
+        return 0
+
+    def layer_count(self, at: Site, visual: int) -> int:
+        """Visual tokens of a prompt that go on at a decoder site when so many arrive."""
+        return visual
+
+    def layer_macs(self, at: Site, visual: int, text: int) -> int:
+        """Multiply-accumulates that deciding at a decoder site costs for a prompt of so many tokens, the probe's included."""
+        return 0

@@ -51,6 +51,9 @@ class DropConfig(MethodConfig):
     def ladder(self, info: ModelInfo) -> Sequence[Self]:
         return [self.replace(keep=1 - step / 1000) for step in range(1000)]
 
+    def ladder_vlm(self, info: VLMInfo) -> Sequence[Self]:
+        return [self.replace(keep=1 - step / 1000) for step in range(1000)]
+
     def blocks(self, info: ModelInfo) -> tuple[int, ...]:
         return block_indices(self.layers, range(info.depth), info.depth)
 
@@ -107,6 +110,8 @@ class DropReducer(Reducer):
 class ViewDrop(VLMReducer):
     """Keeps the same share of every view of every image, before the LLM."""
 
+    exact: ClassVar[bool] = True
+
     config: DropConfig
 
     @property
@@ -117,6 +122,9 @@ class ViewDrop(VLMReducer):
         batch = len(images.tokens)
         kept = [self._rows(i, view, images.tokens.device) for i, view in enumerate(images.views)]
         return Plan(torch.cat(kept).expand(batch, -1))
+
+    def feature_count(self, n: int, views: tuple[View, ...], modality: str = "image") -> int:
+        return sum(kept_count(view.stop - view.start, self.config.keep) for view in views)
 
     def _rows(self, number: int, view: View, device: torch.device) -> Tensor:
         n = view.stop - view.start

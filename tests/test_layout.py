@@ -25,7 +25,7 @@ ALLOWED = {
     "methods": {"config", "errors", "methods", "ops", "prompt", "reduction", "state"},
     "patches": {"config", "cost", "errors", "ops", "patches", "prompt", "reduction", "registry", "run", "state"},
 }
-CORE = ["api", "budget", "describe", "files", "inspection", "probe", "resolve", "vlm"]
+CORE = ["api", "budget", "describe", "files", "fit", "inspection", "probe", "resolve", "vlm"]
 
 
 def _imports(path):

@@ -6,37 +6,22 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vtok import files, reduction
-from vtok.budget import Budget, default_target, solve, steps_of
-from vtok.config import MethodConfig, Reducer
-from vtok.cost import Estimate, estimate
 from vtok.describe import Info, PlanReport, Support
 from vtok.errors import ConfigError, StateError, UnsupportedModelError, VtokError
+from vtok.fit import Patch, call, fit, foretell, measured, put
 from vtok.patches import find_vlms
-from vtok.patches.block import check, install
+from vtok.patches.block import check
 from vtok.patches.protocol import Adapter, Tower
 from vtok.patches.swap import Mixin, check_class, remove_hooks, take_off
 from vtok.registry import METHODS
 from vtok.resolve import Method, Size, own_class, require_module, run_of, wanted
 from vtok.resolve import towers as _towers
-from vtok.run import Run
-from vtok.state import Site
-
-
-@dataclass(frozen=True)
-class Patch:
-    """What was patched into one tower: kept on its `Run`, and all that `info` and `save_config` need."""
-
-    path: str
-    configs: tuple[MethodConfig, ...]
-    steps: dict[int, tuple[Site, Reducer]]
-    budget: Budget | None
 
 
 def patch(
@@ -87,20 +72,13 @@ def patch(
     configs_of, saved = wanted([tower.info for _, tower in found], method, params, flops)
     ready = []
     for (adapter, tower), configs in zip(found, configs_of):
-        made = _resolve(adapter, tower, configs, flops, calibration)
+        made = fit(adapter, tower, configs, flops, calibration)
         check(tower, made.steps)
         ready.append((adapter, tower, made))
     unpatch(model)
     for adapter, tower, made in ready:
-        _install(adapter, tower, made, trace or (saved is not None and saved.trace))
+        put(adapter, tower, made, trace or (saved is not None and saved.trace))
     return model
-
-
-def _install(adapter: Adapter, tower: Tower, made: Patch, trace: bool) -> None:
-    run = Run(len(tower.blocks), tower.num_prefix, any(r.prop_attn for _, r in made.steps.values()), trace)
-    run.patch = made
-    install(tower.blocks, run, made.steps)
-    adapter.attach(tower, run)
 
 
 def unpatch(model: nn.Module) -> nn.Module:
@@ -134,7 +112,7 @@ def patched(model: nn.Module, method: Method = "pitome", **kwargs: Any) -> Itera
     finally:
         unpatch(model)
         for earlier in before:
-            _install(*earlier)
+            put(*earlier)
         if pruners:
             from vtok import vlm
 
@@ -183,10 +161,10 @@ def plan(
     found = _towers(model, input_size)
     configs_of, _ = wanted([tower.info for _, tower in found], method, params, flops)
     adapter, tower = found[0]
-    made = _resolve(adapter, tower, configs_of[0], flops, calibration)
-    result = _estimate(adapter, tower, made.steps)
+    made = fit(adapter, tower, configs_of[0], flops, calibration)
+    result = foretell(adapter, tower, made.steps)
     if calibration is not None and not result.exact:
-        result = _measure(adapter, tower, made.configs, calibration)
+        result = measured(adapter, tower, made.configs, calibration)
     return PlanReport(type(tower.module).__name__, made.configs, result, made.budget, tower.info.num_patches)
 
 
@@ -247,7 +225,7 @@ def info(model: nn.Module, probe: Any = None) -> Info:
 
         if probe is not None:
             with torch.no_grad():
-                _call(model, probe)
+                call(model, probe)
         return Info(prompts=tuple(vlm.describe(v) for v in vlms))
     found = _towers(model, None)
     kernels: dict[int, list[str]] = {}
@@ -255,7 +233,7 @@ def info(model: nn.Module, probe: Any = None) -> Info:
         from vtok.probe import attention_kernels
 
         modules = [b.module for _, tower in found for b in tower.blocks]
-        names = attention_kernels(modules, lambda: _call(model, probe))
+        names = attention_kernels(modules, lambda: call(model, probe))
         for i, (_, tower) in enumerate(found):
             kernels[i], names = names[: len(tower.blocks)], names[len(tower.blocks) :]
     return Info(
@@ -287,7 +265,7 @@ def supports(model: nn.Module) -> Support:
         for extra, config in METHODS.get(name).variants():
             try:
                 for adapter, tower in found:
-                    check(tower, _resolve(adapter, tower, (config,), None, None).steps)
+                    check(tower, fit(adapter, tower, (config,), None, None).steps)
             except VtokError as error:
                 methods[name] = methods[name] or str(error)
                 continue
@@ -320,76 +298,3 @@ def save_config(model: nn.Module, path: str | os.PathLike) -> None:
     if not found:
         raise StateError("the model is not patched; there is nothing to save")
     files.save(path, [(tower.info, made.configs) for _, tower, made, _ in found], any(trace for *_, trace in found))
-
-
-def _call(module: nn.Module, inputs: Any) -> Any:
-    return module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
-
-
-def _resolve(adapter: Adapter, tower: Tower, configs: tuple[MethodConfig, ...], flops: float | None, calibration: Any) -> Patch:
-    """Configs with every number chosen, and where they act, checked against the tower."""
-    info_, budget = tower.info, None
-    if flops is not None and len(configs) > 1:
-        raise ConfigError("a FLOPs budget sets the knob of one method; with several, give each its own numbers")
-    chosen = []
-    for config in configs:
-        target = flops
-        if target is None and config.default_flops is not None and config.needs_budget():
-            target = default_target(config.default_flops, adapter.cost(tower), info_)
-        if target is not None:
-
-            def measure(candidate: MethodConfig) -> Estimate:
-                assert calibration is not None
-                return _measure(adapter, tower, (candidate,), calibration)
-
-            config, budget = solve(config, target, info_, adapter.cost(tower), measure if calibration is not None else None)
-        chosen.append(config.resolved(info_))
-    reducers = [config.build(info_) for config in chosen]
-    if len(reducers) > 1 and any(r.ragged for r in reducers):
-        raise UnsupportedModelError(
-            "a method that keeps a different number of tokens for every image leaves padding, which other methods do not "
-            "handle; patch it alone"
-        )
-    if info_.blind_pool is not None:
-        for config, reducer in zip(chosen, reducers):
-            if reducer.sites and (reducer.sizes or reducer.ragged):
-                raise UnsupportedModelError(f"{config.name} cannot be used on {info_.name}: {info_.blind_pool}")
-    if info_.blind_attention is not None:
-        for config, reducer in zip(chosen, reducers):
-            if reducer.sites and (reducer.ragged or (reducer.sizes and reducer.prop_attn)):
-                raise UnsupportedModelError(f"{config.name} cannot be used on {info_.name}: {info_.blind_attention}")
-    return Patch(tower.path, tuple(chosen), steps_of(reducers), budget)
-
-
-def _estimate(adapter: Adapter, tower: Tower, steps: dict[int, tuple[Site, Reducer]]) -> Estimate:
-    info_ = tower.info
-    return estimate(adapter.cost(tower), steps, info_.num_prefix + info_.num_patches, info_.num_prefix)
-
-
-def _check_images(images: Any, tower: Tower) -> None:
-    if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
-        got = f"shape {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise ConfigError(f"calibration is a batch of images [B, C, H, W] as the tower takes them, got {got}")
-    channels = (tower.input_size or images.shape[1:])[0]
-    if images.shape[1] != channels:
-        raise ConfigError(f"calibration images have {images.shape[1]} channels, {tower.info.name} takes {channels}")
-
-
-def _measure(adapter: Adapter, tower: Tower, configs: tuple[MethodConfig, ...], images: Any) -> Estimate:
-    """What calibration images cost on average; the tower is patched for one pass and left as it was."""
-    from vtok.inspection import tower_info
-
-    if not isinstance(images, Mapping):
-        _check_images(images, tower)
-    modes = [(module, module.training) for module in tower.module.modules()]
-    one = configs if len(configs) > 1 else configs[0]
-    try:
-        with patched(tower.module.eval(), one, input_size=tower.input_size), torch.no_grad():
-            _call(tower.module, images)
-            found = tower_info(adapter, tower, run_of(tower.module), None)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    result = found.mean_estimate or found.estimate
-    assert result is not None
-    return result

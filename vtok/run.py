@@ -61,7 +61,7 @@ class Run:
 
     def __init__(self, depth: int, num_prefix: int, prop_attn: bool, trace: bool):
         self.depth, self.num_prefix, self.prop_attn, self.trace = depth, num_prefix, prop_attn, trace
-        self.patch: Any = None  # what was asked for (vtok.api.Patch)
+        self.patch: Any = None  # what was asked for (vtok.fit.Patch)
         self._lock = threading.Lock()
         self._forget()
 

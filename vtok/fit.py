@@ -1,0 +1,114 @@
+"""Methods on one tower: numbers chosen and checked, blocks patched, costs foretold or measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtok.budget import Budget, default_target, solve, steps_of
+from vtok.config import MethodConfig, Reducer
+from vtok.cost import Estimate, estimate
+from vtok.errors import ConfigError, UnsupportedModelError
+from vtok.patches.block import install
+from vtok.patches.protocol import Adapter, Tower
+from vtok.resolve import run_of
+from vtok.run import Run
+from vtok.state import Site
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What was patched into one tower: kept on its `Run`, and all that `info` and `save_config` need."""
+
+    path: str
+    configs: tuple[MethodConfig, ...]
+    steps: dict[int, tuple[Site, Reducer]]
+    budget: Budget | None
+
+
+def put(adapter: Adapter, tower: Tower, made: Patch, trace: bool) -> None:
+    """Installs what `fit` resolved; `check` comes first."""
+    run = Run(len(tower.blocks), tower.num_prefix, any(r.prop_attn for _, r in made.steps.values()), trace)
+    run.patch = made
+    install(tower.blocks, run, made.steps)
+    adapter.attach(tower, run)
+
+
+def fit(adapter: Adapter, tower: Tower, configs: tuple[MethodConfig, ...], flops: float | None, calibration: Any) -> Patch:
+    """Configs with every number chosen, and where they act, checked against the tower."""
+    info_, budget = tower.info, None
+    if flops is not None and len(configs) > 1:
+        raise ConfigError("a FLOPs budget sets the knob of one method; with several, give each its own numbers")
+    chosen = []
+    for config in configs:
+        target = flops
+        if target is None and config.default_flops is not None and config.needs_budget():
+            target = default_target(config.default_flops, adapter.cost(tower), info_)
+        if target is not None:
+
+            def measure(candidate: MethodConfig) -> Estimate:
+                assert calibration is not None
+                return measured(adapter, tower, (candidate,), calibration)
+
+            config, budget = solve(config, target, info_, adapter.cost(tower), measure if calibration is not None else None)
+        chosen.append(config.resolved(info_))
+    reducers = [config.build(info_) for config in chosen]
+    if len(reducers) > 1 and any(r.ragged for r in reducers):
+        raise UnsupportedModelError(
+            "a method that keeps a different number of tokens for every image leaves padding, which other methods do not "
+            "handle; patch it alone"
+        )
+    if info_.blind_pool is not None:
+        for config, reducer in zip(chosen, reducers):
+            if reducer.sites and (reducer.sizes or reducer.ragged):
+                raise UnsupportedModelError(f"{config.name} cannot be used on {info_.name}: {info_.blind_pool}")
+    if info_.blind_attention is not None:
+        for config, reducer in zip(chosen, reducers):
+            if reducer.sites and (reducer.ragged or (reducer.sizes and reducer.prop_attn)):
+                raise UnsupportedModelError(f"{config.name} cannot be used on {info_.name}: {info_.blind_attention}")
+    return Patch(tower.path, tuple(chosen), steps_of(reducers), budget)
+
+
+def foretell(adapter: Adapter, tower: Tower, steps: dict[int, tuple[Site, Reducer]]) -> Estimate:
+    """What a forward pass at the tower's input size costs."""
+    info_ = tower.info
+    return estimate(adapter.cost(tower), steps, info_.num_prefix + info_.num_patches, info_.num_prefix)
+
+
+def _check_images(images: Any, tower: Tower) -> None:
+    if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
+        got = f"shape {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise ConfigError(f"calibration is a batch of images [B, C, H, W] as the tower takes them, got {got}")
+    channels = (tower.input_size or images.shape[1:])[0]
+    if images.shape[1] != channels:
+        raise ConfigError(f"calibration images have {images.shape[1]} channels, {tower.info.name} takes {channels}")
+
+
+def measured(adapter: Adapter, tower: Tower, configs: tuple[MethodConfig, ...], images: Any) -> Estimate:
+    """What calibration images cost on average; the tower is patched for one pass and left as it was."""
+    from vtok.api import patched
+    from vtok.inspection import tower_info
+
+    if not isinstance(images, Mapping):
+        _check_images(images, tower)
+    modes = [(module, module.training) for module in tower.module.modules()]
+    one = configs if len(configs) > 1 else configs[0]
+    try:
+        with patched(tower.module.eval(), one, input_size=tower.input_size), torch.no_grad():
+            call(tower.module, images)
+            found = tower_info(adapter, tower, run_of(tower.module), None)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    result = found.mean_estimate or found.estimate
+    assert result is not None
+    return result
+
+
+def call(module: nn.Module, inputs: Any) -> Any:
+    """Runs a model on one tensor, or on a mapping: by name."""
+    return module(**inputs) if isinstance(inputs, Mapping) else module(inputs)

@@ -75,7 +75,8 @@ def _full_precision(device: str) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
 
 
-def _chain(block: nn.Module, names: tuple[str, ...], h: Tensor) -> Tensor:
+def chain(block: nn.Module, names: tuple[str, ...], h: Tensor) -> Tensor:
+    """h through the named children of a block: modules are called, tensors multiplied, missing ones skipped."""
     for name in names:
         part = getattr(block, name, None)
         if part is not None:
@@ -146,7 +147,7 @@ class ReducingBlock(Mixin):
         place = None if link.site is None else link.site.place
         bias = kwargs.get(spec.mask)
         rope = kwargs.get(spec.rope) if spec.rope else None
-        h = _chain(self, spec.pre1, x)
+        h = chain(self, spec.pre1, x)
         if link.stepwise:
             projected = attend.project(attn, h, rope)
             view = projected_view(attend, attn, projected, bias)
@@ -161,10 +162,10 @@ class ReducingBlock(Mixin):
         else:
             h = attend.call(attn, h, kwargs)
             view = tapped_view(attend, attn, link.run, bias, rope, link.needs)
-        x = x + _chain(self, spec.post1, h)
+        x = x + chain(self, spec.post1, h)
         if place is Place.BLOCK_MID:
             x, state = link.move(x, state, link.decide(x, state, view))
-        x = x + _chain(self, spec.post2, getattr(self, spec.mlp)(_chain(self, spec.pre2, x)))
+        x = x + chain(self, spec.post2, getattr(self, spec.mlp)(chain(self, spec.pre2, x)))
         if place is Place.BLOCK_END:
             x, state = link.move(x, state, link.decide(x, state, view))
         return x, state

@@ -78,7 +78,8 @@ class BeforeModel(PrunerHook):
             return kwargs
         _check_text(getattr(module, pruner.spec.text))
         given = kwargs.get("mm_encoder_outputs")
-        chosen = hf.choose(module, hf.encode(module, kwargs), pruner.features, pruner.spec.views, kwargs)
+        spec = pruner.spec
+        chosen = hf.choose(module, hf.encode(module, kwargs), pruner.features, spec.views, spec.view_counts, kwargs)
         keep = hf.kept_columns(ids, pruner.tokens, chosen)
         kwargs = {name: value for name, value in kwargs.items() if name not in hf.PIXELS.values()}
         kwargs["mm_encoder_outputs"] = chosen.outputs

@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vtok.errors import StateError, UnsupportedModelError
-from vtok.prompt import ImageFeatures, View, VLMReducer
+from vtok.patches import tower_taps
+from vtok.prompt import ImageFeatures, TowerBlock, View, VLMReducer
 from vtok.reduction import Plan, apply_plan
 from vtok.state import TokenState
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 # (model, modality, number of the image, its first feature, its features [n, D], keywords of the call) -> what the n tokens are
 Views = Callable[[Any, str, int, int, Tensor, Mapping[str, Any]], tuple[View, ...]]
+# (model, modality, features of every image, views of the tower in all, keywords of the call) -> views of every image, if known
+ViewCounts = Callable[[Any, str, Sequence[Tensor], int, Mapping[str, Any]], list[int] | None]
 
 
 class Chosen(NamedTuple):
@@ -43,8 +47,14 @@ def carries_images(kwargs: Mapping[str, Any]) -> bool:
     return given or (isinstance(outputs, Mapping) and any(value is not None for value in outputs.values()))
 
 
-def encode(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Runs the vision side as generate() does: modality -> its output. What is encoded already is taken as it is."""
+def encode(model: Any, kwargs: Mapping[str, Any], taps: tower_taps.TowerTaps | None = None) -> dict[str, Any]:
+    """Runs the vision side as generate() does: modality -> its output. What is encoded already is taken as it is.
+
+    Args:
+        model: the one without language head.
+        kwargs: of the call.
+        taps: which blocks of the tower to watch, if the model is not patched to do so.
+    """
     given = kwargs.get("mm_encoder_outputs")
     outputs = {name: value for name, value in (given or {}).items() if value is not None}
     for modality, pixels in PIXELS.items():
@@ -53,6 +63,8 @@ def encode(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if function is None:
             raise UnsupportedModelError(f"{type(model).__name__} has no get_{modality}_features, which vtok needs for {pixels}")
+        if taps is not None and taps.blocks:
+            function = tower_taps.watched(function, taps)
         names = [name for name in inspect.signature(function).parameters if kwargs.get(name) is not None]
         outputs[modality] = function(**{name: kwargs[name] for name in names if name != "kwargs"}, return_dict=True)
     return outputs
@@ -63,7 +75,14 @@ def feature_list(output: Any) -> list[Tensor]:
     return list(output.pooler_output)
 
 
-def choose(model: Any, outputs: dict[str, Any], reducer: VLMReducer | None, views: Views, kwargs: Mapping[str, Any]) -> Chosen:
+def choose(
+    model: Any,
+    outputs: dict[str, Any],
+    reducer: VLMReducer | None,
+    views: Views,
+    counts: ViewCounts,
+    kwargs: Mapping[str, Any],
+) -> Chosen:
     """Asks the method which features stay, once for all images that are laid out alike.
 
     Args:
@@ -71,10 +90,11 @@ def choose(model: Any, outputs: dict[str, Any], reducer: VLMReducer | None, view
         outputs: modality -> output, left as they are.
         reducer: of the method, or `None` to keep all.
         views: says what the tokens of an image are.
+        counts: says of how many views of the vision tower an image is made.
         kwargs: of the call.
 
     Raises:
-        StateError: the method keeps no token of an image.
+        StateError: the method keeps no token of an image, or looks at the tower, of which nothing is known.
     """
     outputs, rows = dict(outputs), {}
     for modality, output in outputs.items():
@@ -83,15 +103,17 @@ def choose(model: Any, outputs: dict[str, Any], reducer: VLMReducer | None, view
         rows[modality] = stay
         if reducer is None:
             continue
-        alike: dict[tuple[int, tuple[View, ...]], list[int]] = {}
+        tower = _Towers(model, modality, output, reducer.tower_blocks, counts, kwargs)
+        alike: dict[tuple[int, tuple[View, ...], int], list[int]] = {}
         first, folded = 0, False
         for i, x in enumerate(images):
-            alike.setdefault((len(x), views(model, modality, i, first, x.detach(), kwargs)), []).append(i)
+            parts = views(model, modality, i, first, x.detach(), kwargs)
+            alike.setdefault((len(x), parts, len(tower.views[i])), []).append(i)
             first += len(x)
-        for (_, parts), numbers in alike.items():
+        for (_, parts, number), numbers in alike.items():
             tokens = torch.stack([images[i] for i in numbers])
             with torch.no_grad():
-                plan = reducer.features(ImageFeatures(tokens.detach(), parts, modality))
+                plan = reducer.features(ImageFeatures(tokens.detach(), parts, modality, tower.blocks(numbers), number))
             if plan is None:
                 continue
             if plan.keep.shape[1] == 0 or (plan.valid is not None and not bool(plan.valid.any(1).all())):
@@ -102,6 +124,32 @@ def choose(model: Any, outputs: dict[str, Any], reducer: VLMReducer | None, view
         if folded:
             outputs[modality] = _with_features(output, images)
     return Chosen(outputs, {modality: torch.cat(parts) for modality, parts in rows.items()})
+
+
+class _Towers:
+    """What the vision tower saw of every image: `views[i]` lists the views that image i is made of."""
+
+    def __init__(
+        self, model: Any, modality: str, output: Any, blocks: Sequence[int], counts: ViewCounts, kwargs: Mapping[str, Any]
+    ):
+        self.names, images = tuple(blocks), feature_list(output)
+        self.views: list[range] = [range(0)] * len(images)
+        if not blocks:
+            return
+        self.seen = tower_taps.seen(output, blocks)
+        found = counts(model, modality, self.seen.images, self.seen.num_views, tower_taps.merge_call(kwargs, self.seen))
+        if found is None:
+            raise StateError(
+                f"which of the {self.seen.num_views} views that the vision tower saw belong to which of the "
+                f"{len(self.seen.images)} {modality}s cannot be told from their features; pass pixels and image_sizes together"
+            )
+        ends = list(itertools.accumulate(found))
+        self.views = [range(ends[i] - found[i], ends[i]) for i in self.seen.original(images)]
+
+    def blocks(self, numbers: Sequence[int]) -> dict[int, TowerBlock]:
+        """For some of the images."""
+        rows = [row for i in numbers for row in self.views[i]]
+        return {name: self.seen.blocks[name].of(rows) for name in self.names}
 
 
 def _masks(plan: Plan, tokens: Tensor) -> Tensor:

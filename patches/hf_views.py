@@ -6,7 +6,8 @@ Shapes: n visual tokens of an image, D width of the LLM. All functions have the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -76,6 +77,37 @@ def frames(model: Any, modality: str, number: int, first: int, x: Tensor, kwargs
     if not size or len(x) % size:
         return (View(0, 1, len(x)),)
     return tuple(View(start, rows, columns) for start in range(0, len(x), size))
+
+
+def even_counts(model: Any, modality: str, images: Sequence[Tensor], total: int, kwargs: Kwargs) -> list[int] | None:
+    """Views of the vision tower that every image is made of, where each of the `total` views gives as many tokens.
+
+    Args:
+        model: the one that encoded them.
+        modality: "image" or "video".
+        images: their features [n, D].
+        total: views of all images.
+        kwargs: of the call.
+
+    Returns:
+        One number an image; `None` where it cannot be told.
+    """
+    tokens = sum(len(x) for x in images)
+    counts = [len(x) * total // tokens for x in images]
+    return counts if all(count * tokens == len(x) * total for count, x in zip(counts, images)) else None
+
+
+def crop_counts(model: Any, modality: str, images: Sequence[Tensor], total: int, kwargs: Kwargs) -> list[int] | None:
+    """LLaVA-NeXT and LLaVA-OneVision: an overview and as many crops as the image's shape asks for, padding cut off later."""
+    sizes = kwargs.get("image_sizes")
+    if modality == "video" or sizes is None:
+        return even_counts(model, modality, images, total, kwargs)
+    count = sys.modules[type(model).__module__].image_size_to_num_patches
+    config, numbers = model.config, kwargs.get("batch_num_images")
+    alone = [True] * len(sizes) if numbers is None else [int(n) == 1 for n in numbers for _ in range(int(n))]
+    side = config.vision_config.image_size
+    counts = [count(size, config.image_grid_pinpoints, side) if one else 1 for size, one in zip(sizes, alone)]
+    return counts if sum(counts) == total and len(counts) == len(images) else None
 
 
 def _grid(start: int, n: int) -> View:

@@ -39,6 +39,16 @@ class HfAdapter:
                 found.append(self._tower(path, module, spec, list(_owners(model, path)), input_size))
         return found
 
+    def tower(self, path: str, module: nn.Module) -> Tower:
+        """A tower by itself, at its own input size.
+
+        Raises:
+            UnsupportedModelError: it cannot be patched; the message says why.
+        """
+        spec = look_up(module, TOWERS)
+        assert spec is not None
+        return self._tower(path, module, spec, [], None)
+
     def _tower(
         self,
         path: str,

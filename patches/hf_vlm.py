@@ -10,9 +10,10 @@ from torch import nn
 
 from vtok.errors import UnsupportedModelError
 from vtok.patches import decoder_probe, hf_views
-from vtok.patches.hf_features import Views
-from vtok.patches.protocol import look_up, qualified_name
-from vtok.prompt import VLMInfo
+from vtok.patches.hf_features import ViewCounts, Views
+from vtok.patches.hf_tables import TOWERS
+from vtok.patches.protocol import Tower, look_up, qualified_name
+from vtok.prompt import TowerFacts, VLMInfo
 
 SUPPORTED = (
     "transformers' LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, Idefics3, SmolVLM, Gemma3 "
@@ -27,11 +28,13 @@ class VLMSpec:
     Attributes:
         text: child that is the LLM.
         views: says what the visual tokens of an image are.
+        view_counts: says of how many views of the vision tower an image is made.
         rotary_3d: whether positions are (time, height, width), which cannot be renumbered.
     """
 
     text: str = "language_model"
     views: Views = hf_views.square
+    view_counts: ViewCounts = hf_views.even_counts
     rotary_3d: bool = False
 
 
@@ -41,14 +44,15 @@ def _in(model: str) -> str:
 
 _QWEN = VLMSpec(views=hf_views.frames, rotary_3d=True)
 _IDEFICS = VLMSpec("text_model", hf_views.tiles)
+_ANYRES = VLMSpec(views=hf_views.any_resolution, view_counts=hf_views.crop_counts)
 
 VLMS: dict[str, VLMSpec] = {
     _in("gemma3") + "Gemma3Model": VLMSpec(),
     _in("idefics3") + "Idefics3Model": _IDEFICS,
     _in("internvl") + "InternVLModel": VLMSpec(),
     _in("llava") + "LlavaModel": VLMSpec(),
-    _in("llava_next") + "LlavaNextModel": VLMSpec(views=hf_views.any_resolution),
-    _in("llava_onevision") + "LlavaOnevisionModel": VLMSpec(views=hf_views.any_resolution),
+    _in("llava_next") + "LlavaNextModel": _ANYRES,
+    _in("llava_onevision") + "LlavaOnevisionModel": _ANYRES,
     _in("paligemma") + "PaliGemmaModel": VLMSpec(),
     _in("qwen2_5_vl") + "Qwen2_5_VLModel": _QWEN,
     _in("qwen2_vl") + "Qwen2VLModel": _QWEN,
@@ -99,6 +103,7 @@ class VLM:
         spec: its row in the table.
         info: what methods may know.
         tokens: modality -> id of its placeholder.
+        tower: its vision tower, if its blocks can be looked into.
     """
 
     path: str
@@ -106,6 +111,7 @@ class VLM:
     spec: VLMSpec
     info: VLMInfo
     tokens: dict[str, int]
+    tower: Tower | None = None
 
     @property
     def text(self) -> Any:
@@ -137,6 +143,7 @@ def _describe(path: str, module: Any, spec: VLMSpec) -> VLM:
     if problem is not None:
         raise UnsupportedModelError(f"the LLM of {name}, {qualified_name(type(text))}, {problem}; supported: {SUPPORTED}")
     tokens = {m: getattr(module.config, f"{m}_token_id", None) for m in ("image", "video")}
+    tower, facts, no_tower = _tower(module, text)
     deep = getattr(getattr(module.config, "vision_config", None), "deepstack_visual_indexes", None) or ()
     info = VLMInfo(
         name=name,
@@ -147,8 +154,48 @@ def _describe(path: str, module: Any, spec: VLMSpec) -> VLM:
         num_kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         no_attention=next((why for layer in text.layers if (why := decoder_probe.why_not(layer))), None),
+        tower=facts,
+        no_tower=no_tower,
     )
-    return VLM(path, module, spec, info, {m: token for m, token in tokens.items() if token is not None})
+    return VLM(path, module, spec, info, {m: token for m, token in tokens.items() if token is not None}, tower)
+
+
+def _tower(module: Any, text: Any) -> tuple[Tower | None, TowerFacts | None, str]:
+    """(the vision tower, what is known of it, why it cannot be looked into)."""
+    inside = set(text.modules())
+    found = [(path, m) for path, m in module.named_modules() if m not in inside and look_up(m, TOWERS) is not None]
+    if len(found) != 1:
+        named = next((m for name, m in module.named_children() if name.startswith("vision") or name == "visual"), module)
+        return None, None, f"{type(named).__name__} is no vision tower whose blocks vtok knows"
+    from vtok.patches.hf_vision import HfAdapter  # describes this model too
+
+    try:
+        tower = HfAdapter().tower(*found[0])
+        block = feature_block(getattr(module.config, "vision_feature_layer", -1), len(tower.blocks))
+    except UnsupportedModelError as error:
+        return None, None, str(error)
+    info = tower.info
+    facts = TowerFacts(info.depth, info.has_cls, info.num_prefix, block, info.width, info.num_heads, info.head_dim)
+    return tower, facts, ""
+
+
+def feature_block(vision_feature_layer: int | Sequence[int], depth: int) -> int:
+    """0-based block of the vision tower that the features come from.
+
+    Args:
+        vision_feature_layer: index into the tower's hidden states, embeddings first (LLaVA: -2); of several the deepest counts.
+        depth: blocks of the tower.
+
+    Raises:
+        UnsupportedModelError: the features are the embeddings, or no such layer exists.
+    """
+    layers = list(vision_feature_layer) if isinstance(vision_feature_layer, Sequence) else [vision_feature_layer]
+    block = max((layer + depth if layer < 0 else layer - 1 for layer in layers), default=-1)
+    if not 0 <= block < depth:
+        raise UnsupportedModelError(
+            f"vision_feature_layer={vision_feature_layer} is the output of no block; the vision tower has {depth}"
+        )
+    return block
 
 
 def _problem(text: Any) -> str | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vtok.errors import ConfigError, StateError, UnsupportedModelError
 from vtok.patches import decoder_hooks as hooks
 from vtok.patches import hf_features as hf
+from vtok.patches import tower_taps
 from vtok.patches.decoder_pass import Pruner
 from vtok.patches.decoder_state import compact, renumbered, take
 from vtok.patches.hf_vlm import VLM
@@ -51,6 +52,10 @@ def install(model: nn.Module, vlm: VLM, pruner: Pruner) -> None:
         layer.register_forward_pre_hook(hooks.BeforeLayer(pruner, i), with_kwargs=True)
     for owner in generators(model, vlm):
         put_on(owner, Guard)
+    blocks = () if pruner.features is None else pruner.features.tower_blocks
+    if blocks:
+        assert vlm.tower is not None
+        tower_taps.install(vlm.module, vlm.tower, blocks)
 
 
 def generators(model: nn.Module, vlm: VLM) -> list[Any]:
@@ -95,9 +100,10 @@ def short_inputs(
     position = values.get("position_ids")
     if position is None:  # as generate() would number the long prompt
         position = model._prepare_position_ids_for_generation(ids, values)
-    with torch.no_grad():
-        outputs = hf.encode(vlm.module, values)
-        chosen = hf.choose(vlm.module, outputs, reducer, vlm.spec.views, {**values, "position_ids": position})
+    taps, spec = tower_taps.TowerTaps(reducer.tower_blocks), vlm.spec
+    with torch.no_grad(), taps.on(vlm.tower):
+        outputs = hf.encode(vlm.module, values, taps)
+        chosen = hf.choose(vlm.module, outputs, reducer, spec.views, spec.view_counts, {**values, "position_ids": position})
     keep = hf.kept_columns(ids, vlm.tokens, chosen)
     if keep is None:
         counts = {m: (int((ids == vlm.tokens[m]).sum()), len(rows)) for m, rows in chosen.rows.items()}

@@ -94,7 +94,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Mixin):
             take_off(module)
-        for name in ("_vtok", "_vtok_run"):
+        for name in ("_vtok", "_vtok_run", "_vtok_taps"):
             module.__dict__.pop(name, None)
         remove_hooks(module)
     return model

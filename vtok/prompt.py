@@ -6,18 +6,41 @@ H heads. "Column" without more words means a column of the prompt as the caller 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vtok.reduction import Plan
-from vtok.state import Site, at_least_fp32
+from vtok.state import AttentionView, Site, at_least_fp32
 
 _ROWS_AT_ONCE = 64  # query rows whose probabilities are held at a time
+
+
+@dataclass(frozen=True)
+class TowerFacts:
+    """What a method may know of a vision tower, inside a vision-language model, whose blocks can be looked into.
+
+    Attributes:
+        depth: its blocks.
+        has_cls: whether token 0 is a class token.
+        num_prefix: tokens in front of the patches (class token, registers), P.
+        feature_block: 0-based block whose output the model takes; the deepest, if it takes several.
+        width: of a token, C.
+        num_heads: query heads, H.
+        head_dim: width of one head, D.
+    """
+
+    depth: int
+    has_cls: bool
+    num_prefix: int
+    feature_block: int
+    width: int
+    num_heads: int
+    head_dim: int
 
 
 @dataclass(frozen=True)
@@ -33,6 +56,8 @@ class VLMInfo:
         head_dim: width of a head, D; 0 = width / heads.
         first_layer: lowest decoder layer in front of which tokens may be dropped; layer 0 (before the LLM) always may.
         no_attention: why the attention of a decoder layer cannot be read, or `None` if it can.
+        tower: its vision tower; `None` = it cannot be looked into, and `no_tower` says why.
+        no_tower: see `tower`; empty if there is one.
     """
 
     name: str
@@ -43,6 +68,8 @@ class VLMInfo:
     no_attention: str | None = None
     num_kv_heads: int = 0
     head_dim: int = 0
+    tower: TowerFacts | None = None
+    no_tower: str = "it has no vision tower"
 
     def probe_macs(self, rows: int, length: int) -> int:
         """Multiply-accumulates of `LayerAttention.probs` for so many query rows over so many columns: keys of all columns,
@@ -74,6 +101,29 @@ class View(NamedTuple):
         return self.start + self.rows * self.columns
 
 
+@dataclass(frozen=True)
+class TowerBlock:
+    """What one block of the vision tower attended to, for all views (crops, tiles, frames) of B images.
+
+    Attributes:
+        num_prefix: tokens in front of the patches, P.
+        valid: [V, N] bool, False = padding; `None` = all real.
+        project: makes `view`, from what entered the block.
+    """
+
+    num_prefix: int
+    valid: Tensor | None
+    project: Callable[[], AttentionView]
+
+    @cached_property
+    def view(self) -> AttentionView:
+        """Queries, keys and values [V, H, N, D] of V = B times `views_per_image` views, those of an image one behind the other.
+
+        N are the tokens that entered the block: prefix and patches, fewer where tokens were merged or dropped before.
+        """
+        return self.project()
+
+
 class ImageFeatures(NamedTuple):
     """Visual tokens of B images that are laid out alike, as the model's own `get_image_features` returns them.
 
@@ -81,11 +131,17 @@ class ImageFeatures(NamedTuple):
         tokens: [B, n, D], after connector and packing: in the embedding space of the LLM.
         views: what the n tokens are; together they cover 0 .. n-1. One row where no grid is known.
         modality: "image" or "video".
+        tower: block of the vision tower -> what it attended to, for the blocks that the method's `tower_blocks` names.
+        views_per_image: how often the tower ran for one image; 0 = not known, because no block was asked for.
+        source: how patches of these views became visual tokens, where the model's adapter knows; else `None`.
     """
 
     tokens: Tensor
     views: tuple[View, ...]
     modality: str = "image"
+    tower: Mapping[int, TowerBlock] = {}
+    views_per_image: int = 0
+    source: Any = None
 
 
 class Layout(NamedTuple):
@@ -188,6 +244,11 @@ class VLMReducer:
 
     needs: ClassVar[frozenset[str]] = frozenset()
     exact: ClassVar[bool] = False
+
+    @property
+    def tower_blocks(self) -> tuple[int, ...]:
+        """0-based blocks of the vision tower whose attention `features` looks at; nothing is kept of others."""
+        return ()
 
     @property
     def sites(self) -> tuple[Site, ...]:

@@ -41,6 +41,7 @@ def resolve(vlm: VLM, configs: Sequence[MethodConfig], positions: str) -> Pruner
     layers: dict[int, tuple[Site, VLMReducer]] = {}
     for config in configs:
         reducer = _built(config, vlm.info)
+        _check_tower(config, reducer, vlm.info)
         for site in reducer.sites:
             _check_site(config, site, vlm.info)
             taken = features is not None if site.place is Place.IMAGE_FEATURES else site.index in layers
@@ -83,6 +84,21 @@ def _check_site(config: MethodConfig, site: Site, info: VLMInfo) -> None:
         raise UnsupportedModelError(
             f"{config.name} drops tokens in front of decoder layer {site.index}, but {info.name} adds tower features to its "
             f"visual tokens up to layer {info.first_layer - 1}; drop them before the LLM or from layer {info.first_layer} on"
+        )
+
+
+def _check_tower(config: MethodConfig, reducer: VLMReducer, info: VLMInfo) -> None:
+    wanted = reducer.tower_blocks
+    if not wanted:
+        return
+    if info.tower is None:
+        raise UnsupportedModelError(
+            f"{config.name} looks into the vision tower of {info.name}, which cannot be: {info.no_tower}"
+        )
+    wrong = [block for block in wanted if not 0 <= block < info.tower.depth]
+    if wrong:
+        raise ConfigError(
+            f"{config.name} looks into block {wrong[0]} of the vision tower, {info.name} has blocks 0 to {info.tower.depth - 1}"
         )
 
 

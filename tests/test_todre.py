@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vtok.errors import ConfigError, UnknownNameError
 from vtok.methods.todre import DEFAULT_PROBE, Layout, drops_visual, kept_tokens, max_sum_select, probe_layers, relevance
-from vtok.methods.todre_pivot import choose_pivot, cls_attention, pivot_block
+from vtok.methods.todre_pivot import choose_pivot, cls_attention
 from vtok.ops import causal
 from vtok.state import AttentionView
 
@@ -107,14 +107,6 @@ def test_class_attention_with_registers_and_shared_keys(single_head: bool) -> No
         scaled, patches = logits * 0.5, logits[:, 3:].sum(0) * 0.25  # scale 0.5 of a head, halved at four times the width
         expected = patches.softmax(-1) if single_head else scaled.softmax(-1)[:, 3:].mean(0)
         assert_close(found[b], expected, 1e-12)
-
-
-def test_the_block_that_the_features_come_from() -> None:
-    assert pivot_block(-2, 24) == 22 and pivot_block(-1, 24) == 23 and pivot_block(24, 24) == 23 and pivot_block(1, 24) == 0
-    assert pivot_block([-2, -5, 6], 24) == 22 and pivot_block([-24], 24) == 0
-    for layer in (0, -25, 25, []):
-        with pytest.raises(ConfigError, match="output of no block"):
-            pivot_block(layer, 24)
 
 
 def test_first_stage_of_a_video_under_fake_tensors() -> None:

@@ -93,7 +93,7 @@ def _check_tower(config: MethodConfig, reducer: VLMReducer, info: VLMInfo) -> No
         return
     if info.tower is None:
         raise UnsupportedModelError(
-            f"{config.name} looks into the vision tower of {info.name}, which cannot be: {info.no_tower}"
+            f"{config.name} looks at the attention of {info.name}'s vision tower, which cannot be read: {info.no_tower}"
         )
     wrong = [block for block in wanted if not 0 <= block < info.tower.depth]
     if wrong:

@@ -6,7 +6,6 @@ Shapes: B images, H heads, N tokens of the vision tower, P prefix tokens, n visu
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +23,8 @@ def cls_attention(view: AttentionView, num_prefix: int = 1, single_head: bool = 
     The equation has one head. Our reading for an encoder of many: its own softmax, prefix included, averaged over heads.
 
     Args:
-        view: queries and keys of the block; see `pivot_block`.
+        view: queries and keys of the block that the features come from. The paper says "last layer", which may mean this one
+            or the tower's last; it changes the pivot only.
         num_prefix: P, tokens in front of the patches.
         single_head: read the equation by the letter: the heads side by side as one of width d, softmax over the patches alone.
             Biases are left out. The two readings may choose different pivots.
@@ -39,25 +39,6 @@ def cls_attention(view: AttentionView, num_prefix: int = 1, single_head: bool = 
     q, k = at_least_fp32(view.q[:, :, 0]), at_least_fp32(view.k_rot[:, :, num_prefix:])
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     return (torch.einsum("bhd,bhnd->bn", q, k) * (view.scale / math.sqrt(q.shape[1]))).softmax(-1)
-
-
-def pivot_block(vision_feature_layer: int | Sequence[int], depth: int) -> int:
-    """0-based block of the vision tower whose class attention chooses the pivot: the one that the features come from.
-
-    The paper says "last layer", which may mean this one or block depth - 1; it changes the pivot only.
-
-    Args:
-        vision_feature_layer: index into the tower's hidden states, embeddings first (LLaVA: -2); of several the deepest counts.
-        depth: blocks of the tower.
-
-    Raises:
-        ConfigError: the features are the embeddings, or no such layer exists.
-    """
-    layers = list(vision_feature_layer) if isinstance(vision_feature_layer, Sequence) else [vision_feature_layer]
-    block = max((layer + depth if layer < 0 else layer - 1 for layer in layers), default=-1)
-    if not 0 <= block < depth:
-        raise ConfigError(f"vision_feature_layer={vision_feature_layer} is the output of no block; the tower has {depth}")
-    return block
 
 
 def choose_pivot(

@@ -78,20 +78,30 @@ def load_easyvqa(split: str, folder: Path | None = None) -> tuple[Tensor, Tensor
     Raises:
         FileNotFoundError: no such folder, or the package is not installed.
     """
-    from PIL import Image
-
-    home = _package_data() if folder is None else folder
+    home = package_data() if folder is None else folder
     path = home / split / "questions.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing; easy-VQA's folder holds train/ and test/, each with questions.json and images/"
         )
     labels = sorted(classes_of(json.loads(path.read_text(encoding="utf-8"))).items())
-    pictures = [np.asarray(Image.open(home / split / "images" / f"{number}.png").convert("RGB")) for number, _ in labels]
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), torch.tensor([c for _, c in labels])
+    return read_pictures(home / split, [number for number, _ in labels]), torch.tensor([c for _, c in labels])
 
 
-def _package_data() -> Path:
+def read_pictures(folder: Path, numbers: Sequence[int]) -> Tensor:
+    """The pictures of these numbers, [n, 3, 64, 64] uint8; `folder` holds `images/`."""
+    from PIL import Image
+
+    pictures = [np.asarray(Image.open(folder / "images" / f"{number}.png").convert("RGB")) for number in numbers]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def package_data() -> Path:
+    """Folder of the data that the package `easy-vqa` brings.
+
+    Raises:
+        FileNotFoundError: it is not installed.
+    """
     spec = find_spec("easy_vqa")
     if spec is None or spec.origin is None:
         raise FileNotFoundError('the training pictures come with the package easy-vqa; run: pip install "vtok[train]"')

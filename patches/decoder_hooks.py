@@ -134,7 +134,7 @@ class BeforeText(PrunerHook):
         elif 0 in self.pruner.layers:
             site, reducer = self.pruner.layers[0]
             with torch.no_grad():
-                more = reducer.keep(x.detach(), Layout(visual, state.real, column, state.length), None, site)
+                more = reducer.keep(x.detach(), Layout.whole(visual, state.real), None, site)
             keep = more if keep is None else (keep if more is None else keep & more)
         if keep is None or bool((keep | ~visual).all()):
             return None
@@ -227,6 +227,8 @@ class BeforeLayer(PrunerHook):
             if shorter is not None:
                 x = shorter
                 fitting = _prompt_kwargs(module, self.index, x, kwargs, running, state, cache)
+                if self.index in self.pruner.probed:  # for decisions in front of later layers
+                    running.probes[self.index] = layer_attention(self.index, module, x.detach(), fitting)
         if cache is not None and state_of(cache) is not state and (state.before is not None or state.between):
             remember(cache, state)
         return ((x, *args[1:]), fitting) if args else ((), {**fitting, "hidden_states": x})
@@ -246,7 +248,7 @@ class BeforeLayer(PrunerHook):
         else:
             attention = running.probes.get(reducer.probe(site)) if "attention" in reducer.needs else None
             with torch.no_grad():
-                keep = reducer.keep(x.detach(), Layout(visual, real, column, state.length), attention, site)
+                keep = reducer.keep(x.detach(), Layout(visual, real, column, state.length, running.visual), attention, site)
         if keep is None or bool((keep | ~visual).all()):
             return None
         keep = keep | ~visual

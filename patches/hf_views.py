@@ -110,6 +110,29 @@ def crop_counts(model: Any, modality: str, images: Sequence[Tensor], total: int,
     return counts if sum(counts) == total and len(counts) == len(images) else None
 
 
+def tower_grid(model: Any) -> tuple[int, int] | None:
+    """LLaVA-1.5, PaliGemma: the patches of the vision tower, one token each, whatever the image."""
+    kind = model.config.vision_config.model_type
+    full = getattr(model.config, "vision_feature_select_strategy", "default") == "full"
+    if kind == "pixtral" or (kind == "clip_vision_model" and full):  # variable resolution; a class token among the visual ones
+        return None
+    return _side(model), _side(model)
+
+
+def pooled_grid(model: Any) -> tuple[int, int] | None:
+    """Gemma3: a fixed number of tokens, pooled from the tower's."""
+    side = math.isqrt(model.config.mm_tokens_per_image)
+    return side, side
+
+
+def shuffled_grid(model: Any) -> tuple[int, int] | None:
+    """InternVL: patches of a tile, folded by pixel shuffle."""
+    config = model.config
+    pairs = zip(config.vision_config.image_size, config.vision_config.patch_size)
+    rows, columns = (int(size // patch * config.downsample_ratio) for size, patch in pairs)
+    return rows, columns
+
+
 def _grid(start: int, n: int) -> View:
     side = math.isqrt(n)
     return View(start, side, side) if side * side == n else View(start, 1, n)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,10 @@ SUPPORTED = (
 )
 
 
+def _no_grid(model: Any) -> tuple[int, int] | None:
+    return None
+
+
 @dataclass(frozen=True)
 class VLMSpec:
     """One class of models.
@@ -29,12 +33,14 @@ class VLMSpec:
         text: child that is the LLM.
         views: says what the visual tokens of an image are.
         view_counts: says of how many views of the vision tower an image is made.
+        grid: rows and columns of visual tokens of every image; says `None` where they depend on the image.
         rotary_3d: whether positions are (time, height, width), which cannot be renumbered.
     """
 
     text: str = "language_model"
     views: Views = hf_views.square
     view_counts: ViewCounts = hf_views.even_counts
+    grid: Callable[[Any], tuple[int, int] | None] = _no_grid
     rotary_3d: bool = False
 
 
@@ -47,13 +53,13 @@ _IDEFICS = VLMSpec("text_model", hf_views.tiles)
 _ANYRES = VLMSpec(views=hf_views.any_resolution, view_counts=hf_views.crop_counts)
 
 VLMS: dict[str, VLMSpec] = {
-    _in("gemma3") + "Gemma3Model": VLMSpec(),
+    _in("gemma3") + "Gemma3Model": VLMSpec(grid=hf_views.pooled_grid),
     _in("idefics3") + "Idefics3Model": _IDEFICS,
-    _in("internvl") + "InternVLModel": VLMSpec(),
-    _in("llava") + "LlavaModel": VLMSpec(),
+    _in("internvl") + "InternVLModel": VLMSpec(grid=hf_views.shuffled_grid),
+    _in("llava") + "LlavaModel": VLMSpec(grid=hf_views.tower_grid),
     _in("llava_next") + "LlavaNextModel": _ANYRES,
     _in("llava_onevision") + "LlavaOnevisionModel": _ANYRES,
-    _in("paligemma") + "PaliGemmaModel": VLMSpec(),
+    _in("paligemma") + "PaliGemmaModel": VLMSpec(grid=hf_views.tower_grid),
     _in("qwen2_5_vl") + "Qwen2_5_VLModel": _QWEN,
     _in("qwen2_vl") + "Qwen2VLModel": _QWEN,
     _in("qwen3_vl") + "Qwen3VLModel": _QWEN,
@@ -156,6 +162,7 @@ def _describe(path: str, module: Any, spec: VLMSpec) -> VLM:
         no_attention=next((why for layer in text.layers if (why := decoder_probe.why_not(layer))), None),
         tower=facts,
         no_tower=no_tower,
+        grid=spec.grid(module),
     )
     return VLM(path, module, spec, info, {m: token for m, token in tokens.items() if token is not None}, tower)
 

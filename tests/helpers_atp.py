@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from strategies import generator, normal
 from torch import Tensor
 
-from vtok.methods.atp import Layout
+from vtok.methods.atp import Slots
+from vtok.methods.atp_attention import CausalAttention
 from vtok.methods.atp_module import ATPModules
 from vtok.methods.atp_spec import ATPSpec
+from vtok.prompt import Layout
 
 SCALE = 0.5
 GRID = (3, 4)
@@ -35,11 +37,14 @@ batches = st.lists(samples, min_size=1, max_size=3)
 
 
 class Prompts(NamedTuple):
-    """q [B, 4, N, 3], k [B, 2, N, 3] and their layout."""
+    """q [B, 4, N, 3], k [B, 2, N, 3] and their slots."""
 
     q: Tensor
     k: Tensor
-    layout: Layout
+    slots: Slots
+
+    def attention(self, gate: Tensor | None = None) -> CausalAttention:
+        return CausalAttention(self.q, self.k, self.slots.real, SCALE, gate)
 
 
 def prompts(batch: list[Sample], seed: int, padding: int = 0) -> Prompts:
@@ -54,20 +59,20 @@ def prompts(batch: list[Sample], seed: int, padding: int = 0) -> Prompts:
         q[b, :, start:], k[b, :, start:] = 2 * normal(seed + b, 4, length, 3), normal(seed + 10 + b, 2, length, 3)
         real[b, start:] = True
         visual[b, start + sample.before : n - sample.behind] = sample.image
-    return Prompts(q, k, Layout.of(visual, real, SLOTS))
+    return Prompts(q, k, Slots.of(Layout.whole(visual, real), SLOTS))
 
 
 def alone(p: Prompts, b: int) -> Prompts:
     """One sample without its padding."""
-    real = p.layout.real[b]
-    layout = Layout(*(t[b : b + 1, real] for t in p.layout[:3]))
-    return Prompts(p.q[b : b + 1, :, real], p.k[b : b + 1, :, real], layout)
+    real = p.slots.real[b]
+    slots = Slots(*(t[b : b + 1, real] for t in p.slots[:3]))
+    return Prompts(p.q[b : b + 1, :, real], p.k[b : b + 1, :, real], slots)
 
 
 def compact(p: Prompts, keep: Tensor) -> tuple[Prompts, Tensor]:
     """What is left of a batch of one, and its columns."""
     rows = keep[0].nonzero()[:, 0]
-    return Prompts(p.q[:, :, rows], p.k[:, :, rows], p.layout.take(rows[None])), rows
+    return Prompts(p.q[:, :, rows], p.k[:, :, rows], p.slots.take(rows[None])), rows
 
 
 def modules(seed: int = 0, dtype: torch.dtype = torch.float64, **spec: Any) -> ATPModules:

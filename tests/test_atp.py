@@ -17,10 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 from vtok.errors import UnsupportedModelError
 from vtok.methods import atp_attention
-from vtok.methods.atp import Layout, hard_mask, min_max, soft_masks, spatial_scores
-from vtok.methods.atp_attention import SELF_SCORES, attention_scores, gate_bias, soft_attention
+from vtok.methods.atp import Slots, hard_mask, min_max, soft_masks, spatial_scores
+from vtok.methods.atp_attention import SELF_SCORES, CausalAttention, attention_scores, gate_bias, soft_attention
 from vtok.methods.atp_module import ATPModules, Decision
 from vtok.methods.atp_spec import INPUTS
+from vtok.prompt import Layout
 
 READINGS = st.tuples(st.sampled_from(SELF_SCORES), st.sampled_from(INPUTS), st.booleans())
 WITH_IMAGE = st.lists(st.builds(Sample, st.integers(0, 3), st.just(True), st.integers(0, 4)), min_size=1, max_size=3)
@@ -29,7 +30,7 @@ TEMPERATURE = 10.0
 
 
 def decided(made: ATPModules, p: Prompts, temperature: float | None = TEMPERATURE, layer: int = 1) -> Decision:
-    return made(layer, *made.scores(p.q, p.k, p.layout, SCALE), p.layout, temperature=temperature)
+    return made(layer, *made.scores(p.attention(), p.slots), p.slots, temperature=temperature)
 
 
 def clear(decision: Decision, spatial: Tensor, among: Tensor) -> bool:
@@ -46,14 +47,14 @@ def test_a_batch_is_its_samples(batch: list[Sample], reading: tuple[str, str, bo
     made = modules(seed, self_score=reading[0], inputs=reading[1], minmax=reading[2])
     p = prompts(batch, seed, padding)
     together = decided(made, p)
-    assume(clear(together, made.spatial(p.layout, together.redundant), p.layout.visual))
+    assume(clear(together, made.spatial(p.slots, together.redundant), p.slots.visual))
     assert together.gate is not None
-    assert not together.keep[~p.layout.real].any()
+    assert not together.keep[~p.slots.real].any()
     for b in range(len(batch)):
-        one, real = alone(p, b), p.layout.real[b]
+        one, real = alone(p, b), p.slots.real[b]
         apart = decided(made, one)
         assert apart.gate is not None
-        for found, expected in zip(made.scores(p.q, p.k, p.layout, SCALE), made.scores(one.q, one.k, one.layout, SCALE)):
+        for found, expected in zip(made.scores(p.attention(), p.slots), made.scores(one.attention(), one.slots)):
             assert_close(found[b, real][None], expected, 1e-11)
         assert_close(together.theta_r[b : b + 1], apart.theta_r, 1e-10)
         assert_close(together.theta_s[b : b + 1], apart.theta_s, 1e-10)
@@ -70,9 +71,9 @@ def test_unequal_counts_in_one_batch() -> None:
     order = (~keep).to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, -width:]  # what stays moves to the right
     valid = keep.gather(1, order)
     left = Prompts(
-        *(t.gather(2, order[:, None, :, None].expand(-1, t.shape[1], -1, 3)) for t in p[:2]), p.layout.take(order, valid)
+        *(t.gather(2, order[:, None, :, None].expand(-1, t.shape[1], -1, 3)) for t in p[:2]), p.slots.take(order, valid)
     )
-    counts = left.layout.visual.sum(-1).tolist()
+    counts = left.slots.visual.sum(-1).tolist()
     assert counts[1] == 0 != counts[0] != counts[2] != 0
     second = decided(made, left, None, layer=2)
     for b in range(3):
@@ -84,10 +85,10 @@ def test_unequal_counts_in_one_batch() -> None:
 @given(batches, seeds, st.integers(1, 7))
 def test_chunks_do_not_change_scores(batch: list[Sample], seed: int, chunk: int) -> None:
     p = prompts(batch, seed)
-    whole = attention_scores(p.q, p.k, p.layout, SCALE)
+    whole = attention_scores(p.attention(), p.slots)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(atp_attention, "QUERY_CHUNK", chunk)
-        for found, expected in zip(attention_scores(p.q, p.k, p.layout, SCALE), whole):
+        for found, expected in zip(attention_scores(p.attention(), p.slots), whole):
             assert_close(found, expected, 1e-13)
 
 
@@ -107,10 +108,10 @@ def test_only_some_query_rows_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> 
     p = prompts([Sample(40, True, 3)], 0)
     n, heads = p.q.shape[2], p.q.shape[1]
     with Largest() as scores:
-        attention_scores(p.q, p.k, p.layout, SCALE)
+        attention_scores(p.attention(), p.slots)
     assert scores.numel <= heads * 2 * n
     with Largest() as everything:
-        soft_attention(p.q, p.k, torch.ones(1, n), p.layout.real, SCALE)
+        soft_attention(p.q, p.k, torch.ones(1, n), p.slots.real, SCALE)
     assert everything.numel >= heads * n * n
 
 
@@ -119,10 +120,12 @@ def test_no_host_synchronisation_when_the_number_of_rows_is_given() -> None:
     p = prompts([Sample(1, True, 3), Sample(0, False, 5)], 0)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         q, k = mode.from_tensor(p.q), mode.from_tensor(p.k)
-        layout = Layout(*(mode.from_tensor(t) for t in p.layout[:3]))
-        decision = made(1, *made.scores(q, k, layout, SCALE, rows=SLOTS + 4), layout, temperature=TEMPERATURE)
-        assert decision.keep.shape == p.layout.real.shape
-    exact, padded = (attention_scores(p.q, p.k, p.layout, SCALE, rows=rows) for rows in (None, SLOTS + 9))
+        slots = Slots(*(mode.from_tensor(t) for t in p.slots[:3]))
+        decision = made(
+            1, *made.scores(CausalAttention(q, k, slots.real, SCALE), slots, rows=SLOTS + 4), slots, temperature=TEMPERATURE
+        )
+        assert decision.keep.shape == p.slots.real.shape
+    exact, padded = (attention_scores(p.attention(), p.slots, rows=rows) for rows in (None, SLOTS + 9))
     for found, expected in zip(padded, exact):
         assert_close(found, expected, 1e-14)
 
@@ -131,9 +134,9 @@ def test_scores_are_fp32_whatever_the_model_runs_in() -> None:
     p = prompts([Sample(2, True, 3)], 4)
     made = modules(2, torch.float32)
     q, k = p.q.bfloat16(), p.k.bfloat16()
-    expected = decided(made, Prompts(q.float(), k.float(), p.layout))
+    expected = decided(made, Prompts(q.float(), k.float(), p.slots))
     with torch.autocast("cpu", torch.bfloat16):
-        found = decided(made, Prompts(q, k, p.layout))
+        found = decided(made, Prompts(q, k, p.slots))
     assert found.redundant.dtype == found.theta_r.dtype == torch.float32
     for one, other in zip(found, expected):
         assert one is not None and other is not None
@@ -147,14 +150,14 @@ def test_scores_are_fp32_whatever_the_model_runs_in() -> None:
 def test_a_gate_of_zeros_and_ones_is_pruning(batch: list[Sample], seed: int, chosen: int) -> None:
     """For the rows of attention that remain, and for the scores that the next module reads off it."""
     p = alone(prompts(batch, seed), 0)
-    keep = ~p.layout.visual | (normal(chosen, 1, p.q.shape[2]) > 0)
+    keep = ~p.slots.visual | (normal(chosen, 1, p.q.shape[2]) > 0)
     gate = keep.to(p.q.dtype)
     short, rows = compact(p, keep)
-    full = soft_attention(p.q, p.k, gate, p.layout.real, SCALE)
-    pruned = soft_attention(short.q, short.k, torch.ones(1, len(rows)), short.layout.real, SCALE)
+    full = soft_attention(p.q, p.k, gate, p.slots.real, SCALE)
+    pruned = soft_attention(short.q, short.k, torch.ones(1, len(rows)), short.slots.real, SCALE)
     assert_close(full[:, :, rows][..., rows], pruned, 1e-12)
-    gated = attention_scores(p.q, p.k, p.layout._replace(alive=keep), SCALE, gate)
-    for found, expected in zip(gated, attention_scores(short.q, short.k, short.layout, SCALE)):
+    gated = attention_scores(p.attention(gate), p.slots._replace(alive=keep))
+    for found, expected in zip(gated, attention_scores(short.attention(), short.slots)):
         assert_close(found[:, rows], expected, 1e-12)
 
 
@@ -166,15 +169,15 @@ def test_soft_training_tends_to_hard_pruning(batch: list[Sample], reading: tuple
     p, later = alone(prompts(batch, seed), 0), alone(prompts(batch, seed + 33), 0)
     soft, hard = decided(made, p, 1e9), decided(made, p, None)
     assert soft.gate is not None and hard.gate is None
-    assume(clear(hard, made.spatial(p.layout, hard.redundant), p.layout.visual))
+    assume(clear(hard, made.spatial(p.slots, hard.redundant), p.slots.visual))
     assert_equal(soft.keep, hard.keep)
     assert_close(soft.gate, hard.keep.to(soft.gate.dtype), 1e-12)
 
-    layout = p.layout._replace(alive=soft.keep)
-    soft_2 = made(2, *made.scores(later.q, later.k, layout, SCALE, soft.gate), layout, soft.gate, temperature=1e9)
+    slots = p.slots._replace(alive=soft.keep)
+    soft_2 = made(2, *made.scores(later.attention(soft.gate), slots), slots, soft.gate, temperature=1e9)
     short, rows = compact(later, hard.keep)
     hard_2 = decided(made, short, None, layer=2)
-    assume(clear(hard_2, made.spatial(short.layout, hard_2.redundant), short.layout.visual))
+    assume(clear(hard_2, made.spatial(short.slots, hard_2.redundant), short.slots.visual))
     assert_close(soft_2.theta_r, hard_2.theta_r, 1e-9)
     assert_equal(soft_2.keep[:, rows], hard_2.keep)
     assert soft_2.gate is not None
@@ -196,9 +199,9 @@ def test_hard_is_soft_above_one_half(seed: int, temperature: float, theta_r: flo
 def test_gates_multiply_and_spare_text() -> None:
     made, p = modules(5), prompts([Sample(2, True, 3)], 6)
     before = normal(7, 1, p.q.shape[2]).sigmoid()
-    free, gated = decided(made, p), made(1, *made.scores(p.q, p.k, p.layout, SCALE), p.layout, before, TEMPERATURE)
+    free, gated = decided(made, p), made(1, *made.scores(p.attention(), p.slots), p.slots, before, TEMPERATURE)
     assert free.gate is not None and gated.gate is not None
-    visual = p.layout.visual
+    visual = p.slots.visual
     assert_equal(gated.gate[visual], before[visual] * free.gate[visual])
     assert (gated.gate[~visual] == 1).all() and (free.gate[~visual] == 1).all()
 
@@ -226,8 +229,8 @@ def test_gradients_of_a_module(inputs: str) -> None:
     names = [name for name, _ in made.named_parameters() if name.startswith("heads.1.")]
 
     def gate(q: Tensor, k: Tensor, *values: Tensor) -> Tensor:
-        scores = made.scores(q, k, p.layout, SCALE, rows=SLOTS + 2)
-        return functional_call(made, dict(zip(names, values)), (1, *scores, p.layout), {"temperature": 3.0}).gate
+        scores = made.scores(CausalAttention(q, k, p.slots.real, SCALE), p.slots, rows=SLOTS + 2)
+        return functional_call(made, dict(zip(names, values)), (1, *scores, p.slots), {"temperature": 3.0}).gate
 
     values = [made.get_parameter(name).detach().requires_grad_() for name in names]
     q, k = (t[..., :2].nan_to_num(9.0).requires_grad_() for t in p[:2])
@@ -240,11 +243,11 @@ def test_gradients_of_gated_attention() -> None:
     q = p.q[:, :2, :, :2].contiguous().requires_grad_()
 
     def probs(gate: Tensor, q: Tensor) -> Tensor:
-        return soft_attention(q, p.k[..., :2], gate, p.layout.real, SCALE)
+        return soft_attention(q, p.k[..., :2], gate, p.slots.real, SCALE)
 
     assert torch.autograd.gradcheck(probs, (gate, q), fast_mode=True)
     hard = torch.zeros_like(gate).requires_grad_()
-    soft_attention(p.q, p.k, hard, p.layout.real, SCALE).square().sum().backward()
+    soft_attention(p.q, p.k, hard, p.slots.real, SCALE).square().sum().backward()
     assert hard.grad is not None and torch.isfinite(hard.grad).all()
 
 
@@ -289,12 +292,47 @@ def test_min_max() -> None:
         min_max(score.requires_grad_(), among).sum().backward()
 
 
-def test_layout_of_a_prompt() -> None:
+def test_slots_of_a_prompt() -> None:
     visual = torch.tensor([[0, 0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0]]).bool()
     real = torch.tensor([[0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]]).bool()
     answer = torch.tensor([[0, 0, 0, 0, 0, 0, 1], [0] * 7]).bool()
-    layout = Layout.of(visual, real, 2, answer)
-    assert layout.slot.tolist() == [[-1, -1, 0, 1, -1, -1, -1], [-1] * 7]
-    assert layout.text.tolist() == [[False] * 4 + [True, True, False], [False] * 7]
-    with pytest.raises(UnsupportedModelError, match="one image of 3 visual tokens in a sample, or none; found 2"):
-        Layout.of(visual, real, 3)
+    whole = Layout.whole(visual, real)
+    slots = Slots.of(whole, 2, answer)
+    assert slots.slot.tolist() == [[-1, -1, 0, 1, -1, -1, -1], [-1] * 7]
+    assert slots.text.tolist() == [[False] * 4 + [True, True, False], [False] * 7]
+    with pytest.raises(UnsupportedModelError, match="one image of 3 visual tokens in a prompt, or none; found 2"):
+        Slots.of(whole, 3)
+
+
+@properties
+@given(WITH_IMAGE, seeds)
+def test_slots_survive_pruning(batch: list[Sample], seed: int) -> None:
+    """Also where the first or the last visual tokens, or all, have left: the prompt remembers them."""
+    p = prompts(batch, seed)
+    whole = Layout.whole(p.slots.visual, p.slots.real)
+    keep = whole.real & (~whole.visual | (normal(seed, *whole.real.shape) > 0))
+    rows = (~keep).to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, -int(keep.sum(-1).max()) :]
+    valid = keep.gather(1, rows)
+    left = Layout(whole.visual.gather(1, rows) & valid, valid, rows.masked_fill(~valid, -1), whole.length, whole.before)
+    for found, expected in zip(Slots.of(left, SLOTS)[:3], p.slots.take(rows, valid)[:3]):
+        assert_equal(found, expected)
+
+
+def test_some_tokens_stay_whatever_the_thresholds() -> None:
+    made = modules(3)
+    with torch.no_grad():
+        for head in made.heads.values():
+            head.redundant.bias.fill_(50.0)  # type: ignore[union-attr, operator]
+            head.spatial.bias.fill_(50.0)  # type: ignore[union-attr, operator]
+    p = prompts([Sample(1, True, 3), Sample(4, False, 1), Sample(0, True, 1)], 3)
+    scores = made.scores(p.attention(), p.slots)
+    assert not (made(1, *scores, p.slots).keep & p.slots.visual).any()
+    decision = made(1, *scores, p.slots, at_least=2)
+    kept = decision.keep & p.slots.visual
+    assert kept.sum(-1).tolist() == [2, 0, 2]
+    assert_equal(decision.keep & ~p.slots.visual, p.slots.real & ~p.slots.visual)
+    for row in (0, 2):
+        visual = p.slots.visual[row]
+        assert decision.redundant[row][kept[row]].min() >= decision.redundant[row][visual & ~kept[row]].max()
+    free = modules(3)
+    assert_equal(free(1, *scores, p.slots, at_least=1).keep, free(1, *scores, p.slots).keep)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers_atp import GRID, SCALE, Sample, prompts
+from helpers_atp import GRID, Sample, prompts
 from helpers_golden import assert_close
 from torch import Tensor
 
@@ -21,16 +21,16 @@ def test_the_budget_is_learned(inputs: str) -> None:
         assert parameter.abs().sum() > 0 or parameter.shape[0] == 1
     p = prompts([Sample(2, True, 3)] * 6, 21)
     optimizer = torch.optim.Adam(made.parameters(), lr=0.02)
-    target, total = 7.0, p.layout.image.sum(-1)
+    target, total = 7.0, p.slots.image.sum(-1)
 
     def run(temperature: float) -> tuple[list[Tensor], list[Tensor]]:
-        layout, gate, soft, hard = p.layout, None, [], []
+        slots, gate, soft, hard = p.slots, None, [], []
         for layer in (1, 2):
-            scores = made.scores(p.q, p.k, layout, SCALE, gate)
-            decision = made(layer, *scores, layout, gate, temperature)
-            layout, gate = layout._replace(alive=decision.keep), decision.gate
-            soft.append(token_counts(decision.gate, p.layout))
-            hard.append(token_counts(decision.keep, p.layout))
+            scores = made.scores(p.attention(gate), slots)
+            decision = made(layer, *scores, slots, gate, temperature)
+            slots, gate = slots._replace(alive=decision.keep), decision.gate
+            soft.append(token_counts(decision.gate, p.slots))
+            hard.append(token_counts(decision.keep, p.slots))
         return soft, hard
 
     for step in range(80):

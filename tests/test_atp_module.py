@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_atp import GRID, SCALE, Sample, modules, prompts
+from helpers_atp import GRID, Sample, modules, prompts
 from helpers_golden import assert_equal
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,11 +54,11 @@ def test_sizes_of_the_modules() -> None:
 def test_means_work_on_another_grid() -> None:
     made = modules(4, inputs="means", grid=(24, 24))
     p = prompts([Sample(1, True, 2)], 5)
-    decision = made(1, *made.scores(p.q, p.k, p.layout, SCALE), p.layout, grid=GRID)
-    assert decision.keep.shape == p.layout.real.shape
-    assert_equal(made.spatial(p.layout, decision.redundant, GRID)[p.layout.visual], spatial_scores(GRID, dtype=torch.float64))
+    decision = made(1, *made.scores(p.attention(), p.slots), p.slots, grid=GRID)
+    assert decision.keep.shape == p.slots.real.shape
+    assert_equal(made.spatial(p.slots, decision.redundant, GRID)[p.slots.visual], spatial_scores(GRID, dtype=torch.float64))
     with pytest.raises(ConfigError, match=r"trained for 3 x 4 visual tokens, this model has 4 x 3; .* inputs='means'"):
-        modules().spatial(p.layout, decision.redundant, (4, 3))
+        modules().spatial(p.slots, decision.redundant, (4, 3))
 
 
 # Files.
@@ -78,8 +78,8 @@ def test_a_file_gives_back_the_same_modules(tmp_path: Path, dtype: torch.dtype) 
     assert all(parameter.requires_grad for parameter in read.parameters())  # training can go on
 
     p = prompts([Sample(1, True, 3)], 2)
-    scores = made.scores(p.q, p.k, p.layout, SCALE)
-    for found, wanted in zip(read(2, *scores, p.layout, temperature=10.0), made(2, *scores, p.layout, temperature=10.0)):
+    scores = made.scores(p.attention(), p.slots)
+    for found, wanted in zip(read(2, *scores, p.slots, temperature=10.0), made(2, *scores, p.slots, temperature=10.0)):
         assert_equal(found, wanted)
     read.save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()

@@ -8,20 +8,21 @@ import torch
 from helpers_golden import assert_close, assert_equal, load
 from torch import Tensor
 
-from vtok.methods.atp import Layout, hard_mask, min_max, next_gate, redundancy, soft_masks, spatial_scores, to_grid
-from vtok.methods.atp_attention import attention_scores, debiased, gate_bias, self_logits, soft_attention
+from vtok.methods.atp import Slots, hard_mask, min_max, next_gate, redundancy, soft_masks, spatial_scores, to_grid
+from vtok.methods.atp_attention import CausalAttention, attention_scores, debiased, gate_bias, self_logits, soft_attention
 from vtok.methods.atp_losses import atp_loss, average_tokens, depth_loss
 from vtok.methods.atp_module import ATPModules, ThresholdHead
 from vtok.methods.atp_spec import ATPSpec
+from vtok.prompt import Layout
 
 
-def layout_of(kinds: Tensor) -> Layout:
+def slots_of(kinds: Tensor) -> Slots:
     """From -1 padding, 0 system, 1 visual, 2 text behind the image."""
     visual = kinds == 1
-    layout = Layout.of(visual, kinds >= 0, 16)
-    assert_equal(layout.visual, visual)
-    assert_equal(layout.text, kinds == 2)
-    return layout
+    slots = Slots.of(Layout.whole(visual, kinds >= 0), 16)
+    assert_equal(slots.visual, visual)
+    assert_equal(slots.text, kinds == 2)
+    return slots
 
 
 def fill(head: ThresholdHead, g: dict[str, Any], prefix: str) -> None:
@@ -46,19 +47,19 @@ def margin(redundant: Tensor, spatial: Tensor, theta_r: Tensor, theta_s: Tensor)
 # Scores.
 def test_scores_from_attention() -> None:
     g = load("atp_scores")
-    layout = layout_of(g["layout"])
-    self_score, cross = attention_scores(g["q"], g["k"], layout, g["scale"])
+    slots = slots_of(g["layout"])
+    self_score, cross = attention_scores(CausalAttention(g["q"], g["k"], slots.real, g["scale"]), slots)
 
     def visual(score: Tensor) -> Tensor:
-        assert not score[~layout.visual].any()
-        return score[layout.visual].view(2, 16)
+        assert not score[~slots.visual].any()
+        return score[slots.visual].view(2, 16)
 
     assert_close(visual(self_score), g["self_probs"], 1e-14)
     assert_close(visual(cross), g["cross"], 1e-14)
-    assert_close(visual(debiased(self_score, layout)), g["self_debiased"], 1e-14)
-    assert_close(visual(self_logits(g["q"], g["k"], layout, g["scale"])), g["self_logits"], 1e-14)
+    assert_close(visual(debiased(self_score, slots)), g["self_debiased"], 1e-14)
+    assert_close(visual(self_logits(g["q"], g["k"], slots, g["scale"])), g["self_logits"], 1e-14)
     assert_close(visual(redundancy(self_score, cross)), g["redundant"], 1e-14)
-    scaled = redundancy(*(min_max(s, layout.visual, g["minmax_eps"]) for s in (self_score, cross)))
+    scaled = redundancy(*(min_max(s, slots.visual, g["minmax_eps"]) for s in (self_score, cross)))
     assert_close(visual(scaled), g["redundant_minmax"], 1e-12)
 
 
@@ -86,12 +87,12 @@ def test_one_module(case: str) -> None:
     modules, alive = module_64(g), g[f"{case}_alive"]
     assert_equal(spatial_scores((8, 8), dtype=torch.float64), g["spatial"])
     everything = torch.ones(1, 64, dtype=torch.bool)
-    layout = Layout(torch.arange(64)[None], ~everything, everything, alive[None])
+    slots = Slots(torch.arange(64)[None], ~everything, everything, alive[None])
     scores = [(g[key] * alive)[None] for key in ("self_s", "cross_s")]
 
-    z = modules.head(1).features(torch.cat([to_grid(s, layout, 64) for s in scores], -1))
+    z = modules.head(1).features(torch.cat([to_grid(s, slots, 64) for s in scores], -1))
     assert_close(z, g[f"{case}_z"][None], 1e-12)
-    decision = modules(1, *scores, layout)
+    decision = modules(1, *scores, slots)
     assert decision.gate is None
     assert_close(decision.theta_r, scalar(g[f"{case}_theta_r"])[None], 1e-14)
     assert_close(decision.theta_s, scalar(g[f"{case}_theta_s"])[None], 1e-14)
@@ -112,7 +113,7 @@ def test_soft_masks_and_their_gradients(case: str, temperature: int) -> None:
     assert_close(m_r.detach(), g[f"{key}_r"], 1e-12)
     assert_close(m_s.detach(), g[f"{key}_s"], 1e-12)
     everything = torch.ones(1, 64, dtype=torch.bool)
-    gate = next_gate(m[None], Layout(torch.arange(64)[None], ~everything, everything, alive[None]))[0]
+    gate = next_gate(m[None], Slots(torch.arange(64)[None], ~everything, everything, alive[None]))[0]
     assert_close(gate.detach(), g[key], 1e-12)
     assert_equal(gate > 0.5, g[f"{case}_hard"])
     assert_equal(hard_mask(g[f"{case}_redundant"], g["spatial"], theta_r, theta_s) & alive, g[f"{case}_hard"])
@@ -125,12 +126,12 @@ def test_soft_masks_and_their_gradients(case: str, temperature: int) -> None:
 # Attention behind a module.
 def test_soft_attention() -> None:
     g = load("atp_soft_attention")
-    layout = layout_of(g["layout"][None])
+    slots = slots_of(g["layout"][None])
     q, k, scale = g["q"][None], g["k"][None], g["scale"]
 
     def attend(soft: Tensor, renormalise: bool = True) -> Tensor:
-        gate = torch.ones(1, 32, dtype=torch.float64).masked_scatter(layout.visual, soft)
-        return soft_attention(q, k, gate, layout.real, scale, renormalise)[0]
+        gate = torch.ones(1, 32, dtype=torch.float64).masked_scatter(slots.visual, soft)
+        return soft_attention(q, k, gate, slots.real, scale, renormalise)[0]
 
     assert_close(attend(g["D"]), g["attn_renormalised"], 1e-13)
     assert_close(attend(g["D"], renormalise=False), g["attn_multiplied"], 1e-13)
@@ -138,7 +139,7 @@ def test_soft_attention() -> None:
     assert_close(attend(g["hard_D"]), g["attn_hard"], 1e-13)
 
     # What a layer computes whose mask has the bias added.
-    gate = torch.ones(1, 32, dtype=torch.float64).masked_scatter(layout.visual, g["D"])
+    gate = torch.ones(1, 32, dtype=torch.float64).masked_scatter(slots.visual, g["D"])
     logits = (q * scale) @ k.repeat_interleave(2, 1).transpose(-2, -1) + gate_bias(gate, torch.float64)
     causal = torch.ones(32, 32, dtype=torch.bool).tril()
     assert_close(logits.masked_fill(~causal, float("-inf")).softmax(-1)[0], g["attn_renormalised"], 1e-13)
@@ -185,24 +186,24 @@ def test_three_modules_prune_one_sequence() -> None:
     assert_equal(spatial_scores(grid, dtype=torch.float64), g["spatial"])
     position = torch.arange(first + total)
     real = torch.ones(1, len(position), dtype=torch.bool)
-    layout = Layout.of(position[None] >= first, real, total)
+    slots = Slots.of(Layout.whole(position[None] >= first, real), total)
     assert g["minmax_eps"] == 1e-6
     for m, layer in enumerate(spec.sites):
         fill(modules.head(layer), g, f"m{m}_W_")
-        visual = layout.visual[0]
-        assert_equal(layout.slot[0][visual], g[f"m{m}_alive_in"])
+        visual = slots.visual[0]
+        assert_equal(slots.slot[0][visual], g[f"m{m}_alive_in"])
         scores = [torch.zeros(1, len(position), dtype=torch.float64) for _ in range(2)]
         for score, key in zip(scores, ("self_raw", "cross_raw")):
             score[0, visual] = g[f"m{m}_{key}"]
-        decision = modules(layer, *scores, layout)
+        decision = modules(layer, *scores, slots)
         assert_close(decision.theta_r, scalar(g[f"m{m}_theta_r"])[None], 1e-12)
         assert_close(decision.theta_s, scalar(g[f"m{m}_theta_s"])[None], 1e-12)
-        found = margin(decision.redundant[0][visual], g["spatial"][layout.slot[0][visual]], decision.theta_r, decision.theta_s)
+        found = margin(decision.redundant[0][visual], g["spatial"][slots.slot[0][visual]], decision.theta_r, decision.theta_s)
         assert found == pytest.approx(g[f"m{m}_margin"], abs=1e-12)
         assert_equal(decision.keep[0][visual], g[f"m{m}_keep"])
         assert decision.keep[0][~visual].all()
         rows = decision.keep[0].nonzero()[:, 0]
-        layout, position = layout.take(rows[None]), position[rows]
-        assert_equal(layout.slot[0][layout.visual[0]], g[f"m{m}_alive_out"])
-        assert_equal(position[layout.visual[0]], g[f"m{m}_position_ids_out"])
-    assert layout.visual.sum() == 12
+        slots, position = slots.take(rows[None]), position[rows]
+        assert_equal(slots.slot[0][slots.visual[0]], g[f"m{m}_alive_out"])
+        assert_equal(position[slots.visual[0]], g[f"m{m}_position_ids_out"])
+    assert slots.visual.sum() == 12

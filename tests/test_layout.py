@@ -78,7 +78,7 @@ def test_vtok_runs_without_its_extras(tmp_path):
     )
     code = blocker + "import vtok; print(len(vtok.METHODS.names())); import vtok.eval.cli as c; c.main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
-    assert done.stdout.strip() == "6"
+    assert done.stdout.strip() == str(len(vtok.METHODS.names()))
     assert 'pip install "vtok[eval]"' in done.stderr
     assert done.returncode == 1
 

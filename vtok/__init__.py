@@ -21,6 +21,7 @@ from vtok.errors import (
 from vtok.registry import ADAPTERS, METHODS
 
 if TYPE_CHECKING:
+    from vtok.methods.atp import ATP
     from vtok.methods.ats import ATS
     from vtok.methods.pitome import PiToMe
     from vtok.methods.random_drop import RandomDrop
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 # Config classes, imported on first use: class name -> method name.
 _CONFIGS = {
+    "ATP": "atp",
     "ATS": "ats",
     "PiToMe": "pitome",
     "RandomDrop": "random",
@@ -40,6 +42,7 @@ _CONFIGS = {
 
 __all__ = [
     "ADAPTERS",
+    "ATP",
     "ATS",
     "METHODS",
     "BudgetError",

@@ -58,6 +58,7 @@ class VLMInfo:
         no_attention: why the attention of a decoder layer cannot be read, or `None` if it can.
         tower: its vision tower; `None` = it cannot be looked into, and `no_tower` says why.
         no_tower: see `tower`; empty if there is one.
+        grid: rows and columns of visual tokens, the same for every image; `None` = they depend on the image.
     """
 
     name: str
@@ -70,6 +71,7 @@ class VLMInfo:
     head_dim: int = 0
     tower: TowerFacts | None = None
     no_tower: str = "it has no vision tower"
+    grid: tuple[int, int] | None = None
 
     def probe_macs(self, rows: int, length: int) -> int:
         """Multiply-accumulates of `LayerAttention.probs` for so many query rows over so many columns: keys of all columns,
@@ -152,12 +154,20 @@ class Layout(NamedTuple):
         real: [B, L] bool, False = padding.
         column: [B, L] int64, column of the prompt that stands here, -1 = padding that a reduction left.
         length: columns of the prompt.
+        before: [B, length] bool, the visual tokens of the prompt, those included that have left since.
     """
 
     visual: Tensor
     real: Tensor
     column: Tensor
     length: int
+    before: Tensor
+
+    @classmethod
+    def whole(cls, visual: Tensor, real: Tensor) -> Layout:
+        """Of a prompt that nothing has left: both [B, L] bool."""
+        batch, length = visual.shape
+        return cls(visual, real, torch.arange(length, device=visual.device).expand(batch, length), length, visual)
 
     @property
     def text(self) -> Tensor:
@@ -168,6 +178,11 @@ class Layout(NamedTuple):
     def after_image(self) -> Tensor:
         """[B, L] bool: text behind the first visual token of its row."""
         return self.text & (self.visual.cumsum(1) > 0)
+
+    @property
+    def number(self) -> Tensor:
+        """[B, L] int64: visual tokens that stood in front of a visual token in its row, dropped ones included; -1 elsewhere."""
+        return (self.before.cumsum(1) - 1).gather(1, self.column.clamp_min(0)).where(self.visual, -1)
 
 
 @dataclass(frozen=True)

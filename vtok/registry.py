@@ -91,6 +91,7 @@ class Registry(Generic[T]):
 METHODS: Registry[Any] = Registry(
     "method",
     {
+        "atp": "vtok.methods.atp:ATP",
         "ats": "vtok.methods.ats:ATS",
         "pitome": "vtok.methods.pitome:PiToMe",
         "random": "vtok.methods.random_drop:RandomDrop",

@@ -107,7 +107,7 @@ def _check_probe(layer: int, probed: int, layers: Mapping[int, Any], info: VLMIn
         raise UnsupportedModelError(f"attention of {info.name}'s decoder layers cannot be read: {info.no_attention}")
     if layer == 0:
         raise ConfigError("before the LLM there is no attention to decide by; drop in front of a later decoder layer")
-    between = [i for i in layers if probed <= i < layer and i > 0]
+    between = [i for i in layers if probed < i < layer and i > 0]  # what a layer drops leaves before its attention is read
     if not 0 <= probed <= layer or between:
         why = (
             f"tokens are dropped in between, in front of layer {between[0]}"

@@ -28,17 +28,94 @@ padding on the left, unequal numbers of visual tokens, and samples without any.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vtok.config import MethodConfig, block_numbers
 from vtok.errors import ConfigError, UnsupportedModelError
+from vtok.prompt import Layout, VLMInfo, VLMReducer
+
+TRAINING = "python -m vtok.eval.train_atp --model FOLDER"
 
 
-class Layout(NamedTuple):
-    """What the columns of a decoder's sequence hold.
+@dataclass(frozen=True)
+class ATP(MethodConfig):
+    """Config of ATP-LLaVA: in front of some decoder layers learned thresholds decide for each prompt which visual tokens stay.
+    What is a reading of ours, because neither the paper's text nor its code was at hand, is listed at the top of this file.
+
+    It works on prompts with one image, on models that turn every image into the same grid of visual tokens; prompts without an
+    image pass. Prompts of one batch keep different numbers. In training mode it drops tokens all the same, and the modules
+    learn nothing: they are trained by the command below, or with `vtok.patches.decoder_soft.softened`.
+
+    Attributes:
+        weights: file of trained modules, as `python -m vtok.eval.train_atp` or `ATPModules.save` writes it; needed. They serve
+            the model that they were trained for; modules with `inputs="means"` also other grids.
+        layers: 0-based decoder layers in front of which tokens leave; default: all that the modules were trained for (paper: 4,
+            14, 24 of 32), others are refused.
+        target_tokens: N_target, visual tokens on average over layers that training aimed at (paper: 144 of 576). It is fixed by
+            training: a value here is only held against the file.
+        min_tokens: visual tokens that every prompt keeps, whatever its thresholds: those of the highest redundancy score (whole
+            number >= 0; default 1; not in the paper).
+    """
+
+    name: ClassVar[str] = "atp"
+
+    weights: str | None = None
+    layers: tuple[int, ...] | None = None
+    target_tokens: float | None = None
+    min_tokens: int = 1
+
+    def __post_init__(self) -> None:
+        if self.weights is not None:
+            if not isinstance(self.weights, (str, os.PathLike)):
+                raise ConfigError(f"weights is the path of a safetensors file, got {self.weights!r}")
+            object.__setattr__(self, "weights", os.fspath(self.weights))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(sorted(set(block_numbers(self.layers)))))
+        target = self.target_tokens
+        if target is not None and (isinstance(target, bool) or not isinstance(target, (int, float)) or not target > 0):
+            raise ConfigError(f"target_tokens must be a number > 0, got {target!r}")
+        if isinstance(self.min_tokens, bool) or not isinstance(self.min_tokens, int) or self.min_tokens < 0:
+            raise ConfigError(f"min_tokens is a whole number >= 0, got {self.min_tokens!r}")
+
+    def build_vlm(self, info: VLMInfo) -> VLMReducer:
+        from vtok.methods.atp_module import load
+        from vtok.methods.atp_reducer import ATPReducer
+
+        if self.weights is None:
+            raise ConfigError(
+                f"atp needs modules that were trained for this {info.name}: `{TRAINING}` trains them; pass the file that it "
+                "writes as weights"
+            )
+        if info.grid is None:
+            raise UnsupportedModelError(
+                f"atp needs the same grid of visual tokens for every image, but those of {info.name} depend on the image "
+                "(tiles or variable resolution); use another method"
+            )
+        modules = load(self.weights, info.depth, info.width, info.grid)
+        spec = modules.spec
+        layers = spec.sites if self.layers is None else self.layers
+        missing = [layer for layer in layers if layer not in spec.sites]
+        if missing:
+            raise ConfigError(
+                f"layers names decoder layer {missing[0]}, but the modules in {self.weights} were trained for the layers "
+                f"{', '.join(map(str, spec.sites))}; choose among these, or train others: `{TRAINING} --layers ...`"
+            )
+        if self.target_tokens is not None and self.target_tokens != spec.target_tokens:
+            raise ConfigError(
+                f"target_tokens={self.target_tokens:g}, but the modules in {self.weights} were trained for "
+                f"{spec.target_tokens}; thresholds are learned: leave target_tokens out, or train: `{TRAINING} --target ...`"
+            )
+        return ATPReducer(modules, layers, info, self.min_tokens)
+
+
+class Slots(NamedTuple):
+    """What ATP needs to know of the columns of a decoder's sequence.
 
     Attributes:
         slot: [B, N] int64, place of a visual token in the row-major grid of its image (0 .. G-1), -1 elsewhere.
@@ -54,27 +131,27 @@ class Layout(NamedTuple):
     alive: Tensor | None = None
 
     @classmethod
-    def of(cls, visual: Tensor, real: Tensor, num_slots: int, answer: Tensor | None = None) -> Layout:
-        """The layout of an unpruned sequence. Synchronises with the host once.
+    def of(cls, layout: Layout, num_slots: int, answer: Tensor | None = None) -> Slots:
+        """From the layout of a sequence, whole or pruned: a token keeps its slot. Synchronises with the host once.
 
         Args:
-            visual: [B, N] bool, visual tokens in raster order.
-            real: [B, N] bool, False = padding.
-            num_slots: G; every sample has as many visual tokens, or none.
+            layout: of the N columns; visual tokens of a prompt come in raster order.
+            num_slots: G; every prompt has as many visual tokens, or none.
             answer: [B, N] bool, tokens of the answer: as queries they would leak what inference does not have.
 
         Raises:
-            UnsupportedModelError: a sample has another number of visual tokens (several images, or another resolution).
+            UnsupportedModelError: a prompt has another number of visual tokens (several images, or another resolution).
         """
-        found = sorted(set(visual.sum(-1).tolist()) - {0, num_slots})
+        found = sorted(set(layout.before.sum(-1).tolist()) - {0, num_slots})
         if found:
             raise UnsupportedModelError(
-                f"atp needs one image of {num_slots} visual tokens in a sample, or none; found {found[0]}. Several images, "
+                f"atp needs one image of {num_slots} visual tokens in a prompt, or none; found {found[0]}. Several images, "
                 "tiles and variable resolution have no fixed grid: use another method"
             )
-        behind = (visual.flip(-1).cumsum(-1).flip(-1) == 0) & visual.any(-1, keepdim=True)
-        text = real & behind if answer is None else real & behind & ~answer
-        return cls((visual.cumsum(-1) - 1).where(visual, -1), text, real)
+        last = (layout.before.cumsum(-1) == num_slots).int().argmax(-1, keepdim=True)  # where the image ends
+        behind = (layout.column > last) & layout.before.any(-1, keepdim=True)
+        text = layout.text & behind if answer is None else layout.text & behind & ~answer
+        return cls(layout.number, text, layout.real)
 
     @property
     def image(self) -> Tensor:
@@ -86,12 +163,12 @@ class Layout(NamedTuple):
         """[B, N] bool: visual tokens that are alive."""
         return self.image if self.alive is None else self.image & self.alive
 
-    def take(self, rows: Tensor, valid: Tensor | None = None) -> Layout:
-        """The layout of the columns `rows` [B, M]; `valid` [B, M] bool, False = padding."""
+    def take(self, rows: Tensor, valid: Tensor | None = None) -> Slots:
+        """The same of the columns `rows` [B, M]; `valid` [B, M] bool, False = padding."""
         slot, text, real = (t.gather(1, rows) for t in (self.slot, self.text, self.real))
         if valid is not None:
             slot, text, real = slot.where(valid, -1), text & valid, real & valid
-        return Layout(slot, text, real, None if self.alive is None else self.alive.gather(1, rows))
+        return Slots(slot, text, real, None if self.alive is None else self.alive.gather(1, rows))
 
 
 def min_max(score: Tensor, among: Tensor, eps: float = 1e-6) -> Tensor:
@@ -156,9 +233,9 @@ def spatial_scores(
     return score.flatten()
 
 
-def to_grid(score: Tensor, layout: Layout, num_slots: int) -> Tensor:
+def to_grid(score: Tensor, slots: Slots, num_slots: int) -> Tensor:
     """Scores [B, N] of visual tokens in their slots [B, G]; 0 where a token is gone."""
-    spare = layout.slot.where(layout.visual, num_slots)  # collects what is not visual
+    spare = slots.slot.where(slots.visual, num_slots)  # collects what is not visual
     return score.new_zeros(score.shape[0], num_slots + 1).scatter(1, spare, score)[:, :num_slots]
 
 
@@ -180,13 +257,13 @@ def soft_masks(
     return m_r, m_s, torch.maximum(m_r, m_s)
 
 
-def next_gate(soft: Tensor, layout: Layout, gate: Tensor | None = None) -> Tensor:
+def next_gate(soft: Tensor, slots: Slots, gate: Tensor | None = None) -> Tensor:
     """The gate behind a module: 1 at text, gate times soft mask at visual tokens, 0 at those not alive.
 
     Args:
         soft: [B, N], M of the module.
-        layout: in front of the module.
+        slots: in front of the module.
         gate: [B, N], of earlier modules; `None` = none.
     """
     soft = soft if gate is None else gate * soft
-    return soft.masked_fill(~layout.visual, 0).masked_fill(~layout.image, 1)
+    return soft.masked_fill(~slots.visual, 0).masked_fill(~slots.image, 1)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vtok.errors import ConfigError
-from vtok.methods.atp import Layout
+from vtok.methods.atp import Slots
 
 AVERAGES = ("layers", "modules")
 
@@ -39,9 +39,9 @@ class ATPLosses(NamedTuple):
     average: Tensor
 
 
-def token_counts(gate: Tensor, layout: Layout) -> Tensor:
+def token_counts(gate: Tensor, slots: Slots) -> Tensor:
     """n_m [B]: visual tokens behind a module; soft counts of a gate [B, N], differentiable, or whole ones of a keep mask."""
-    return (gate * layout.image).sum(-1)
+    return (gate * slots.image).sum(-1)
 
 
 def depth_loss(counts: Tensor, layers: Sequence[int], total: int | Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from vtok.errors import ConfigError, MissingExtraError, UnknownNameError
 from vtok.methods import atp
-from vtok.methods.atp import Layout
-from vtok.methods.atp_attention import attention_scores, debiased, full_precision, self_logits
+from vtok.methods.atp import Slots
+from vtok.methods.atp_attention import Attention, attention_scores, debiased, full_precision, self_logits
 from vtok.methods.atp_spec import ATPSpec
 
 _HEADER, _FORMAT = "vtok.atp", 1
@@ -57,6 +57,11 @@ class ThresholdHead(nn.Module):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
 
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one prediction."""
+        return self.fc.weight.numel() + self.redundant.weight.numel() + self.spatial.weight.numel()
+
     def features(self, x: Tensor) -> Tensor:
         """z: [B, num_inputs] -> [B, hidden]."""
         return self.fc(x).relu()
@@ -83,25 +88,24 @@ class ATPModules(nn.Module):
         assert isinstance(head, ThresholdHead)
         return head
 
-    def scores(
-        self, q: Tensor, k: Tensor, layout: Layout, scale: float, gate: Tensor | None = None, rows: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def scores(self, attention: Attention, slots: Slots, rows: int | None = None) -> tuple[Tensor, Tensor]:
         """Raw S_self and S_cross [B, N] from the attention of the layer before; see `attention_scores`."""
-        self_score, cross = attention_scores(q, k, layout, scale, gate, rows)
+        self_score, cross = attention_scores(attention, slots, rows)
         if self.spec.self_score == "debiased":
-            self_score = debiased(self_score, layout)
+            self_score = debiased(self_score, slots)
         elif self.spec.self_score == "logits":
-            self_score = self_logits(q, k, layout, scale)
+            every = torch.arange(cross.shape[1], device=cross.device).expand(cross.shape)
+            self_score = self_logits(attention.q(every), attention.k, slots, attention.scale)
         return self_score, cross
 
-    def thresholds(self, layer: int, self_score: Tensor, cross: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def thresholds(self, layer: int, self_score: Tensor, cross: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
         """(theta_r [B], theta_s [B]) from scores [B, N] that are scaled already."""
         head = self.head(layer)
         if self.spec.inputs == "grid":
-            x = torch.cat([atp.to_grid(s, layout, self.spec.num_slots) for s in (self_score, cross)], -1)
+            x = torch.cat([atp.to_grid(s, slots, self.spec.num_slots) for s in (self_score, cross)], -1)
         else:
-            count = layout.visual.sum(-1).clamp_min(1)
-            x = torch.stack([(s * layout.visual).sum(-1) / count for s in (self_score, cross)], -1)
+            count = slots.visual.sum(-1).clamp_min(1)
+            x = torch.stack([(s * slots.visual).sum(-1) / count for s in (self_score, cross)], -1)
         with full_precision(x.device):
             theta_r, theta_s = head(x.to(head.fc.weight.dtype))
         return theta_r.to(self_score.dtype), theta_s.to(self_score.dtype)
@@ -111,46 +115,51 @@ class ATPModules(nn.Module):
         layer: int,
         self_score: Tensor,
         cross: Tensor,
-        layout: Layout,
+        slots: Slots,
         gate: Tensor | None = None,
         temperature: float | None = None,
         grid: tuple[int, int] | None = None,
+        at_least: int = 0,
     ) -> Decision:
         """Decides in front of a decoder layer.
 
         For inference leave out `gate` and `temperature` and remove what is not kept. For training give a temperature, add
         `gate_bias(decision.gate)` to the logits of this and all later layers, and hand the next module
-        `layout._replace(alive=decision.keep)` and the gate.
+        `slots._replace(alive=decision.keep)` and the gate.
 
         Args:
             layer: 0-based.
             self_score, cross: [B, N] raw, in at least fp32, from `scores`.
-            layout: what the columns hold.
+            slots: what the columns hold.
             gate: [B, N], of earlier modules.
             temperature: T of the soft masks (10 and 100 in the reproductions); `None` = hard decisions alone.
             grid: rows and columns if they differ from the spec's (`inputs="means"` only).
+            at_least: visual tokens that stay whatever the thresholds are: those of the highest redundancy score, the first of
+                equal ones.
         """
-        visual = layout.visual
+        visual = slots.visual
         if self.spec.minmax:
             self_score, cross = atp.min_max(self_score, visual), atp.min_max(cross, visual)
         redundant = atp.redundancy(self_score, cross)
-        theta_r, theta_s = self.thresholds(layer, self_score, cross, layout)
-        spatial = self.spatial(layout, redundant, grid)
+        theta_r, theta_s = self.thresholds(layer, self_score, cross, slots)
+        spatial = self.spatial(slots, redundant, grid)
         passed = atp.hard_mask(redundant, spatial, theta_r, theta_s)
-        keep = layout.real & (~layout.image | (visual & passed))
+        if at_least:
+            passed = passed | _highest(redundant, visual, passed & visual, at_least)
+        keep = slots.real & (~slots.image | (visual & passed))
         if temperature is not None:
             soft = atp.soft_masks(redundant, spatial, theta_r, theta_s, temperature)[2]
-            gate = atp.next_gate(soft, layout, gate)
+            gate = atp.next_gate(soft, slots, gate)
         return Decision(keep, gate, theta_r, theta_s, redundant)
 
-    def spatial(self, layout: Layout, like: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+    def spatial(self, slots: Slots, like: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Spatial scores [B, N] of the columns; what stands outside the visual tokens has no meaning."""
         spec = self.spec
         spec.check(grid=grid)
         scores = atp.spatial_scores(
             grid or spec.grid, spec.strides, spec.lambda_sample, spec.unsampled, dtype=like.dtype, device=like.device
         )
-        return scores[layout.slot.clamp_min(0)]
+        return scores[slots.slot.clamp_min(0)]
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes parameters and spec to one safetensors file.
@@ -168,6 +177,12 @@ class ATPModules(nn.Module):
         header = json.dumps({"format": _FORMAT, **self.spec.to_dict()})
         tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
         save_file(tensors, path, metadata={_HEADER: header})
+
+
+def _highest(score: Tensor, among: Tensor, passed: Tensor, at_least: int) -> Tensor:
+    """[B, N] bool: the tokens of the highest score, in samples where fewer than `at_least` passed."""
+    best = score.masked_fill(~among, float("-inf")).argsort(dim=-1, descending=True, stable=True)[:, :at_least]
+    return torch.zeros_like(among).scatter(1, best, True) & (passed.sum(-1, keepdim=True) < at_least)
 
 
 def load(

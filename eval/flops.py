@@ -8,7 +8,7 @@ Shapes: B batch, H heads, N queries, M keys, D head dim, C width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vtok.patches import find_vlms
 from vtok.patches.block import Link, ReducingBlock
 
 Shape = Sequence[int]
 _REDUCTION = "reduction"
+FEATURES = -1  # the choice among image features, where other places are numbered by decoder layer
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,82 @@ def watched_reduction(model: nn.Module, around: Callable[[Link], Any]) -> Iterat
         for link in watched:
             for name in ("decide", "move"):
                 link.__dict__.pop(name, None)
+
+
+class _Watched:
+    """Stands in for a reducer of a vision-language model and runs what decides inside a context."""
+
+    def __init__(self, reducer: Any, around: Callable[[], Any]):
+        self._reducer, self._around = reducer, around
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reducer, name)
+
+    def features(self, *args: Any) -> Any:
+        with self._around():
+            return self._reducer.features(*args)
+
+    def keep(self, *args: Any) -> Any:
+        with self._around():
+            return self._reducer.keep(*args)
+
+
+@contextmanager
+def watched_prompt(model: nn.Module, around: Callable[[int], Any]) -> Iterator[None]:
+    """Runs what decides about visual tokens, before and inside the LLM, inside a context of the caller's.
+
+    Args:
+        model: holds patched vision-language models; others have nothing to watch.
+        around: called with the decoder layer each time, `FEATURES` for the choice among image features; returns the context
+            manager to enter.
+    """
+    from vtok.patches.hf_vlm_install import pruner_of
+
+    pruners = [pruner for vlm in find_vlms(model) if (pruner := pruner_of(vlm)) is not None]
+    before = [(pruner.features, pruner.layers) for pruner in pruners]
+
+    def watch(reducer: Any, layer: int) -> Any:
+        return _Watched(reducer, lambda: around(layer))
+
+    try:
+        for pruner in pruners:
+            pruner.features = pruner.features and watch(pruner.features, FEATURES)
+            pruner.layers = {layer: (site, watch(reducer, layer)) for layer, (site, reducer) in pruner.layers.items()}
+        yield
+    finally:
+        for pruner, (features, layers) in zip(pruners, before):
+            pruner.features, pruner.layers = features, layers
+
+
+def count_prompt_macs(model: nn.Module, inputs: Mapping[str, Any]) -> MacCount:
+    """Counts one forward pass of a vision-language model that reads prompts; its head runs at the last position alone.
+
+    Args:
+        model: with its language head, patched or not; it runs in the mode that it is in, without gradients.
+        inputs: what the processor returned, or those of a later pass.
+
+    Returns:
+        MACs per row of the batch (`images` counts rows); `by_block` has decoder layers, `FEATURES` for the choice among image
+        features.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=formulas())
+    attribution: Any = _Attribution()
+    counter.mod_tracker = attribution
+
+    def inside(_: Link) -> Any:
+        return attribution.under(_REDUCTION)
+
+    def around(layer: int) -> Any:
+        return attribution.under(_REDUCTION, f"{_REDUCTION}.{layer}")
+
+    with torch.no_grad(), watched_reduction(model, inside), watched_prompt(model, around), counter:
+        model(**inputs, logits_to_keep=1)
+    macs = {name: sum(by_op.values()) / 2 for name, by_op in counter.get_flop_counts().items()}
+    rows = len(inputs["input_ids"])
+    own = macs.get(_REDUCTION, 0.0)
+    prefix = f"{_REDUCTION}."
+    by_layer = {int(name.removeprefix(prefix)): count / rows for name, count in macs.items() if name.startswith(prefix)}
+    return MacCount((macs.get("Global", 0.0) - own) / rows, own / rows, by_layer, rows)
 
 
 def count_macs(model: nn.Module, images: Tensor) -> MacCount:

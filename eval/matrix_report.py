@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vtok.describe import keywords
 from vtok.errors import ConfigError
 from vtok.eval.matrix import FAILED, NO, ON_REQUEST, STATUSES, TOLERANCE, YES, Cell, counts
+from vtok.text import keywords
 
 if TYPE_CHECKING:
     from rich.table import Table

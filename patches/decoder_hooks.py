@@ -19,7 +19,7 @@ from torch import Tensor
 from vtok.errors import StateError, UnsupportedModelError
 from vtok.patches import decoder_masks as masks
 from vtok.patches import hf_features as hf
-from vtok.patches.decoder_pass import Pass, Pruner, Recorded, recorded
+from vtok.patches.decoder_pass import Pass, Pruner, Recorded, TowerCall, recorded
 from vtok.patches.decoder_probe import layer_attention
 from vtok.patches.decoder_state import (
     PromptState,
@@ -89,11 +89,20 @@ class BeforeModel(PrunerHook):
         running.prunes, running.visual, running.given = True, visual & real, given
         running.state = PromptState(ids.shape[1], real)
         running.state.compact = pruner.compact
-        running.features = None if pruner.features is None else keep
+        running.features, running.layouts = None if pruner.features is None else keep, chosen.layouts
         earlier = recorded(given) if cache is None and not _caches(module, kwargs) else None
         running.replays = earlier is not None and earlier.fits(pruner.configs, ids)
         running.plan = earlier if running.replays else Recorded(pruner.configs, ids, {})
         return kwargs
+
+
+class BeforeTower(PrunerHook):
+    """Notes what the vision tower is given, for costs; also when `generate()` encodes the images ahead of the model."""
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        pixels = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
+        if isinstance(pixels, Tensor):
+            self.pruner.watch(TowerCall(tuple(pixels.shape), kwargs.get("grid_thw")))
 
 
 class AfterModel(PrunerHook):
@@ -266,7 +275,7 @@ def _prompt_kwargs(
     layer: Any, index: int, x: Tensor, kwargs: dict[str, Any], running: Pass, state: PromptState, cache: Any
 ) -> dict[str, Any]:
     """A layer's keywords while the prompt is read: mask, positions and rotary tables of the slots that are left."""
-    stage, window = state.at(index), _window(layer, index)
+    stage, window = state.at(index), window_of(layer, index)
     recounted = running.slots_counted and window is not None  # the LLM measured its windows in slots
     if stage is None or (stage is state.before and not recounted):
         return kwargs
@@ -295,7 +304,7 @@ def _later_kwargs(
 ) -> dict[str, Any]:
     """A layer's keywords for later text: the mask by the columns of the slots that this layer's cache holds."""
     stage = state.at(index)
-    window = _window(layer, index)
+    window = window_of(layer, index)
     sliding = window is not None
     if stage is None or (stage is state.before and not sliding):
         return kwargs
@@ -354,7 +363,7 @@ def _first_of(cache: Any, kind: str) -> int:
     return sliding.index(wanted) if wanted in sliding else 0
 
 
-def _window(layer: Any, index: int) -> int | None:
+def window_of(layer: Any, index: int) -> int | None:
     """Columns that a decoder layer looks back, or `None` = all."""
     config = layer.self_attn.config
     kinds = getattr(config, "layer_types", None)
@@ -364,7 +373,7 @@ def _window(layer: Any, index: int) -> int | None:
 
 
 def _check_text(text: Any) -> None:
-    window = any(_window(layer, i) is not None for i, layer in enumerate(text.layers))
+    window = any(window_of(layer, i) is not None for i, layer in enumerate(text.layers))
     masks.check_implementation(text.config._attn_implementation, window)
 
 

@@ -6,6 +6,7 @@ Shapes: B rows, L columns of the prompt.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from vtok.prompt import LayerAttention, VLMReducer
 from vtok.state import Site
 
 _PLAN = "_vtok_plan"
+_CALLS = 64  # of a vision tower that are remembered for the next prompt
 
 
 class Recorded(NamedTuple):
@@ -76,6 +78,7 @@ class Pass:
         replays: whether `plan` was made by an earlier pass.
         slots_counted: whether the LLM made its masks for the shortened sequence, so that it measures windows in slots.
         probes: decoder layer -> its attention.
+        layouts: of the images among whose features a method chose (see `Chosen`).
         memo: masks and tables that several layers share.
     """
 
@@ -89,6 +92,7 @@ class Pass:
     replays: bool = False
     slots_counted: bool = False
     probes: dict[int, LayerAttention] = field(default_factory=dict)
+    layouts: tuple[Any, ...] = ()
     memo: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -99,11 +103,27 @@ class Counts(NamedTuple):
         visual: [B, L] bool.
         real: [B, L] bool.
         stages: decoder layer -> stage, 0 = before the LLM.
+        layouts: of the images among whose features a method chose (see `Chosen`).
+        calls: of the vision tower since the prompt before.
     """
 
     visual: Tensor
     real: Tensor
     stages: dict[int, Stage]
+    layouts: tuple[Any, ...] = ()
+    calls: tuple[TowerCall, ...] = ()
+
+
+class TowerCall(NamedTuple):
+    """One call of a vision tower.
+
+    Attributes:
+        shape: of the pixels: [views, C, H, W], or [patches, values of one] for towers that read all images as one sequence.
+        grid: [images, 3] (frames, rows, columns) of patches, for the latter.
+    """
+
+    shape: tuple[int, ...]
+    grid: Tensor | None = None
 
 
 class Pruner:
@@ -132,6 +152,7 @@ class Pruner:
         self.spec, self.tokens, self.features, self.layers = spec, tokens, features, layers
         self.compact, self.configs, self.path = compact, configs, path
         self.probed = frozenset(r.probe(site) for site, r in layers.values() if "attention" in r.needs)
+        self.budget: Any = None  # what a FLOPs budget was turned into (vtok.budget.Budget)
         self._local = threading.local()
 
     @property
@@ -165,7 +186,18 @@ class Pruner:
             record(ended.given, ended.plan)
         assert ended.visual is not None
         before = {} if state.before is None else {0: state.before}
-        self._local.__dict__["last"] = Counts(ended.visual, state.real, {**before, **state.between})
+        calls = tuple(self._calls)
+        self._calls.clear()
+        stages = {**before, **state.between}
+        self._local.__dict__["last"] = Counts(ended.visual, state.real, stages, ended.layouts, calls)
+
+    @property
+    def _calls(self) -> deque[TowerCall]:
+        return self._local.__dict__.setdefault("calls", deque(maxlen=_CALLS))
+
+    def watch(self, call: TowerCall) -> None:
+        """Remembers what this thread's vision tower was given, until the prompt that it belongs to has been read."""
+        self._calls.append(call)
 
     @property
     def last(self) -> Counts | None:

@@ -34,10 +34,12 @@ class Chosen(NamedTuple):
         outputs: modality -> what `get_image_features` or `get_video_features` returned, kept rows changed where others were
             folded into them.
         rows: modality -> [features in all] bool, True = stays.
+        layouts: (modality, views, tokens n, how many) of images that are laid out alike, if a method chose among features.
     """
 
     outputs: dict[str, Any]
     rows: dict[str, Tensor]
+    layouts: tuple[tuple[str, tuple[View, ...], int, int], ...] = ()
 
 
 def carries_images(kwargs: Mapping[str, Any]) -> bool:
@@ -96,7 +98,7 @@ def choose(
     Raises:
         StateError: the method keeps no token of an image, or looks at the tower, of which nothing is known.
     """
-    outputs, rows = dict(outputs), {}
+    outputs, rows, layouts = dict(outputs), {}, []
     for modality, output in outputs.items():
         images = feature_list(output)
         stay = [torch.ones(len(x), dtype=torch.bool, device=x.device) for x in images]
@@ -112,6 +114,7 @@ def choose(
             first += len(x)
         for (_, parts, number), numbers in alike.items():
             tokens = torch.stack([images[i] for i in numbers])
+            layouts.append((modality, parts, tokens.shape[1], len(numbers)))
             with torch.no_grad():
                 plan = reducer.features(ImageFeatures(tokens.detach(), parts, modality, tower.blocks(numbers), number))
             if plan is None:
@@ -123,7 +126,7 @@ def choose(
                 stay[i], images[i] = kept, x
         if folded:
             outputs[modality] = _with_features(output, images)
-    return Chosen(outputs, {modality: torch.cat(parts) for modality, parts in rows.items()})
+    return Chosen(outputs, {modality: torch.cat(parts) for modality, parts in rows.items()}, tuple(layouts))
 
 
 class _Towers:

@@ -1,4 +1,4 @@
-"""Closed-form costs of Hugging Face vision-language models: tower, connector, LLM, and what an image of a stated size is to them.
+"""Closed-form costs of Hugging Face vision-language models: tower, connector, LLM, and what an image of a stated size is to it.
 
 A family is one row in `VISION`. Towers that encoder methods can patch are priced as these are; the packed towers of Qwen-VL,
 which read all images as one sequence, have a closed form of their own here.
@@ -9,31 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vtok.cost import Estimate, Row, estimate
 from vtok.errors import ConfigError, UnsupportedModelError
 from vtok.patches.cost import linear_macs
+from vtok.patches.decoder_hooks import window_of
+from vtok.patches.decoder_pass import TowerCall
 from vtok.patches.hf_tables import TOWERS
 from vtok.patches.hf_vlm import VLM
 from vtok.patches.protocol import look_up
 from vtok.prompt import View
 from vtok.prompt_cost import LayerCost, LLMCost, StatedImage, VisionCost
-
-
-class TowerCall(NamedTuple):
-    """One call of a vision tower, as a hook sees it.
-
-    Attributes:
-        shape: of the pixels: [views, C, H, W], or [patches, values of one] for packed towers.
-        grid: [images, 3] (frames, rows, columns) of patches, for packed towers.
-    """
-
-    shape: tuple[int, ...]
-    grid: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -126,12 +116,12 @@ def any_resolution(spec: VisionSpec, model: Any, size: tuple[int, int, int] | No
         there -= 2 * pad
     most = getattr(config, "vision_aspect_ratio", None)
     if most is not None:
-        ratio = math.sqrt(here * there / (int(most.strip("anyres_max_")) * rows**2))
+        ratio = math.sqrt(here * there / (int(most.rpartition("_")[2]) * rows**2))
         if ratio > 1.1:
             here, there = int(here // ratio), int(there // ratio)
     overview = _square(0, _features(spec, model, rows * columns))._replace(overview=True)
     layout = (overview, View(overview.stop, here, there + 1, newline=True))
-    return StatedImage(tuple(size), crops[0] * crops[1] + 1, (1, rows, columns), layout)
+    return StatedImage(size, crops[0] * crops[1] + 1, (1, rows, columns), layout)
 
 
 def packed_image(spec: VisionSpec, model: Any, size: tuple[int, int, int] | None) -> StatedImage:
@@ -141,7 +131,7 @@ def packed_image(spec: VisionSpec, model: Any, size: tuple[int, int, int] | None
     unit = config.patch_size * config.spatial_merge_size
     rows, columns = (max(1, round(side / unit)) for side in size[1:])
     merge = config.spatial_merge_size
-    return StatedImage(tuple(size), 1, (1, rows * merge, columns * merge), (View(0, rows, columns),))
+    return StatedImage(size, 1, (1, rows * merge, columns * merge), (View(0, rows, columns),))
 
 
 def _shuffled(model: Any, patches: int) -> int:
@@ -168,9 +158,7 @@ _IDEFICS = VisionSpec("vision_model", ("connector",), per_view=_shuffled)
 _QWEN = VisionSpec("visual", ("visual.merger",), per_view=_merged, image=packed_image, packed=True)
 
 VISION: dict[str, VisionSpec] = {
-    _in("gemma3") + "Gemma3Model": VisionSpec(
-        weights=("multi_modal_projector.mm_input_projection_weight",), per_view=_pooled
-    ),
+    _in("gemma3") + "Gemma3Model": VisionSpec(weights=("multi_modal_projector.mm_input_projection_weight",), per_view=_pooled),
     _in("idefics3") + "Idefics3Model": _IDEFICS,
     _in("internvl") + "InternVLModel": VisionSpec(per_view=_downsampled),
     _in("llava") + "LlavaModel": VisionSpec(),
@@ -184,6 +172,12 @@ VISION: dict[str, VisionSpec] = {
     ),
     _in("smolvlm") + "SmolVLMModel": _IDEFICS,
 }
+
+
+def tower_of(vlm: VLM) -> nn.Module | None:
+    """The vision tower, whether its costs are known or not."""
+    spec = look_up(vlm.module, VISION)
+    return None if spec is None else vlm.module.get_submodule(spec.tower)
 
 
 def vision_spec(vlm: VLM) -> VisionSpec:
@@ -293,11 +287,9 @@ def llm_cost(model: nn.Module, vlm: VLM, dtype: torch.dtype | None = None) -> LL
         vlm: the model.
         dtype: of the KV cache; `None` = that of the weights.
     """
-    from vtok.patches.decoder_hooks import _window
-
     text = vlm.text
     dtype = dtype or next(p.dtype for p in text.parameters() if p.is_floating_point())
-    layers = tuple(_layer(layer, _window(layer, i)) for i, layer in enumerate(text.layers))
+    layers = tuple(_layer(layer, window_of(layer, i)) for i, layer in enumerate(text.layers))
     owner = next((m for m in model.modules() if m.__dict__.get("_modules", {}).get("model") is vlm.module), None)
     head = getattr(owner, "lm_head", None)
     width = torch.finfo(dtype).bits // 8

@@ -15,6 +15,7 @@ from vtok.patches import tower_taps
 from vtok.patches.decoder_pass import Pruner
 from vtok.patches.decoder_state import compact, renumbered, take
 from vtok.patches.hf_vlm import VLM
+from vtok.patches.hf_vlm_cost import tower_of
 from vtok.patches.swap import Mixin, put_on
 from vtok.prompt import VLMReducer
 
@@ -45,6 +46,9 @@ def install(model: nn.Module, vlm: VLM, pruner: Pruner) -> None:
     vlm.module.register_forward_hook(hooks.AfterModel(pruner), always_call=True)
     if not pruner.acts:
         return
+    tower = tower_of(vlm)
+    if tower is not None:
+        tower.register_forward_pre_hook(hooks.BeforeTower(pruner), with_kwargs=True)
     text = vlm.text
     text.register_forward_pre_hook(hooks.BeforeText(pruner), with_kwargs=True)
     text.register_forward_hook(hooks.AfterText(pruner), with_kwargs=True)

@@ -22,10 +22,24 @@ ALLOWED = {
     "prompt": {"reduction", "state"},
     "config": {"errors", "prompt", "reduction", "state"},
     "cost": {"config", "state"},
+    "prompt_cost": {"cost", "errors", "prompt"},
     "methods": {"config", "errors", "methods", "ops", "prompt", "reduction", "state"},
-    "patches": {"config", "cost", "errors", "ops", "patches", "prompt", "reduction", "registry", "run", "state"},
+    "patches": {"config", "cost", "errors", "ops", "patches", "prompt", "prompt_cost", "reduction", "registry", "run", "state"},
 }
-CORE = ["api", "budget", "describe", "files", "fit", "inspection", "probe", "resolve", "vlm"]
+CORE = [
+    "api",
+    "budget",
+    "describe",
+    "files",
+    "fit",
+    "inspection",
+    "probe",
+    "prompt_plan",
+    "prompt_report",
+    "resolve",
+    "text",
+    "vlm",
+]
 
 
 def _imports(path):

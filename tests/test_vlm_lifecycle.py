@@ -61,7 +61,7 @@ def test_patched_goes_back_to_the_earlier_patch():
         assert vtok.info(model).prompts[0].configs == (vtok.RandomDrop(keep=0.3),)
         assert not torch.equal(generate(model, values)[1], before[1])
     assert torch.equal(generate(model, values)[1], before[1])
-    assert sum(len(m._forward_pre_hooks) for m in model.modules()) == 6
+    assert sum(len(m._forward_pre_hooks) for m in model.modules()) == 7
 
 
 def test_copies_and_pickles():

@@ -18,6 +18,7 @@ from vtok.errors import (
     UnsupportedModelError,
     VtokError,
 )
+from vtok.prompt_cost import Prompt
 from vtok.registry import ADAPTERS, METHODS
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ __all__ = [
     "ConfigError",
     "MissingExtraError",
     "PiToMe",
+    "Prompt",
     "RandomDrop",
     "StateError",
     "ToMe",

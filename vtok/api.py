@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from vtok import files, reduction
 from vtok.describe import Info, PlanReport, Support
-from vtok.errors import ConfigError, StateError, UnsupportedModelError, VtokError
+from vtok.errors import ConfigError, StateError, VtokError
 from vtok.fit import Patch, call, fit, foretell, measured, put
 from vtok.patches import find_vlms
 from vtok.patches.block import check
 from vtok.patches.protocol import Adapter, Tower
 from vtok.patches.swap import Mixin, check_class, remove_hooks, take_off
+from vtok.prompt_cost import Prompt
+from vtok.prompt_report import PromptPlan
 from vtok.registry import METHODS
 from vtok.resolve import Method, Size, own_class, require_module, run_of, wanted
 from vtok.resolve import towers as _towers
@@ -33,6 +35,7 @@ def patch(
     calibration: Any = None,
     trace: bool = False,
     positions: str | None = None,
+    prompt: Any = None,
     **params: Any,
 ) -> nn.Module:
     """Makes a model shorten its token sequence from now on, in place. An earlier patch is removed first.
@@ -42,11 +45,14 @@ def patch(
             shortened by visual tokens, `generate()` and all; weights and state_dict stay as they are.
         method: a method's name; a config object; a list of these (they must reduce in different blocks); or the path of a file,
             or of a folder, that `save_config` wrote.
-        flops: a budget instead of a knob: the share of the model's FLOPs to leave, the reduction's own included, in (0, 1].
+        flops: a budget instead of a knob: the share of the model's FLOPs to leave, the reduction's own included, in (0, 1]. Of
+            a vision-language model: of tower, connector and prefill of a stated prompt.
         input_size: (channels, height, width) for which a budget is solved and counts are checked; default: the model's own.
         calibration: images, as the tower takes them (a mapping: by name), for methods whose token counts depend on the image.
         trace: keep a map from original to reduced tokens, for `unmerge` and overlays.
         positions: of a vision-language model's tokens behind dropped ones: "original" (default), or "compact", numbered anew.
+        prompt: that a budget is solved for on a vision-language model: a `vtok.Prompt`, or a mapping of its fields such as
+            {"images": 1, "text_tokens": 64}.
         **params: parameters of the method, if it was given by name.
 
     Returns:
@@ -61,13 +67,16 @@ def patch(
     if vlms := find_vlms(model):
         from vtok import vlm
 
-        vlm.refuse({"flops": flops, "input_size": input_size, "calibration": calibration, "trace": trace or None})
-        pruners = vlm.resolve_all(vlms, *wanted([v.info for v in vlms], method, params, None), positions)
+        vlm.refuse({"calibration": calibration, "trace": trace or None})
+        stated, (configs_of, saved) = Prompt.of(prompt, input_size), wanted([v.info for v in vlms], method, params, flops)
+        configs_of, budgets = vlm.budgeted(model, vlms, configs_of, flops, stated)
+        pruners = vlm.resolve_all(vlms, configs_of, saved, positions, budgets)
         unpatch(model)
         vlm.put(model, vlms, pruners)
         return model
-    if positions is not None:
-        raise ConfigError(f"positions is for vision-language models; {type(model).__name__} is none that vtok knows")
+    for name, value in (("positions", positions), ("prompt", prompt)):
+        if value is not None:
+            raise ConfigError(f"{name} is for vision-language models; {type(model).__name__} is none that vtok knows")
     found = _towers(model, input_size)
     configs_of, saved = wanted([tower.info for _, tower in found], method, params, flops)
     ready = []
@@ -144,20 +153,28 @@ def plan(
     flops: float | None = None,
     input_size: Size | None = None,
     calibration: Any = None,
+    prompt: Any = None,
     **params: Any,
-) -> PlanReport:
+) -> PlanReport | PromptPlan:
     """What a method would do, before anything runs: tokens and MACs per block and the speed-up they imply.
 
     No forward pass is needed. For methods whose counts depend on the image the numbers are upper bounds, and say so, unless
     `calibration` images are given, which are run once. Arguments and errors are those of `patch`; the model is not changed.
     Of a model with several towers it describes the first.
+
+    For a vision-language model it states tokens and MACs of tower, connector and every decoder layer, KV-cache bytes, and the
+    speed-up of the prefill that follows, for a prompt (`vtok.Prompt`, or a mapping of its fields). What depends on the words or
+    the images is an upper bound, and called so.
     """
     require_module(model)
-    if find_vlms(model):
-        raise UnsupportedModelError(
-            f"plan describes vision encoders; what a prompt of {type(model).__name__} costs depends on its text and images: "
-            "patch the model, run it and ask vtok.info(model)"
-        )
+    if vlms := find_vlms(model):
+        from vtok import vlm
+
+        vlm.refuse({"calibration": calibration})
+        wishes, _ = wanted([v.info for v in vlms], method, params, flops)
+        return vlm.plan(model, vlms, wishes, flops, prompt, input_size)
+    if prompt is not None:
+        raise ConfigError(f"prompt is for vision-language models; {type(model).__name__} is none that vtok knows")
     found = _towers(model, input_size)
     configs_of, _ = wanted([tower.info for _, tower in found], method, params, flops)
     adapter, tower = found[0]
@@ -215,7 +232,8 @@ def info(model: nn.Module, probe: Any = None) -> Info:
         probe: input for the model (a mapping: by name); it is run once, which also finds the attention kernel of every block.
 
     Returns:
-        Tokens in and out of every block (per image where they differ), MACs of that pass. Print it.
+        Tokens in and out of every block (per image where they differ), MACs of that pass; of a vision-language model tokens at
+        every place and decoder layer (per row), MACs of tower, connector and decoder layers, KV-cache bytes. Print it.
     """
     from vtok.inspection import tower_info
 
@@ -226,7 +244,7 @@ def info(model: nn.Module, probe: Any = None) -> Info:
         if probe is not None:
             with torch.no_grad():
                 call(model, probe)
-        return Info(prompts=tuple(vlm.describe(v) for v in vlms))
+        return Info(prompts=tuple(vlm.describe(model, v) for v in vlms))
     found = _towers(model, None)
     kernels: dict[int, list[str]] = {}
     if probe is not None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from vtok.config import MethodConfig, ModelInfo, Reducer
 from vtok.cost import Estimate, TowerCost, estimate
 from vtok.errors import BudgetError, ConfigError
+from vtok.prompt import VLMInfo
+from vtok.prompt_cost import PromptEstimate
 from vtok.state import Site
 
+_Cost = TypeVar("_Cost", Estimate, PromptEstimate)
 TOLERANCE = 0.02  # how far above the budget the strongest setting may stay, as a share of the model's FLOPs
 
 
@@ -24,6 +28,7 @@ class Budget:
         knob: the chosen parameters.
         num_patches: of the input size it was solved for.
         exact: False if token counts depend on the image and no calibration images were given: `reached` is an upper bound.
+        prompt: that it was solved for, in words, on a vision-language model.
     """
 
     target: float
@@ -31,11 +36,13 @@ class Budget:
     knob: dict[str, Any]
     num_patches: int
     exact: bool
+    prompt: str = ""
 
     def __str__(self) -> str:
         knob = ", ".join(f"{name}={_short(value)}" for name, value in self.knob.items())
         bound = "" if self.exact else " at most (counts depend on the image)"
-        return f"flops={self.target:g} -> {knob}: {self.reached:.3f} of the FLOPs{bound} at {self.num_patches} patches"
+        where = f"for {self.prompt}" if self.prompt else f"at {self.num_patches} patches"
+        return f"flops={self.target:g} -> {knob}: {self.reached:.3f} of the FLOPs{bound} {where}"
 
 
 def _short(value: Any) -> str:
@@ -89,24 +96,55 @@ def solve(
     Raises:
         BudgetError: no setting comes close.
     """
+
+    def price(candidate: MethodConfig) -> Estimate:
+        n0 = info.num_prefix + info.num_patches
+        result = estimate(cost, steps_of([candidate.build(info)]), n0, info.num_prefix)
+        return result if result.exact or measure is None else measure(candidate)
+
+    _check(config, target)
+    chosen, found = _search(config, config.ladder(info), target, info.name, price)
+    return chosen, Budget(float(target), found.fraction, chosen.knob(), info.num_patches, found.exact)
+
+
+def solve_prompt(
+    config: MethodConfig, target: float, info: VLMInfo, price: Callable[[MethodConfig], PromptEstimate], where: str
+) -> tuple[MethodConfig, Budget]:
+    """The same for a vision-language model.
+
+    Args:
+        config: the method.
+        target: share of the FLOPs of tower, connector and prefill, reduction included, in (0, 1].
+        info: of the model.
+        price: what a stated prompt costs under a setting.
+        where: the prompt in words.
+
+    Raises:
+        ConfigError: the method has no single knob.
+        BudgetError: no setting comes close: text and tower cost what they cost.
+    """
+    _check(config, target)
+    chosen, found = _search(config, config.ladder_vlm(info), target, info.name, price)
+    return chosen, Budget(float(target), found.fraction, chosen.knob(), 0, found.exact, where)
+
+
+def _check(config: MethodConfig, target: float) -> None:
     if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target <= 1:
         raise ConfigError(f"flops is a share of the model's FLOPs in (0, 1], got {target!r}")
     both = [name for name in config.set_by_budget if name in config.given()]
     if both:
         raise ConfigError(f"flops sets {' and '.join(both)} of {config.name}; give the budget or the parameter, not both")
-    ladder = config.ladder(info)
-    known: dict[int, Estimate] = {}
 
-    def at(i: int) -> Estimate:
-        if i not in known:
-            result = estimate(cost, steps_of([ladder[i].build(info)]), info.num_prefix + info.num_patches, info.num_prefix)
-            known[i] = result if result.exact or measure is None else measure(ladder[i])
-        return known[i]
 
+def _search(
+    config: MethodConfig, ladder: Sequence[MethodConfig], target: float, model: str, price: Callable[[MethodConfig], _Cost]
+) -> tuple[MethodConfig, _Cost]:
+    """(the setting on the ladder that comes closest to the target, its cost)."""
+    at = functools.cache(lambda i: price(ladder[i]))
     low, high = 0, len(ladder) - 1  # FLOPs fall along the ladder
     if at(high).fraction > target + TOLERANCE:
         raise BudgetError(
-            f"{config.name} cannot bring {info.name} down to flops={target:g}: its strongest setting still needs "
+            f"{config.name} cannot bring {model} down to flops={target:g}: its strongest setting still needs "
             f"{at(high).fraction:.3f}"
         )
     while low < high:  # the first step at or under the target
@@ -115,6 +153,4 @@ def solve(
     best = min((i for i in (low - 1, low) if i >= 0), key=lambda i: abs(at(i).fraction - target))
     if target >= at(0).fraction:  # nothing to save: the mildest steps of some ladders cost more than they save
         best = 0
-    found = at(best)
-    budget = Budget(float(target), found.fraction, ladder[best].knob(), info.num_patches, found.exact)
-    return ladder[best], budget
+    return ladder[best], at(best)

@@ -5,50 +5,15 @@ Counts are tokens (prefix included) per image; costs are multiply-accumulates (M
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from vtok.budget import Budget
 from vtok.config import MethodConfig
 from vtok.cost import Estimate
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned to the right, the first to the left."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        return "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
-
-    return "\n".join(line(row) for row in (header, *rows))
-
-
-def _tokens(count: float) -> str:
-    return f"{count:.0f}" if float(count).is_integer() else f"{count:.1f}"
-
-
-def _giga(macs: float) -> str:
-    return f"{macs / 1e9:.3f}"
-
-
-def _costs(e: Estimate) -> str:
-    return (
-        f"GMACs {_giga(e.base_macs)} -> {_giga(e.macs)} + {_giga(e.reduction_macs)} for the reduction itself, "
-        f"GFLOPs {_giga(2 * e.base_macs)} -> {_giga(2 * e.macs)} + {_giga(2 * e.reduction_macs)}; "
-        f"implied speed-up {e.implied_speedup:.2f}x"
-    )
-
-
-def _settings(config: MethodConfig) -> str:
-    values = {k: v for k, v in config.to_dict().items() if k != "method" and v is not None}
-    return f"{config.name}(" + ", ".join(f"{k}={v}" for k, v in values.items()) + ")"
-
-
-def keywords(params: Mapping[str, Any]) -> str:
-    """Parameters as a user writes them: `query="mean", prop_attn=False`."""
-    return ", ".join(f"{name}={json.dumps(v) if isinstance(v, str) else repr(v)}" for name, v in params.items())
+from vtok.prompt_cost import PromptEstimate
+from vtok.prompt_report import brief, cost_lines
+from vtok.text import costs, giga, keywords, listed, settings, table, tokens
 
 
 @dataclass(frozen=True)
@@ -79,17 +44,17 @@ class PlanReport:
         rows = [
             (
                 f"block {r.block}" + (f" {r.place.value}" if r.place else ""),
-                _tokens(r.tokens_in),
-                _tokens(r.tokens_out),
-                _giga(r.macs),
-                _giga(r.reduction_macs),
+                tokens(r.tokens_in),
+                tokens(r.tokens_out),
+                giga(r.macs),
+                giga(r.reduction_macs),
             )
             for r in e.rows
         ]
         lines = [
-            f"{self.tower}, {self.num_patches} patches: " + " + ".join(_settings(c) for c in self.configs),
+            f"{self.tower}, {self.num_patches} patches: " + " + ".join(settings(c) for c in self.configs),
             table(("", "tokens in", "out", "GMACs", "reduction"), rows),
-            _costs(e),
+            costs(e),
         ]
         if not e.exact:
             lines.append("token counts depend on the image: these are upper bounds; pass calibration=images for means")
@@ -151,7 +116,7 @@ class TowerInfo:
 
     def __str__(self) -> str:
         where = f"{self.path} ({self.tower})" if self.path else self.tower
-        method = " + ".join(_settings(c) for c in self.configs) or "not patched"
+        method = " + ".join(settings(c) for c in self.configs) or "not patched"
         lines = [f"{where}: {method}"]
         if self.budget is not None:
             lines.append(str(self.budget))
@@ -163,7 +128,7 @@ class TowerInfo:
                     f"block {b.block}" + (f" {b.site}" if b.site else ""),
                     str(b.tokens_in),
                     str(b.tokens_out),
-                    _tokens(b.mean_tokens),
+                    tokens(b.mean_tokens),
                 ]
                 + ([b.kernel or "-"] if kernels else [])
                 for b in self.blocks
@@ -172,7 +137,7 @@ class TowerInfo:
         elif self.configs:
             lines.append("no forward pass yet in this thread")
         if self.estimate is not None:
-            lines.append(_costs(self.estimate))
+            lines.append(costs(self.estimate))
         if self.mean_estimate is not None:
             lines.append(f"by mean tokens, without padding: implied speed-up {self.mean_estimate.implied_speedup:.2f}x")
         return "\n".join([*lines, *self.notes])
@@ -204,6 +169,10 @@ class PromptInfo:
         positions: "original" or "compact".
         rows: places where tokens were dropped, in order.
         text: other tokens of every row of the batch; empty before the first prompt.
+        estimate: tokens, MACs and KV bytes per prompt of that batch, padding included, as they were really computed.
+        mean_estimate: what the prompts cost alone on average (differs where rows are padded).
+        budget: if a budget chose the setting.
+        notes: what a user should know.
     """
 
     path: str
@@ -212,26 +181,31 @@ class PromptInfo:
     positions: str = "original"
     rows: tuple[PromptRow, ...] = ()
     text: tuple[int, ...] = ()
+    estimate: PromptEstimate | None = None
+    mean_estimate: PromptEstimate | None = None
+    budget: Budget | None = None
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         where = f"{self.path} ({self.model})" if self.path else self.model
         if not self.configs:
             return f"{where}: not patched"
-        lines = [f"{where}: {' + '.join(_settings(c) for c in self.configs)}; {self.positions} positions"]
+        lines = [f"{where}: {' + '.join(settings(c) for c in self.configs)}; {self.positions} positions"]
         if self.rows:
-            cells = [(r.place, _listed(r.tokens_in), _listed(r.tokens_out)) for r in self.rows]
+            cells = [(r.place, listed(r.tokens_in), listed(r.tokens_out)) for r in self.rows]
             lines.append(table(("", "visual tokens in", "out"), cells))
-            lines.append(f"other tokens: {_listed(self.text)}")
+            lines.append(f"other tokens: {listed(self.text)}")
         elif self.text:
             lines.append("the last prompt kept all its visual tokens")
         else:
             lines.append("no prompt with images yet in this thread")
-        return "\n".join(lines)
-
-
-def _listed(counts: Sequence[int]) -> str:
-    """One number if all rows of a batch have it, else one for each row."""
-    return str(counts[0]) if len(set(counts)) == 1 else ", ".join(map(str, counts))
+        if self.budget is not None:
+            lines.insert(1, str(self.budget))
+        if self.estimate is not None:
+            lines += cost_lines(self.estimate)
+        if self.mean_estimate is not None:
+            lines.append(f"by each prompt's own tokens, without padding: {brief(self.mean_estimate)}")
+        return "\n".join([*lines, *self.notes])
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ Shapes: L tokens of a prompt, text and visual. All figures are for one prompt; a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 from vtok.cost import Row
+from vtok.errors import ConfigError, unknown
 from vtok.prompt import View
 
 
@@ -77,11 +78,17 @@ class VisionCost:
     """
 
     rows: tuple[Row, ...]
-    views: int
+    views: float
     macs: float
     reduction_macs: float
     connector_macs: float
     exact: bool = True
+
+    def divided(self, prompts: int) -> VisionCost:
+        """The share of one of so many prompts."""
+        rows = tuple(replace(r, macs=r.macs / prompts, reduction_macs=r.reduction_macs / prompts) for r in self.rows)
+        numbers = {name: getattr(self, name) / prompts for name in ("views", "macs", "reduction_macs", "connector_macs")}
+        return replace(self, rows=rows, **numbers)
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,37 @@ class Prompt:
     images: int = 1
     text_tokens: int = 64
     input_size: tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("images", "text_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} of a prompt is a whole number from 1 on, got {value!r}")
+        size = self.input_size
+        if size is None:
+            return
+        if not isinstance(size, (tuple, list)) or len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
+            raise ConfigError(f"input_size is (channels, height, width), got {size!r}")
+        object.__setattr__(self, "input_size", tuple(size))
+
+    @classmethod
+    def of(cls, value: Any, input_size: Any = None) -> Prompt:
+        """Reads what a caller may write: a `Prompt`, a mapping of its fields, `None` = the defaults; `input_size` besides it.
+
+        Raises:
+            ConfigError: it is none of these.
+            UnknownNameError: a key is no field.
+        """
+        if isinstance(value, Mapping):
+            known = [field.name for field in fields(cls)]
+            for name in value:
+                if name not in known:
+                    raise unknown("field of a prompt", str(name), known)
+            value = cls(**value)
+        if value is not None and not isinstance(value, cls):
+            raise ConfigError(f"prompt is {{'images': ..., 'text_tokens': ..., 'input_size': ...}}, got {value!r}")
+        made = value or cls()
+        return made if input_size is None else replace(made, input_size=input_size)
 
 
 class StatedImage(NamedTuple):
@@ -282,7 +320,7 @@ def mean_estimate(each: Sequence[PromptEstimate]) -> PromptEstimate:
         LayerRow(i, *(mean(lambda e, i=i, name=name: getattr(e.layers[i], name)) for name in _LAYER_MEANS))  # type: ignore[misc]
         for i in range(len(first.layers))
     )
-    numbers = {name: mean(lambda e, name=name: getattr(e, name)) for name in _MEANS}  # type: ignore[misc]
+    numbers: dict[str, Any] = {name: mean(lambda e, name=name: getattr(e, name)) for name in _MEANS}  # type: ignore[misc]
     base = tuple(mean(lambda e, i=i: e.base_layer_macs[i]) for i in range(len(first.layers)))  # type: ignore[misc]
     return replace(first, layers=layers, base_layer_macs=base, exact=all(e.exact for e in each), **numbers)
 

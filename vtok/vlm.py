@@ -9,14 +9,19 @@ from typing import Any
 
 from torch import nn
 
+from vtok.budget import Budget, solve_prompt
 from vtok.config import MethodConfig
 from vtok.describe import PromptInfo, PromptRow, Support
 from vtok.errors import ConfigError, UnsupportedModelError, VtokError, unknown
 from vtok.files import Saved
 from vtok.patches.decoder_pass import Pruner
 from vtok.patches.hf_vlm import SUPPORTED, VLM
+from vtok.patches.hf_vlm_cost import stated_image
 from vtok.patches.hf_vlm_install import install, pruner_of, short_inputs
 from vtok.prompt import VLMInfo, VLMReducer
+from vtok.prompt_cost import Prompt, PromptEstimate
+from vtok.prompt_plan import measured, planned, visual_left
+from vtok.prompt_report import PromptPlan, stated
 from vtok.registry import METHODS
 from vtok.state import Place, Site
 
@@ -131,12 +136,19 @@ def _check_compact(vlm: VLM, layers: Mapping[int, Any]) -> None:
 
 
 def resolve_all(
-    vlms: Sequence[VLM], wanted: Sequence[tuple[MethodConfig, ...]], saved: Saved | None, positions: str | None
+    vlms: Sequence[VLM],
+    wanted: Sequence[tuple[MethodConfig, ...]],
+    saved: Saved | None,
+    positions: str | None,
+    budgets: Sequence[Budget | None] | None = None,
 ) -> list[Pruner]:
     """`resolve` for every model; positions that are not given come from the file that the methods came from."""
     if positions is None:
         positions = (saved.positions if saved is not None else None) or POSITIONS[0]
-    return [resolve(vlm, configs, positions) for vlm, configs in zip(vlms, wanted)]
+    pruners = [resolve(vlm, configs, positions) for vlm, configs in zip(vlms, wanted)]
+    for pruner, budget in zip(pruners, budgets or ()):
+        pruner.budget = budget
+    return pruners
 
 
 def put(model: nn.Module, vlms: Sequence[VLM], pruners: Sequence[Pruner]) -> None:
@@ -150,9 +162,54 @@ def refuse(given: Mapping[str, Any]) -> None:
     names = [name for name, value in given.items() if value is not None]
     if names:
         raise ConfigError(
-            f"{' and '.join(names)} cannot be used on a vision-language model, whose costs depend on text and images; set the "
-            "parameters of the method"
+            f"{' and '.join(names)} cannot be used on a vision-language model, whose costs depend on text and images; state a "
+            "prompt, e.g. prompt={'images': 1, 'text_tokens': 64}"
         )
+
+
+def budgeted(
+    model: nn.Module,
+    vlms: Sequence[VLM],
+    wanted: Sequence[tuple[MethodConfig, ...]],
+    flops: float | None,
+    prompt: Prompt,
+) -> tuple[list[tuple[MethodConfig, ...]], list[Budget | None]]:
+    """The methods with the setting that a budget chooses for a stated prompt, and what it needs; see `vtok.patch`."""
+    chosen: list[tuple[MethodConfig, ...]] = []
+    budgets: list[Budget | None] = []
+    for vlm, configs in zip(vlms, wanted):
+        budget = None
+        if flops is not None:
+            if len(configs) > 1:
+                raise ConfigError("a FLOPs budget sets the knob of one method; with several, give each its own numbers")
+            image = stated_image(vlm, prompt.input_size)
+            where = stated(prompt, image)
+
+            def cost(config: MethodConfig, vlm: VLM = vlm) -> PromptEstimate:
+                return planned(model, vlm, resolve(vlm, (config,), POSITIONS[0]), prompt)
+
+            config, budget = solve_prompt(configs[0], flops, vlm.info, cost, where)
+            configs = (config,)
+        chosen.append(configs)
+        budgets.append(budget)
+    return chosen, budgets
+
+
+def plan(
+    model: nn.Module,
+    vlms: Sequence[VLM],
+    wanted: Sequence[tuple[MethodConfig, ...]],
+    flops: float | None,
+    prompt: Any,
+    input_size: Any,
+) -> PromptPlan:
+    """See `vtok.plan`; of several models it describes the first."""
+    vlm, stated_prompt = vlms[0], Prompt.of(prompt, input_size)
+    (configs,), (budget,) = budgeted(model, [vlm], wanted[:1], flops, stated_prompt)
+    result = planned(model, vlm, resolve(vlm, configs, POSITIONS[0]), stated_prompt)
+    image = stated_image(vlm, stated_prompt.input_size)
+    given = prompt is not None or input_size is not None
+    return PromptPlan(type(vlm.module).__name__, configs, stated_prompt, image, result, budget, given)
 
 
 def support(vlms: Sequence[VLM]) -> Support:
@@ -173,25 +230,24 @@ def support(vlms: Sequence[VLM]) -> Support:
     return Support(tuple(rows), methods)
 
 
-def describe(vlm: VLM) -> PromptInfo:
+def describe(model: nn.Module, vlm: VLM) -> PromptInfo:
     """What is patched into a model and what became of the last prompt of this thread."""
     pruner = pruner_of(vlm)
     name = type(vlm.module).__name__
     if pruner is None:
         return PromptInfo(vlm.path, name, ())
-    rows: list[PromptRow] = []
     last = pruner.last
-    if last is not None:
-        visual = last.visual
-        entered = tuple(visual.sum(1).tolist())
-        text = tuple((last.real & ~visual).sum(1).tolist())
-        for layer, stage in sorted(last.stages.items()):
-            here = visual.gather(1, stage.column.clamp_min(0)) & (stage.column >= 0)
-            left = tuple(here.sum(1).tolist())
-            rows.append(PromptRow("before the LLM" if layer == 0 else f"decoder layer {layer}", entered, left))
-            entered = left
-        return PromptInfo(vlm.path, name, pruner.configs, _positions(pruner), tuple(rows), text)
-    return PromptInfo(vlm.path, name, pruner.configs, _positions(pruner))
+    if last is None:
+        return PromptInfo(vlm.path, name, pruner.configs, _positions(pruner), budget=pruner.budget)
+    entered = tuple(last.visual.sum(1).tolist())
+    rows: list[PromptRow] = []
+    for layer, stage in sorted(last.stages.items()):
+        left = tuple(visual_left(last.visual, stage.column))
+        rows.append(PromptRow("before the LLM" if layer == 0 else f"decoder layer {layer}", entered, left))
+        entered = left
+    text = tuple((last.real & ~last.visual).sum(1).tolist())
+    cost, mean, notes = measured(model, vlm, pruner, last)
+    return PromptInfo(vlm.path, name, pruner.configs, _positions(pruner), tuple(rows), text, cost, mean, pruner.budget, notes)
 
 
 def _positions(pruner: Pruner) -> str:

@@ -1,0 +1,256 @@
+"""What a prompt costs, three times: closed form (`plan`, `info`), torch's counter, and what the KV cache really holds."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from vlm_zoo import EXAMPLES, Attended, Columns, build, generate, inputs, text_model
+
+import vtok
+from vtok.eval.flops import FEATURES, count_prompt_macs, formulas
+from vtok.patches.hf_vlm import find
+from vtok.patches.hf_vlm_cost import stated_image
+from vtok.prompt_plan import planned
+from vtok.vlm import resolve
+
+PAIRS = [(name, kernel) for name, example in EXAMPLES.items() for kernel in example.kernels]
+
+
+def _counted(model, values):
+    """Per row; what rotary tables cost is left out: transformers makes them by a product in some releases."""
+    calls = []
+    rotary = text_model(model).rotary_emb
+    handle = rotary.register_forward_hook(lambda _, args, kwargs, __: calls.append((args, kwargs)), with_kwargs=True)
+    counted = count_prompt_macs(model, values)
+    handle.remove()
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas()) as counter:
+        for args, kwargs in calls:
+            rotary(*args, **kwargs)
+    return counted.model - counter.get_total_flops() / 2 / counted.images, counted.reduction
+
+
+def _settings(name):
+    layer = EXAMPLES[name].first_layer
+    return [vtok.UniformGrid(keep=0.5), Columns(((0, 3),)), [vtok.RandomDrop(keep=0.6), Columns(((layer, 2),))]]
+
+
+def _cache_bytes(cache):
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+
+
+def _one(name):
+    """A single prompt with one image and no padding; (values, size of the image)."""
+    values = inputs(name)
+    row = 0 if name == "LLaVA-OneVision" else 1
+    real = values["attention_mask"][row].bool()
+    picked = {k: v[row : row + 1, real] for k, v in values.items() if v.shape == values["input_ids"].shape}
+    pixels = values["pixel_values"]
+    if "image_grid_thw" in values:
+        grid = values["image_grid_thw"][-1:]
+        return {**picked, "image_grid_thw": grid, "pixel_values": pixels[-int(grid.prod()) :]}, (3, 16, 32)
+    if "image_sizes" in values:
+        sizes = values["image_sizes"][row : row + 1]
+        return {**picked, "image_sizes": sizes, "pixel_values": pixels[row : row + 1]}, (3, *sizes[0].tolist())
+    last = pixels[-1:, :1] if pixels.ndim == 5 else pixels[-1:]
+    return {**picked, "pixel_values": last}, None
+
+
+@pytest.mark.parametrize(("name", "kernel"), PAIRS)
+def test_info_and_counter_agree_exactly(name, kernel):
+    model, values = build(name, kernel), inputs(name)
+    base = _counted(model, values)
+    for setting in _settings(name):
+        vtok.patch(model, setting)
+        counted, own = _counted(model, values)
+        (found,) = vtok.info(model).prompts
+        assert found.estimate.macs == counted
+        assert found.estimate.base_macs == base[0]
+        assert found.estimate.reduction_macs == own
+        assert counted < base[0]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_plan_counter_and_info_agree_exactly_on_a_prompt_without_padding(name):
+    model = build(name, EXAMPLES[name].kernels[-1])
+    values, size = _one(name)
+    (vlm,) = find(model)
+    text = int((values["input_ids"] < 118).sum())
+    prompt = {"images": 1, "text_tokens": text, "input_size": size}
+    base = _counted(model, values)[0]
+    for setting in _settings(name)[:1]:
+        plan = vtok.plan(model, setting, prompt=prompt)
+        assert plan.estimate.base_macs == base
+        vtok.patch(model, setting)
+        counted, own = _counted(model, values)
+        (found,) = vtok.info(model).prompts
+        assert (plan.estimate.macs, plan.estimate.reduction_macs) == (counted, own)
+        assert plan.estimate.layers == found.estimate.layers
+        assert plan.estimate.vision == found.estimate.vision
+        assert plan.estimate.exact and found.mean_estimate is None
+        visual = values["input_ids"].shape[1] - text
+        assert stated_image(vlm, size).tokens == visual
+        assert plan.tokens == (text + found.rows[0].tokens_out[0],) * vlm.info.depth
+
+
+@pytest.mark.parametrize(("name", "kernel"), PAIRS)
+def test_bytes_of_the_cache_and_cost_of_the_first_answer_token(name, kernel):
+    model, values = build(name, kernel), inputs(name)
+    rows, length = values["input_ids"].shape
+    seen = []
+    for setting in [None, *_settings(name)]:
+        if setting is not None:
+            vtok.patch(model, setting)
+        with torch.no_grad():
+            cache = model(**values, use_cache=True).past_key_values
+        later = {
+            "input_ids": torch.full((rows, 1), 7),
+            "attention_mask": torch.cat([values["attention_mask"], torch.ones(rows, 1, dtype=torch.long)], 1),
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        if "position_ids" in values or "image_grid_thw" in values:
+            later["position_ids"] = torch.full((3, rows, 1), length)
+        held = _cache_bytes(cache)
+        seen.append((held / rows, _counted(model, later)[0]))
+        if setting is not None:
+            estimate = vtok.info(model).prompts[0].estimate
+            assert estimate.kv_bytes == seen[-1][0]
+            assert estimate.base_kv_bytes == seen[0][0]
+            assert estimate.decode_macs == seen[-1][1]
+            assert estimate.base_decode_macs == seen[0][1]
+            assert estimate.dtype == "float32"
+    assert seen[1][0] < seen[0][0] or "window" in name
+
+
+def test_rows_that_are_padded_cost_more_than_alone():
+    model, values = vtok.patch(build("LLaVA-1.5"), "uniform", keep=0.5), inputs("LLaVA-1.5")
+    generate(model, values, steps=2)  # generate() encodes the images ahead of the model
+    (found,) = vtok.info(model).prompts
+    e, mean = found.estimate, found.mean_estimate
+    assert e.vision.views == 1.5 and mean.vision == e.vision
+    alone = []
+    for row in range(2):
+        real = values["attention_mask"][row].bool()
+        images = values["pixel_values"][:2] if row == 0 else values["pixel_values"][2:]
+        vtok.patch(model, "uniform", keep=0.5)
+        with torch.no_grad():
+            model(input_ids=values["input_ids"][row : row + 1, real], pixel_values=images)
+        alone.append(vtok.info(model).prompts[0].estimate)
+    assert mean.llm_macs == sum(a.llm_macs for a in alone) / 2 < e.llm_macs
+    assert mean.base_llm_macs == sum(a.base_llm_macs for a in alone) / 2 < e.base_llm_macs
+    assert mean.kv_bytes == sum(a.kv_bytes for a in alone) / 2 < e.kv_bytes
+    text = str(found)
+    assert "tower, 1.5 views" in text and "decoder layers 0 to 3, each" in text
+    assert "by each prompt's own tokens" in text and "KV cache of the prompt, float32: MB" in text
+
+
+def test_layers_are_listed_with_their_own_tokens():
+    model = vtok.patch(build("LLaVA-1.5"), [vtok.UniformGrid(keep=0.5), Columns(((3, 0),))])
+    values, _ = _one("LLaVA-1.5")
+    text = values["input_ids"].shape[1] - 16
+    with torch.no_grad():
+        model(**values)
+    (found,) = vtok.info(model).prompts
+    assert [row.visual for row in found.estimate.layers] == [8, 8, 8, 0]
+    assert [row.tokens for row in found.estimate.layers] == [text + 8] * 3 + [text]
+    assert "decoder layers 0 to 2, each" in str(found) and "decoder layer 3 " in str(found)
+
+
+def test_what_depends_on_the_prompt_is_called_an_upper_bound():
+    model = build("LLaVA-1.5")
+    plan = vtok.plan(model, Attended(layer=2, count=5), prompt={"images": 2, "text_tokens": 9})
+    assert not plan.estimate.exact
+    assert plan.tokens == (41, 41, 41, 41)
+    assert "upper bounds" in str(plan)
+    assert "upper bounds" not in str(vtok.plan(model, "random", keep=0.5))
+
+
+def test_a_plan_states_the_prompt_it_is_for():
+    model = build("LLaVA-NeXT")
+    plan = vtok.plan(model, "uniform", keep=0.5)
+    assert (plan.prompt.images, plan.prompt.text_tokens, plan.image.size) == (1, 64, (3, 32, 32))
+    assert "1 image of 3 x 32 x 32" in str(plan) and "vtok's default" in str(plan)
+    own = vtok.plan(model, "uniform", keep=0.5, prompt=vtok.Prompt(images=2, text_tokens=5), input_size=(3, 16, 32))
+    assert "2 images of 3 x 16 x 32" in str(own) and "vtok's default" not in str(own)
+    assert own.tokens[0] == 2 * 26 + 5
+
+
+@pytest.mark.parametrize("method", ["random", "uniform"])
+def test_a_budget_is_met_for_the_stated_prompt(method):
+    model = build("LLaVA-1.5")
+    prompt = {"images": 3, "text_tokens": 10}
+    for share in (1.0, 0.8, 0.6):
+        vtok.patch(model, method, flops=share, prompt=prompt)
+        (found,) = vtok.info(model).prompts
+        assert abs(found.budget.reached - share) <= 0.04
+        plan = vtok.plan(model, found.configs[0], prompt=prompt)
+        assert plan.estimate.fraction == found.budget.reached
+        assert "for 3 images of 3 x 16 x 16" in str(found)
+    assert vtok.plan(model, method, flops=1.0).configs[0].keep == 1.0
+
+
+def test_budgets_that_make_no_sense():
+    model = build("LLaVA-1.5")
+    with pytest.raises(vtok.BudgetError, match="its strongest setting still needs"):
+        vtok.patch(model, "random", flops=0.05)
+    with pytest.raises(vtok.ConfigError, match="no single knob that a FLOPs budget"):
+        vtok.patch(model, Columns(((0, 2),)), flops=0.5)
+    with pytest.raises(vtok.ConfigError, match="sets the knob of one method"):
+        vtok.patch(model, [vtok.RandomDrop(), Attended()], flops=0.5)
+    with pytest.raises(vtok.ConfigError, match="flops sets keep of random"):
+        vtok.patch(model, "random", keep=0.5, flops=0.5)
+    with pytest.raises(vtok.ConfigError, match="in \\(0, 1\\]"):
+        vtok.plan(model, "random", flops=2)
+    assert not vtok.info(model).patched
+
+
+def test_prompts_that_make_no_sense():
+    model = build("LLaVA-1.5")
+    with pytest.raises(vtok.ConfigError, match="images of a prompt is a whole number"):
+        vtok.plan(model, "random", prompt={"images": 0})
+    with pytest.raises(vtok.ConfigError, match="text_tokens of a prompt"):
+        vtok.plan(model, "random", prompt={"text_tokens": 1.5})
+    with pytest.raises(vtok.UnknownNameError, match="field of a prompt"):
+        vtok.plan(model, "random", prompt={"pictures": 1})
+    with pytest.raises(vtok.ConfigError, match="prompt is"):
+        vtok.plan(model, "random", prompt=3)
+    with pytest.raises(vtok.ConfigError, match="input_size is \\(channels, height, width\\)"):
+        vtok.plan(model, "random", input_size=(3, 16))
+    with pytest.raises(vtok.ConfigError, match="reads images of 16 x 16 pixels"):
+        vtok.plan(model, "random", input_size=(3, 32, 32))
+    with pytest.raises(vtok.ConfigError, match="prompt is for vision-language models"):
+        vtok.plan(model.model.vision_tower, "tome", prompt={})
+    with pytest.raises(vtok.ConfigError, match="calibration cannot be used"):
+        vtok.plan(model, "random", calibration=torch.zeros(1, 3, 16, 16))
+
+
+def test_images_encoded_earlier_are_said_to_be_missing_from_the_costs():
+    model, values = build("LLaVA-1.5"), inputs("LLaVA-1.5")
+    with torch.no_grad():
+        outputs = {"image": model.get_image_features(values["pixel_values"], return_dict=True)}
+        vtok.patch(model, "uniform", keep=0.5)
+        model(input_ids=values["input_ids"], attention_mask=values["attention_mask"], mm_encoder_outputs=outputs)
+    (found,) = vtok.info(model).prompts
+    assert found.estimate.vision is None
+    assert "tower and connector are not in these costs" in str(found) and "prefill alone" in str(found)
+
+
+def test_a_tower_without_closed_form_is_refused_by_plan_and_noted_by_info():
+    model = build("LLaVA-1.5")
+
+    (vlm,) = find(model)
+    pruner = resolve(vlm, (vtok.UniformGrid(keep=0.5),), "original")
+    model.model.vision_tower = torch.nn.Identity()
+    with pytest.raises(vtok.UnsupportedModelError, match=r"Identity.*is not known in closed form"):
+        planned(model, vlm, pruner, vtok.Prompt())
+
+
+def test_counting_leaves_nothing_behind():
+    model, values = vtok.patch(build("LLaVA-1.5"), [vtok.UniformGrid(keep=0.5), Attended()]), inputs("LLaVA-1.5")
+    from vtok.patches.hf_vlm_install import pruner_of
+
+    (vlm,) = find(model)
+    before = (pruner_of(vlm).features, dict(pruner_of(vlm).layers))
+    counted = count_prompt_macs(model, values)
+    assert (pruner_of(vlm).features, pruner_of(vlm).layers) == before
+    assert set(counted.by_block) == {2} and counted.by_block[2] == counted.reduction > 0
+    assert FEATURES not in counted.by_block

@@ -61,7 +61,6 @@ def test_arguments_of_vision_encoders():
         assert f"{next(iter(argument))} cannot be used on a vision-language model" in _message(
             vtok.ConfigError, vtok.patch, model, "uniform", **argument
         )
-    assert "plan describes vision encoders" in _message(vtok.UnsupportedModelError, vtok.plan, model, "uniform")
     assert "positions is for vision-language models" in _message(
         vtok.ConfigError, vtok.patch, model.model.vision_tower, "tome", r=1, positions="compact"
     )

@@ -57,7 +57,7 @@ class Link:
         with torch.no_grad(), _full_precision(x.device.type):
             if state.keep is None or self.reducer.ragged:  # a ragged method knows padding: it makes some itself
                 return self.reducer.plan(x, state, view, self.site)
-            return plan_without_padding(self.reducer, x, state, view, self.site)
+            return plan_without_padding(self.reducer, x, state, view, self.site, self.run.spare)
 
     def move(self, x: Tensor, state: TokenState, plan: Plan | None) -> tuple[Tensor, TokenState]:
         """Applies a plan, if there is one."""

@@ -79,8 +79,9 @@ class BeforeModel(PrunerHook):
         _check_text(getattr(module, pruner.spec.text))
         given = kwargs.get("mm_encoder_outputs")
         spec = pruner.spec
-        chosen = hf.choose(module, hf.encode(module, kwargs), pruner.features, spec.views, spec.view_counts, kwargs)
-        keep = hf.kept_columns(ids, pruner.tokens, chosen)
+        outputs = hf.encode(module, kwargs)
+        chosen = hf.choose(module, outputs, pruner.features, spec.views, spec.view_counts, kwargs, pruner.holed)
+        keep = hf.kept_columns(ids, pruner.tokens, chosen.rows)
         kwargs = {name: value for name, value in kwargs.items() if name not in hf.PIXELS.values()}
         kwargs["mm_encoder_outputs"] = chosen.outputs
         if keep is None:
@@ -89,7 +90,9 @@ class BeforeModel(PrunerHook):
         running.prunes, running.visual, running.given = True, visual & real, given
         running.state = PromptState(ids.shape[1], real)
         running.state.compact = pruner.compact
-        running.features, running.layouts = None if pruner.features is None else keep, chosen.layouts
+        running.features = keep if pruner.features is not None or pruner.holed else None
+        running.alive = hf.kept_columns(ids, pruner.tokens, chosen.alive) if pruner.holed else None
+        running.layouts = chosen.layouts
         earlier = recorded(given) if cache is None and not _caches(module, kwargs) else None
         running.replays = earlier is not None and earlier.fits(pruner.configs, ids)
         running.plan = earlier if running.replays else Recorded(pruner.configs, ids, {})

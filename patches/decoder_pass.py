@@ -17,6 +17,7 @@ from torch import Tensor
 from vtok.config import MethodConfig
 from vtok.patches.decoder_state import PromptState, Stage
 from vtok.patches.hf_vlm import VLMSpec
+from vtok.patches.vlm_tower import Joint
 from vtok.prompt import LayerAttention, VLMReducer
 from vtok.state import Site
 
@@ -72,7 +73,9 @@ class Pass:
         real: [B, columns so far] bool from the caller's mask, or `None`.
         state: what the cache remembers, or will.
         visual: [B, L] bool, if it prunes.
-        features: [B, L] bool, False = left by the choice among image features; `None` = all stay.
+        features: [B, L] bool, False = left by the choice among image features, or merged or dropped in the vision tower before;
+            `None` = all stay.
+        alive: [B, L] bool, False = merged or dropped in the vision tower; `None` = all left it.
         given: encoded images of the caller, which carry the plan where there is no cache.
         plan: what to record, or what was recorded.
         replays: whether `plan` was made by an earlier pass.
@@ -87,6 +90,7 @@ class Pass:
     state: PromptState | None = None
     visual: Tensor | None = None
     features: Tensor | None = None
+    alive: Tensor | None = None
     given: Mapping[str, Any] | None = None
     plan: Recorded | None = None
     replays: bool = False
@@ -105,6 +109,7 @@ class Counts(NamedTuple):
         stages: decoder layer -> stage, 0 = before the LLM.
         layouts: of the images among whose features a method chose (see `Chosen`).
         calls: of the vision tower since the prompt before.
+        alive: [B, L] bool, False = merged or dropped in the vision tower; `None` = all left it.
     """
 
     visual: Tensor
@@ -112,6 +117,7 @@ class Counts(NamedTuple):
     stages: dict[int, Stage]
     layouts: tuple[Any, ...] = ()
     calls: tuple[TowerCall, ...] = ()
+    alive: Tensor | None = None
 
 
 class TowerCall(NamedTuple):
@@ -137,6 +143,9 @@ class Pruner:
         compact: whether tokens are renumbered after what was dropped before the LLM.
         configs: what was asked for.
         path: of the model.
+        tower: what is patched into the vision tower (vtok.fit.Patch), or `None`.
+        joint: how the model takes what that tower yields; `None` if the tower is as it was.
+        trace: whether the tower keeps the map from patches to tokens for the user.
     """
 
     def __init__(
@@ -148,16 +157,26 @@ class Pruner:
         compact: bool,
         configs: tuple[MethodConfig, ...],
         path: str,
+        tower: Any = None,
+        joint: Joint | None = None,
+        trace: bool = False,
     ):
         self.spec, self.tokens, self.features, self.layers = spec, tokens, features, layers
         self.compact, self.configs, self.path = compact, configs, path
+        self.tower, self.joint, self.trace = tower, joint, trace
         self.probed = frozenset(r.probe(site) for site, r in layers.values() if "attention" in r.needs)
         self.budget: Any = None  # what a FLOPs budget was turned into (vtok.budget.Budget)
         self._local = threading.local()
 
     @property
+    def holed(self) -> bool:
+        """Whether visual tokens are missing that the vision tower merged or dropped."""
+        return self.joint is not None and bool(self.joint.connector)
+
+    @property
     def acts(self) -> bool:
-        return self.features is not None or bool(self.layers)
+        """Whether prompts are shortened."""
+        return self.features is not None or bool(self.layers) or self.holed
 
     @property
     def _stack(self) -> list[Pass]:
@@ -189,7 +208,7 @@ class Pruner:
         calls = tuple(self._calls)
         self._calls.clear()
         stages = {**before, **state.between}
-        self._local.__dict__["last"] = Counts(ended.visual, state.real, stages, ended.layouts, calls)
+        self._local.__dict__["last"] = Counts(ended.visual, state.real, stages, ended.layouts, calls, ended.alive)
 
     @property
     def _calls(self) -> deque[TowerCall]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vtok.errors import StateError, UnsupportedModelError
-from vtok.patches import tower_taps
+from vtok.patches import tower_taps, vlm_tower
 from vtok.prompt import ImageFeatures, TowerBlock, View, VLMReducer
 from vtok.reduction import Plan, apply_plan
 from vtok.state import TokenState
@@ -35,11 +35,13 @@ class Chosen(NamedTuple):
             folded into them.
         rows: modality -> [features in all] bool, True = stays.
         layouts: (modality, views, tokens n, how many) of images that are laid out alike, if a method chose among features.
+        alive: modality -> [features in all] bool, False = merged or dropped in the vision tower before; empty if none can be.
     """
 
     outputs: dict[str, Any]
     rows: dict[str, Tensor]
     layouts: tuple[tuple[str, tuple[View, ...], int, int], ...] = ()
+    alive: Mapping[str, Tensor] = {}
 
 
 def carries_images(kwargs: Mapping[str, Any]) -> bool:
@@ -84,8 +86,11 @@ def choose(
     views: Views,
     counts: ViewCounts,
     kwargs: Mapping[str, Any],
+    holed: bool = False,
 ) -> Chosen:
     """Asks the method which features stay, once for all images that are laid out alike.
+
+    Of an image that lost tokens in the vision tower the method sees those that are left, as one row.
 
     Args:
         model: the one whose features these are.
@@ -94,39 +99,62 @@ def choose(
         views: says what the tokens of an image are.
         counts: says of how many views of the vision tower an image is made.
         kwargs: of the call.
+        holed: whether the vision tower is patched such that features may be missing.
 
     Raises:
-        StateError: the method keeps no token of an image, or looks at the tower, of which nothing is known.
+        StateError: the method keeps no token of an image, or looks at the tower, of which nothing is known; or images were
+            encoded before the tower was patched.
     """
-    outputs, rows, layouts = dict(outputs), {}, []
+    outputs, rows, alive, layouts = dict(outputs), {}, {}, []
     for modality, output in outputs.items():
         images = feature_list(output)
-        stay = [torch.ones(len(x), dtype=torch.bool, device=x.device) for x in images]
+        if holed:
+            _check_reduced(output)
+            stay = [~vlm_tower.holes(x.detach()) for x in images]
+            alive[modality] = torch.cat(stay)
+        else:
+            stay = [torch.ones(len(x), dtype=torch.bool, device=x.device) for x in images]
         rows[modality] = stay
         if reducer is None:
             continue
         tower = _Towers(model, modality, output, reducer.tower_blocks, counts, kwargs)
-        alike: dict[tuple[int, tuple[View, ...], int], list[int]] = {}
+        left = [mask.nonzero()[:, 0] for mask in stay] if holed else []  # rows of the tokens that the tower left
+        alike: dict[tuple[int, tuple[View, ...], int, bool], list[int]] = {}
         first, folded = 0, False
         for i, x in enumerate(images):
-            parts = views(model, modality, i, first, x.detach(), kwargs)
-            alike.setdefault((len(x), parts, len(tower.views[i])), []).append(i)
+            whole = not holed or len(left[i]) == len(x)
+            parts = views(model, modality, i, first, x.detach(), kwargs) if whole else (View(0, 1, len(left[i])),)
+            alike.setdefault((parts[-1].stop, parts, len(tower.views[i]), whole), []).append(i)
             first += len(x)
-        for (_, parts, number), numbers in alike.items():
-            tokens = torch.stack([images[i] for i in numbers])
+        for (_, parts, number, whole), numbers in alike.items():
+            tokens = torch.stack([images[i] if whole else images[i][left[i]] for i in numbers])
             layouts.append((modality, parts, tokens.shape[1], len(numbers)))
+            patches = None if whole else torch.stack([left[i] for i in numbers])
+            seen = ImageFeatures(tokens.detach(), parts, modality, tower.blocks(numbers), number, patches=patches)
             with torch.no_grad():
-                plan = reducer.features(ImageFeatures(tokens.detach(), parts, modality, tower.blocks(numbers), number))
+                plan = reducer.features(seen)
             if plan is None:
                 continue
             if plan.keep.shape[1] == 0 or (plan.valid is not None and not bool(plan.valid.any(1).all())):
                 raise StateError(f"{type(reducer).__name__} keeps no token of an image; at least one must stay")
             folded = folded or plan.src is not None
             for i, kept, x in zip(numbers, _masks(plan, tokens), _folded(plan, tokens)):
-                stay[i], images[i] = kept, x
+                if whole:
+                    stay[i], images[i] = kept, x
+                else:
+                    stay[i] = stay[i].index_copy(0, left[i], kept)
+                    images[i] = images[i].index_copy(0, left[i], x) if plan.src is not None else images[i]
         if folded:
             outputs[modality] = _with_features(output, images)
-    return Chosen(outputs, {modality: torch.cat(parts) for modality, parts in rows.items()}, tuple(layouts))
+    return Chosen(outputs, {modality: torch.cat(parts) for modality, parts in rows.items()}, tuple(layouts), alive)
+
+
+def _check_reduced(output: Any) -> None:
+    if not vlm_tower.reduced(output):
+        raise StateError(
+            "mm_encoder_outputs was not encoded by the vision tower that vtok patched, and would not be shortened there; pass "
+            "pixels, or encode the images with the patched model"
+        )
 
 
 class _Towers:
@@ -213,13 +241,13 @@ def visual_columns(ids: Tensor, tokens: Mapping[str, int]) -> Tensor:
     return visual
 
 
-def kept_columns(ids: Tensor, tokens: Mapping[str, int], chosen: Chosen) -> Tensor | None:
+def kept_columns(ids: Tensor, tokens: Mapping[str, int], rows_of: Mapping[str, Tensor]) -> Tensor | None:
     """[B, L] bool: False at placeholders whose feature leaves; `None` if placeholders and features differ in number.
 
-    The model itself raises then, and says it better.
+    The model itself raises then, and says it better. rows_of: as in `Chosen`.
     """
     keep = torch.ones_like(ids, dtype=torch.bool)
-    for modality, rows in chosen.rows.items():
+    for modality, rows in rows_of.items():
         here = ids == tokens[modality]
         if int(here.sum()) != len(rows):
             return None

@@ -13,6 +13,7 @@ from vtok.patches import decoder_probe, hf_views
 from vtok.patches.hf_features import ViewCounts, Views
 from vtok.patches.hf_tables import TOWERS
 from vtok.patches.protocol import Tower, look_up, qualified_name
+from vtok.patches.vlm_tower import Joint
 from vtok.prompt import TowerFacts, VLMInfo
 
 SUPPORTED = (
@@ -35,6 +36,8 @@ class VLMSpec:
         view_counts: says of how many views of the vision tower an image is made.
         grid: rows and columns of visual tokens of every image; says `None` where they depend on the image.
         rotary_3d: whether positions are (time, height, width), which cannot be renumbered.
+        connector: child between vision tower and LLM, if all there happens token by token; "" = the grid is needed.
+        packed: whether the vision tower runs the patches of all images as one sequence.
     """
 
     text: str = "language_model"
@@ -42,13 +45,16 @@ class VLMSpec:
     view_counts: ViewCounts = hf_views.even_counts
     grid: Callable[[Any], tuple[int, int] | None] = _no_grid
     rotary_3d: bool = False
+    connector: str = ""
+    packed: bool = False
 
 
 def _in(model: str) -> str:
     return f"transformers.models.{model}.modeling_{model}."
 
 
-_QWEN = VLMSpec(views=hf_views.frames, rotary_3d=True)
+_PROJECTED = VLMSpec(grid=hf_views.tower_grid, connector="multi_modal_projector")
+_QWEN = VLMSpec(views=hf_views.frames, rotary_3d=True, packed=True)
 _IDEFICS = VLMSpec("text_model", hf_views.tiles)
 _ANYRES = VLMSpec(views=hf_views.any_resolution, view_counts=hf_views.crop_counts)
 
@@ -56,10 +62,10 @@ VLMS: dict[str, VLMSpec] = {
     _in("gemma3") + "Gemma3Model": VLMSpec(grid=hf_views.pooled_grid),
     _in("idefics3") + "Idefics3Model": _IDEFICS,
     _in("internvl") + "InternVLModel": VLMSpec(grid=hf_views.shuffled_grid),
-    _in("llava") + "LlavaModel": VLMSpec(grid=hf_views.tower_grid),
+    _in("llava") + "LlavaModel": _PROJECTED,
     _in("llava_next") + "LlavaNextModel": _ANYRES,
     _in("llava_onevision") + "LlavaOnevisionModel": _ANYRES,
-    _in("paligemma") + "PaliGemmaModel": VLMSpec(grid=hf_views.tower_grid),
+    _in("paligemma") + "PaliGemmaModel": _PROJECTED,
     _in("qwen2_5_vl") + "Qwen2_5_VLModel": _QWEN,
     _in("qwen2_vl") + "Qwen2VLModel": _QWEN,
     _in("qwen3_vl") + "Qwen3VLModel": _QWEN,
@@ -124,6 +130,28 @@ class VLM:
         """The LLM."""
         return getattr(self.module, self.spec.text)
 
+    def joint(self) -> Joint:
+        """How this model takes what its vision tower yields, once the tower yields fewer tokens.
+
+        Raises:
+            UnsupportedModelError: it takes the tokens of several layers side by side, or a first token that may be any.
+        """
+        assert self.tower is not None and self.info.tower is not None
+        config, name = self.module.config, self.info.name
+        layers = getattr(config, "vision_feature_layer", -1)
+        skip = int(getattr(config, "vision_feature_select_strategy", None) == "default")
+        if self.spec.connector and isinstance(layers, Sequence) and len(set(layers)) > 1:
+            raise UnsupportedModelError(
+                f"{name} takes its features from layers {list(layers)} of the vision tower side by side, which would hold "
+                "different tokens; drop visual tokens before the LLM instead"
+            )
+        if self.spec.connector and skip > self.tower.num_prefix:
+            raise UnsupportedModelError(
+                f"{name} leaves out the first token of its vision tower (vision_feature_select_strategy='default'), which has "
+                "no class token: once patches are merged or dropped, the first is not always the same"
+            )
+        return Joint(self.spec.connector, self.info.tower.feature_block + 1, skip)
+
 
 def find(model: nn.Module) -> Sequence[VLM]:
     """The vision-language models inside a model; empty if there is none.
@@ -149,7 +177,7 @@ def _describe(path: str, module: Any, spec: VLMSpec) -> VLM:
     if problem is not None:
         raise UnsupportedModelError(f"the LLM of {name}, {qualified_name(type(text))}, {problem}; supported: {SUPPORTED}")
     tokens = {m: getattr(module.config, f"{m}_token_id", None) for m in ("image", "video")}
-    tower, facts, no_tower = _tower(module, text)
+    tower, facts, no_tower = _tower(module, text, spec)
     deep = getattr(getattr(module.config, "vision_config", None), "deepstack_visual_indexes", None) or ()
     info = VLMInfo(
         name=name,
@@ -167,12 +195,14 @@ def _describe(path: str, module: Any, spec: VLMSpec) -> VLM:
     return VLM(path, module, spec, info, {m: token for m, token in tokens.items() if token is not None}, tower)
 
 
-def _tower(module: Any, text: Any) -> tuple[Tower | None, TowerFacts | None, str]:
+def _tower(module: Any, text: Any, spec: VLMSpec) -> tuple[Tower | None, TowerFacts | None, str]:
     """(the vision tower, what is known of it, why it cannot be looked into)."""
     inside = set(text.modules())
     found = [(path, m) for path, m in module.named_modules() if m not in inside and look_up(m, TOWERS) is not None]
     if len(found) != 1:
         named = next((m for name, m in module.named_children() if name.startswith("vision") or name == "visual"), module)
+        if spec.packed:
+            return None, None, f"{type(named).__name__} runs the patches of all images as one sequence, cut where images end"
         return None, None, f"{type(named).__name__} is no vision tower whose blocks vtok knows"
     from vtok.patches.hf_vision import HfAdapter  # describes this model too
 

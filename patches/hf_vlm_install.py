@@ -17,7 +17,6 @@ from vtok.patches.decoder_state import compact, renumbered, take
 from vtok.patches.hf_vlm import VLM
 from vtok.patches.hf_vlm_cost import tower_of
 from vtok.patches.swap import Mixin, put_on
-from vtok.prompt import VLMReducer
 
 PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 
@@ -73,17 +72,15 @@ def pruner_of(vlm: VLM) -> Pruner | None:
     return next((hook.pruner for hook in found if isinstance(hook, hooks.BeforeModel)), None)
 
 
-def short_inputs(
-    model: Any, vlm: VLM, inputs: Mapping[str, Any], reducer: VLMReducer, compacted: bool, pad: int
-) -> dict[str, Any]:
+def short_inputs(model: Any, vlm: VLM, inputs: Mapping[str, Any], pruner: Pruner, pad: int) -> dict[str, Any]:
     """Inputs of `generate()` or of the model, with the dropped placeholders gone.
 
     Args:
         model: with the language head, or the bare one.
         vlm: the same, described.
         inputs: as the processor made them.
-        reducer: chooses among image features.
-        compacted: whether positions are numbered anew.
+        pruner: what chooses among image features, and whether positions are numbered anew. What acts in the vision tower is
+            installed there already; nothing else is.
         pad: token id for padding.
 
     Raises:
@@ -104,11 +101,12 @@ def short_inputs(
     position = values.get("position_ids")
     if position is None:  # as generate() would number the long prompt
         position = model._prepare_position_ids_for_generation(ids, values)
-    taps, spec = tower_taps.TowerTaps(reducer.tower_blocks), vlm.spec
+    reducer, compacted, spec = pruner.features, pruner.compact, vlm.spec
+    taps, given = tower_taps.TowerTaps(() if reducer is None else reducer.tower_blocks), {**values, "position_ids": position}
     with torch.no_grad(), taps.on(vlm.tower):
         outputs = hf.encode(vlm.module, values, taps)
-        chosen = hf.choose(vlm.module, outputs, reducer, spec.views, spec.view_counts, {**values, "position_ids": position})
-    keep = hf.kept_columns(ids, vlm.tokens, chosen)
+        chosen = hf.choose(vlm.module, outputs, reducer, spec.views, spec.view_counts, given, pruner.holed)
+    keep = hf.kept_columns(ids, vlm.tokens, chosen.rows)
     if keep is None:
         counts = {m: (int((ids == vlm.tokens[m]).sum()), len(rows)) for m, rows in chosen.rows.items()}
         raise StateError(

@@ -52,7 +52,9 @@ class _Part(NamedTuple):
     plan: Plan
 
 
-def plan_without_padding(reducer: Reducer, x: Tensor, state: TokenState, view: AttentionView, at: Site) -> Plan | None:
+def plan_without_padding(
+    reducer: Reducer, x: Tensor, state: TokenState, view: AttentionView, at: Site, spare: bool = False
+) -> Plan | None:
     """What a method decides for every image as if it were not padded.
 
     Args:
@@ -61,6 +63,7 @@ def plan_without_padding(reducer: Reducer, x: Tensor, state: TokenState, view: A
         state: of these tokens, with `keep`.
         view: of the block.
         at: where.
+        spare: keep one row of padding at the end, which what follows the tower gives to all patches that are padding.
 
     Returns:
         A plan for the padded batch: real tokens first in every image, then padding; `None` if nothing changes.
@@ -82,7 +85,7 @@ def plan_without_padding(reducer: Reducer, x: Tensor, state: TokenState, view: A
             plan = Plan(torch.arange(n, device=x.device).expand(len(members), n))
         src = None if plan.src is None else rows.gather(1, plan.src)
         parts.append(_Part(who, plan._replace(keep=rows.gather(1, plan.keep), src=src)))
-    return _joined(parts, order) if changes else None
+    return _joined(parts, order, spare) if changes else None
 
 
 def _real_state(state: TokenState, who: Tensor, rows: Tensor, length: int) -> TokenState:
@@ -107,10 +110,10 @@ def _real_view(view: AttentionView, who: Tensor, rows: Tensor) -> AttentionView:
     return AttentionView(real(view.q), real(view.k), real(view.k_rot), real(view.v), view.scale, bias)
 
 
-def _joined(parts: list[_Part], order: Tensor) -> Plan:
+def _joined(parts: list[_Part], order: Tensor, spare: bool) -> Plan:
     """One plan for the batch; shorter images are filled up with rows that are marked as padding and folds that go nowhere."""
     batch = len(order)
-    longest = max(p.plan.keep.shape[1] for p in parts)
+    longest = max(p.plan.keep.shape[1] for p in parts) + spare
     most = max(0 if p.plan.src is None else p.plan.src.shape[1] for p in parts)
     keep = order[:, -1:].repeat(1, longest)
     valid = torch.zeros_like(keep, dtype=torch.bool)

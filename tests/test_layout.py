@@ -39,6 +39,7 @@ CORE = [
     "resolve",
     "text",
     "vlm",
+    "vlm_towers",
 ]
 
 

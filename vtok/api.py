@@ -42,14 +42,15 @@ def patch(
 
     Args:
         model: a model that holds one or more supported vision towers, or a supported vision-language model, whose prompts are
-            shortened by visual tokens, `generate()` and all; weights and state_dict stay as they are.
+            shortened by visual tokens, `generate()` and all; weights and state_dict stay as they are. Methods for vision
+            encoders act in the tower of a vision-language model: `vtok.supports(model)` says whether its prompts get shorter.
         method: a method's name; a config object; a list of these (they must reduce in different blocks); or the path of a file,
             or of a folder, that `save_config` wrote.
         flops: a budget instead of a knob: the share of the model's FLOPs to leave, the reduction's own included, in (0, 1]. Of
             a vision-language model: of tower, connector and prefill of a stated prompt.
         input_size: (channels, height, width) for which a budget is solved and counts are checked; default: the model's own.
         calibration: images, as the tower takes them (a mapping: by name), for methods whose token counts depend on the image.
-        trace: keep a map from original to reduced tokens, for `unmerge` and overlays.
+        trace: keep a map from original to reduced tokens of the vision tower, for `unmerge` and overlays.
         positions: of a vision-language model's tokens behind dropped ones: "original" (default), or "compact", numbered anew.
         prompt: that a budget is solved for on a vision-language model: a `vtok.Prompt`, or a mapping of its fields such as
             {"images": 1, "text_tokens": 64}.
@@ -65,12 +66,13 @@ def patch(
     """
     require_module(model)
     if vlms := find_vlms(model):
-        from vtok import vlm
+        from vtok import vlm, vlm_towers
 
-        vlm.refuse({"calibration": calibration, "trace": trace or None})
+        vlm.refuse({"calibration": calibration})
         stated, (configs_of, saved) = Prompt.of(prompt, input_size), wanted([v.info for v in vlms], method, params, flops)
         configs_of, budgets = vlm.budgeted(model, vlms, configs_of, flops, stated)
-        pruners = vlm.resolve_all(vlms, configs_of, saved, positions, budgets)
+        pruners = vlm.resolve_all(vlms, configs_of, saved, positions, budgets, trace)
+        vlm_towers.warn_of_grids(vlms, pruners)
         unpatch(model)
         vlm.put(model, vlms, pruners)
         return model
@@ -139,8 +141,8 @@ def _pruners(model: nn.Module) -> list[Any]:
 
 
 def _installed(model: nn.Module) -> list[tuple[Adapter, Tower, Patch, bool]]:
-    """What is patched into each tower, as `_install` takes it."""
-    if run_of(model) is None:
+    """What is patched into each tower, as `put` takes it; towers of vision-language models are left to `_pruners`."""
+    if run_of(model) is None or find_vlms(model):
         return []
     found = [(adapter, tower, run_of(tower.module)) for adapter, tower in _towers(model, None)]
     return [(adapter, tower, run.patch, run.trace) for adapter, tower, run in found if run is not None]
@@ -239,12 +241,13 @@ def info(model: nn.Module, probe: Any = None) -> Info:
 
     require_module(model)
     if vlms := find_vlms(model):
-        from vtok import vlm
+        from vtok import vlm, vlm_towers
 
         if probe is not None:
             with torch.no_grad():
                 call(model, probe)
-        return Info(prompts=tuple(vlm.describe(model, v) for v in vlms))
+        towers = (vlm_towers.describe_tower(v) for v in vlms)
+        return Info(tuple(t for t in towers if t is not None), tuple(vlm.describe(model, v) for v in vlms))
     found = _towers(model, None)
     kernels: dict[int, list[str]] = {}
     if probe is not None:
@@ -311,7 +314,8 @@ def save_config(model: nn.Module, path: str | os.PathLike) -> None:
     """
     if pruners := _pruners(model):
         saved = [(v.info, pruner.configs) for v, pruner in pruners]
-        return files.save(path, saved, False, "compact" if pruners[0][1].compact else "original")
+        trace = any(pruner.trace for _, pruner in pruners)
+        return files.save(path, saved, trace, "compact" if pruners[0][1].compact else "original")
     found = _installed(model)
     if not found:
         raise StateError("the model is not patched; there is nothing to save")

@@ -106,6 +106,7 @@ class MethodConfig:
 
     name: ClassVar[str]
     default_flops: ClassVar[float | None] = None  # share of the blocks' FLOPs taken when `needs_budget()`
+    merges: ClassVar[bool] = False  # inside an encoder, every token that goes is folded into one that stays: none is dropped
     set_by_budget: ClassVar[tuple[str, ...]] = ()  # parameters that `ladder` replaces: given beside a budget they are refused
     # Under these parameters several blocks of a tiny model (64 patches, 4 blocks) lose tokens: what the support matrix and the
     # contract tests run. Empty = the defaults do.
@@ -132,8 +133,8 @@ class MethodConfig:
             ConfigError: a value does not fit the model.
         """
         raise UnsupportedModelError(
-            f"{self.name} reduces tokens inside the blocks of a vision encoder, which vtok does not patch inside a "
-            f"vision-language model such as {info.name}: not every connector works with fewer tokens"
+            f"{self.name} reduces tokens inside vision encoders; it does not act on prompts of vision-language models such as "
+            f"{info.name}"
         )
 
     @classmethod

@@ -148,7 +148,7 @@ class PromptRow:
     """One place where a vision-language model dropped visual tokens.
 
     Attributes:
-        place: "before the LLM" or "decoder layer k".
+        place: "vision tower", "before the LLM" or "decoder layer k".
         tokens_in: visual tokens that arrived, for each row of the batch.
         tokens_out: visual tokens that went on.
     """
@@ -173,6 +173,7 @@ class PromptInfo:
         mean_estimate: what the prompts cost alone on average (differs where rows are padded).
         budget: if a budget chose the setting.
         notes: what a user should know.
+        shortened: whether some method acts on prompts, or shortens them from the vision tower.
     """
 
     path: str
@@ -185,6 +186,7 @@ class PromptInfo:
     mean_estimate: PromptEstimate | None = None
     budget: Budget | None = None
     notes: tuple[str, ...] = ()
+    shortened: bool = True
 
     def __str__(self) -> str:
         where = f"{self.path} ({self.model})" if self.path else self.model
@@ -197,8 +199,10 @@ class PromptInfo:
             lines.append(f"other tokens: {listed(self.text)}")
         elif self.text:
             lines.append("the last prompt kept all its visual tokens")
-        else:
+        elif self.shortened:
             lines.append("no prompt with images yet in this thread")
+        else:
+            lines.append("prompts keep their length")
         if self.budget is not None:
             lines.insert(1, str(self.budget))
         if self.estimate is not None:
@@ -232,12 +236,14 @@ class Support:
         methods: method -> `None` if it works on every tower as it is, else why not.
         reason: why nothing can be patched, or `None`.
         on_request: method -> parameters with which it works although it does not without them.
+        places: method that works on a vision-language model -> where it acts there.
     """
 
     towers: tuple[tuple[str, str, int, str], ...] = ()
     methods: dict[str, str | None] = field(default_factory=dict)
     reason: str | None = None
     on_request: dict[str, dict[str, Any]] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.towers) and self.reason is None
@@ -250,7 +256,8 @@ class Support:
         return "\n".join(lines)
 
     def _verdict(self, method: str, why: str | None) -> str:
+        place = f", {self.places[method]}" if method in self.places else ""
         if why is None:
-            return "yes"
+            return f"yes{place}"
         wanted = self.on_request.get(method)
-        return f"no: {why}" if wanted is None else f"with {keywords(wanted)}: {why}"
+        return f"no: {why}" if wanted is None else f"with {keywords(wanted)}{place}: {why}"

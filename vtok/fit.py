@@ -30,12 +30,13 @@ class Patch:
     budget: Budget | None
 
 
-def put(adapter: Adapter, tower: Tower, made: Patch, trace: bool) -> None:
-    """Installs what `fit` resolved; `check` comes first."""
-    run = Run(len(tower.blocks), tower.num_prefix, any(r.prop_attn for _, r in made.steps.values()), trace)
+def put(adapter: Adapter, tower: Tower, made: Patch, trace: bool, spare: bool = False) -> Run:
+    """Installs what `fit` resolved; `check` comes first. For `trace` and `spare` see `Run`, which is returned."""
+    run = Run(len(tower.blocks), tower.num_prefix, any(r.prop_attn for _, r in made.steps.values()), trace, spare)
     run.patch = made
     install(tower.blocks, run, made.steps)
     adapter.attach(tower, run)
+    return run
 
 
 def fit(adapter: Adapter, tower: Tower, configs: tuple[MethodConfig, ...], flops: float | None, calibration: Any) -> Patch:

@@ -129,12 +129,17 @@ class TowerBlock:
 class ImageFeatures(NamedTuple):
     """Visual tokens of B images that are laid out alike, as the model's own `get_image_features` returns them.
 
+    Where a method in the vision tower has merged or dropped tokens before, and the connector works token by token, these are
+    the n tokens that are left, in raster order, and `views` is one row: no raster is known of them, but `patches`.
+
     Attributes:
         tokens: [B, n, D], after connector and packing: in the embedding space of the LLM.
         views: what the n tokens are; together they cover 0 .. n-1. One row where no grid is known.
         modality: "image" or "video".
         tower: block of the vision tower -> what it attended to, for the blocks that the method's `tower_blocks` names.
         views_per_image: how often the tower ran for one image; 0 = not known, because no block was asked for.
+        patches: [B, n] int64, rising: the patch that each token stands for, among those that an unreduced image has; `None` =
+            no token is missing.
         source: how patches of these views became visual tokens, where the model's adapter knows; else `None`.
     """
 
@@ -144,6 +149,7 @@ class ImageFeatures(NamedTuple):
     tower: Mapping[int, TowerBlock] = {}
     views_per_image: int = 0
     source: Any = None
+    patches: Tensor | None = None
 
 
 class Layout(NamedTuple):

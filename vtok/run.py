@@ -57,10 +57,11 @@ class Run:
         num_prefix: protected tokens at the front.
         prop_attn: whether attention sees sizes.
         trace: keep the map from original tokens to reduced ones.
+        spare: keep one row of padding in images that came padded, although it means nothing.
     """
 
-    def __init__(self, depth: int, num_prefix: int, prop_attn: bool, trace: bool):
-        self.depth, self.num_prefix, self.prop_attn, self.trace = depth, num_prefix, prop_attn, trace
+    def __init__(self, depth: int, num_prefix: int, prop_attn: bool, trace: bool, spare: bool = False):
+        self.depth, self.num_prefix, self.prop_attn, self.trace, self.spare = depth, num_prefix, prop_attn, trace, spare
         self.patch: Any = None  # what was asked for (vtok.fit.Patch)
         self._lock = threading.Lock()
         self._forget()
@@ -181,7 +182,7 @@ class Run:
         return torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
 
     def __getstate__(self) -> dict[str, Any]:  # tensors of a pass are neither copied nor pickled
-        return {name: getattr(self, name) for name in ("depth", "num_prefix", "prop_attn", "trace", "patch")}
+        return {name: getattr(self, name) for name in ("depth", "num_prefix", "prop_attn", "trace", "spare", "patch")}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self.__dict__.update(saved)

@@ -23,7 +23,9 @@ from vtok.prompt_cost import Prompt, PromptEstimate
 from vtok.prompt_plan import measured, planned, visual_left
 from vtok.prompt_report import PromptPlan, stated
 from vtok.registry import METHODS
+from vtok.resolve import run_of
 from vtok.state import Place, Site
+from vtok.vlm_towers import fitted, in_tower, place, put_tower, tower_patched
 
 POSITIONS = ("original", "compact")
 
@@ -34,8 +36,10 @@ def check_positions(positions: str) -> None:
         raise unknown("positions", str(positions), POSITIONS)
 
 
-def resolve(vlm: VLM, configs: Sequence[MethodConfig], positions: str) -> Pruner:
+def resolve(vlm: VLM, configs: Sequence[MethodConfig], positions: str, trace: bool = False) -> Pruner:
     """Methods -> what the hooks of one model need, checked against it.
+
+    A method that acts both in vision encoders and on prompts acts on the prompt here.
 
     Raises:
         UnsupportedModelError: a method does not act on vision-language models, or not on this one.
@@ -44,8 +48,18 @@ def resolve(vlm: VLM, configs: Sequence[MethodConfig], positions: str) -> Pruner
     check_positions(positions)
     features: VLMReducer | None = None
     layers: dict[int, tuple[Site, VLMReducer]] = {}
+    inside = tuple(config for config in configs if in_tower(config))
+    tower = fitted(vlm, inside) if inside else None
+    joint = vlm.joint() if tower is not None and tower.steps else None
+    if trace and joint is None:
+        raise ConfigError(
+            "trace=True keeps which patches were merged or dropped inside the vision tower, where none of these methods acts: "
+            + ", ".join(config.name for config in configs)
+        )
     for config in configs:
-        reducer = _built(config, vlm.info)
+        if in_tower(config):
+            continue
+        reducer = config.build_vlm(vlm.info)
         _check_tower(config, reducer, vlm.info)
         for site in reducer.sites:
             _check_site(config, site, vlm.info)
@@ -62,17 +76,9 @@ def resolve(vlm: VLM, configs: Sequence[MethodConfig], positions: str) -> Pruner
     compact = positions == "compact"
     if compact:
         _check_compact(vlm, layers)
-    return Pruner(vlm.spec, vlm.tokens, features, layers, compact, tuple(configs), vlm.path)
-
-
-def _built(config: MethodConfig, info: VLMInfo) -> VLMReducer:
-    try:
-        return config.build_vlm(info)
-    except UnsupportedModelError as error:
-        if config.for_vlms():
-            raise
-        others = ", ".join(name for name in METHODS if METHODS.get(name).for_vlms())
-        raise UnsupportedModelError(f"{error}; methods that act on its visual tokens: {others}") from None
+    left = iter(() if tower is None else tower.configs)
+    chosen = tuple(next(left) if in_tower(config) else config for config in configs)
+    return Pruner(vlm.spec, vlm.tokens, features, layers, compact, chosen, vlm.path, tower, joint, trace)
 
 
 def _check_site(config: MethodConfig, site: Site, info: VLMInfo) -> None:
@@ -141,11 +147,13 @@ def resolve_all(
     saved: Saved | None,
     positions: str | None,
     budgets: Sequence[Budget | None] | None = None,
+    trace: bool = False,
 ) -> list[Pruner]:
     """`resolve` for every model; positions that are not given come from the file that the methods came from."""
     if positions is None:
         positions = (saved.positions if saved is not None else None) or POSITIONS[0]
-    pruners = [resolve(vlm, configs, positions) for vlm, configs in zip(vlms, wanted)]
+    trace = trace or (saved is not None and saved.trace)
+    pruners = [resolve(vlm, configs, positions, trace) for vlm, configs in zip(vlms, wanted)]
     for pruner, budget in zip(pruners, budgets or ()):
         pruner.budget = budget
     return pruners
@@ -154,6 +162,7 @@ def resolve_all(
 def put(model: nn.Module, vlms: Sequence[VLM], pruners: Sequence[Pruner]) -> None:
     """Installs resolved patches."""
     for vlm, pruner in zip(vlms, pruners):
+        put_tower(vlm, pruner)
         install(model, vlm, pruner)
 
 
@@ -220,14 +229,24 @@ def support(vlms: Sequence[VLM]) -> Support:
         kinds = Counter(type(layer).__name__ for layer in vlm.text.layers)
         listed = ", ".join(f"{name} x{count}" for name, count in kinds.items())
         rows.append((vlm.path, type(vlm.module).__name__, vlm.info.depth, listed))
+    places: dict[str, str] = {}
+    why: list[str]
+    on_request: dict[str, dict[str, Any]] = {}
     for name in METHODS.names():
-        methods[name] = None
-        try:
-            for vlm in vlms:
-                resolve(vlm, (METHODS.get(name)(),), POSITIONS[0])
-        except VtokError as error:
-            methods[name] = str(error)
-    return Support(tuple(rows), methods)
+        methods[name], why = None, []
+        for extra, config in METHODS.get(name).variants():
+            try:
+                pruners = [resolve(vlm, (config,), POSITIONS[0]) for vlm in vlms]
+            except VtokError as error:
+                why.append(str(error))
+                continue
+            if extra:
+                methods[name], on_request[name] = why[0], extra
+            places[name] = place(config, pruners)
+            break
+        else:
+            methods[name] = why[-1]
+    return Support(tuple(rows), methods, on_request=on_request, places=places)
 
 
 def describe(model: nn.Module, vlm: VLM) -> PromptInfo:
@@ -238,10 +257,16 @@ def describe(model: nn.Module, vlm: VLM) -> PromptInfo:
         return PromptInfo(vlm.path, name, ())
     last = pruner.last
     if last is None:
-        return PromptInfo(vlm.path, name, pruner.configs, _positions(pruner), budget=pruner.budget)
+        return PromptInfo(vlm.path, name, pruner.configs, _positions(pruner), budget=pruner.budget, shortened=pruner.acts)
     entered = tuple(last.visual.sum(1).tolist())
     rows: list[PromptRow] = []
+    if last.alive is not None:
+        left = tuple((last.visual & last.alive).sum(1).tolist())
+        rows.append(PromptRow("vision tower", entered, left))
+        entered = left
     for layer, stage in sorted(last.stages.items()):
+        if layer == 0 and pruner.features is None and 0 not in pruner.layers:
+            continue  # what left the tower is all that enters the LLM
         left = tuple(visual_left(last.visual, stage.column))
         rows.append(PromptRow("before the LLM" if layer == 0 else f"decoder layer {layer}", entered, left))
         entered = left
@@ -269,12 +294,12 @@ def shorten(
             f"prune_inputs takes one vision-language model with its language head, got {type(model).__name__}; supported: "
             f"{SUPPORTED}"
         )
-    if pruner_of(vlms[0]) is not None:
+    if pruner_of(vlms[0]) is not None or run_of(vlms[0].module) is not None:
         raise ConfigError("the model is patched and would shorten the prompt a second time; call vtok.unpatch(model) first")
     pruner = resolve_all(vlms, wanted, saved, positions)[0]
     places = " and ".join(str(site) for site, _ in pruner.layers.values())
     names = " + ".join(config.name for config in pruner.configs)
-    if pruner.features is None:
+    if pruner.features is None and pruner.joint is None:
         if places:
             raise UnsupportedModelError(f"{names} drops tokens {places}, inside the LLM, which needs hooks: use vtok.patch")
         return dict(inputs)
@@ -287,4 +312,5 @@ def shorten(
         pad = getattr(model.generation_config, "pad_token_id", None)
     if pad is None:
         pad = model.config.get_text_config().pad_token_id
-    return short_inputs(model, vlms[0], inputs, pruner.features, pruner.compact, 0 if pad is None else int(pad))
+    with tower_patched(vlms[0], pruner):
+        return short_inputs(model, vlms[0], inputs, pruner, 0 if pad is None else int(pad))

@@ -61,6 +61,7 @@ class PiToMe(MethodConfig):
     """
 
     name: ClassVar[str] = "pitome"
+    merges: ClassVar[bool] = True
     set_by_budget: ClassVar[tuple[str, ...]] = ("ratio", "r")
     trial: ClassVar[Mapping[str, Any]] = {"ratio": 0.8}
     substitutes: ClassVar[tuple[Mapping[str, Any], ...]] = ({"prop_attn": False},)

@@ -36,6 +36,7 @@ class ToMe(MethodConfig):
     """
 
     name: ClassVar[str] = "tome"
+    merges: ClassVar[bool] = True
     default_flops: ClassVar[float | None] = 0.6
     set_by_budget: ClassVar[tuple[str, ...]] = ("r",)
     trial: ClassVar[Mapping[str, Any]] = {"r": 6}

@@ -1,0 +1,120 @@
+"""Methods inside the vision tower of a vision-language model: chosen, checked, installed, described."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from vtok import fit
+from vtok.config import MethodConfig
+from vtok.describe import TowerInfo
+from vtok.errors import ConfigError, UnsupportedModelError
+from vtok.inspection import tower_info
+from vtok.patches import vlm_tower
+from vtok.patches.block import check
+from vtok.patches.decoder_pass import Pruner
+from vtok.patches.hf_vision import HfAdapter
+from vtok.patches.hf_vlm import VLM
+from vtok.patches.hf_vlm_install import pruner_of
+from vtok.registry import METHODS
+from vtok.resolve import run_of
+
+_ON_GRID = (
+    "what follows the vision tower needs every patch at its place, so that merged tokens are put back on the grid: the tower "
+    "gets cheaper, the prompt keeps its length"
+)
+
+
+def in_tower(config: MethodConfig) -> bool:
+    """Whether a method acts in the vision tower of a vision-language model."""
+    return config.for_encoders() and not config.for_vlms()
+
+
+def fitted(vlm: VLM, configs: tuple[MethodConfig, ...]) -> fit.Patch:
+    """Methods for the vision tower, with every number chosen."""
+    names, info = " + ".join(config.name for config in configs), vlm.info
+    if vlm.tower is None:
+        raise UnsupportedModelError(
+            f"{names} reduces tokens inside the vision tower, and that of {info.name} cannot be patched: {info.no_tower}; "
+            f"methods that act on its prompts: {_for_prompts()}"
+        )
+    joint = vlm.joint()
+    dropping = [] if joint.connector else [config.name for config in configs if not config.merges]
+    try:
+        made = fit.fit(HfAdapter(), vlm.tower, configs, None, None)
+    except UnsupportedModelError:
+        if not dropping:
+            raise
+        made = None
+    if made is not None and not made.steps:
+        return made
+    if dropping or made is None:
+        raise UnsupportedModelError(
+            f"{' + '.join(dropping)} drops tokens inside the vision tower, but what follows it in {info.name} needs every "
+            "patch at its place in the grid; choose a method that merges (pitome, tome), whose tokens are put back on the "
+            f"grid, or one that acts on the prompt: {_for_prompts()}"
+        )
+    check(vlm.tower, made.steps)
+    first = min(made.steps)
+    if first >= joint.state:
+        raise ConfigError(
+            f"{names} reduces tokens from block {first} of the vision tower on, but {info.name} takes what leaves block "
+            f"{joint.state - 1}: nothing would change; name earlier blocks"
+        )
+    return made
+
+
+def _for_prompts() -> str:
+    return ", ".join(name for name in METHODS if METHODS.get(name).for_vlms())
+
+
+def put_tower(vlm: VLM, pruner: Pruner) -> None:
+    """Installs the part of a resolved patch that acts in the vision tower, if there is one."""
+    if pruner.joint is None:
+        return
+    assert vlm.tower is not None
+    grid = not pruner.joint.connector
+    run = fit.put(HfAdapter(), vlm.tower, pruner.tower, pruner.trace or grid, spare=grid)
+    vlm_tower.install(vlm.module, vlm.tower.module, pruner.joint, run)
+
+
+def warn_of_grids(vlms: Sequence[VLM], pruners: Sequence[Pruner]) -> None:
+    """Says which towers are patched although prompts do not get shorter by it."""
+    for vlm, pruner in zip(vlms, pruners):
+        if pruner.joint is not None and not pruner.holed:
+            warnings.warn(f"{vlm.info.name}: {_ON_GRID}", stacklevel=3)
+
+
+def place(config: MethodConfig, pruners: Sequence[Pruner]) -> str:
+    """Where a method acts, in words."""
+    if not in_tower(config):
+        return "on the prompt"
+    if all(pruner.holed for pruner in pruners):
+        return "in the vision tower: the prompt gets shorter too"
+    return "in the vision tower alone: merged tokens are put back on the grid, the prompt keeps its length"
+
+
+def describe_tower(vlm: VLM) -> TowerInfo | None:
+    """What is patched into the vision tower of a model and what became of the last images; `None` if it is as it was."""
+    run = None if vlm.tower is None else run_of(vlm.tower.module)
+    if run is None or vlm.tower is None:
+        return None
+    pruner = pruner_of(vlm)
+    found = tower_info(HfAdapter(), vlm.tower, run, None)
+    notes = (*found.notes, f"note: {_ON_GRID}") if pruner is not None and not pruner.holed else found.notes
+    return replace(found, path=".".join(part for part in (vlm.path, found.path) if part), notes=notes)
+
+
+@contextmanager
+def tower_patched(vlm: VLM, pruner: Pruner) -> Iterator[None]:
+    """The vision tower is patched for a while."""
+    from vtok.api import unpatch
+
+    put_tower(vlm, pruner)
+    try:
+        yield
+    finally:
+        if pruner.joint is not None:
+            unpatch(vlm.module)

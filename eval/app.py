@@ -18,6 +18,7 @@ from vtok.eval import runs
 from vtok.eval.clip_command import evaluate_retrieval, evaluate_zeroshot
 from vtok.eval.imagenet_command import evaluate_imagenet
 from vtok.eval.matrix_command import print_matrix
+from vtok.eval.vqa_command import evaluate_vqa
 from vtok.registry import METHODS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=vtok.__doc__)
@@ -25,6 +26,7 @@ evaluate = typer.Typer(no_args_is_help=True, help="Accuracy of patched models on
 app.add_typer(evaluate, name="eval")
 evaluate.command("imagenet")(evaluate_imagenet)
 evaluate.command("retrieval")(evaluate_retrieval)
+evaluate.command("vqa")(evaluate_vqa)
 evaluate.command("zeroshot")(evaluate_zeroshot)
 app.command("matrix")(print_matrix)
 console = Console()

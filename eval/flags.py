@@ -14,6 +14,7 @@ import yaml
 from vtok.errors import ConfigError
 
 METHOD_HELP = "name or name:key=value,...; repeatable"
+SETTING_HELP = "name or name:key=value,...; several patched together joined by +; repeatable"
 _SHORT = {"batch_size": "-b", "workers": "-j"}
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,15 @@ class Records:
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds one record that has a `key`."""
-        line = json.dumps(record, sort_keys=True, allow_nan=False).encode() + b"\n"
+        self.extend([record])
+
+    def extend(self, records: Iterable[dict[str, Any]]) -> None:
+        """Adds records that have a `key`, with one write."""
+        lines = b"".join(json.dumps(record, sort_keys=True, allow_nan=False).encode() + b"\n" for record in records)
         with self._lock, open(self.path, "ab+") as file:
             if file.tell() and not _ends_with_newline(file):
-                line = b"\n" + line  # a killed writer left half a line: keep it apart
-            file.write(line)
+                lines = b"\n" + lines  # a killed writer left half a line: keep it apart
+            file.write(lines)
             file.flush()
             os.fsync(file.fileno())
 

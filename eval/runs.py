@@ -43,12 +43,14 @@ _PUBLISHED_KEYS: dict[str, tuple[Any, bool]] = {
 FIGURES: dict[str, tuple[str, ...]] = {
     "imagenet": ("top1",),
     "retrieval": ("text_retrieval_recall@1", "image_retrieval_recall@1", "recall_sum"),
+    "vqa": ("soft_accuracy", "exact_match"),
     "zeroshot": ("acc1",),
 }
 # task -> whose models it can build
 BACKENDS: dict[str, tuple[str, ...]] = {
     "imagenet": ("timm",),
     "retrieval": ("open_clip", "transformers"),
+    "vqa": ("transformers",),
     "zeroshot": ("open_clip", "transformers"),
 }
 _KINDS = {Mapping: "a mapping", str: "text", int: "a whole number", float: "a number"}
@@ -235,6 +237,23 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
         if key in _NOT_PARAMETERS:
             raise ConfigError(f"{text!r}: {key} is no parameter of a method")
     return name, params
+
+
+def parse_setting(text: str) -> Any:
+    """Reads one method, or several joined by "+" that are patched together: `pitome:ratio=0.9+todre:keep=0.1`.
+
+    Returns:
+        What a task takes as a setting: (name, parameters), or a list of configs.
+
+    Raises:
+        ConfigError: see `parse_method`.
+        UnknownNameError: one of several methods, or a parameter of it, does not exist.
+    """
+    parts = re.split(r"\+(?=[A-Za-z_]\w*(?:[:+]|$))", text)  # not the plus sign of a number
+    if len(parts) == 1:
+        return parse_method(text)
+    pairs = [parse_method(part.strip()) for part in parts]
+    return [METHODS.get(name).create(**params) for name, params in pairs]
 
 
 def prepared(output: Path | None) -> Path | None:

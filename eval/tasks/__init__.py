@@ -14,6 +14,7 @@ TASKS: Registry[Any] = Registry(
     {
         "imagenet": "vtok.eval.tasks.imagenet:evaluate",
         "retrieval": "vtok.eval.tasks.retrieval:evaluate",
+        "vqa": "vtok.eval.tasks.vqa:evaluate",
         "zeroshot": "vtok.eval.tasks.zeroshot:evaluate",
     },
     group="vtok.tasks",

@@ -1,0 +1,143 @@
+"""Questions about images: the bundled ones, files in VQAv2's format, and lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vtok.errors import ConfigError
+from vtok.eval.tasks.vqa_metrics import majority
+
+EASY_VQA = "easy-vqa"
+KINDS = ("yes/no", "open")
+_YES_NO = ("yes", "no")
+
+
+class Question(NamedTuple):
+    """One question about one image.
+
+    Attributes:
+        doc_id: number or name of the question.
+        text: of the question, as it was asked.
+        answers: of everybody who was asked; the most frequent one is the target.
+        image: key of the image.
+        groups: what it is counted under besides, e.g. {"kind": "yes/no"}.
+    """
+
+    doc_id: Any
+    text: str
+    answers: tuple[str, ...]
+    image: Any
+    groups: Mapping[str, str]
+
+    @property
+    def target(self) -> str:
+        return majority(self.answers)
+
+
+@dataclass(frozen=True)
+class VQAData:
+    """Questions and where their images come from.
+
+    Attributes:
+        name: of the data set.
+        questions: in the order in which they are asked.
+        read: key of an image -> PIL image.
+        prompt: what stands behind every question.
+        blind: text of a question -> the best answer without the image, as far as it is known.
+    """
+
+    name: str
+    questions: Sequence[Question]
+    read: Callable[[Any], Any]
+    prompt: str = ""
+    blind: Mapping[str, str] = field(default_factory=dict)
+
+    def take(self, count: int | None) -> VQAData:
+        """`count` evenly spaced questions; `None` = all."""
+        total = len(self.questions)
+        if count is None or count >= total:
+            return self
+        return replace(self, questions=[self.questions[i * total // count] for i in range(count)])
+
+    def with_prompt(self, prompt: str) -> VQAData:
+        """The same questions with another text behind them."""
+        return replace(self, prompt=prompt)
+
+
+def blind_answers(questions: Iterable[str], answers: Iterable[str]) -> dict[str, str]:
+    """The most frequent answer to every question text, what a model that sees no image can say at best.
+
+    Args:
+        questions: texts of the training questions.
+        answers: to each of them.
+
+    Returns:
+        text -> answer; of answers that are equally frequent, the one that came first.
+    """
+    said: dict[str, Counter[str]] = defaultdict(Counter)
+    for question, answer in zip(questions, answers):
+        said[question][answer] += 1
+    return {question: counts.most_common(1)[0][0] for question, counts in said.items()}
+
+
+def open_vqa(data: str | os.PathLike, questions: str = "", annotations: str = "", images: str = "") -> VQAData:
+    """Questions by name, or from files.
+
+    Args:
+        data: `"easy-vqa"`, which comes with vtok; a file with an object `{"id", "image", "question", "answers"}` a line; or a
+            folder of files in VQAv2's format.
+        questions: VQAv2's question file; "" = the one in the folder whose name holds "uestions".
+        annotations: VQAv2's annotation file; "" = the one in the folder whose name holds "nnotations".
+        images: folder of the images; "" = look in the folder of the data, at any depth.
+
+    Raises:
+        ConfigError: no such data, a file that is not of the form, a question without answers or without its image.
+    """
+    name = os.fspath(data)
+    if name == EASY_VQA:
+        return reference_data()
+    from vtok.eval.tasks import vqa_files
+
+    path = Path(name)
+    if path.suffix == ".jsonl":
+        return vqa_files.read_lines(path, Path(images) if images else path.parent)
+    if not path.is_dir() and not questions:
+        raise ConfigError(
+            f"{name} is neither {EASY_VQA}, a .jsonl file nor a folder with VQAv2's questions, annotations and images"
+        )
+    return vqa_files.read_vqav2(
+        Path(questions) if questions else vqa_files.only(path, "uestions"),
+        Path(annotations) if annotations else vqa_files.only(path, "nnotations"),
+        Path(images) if images else path,
+    )
+
+
+def reference_data() -> VQAData:
+    """The bundled questions of easy-VQA's test set."""
+    from PIL import Image
+
+    from vtok.eval import reference_vlm
+
+    found = reference_vlm.load_reference_questions("test")
+    pictures = found.pictures.permute(0, 2, 3, 1)
+    asked = zip(found.texts, found.answers, found.rows.tolist())
+    questions = [Question(i, text, (answer,), row, {"kind": kind_of(answer)}) for i, (text, answer, row) in enumerate(asked)]
+    return VQAData(EASY_VQA, questions, lambda row: Image.fromarray(pictures[row].numpy()), blind=blind_reference())
+
+
+def blind_reference() -> dict[str, str]:
+    """The best answers without the image to easy-VQA's questions, from its training set."""
+    from vtok.eval.reference import DATA_FOLDER, asset
+
+    return json.loads(asset(f"{DATA_FOLDER}/blind-answers.json").read_text(encoding="utf-8"))
+
+
+def kind_of(*answers: str) -> str:
+    """ "yes/no" or "open", by the target."""
+    return KINDS[0] if majority(answers) in _YES_NO else KINDS[1]

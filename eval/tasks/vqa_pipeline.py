@@ -1,0 +1,277 @@
+"""Asks questions in batches, every setting on the same batches, and keeps every answer as soon as it is there.
+
+Shapes: B questions of a batch, L columns of the prompt, T new tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import vtok
+from vtok.errors import ConfigError, UnsupportedModelError
+from vtok.eval.records import Records
+from vtok.eval.settings import Setting
+from vtok.eval.tasks.vqa_data import Question, VQAData
+from vtok.eval.tasks.vqa_metrics import soft_accuracy
+from vtok.eval.vlm_models import VisionLanguageModel
+from vtok.patches import find_vlms
+from vtok.patches.hf_features import encode, feature_list, visual_columns
+from vtok.patches.hf_vlm import VLM
+
+Progress = Callable[[int, int], None]
+Line = dict[str, Any]
+
+
+@dataclass
+class Entry:
+    """One setting: what is run, and under which key its answers are stored.
+
+    Attributes:
+        setting: what was asked for.
+        net: the model, patched so.
+        key: hash of everything that decides an answer.
+        runs: batches that this process ran.
+    """
+
+    setting: Setting
+    net: Any
+    key: str
+    runs: int = field(default=0)
+
+    @property
+    def unpatched(self) -> bool:
+        return self.setting.method is None
+
+
+class Answers(NamedTuple):
+    """What one setting made of one batch.
+
+    Attributes:
+        texts: B answers.
+        visual: [B] int64, image tokens of the prompt as the processor made it.
+        kept: [B, decoder layers] int64, visual tokens that entered each layer.
+        kv_bytes: [B] int64, keys and values of the prompt's real tokens in all layers.
+        macs: MACs a question until its first token, mean over the batch: of the model as patched, of the unpatched one, of the
+            reduction; `None` if unpatched.
+        first: seconds until the first token: vision tower, connector, prompt.
+        later: seconds a token after it; `None` if there was only one.
+    """
+
+    texts: list[str]
+    visual: Tensor
+    kept: Tensor
+    kv_bytes: Tensor
+    macs: tuple[float, float, float] | None
+    first: float
+    later: float | None
+
+
+class Samples:
+    """Answers by setting and question, in a file of JSON lines or in memory alone.
+
+    Args:
+        path: of the file; lines that are there already are not asked again. `None` = no file.
+    """
+
+    def __init__(self, path: Path | None = None):
+        self._records = None if path is None else Records(path)
+        self._lines: dict[str, Line] = {} if self._records is None else self._records.by_key()
+
+    def line(self, entry: Entry, question: Question) -> Line | None:
+        """The answer of a setting to a question, if it is there."""
+        return self._lines.get(f"{entry.key}/{question.doc_id}")
+
+    def add(self, entry: Entry, questions: Sequence[Question], lines: Sequence[Line]) -> None:
+        """Stores the answers to a batch at once."""
+        new = [{"key": f"{entry.key}/{q.doc_id}", **line} for q, line in zip(questions, lines)]
+        if self._records is not None:
+            self._records.extend(new)
+        self._lines.update({line["key"]: line for line in new})
+
+
+def ask(
+    model: VisionLanguageModel,
+    data: VQAData,
+    entries: Sequence[Entry],
+    samples: Samples,
+    batch_size: int,
+    max_new_tokens: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> None:
+    """Asks every question under every setting that has no answer to it yet.
+
+    The unpatched setting, if there is one, runs on every batch on which another one does: times are compared within a batch.
+
+    Args:
+        model: whose processor and tokenizer are used.
+        data: the questions.
+        entries: the settings.
+        samples: where answers go, after every batch of every setting.
+        batch_size: B.
+        max_new_tokens: T at most.
+        seed: of methods that draw; with the number of the batch, so that a run that was stopped goes on as it would have.
+        progress: called with (questions done, questions).
+
+    Raises:
+        ConfigError: processor and model do not belong together.
+        UnsupportedModelError: vtok does not know the model.
+    """
+    questions, checked = data.questions, False
+    for start in range(0, len(questions), batch_size):
+        batch = questions[start : start + batch_size]
+        missing = [e for e in entries if any(samples.line(e, q) is None for q in batch)]
+        if missing:
+            images = {q.image: data.read(q.image) for q in batch}
+            inputs = model.inputs([images[q.image] for q in batch], [q.text + data.prompt for q in batch])
+            if not checked:
+                check_image_tokens(model, inputs)
+                checked = True
+            base: Answers | None = None
+            for entry in sorted(entries, key=lambda e: not e.unpatched):
+                if entry in missing or entry.unpatched:
+                    torch.manual_seed(seed + start)
+                    found = answer(model, entry.net, inputs, max_new_tokens)
+                    base = found if entry.unpatched and base is None else base
+                    if entry in missing:
+                        samples.add(entry, batch, _lines(batch, found, base, start, entry))
+                    entry.runs += 1
+        if progress is not None:
+            progress(min(start + batch_size, len(questions)), len(questions))
+
+
+def answer(model: VisionLanguageModel, net: Any, inputs: Any, max_new_tokens: int) -> Answers:
+    """Greedy answers of a model to one batch, and what they cost.
+
+    Args:
+        model: whose tokenizer reads the answers.
+        net: the same model or a patched copy of it.
+        inputs: of the processor, B rows padded on the left.
+        max_new_tokens: T at most.
+    """
+    length = inputs["input_ids"].shape[1]
+    clock = _Clock(inputs["input_ids"].device)
+    with torch.inference_mode():
+        made = net.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, stopping_criteria=[clock], use_cache=True
+        )
+    visual = visual_columns(inputs["input_ids"], _vlm(net).tokens).sum(1)
+    kept = kept_tokens(net, visual)
+    text = inputs["attention_mask"].sum(1) - visual
+    return Answers(model.texts(made[:, length:]), visual, kept, kv_bytes(net, text, kept), macs(net), clock.first, clock.later)
+
+
+def macs(net: nn.Module) -> tuple[float, float, float] | None:
+    """MACs of the last prompt of this thread, see `Answers`, without padding."""
+    for prompt in vtok.info(net).prompts:
+        cost = prompt.mean_estimate or prompt.estimate
+        if cost is not None:
+            return cost.macs, cost.base_macs, cost.reduction_macs
+    return None
+
+
+def kept_tokens(net: nn.Module, visual: Tensor) -> Tensor:
+    """[B, decoder layers] int64: visual tokens that entered each decoder layer when the last prompt of this thread was read.
+
+    Args:
+        net: patched or not, the prompt went through it.
+        visual: [B], image tokens of the prompt.
+    """
+    counts = visual[:, None].repeat(1, _vlm(net).info.depth)
+    for prompt in vtok.info(net).prompts:
+        for row in prompt.rows:
+            layer = int(row.place.rpartition(" ")[2]) if row.place.startswith("decoder layer") else 0
+            counts[:, layer:] = torch.tensor(row.tokens_out, device=counts.device)[:, None]
+    return counts
+
+
+def kv_bytes(net: Any, text: Tensor, kept: Tensor) -> Tensor:
+    """[B] int64: bytes of the keys and values of prompts with `text` [B] other and `kept` [B, layers] visual tokens."""
+    config = _vlm(net).text.config
+    heads = config.num_key_value_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return (kept + text[:, None]).sum(1) * 2 * heads * width * next(net.parameters()).element_size()
+
+
+def check_image_tokens(model: VisionLanguageModel, inputs: Any) -> None:
+    """Raises unless the processor makes as many image tokens as the model makes features.
+
+    Raises:
+        ConfigError: it does not; the message has both numbers.
+    """
+    vlm = _vlm(model.net)
+    ids = inputs["input_ids"]
+    asked = int(visual_columns(ids, vlm.tokens).sum())
+    with torch.inference_mode():
+        made = sum(len(x) for output in encode(vlm.module, inputs).values() for x in feature_list(output))
+    if asked != made:
+        raise ConfigError(
+            f"processor and model of {model.name} disagree: the prompts of {len(ids)} questions hold {asked} image tokens, but "
+            f"the model makes {made} features of their images; use the processor that was saved with the model"
+        )
+
+
+def _lines(batch: Sequence[Question], found: Answers, base: Answers | None, start: int, entry: Entry) -> list[Line]:
+    times = {
+        "batch": start,
+        "cold": entry.runs == 0,  # the first batch of a process warms up
+        "macs": None if found.macs is None else dict(zip(("model", "base", "pruner"), found.macs)),
+        "ttft_ms": 1000 * found.first,
+        "decode_ms_per_token": None if found.later is None else 1000 * found.later,
+        "base_ttft_ms": None if base is None else 1000 * base.first,
+        "base_decode_ms_per_token": None if base is None or base.later is None else 1000 * base.later,
+    }
+    return [
+        {
+            "doc_id": q.doc_id,
+            "method": entry.setting.title,
+            "question": q.text,
+            "prediction": found.texts[i],
+            "target": q.target,
+            "score": soft_accuracy(found.texts[i], q.answers),
+            "visual_tokens": int(found.visual[i]),
+            "kept_tokens": found.kept[i].tolist(),
+            "baseline_prediction": None if base is None else base.texts[i],
+            "kv_bytes": int(found.kv_bytes[i]),
+            **times,
+        }
+        for i, q in enumerate(batch)
+    ]
+
+
+def _vlm(net: nn.Module) -> VLM:
+    found = find_vlms(net)
+    if len(found) != 1:
+        raise UnsupportedModelError(
+            f"{type(net).__name__} is no vision-language model that vtok knows: its visual tokens cannot be counted; see "
+            "vtok.supports(model)"
+        )
+    return found[0]
+
+
+class _Clock:
+    """Notes when each token is there: a stopping criterion of `generate()` that never stops."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.start, self.times = device, time.perf_counter(), list[float]()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.times.append(time.perf_counter() - self.start)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    @property
+    def first(self) -> float:
+        return self.times[0]
+
+    @property
+    def later(self) -> float | None:
+        return (self.times[-1] - self.times[0]) / (len(self.times) - 1) if len(self.times) > 1 else None

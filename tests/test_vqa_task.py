@@ -1,0 +1,434 @@
+"""Visual question answering: answers against a plain loop, records against sums written here, resuming, bad input."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from helpers_vqa import ANATOMY, PICTURES, picture, questions, save_tiny, tiny_llava, words, write_lines, write_vqav2
+from typer.testing import CliRunner
+
+import vtok
+from vtok.eval import runs
+from vtok.eval.records import Records
+from vtok.eval.tasks import TASKS, vqa_pipeline
+from vtok.eval.tasks.vqa import VQAOptions, evaluate
+from vtok.eval.tasks.vqa_data import EASY_VQA, blind_answers, open_vqa
+from vtok.eval.tasks.vqa_files import ONE_WORD, read_results
+from vtok.eval.tasks.vqa_metrics import soft_accuracy
+from vtok.eval.tasks.vqa_records import Scored, blind_scores, groups_of, time_fields
+from vtok.eval.vlm_models import load_vlm
+from vtok.vlm import POSITIONS
+
+VISUAL = ANATOMY.visual_tokens
+SETTINGS = [None, ("uniform", {"keep": 0.5}), ("random", {"keep": 0.25})]
+
+
+def options(**extra):
+    return VQAOptions(**{"batch_size": 4, "max_new_tokens": 3, "device": "cpu", **extra})
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return tiny_llava()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny_llava"))
+
+
+@pytest.fixture(scope="module")
+def evaluated(llava, tmp_path_factory):
+    out = tmp_path_factory.mktemp("evaluated")
+    return out, evaluate(llava, questions(), SETTINGS, options(output=str(out)))
+
+
+def plain_answer(llava, question, method=None, **params):
+    """One question, as a user would ask it."""
+    inputs = llava.processor(images=picture(question.image), text=f"<image> {question.text}", return_tensors="pt")
+    if method is not None:
+        inputs = vtok.prune_inputs(llava.net, dict(inputs), method, **params)
+    with torch.no_grad():
+        made = llava.net.generate(**inputs, max_new_tokens=3, do_sample=False)
+    return llava.processor.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def lines_of(out, record):
+    lines = [line for line in Records(out / "samples.jsonl").load() if line["key"].startswith(record["key"])]
+    return sorted(lines, key=lambda line: line["doc_id"])
+
+
+def test_answers_are_those_of_a_plain_loop(llava, evaluated):
+    out, records = evaluated
+    asked = questions().questions
+    for record, (method, params) in zip(records, [(None, {}), *SETTINGS[1:]]):
+        said = [line["prediction"] for line in lines_of(out, record)]
+        assert said == [plain_answer(llava, q, method, **params) for q in asked], record["title"]
+    assert len({line["prediction"] for line in lines_of(out, records[0])}) > 4
+    assert not vtok.info(llava.net).patched and POSITIONS[0] == "original"
+
+
+def test_one_by_one_is_the_same_as_in_batches(llava, evaluated):
+    _, records = evaluated
+    alone = evaluate(llava, questions(), SETTINGS, options(batch_size=1))
+    for one, other in zip(records, alone):
+        for name in ("metrics", "groups", "tokens", "kv_bytes", "gmacs", "blind", "n", "method", "params"):
+            assert one[name] == (pytest.approx(other[name]) if name == "gmacs" else other[name]), name
+
+
+def test_a_sample_says_what_was_asked_said_and_kept(evaluated):
+    out, records = evaluated
+    base, halved = (lines_of(out, record) for record in records[:2])
+    for i, (q, line) in enumerate(zip(questions().questions, halved)):
+        assert (line["doc_id"], line["question"], line["target"]) == (i, q.text, q.target)
+        assert line["baseline_prediction"] == base[i]["prediction"]
+        assert line["score"] == soft_accuracy(line["prediction"], q.answers)
+        assert line["kept_tokens"] == [VISUAL // 2] * ANATOMY.text_depth and line["visual_tokens"] == VISUAL
+    assert len(Records(out / "samples.jsonl").load()) == len(SETTINGS) * 12
+    assert [r["key"] for r in Records(out / "results.jsonl").load()] == [r["key"] for r in records]
+    assert json.loads(json.dumps(records, allow_nan=False)) == records
+
+
+def test_metrics_are_paired_and_clustered_by_image(evaluated):
+    out, (base, halved, _) = evaluated
+    asked = questions().questions
+    before, after = (np.array([line["prediction"] for line in lines_of(out, r)]) for r in (base, halved))
+    metrics = halved["metrics"]
+    assert metrics["loyalty"] == pytest.approx((before == after).mean())
+    right = [np.array([said == q.target for said, q in zip(who, asked)], float) for who in (before, after)]
+    assert metrics["exact_match"] == pytest.approx(right[1].mean())
+    assert metrics["exact_match_difference"] == pytest.approx((right[1] - right[0]).mean())
+    same = (before == after).astype(float)
+    residual = np.array([sum(same[i] - same.mean() for i in range(12) if i % PICTURES == p) for p in range(PICTURES)])
+    error = np.sqrt((residual**2).sum() * PICTURES / (PICTURES - 1)) / 12
+    assert metrics["loyalty_stderr"] == pytest.approx(error)
+    assert "loyalty" not in base["metrics"] and (base["n"], base["n_images"]) == (12, PICTURES)
+    low, high = metrics["exact_match_difference_ci"]
+    assert low <= metrics["exact_match_difference"] <= high
+
+
+def test_differences_of_made_up_answers():
+    data = questions(8)
+    targets = [q.target for q in data.questions]
+    right, half = Scored(data, targets), Scored(data, [t if i % 2 else "?" for i, t in enumerate(targets)])
+    found = half.metrics(right)
+    assert (found["exact_match"], found["exact_match_difference"], found["loyalty"]) == (0.5, -0.5, 0.5)
+    assert right.metrics(None)["soft_accuracy_official"] == 1 and "loyalty" not in right.metrics(None)
+    rows = groups_of(data)["kind"]["open"]
+    assert half.metrics(right, rows)["exact_match"] == 0.5 and int(rows.sum()) == 4
+    assert blind_scores(data).tolist() == [0, 1, 0, 0] * 2
+
+
+def test_keys_and_values_are_as_many_bytes_as_the_cache_holds(llava):
+    """One row, so that nothing is padding."""
+    question = questions().questions[0]
+    inputs = llava.inputs([picture(question.image)], [question.text])
+    for keep in (1.0, 0.25):
+        with vtok.patched(llava.net, "uniform", keep=keep):
+            found = vqa_pipeline.answer(llava, llava.net, inputs, 1)
+            with torch.no_grad():
+                cache = llava.net(**inputs, use_cache=True).past_key_values
+            (prompt,) = vtok.info(llava.net).prompts
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        if prompt.estimate is not None:
+            assert found.macs == (prompt.estimate.macs, prompt.estimate.base_macs, prompt.estimate.reduction_macs)
+            assert prompt.estimate.kv_bytes == held
+        assert found.kv_bytes.tolist() == [held] and found.kept.tolist() == [[int(VISUAL * keep)] * ANATOMY.text_depth]
+
+
+def test_tokens_between_layers_are_counted(llava):
+    from vlm_zoo import Columns
+
+    inputs = llava.inputs([picture(0), picture(1)], ["is there a circle?", "what color is the shape?"])
+    with vtok.patched(llava.net, Columns(((2, 2), (3, 0)))):
+        found = vqa_pipeline.answer(llava, llava.net, inputs, 1)
+    assert found.visual.tolist() == [VISUAL, VISUAL]
+    assert found.kept.tolist() == [[VISUAL, VISUAL, VISUAL // 2, 0]] * 2
+
+
+def test_times_are_paired_within_batches():
+    def line(batch, ttft, base, cold=False):
+        return {
+            "batch": batch,
+            "cold": cold,
+            "ttft_ms": ttft,
+            "base_ttft_ms": base,
+            "decode_ms_per_token": None,
+            "base_decode_ms_per_token": 2.0,
+        }
+
+    lines = [line(0, 100, 100, True), line(4, 1, 2), line(4, 1, 2), line(8, 2, 8), line(12, 1, 3)]
+    found = time_fields(lines, True)
+    assert found["ttft_ms"] == {"patched": 1, "base": 3} and found["speedup"] == 3
+    assert found["speedup_ci"][0] >= 2 and found["speedup_ci"][1] <= 4
+    assert found["decode_ms_per_token"] == {"patched": None, "base": 2}
+    assert "speedup" not in time_fields(lines, False)
+    assert time_fields(lines[:1], True)["speedup"] == 1  # the only batch there is
+
+
+def test_records_time_the_first_token_and_each_further_one(evaluated):
+    _, records = evaluated
+    assert all(r["ttft_ms"]["patched"] > 0 and r["decode_ms_per_token"]["base"] > 0 for r in records)
+    assert "speedup" not in records[0] and records[1]["speedup"] > 0
+    assert records[1]["kv_bytes"]["patched"] < records[1]["kv_bytes"]["base"] == records[0]["kv_bytes"]["patched"]
+    gmacs = records[1]["gmacs"]
+    assert records[1]["implied_speedup"] == pytest.approx(gmacs["base"] / gmacs["model"]) and gmacs["base"] > gmacs["model"]
+    assert records[0]["gmacs"]["model"] == records[1]["gmacs"]["base"] and "implied_speedup" not in records[0]
+    assert records[1]["achieved"] == records[1]["speedup"] / records[1]["implied_speedup"]
+    assert records[2]["tokens"] == {"in": 16.0, "out": 4.0, "mean_per_layer": [4.0] * 4}
+
+
+class StopError(Exception):
+    pass
+
+
+def test_a_stop_loses_the_batch_in_progress_alone(llava, evaluated, tmp_path, monkeypatch):
+    _, whole = evaluated
+    plain, asked = vqa_pipeline.answer, []
+
+    def counting(model, net, inputs, limit):
+        if len(asked) == 4:
+            raise StopError
+        asked.append(len(inputs["input_ids"]))
+        return plain(model, net, inputs, limit)
+
+    monkeypatch.setattr(vqa_pipeline, "answer", counting)
+    with pytest.raises(StopError):
+        evaluate(llava, questions(), SETTINGS, options(output=str(tmp_path)))
+    assert len(Records(tmp_path / "samples.jsonl").load()) == 16  # three settings on the first batch, one on the second
+    with open(tmp_path / "samples.jsonl", "ab") as file:
+        file.write(b'{"key": "half a li')
+    asked.clear()
+    monkeypatch.setattr(vqa_pipeline, "answer", lambda *args: asked.append(1) or plain(*args))
+    with pytest.warns(UserWarning, match="damaged line"):
+        again = evaluate(llava, questions(), SETTINGS, options(output=str(tmp_path)))
+    assert len(asked) == 3 + 3  # the unpatched model once more on the second batch, for the times
+    for one, other in zip(whole, again):
+        assert one["metrics"] == other["metrics"] and one["key"] == other["key"] and one["tokens"] == other["tokens"]
+    asked.clear()
+    with pytest.warns(UserWarning, match="damaged line"):
+        evaluate(llava, questions(), SETTINGS, options(output=str(tmp_path)))
+    assert asked == [] and len(Records(tmp_path / "results.jsonl").load()) == 3
+
+
+def test_another_model_data_or_flag_is_another_run(llava, tmp_path):
+    def keys(model=llava, data=None, **extra):
+        return {r["key"] for r in evaluate(model, data or questions(4), [None], options(output=str(tmp_path), **extra))}
+
+    found = [keys(), keys(tiny_llava(1)), keys(data=questions(5)), keys(max_new_tokens=2), keys(prompt=" now"), keys(seed=3)]
+    found.append(keys(model_dtype="bfloat16"))
+    assert len(set().union(*found)) == len(found) and keys() == found[0]
+
+
+def test_a_killed_program_goes_on(folder, tmp_path):
+    data, out = write_lines(tmp_path / "data", 120), tmp_path / "out"
+    command = [sys.executable, "-m", "vtok.eval", "eval", "vqa", "--model", str(folder), "--data", str(data), "-b", "1"]
+    command += ["-M", "uniform:keep=0.5", "--max-new-tokens", "2", "--output", str(out)]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    samples, until = out / "samples.jsonl", time.monotonic() + 120
+    while not samples.is_file() or samples.read_bytes().count(b"\n") < 20:
+        assert running.poll() is None and time.monotonic() < until, running.communicate()
+        time.sleep(0.01)
+    running.send_signal(signal.SIGKILL)
+    running.communicate()
+    kept = Records(samples).by_key()
+    assert 20 <= len(kept) < 240
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    after = Records(samples).by_key()
+    assert len(after) == 240 and {key: after[key] for key in kept} == kept
+
+
+def test_floors_keep_as_many_tokens(llava):
+    from vlm_zoo import Columns
+
+    records = evaluate(llava, questions(4), [None, Columns(((2, 2), (3, 0)))], options(floors=True))
+    share = (VISUAL * 2 + VISUAL / 2) / 4 / VISUAL
+    assert [(r["method"], r["params"].get("keep")) for r in records[2:]] == [("random", share), ("uniform", share)]
+    assert [sum(r["tokens"]["mean_per_layer"]) / 4 for r in records[1:]] == [VISUAL * share] * 3
+    assert len(evaluate(llava, questions(4), [None, ("random", {"keep": 0.5})], options(floors=True))) == 2
+
+
+def test_vqav2_files(llava, tmp_path):
+    root = write_vqav2(tmp_path)
+    data = open_vqa(root)
+    assert (len(data.questions), data.prompt, data.questions[0].target) == (8, ONE_WORD, "blue")
+    assert set(groups_of(data)["kind"]) == {"other", "yes/no"}
+    assert data.read(3).size == (16, 16) and np.array_equal(np.asarray(data.read(3)), np.asarray(picture(3)))
+    records = evaluate(llava, root, SETTINGS[:2], options(output=str(tmp_path / "out"), prompt=""))
+    assert records[0]["n"] == 8 and records[0]["blind"] is None
+    answers = read_results(tmp_path / "out" / "answers_1-uniform-keep-0.5.json")
+    assert list(answers) == [100 + i for i in range(8)]
+    # answers of another program are scored beside: people agree on eight of ten
+    targets = {q.doc_id: q.target for q in data.questions}
+    (tmp_path / "theirs.json").write_text(json.dumps([{"question_id": n, "answer": a} for n, a in targets.items()]))
+    theirs = evaluate(llava, root, [None], options(results=str(tmp_path / "theirs.json")))[-1]
+    assert theirs["title"] == "theirs" and theirs["metrics"]["soft_accuracy"] == theirs["metrics"]["exact_match"] == 1
+    assert theirs["metrics"]["exact_match_difference"] > 0 and theirs["n"] == 8
+
+
+def test_evenly_spaced_questions():
+    data = questions(12)
+    assert [q.doc_id for q in data.take(5).questions] == [0, 2, 4, 7, 9] and data.take(None) is data.take(99) is data
+
+
+def test_easy_vqa_from_the_question_alone():
+    """The published test questions, and answers that are the majority among the training questions."""
+    data = open_vqa(EASY_VQA)
+    right, parts = blind_scores(data), groups_of(data)["kind"]
+    assert len(data.questions) == 9673 and len({q.image for q in data.questions}) == 1000
+    assert 100 * right.mean() == pytest.approx(67.0, abs=0.05)
+    assert 100 * right[parts["yes/no"]].mean() == pytest.approx(82.5, abs=0.05)
+    assert 100 * right[parts["open"]].mean() == pytest.approx(23.3, abs=0.05)
+    assert data.read(data.questions[0].image).size == (64, 64) and data.prompt == ""
+
+
+def test_blind_answers_are_majorities_of_training_questions():
+    assert blind_answers(["a", "a", "a", "b"], ["x", "y", "y", "z"]) == {"a": "y", "b": "z"}
+    assert blind_answers(["a", "a"], ["x", "y"]) == {"a": "x"}
+    easy_vqa = pytest.importorskip("easy_vqa")
+    texts, answers, _ = easy_vqa.get_train_questions()
+    assert blind_answers(texts, answers) == dict(open_vqa(EASY_VQA).blind)
+
+
+def test_the_command_line(folder, tmp_path):
+    from vtok.eval.app import app
+
+    def run(*args):
+        result = CliRunner().invoke(app, [str(a) for a in args], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return words(result.stdout)
+
+    data = write_lines(tmp_path / "data")
+    common = ["eval", "vqa", "--model", folder, "--data", data, "-b", 4, "--max-new-tokens", 2]
+    methods, out = ["-M", "uniform:keep=0.5", "-M", "random:keep=0.25,seed=2"], tmp_path / "out"
+    text = run(*common, *methods, "--output", out, "--num-samples", 6)
+    for word in ("6 questions about 4 images", "uniform(keep=0.5)", "loyalty", "kind open, 2 questions", "TTFT", "±"):
+        assert word in text, text
+    assert len(Records(out / "results.jsonl").load()) == 3
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model: {{backend: transformers, name: '{folder}'}}\nmethod: {{name: uniform, keep: 0.5}}\ntask: vqa\nbatch_size: 4\n"
+        "published: {soft_accuracy: 76.7, base_soft_accuracy: 78.5, source: a paper}\n"
+    )
+    text = run("run", path, "--data", data, "-j", 0)
+    for word in ("76.7", "78.5", "-1.800", "soft accuracy patched", "a paper"):
+        assert word in text, text
+
+
+def test_settings_on_the_command_line():
+    assert runs.parse_setting("uniform:keep=0.5") == ("uniform", {"keep": 0.5})
+    assert runs.parse_setting("tome") == ("tome", {})
+    both = runs.parse_setting("pitome:ratio=0.9+uniform:keep=1.0e+0")
+    assert both == [vtok.PiToMe(ratio=0.9), vtok.UniformGrid(keep=1.0)]
+    assert [c.name for c in runs.parse_setting("tome+uniform")] == ["tome", "uniform"]
+    with pytest.raises(vtok.VtokError, match="unknown method 'unifrm'; did you mean 'uniform'"):
+        runs.parse_setting("tome+unifrm")
+
+
+def _broken(tmp_path, name, text):
+    tmp_path.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(text)
+    return tmp_path / name
+
+
+def _changed(tmp_path, part, change):
+    root = write_vqav2(tmp_path)
+    (path,) = root.glob(f"*{part}*.json")
+    content = json.loads(path.read_text())
+    change(content[part])
+    path.write_text(json.dumps(content))
+    return root
+
+
+LINE = '{"id": 1, "image": "0.png", "question": "q", "answers": ["a"]}'
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "nowhere", "is neither easy-vqa, a .jsonl file nor a folder"),
+        (lambda p: p / "nowhere.jsonl", "nowhere.jsonl does not exist"),
+        (lambda p: _broken(p, "x.jsonl", LINE + "\n{'id': 1}\n"), "x.jsonl:1: the image .* is missing; pass the folder"),
+        (
+            lambda p: (picture(0).save(p / "0.png"), _broken(p, "x.jsonl", LINE + "\n{'id': 1}\n"))[1],
+            r"x.jsonl:2 is not an object",
+        ),
+        (lambda p: _broken(p, "x.jsonl", '{"id": 1, "image": "0.png"}'), "x.jsonl:1 is not an object .*KeyError 'answers'"),
+        (lambda p: _broken(p, "x.jsonl", '{"id": 1, "image": "0.png", "question": "q", "answers": []}'), "question 1 has no"),
+        (lambda p: _broken(p, "x.jsonl", "\n"), "x.jsonl holds no questions"),
+        (
+            lambda p: (picture(0).save(p / "0.png"), _broken(p, "x.jsonl", LINE + "\n" + LINE))[1],
+            "asks question 1 more than once",
+        ),
+        (lambda p: p, r"holds 0 files \*uestions\*.json; name the one to read"),
+        (lambda p: _changed(p, "questions", lambda q: q[0].pop("image_id")), "not of VQAv2's form .*KeyError 'image_id'"),
+        (
+            lambda p: _changed(p, "questions", lambda q: q[0].update(image_id=77)),
+            "the image of question 100 is missing: no file in",
+        ),
+        (lambda p: _changed(p, "annotations", lambda a: a.pop(0)), "no annotation of question 100; do both files belong"),
+        (lambda p: _changed(p, "annotations", lambda a: a[0].update(answers=[])), "question 100 has no answers"),
+        (lambda p: _changed(p, "annotations", lambda a: a[0].update(answers=["x"])), "are no objects with 'answer'"),
+    ],
+)
+def test_data_that_cannot_be_read(make, message, tmp_path):
+    with pytest.raises(vtok.VtokError, match=message) as caught:
+        open_vqa(make(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def _results(tmp_path, content):
+    path = tmp_path / "theirs.json"
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda v, p: evaluate(v, questions(4), []), "at least one setting"),
+        (lambda v, p: evaluate(v, questions(4), [None], options(batch_size=0)), "batch_size must be at least 1, got 0"),
+        (lambda v, p: evaluate(v, questions(4), [None], options(model_dtype="int4")), "unknown type 'int4'"),
+        (lambda v, p: evaluate(v, questions(4), ["tome"]), "tome reduces tokens inside the blocks of a vision encoder"),
+        (lambda v, p: evaluate(v, questions(4), ["unifrm"]), "did you mean 'uniform'"),
+        (lambda v, p: evaluate(str(p), questions(4)), "transformers cannot load"),
+        (lambda v, p: load_vlm("no/such-model"), "transformers cannot load no/such-model as a vision-language model"),
+        (lambda v, p: evaluate(v, questions(4), [None], options(results=_results(p, [{"question_id": 0, "answer": "x"}]))),
+         "has no answer to 3 of 4 questions, the first: 1"),
+        (lambda v, p: evaluate(v, questions(4), [None], options(results=_results(p, [{"answer": "x"}]))), "KeyError 'quest"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_evaluated(call, message, llava, tmp_path):
+    with pytest.raises(vtok.VtokError, match=message):
+        call(llava, tmp_path)
+
+
+def test_a_processor_of_another_model(llava):
+    from dataclasses import replace
+
+    from vtok.eval.reference_vlm import make_processor
+    from vtok.eval.vlm_models import VisionLanguageModel
+
+    other = VisionLanguageModel(llava.net, make_processor(replace(ANATOMY, patch_size=8)), "mixed")
+    with pytest.raises(vtok.ConfigError) as caught:
+        evaluate(other, questions(4), [None, ("uniform", {"keep": 0.5})], options())
+    text = str(caught.value)
+    assert "processor and model of mixed disagree" in text and "hold 16 image tokens" in text and "makes 64 features" in text
+
+
+def test_a_patched_model_is_refused(llava):
+    with vtok.patched(llava.net, "uniform", keep=0.5), pytest.raises(vtok.ConfigError, match="pass it unpatched"):
+        evaluate(llava, questions(4), [None])
+
+
+def test_the_task_is_registered():
+    assert TASKS.get("vqa") is evaluate

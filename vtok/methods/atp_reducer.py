@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vtok.methods.atp import Slots
 from vtok.methods.atp_attention import gate_bias
-from vtok.methods.atp_losses import ATPLosses, atp_loss, token_counts
+from vtok.methods.atp_losses import ATPLosses, atp_loss, average_tokens, token_counts
 from vtok.methods.atp_module import ATPModules, Decision
 from vtok.prompt import LayerAttention, Layout, VLMInfo, VLMReducer
 from vtok.state import Place, Site
@@ -126,6 +126,11 @@ class SoftATP:
     def total(self) -> Tensor:
         """[B]: visual tokens in front of the first module."""
         return self.slots[self.layers[0]].image.sum(-1)
+
+    def hard_average(self, over: str = "layers") -> Tensor:
+        """Scalar: what the average of the target loss would be with hard decisions."""
+        spec, some = self.modules.spec, self.total > 0
+        return average_tokens(self.hard_counts[some].float(), spec.sites, self.total[some], spec.depth, over).mean()
 
     def losses(self, **settings: float | bool | str) -> ATPLosses:
         """See `atp_loss`, whose keywords these are."""

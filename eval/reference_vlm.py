@@ -91,7 +91,13 @@ class ReferenceLLaVA:
 
     def config(self) -> Any:
         """A `LlavaConfig`."""
-        from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+        from transformers import LlavaConfig
+
+        return LlavaConfig(**self.parts(), image_seq_length=self.visual_tokens)
+
+    def parts(self) -> dict[str, Any]:
+        """What the configurations of LLaVA and LLaVA-NeXT have in common."""
+        from transformers import CLIPVisionConfig, LlamaConfig
 
         vision = CLIPVisionConfig(
             hidden_size=self.width,
@@ -101,19 +107,7 @@ class ReferenceLLaVA:
             image_size=self.image_size,
             patch_size=self.patch_size,
         )
-        return LlavaConfig(
-            vision_config=vision,
-            text_config=self.text_config(LlamaConfig),
-            image_token_id=IMAGE,
-            image_seq_length=self.visual_tokens,
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="default",
-            tie_word_embeddings=False,
-        )
-
-    def text_config(self, kind: Any) -> Any:
-        """The language model's part of it."""
-        return kind(
+        text = LlamaConfig(
             vocab_size=len(SPECIAL) + len(WORDS),
             hidden_size=self.text_width,
             intermediate_size=self.text_hidden,
@@ -126,14 +120,28 @@ class ReferenceLLaVA:
             eos_token_id=EOS,
             tie_word_embeddings=False,
         )
+        return {
+            "vision_config": vision,
+            "text_config": text,
+            "image_token_id": IMAGE,
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "default",
+            "tie_word_embeddings": False,
+        }
 
     def build(self) -> Any:
         """A freshly initialised model that stops at the end of its answer."""
-        from transformers import GenerationConfig, LlavaForConditionalGeneration
+        from transformers import LlavaForConditionalGeneration
 
-        model = LlavaForConditionalGeneration(self.config())
-        model.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, max_new_tokens=4)
-        return model.eval()
+        return answering(LlavaForConditionalGeneration(self.config()))
+
+
+def answering(model: Any) -> Any:
+    """`model` in eval mode, stopping at the end of its answer in a plain `generate()`."""
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, max_new_tokens=4)
+    return model.eval()
 
 
 def make_tokenizer() -> Any:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from vtok.eval.easyvqa import BLANK, CLASSES, COLOURS, PLACES, SHAPES, Pictures, compose
-from vtok.eval.reference import load_reference_pages, load_reference_pictures
+from vtok.eval.reference import asset, load_reference_pages, load_reference_pictures
 from vtok.eval.train_vit import Stage
 
 transformers = pytest.importorskip("transformers")
@@ -17,11 +17,14 @@ transformers = pytest.importorskip("transformers")
 from vtok.eval import train_llava_next, train_run  # noqa: E402
 from vtok.eval.reference_next import (  # noqa: E402
     DIFFERENCES,
+    NEXT_FOLDER,
     ReferenceLLaVANeXT,
     add_differences,
     differences,
     draw_cells,
     load_reference_llava_next,
+    load_reference_llava_next_processor,
+    load_reference_page_questions,
     make_next_processor,
     page_questions,
     questions_about,
@@ -185,6 +188,35 @@ def test_drawn_test_questions():
             for place, cell in zip(PLACES, questions.cells[number].tolist()):
                 if text == f"is {place} blank?":
                     assert (answer == "yes") == (cell == BLANK)
+
+
+def test_the_bundled_questions():
+    questions = load_reference_page_questions()
+    assert questions.pictures.shape == (600, 3, 128, 128) and len(questions.texts) == len(questions.answers) == 3600
+    assert torch.bincount(questions.density).tolist() == [0, 900, 900, 900, 900]
+    assert int(questions.open.sum()) == 1800
+    assert 0.45 < sum(a == "yes" for a in questions.answers) / 1800 < 0.55
+    written = {t: a for t, a, r in zip(questions.texts, questions.answers, questions.rows.tolist()) if r == 5}
+    known = {t: a for seed in range(9) for t, a in questions_about(questions.cells[5].tolist(), _seeded(seed))}
+    assert written.items() & known.items() and all(known.get(t, a) == a for t, a in written.items())
+
+
+def _seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_bundled_configuration_is_the_one_in_the_code():
+    folder = asset(f"{NEXT_FOLDER}/config.json").parent
+    bundled, ours = transformers.AutoConfig.from_pretrained(folder).to_dict(), ReferenceLLaVANeXT().config().to_dict()
+    for config in (bundled, ours):
+        for part in (config, config["text_config"], config["vision_config"]):
+            for key in ("architectures", "dtype", "transformers_version", "_name_or_path"):
+                part.pop(key, None)
+    assert bundled == ours
+    processor = load_reference_llava_next_processor()
+    page = torch.zeros(3, 128, 128, dtype=torch.uint8)
+    inputs = processor(images=[page], text=[PROMPT.format(question="is top left blank?")], return_tensors="pt")
+    assert (inputs["input_ids"] == IMAGE).sum() == 336 and inputs["pixel_values"].shape == (1, 5, 3, 64, 64)
 
 
 def test_pages_are_drawn_with_their_pictures_in_their_cells():

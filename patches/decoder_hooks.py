@@ -78,9 +78,7 @@ class BeforeModel(PrunerHook):
             return kwargs
         _check_text(getattr(module, pruner.spec.text))
         given = kwargs.get("mm_encoder_outputs")
-        spec = pruner.spec
-        outputs = hf.encode(module, kwargs)
-        chosen = hf.choose(module, outputs, pruner.features, spec.views, spec.view_counts, kwargs, pruner.holed)
+        chosen = hf.choose(module, hf.encode(module, kwargs), pruner.features, pruner.spec, kwargs, pruner.holed)
         keep = hf.kept_columns(ids, pruner.tokens, chosen.rows)
         kwargs = {name: value for name, value in kwargs.items() if name not in hf.PIXELS.values()}
         kwargs["mm_encoder_outputs"] = chosen.outputs

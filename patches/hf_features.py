@@ -9,12 +9,13 @@ import copy
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from vtok.errors import StateError, UnsupportedModelError
+from vtok.ops.crops import Cut, ViewMap, view_map
 from vtok.patches import tower_taps, vlm_tower
 from vtok.prompt import ImageFeatures, TowerBlock, View, VLMReducer
 from vtok.reduction import Plan, apply_plan
@@ -25,6 +26,19 @@ PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 Views = Callable[[Any, str, int, int, Tensor, Mapping[str, Any]], tuple[View, ...]]
 # (model, modality, features of every image, views of the tower in all, keywords of the call) -> views of every image, if known
 ViewCounts = Callable[[Any, str, Sequence[Tensor], int, Mapping[str, Any]], list[int] | None]
+# (model, features of every image, views of each, which of the call's images each is, keywords of the call) -> how each was cut
+Cuts = Callable[[Any, Sequence[Tensor], Sequence[int], Sequence[int], Mapping[str, Any]], list[Cut | None]]
+
+
+class Anatomy(Protocol):
+    """What is known of the image features of a family of models; see the types."""
+
+    @property
+    def views(self) -> Views: ...
+    @property
+    def view_counts(self) -> ViewCounts: ...
+    @property
+    def cuts(self) -> Cuts: ...
 
 
 class Chosen(NamedTuple):
@@ -83,8 +97,7 @@ def choose(
     model: Any,
     outputs: dict[str, Any],
     reducer: VLMReducer | None,
-    views: Views,
-    counts: ViewCounts,
+    anatomy: Anatomy,
     kwargs: Mapping[str, Any],
     holed: bool = False,
 ) -> Chosen:
@@ -96,8 +109,7 @@ def choose(
         model: the one whose features these are.
         outputs: modality -> output, left as they are.
         reducer: of the method, or `None` to keep all.
-        views: says what the tokens of an image are.
-        counts: says of how many views of the vision tower an image is made.
+        anatomy: says what the tokens of an image are, and which views of the vision tower they come from.
         kwargs: of the call.
         holed: whether the vision tower is patched such that features may be missing.
 
@@ -117,33 +129,36 @@ def choose(
         rows[modality] = stay
         if reducer is None:
             continue
-        tower = _Towers(model, modality, output, reducer.tower_blocks, counts, kwargs)
+        tower = _Towers(model, modality, output, reducer.tower_blocks, anatomy, kwargs)
         left = [mask.nonzero()[:, 0] for mask in stay] if holed else []  # rows of the tokens that the tower left
-        alike: dict[tuple[int, tuple[View, ...], int, bool], list[int]] = {}
+        alike: dict[tuple[int, tuple[View, ...], int, bool, Any], list[int]] = {}
         first, folded = 0, False
         for i, x in enumerate(images):
-            whole = not holed or len(left[i]) == len(x)
-            parts = views(model, modality, i, first, x.detach(), kwargs) if whole else (View(0, 1, len(left[i])),)
-            alike.setdefault((parts[-1].stop, parts, len(tower.views[i]), whole), []).append(i)
+            if not len(x):  # a prompt without images, where a model returns the features of a prompt as one
+                continue
+            whole, cut = not holed or len(left[i]) == len(x), tower.cuts[i]
+            parts = anatomy.views(model, modality, i, first, x.detach(), kwargs) if whole else (View(0, 1, len(left[i])),)
+            alike.setdefault((parts[-1].stop, parts, len(tower.views[i]), whole, cut and cut.shape), []).append(i)
             first += len(x)
-        for (_, parts, number, whole), numbers in alike.items():
+        for (_, parts, number, whole, _), numbers in alike.items():
             tokens = torch.stack([images[i] if whole else images[i][left[i]] for i in numbers])
             layouts.append((modality, parts, tokens.shape[1], len(numbers)))
             patches = None if whole else torch.stack([left[i] for i in numbers])
-            seen = ImageFeatures(tokens.detach(), parts, modality, tower.blocks(numbers), number, patches=patches)
+            source = tower.source(numbers, tokens.device) if whole else None
+            seen = ImageFeatures(tokens.detach(), parts, modality, tower.blocks(numbers), number, source, patches)
             with torch.no_grad():
                 plan = reducer.features(seen)
             if plan is None:
                 continue
             if plan.keep.shape[1] == 0 or (plan.valid is not None and not bool(plan.valid.any(1).all())):
                 raise StateError(f"{type(reducer).__name__} keeps no token of an image; at least one must stay")
-            folded = folded or plan.src is not None
+            folded = folded or plan.changes
             for i, kept, x in zip(numbers, _masks(plan, tokens), _folded(plan, tokens)):
                 if whole:
                     stay[i], images[i] = kept, x
                 else:
                     stay[i] = stay[i].index_copy(0, left[i], kept)
-                    images[i] = images[i].index_copy(0, left[i], x) if plan.src is not None else images[i]
+                    images[i] = images[i].index_copy(0, left[i], x) if plan.changes else images[i]
         if folded:
             outputs[modality] = _with_features(output, images)
     return Chosen(outputs, {modality: torch.cat(parts) for modality, parts in rows.items()}, tuple(layouts), alive)
@@ -158,29 +173,39 @@ def _check_reduced(output: Any) -> None:
 
 
 class _Towers:
-    """What the vision tower saw of every image: `views[i]` lists the views that image i is made of."""
+    """What the vision tower saw of every image: `views[i]` lists the views that image i is made of, `cuts[i]` says which."""
 
     def __init__(
-        self, model: Any, modality: str, output: Any, blocks: Sequence[int], counts: ViewCounts, kwargs: Mapping[str, Any]
+        self, model: Any, modality: str, output: Any, blocks: Sequence[int], anatomy: Anatomy, kwargs: Mapping[str, Any]
     ):
         self.names, images = tuple(blocks), feature_list(output)
         self.views: list[range] = [range(0)] * len(images)
+        self.cuts: list[Cut | None] = [None] * len(images)
         if not blocks:
             return
         self.seen = tower_taps.seen(output, blocks)
-        found = counts(model, modality, self.seen.images, self.seen.num_views, tower_taps.merge_call(kwargs, self.seen))
+        call = tower_taps.merge_call(kwargs, self.seen)
+        found = anatomy.view_counts(model, modality, self.seen.images, self.seen.num_views, call)
         if found is None:
             raise StateError(
                 f"which of the {self.seen.num_views} views that the vision tower saw belong to which of the "
                 f"{len(self.seen.images)} {modality}s cannot be told from their features; pass pixels and image_sizes together"
             )
         ends = list(itertools.accumulate(found))
-        self.views = [range(ends[i] - found[i], ends[i]) for i in self.seen.original(images)]
+        original = self.seen.original(images)
+        self.views = [range(ends[i] - found[i], ends[i]) for i in original]
+        if modality == "image":  # nobody crops videos
+            self.cuts = anatomy.cuts(model, images, [found[i] for i in original], original, call)
 
     def blocks(self, numbers: Sequence[int]) -> dict[int, TowerBlock]:
         """For some of the images."""
         rows = [row for i in numbers for row in self.views[i]]
         return {name: self.seen.blocks[name].of(rows) for name in self.names}
+
+    def source(self, numbers: Sequence[int], device: torch.device) -> ViewMap | None:
+        """How patches became tokens, for some of the images, all cut alike."""
+        cuts = [cut for i in numbers if (cut := self.cuts[i]) is not None]
+        return view_map(cuts, device) if cuts else None
 
 
 def _masks(plan: Plan, tokens: Tensor) -> Tensor:
@@ -193,7 +218,7 @@ def _masks(plan: Plan, tokens: Tensor) -> Tensor:
 
 def _folded(plan: Plan, tokens: Tensor) -> Tensor:
     """[B, n, D]: the tokens, kept ones with what was folded into them."""
-    if plan.src is None:
+    if not plan.changes:
         return tokens
     out, _ = apply_plan(tokens, TokenState(0, tokens.shape[1]), plan)
     if plan.valid is not None:  # a padding row repeats a real one: it is written to a row of its own

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from vtok.errors import UnsupportedModelError
-from vtok.patches import decoder_probe, hf_views
-from vtok.patches.hf_features import ViewCounts, Views
+from vtok.patches import decoder_probe, hf_cuts, hf_views
+from vtok.patches.hf_features import Cuts, ViewCounts, Views
 from vtok.patches.hf_tables import TOWERS
 from vtok.patches.protocol import Tower, look_up, qualified_name
 from vtok.patches.vlm_tower import Joint
@@ -35,6 +35,7 @@ class VLMSpec:
         views: says what the visual tokens of an image are.
         view_counts: says of how many views of the vision tower an image is made.
         grid: rows and columns of visual tokens of every image; says `None` where they depend on the image.
+        cuts: says how images were cut into these views.
         rotary_3d: whether positions are (time, height, width), which cannot be renumbered.
         connector: child between vision tower and LLM, if all there happens token by token; "" = the grid is needed.
         packed: whether the vision tower runs the patches of all images as one sequence.
@@ -44,6 +45,7 @@ class VLMSpec:
     views: Views = hf_views.square
     view_counts: ViewCounts = hf_views.even_counts
     grid: Callable[[Any], tuple[int, int] | None] = _no_grid
+    cuts: Cuts = hf_cuts.lone
     rotary_3d: bool = False
     connector: str = ""
     packed: bool = False
@@ -55,13 +57,13 @@ def _in(model: str) -> str:
 
 _PROJECTED = VLMSpec(grid=hf_views.tower_grid, connector="multi_modal_projector")
 _QWEN = VLMSpec(views=hf_views.frames, rotary_3d=True, packed=True)
-_IDEFICS = VLMSpec("text_model", hf_views.tiles)
-_ANYRES = VLMSpec(views=hf_views.any_resolution, view_counts=hf_views.crop_counts)
+_IDEFICS = VLMSpec("text_model", hf_views.tiles, cuts=hf_cuts.rows)
+_ANYRES = VLMSpec(views=hf_views.any_resolution, view_counts=hf_views.crop_counts, cuts=hf_cuts.packed)
 
 VLMS: dict[str, VLMSpec] = {
     _in("gemma3") + "Gemma3Model": VLMSpec(grid=hf_views.pooled_grid),
     _in("idefics3") + "Idefics3Model": _IDEFICS,
-    _in("internvl") + "InternVLModel": VLMSpec(grid=hf_views.shuffled_grid),
+    _in("internvl") + "InternVLModel": VLMSpec(grid=hf_views.shuffled_grid, cuts=hf_cuts.tiles),
     _in("llava") + "LlavaModel": _PROJECTED,
     _in("llava_next") + "LlavaNextModel": _ANYRES,
     _in("llava_onevision") + "LlavaOnevisionModel": _ANYRES,
@@ -191,6 +193,7 @@ def _describe(path: str, module: Any, spec: VLMSpec) -> VLM:
         tower=facts,
         no_tower=no_tower,
         grid=spec.grid(module),
+        crops=spec.cuts is not hf_cuts.lone,
     )
     return VLM(path, module, spec, info, {m: token for m, token in tokens.items() if token is not None}, tower)
 

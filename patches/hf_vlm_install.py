@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from vtok.patches.decoder_state import compact, renumbered, take
 from vtok.patches.hf_vlm import VLM
 from vtok.patches.hf_vlm_cost import tower_of
 from vtok.patches.swap import Mixin, put_on
+from vtok.prompt import ImageFeatures, VLMReducer
 
 PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 
@@ -72,6 +73,43 @@ def pruner_of(vlm: VLM) -> Pruner | None:
     return next((hook.pruner for hook in found if isinstance(hook, hooks.BeforeModel)), None)
 
 
+class _Witness(VLMReducer):
+    """Keeps all tokens, and what it saw of them."""
+
+    def __init__(self, blocks: Sequence[int]):
+        self.blocks, self.seen = tuple(blocks), list[ImageFeatures]()
+
+    @property
+    def tower_blocks(self) -> tuple[int, ...]:
+        return self.blocks
+
+    def features(self, images: ImageFeatures) -> None:
+        self.seen.append(images)
+
+
+def observed(vlm: VLM, inputs: Any, blocks: Sequence[int]) -> Iterator[ImageFeatures]:
+    """What a method would see of the images of a few inputs, one input after the other.
+
+    Args:
+        vlm: the model.
+        inputs: as the processor returns them, with pixels; or a list of these.
+        blocks: of the vision tower, whose attention it would look at.
+
+    Raises:
+        ConfigError: these are no inputs, or hold no pixels.
+    """
+    for values in [inputs] if isinstance(inputs, Mapping) else inputs:
+        if not isinstance(values, Mapping) or "input_ids" not in values or not hf.carries_images(values):
+            found = sorted(values) if isinstance(values, Mapping) else type(values).__name__
+            raise ConfigError(
+                f"calibration takes inputs as the processor returns them, input_ids and pixels, or a list of these; got {found}"
+            )
+        witness, taps = _Witness(blocks), tower_taps.TowerTaps(blocks)
+        with torch.no_grad(), taps.on(vlm.tower):
+            hf.choose(vlm.module, hf.encode(vlm.module, values, taps), witness, vlm.spec, values)
+        yield from witness.seen
+
+
 def short_inputs(model: Any, vlm: VLM, inputs: Mapping[str, Any], pruner: Pruner, pad: int) -> dict[str, Any]:
     """Inputs of `generate()` or of the model, with the dropped placeholders gone.
 
@@ -101,11 +139,11 @@ def short_inputs(model: Any, vlm: VLM, inputs: Mapping[str, Any], pruner: Pruner
     position = values.get("position_ids")
     if position is None:  # as generate() would number the long prompt
         position = model._prepare_position_ids_for_generation(ids, values)
-    reducer, compacted, spec = pruner.features, pruner.compact, vlm.spec
+    reducer, compacted = pruner.features, pruner.compact
     taps, given = tower_taps.TowerTaps(() if reducer is None else reducer.tower_blocks), {**values, "position_ids": position}
     with torch.no_grad(), taps.on(vlm.tower):
         outputs = hf.encode(vlm.module, values, taps)
-        chosen = hf.choose(vlm.module, outputs, reducer, spec.views, spec.view_counts, given, pruner.holed)
+        chosen = hf.choose(vlm.module, outputs, reducer, vlm.spec, given, pruner.holed)
     keep = hf.kept_columns(ids, vlm.tokens, chosen.rows)
     if keep is None:
         counts = {m: (int((ids == vlm.tokens[m]).sum()), len(rows)) for m, rows in chosen.rows.items()}

@@ -15,21 +15,12 @@ from torch import Tensor
 
 import vtok
 from vtok.errors import ConfigError
-from vtok.methods.correlation import redundant_tokens, score_tokens, select_tokens
 from vtok.methods.correlation_merge import compress_features
-from vtok.methods.correlation_views import (
-    GLOBAL_VIEW,
-    Layout,
-    feature_metric,
-    feature_scores,
-    global_views,
-    group_map,
-    packed_layout,
-    plain_layout,
-    to_features,
-)
-from vtok.methods.llava_packing import Packing, best_grid, pack, packing
+from vtok.methods.correlation_scores import redundant_tokens, score_tokens, select_tokens
+from vtok.methods.correlation_views import feature_metric, feature_scores, to_features
+from vtok.ops.crops import GLOBAL_VIEW, Layout, global_views, group_map, packed_layout, plain_layout
 from vtok.ops.matching import unit
+from vtok.ops.packing import Packing, best_grid, pack, packing
 
 SIDE, PATCH = 3, 10  # patches along a side of a view, pixels along a side of a patch
 VIEW = SIDE * PATCH

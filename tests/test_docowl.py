@@ -11,7 +11,7 @@ from strategies import normal, properties, seeds
 from torch import Tensor, nn
 
 from vtok.errors import ConfigError
-from vtok.methods.correlation import redundant_tokens, score_tokens, select_tokens
+from vtok.methods.correlation_scores import redundant_tokens, score_tokens, select_tokens
 from vtok.methods.docowl import (
     ANCHORS,
     HReducer,

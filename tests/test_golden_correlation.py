@@ -9,7 +9,8 @@ import torch
 from helpers_golden import FOLDER, assert_close, assert_equal, load
 from torch import Tensor
 
-from vtok.methods.correlation import (
+from vtok.methods.correlation_merge import compress_features, knn_features
+from vtok.methods.correlation_scores import (
     critical_alpha,
     group_scores,
     head_metric,
@@ -18,12 +19,11 @@ from vtok.methods.correlation import (
     select_tokens,
     similar_counts,
 )
-from vtok.methods.correlation_merge import compress_features, knn_features
-from vtok.methods.correlation_views import group_map, packed_layout, plain_layout
 from vtok.methods.docowl import ANCHORS, HReducer, best_anchor, crop_positions, crop_prompt, crop_views, h_reducer
-from vtok.methods.llava_packing import best_grid, pack, packing
 from vtok.ops.attention import cls_attention
+from vtok.ops.crops import group_map, packed_layout, plain_layout
 from vtok.ops.matching import unit
+from vtok.ops.packing import best_grid, pack, packing
 from vtok.ops.selection import iqr_fence, largest, upper_outliers, weighted_draw
 
 ALPHA, BETA = 0.8, 8
@@ -103,7 +103,7 @@ def test_local_tokens_and_union() -> None:
 def test_drawn_tokens_are_those_of_the_uniform_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole choice with the file's numbers in place of the hashed ones."""
     g = load("correlation_eq_subimage")
-    monkeypatch.setattr("vtok.methods.correlation.uniforms", lambda *_: g["u"][None])
+    monkeypatch.setattr("vtok.methods.correlation_scores.uniforms", lambda *_: g["u"][None])
     scores = score_tokens(g["k_low"][None, :, 1:], *attentions(g), BETA)
     assert_equal(where(select_tokens(scores, ALPHA)), g["kept_es"])
 

@@ -143,7 +143,8 @@ def test_only_blocks_that_are_asked_for():
     assert [len(block._forward_pre_hooks) for block in tower] == [0, 1]
     generate(model, inputs("LLaVA-1.5"), steps=1)
     assert set(looking.seen[0].tower) == {1}
-    assert looking.seen[0].source is None
+    assert looking.seen[0].source.views == 1
+    assert not looking.seen[0].source.cropped
     vtok.patch(model, "uniform", keep=0.5)
     assert [len(block._forward_pre_hooks) for block in tower] == [0, 0]
     assert "WatchedModel" not in str(type(model.model).__mro__)

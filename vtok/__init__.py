@@ -24,6 +24,7 @@ from vtok.registry import ADAPTERS, METHODS
 if TYPE_CHECKING:
     from vtok.methods.atp import ATP
     from vtok.methods.ats import ATS
+    from vtok.methods.correlation import Correlation
     from vtok.methods.pitome import PiToMe
     from vtok.methods.random_drop import RandomDrop
     from vtok.methods.tome import ToMe
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 _CONFIGS = {
     "ATP": "atp",
     "ATS": "ats",
+    "Correlation": "correlation",
     "PiToMe": "pitome",
     "RandomDrop": "random",
     "ToMe": "tome",
@@ -48,6 +50,7 @@ __all__ = [
     "METHODS",
     "BudgetError",
     "ConfigError",
+    "Correlation",
     "MissingExtraError",
     "PiToMe",
     "Prompt",

@@ -50,6 +50,8 @@ def patch(
             a vision-language model: of tower, connector and prefill of a stated prompt.
         input_size: (channels, height, width) for which a budget is solved and counts are checked; default: the model's own.
         calibration: images, as the tower takes them (a mapping: by name), for methods whose token counts depend on the image.
+            For a vision-language model: inputs as the processor returns them, or a list of these, on which a method finds a
+            number that it has no default for (`correlation`); they are encoded once, now.
         trace: keep a map from original to reduced tokens of the vision tower, for `unmerge` and overlays.
         positions: of a vision-language model's tokens behind dropped ones: "original" (default), or "compact", numbered anew.
         prompt: that a budget is solved for on a vision-language model: a `vtok.Prompt`, or a mapping of its fields such as
@@ -68,8 +70,8 @@ def patch(
     if vlms := find_vlms(model):
         from vtok import vlm, vlm_towers
 
-        vlm.refuse({"calibration": calibration})
         stated, (configs_of, saved) = Prompt.of(prompt, input_size), wanted([v.info for v in vlms], method, params, flops)
+        configs_of = vlm.calibrated(vlms, configs_of, calibration)
         configs_of, budgets = vlm.budgeted(model, vlms, configs_of, flops, stated)
         pruners = vlm.resolve_all(vlms, configs_of, saved, positions, budgets, trace)
         vlm_towers.warn_of_grids(vlms, pruners)
@@ -194,6 +196,7 @@ def prune_inputs(
     *,
     positions: str | None = None,
     pad_token_id: int | None = None,
+    calibration: Any = None,
     **params: Any,
 ) -> dict[str, Any]:
     """Shortens the prompt of a vision-language model itself: no hooks, for static caches, compilation and serving.
@@ -207,6 +210,7 @@ def prune_inputs(
         method: as for `patch`.
         positions: "original" (default): tokens keep the positions they had in the long prompt; "compact": numbered anew.
         pad_token_id: fills rows that keep fewer tokens, on the left; default: the model's own.
+        calibration: as for `patch`; for many prompts, pass the number it finds instead.
         **params: parameters of the method, if it was given by name.
 
     Returns:
@@ -223,7 +227,7 @@ def prune_inputs(
     require_module(model)
     vlms = find_vlms(model)
     configs_of, saved = wanted([v.info for v in vlms], method, params, None)
-    return vlm.shorten(model, vlms, inputs, configs_of, saved, positions, pad_token_id)
+    return vlm.shorten(model, vlms, inputs, configs_of, saved, positions, pad_token_id, calibration)
 
 
 def info(model: nn.Module, probe: Any = None) -> Info:

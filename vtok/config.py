@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from vtok.errors import ConfigError, UnsupportedModelError, unknown
-from vtok.prompt import VLMInfo, VLMReducer
+from vtok.prompt import ImageFeatures, VLMInfo, VLMReducer
 from vtok.reduction import Plan
 from vtok.state import AttentionView, Site, TokenState
 
@@ -136,6 +136,20 @@ class MethodConfig:
             f"{self.name} reduces tokens inside vision encoders; it does not act on prompts of vision-language models such as "
             f"{info.name}"
         )
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the config still lacks a number that `calibrated` finds."""
+        return False
+
+    def calibrated(self, info: VLMInfo, observe: Callable[[Sequence[int]], Iterable[ImageFeatures]]) -> Self:
+        """The same config with numbers found on a few inputs of a vision-language model.
+
+        Args:
+            info: of the model.
+            observe: blocks of the vision tower (0-based) -> image features of the inputs, with what these blocks attended to.
+        """
+        raise ConfigError(f"{self.name} has nothing to calibrate: leave calibration out")
 
     @classmethod
     def for_encoders(cls) -> bool:

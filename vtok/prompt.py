@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vtok.ops.crops import ViewMap
 from vtok.reduction import Plan
 from vtok.state import AttentionView, Site, at_least_fp32
 
@@ -59,6 +60,7 @@ class VLMInfo:
         tower: its vision tower; `None` = it cannot be looked into, and `no_tower` says why.
         no_tower: see `tower`; empty if there is one.
         grid: rows and columns of visual tokens, the same for every image; `None` = they depend on the image.
+        crops: whether it may cut an image into crops beside a view of the whole.
     """
 
     name: str
@@ -72,6 +74,7 @@ class VLMInfo:
     tower: TowerFacts | None = None
     no_tower: str = "it has no vision tower"
     grid: tuple[int, int] | None = None
+    crops: bool = False
 
     def probe_macs(self, rows: int, length: int) -> int:
         """Multiply-accumulates of `LayerAttention.probs` for so many query rows over so many columns: keys of all columns,
@@ -148,7 +151,7 @@ class ImageFeatures(NamedTuple):
     modality: str = "image"
     tower: Mapping[int, TowerBlock] = {}
     views_per_image: int = 0
-    source: Any = None
+    source: ViewMap | None = None
     patches: Tensor | None = None
 
 

@@ -26,6 +26,8 @@ class Plan(NamedTuple):
         valid: [B, M] bool, False = padding row; `None` = all real.
         use_size: False makes plain means: every row weighs one and no sizes are recorded.
         folds: [B, R] bool, False = this `src` row fills up an image that folds fewer, and goes nowhere; `None` = all real.
+        near: [B, M, K] int64, input rows that every kept row takes in on top of itself, undivided; `None` = none.
+        near_weight: [B, M, K], weight of each of them; 0 = it is not taken in.
     """
 
     keep: Tensor
@@ -35,6 +37,13 @@ class Plan(NamedTuple):
     valid: Tensor | None = None
     use_size: bool = True
     folds: Tensor | None = None
+    near: Tensor | None = None
+    near_weight: Tensor | None = None
+
+    @property
+    def changes(self) -> bool:
+        """Whether kept rows become something else than copies."""
+        return self.src is not None or self.near is not None
 
 
 def apply_plan(x: Tensor, state: TokenState, plan: Plan) -> tuple[Tensor, TokenState]:
@@ -54,7 +63,7 @@ def apply_plan(x: Tensor, state: TokenState, plan: Plan) -> tuple[Tensor, TokenS
     """
     size = state.size
     if plan.src is None:
-        out = take_rows(x, plan.keep)
+        out = take_rows(x, plan.keep) if plan.near is None else _taken_in(x, plan)
         size = None if size is None else size.gather(1, plan.keep)
     else:
         out, size = _fold(x, size if plan.use_size else None, plan)
@@ -83,6 +92,16 @@ def _fold(x: Tensor, size: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor | 
     delta = at_least_fp32(take_rows(x, plan.src)).flatten(0, 1) - rows.index_select(0, dst)
     rows.index_add_(0, dst, delta.mul_(share.view(-1, 1)))
     return out.to(x.dtype), size if plan.use_size else None
+
+
+def _taken_in(x: Tensor, plan: Plan) -> Tensor:
+    """Kept rows plus the weighted sum of their neighbours; rows without any are copied untouched."""
+    assert plan.near is not None and plan.near_weight is not None
+    kept = take_rows(x, plan.keep)
+    out = at_least_fp32(kept)
+    for near, weight in zip(plan.near.unbind(-1), plan.near_weight.to(out.dtype).unbind(-1)):  # one neighbour at a time
+        out = torch.addcmul(out, weight[..., None], at_least_fp32(take_rows(x, near)))
+    return torch.where((plan.near_weight != 0).any(-1)[..., None], out.to(x.dtype), kept)
 
 
 def _follow(group: Tensor, plan: Plan, n: int) -> Tensor:

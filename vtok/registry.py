@@ -93,6 +93,7 @@ METHODS: Registry[Any] = Registry(
     {
         "atp": "vtok.methods.atp:ATP",
         "ats": "vtok.methods.ats:ATS",
+        "correlation": "vtok.methods.correlation:Correlation",
         "pitome": "vtok.methods.pitome:PiToMe",
         "random": "vtok.methods.random_drop:RandomDrop",
         "tome": "vtok.methods.tome:ToMe",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -17,8 +17,8 @@ from vtok.files import Saved
 from vtok.patches.decoder_pass import Pruner
 from vtok.patches.hf_vlm import SUPPORTED, VLM
 from vtok.patches.hf_vlm_cost import stated_image
-from vtok.patches.hf_vlm_install import install, pruner_of, short_inputs
-from vtok.prompt import VLMInfo, VLMReducer
+from vtok.patches.hf_vlm_install import install, observed, pruner_of, short_inputs
+from vtok.prompt import ImageFeatures, VLMInfo, VLMReducer
 from vtok.prompt_cost import Prompt, PromptEstimate
 from vtok.prompt_plan import measured, planned, visual_left
 from vtok.prompt_report import PromptPlan, stated
@@ -159,6 +159,32 @@ def resolve_all(
     return pruners
 
 
+def calibrated(
+    vlms: Sequence[VLM], wanted: Sequence[tuple[MethodConfig, ...]], calibration: Any
+) -> list[tuple[MethodConfig, ...]]:
+    """The methods of every model, with the numbers that some of them find on inputs.
+
+    Raises:
+        ConfigError: none of them has such a number, or the inputs are none.
+    """
+    return [_calibrated(vlm, configs, calibration) for vlm, configs in zip(vlms, wanted)]
+
+
+def _calibrated(vlm: VLM, configs: Sequence[MethodConfig], calibration: Any) -> tuple[MethodConfig, ...]:
+    if calibration is None:
+        return tuple(configs)
+    if not any(config.calibrates for config in configs):
+        names = " + ".join(config.name for config in configs)
+        raise ConfigError(
+            f"calibration cannot be used on a vision-language model with {names}, which has no number to find; leave it out"
+        )
+
+    def observe(blocks: Sequence[int]) -> Iterator[ImageFeatures]:
+        return observed(vlm, calibration, blocks)
+
+    return tuple(config.calibrated(vlm.info, observe) if config.calibrates else config for config in configs)
+
+
 def put(model: nn.Module, vlms: Sequence[VLM], pruners: Sequence[Pruner]) -> None:
     """Installs resolved patches."""
     for vlm, pruner in zip(vlms, pruners):
@@ -287,6 +313,7 @@ def shorten(
     saved: Saved | None,
     positions: str | None,
     pad: int | None,
+    calibration: Any = None,
 ) -> dict[str, Any]:
     """See `vtok.prune_inputs`."""
     if len(vlms) != 1 or not hasattr(model, "_prepare_position_ids_for_generation"):
@@ -296,7 +323,7 @@ def shorten(
         )
     if pruner_of(vlms[0]) is not None or run_of(vlms[0].module) is not None:
         raise ConfigError("the model is patched and would shorten the prompt a second time; call vtok.unpatch(model) first")
-    pruner = resolve_all(vlms, wanted, saved, positions)[0]
+    pruner = resolve_all(vlms, calibrated(vlms, wanted, calibration), saved, positions)[0]
     places = " and ".join(str(site) for site, _ in pruner.layers.values())
     names = " + ".join(config.name for config in pruner.configs)
     if pruner.features is None and pruner.joint is None:

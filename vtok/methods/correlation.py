@@ -1,226 +1,297 @@
-"""Token-level correlation-guided compression (Zhang et al., arXiv 2407.14439) for models that crop a page into views: which
-patches of a view stay. Patch-patch similarity at a low block says how many (information density), the class token's attention
-there says which, and its outliers at a deep block are added. The view of the whole page is left alone.
+"""Token-level correlation-guided compression (Zhang et al., arXiv 2407.14439), for models that cut a page into crops: each
+keeps a number of visual tokens of its own. Patch-patch similarity at a low block of the vision tower says how many (information
+density), the class token's attention there says which, and its outliers at a deep block are added. The view of the whole page
+is left alone.
 
-The authors published no code and the paper's text was not at hand; the steps follow its figure, its abstract and reviews of it.
-Readings of ours, each an assumption: keys compared with all heads side by side, a token does not count itself, `>` in both
-thresholds, attention averaged over heads after the softmax (`cls_attention(joint=True)` is the alternative), 1.5 interquartile
-ranges with linear percentiles, drawing without replacement, at least one token a view. Ours alone, where the paper has nothing:
-`topk`, merged tokens (`group_scores`), encoders without a class token (`received_attention`), `calibrate_alpha`.
+The authors published no code and the paper's text was not at hand: `Correlation` lists what of this is a reading of ours. The
+maths: `correlation_scores` (how many, which), `correlation_views` (from patches to visual tokens), `correlation_merge` (what
+becomes of dropped tokens), `correlation_calibrate` (alpha).
 
-Shapes: V views, n patches of each, H heads, d head width, P prefix tokens, G merged tokens. `valid` [V, n] bool: False =
-padding, which is compared with nothing, counted nowhere and never kept; `None` = all real.
+Shapes: B images, V views of each, n patches and m visual tokens of a view, L visual tokens of an image, H heads, D head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple, overload
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vtok.errors import ConfigError
-from vtok.ops.hashing import uniforms
-from vtok.ops.matching import unit
-from vtok.ops.selection import largest, upper_outliers, weighted_draw
-from vtok.state import at_least_fp32
+from vtok.config import MethodConfig, flag
+from vtok.errors import ConfigError, StateError, UnsupportedModelError, unknown
+from vtok.methods.correlation_calibrate import DEFAULT_TARGET, calibrate_alpha, crop_scores
+from vtok.methods.correlation_merge import AGGREGATIONS, compression
+from vtok.methods.correlation_scores import SAMPLINGS, TokenScores, check_alpha, check_beta, redundant_tokens, select_tokens
+from vtok.methods.correlation_views import feature_metric, feature_scores
+from vtok.ops.attention import cls_attention, received_attention
+from vtok.ops.crops import ViewMap, square_groups
+from vtok.prompt import ImageFeatures, TowerBlock, VLMInfo, VLMReducer
+from vtok.reduction import Plan
+from vtok.state import Place, Site
 
-SAMPLINGS = ("multinomial", "topk")
-_ENTRIES = 1 << 25  # similarities held at once: 128 MB in fp32
+__all__ = ["Correlation", "CorrelationReducer", "redundant_tokens"]
 
-
-# Information density (low block).
-def redundant_tokens(keys: Tensor, alpha: float, beta: float, valid: Tensor | None = None) -> Tensor:
-    """Tokens of a repeated pattern: more than `beta` others are more similar to them than `alpha`.
-
-    The density of a view is its share of other tokens; their number is how many it samples.
-
-    Args:
-        keys: [V, H, n, d] keys of the patches at a low block.
-        alpha: threshold on the cosine (paper: alpha; [-1, 1]; its value is not published).
-        beta: how many similar tokens are fine (paper: beta; value not published): a number of tokens, or, between 0 and 1, a
-            share of the view's patches (0.03 is a start: 31 of 1024).
-        valid: see the module.
-
-    Returns:
-        [V, n] bool.
-
-    Raises:
-        ConfigError: alpha or beta out of range, or keys of another shape.
-    """
-    counts = similar_counts(keys, alpha, valid)
-    limit = _limit(beta, keys.shape[2] if valid is None else valid.sum(-1, keepdim=True))
-    return counts > limit
+LOW = 2 / 24  # the low block, as a share of the tower's depth
 
 
-def similar_counts(keys: Tensor, alpha: float, valid: Tensor | None = None) -> Tensor:
-    """How many other tokens of its view are more similar to a token than `alpha`: keys [V, H, n, d] -> [V, n] int64."""
-    _check_alpha(alpha)
-    counts = torch.cat([(cosine > alpha).sum(-1) for _, cosine in _cosines(keys, valid)])
-    return counts if valid is None else counts * valid
+@dataclass(frozen=True)
+class Correlation(MethodConfig):
+    """Correlation-guided compression of the crops of a page, before the LLM.
 
+    The paper's numbers are not public, its text was not at hand and there is no code of the authors. Readings of ours, from its
+    figure, its abstract and reviews: keys compared with all heads side by side; a token does not count itself; `>` in both
+    thresholds; attention averaged over heads after the softmax (`joint`: the alternative); 1.5 interquartile ranges, linear
+    percentiles; local tokens drawn without replacement; a weighted mean with the most similar kept token (`aggregation`: the
+    alternatives); every default below. Ours alone, where the paper has nothing: `topk`; calibration; connectors that merge
+    patches, whose tokens are redundant if all their patches are; LLaVA-OneVision's shrunken crops, whose scores shrink
+    likewise; the newline behind a line of crops, which stays if its line keeps a token; and towers without a class token
+    (SigLIP), where the attention that a patch receives, averaged over heads and queries, takes the place of the class token's.
 
-def critical_alpha(keys: Tensor, beta: float, valid: Tensor | None = None) -> Tensor:
-    """The alpha from which on a token is no longer redundant: its similarity to the (beta + 1)-th most similar other token.
+    A view of a whole page is returned bit for bit, and so are an image that was not cropped and the frames of a video: on a
+    model that never crops nothing would happen, which is refused unless `overview=True`.
 
-    `redundant_tokens(keys, alpha, beta)` is `critical_alpha(keys, beta) > alpha`; unlike that mask it can be calibrated,
-    interpolated and pooled over merged tokens.
-
-    Args:
-        keys, beta, valid: see `redundant_tokens`.
-
-    Returns:
-        [V, n], in at least fp32; -1, where no alpha makes a token redundant.
-    """
-    n = keys.shape[2]
-    most = min(_limit(beta, n), n - 1)
-    rank = None if valid is None else _limit(beta, valid.sum(-1))
-    found = []
-    for views, cosine in _cosines(keys, valid):
-        ranked = cosine.topk(most + 1).values  # the token itself and padding come last
-        if isinstance(rank, Tensor):
-            found.append(ranked.gather(-1, rank[views].clamp_max(most)[:, None, None].expand(-1, n, 1))[..., 0])
-        else:
-            found.append(ranked[..., -1])
-    critical = torch.cat(found).clamp_min(-1)
-    return critical if valid is None else critical.masked_fill(~valid, -1)
-
-
-def head_metric(keys: Tensor) -> Tensor:
-    """Keys of all heads side by side, as tokens are compared: [V, H, n, d] -> [V, n, H d]."""
-    if keys.ndim != 4:
-        raise ConfigError(f"keys are [views, heads, patches, head width], got {list(keys.shape)}")
-    return keys.transpose(1, 2).flatten(2)
-
-
-def _cosines(keys: Tensor, valid: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Cosines [v, n, n] for a few views at a time, and which; -inf to itself and to padding."""
-    metric = unit(head_metric(keys.detach()))  # a choice has no gradient
-    step = max(1, _ENTRIES // metric.shape[1] ** 2)
-    for start in range(0, max(1, len(metric)), step):
-        views = slice(start, start + step)
-        cosine = (metric[views] @ metric[views].transpose(-1, -2)).clamp_(-1, 1)
-        cosine.diagonal(dim1=-2, dim2=-1).fill_(float("-inf"))
-        if valid is not None:
-            cosine.masked_fill_(~valid[views, None], float("-inf"))
-        yield views, cosine
-
-
-def _check_alpha(alpha: float) -> None:
-    if not -1 <= alpha <= 1:
-        raise ConfigError(f"alpha is a cosine in [-1, 1], got {alpha}")
-
-
-@overload
-def _limit(beta: float, patches: int) -> int: ...
-@overload
-def _limit(beta: float, patches: Tensor) -> int | Tensor: ...
-def _limit(beta: float, patches: int | Tensor) -> int | Tensor:
-    """How many similar tokens a token may have, out of so many patches."""
-    if isinstance(beta, bool) or not 0 <= beta < float("inf"):
-        raise ConfigError(f"beta is a number of tokens >= 0, or a share of them between 0 and 1, got {beta!r}")
-    if not 0 < beta < 1:
-        return int(beta)
-    return (beta * patches.double()).round().long() if isinstance(patches, Tensor) else round(beta * patches)
-
-
-# Which tokens stay.
-class TokenScores(NamedTuple):
-    """What the choice looks at.
+    Alpha has no default. Either pass it, or let `vtok.patch(model, "correlation", calibration=[inputs, ...])` find it on a few
+    pages of your own, once: what is kept of an image then depends on that image alone, and `save_config` writes the number.
 
     Attributes:
-        critical: [V, n] from `critical_alpha`.
-        low: [V, n] attention received at the low block; local tokens are drawn in proportion to it.
-        outlier: [V, n] bool, tokens of outstanding attention at the deep block; they stay.
-        valid: [V, n] bool or `None`, see the module.
+        alpha: threshold on the cosine of two patches (paper: alpha; [-1, 1]; value not published). Larger keeps more.
+        target_keep: share of the crops' tokens that calibration aims at ((0, 1]; `None` = 0.66, a reading of published
+            summaries: about two thirds are kept on average). Not beside `alpha`.
+        beta: how many similar patches are fine (paper: beta; not published): a number of patches, or, between 0 and 1, a share
+            of the view's (default 0.03: 31 of 1024).
+        low_layer: 0-based block of the tower for similarity and sampling (paper: "low layer"; negative counts from the end;
+            `None` = 2 of 24, scaled to the depth).
+        deep_layer: block for outliers (paper: "deep layer"; `None` = the one whose output the model uses).
+        sampling: `"multinomial"` (paper) or `"topk"`, which takes the most attended tokens instead of drawing.
+        seed: of the draw, which depends on the seed, the number of the view within its page and its scores alone.
+        aggregation: `"nearest"`, `"none"` (dropped tokens are lost) or `"knn"` (LLaVA-PruMerge's rule: every kept token takes
+            in its `k` nearest neighbours, undivided).
+        k: neighbours under `"knn"` (>= 1; LLaVA-PruMerge: 32).
+        iqr_factor: interquartile ranges above the third quartile at which an outlier begins (>= 0; default 1.5).
+        min_tokens: a crop keeps at least so many (>= 1); the most attended ones are added.
+        joint: one softmax over the keys of all heads side by side, for class-token attention, as LLaVA-PruMerge takes it.
+        overview: compress views of whole pages, too. Not in the paper.
     """
 
-    critical: Tensor
-    low: Tensor
-    outlier: Tensor
-    valid: Tensor | None = None
+    name: ClassVar[str] = "correlation"
+    substitutes: ClassVar[tuple[Mapping[str, Any], ...]] = ({"alpha": 0.5}, {"alpha": 0.5, "overview": True})
+
+    alpha: float | None = None
+    target_keep: float | None = None
+    beta: float = 0.03
+    low_layer: int | None = None
+    deep_layer: int | None = None
+    sampling: str = "multinomial"
+    seed: int = 0
+    aggregation: str = "nearest"
+    k: int = 32
+    iqr_factor: float = 1.5
+    min_tokens: int = 1
+    joint: bool = False
+    overview: bool = False
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None:
+            check_alpha(self.alpha)
+            if self.target_keep is not None:
+                raise ConfigError(
+                    f"alpha={self.alpha} and target_keep={self.target_keep} contradict each other: calibration would choose "
+                    "alpha; pass one of them"
+                )
+        if self.target_keep is not None and not (_number(self.target_keep) and 0 < self.target_keep <= 1):
+            raise ConfigError(f"target_keep is a share of tokens in (0, 1], got {self.target_keep!r}")
+        check_beta(self.beta)
+        for name, value, options in (("sampling", self.sampling, SAMPLINGS), ("aggregation", self.aggregation, AGGREGATIONS)):
+            if value not in options:
+                raise unknown(name, str(value), options)
+        for name, least in (("k", 1), ("min_tokens", 1), ("seed", None), ("low_layer", None), ("deep_layer", None)):
+            value = getattr(self, name)
+            if value is None and name.endswith("layer"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+                raise ConfigError(f"{name} is a whole number{'' if least is None else f' >= {least}'}, got {value!r}")
+        if not _number(self.iqr_factor) or not 0 <= self.iqr_factor < math.inf:
+            raise ConfigError(f"iqr_factor is a number >= 0, got {self.iqr_factor!r}")
+        flag(self.joint, "joint")
+        flag(self.overview, "overview")
+
+    def build_vlm(self, info: VLMInfo) -> CorrelationReducer:
+        reducer = self._reducer(info)
+        if self.alpha is None:
+            raise ConfigError(
+                "correlation has no default threshold, as the paper's is not published: pass alpha=..., or "
+                "calibration=[inputs, ...], a few pages of your own as the processor returns them, of whose crops "
+                f"target_keep={DEFAULT_TARGET if self.target_keep is None else self.target_keep} of the tokens are to stay"
+            )
+        return reducer
+
+    def _reducer(self, info: VLMInfo) -> CorrelationReducer:
+        """The same without alpha, which calibration has yet to find."""
+        tower = info.tower
+        if tower is None:
+            raise UnsupportedModelError(
+                f"correlation looks into the vision tower of {info.name}, which cannot be: {info.no_tower}"
+            )
+        if not info.crops and not self.overview:
+            raise UnsupportedModelError(
+                f"correlation compresses the crops of a page and leaves the view of the whole page alone; {info.name} never "
+                "crops, so nothing would change. overview=True compresses its only view, which is not in the paper"
+            )
+        low = round(tower.depth * LOW) if self.low_layer is None else _block("low_layer", self.low_layer, tower.depth)
+        deep = tower.feature_block if self.deep_layer is None else _block("deep_layer", self.deep_layer, tower.depth)
+        return CorrelationReducer(self, min(low, deep) if self.low_layer is None else low, deep, tower.has_cls)
+
+    @property
+    def calibrates(self) -> bool:
+        return self.alpha is None
+
+    def calibrated(self, info: VLMInfo, observe: Callable[[Sequence[int]], Iterable[ImageFeatures]]) -> Correlation:
+        reducer = self._reducer(info)
+        pages, numbers = [], []
+        for images in observe(reducer.tower_blocks):
+            if images.modality == "image":
+                pages.append((reducer.scores(images).scores, _source(images).whole & (not self.overview)))
+                numbers.append(_source(images).number)
+        if all(bool(whole.all()) for _, whole in pages):
+            raise ConfigError(
+                "calibration needs pages that are cut into crops, and none of the inputs was: pass larger images, or alpha"
+            )
+        scores, number = crop_scores(pages, numbers)
+        target = DEFAULT_TARGET if self.target_keep is None else self.target_keep
+        found = calibrate_alpha(scores, target, self.sampling, self.seed, number, self.min_tokens)
+        return self.replace(alpha=found.alpha, target_keep=None)
 
 
-def score_tokens(
-    keys: Tensor, low: Tensor, deep: Tensor, beta: float, valid: Tensor | None = None, factor: float = 1.5
-) -> TokenScores:
-    """Scores of patches.
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-    Args:
-        keys: [V, H, n, d] at the low block.
-        low, deep: [V, n] attention received at the low and at the deep block.
-        beta: see `redundant_tokens`.
-        valid: see the module.
-        factor: interquartile ranges above the third quartile at which an outlier begins.
+
+def _block(name: str, layer: int, depth: int) -> int:
+    if not -depth <= layer < depth:
+        raise ConfigError(f"{name}={layer} is no block of the vision tower, which has blocks 0 to {depth - 1}")
+    return layer % depth
+
+
+class _Scored(NamedTuple):
+    """What is known of the views of B images.
+
+    Attributes:
+        scores: [B V, m] each.
+        keys: [B V, H, n, D].
+        groups: [m, s] patches of every token, `None` = every patch is one.
+        patches: [B V, n] bool, patches that hold image; `None` = all.
     """
-    return TokenScores(critical_alpha(keys, beta, valid), low, upper_outliers(at_least_fp32(deep), factor, valid), valid)
+
+    scores: TokenScores
+    keys: Tensor
+    groups: Tensor | None
+    patches: Tensor | None
 
 
-def group_scores(scores: TokenScores, groups: Tensor) -> TokenScores:
-    """Scores of merged tokens, for connectors that merge patches (pixel shuffle, H-Reducer). Ours.
+@dataclass(frozen=True)
+class CorrelationReducer(VLMReducer):
+    """Acts on image features, view by view; an image of a model that does not say how it was cut stays as it is."""
 
-    A merged token is redundant if all its patches are, scores their sum, and is an outlier if one of them is.
+    config: Correlation
+    low: int
+    deep: int
+    has_cls: bool
 
-    Args:
-        scores: of n patches.
-        groups: [G, s] int64, patches of every merged token.
-    """
-    critical, low, outlier, valid = scores
-    if valid is not None:
-        critical, low, outlier = critical.masked_fill(~valid, 1e3), low.masked_fill(~valid, 0), outlier & valid
-    critical = critical[:, groups].amin(-1)
-    if valid is not None:
-        valid = valid[:, groups].any(-1)
-        critical = critical.masked_fill(~valid, -1)
-    return TokenScores(critical, low[:, groups].sum(-1), outlier[:, groups].any(-1), valid)
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return (Site(Place.IMAGE_FEATURES, 0),)
+
+    @property
+    def tower_blocks(self) -> tuple[int, ...]:
+        return tuple(sorted({self.low, self.deep}))
+
+    def features(self, images: ImageFeatures) -> Plan | None:
+        config = self.config
+        if images.modality == "video":
+            return None
+        source = _source(images)
+        if not source.cropped and not config.overview:
+            return None
+        assert config.alpha is not None
+        whole = source.whole & (not config.overview)
+        scores, keys, groups, patches = self.scores(images)
+        kept = select_tokens(scores, config.alpha, config.sampling, config.seed, source.number, config.min_tokens)
+        metric = keys if config.aggregation == "none" else feature_metric(keys, source.layout, groups, patches)
+        return compression(source.layout, kept, metric, scores.low, config.aggregation, config.k, scores.valid, whole)
+
+    def scores(self, images: ImageFeatures) -> _Scored:
+        """Scores of every visual token.
+
+        Raises:
+            StateError: tokens of the tower and visual tokens do not correspond.
+        """
+        source, low, deep = _source(images), images.tower[self.low], images.tower[self.deep]
+        keys = _keys(low)
+        if images.patches is not None or keys.shape[2] != _keys(deep).shape[2]:
+            raise StateError(
+                "correlation compares all patches of a crop, but something merges or drops tokens inside the vision tower; use "
+                "them apart"
+            )
+        groups = _groups(source, keys.shape[2], keys.device)
+        patches = None if low.valid is None else low.valid[:, low.num_prefix :]
+        if source.layout.patches is not None:
+            inside = source.layout.patches.repeat(len(keys) // source.views, 1)
+            patches = inside if patches is None else patches & inside
+        scores = feature_scores(
+            keys,
+            self._attention(low),
+            self._attention(deep),
+            self.config.beta,
+            source.layout,
+            groups,
+            self.config.iqr_factor,
+            patches,
+        )
+        return _Scored(scores, keys, groups, patches)
+
+    def _attention(self, block: TowerBlock) -> Tensor:
+        """[B V, n]: attention that patches get from the class token, or else from everywhere."""
+        view, prefix = block.view, block.num_prefix
+        assert view.q is not None and view.k_rot is not None
+        if not self.has_cls:
+            valid = None if block.valid is None else block.valid[:, prefix:]
+            return received_attention(view.q, view.k_rot, prefix, view.scale, valid)
+        if self.config.joint:
+            return cls_attention(view.q[:, :, 0], view.k_rot, prefix, joint=True)
+        return view.probs(1)[:, :, 0, prefix:].mean(1)
 
 
-def select_tokens(
-    scores: TokenScores,
-    alpha: float,
-    sampling: str = "multinomial",
-    seed: int = 0,
-    view: Tensor | None = None,
-    min_tokens: int = 1,
-    multiple: int = 1,
-) -> Tensor:
-    """Local tokens, as many as are not redundant, and all outliers.
+def _keys(block: TowerBlock) -> Tensor:
+    """[B V, H, n, D], of patches."""
+    keys = block.view.k
+    assert keys is not None
+    return keys[:, :, block.num_prefix :]
 
-    Args:
-        scores: of the tokens.
-        alpha: see `redundant_tokens`.
-        sampling: `"multinomial"` draws local tokens without replacement in proportion to `low` (the paper samples);
-            `"topk"` takes the largest.
-        seed: of the draw. What is drawn for a view depends on seed, number of the view and its scores alone.
-        view: [V] int64, number of each view within its image; `None` = 0 .. V-1, one image.
-        min_tokens: a view keeps at least so many; the most probable ones are added.
-        multiple: the number kept is rounded up to a multiple of this, likewise, as far as there are tokens.
 
-    Returns:
-        [V, n] bool.
+def _source(images: ImageFeatures) -> ViewMap:
+    if images.source is None:
+        raise StateError(
+            f"correlation must know how an image of {images.tokens.shape[1]} visual tokens was cut into "
+            f"{images.views_per_image} views, and the inputs do not say: pass them as the processor returns them, image_sizes "
+            "and input_ids included"
+        )
+    return images.source
 
-    Raises:
-        ConfigError: alpha out of range, unknown sampling, or `min_tokens` or `multiple` below 1.
-    """
-    _check_alpha(alpha)
-    if sampling not in SAMPLINGS:
-        raise ConfigError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {sampling!r}")
-    if min_tokens < 1 or multiple < 1:
-        raise ConfigError(f"min_tokens and multiple start at 1, got {min_tokens} and {multiple}")
-    critical, low, outlier, valid = scores
-    low = at_least_fp32(low)
-    if valid is not None:
-        low, outlier = low.masked_fill(~valid, 0), outlier & valid
-    p = low / low.sum(-1, keepdim=True).clamp_min(torch.finfo(low.dtype).tiny)
-    informative = critical <= alpha
-    count = (informative if valid is None else informative & valid).sum(-1)
-    if sampling == "topk":
-        local = largest(p, count, valid)
-    else:
-        view = torch.arange(len(p), device=p.device) if view is None else view
-        position = (view[:, None] << 32) + torch.arange(p.shape[1], device=p.device)
-        local = weighted_draw(p, count, uniforms(position, seed, p.dtype), valid)
-    kept = local | outlier
-    wanted = kept.sum(-1).clamp_min(min_tokens).add(multiple - 1).div(multiple, rounding_mode="floor") * multiple
-    return largest(p.masked_fill(kept, float("inf")), wanted, valid)
+
+def _groups(source: ViewMap, patches: int, device: torch.device) -> Tensor | None:
+    """Patches of every token [m, s], where they were merged."""
+    how = source.layout.packing
+    tokens = source.layout.rows.shape[1] if how is None else how.side**2
+    try:
+        if how is not None and patches != tokens:
+            raise ConfigError(f"{patches} patches of a view became {tokens} tokens before crops were joined")
+        groups = square_groups(patches, tokens)
+    except ConfigError as error:
+        raise StateError(
+            f"correlation must know which patches a visual token is made of, but {error}; does something merge or drop tokens "
+            "inside the vision tower, or is the class token among the features?"
+        ) from None
+    return None if groups is None else groups.to(device)

@@ -14,27 +14,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtok.errors import ConfigError
-from vtok.methods.correlation import TokenScores, select_tokens
+from vtok.methods.correlation_scores import TokenScores, select_tokens
+
+DEFAULT_TARGET = 0.66
 
 
-def crop_scores(pages: Sequence[tuple[TokenScores, Tensor]]) -> tuple[TokenScores, Tensor]:
+def crop_scores(
+    pages: Sequence[tuple[TokenScores, Tensor]], numbers: Sequence[Tensor] | None = None
+) -> tuple[TokenScores, Tensor]:
     """What `calibrate_alpha` needs of several pages: the scores of their crops, and the numbers of these views.
 
     Args:
         pages: scores of a page's views and which of them [V] show the whole page (`Layout.is_global`).
+        numbers: [V] int64 of every entry of `pages`, as `select_tokens` gets them; `None` = 0 .. V-1.
 
     Returns:
         (scores of all crops, padded to the longest; [V'] int64, number of each within its page).
     """
     most = max((scores.low.shape[1] for scores, _ in pages), default=0)
-    parts, numbers = [], []
-    for scores, whole in pages:
+    parts, places = [], []
+    for i, (scores, whole) in enumerate(pages):
         valid = torch.ones_like(scores.outlier) if scores.valid is None else scores.valid
         parts.append([F.pad(part, (0, most - part.shape[1]))[~whole] for part in (*scores[:3], valid)])
-        numbers.append((~whole).nonzero()[:, 0])
+        places.append((torch.arange(len(whole), device=whole.device) if numbers is None else numbers[i])[~whole])
     if not parts:
         raise ConfigError("nothing to calibrate on: no pages were given")
-    return TokenScores(*(torch.cat(part) for part in zip(*parts))), torch.cat(numbers)
+    return TokenScores(*(torch.cat(part) for part in zip(*parts))), torch.cat(places)
 
 
 class Calibration(NamedTuple):
@@ -51,7 +56,7 @@ class Calibration(NamedTuple):
 
 def calibrate_alpha(
     scores: TokenScores,
-    target: float = 0.66,
+    target: float = DEFAULT_TARGET,
     sampling: str = "multinomial",
     seed: int = 0,
     view: Tensor | None = None,

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from vtok.errors import ConfigError
-from vtok.methods.correlation_views import Layout
-from vtok.ops.matching import unit
+from vtok.methods.correlation_scores import cosines
+from vtok.methods.correlation_views import all_images
+from vtok.ops.crops import Layout
+from vtok.ops.rows import rows_where
 from vtok.reduction import Plan, apply_plan
 from vtok.state import TokenState, at_least_fp32
 
@@ -29,82 +31,108 @@ def nearest_kept(metric: Tensor, kept: Tensor) -> Tensor:
         kept: [V, m] bool.
 
     Returns:
-        [V, m] int64, token numbers within the view; a kept token has its own.
+        [V, m] int64, token numbers within the view; a kept token, and any in a view that keeps none, has its own.
     """
-    found = []
-    for one, stays in zip(unit(metric), kept):  # one m x m matrix at a time
-        places = stays.nonzero()[:, 0]
-        own = torch.arange(len(one), device=one.device)
-        joined = places[(one @ one[places].T).argmax(-1)] if 0 < len(places) < len(own) else own
-        found.append(torch.where(stays, own, joined))
-    return torch.stack(found) if found else kept.long()
+    own = torch.arange(kept.shape[1], device=kept.device)
+    found = [cosine.masked_fill_(~kept[views, None], -2).argmax(-1) for views, cosine in cosines(metric)]
+    return torch.where(kept | ~kept.any(-1, keepdim=True), own, torch.cat(found))
 
 
 def feature_plan(
-    layout: Layout, kept: Tensor, joins: Tensor | None = None, weight: Tensor | None = None, valid: Tensor | None = None
+    layout: Layout,
+    kept: Tensor,
+    joins: Tensor | None = None,
+    weight: Tensor | None = None,
+    valid: Tensor | None = None,
+    whole: Tensor | None = None,
+    near: tuple[Tensor, Tensor] | None = None,
 ) -> Plan:
-    """The plan for an image's feature rows, as one sequence: views of the whole page stay, a newline if its line keeps a token.
+    """The plan for images' feature rows: views of the whole page stay, a newline if its line keeps a token.
 
     Args:
-        layout: of the features.
-        kept: [V, m] bool from `select_tokens`.
+        layout: of the features of one image.
+        kept: [V, m] bool from `select_tokens`, of B images one after the other.
         joins: [V, m] from `nearest_kept`; `None` = dropped tokens are lost.
         weight: [V, m] > 0, weight of every token in the mean; `None` = all alike.
         valid: [V, m] bool, tokens that may join another; `None` = all.
+        whole: [V] bool, views of the whole page; `None` = those of the layout, in every image.
+        near: (token numbers within the view, weights) [V, m, K] from `neighbours`, which kept tokens take in.
 
     Returns:
-        Plan of one sequence of L rows.
+        Plan of B sequences of L rows.
     """
-    kept = (kept | layout.is_global[:, None]) & layout.valid
-    stays = torch.zeros(layout.length, dtype=torch.bool, device=kept.device)
-    stays[layout.rows[kept]] = True
+    real = all_images(layout.valid, len(kept))
+    whole = all_images(layout.is_global, len(kept)) if whole is None else whole
+    kept = (kept | whole[:, None]) & real
+    batch = len(kept) // len(layout.rows)
+    rows = layout.rows.where(layout.valid, layout.length).flatten().expand(batch, -1)  # no token: column L
+
+    def by_row(x: Tensor) -> Tensor:
+        """[V, m, ...] -> [B, L, ...]."""
+        x = x.reshape(*rows.shape, *x.shape[2:])
+        out = x.new_zeros(batch, layout.length + 1, *x.shape[2:])
+        place = rows.view(*rows.shape, *(1 for _ in x.shape[2:])).expand(x.shape)
+        return out.scatter_(1, place, x)[:, : layout.length]
+
+    stays = by_row(kept)
     if layout.packing is not None:
         height, width = layout.packing.size
         if height:
-            lines = stays[layout.packing.side**2 :].view(height, width + 1)
-            lines[:, -1] = lines[:, :-1].any(-1)
+            lines = stays[:, layout.packing.side**2 :].unflatten(1, (height, width + 1))
+            lines[..., -1] = lines[..., :-1].any(-1)
         else:
-            stays[-1] = True
-    keep = stays.nonzero().T
+            stays[:, -1] = True
+    goes = by_row(~kept & real if valid is None else ~kept & real & valid)
+    left, gone = torch.stack([stays.sum(1), goes.sum(1)]).tolist()
+    keep, filled = rows_where(stays, max(left))
+    plan = Plan(keep, valid=filled if min(left) < max(left) else None)
+    if near is not None:
+        tokens = all_images(layout.rows, len(kept))
+        taken = tokens[:, None].expand(-1, tokens.shape[1], -1).gather(2, near[0])
+        share = near[1] * ~whole[:, None, None]
+        picked = keep[..., None].expand(-1, -1, taken.shape[2])
+        return plan._replace(near=by_row(taken).gather(1, picked), near_weight=by_row(share).gather(1, picked))
     if joins is None:
-        return Plan(keep)
-    gone = ~kept & layout.valid
-    if valid is not None:
-        gone = gone & valid
-    place = stays.cumsum(0) - 1
-    dst = place[layout.rows.gather(1, joins)[gone]]
+        return plan
     share = torch.ones_like(joins, dtype=torch.float32) if weight is None else at_least_fp32(weight).clamp_min(1e-30)
-    return Plan(keep, layout.rows[gone][None], dst[None], (share / share.gather(1, joins))[gone][None], use_size=False)
+    target, share = by_row(all_images(layout.rows, len(kept)).gather(1, joins)), by_row(share / share.gather(1, joins))
+    src, folds = rows_where(goes, max(gone))
+    dst = (stays.cumsum(1) - 1).clamp_min(0).gather(1, target.gather(1, src))
+    ragged = min(gone) < max(gone)
+    return plan._replace(src=src, dst=dst, weight=share.gather(1, src), use_size=False, folds=folds if ragged else None)
 
 
-def knn_features(x: Tensor, metric: Tensor, weight: Tensor, k: int = 32, valid: Tensor | None = None) -> Tensor:
-    """Every token plus the weighted sum of the k tokens of its view that are most similar to it, kept or not.
+def neighbours(metric: Tensor, weight: Tensor, k: int = 32, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The k tokens of its view that each token is most similar to, kept or not.
 
     Args:
-        x: [V, m, C].
         metric: [V, m, D], compared by cosine.
         weight: [V, m], weight of a token wherever it is a neighbour.
         k: neighbours, at most all others (LLaVA-PruMerge: 32).
         valid: [V, m] bool, tokens that may be neighbours; `None` = all.
 
     Returns:
-        [V, m, C].
+        (token numbers within the view [V, m, K], their weights [V, m, K]).
     """
     if k < 1:
         raise ConfigError(f"k counts neighbours and starts at 1, got {k}")
-    out, weight = at_least_fp32(x), at_least_fp32(weight)
+    weight, found = at_least_fp32(weight), []
     if valid is not None:
-        weight = weight * valid
-    found = []
-    for view, one in enumerate(unit(metric)):
-        cosine = one @ one.T
+        weight = weight.masked_fill(~valid, 0)
+    for views, cosine in cosines(metric):
         if valid is not None:
-            cosine.masked_fill_(~valid[view], -2)
-        cosine.fill_diagonal_(float("-inf"))
-        near = cosine.argsort(dim=-1, descending=True, stable=True)[:, : min(k, len(one) - 1)]
-        mixing = torch.zeros_like(cosine).scatter(-1, near, weight[view][near].to(cosine.dtype))
-        found.append(out[view] + mixing.to(out.dtype) @ out[view])
-    return torch.stack(found).to(x.dtype) if found else x
+            cosine.masked_fill_(~valid[views, None], -2)
+        cosine.diagonal(dim1=-2, dim2=-1).fill_(float("-inf"))
+        found.append(cosine.argsort(dim=-1, descending=True, stable=True)[..., : min(k, cosine.shape[-1] - 1)])
+    near = torch.cat(found)
+    return near, weight[:, None].expand(-1, near.shape[1], -1).gather(2, near)
+
+
+def knn_features(x: Tensor, metric: Tensor, weight: Tensor, k: int = 32, valid: Tensor | None = None) -> Tensor:
+    """Every token plus the weighted sum of its `neighbours`: x [V, m, C] -> [V, m, C]."""
+    near, share = neighbours(metric, weight, k, valid)
+    every = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+    return apply_plan(x, TokenState(0, x.shape[1]), Plan(every, near=near, near_weight=share))[0]
 
 
 def compress_features(
@@ -140,15 +168,27 @@ def compress_features(
         raise ConfigError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")
     if len(x) != layout.length:
         raise ConfigError(f"the layout has {layout.length} feature rows, the features {len(x)}; build it for this image")
-    joins = None
-    if aggregation == "nearest":
-        joins = nearest_kept(metric, (kept | layout.is_global[:, None]) & layout.valid)
-    elif aggregation == "knn":
-        real = layout.valid if valid is None else valid & layout.valid
-        crops = ~layout.is_global
-        here = real[crops]
-        changed = knn_features(x[layout.rows[crops]], metric[crops], weight[crops], k, here)
-        x = x.index_copy(0, layout.rows[crops][here], changed[here])
-    plan = feature_plan(layout, kept, joins, weight, valid)
+    plan = compression(layout, kept, metric, weight, aggregation, k, valid)
     out, _ = apply_plan(x[None], TokenState(0, layout.length), plan)
     return out[0], plan.keep[0]
+
+
+def compression(
+    layout: Layout,
+    kept: Tensor,
+    metric: Tensor,
+    weight: Tensor,
+    aggregation: str = "nearest",
+    k: int = 32,
+    valid: Tensor | None = None,
+    whole: Tensor | None = None,
+) -> Plan:
+    """The plan of `compress_features`, for the rows of B images; `whole` as for `feature_plan`."""
+    real = all_images(layout.valid, len(kept))
+    if aggregation == "nearest":
+        whole = all_images(layout.is_global, len(kept)) if whole is None else whole
+        return feature_plan(layout, kept, nearest_kept(metric, (kept | whole[:, None]) & real), weight, valid, whole)
+    if aggregation == "knn":
+        near = neighbours(metric, weight, k, real if valid is None else valid & real)
+        return feature_plan(layout, kept, whole=whole, near=near)
+    return feature_plan(layout, kept, whole=whole)

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtok.errors import ConfigError
-from vtok.methods.correlation import select_tokens
 from vtok.methods.correlation_merge import compress_features
-from vtok.methods.correlation_views import H_REDUCER, feature_metric, feature_scores, group_map, plain_layout
+from vtok.methods.correlation_scores import select_tokens
+from vtok.methods.correlation_views import feature_metric, feature_scores
 from vtok.ops.attention import cls_attention
+from vtok.ops.crops import H_REDUCER, group_map, plain_layout
 
 # Crop grids (rows x columns) by the most crops they allow, in the order in which equals are preferred.
 _GRIDS = {

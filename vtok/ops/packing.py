@@ -1,4 +1,4 @@
-"""How LLaVA-NeXT and LLaVA-OneVision join the features of crops (transformers 5.23): side by side, cut free of padding, shrunk
+"""How LLaVA-NeXT and LLaVA-OneVision join the features of crops (transformers 5.24): side by side, cut free of padding, shrunk
 if there are too many, a newline behind every line.
 
 Shapes: n patches of a view, L feature rows of an image, C width.
@@ -23,19 +23,19 @@ class Packing(NamedTuple):
     Attributes:
         grid: rows and columns of crops; (0, 0) = no crops, the image is one view.
         side: patches along a side of a view.
-        lines, columns: what is left of the joined grid of patches without padding.
+        lines, columns: (first, end) of what is left of the joined grid of patches without padding.
         size: lines and columns after shrinking (bilinear), the same as before if nothing shrinks.
     """
 
     grid: tuple[int, int]
     side: int
-    lines: slice
-    columns: slice
+    lines: tuple[int, int]
+    columns: tuple[int, int]
     size: tuple[int, int]
 
     @property
     def shrunk(self) -> bool:
-        return self.size != (self.lines.stop - self.lines.start, self.columns.stop - self.columns.start)
+        return self.size != (self.lines[1] - self.lines[0], self.columns[1] - self.columns[0])
 
 
 def best_grid(image_size: tuple[int, int], resolutions: Sequence[Sequence[int]], view: int) -> tuple[int, int]:
@@ -68,16 +68,16 @@ def packing(grid: tuple[int, int], side: int, image_size: tuple[int, int], max_v
     """
     high, wide = grid[0] * side, grid[1] * side
     if not high or not wide:
-        return Packing((0, 0), side, slice(0, 0), slice(0, 0), (0, 0))
+        return Packing((0, 0), side, (0, 0), (0, 0), (0, 0))
     height, width = image_size
-    lines, columns = slice(0, high), slice(0, wide)
+    lines, columns = (0, high), (0, wide)
     if width / height > wide / high:  # rounding as upstream: 7 decimals, then down
         edge = (high - int(round(height * (wide / width), 7))) // 2
-        lines = slice(edge, high - edge)
+        lines = (edge, high - edge)
     else:
         edge = (wide - int(round(width * (high / height), 7))) // 2
-        columns = slice(edge, wide - edge)
-    size = (lines.stop - lines.start, columns.stop - columns.start)
+        columns = (edge, wide - edge)
+    size = (lines[1] - lines[0], columns[1] - columns[0])
     if max_views is not None:
         ratio = math.sqrt(size[0] * size[1] / (max_views * side**2))
         if ratio > 1.1:
@@ -108,7 +108,7 @@ def pack(x: Tensor, how: Packing, newline: Tensor) -> Tensor:
     if not rows:
         return torch.cat([x[0], newline[None]])
     crops = x[1:].view(rows, columns, side, side, -1).transpose(1, 2).reshape(rows * side, columns * side, -1)
-    crops = crops[how.lines, how.columns]
+    crops = crops[slice(*how.lines), slice(*how.columns)]
     if how.shrunk:
         crops = F.interpolate(crops.permute(2, 0, 1)[None], how.size, mode="bilinear")[0].permute(1, 2, 0)
     crops = torch.cat([crops, newline.expand(how.size[0], 1, -1)], 1)

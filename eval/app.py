@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,6 +19,7 @@ from vtok.eval.clip_command import evaluate_retrieval, evaluate_zeroshot
 from vtok.eval.imagenet_command import evaluate_imagenet
 from vtok.eval.matrix_command import print_matrix
 from vtok.eval.vqa_command import evaluate_vqa
+from vtok.patches import find_vlms
 from vtok.registry import METHODS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=vtok.__doc__)
@@ -35,6 +36,8 @@ if not console.is_terminal:  # piped into a file or a log: tables keep their col
 
 Methods = Annotated[list[str], typer.Argument(help="name or name:key=value,..., e.g. tome:r=13 or pitome:flops=0.6")]
 Model = Annotated[str, typer.Argument(help="a timm name, open_clip:NAME, transformers:NAME, reference or reference-clip")]
+Images = Annotated[int, typer.Option(min=1, help="vision-language models: images in a prompt")]
+TextTokens = Annotated[int, typer.Option(min=1, help="vision-language models: other tokens of a prompt")]
 Pretrained = Annotated[bool, typer.Option(help="load pretrained weights (they change what data-dependent methods keep)")]
 
 
@@ -64,14 +67,17 @@ def plan(
     model: Model,
     method: Methods,
     img_size: Annotated[int | None, typer.Option(help="input size in pixels")] = None,
+    images: Images = 1,
+    text_tokens: TextTokens = 64,
 ) -> None:
     """Tokens and MACs per block and the implied speed-up of methods on a model, before anything runs."""
     from vtok.eval.models import load_model
 
     net = load_model(model, img_size=img_size, meta=True)
+    prompt = {"images": images, "text_tokens": text_tokens} if find_vlms(net) else None
     for text in method:
         name, params = runs.parse_method(text)
-        console.print(str(vtok.plan(net, name, **params)), highlight=False)
+        console.print(str(vtok.plan(net, name, prompt=prompt, **params)), highlight=False, soft_wrap=True)
         console.print()
 
 
@@ -91,37 +97,41 @@ def bench(
     output: Annotated[Path | None, typer.Option("--json", help="file for the results")] = None,
     markdown: Annotated[bool, typer.Option(help="print the table as GitHub markdown")] = False,
     seed: Annotated[int, typer.Option()] = 0,
+    images: Images = 1,
+    text_tokens: TextTokens = 64,
+    new_tokens: Annotated[int, typer.Option(min=2, help="vision-language models: tokens of an answer")] = 16,
 ) -> None:
-    """Times patched models against the unpatched one, interleaved in one run, beside what their MACs imply."""
-    from vtok.eval import bench_result
+    """Times patched models against the unpatched one, interleaved in one run, beside what their MACs imply.
+
+    Of vision-language models it times prefill, first token and decoding (peak memory and the profiler are for encoders).
+    """
+    from vtok.eval import bench_result, prompt_bench_result
     from vtok.eval.models import load_model, sample_images
+    from vtok.eval.prompt_bench import measure_prompts
+    from vtok.eval.prompts import sample_prompts
     from vtok.eval.throughput import measure
 
     runs.prepared(output)
     net = load_model(model, pretrained, img_size, seed)
-    images = sample_images(model, net, batch_size, seed)
+    common: dict[str, Any] = {"pairs": pairs, "dtype": dtype, "device": device, "threads": threads, "name": model, "seed": seed}
+    settings = [runs.parse_method(text) for text in method]
+    shown: Any = bench_result
+    results: Any
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("timing", total=None)
-        results = measure(
-            net,
-            images,
-            [runs.parse_method(text) for text in method],
-            pairs=pairs,
-            dtype=dtype,
-            device=device,
-            threads=threads,
-            name=model,
-            seed=seed,
-            memory=memory,
-            profile=profile,
-            progress=lambda done, total: progress.update(bar, completed=done, total=total),
-        )
+        common["progress"] = lambda done, total: progress.update(bar, completed=done, total=total)
+        if find_vlms(net):
+            inputs = sample_prompts(net, batch_size, vtok.Prompt(images, text_tokens), seed)
+            shown, results = prompt_bench_result, measure_prompts(net, inputs, settings, new_tokens=new_tokens, **common)
+        else:
+            pictures = sample_images(model, net, batch_size, seed)
+            results = measure(net, pictures, settings, memory=memory, profile=profile, **common)
     if output is not None:
-        output.write_text(bench_result.to_json(results), encoding="utf-8")
+        output.write_text(shown.to_json(results), encoding="utf-8")
     if markdown:
-        print(bench_result.markdown(results))
+        print(shown.markdown(results))
     else:
-        console.print(bench_result.table(results))
+        console.print(shown.table(results))
 
 
 @app.command()

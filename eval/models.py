@@ -2,7 +2,8 @@
 
 A name is timm's, `reference` or `reference-clip` (both come with vtok), or starts with the library that it belongs to:
 `open_clip:ViT-B-16` (its image tower; `open_clip:ViT-B-16/openai` with weights) or `transformers:OWNER/NAME`. Architectures in
-`HUGGING_FACE` are built without asking the hub for a configuration.
+`HUGGING_FACE` are built without asking the hub for a configuration, and so are the vision-language models in
+`prompts.ARCHITECTURES`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from vtok.errors import ConfigError, MissingExtraError, unknown
 from vtok.eval.clip_models import REFERENCE as REFERENCE_CLIP
 from vtok.eval.data import normalise
+from vtok.eval.prompts import ARCHITECTURES, build
 from vtok.eval.reference import (
     load_reference_clip,
     load_reference_images,
@@ -108,6 +110,10 @@ def _hugging_face(name: str, pretrained: bool, img_size: int | None, seed: int, 
         raise MissingExtraError("transformers", "transformers") from error
     size = {} if img_size is None else {"image_size": img_size}
     torch.manual_seed(seed)
+    if name in ARCHITECTURES:
+        if pretrained or img_size is not None:
+            raise ConfigError(f"{name} has random weights and a size of its own; drop --pretrained and the image size")
+        return build(name, seed, meta)
     if name in HUGGING_FACE:
         if pretrained:
             raise ConfigError(
@@ -118,7 +124,7 @@ def _hugging_face(name: str, pretrained: bool, img_size: int | None, seed: int, 
         with torch.device("meta" if meta else "cpu"):
             return cls(cls.config_class(**changes, **size)).eval()
     if "/" not in name and not Path(name).is_dir():
-        raise unknown("architecture", name, HUGGING_FACE)
+        raise unknown("architecture", name, [*HUGGING_FACE, *ARCHITECTURES])
     try:
         if pretrained and not meta:
             return _image_tower(transformers.AutoModel.from_pretrained(name, **size))

@@ -22,6 +22,7 @@ from vtok.patches.decoder_pass import TowerCall
 from vtok.patches.hf_tables import TOWERS
 from vtok.patches.hf_vlm import VLM
 from vtok.patches.protocol import look_up
+from vtok.patches.vlm_tower import Joint
 from vtok.prompt import View
 from vtok.prompt_cost import LayerCost, LLMCost, StatedImage, VisionCost
 
@@ -215,32 +216,50 @@ def stated_calls(vlm: VLM, image: StatedImage, images: int) -> list[TowerCall]:
     return [TowerCall((images * image.views, *_native(vlm.module)))]
 
 
-def vision_cost(vlm: VLM, calls: Sequence[TowerCall], seen: Estimate | None = None) -> VisionCost:
+def vision_cost(
+    vlm: VLM, calls: Sequence[TowerCall], seen: Estimate | None = None, joint: Joint | None = None
+) -> VisionCost:
     """The vision side of a prompt.
 
     Args:
         vlm: the model.
         calls: of its tower.
         seen: of one view of a tower that reduces tokens itself; `None` = it does not.
+        joint: how the model takes what that tower yields.
 
     Raises:
         UnsupportedModelError: see `vision_spec`.
     """
     spec = vision_spec(vlm)
-    return _packed(spec, vlm.module, calls) if spec.packed else _viewed(spec, vlm.module, calls, seen)
+    return _packed(spec, vlm.module, calls) if spec.packed else _viewed(spec, vlm, calls, seen, joint)
 
 
-def _viewed(spec: VisionSpec, model: Any, calls: Sequence[TowerCall], seen: Estimate | None) -> VisionCost:
+def patches_left(vlm: VLM, seen: Estimate | None, joint: Joint | None) -> int | None:
+    """Patches of a view that a tower which reduces tokens hands to the connector; `None` = all of them."""
+    if seen is None or joint is None or not joint.connector or not joint.state:
+        return None
+    assert vlm.tower is not None
+    return round(seen.rows[joint.state - 1].tokens_out) - vlm.tower.num_prefix
+
+
+def features_left(vlm: VLM, patches: int) -> int:
+    """Features of a view that the connector makes of so many patches."""
+    return _features(vision_spec(vlm), vlm.module, patches)
+
+
+def _viewed(
+    spec: VisionSpec, vlm: VLM, calls: Sequence[TowerCall], seen: Estimate | None, joint: Joint | None
+) -> VisionCost:
     from vtok.patches.hf_vision import HfAdapter
 
-    adapter = HfAdapter()
-    (tower,) = adapter.towers(model.get_submodule(spec.tower))
+    adapter, model = HfAdapter(), vlm.module
+    tower = vlm.tower or adapter.towers(model.get_submodule(spec.tower))[0]
+    info = tower.info
+    left = patches_left(vlm, seen, joint)
     if seen is None:
-        info = tower.info
         seen = estimate(adapter.cost(tower), {}, info.num_prefix + info.num_patches, info.num_prefix)
     views = sum(call.shape[0] for call in calls)
-    left = round(seen.rows[-1].tokens_out) - tower.num_prefix
-    features = _features(spec, model, left)
+    features = _features(spec, model, info.num_patches if left is None else left)
     rows = tuple(Row(r.block, r.place, r.tokens_in, r.tokens_out, views * r.macs, views * r.reduction_macs) for r in seen.rows)
     connector = views * features * _connector(spec, model)
     return VisionCost(rows, views, views * seen.macs, views * seen.reduction_macs, connector, seen.exact)

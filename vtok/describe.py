@@ -169,6 +169,7 @@ class PromptInfo:
         positions: "original" or "compact".
         rows: places where tokens were dropped, in order.
         text: other tokens of every row of the batch; empty before the first prompt.
+        visual: visual tokens of every row, unshortened.
         estimate: tokens, MACs and KV bytes per prompt of that batch, padding included, as they were really computed.
         mean_estimate: what the prompts cost alone on average (differs where rows are padded).
         budget: if a budget chose the setting.
@@ -182,6 +183,7 @@ class PromptInfo:
     positions: str = "original"
     rows: tuple[PromptRow, ...] = ()
     text: tuple[int, ...] = ()
+    visual: tuple[int, ...] = ()
     estimate: PromptEstimate | None = None
     mean_estimate: PromptEstimate | None = None
     budget: Budget | None = None

@@ -6,11 +6,17 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from vtok.cost import Estimate
 from vtok.errors import UnsupportedModelError
+from vtok.fit import foretell
+from vtok.inspection import tower_info
 from vtok.patches.decoder_pass import Counts, Pruner
+from vtok.patches.hf_vision import HfAdapter
 from vtok.patches.hf_vlm import VLM
-from vtok.patches.hf_vlm_cost import llm_cost, stated_calls, stated_image, vision_cost
+from vtok.patches.hf_vlm_cost import features_left, llm_cost, patches_left, stated_calls, stated_image, vision_cost
+from vtok.prompt import View
 from vtok.prompt_cost import Prompt, PromptEstimate, VisionCost, mean_estimate, prompt_estimate
+from vtok.resolve import run_of
 
 
 def planned(model: nn.Module, vlm: VLM, pruner: Pruner, prompt: Prompt) -> PromptEstimate:
@@ -26,12 +32,16 @@ def planned(model: nn.Module, vlm: VLM, pruner: Pruner, prompt: Prompt) -> Promp
         ConfigError, UnsupportedModelError: see `stated_image`.
     """
     image = stated_image(vlm, prompt.input_size)
-    vision = vision_cost(vlm, stated_calls(vlm, image, prompt.images))
-    stays, selection, exact, chooser = image.tokens, 0, True, pruner.features
+    calls, inside = stated_calls(vlm, image, prompt.images), _foretold(vlm, pruner)
+    base = vision_cost(vlm, calls)
+    vision = base if inside is None else vision_cost(vlm, calls, inside, pruner.joint)
+    left, layout = patches_left(vlm, inside, pruner.joint), image.layout
+    if left is not None and features_left(vlm, left) < image.tokens:  # methods see what the tower left as one row
+        layout = (View(0, 1, features_left(vlm, left)),)
+    stays, selection, exact, chooser = layout[-1].stop, 0, True, pruner.features
     if chooser is not None:
-        stays = chooser.feature_count(image.tokens, image.layout)
-        selection = chooser.feature_macs(image.tokens, image.layout)
-        exact = chooser.exact
+        selection, exact = chooser.feature_macs(stays, layout), chooser.exact
+        stays = chooser.feature_count(stays, layout)
     visual, tokens, reductions = prompt.images * stays, [], {}
     for layer in range(vlm.info.depth):
         if layer in pruner.layers:
@@ -41,8 +51,16 @@ def planned(model: nn.Module, vlm: VLM, pruner: Pruner, prompt: Prompt) -> Promp
         tokens.append((float(visual + prompt.text_tokens), float(visual)))
     whole = float(prompt.images * image.tokens + prompt.text_tokens)
     return prompt_estimate(
-        llm_cost(model, vlm), whole, tokens, reductions, vision, vision, float(prompt.images * selection), exact
+        llm_cost(model, vlm), whole, tokens, reductions, vision, base, float(prompt.images * selection), exact
     )
+
+
+def _foretold(vlm: VLM, pruner: Pruner) -> Estimate | None:
+    """What one view of a patched tower will cost; `None` = it is not patched."""
+    if pruner.joint is None:
+        return None
+    assert vlm.tower is not None
+    return foretell(HfAdapter(), vlm.tower, pruner.tower.steps)
 
 
 def measured(
@@ -51,7 +69,7 @@ def measured(
     """(costs per prompt of the last batch as computed, what its prompts cost alone on average if rows were padded, notes)."""
     batch, depth = len(counts.visual), vlm.info.depth
     llm = llm_cost(model, vlm)
-    vision, notes = _vision(vlm, counts)
+    vision, base, notes = _vision(vlm, pruner, counts)
     chooser, selection = pruner.features, 0.0
     if chooser is not None:
         selection = sum(images * chooser.feature_macs(n, views, kind) for kind, views, n, images in counts.layouts) / batch
@@ -65,7 +83,7 @@ def measured(
             for layer, (site, reducer) in pruner.layers.items()
         }
         tokens = [(float(n), float(v)) for n, v in zip(total[1:], visual[1:])]
-        return prompt_estimate(llm, float(total[0]), tokens, reductions, vision, vision, selection)
+        return prompt_estimate(llm, float(total[0]), tokens, reductions, vision, base, selection)
 
     computed = cost(widths, [max(rows) for rows in kept])
     layers = tuple(replace(row, visual=sum(rows) / batch) for row, rows in zip(computed.layers, kept[1:]))
@@ -92,11 +110,19 @@ def visual_left(visual: Tensor, column: Tensor) -> list[int]:
     return [int(n) for n in here.sum(1).tolist()]
 
 
-def _vision(vlm: VLM, counts: Counts) -> tuple[VisionCost | None, tuple[str, ...]]:
-    """(the vision side per prompt, what a user should know of it)."""
+def _vision(
+    vlm: VLM, pruner: Pruner, counts: Counts
+) -> tuple[VisionCost | None, VisionCost | None, tuple[str, ...]]:
+    """(the vision side per prompt, the same unpatched, what a user should know of it)."""
+    missing = "note: the images were encoded before this prompt was read; tower and connector are not in these costs"
     if not counts.calls:
-        return None, ("note: the images were encoded before this prompt was read; tower and connector are not in these costs",)
+        return None, None, (missing,)
+    rows, seen = len(counts.visual), None
+    if pruner.joint is not None:
+        assert vlm.tower is not None
+        seen = tower_info(HfAdapter(), vlm.tower, run_of(vlm.tower.module), None).estimate
     try:
-        return vision_cost(vlm, counts.calls).divided(len(counts.visual)), ()
+        base = vision_cost(vlm, counts.calls).divided(rows)
     except UnsupportedModelError as error:
-        return None, (f"note: {error}",)
+        return None, None, (f"note: {error}",)
+    return (base if seen is None else vision_cost(vlm, counts.calls, seen, pruner.joint).divided(rows)), base, ()

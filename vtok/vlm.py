@@ -284,7 +284,7 @@ def describe(model: nn.Module, vlm: VLM) -> PromptInfo:
     last = pruner.last
     if last is None:
         return PromptInfo(vlm.path, name, pruner.configs, _positions(pruner), budget=pruner.budget, shortened=pruner.acts)
-    entered = tuple(last.visual.sum(1).tolist())
+    entered = visual = tuple(last.visual.sum(1).tolist())
     rows: list[PromptRow] = []
     if last.alive is not None:
         left = tuple((last.visual & last.alive).sum(1).tolist())
@@ -298,7 +298,9 @@ def describe(model: nn.Module, vlm: VLM) -> PromptInfo:
         entered = left
     text = tuple((last.real & ~last.visual).sum(1).tolist())
     cost, mean, notes = measured(model, vlm, pruner, last)
-    return PromptInfo(vlm.path, name, pruner.configs, _positions(pruner), tuple(rows), text, cost, mean, pruner.budget, notes)
+    return PromptInfo(
+        vlm.path, name, pruner.configs, _positions(pruner), tuple(rows), text, visual, cost, mean, pruner.budget, notes
+    )
 
 
 def _positions(pruner: Pruner) -> str:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtok.errors import UnsupportedModelError
+from vtok.errors import ConfigError, UnsupportedModelError
 from vtok.patches import find_vlms
 from vtok.patches.hf_vlm import VLM
 from vtok.patches.hf_vlm_cost import stated_image
 from vtok.prompt_cost import Prompt
 
+_FRONT = 2  # words in front of the first image
 # Name -> (class of transformers, its configuration). Random weights; the shares of tower and LLM are those of the real model.
 ARCHITECTURES: dict[str, tuple[str, Mapping[str, Any]]] = {
     # LLaVA-1.5 with 576 visual tokens of a CLIP tower at 336 px: width and depth of LLM and tower divided by about ten, so
@@ -61,7 +62,7 @@ def build(name: str, seed: int = 0, meta: bool = False, **changes: Any) -> nn.Mo
 
 
 def sample_prompts(model: nn.Module, batch_size: int, prompt: Prompt | None = None, seed: int = 0) -> dict[str, Tensor]:
-    """A batch of prompts of noise: a few words, the images, the rest of the words.
+    """A batch of prompts of noise: two words, the images with a word between them, the rest of the words.
 
     Args:
         model: LLaVA-1.5, LLaVA-NeXT or Qwen-VL.
@@ -70,6 +71,7 @@ def sample_prompts(model: nn.Module, batch_size: int, prompt: Prompt | None = No
         seed: of pixels and words.
 
     Raises:
+        ConfigError: there are too few words for so many images.
         UnsupportedModelError: another model, whose inputs only its processor can make.
     """
     prompt, found = prompt or Prompt(), find_vlms(model)
@@ -79,6 +81,11 @@ def sample_prompts(model: nn.Module, batch_size: int, prompt: Prompt | None = No
             f"prompts of noise are made for {', '.join(_PIXELS)}, got {kind}; make inputs with its processor and call "
             "vtok.eval.prompt_bench.measure_prompts(model, inputs, settings)"
         )
+    if prompt.text_tokens < _FRONT + prompt.images:
+        raise ConfigError(
+            f"a prompt of {prompt.images} images needs words in front of, between and behind them: text_tokens must be "
+            f"{_FRONT + prompt.images} or more, got {prompt.text_tokens}"
+        )
     vlm: VLM = found[0]
     generator = torch.Generator().manual_seed(seed)
     token, vocabulary = vlm.tokens["image"], vlm.text.config.vocab_size
@@ -86,9 +93,12 @@ def sample_prompts(model: nn.Module, batch_size: int, prompt: Prompt | None = No
     words = torch.randint(3, vocabulary, (batch_size, prompt.text_tokens), generator=generator)
     for special in vlm.tokens.values():
         words[words == special] = 3
-    front = min(4, prompt.text_tokens - 1)
-    visual = torch.full((batch_size, prompt.images * image.tokens), token)
-    ids = torch.cat([words[:, :front], visual, words[:, front:]], 1)
+    each = torch.full((batch_size, image.tokens), token)
+    parts, at = [words[:, :_FRONT], each], _FRONT
+    for _ in range(prompt.images - 1):  # a word between images, as templates have it
+        parts += [words[:, at : at + 1], each]
+        at += 1
+    ids = torch.cat([*parts, words[:, at:]], 1)
     values = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return {**values, **_PIXELS[kind](vlm, image, batch_size * prompt.images, generator, ids == token)}
 

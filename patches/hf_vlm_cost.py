@@ -216,9 +216,7 @@ def stated_calls(vlm: VLM, image: StatedImage, images: int) -> list[TowerCall]:
     return [TowerCall((images * image.views, *_native(vlm.module)))]
 
 
-def vision_cost(
-    vlm: VLM, calls: Sequence[TowerCall], seen: Estimate | None = None, joint: Joint | None = None
-) -> VisionCost:
+def vision_cost(vlm: VLM, calls: Sequence[TowerCall], seen: Estimate | None = None, joint: Joint | None = None) -> VisionCost:
     """The vision side of a prompt.
 
     Args:
@@ -247,9 +245,7 @@ def features_left(vlm: VLM, patches: int) -> int:
     return _features(vision_spec(vlm), vlm.module, patches)
 
 
-def _viewed(
-    spec: VisionSpec, vlm: VLM, calls: Sequence[TowerCall], seen: Estimate | None, joint: Joint | None
-) -> VisionCost:
+def _viewed(spec: VisionSpec, vlm: VLM, calls: Sequence[TowerCall], seen: Estimate | None, joint: Joint | None) -> VisionCost:
     from vtok.patches.hf_vision import HfAdapter
 
     adapter, model = HfAdapter(), vlm.module

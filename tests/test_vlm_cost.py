@@ -254,3 +254,23 @@ def test_counting_leaves_nothing_behind():
     assert (pruner_of(vlm).features, pruner_of(vlm).layers) == before
     assert set(counted.by_block) == {2} and counted.by_block[2] == counted.reduction > 0
     assert FEATURES not in counted.by_block
+
+
+@pytest.mark.filterwarnings("ignore:.*put back on the")
+@pytest.mark.parametrize("name", ["LLaVA-1.5", "PaliGemma", "Gemma3", "LLaVA-NeXT"])
+def test_what_the_tower_merges_is_accounted_for_apart(name):
+    model = build(name)
+    values, size = _one(name)
+    text = int((values["input_ids"] < 118).sum())
+    base = _counted(model, values)[0]
+    methods = [vtok.ToMe(r=2), vtok.UniformGrid(keep=0.5)]
+    plan = vtok.plan(model, methods, prompt={"text_tokens": text, "input_size": size}).estimate
+    vtok.patch(model, methods)
+    counted = count_prompt_macs(model, values)
+    seen = vtok.info(model).prompts[0].estimate
+    assert plan == seen
+    assert (seen.base_macs, seen.macs, seen.reduction_macs) == (base, counted.model, counted.reduction)
+    assert seen.vision.macs < seen.base_vision.macs and seen.vision.reduction_macs == counted.reduction > 0
+    shorter = name in ("LLaVA-1.5", "PaliGemma")  # elsewhere merged tokens are put back on the grid
+    assert (seen.vision.connector_macs < seen.base_vision.connector_macs) == shorter
+    assert "tower block 0 mid" in str(vtok.info(model).prompts[0])

@@ -110,9 +110,7 @@ def visual_left(visual: Tensor, column: Tensor) -> list[int]:
     return [int(n) for n in here.sum(1).tolist()]
 
 
-def _vision(
-    vlm: VLM, pruner: Pruner, counts: Counts
-) -> tuple[VisionCost | None, VisionCost | None, tuple[str, ...]]:
+def _vision(vlm: VLM, pruner: Pruner, counts: Counts) -> tuple[VisionCost | None, VisionCost | None, tuple[str, ...]]:
     """(the vision side per prompt, the same unpatched, what a user should know of it)."""
     missing = "note: the images were encoded before this prompt was read; tower and connector are not in these costs"
     if not counts.calls:

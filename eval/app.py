@@ -135,6 +135,32 @@ def bench(
 
 
 @app.command()
+def bench_select(
+    tokens: Annotated[int, typer.Option(min=2, help="visual tokens of an image")] = 2880,
+    keep: Annotated[int, typer.Option(min=1, help="how many stay")] = 288,
+    width: Annotated[int, typer.Option(min=1, help="of a token")] = 1024,
+    pairs: Annotated[int, typer.Option(min=1, help="pairs of a call and a loop")] = 3,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: torch's)")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Times the choice of diverse tokens (todre) against a loop that looks at all chosen tokens again in every step."""
+    import torch
+
+    from vtok.eval import select_bench
+
+    if keep > tokens:
+        raise ConfigError(f"--keep {keep} of --tokens {tokens}: at most all of them can stay")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("timing", total=None)
+        results = select_bench.measure(
+            tokens, keep, width, pairs, seed, lambda done, total: progress.update(bar, completed=done, total=total)
+        )
+    console.print(select_bench.table(results, tokens, keep, width))
+
+
+@app.command()
 def configs() -> None:
     """Lists the runs that come with vtok, with their published figures."""
     table = Table()

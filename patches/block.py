@@ -5,7 +5,6 @@ Shapes: B batch, N tokens in, M tokens out, C width.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from vtok.errors import UnsupportedModelError
 from vtok.ops.rows import take_rows
 from vtok.patches.attend import place_taps, projected_view, sdpa, tapped_view
 from vtok.patches.padded import key_padding, plan_without_padding
+from vtok.patches.precision import autocasts, full_precision
 from vtok.patches.protocol import Attend, Block, BlockSpec, Tower
 from vtok.patches.swap import Mixin, check_forward, put_on
 from vtok.reduction import Plan, apply_plan
@@ -54,7 +54,7 @@ class Link:
     def decide(self, x: Tensor, state: TokenState, view: AttentionView) -> Plan | None:
         """The method's plan: without gradients, and outside autocast, which would push scores below fp32."""
         assert self.reducer is not None and self.site is not None
-        with torch.no_grad(), _full_precision(x.device.type):
+        with torch.no_grad(), full_precision(x.device.type):
             if state.keep is None or self.reducer.ragged:  # a ragged method knows padding: it makes some itself
                 return self.reducer.plan(x, state, view, self.site)
             return plan_without_padding(self.reducer, x, state, view, self.site, self.run.spare)
@@ -63,16 +63,8 @@ class Link:
         """Applies a plan, if there is one."""
         if plan is None:
             return x, state
-        with _full_precision(x.device.type):
+        with full_precision(x.device.type):
             return apply_plan(x, state, plan)
-
-
-def _autocasts(device: str) -> bool:
-    return device != "meta" and torch.is_autocast_enabled(device)  # the meta device has no autocast to ask about
-
-
-def _full_precision(device: str) -> AbstractContextManager:
-    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
 
 
 def chain(block: nn.Module, names: tuple[str, ...], h: Tensor) -> Tensor:
@@ -127,7 +119,7 @@ class ReducingBlock(Mixin):
             kwargs[spec.mask] = None
         mask = kwargs.get(spec.mask) if spec.own_mask is None else spec.own_mask(self, kwargs)
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if _autocasts(device) else x.dtype  # that queries will have
+        dtype = torch.get_autocast_dtype(device) if autocasts(device) else x.dtype  # that queries will have
         bias = log_size_bias(state, dtype, self._vtok.run.prop_attn)
         why = None if bias is None or self._vtok.stepwise else self._vtok.attend.refuses_bias(spec.attention(self))
         if why is not None:

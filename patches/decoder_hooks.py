@@ -34,6 +34,7 @@ from vtok.patches.decoder_state import (
     stored,
     take,
 )
+from vtok.patches.precision import full_precision
 from vtok.patches.swap import Hook
 from vtok.prompt import Layout
 
@@ -143,7 +144,7 @@ class BeforeText(PrunerHook):
             keep = running.plan.at(0, column)
         elif 0 in self.pruner.layers:
             site, reducer = self.pruner.layers[0]
-            with torch.no_grad():
+            with torch.no_grad(), full_precision(x.device.type):
                 more = reducer.keep(x.detach(), Layout.whole(visual, state.real), None, site)
             keep = more if keep is None else (keep if more is None else keep & more)
         if keep is None or bool((keep | ~visual).all()):
@@ -257,7 +258,7 @@ class BeforeLayer(PrunerHook):
             keep = running.plan.at(self.index, column)
         else:
             attention = running.probes.get(reducer.probe(site)) if "attention" in reducer.needs else None
-            with torch.no_grad():
+            with torch.no_grad(), full_precision(x.device.type):
                 keep = reducer.keep(x.detach(), Layout(visual, real, column, state.length, running.visual), attention, site)
         if keep is None or bool((keep | ~visual).all()):
             return None

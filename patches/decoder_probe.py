@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vtok.patches.decoder_masks import Mask
 from vtok.patches.decoder_state import take
+from vtok.patches.precision import as_now
 from vtok.prompt import LayerAttention
 
 
@@ -43,13 +44,15 @@ def layer_attention(index: int, layer: Any, hidden: Tensor, kwargs: Mapping[str,
     """
     attention, mask, tables = layer.self_attn, kwargs.get("attention_mask"), kwargs["position_embeddings"]
 
+    autocast = as_now(hidden.device.type)
+
     @functools.cache
     def normed() -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), autocast():
             return layer.input_layernorm(hidden)
 
     def project(rows: Tensor | None) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), autocast():
             return _project(attention, normed(), tables, rows)
 
     def bias(rows: Tensor) -> Tensor:

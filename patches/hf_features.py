@@ -17,6 +17,7 @@ from torch import Tensor
 from vtok.errors import StateError, UnsupportedModelError
 from vtok.ops.crops import Cut, ViewMap, view_map
 from vtok.patches import tower_taps, vlm_tower
+from vtok.patches.precision import full_precision
 from vtok.prompt import ImageFeatures, TowerBlock, View, VLMReducer
 from vtok.reduction import Plan, apply_plan
 from vtok.state import TokenState
@@ -146,7 +147,7 @@ def choose(
             patches = None if whole else torch.stack([left[i] for i in numbers])
             source = tower.source(numbers, tokens.device) if whole else None
             seen = ImageFeatures(tokens.detach(), parts, modality, tower.blocks(numbers), number, source, patches)
-            with torch.no_grad():
+            with torch.no_grad(), full_precision(tokens.device.type):
                 plan = reducer.features(seen)
             if plan is None:
                 continue

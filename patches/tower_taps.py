@@ -13,7 +13,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from vtok.errors import StateError
 from vtok.patches.block import chain
 from vtok.patches.padded import key_padding
+from vtok.patches.precision import as_now
 from vtok.patches.protocol import Attend, BlockSpec, Tower
 from vtok.patches.swap import Hook, Mixin, put_on
 from vtok.prompt import TowerBlock
@@ -42,6 +43,7 @@ class Caught:
         num_prefix: tokens in front of the patches.
         x: [V, N, C].
         kwargs: the other arguments.
+        autocast: as it was when the block ran.
     """
 
     block: Any
@@ -50,17 +52,23 @@ class Caught:
     num_prefix: int
     x: Tensor
     kwargs: dict[str, Any]
+    autocast: Callable[[], AbstractContextManager]
 
     def of(self, rows: Sequence[int]) -> TowerBlock:
         """For some of the views."""
         padding = key_padding(self.kwargs.get(self.spec.mask), self.x.shape[1])
         valid = None if padding is None else padding[list(rows)]
-        return TowerBlock(self.num_prefix, valid, functools.partial(self._view, list(rows), valid))
+        return TowerBlock(
+            self.num_prefix,
+            valid,
+            functools.partial(self._view, list(rows), valid),
+            lambda views: self.of([rows[i] for i in views]),
+        )
 
     def _view(self, rows: list[int], valid: Tensor | None) -> AttentionView:
         attention: Any = self.spec.attention(self.block)
         state = TokenState(self.num_prefix, self.x.shape[1], keep=valid)
-        with torch.no_grad():
+        with torch.no_grad(), self.autocast():
             rope = self.kwargs.get(self.spec.rope) if self.spec.rope else None
             h = chain(self.block, self.spec.pre1, self.x[rows])
             p = self.attend.project(attention, h, rope)
@@ -172,7 +180,7 @@ class BlockTap(Hook):
         kwargs = {**dict(zip(self.spec.args, args)), **kwargs}
         x = kwargs.pop("hidden_states") if x is None else x
         x = x.transpose(0, 1) if self.spec.seq_first else x
-        return Caught(module, self.spec, self.attend, self.num_prefix, x.detach(), kwargs)
+        return Caught(module, self.spec, self.attend, self.num_prefix, x.detach(), kwargs, as_now(x.device.type))
 
 
 class WatchedModel(Mixin):

@@ -7,9 +7,10 @@ import torch
 from helpers_golden import assert_close, assert_equal, load
 from torch import Tensor
 
-from vtok.methods.todre import Layout, drops_visual, k_center_select, kept_tokens, max_sum_select, relevance
+from vtok.methods.todre import k_center_select, max_sum_select, relevance
 from vtok.methods.todre_pivot import choose_pivot, cls_attention
-from vtok.ops.causal import causal_probs
+from vtok.methods.todre_relevance import causal_attention, drops_visual
+from vtok.methods.todre_select import kept_tokens
 from vtok.ops.diversity import greedy_diverse
 from vtok.ops.matching import unit
 from vtok.state import AttentionView
@@ -118,7 +119,7 @@ CASES = ["llava", "llava_drop", "tau", "text_first", "batch_leftpad"]
 @pytest.mark.parametrize("case", CASES)
 def test_relevance(case: str, dtype: torch.dtype, tolerance: float) -> None:
     g = load(f"todre_stage2_{case}", dtype)
-    layout = Layout.from_codes(g["layout"])
+    layout = g["layout"]
     text_to_visual, visual_to_text = relevance(g["q"], g["k"], g["scale"], layout)
     assert_close(text_to_visual, g["alpha_t2v"], tolerance)
     assert_close(visual_to_text, g["alpha_v2t"], tolerance)
@@ -135,7 +136,7 @@ def test_probabilities_under_the_causal_mask(case: str) -> None:
     g = load(f"todre_stage2_{case}")
     real = g["layout"] >= 0
     rows = torch.arange(real.shape[1]).expand(real.shape)
-    probs = causal_probs(g["q"], g["k"], g["scale"], rows, real)
+    probs = causal_attention(g["q"], g["k"], g["scale"], real).probs(rows)
     assert_close(probs * real[:, None, :, None], g["attn"], 1e-12)
 
 

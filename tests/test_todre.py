@@ -11,9 +11,12 @@ from strategies import generator, normal, positive, properties, seeds
 from torch import Tensor
 
 from vtok.errors import ConfigError, UnknownNameError
-from vtok.methods.todre import DEFAULT_PROBE, Layout, drops_visual, kept_tokens, max_sum_select, probe_layers, relevance
+from vtok.methods import todre_relevance
+from vtok.methods.todre import max_sum_select, relevance
 from vtok.methods.todre_pivot import choose_pivot, cls_attention
-from vtok.ops import causal
+from vtok.methods.todre_relevance import DEFAULT_PROBE, drops_visual, kinds, probe_layers
+from vtok.methods.todre_select import kept_tokens
+from vtok.prompt import LayerAttention, Layout
 from vtok.state import AttentionView
 
 
@@ -137,19 +140,18 @@ def whole_matrix(q: Tensor, k: Tensor, scale: float, codes: Tensor) -> tuple[flo
 
 
 @properties
-@given(st.integers(1, 3), st.sampled_from([(1, 1), (4, 2), (6, 1), (3, 3)]), st.integers(1, 9), st.integers(1, 60), seeds)
+@given(st.integers(1, 3), st.sampled_from([(1, 1), (4, 2), (6, 1), (3, 3)]), st.integers(1, 9), st.integers(1, 9), seeds)
 def test_relevance_is_a_ratio_of_sums(batch: int, heads: tuple[int, int], n: int, most: int, seed: int) -> None:
     """Any order of text, image, system prompt and padding; however few probabilities are held at a time."""
     q, k = normal(seed, batch, heads[0], n, 3), normal(seed + 1, batch, heads[1], n, 3)
     codes = torch.randint(-1, 3, (batch, n), generator=generator(seed))
     expected = torch.tensor([whole_matrix(q[b], k[b], 1.5, codes[b]) for b in range(batch)], dtype=torch.float64)
-    before, causal.MAX_PROBS = causal.MAX_PROBS, most
+    before, todre_relevance._ROWS_AT_ONCE = todre_relevance._ROWS_AT_ONCE, most
     try:
         found = relevance(q, k, 1.5, codes)
     finally:
-        causal.MAX_PROBS = before
+        todre_relevance._ROWS_AT_ONCE = before
     assert_close(torch.stack(found, 1), expected, 1e-12)
-    assert_close(torch.stack(relevance(q, k, 1.5, Layout.from_codes(codes))), torch.stack(found), 1e-12)
     assert_equal(
         drops_visual(*found, codes, 0.3),
         (found[0] < 0.3) & (found[1] < 0.3) & (codes == 1).any(-1) & (codes == 2).any(-1),
@@ -159,13 +161,13 @@ def test_relevance_is_a_ratio_of_sums(batch: int, heads: tuple[int, int], n: int
 def test_only_rows_that_can_differ_from_zero_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a prompt of 5 system, 40 visual and 7 text tokens: 7 rows; with text in front also the visual ones."""
     rows: list[int] = []
-    kept = causal.causal_probs
+    kept = LayerAttention.probs
 
-    def counted(q: Tensor, k: Tensor, scale: float, which: Tensor, real: Tensor) -> Tensor:
+    def counted(self: LayerAttention, which: Tensor) -> Tensor:
         rows.append(which.shape[1])
-        return kept(q, k, scale, which, real)
+        return kept(self, which)
 
-    monkeypatch.setattr(causal, "causal_probs", counted)
+    monkeypatch.setattr(LayerAttention, "probs", counted)
     q, k = normal(0, 1, 2, 52, 4), normal(1, 1, 2, 52, 4)
     codes = torch.tensor([[0] * 5 + [1] * 40 + [2] * 7])
     relevance(q, k, 0.5, codes)
@@ -174,7 +176,7 @@ def test_only_rows_that_can_differ_from_zero_are_computed(monkeypatch: pytest.Mo
     relevance(q, k, 0.5, torch.where(torch.arange(52) == 0, 2, codes))
     assert sum(rows) == 47
     rows.clear()
-    monkeypatch.setattr(causal, "MAX_PROBS", 3 * 2 * 52)
+    monkeypatch.setattr(todre_relevance, "_ROWS_AT_ONCE", 3)
     relevance(q, k, 0.5, codes)
     assert rows == [3, 3, 1]
     rows.clear()
@@ -190,14 +192,13 @@ def test_relevance_is_taken_in_at_least_fp32(dtype: torch.dtype) -> None:
     assert_equal(torch.stack(found), torch.stack(relevance(q.float(), k.float(), 0.5, codes)))
 
 
-def test_text_is_what_follows_the_first_image_and_what_the_user_said_before() -> None:
-    visual = torch.tensor([[0, 0, 0, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0, 0, 0]]).bool()
-    real = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0]]).bool()
-    layout = Layout.from_visual(visual, real)
-    assert layout.text.int().tolist() == [[0, 0, 0, 0, 0, 1, 0, 1], [0] * 8]
-    user = torch.tensor([1, 0, 1, 1, 0, 0, 0, 0]).bool().expand(2, 8)
-    assert Layout.from_visual(visual, real, user).text.int().tolist() == [[0, 0, 1, 0, 0, 1, 0, 1], [1, 0, 1, 1, 0, 0, 0, 0]]
-    assert_equal(Layout.from_visual(visual).text[0], torch.tensor([0, 0, 0, 0, 0, 1, 0, 1]).bool())
+def test_text_is_what_follows_the_first_image() -> None:
+    visual = torch.tensor([[0, 0, 0, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0, 0, 0], [1, 0, 1, 1, 0, 0, 0, 0]]).bool()
+    real = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 1, 1]]).bool()
+    found = kinds(Layout(visual & real, real, torch.arange(8).expand(3, 8), 8))
+    assert found[0].int().tolist() == [[0, 0, 0, 1, 1, 0, 1, 0], [0] * 8, [0, 0, 1, 1, 0, 0, 0, 0]]
+    assert found[1].int().tolist() == [[0, 0, 0, 0, 0, 1, 0, 1], [0] * 8, [0, 0, 0, 0, 1, 1, 1, 1]]
+    assert found[2] is real
 
 
 def test_the_decision() -> None:
@@ -206,10 +207,11 @@ def test_the_decision() -> None:
     assert drops_visual(forth, back, codes).tolist() == [True, False, False, False, False]
     assert drops_visual(forth, back, codes, criterion="text_to_visual").tolist() == [True, True, False, False, False]
     assert not drops_visual(forth, back, codes, tau=0).any()
-    padded = Layout(
-        codes == 1, codes == 2, torch.tensor([[False, True], [True, True], [True, True], [True, True], [True, True]])
-    )
-    assert not drops_visual(forth, back, padded)[0]
+    real = torch.ones(5, 2, dtype=torch.bool)
+    real[0, 1] = False
+    layout = Layout(codes == 1, real, torch.arange(2).expand(5, 2), 2)
+    assert not drops_visual(forth, back, layout, criterion="text_to_visual")[0]
+    assert drops_visual(forth, back, layout, criterion="text_to_visual")[1]
     with pytest.raises(UnknownNameError, match="did you mean 'both'"):
         drops_visual(forth, back, codes, criterion="bot")
 
@@ -220,8 +222,7 @@ def test_the_decision() -> None:
         (torch.zeros(1, 3, 5, 2), torch.zeros(1, 5), ["dividing 4", "[1, 3, 5, 2]"]),
         (torch.zeros(1, 2, 4, 2), torch.zeros(1, 5), ["[1, 2, 4, 2]"]),
         (torch.zeros(2, 2, 5, 2), torch.zeros(1, 5), ["[2, 2, 5, 2]"]),
-        (torch.zeros(1, 2, 5, 2), torch.zeros(1, 4), ["layout.visual", "[1, 5]", "[1, 4]"]),
-        (torch.zeros(1, 2, 5, 2), Layout(torch.zeros(1, 5).bool(), torch.zeros(1, 5)), ["layout.text", "bool", "float32"]),
+        (torch.zeros(1, 2, 5, 2), torch.zeros(1, 4), ["layout must describe", "[1, 5]", "[1, 4]"]),
     ],
 )
 def test_relevance_of_things_that_do_not_fit(k: Tensor, codes: Any, words: list[str]) -> None:

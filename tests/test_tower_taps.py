@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from vlm_zoo import EXAMPLES, assert_same, build, generate, inputs
+from vlm_zoo import EXAMPLES, assert_same, build, generate, inputs, tower_probs
 
 import vtok
 from vtok.config import MethodConfig
 from vtok.patches import hf_features as hf
-from vtok.patches.hf_vlm import feature_block, find
+from vtok.patches.hf_vlm import feature_block
 from vtok.prompt import ImageFeatures, VLMInfo, VLMReducer
 from vtok.reduction import Plan
 from vtok.state import Place, Site
@@ -55,31 +55,10 @@ def _kernel(name):
     return EXAMPLES[name].kernels[-1]
 
 
-def _probabilities(name, values):
-    """Modality -> block -> [V, H, N, N]: what eager attention of the unpatched tower returns."""
-    model = build(name, "eager")
-    (vlm,) = find(model)
-    kept: dict[int, Any] = {}
-    handles = [
-        block.attention.register_forward_hook(lambda m, args, out, i=i: kept.__setitem__(i, out[1]))
-        for i, block in enumerate(vlm.tower.blocks)
-    ]
-    found = {}
-    with torch.no_grad():
-        for modality, pixels in hf.PIXELS.items():
-            if values.get(pixels) is not None:
-                call = {k: v for k, v in values.items() if k not in hf.PIXELS.values() or k == pixels}
-                hf.encode(vlm.module, call)
-                found[modality] = dict(kept)
-    for handle in handles:
-        handle.remove()
-    return found
-
-
 @pytest.mark.parametrize("name", TOWERS)
 def test_the_attention_of_the_tower(name):
     """Of every view, image by image, as generate() encodes them; pruning the inputs sees the same."""
-    values, expected, looking = inputs(name), _probabilities(name, inputs(name)), Looking()
+    values, expected, looking = inputs(name), tower_probs(name, inputs(name)), Looking()
     model = vtok.patch(build(name, _kernel(name)), looking)
     generate(model, values, steps=2)
     patched = list(looking.seen)
@@ -161,7 +140,7 @@ def test_threads_see_their_own_images():
     looking = [Looking(), Looking()]
     model = build("LLaVA-1.5")
     prompts = [inputs("LLaVA-1.5", seed) for seed in range(2)]
-    expected = [_probabilities("LLaVA-1.5", p)["image"][1] for p in prompts]
+    expected = [tower_probs("LLaVA-1.5", p)["image"][1] for p in prompts]
 
     def work(i):
         for _ in range(10):

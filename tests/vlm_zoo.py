@@ -28,7 +28,9 @@ def _prototype(name: str) -> Any:
     torch.manual_seed(0)
     model = EXAMPLES[name].build()
     for p in model.parameters():
-        if p.ndim > 1:
+        if p.ndim > 1 and not p.any():
+            p.data.normal_()  # Gemma3's projection starts from zeros, which would make all image features zero
+        elif p.ndim > 1:
             p.data.mul_(3.0)  # far from uniform attention and logits
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
@@ -113,7 +115,7 @@ class MaskOracle:
     """
 
     def __init__(self, model: Any, alive: dict[int, Tensor]):
-        self.layers, self.alive, self.handles = text_model(model).layers, alive, []
+        self.model, self.layers, self.alive, self.handles = model, text_model(model).layers, alive, []
         self.window = [self._window(layer) for layer in self.layers]
 
     @staticmethod
@@ -197,6 +199,29 @@ def feature_keeps(model: Any, values: dict[str, Tensor], keep: float, method: st
             first += len(x)
         stays[values["input_ids"] == vlm.tokens[modality]] = torch.cat(rows)
     return stays
+
+
+def tower_probs(name: str, values: dict[str, Tensor]) -> dict[str, dict[int, Tensor]]:
+    """Modality -> block -> [V, H, N, N]: what eager attention of the unpatched tower returns."""
+    from vtok.patches import hf_features as hf
+
+    model = build(name, "eager")
+    (vlm,) = find(model)
+    kept: dict[int, Any] = {}
+    handles = [
+        block.attention.register_forward_hook(lambda m, args, out, i=i: kept.__setitem__(i, out[1]))
+        for i, block in enumerate(vlm.tower.blocks)
+    ]
+    found = {}
+    with torch.no_grad():
+        for modality, pixels in hf.PIXELS.items():
+            if values.get(pixels) is not None:
+                call = {k: v for k, v in values.items() if k not in hf.PIXELS.values() or k == pixels}
+                hf.encode(vlm.module, call)
+                found[modality] = dict(kept)
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 @dataclass(frozen=True)

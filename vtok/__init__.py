@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vtok.methods.correlation import Correlation
     from vtok.methods.pitome import PiToMe
     from vtok.methods.random_drop import RandomDrop
+    from vtok.methods.todre import ToDRE
     from vtok.methods.tome import ToMe
     from vtok.methods.uniform_grid import UniformGrid
     from vtok.methods.zero_tprune import ZeroTPrune
@@ -38,6 +39,7 @@ _CONFIGS = {
     "Correlation": "correlation",
     "PiToMe": "pitome",
     "RandomDrop": "random",
+    "ToDRE": "todre",
     "ToMe": "tome",
     "UniformGrid": "uniform",
     "ZeroTPrune": "zero_tprune",
@@ -56,6 +58,7 @@ __all__ = [
     "Prompt",
     "RandomDrop",
     "StateError",
+    "ToDRE",
     "ToMe",
     "UniformGrid",
     "UnknownNameError",

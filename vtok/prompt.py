@@ -6,7 +6,7 @@ H heads. "Column" without more words means a column of the prompt as the caller 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, NamedTuple
@@ -114,11 +114,13 @@ class TowerBlock:
         num_prefix: tokens in front of the patches, P.
         valid: [V, N] bool, False = padding; `None` = all real.
         project: makes `view`, from what entered the block.
+        only: the same for some of the V views.
     """
 
     num_prefix: int
     valid: Tensor | None
     project: Callable[[], AttentionView]
+    only: Callable[[Sequence[int]], TowerBlock]
 
     @cached_property
     def view(self) -> AttentionView:

@@ -96,6 +96,7 @@ METHODS: Registry[Any] = Registry(
         "correlation": "vtok.methods.correlation:Correlation",
         "pitome": "vtok.methods.pitome:PiToMe",
         "random": "vtok.methods.random_drop:RandomDrop",
+        "todre": "vtok.methods.todre:ToDRE",
         "tome": "vtok.methods.tome:ToMe",
         "uniform": "vtok.methods.uniform_grid:UniformGrid",
         "zero_tprune": "vtok.methods.zero_tprune:ZeroTPrune",

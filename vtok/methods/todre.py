@@ -3,254 +3,296 @@ keeps visual tokens that are unlike each other, before the language model; stage
 model, prompt by prompt, once the text has stopped looking at them.
 
 No code of the authors could be found: everything here was written from the paper's equations, and where they are silent the
-reading is ours and said to be. Which token stage 1 starts from is in `todre_pivot`.
+reading is ours and said to be. The maths stands in `todre_select` (stage 1), `todre_pivot` (where it starts) and
+`todre_relevance` (stage 2); here is what the method does to a model.
 
 Every image chooses its own tokens, every prompt makes its own decision: nothing depends on the batch. The tokens of one image
-are one pool, thumbnail and crops of a high-resolution image together; so are the frames of a video, one after the other.
+are one pool, thumbnail and crops of a high-resolution image together; so are the frames of a video, one after the other, and
+the tiles of all images of a prompt where the model itself hands them over as one (Idefics3, SmolVLM). Newline tokens between
+rows compete like all others.
 
-Shapes: B images or prompts, n visual tokens, d feature width, H query heads, Hk key heads, N tokens of the prompt, D head dim.
+Shapes: B images or prompts, n visual tokens, D width, L columns in front of a decoder layer, V views of the vision tower, N
+tokens of a view, P prefix tokens.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from vtok.errors import ConfigError, unknown
-from vtok.ops.causal import causal_mass
-from vtok.ops.diversity import greedy_diverse
+from vtok.config import MethodConfig, flag, fraction
+from vtok.errors import ConfigError, StateError, UnsupportedModelError, unknown
+from vtok.methods.todre_pivot import PIVOTS, choose_pivot, cls_attention
+from vtok.methods.todre_relevance import (
+    CRITERIA,
+    DEFAULT_PROBE,
+    DEFAULT_TAU,
+    drops_visual,
+    layer_relevance,
+    probe_layers,
+    relevance,
+)
+from vtok.methods.todre_select import SELECTORS, k_center_select, kept_tokens, max_sum_select
+from vtok.prompt import ImageFeatures, LayerAttention, Layout, TowerFacts, View, VLMInfo, VLMReducer
+from vtok.reduction import Plan
+from vtok.state import Place, Site
 
-CRITERIA = ("both", "text_to_visual")
-DEFAULT_TAU = 0.1
-DEFAULT_PROBE = 7 / 8
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
+__all__ = ["ToDRE", "k_center_select", "max_sum_select", "relevance"]
 
-# Stage 1: how many, and which.
-def kept_tokens(n: int, keep: float | None = None, keep_tokens: int | None = None) -> int:
-    """k, tokens that an image of n keeps: max(1, round(n keep)), or `keep_tokens` where it has as many.
-
-    The paper states counts for whole images (288 or 720 of 2880, 10 % or 25 %); how a share is rounded is our reading.
-    """
-    if keep_tokens is not None:
-        return min(n, keep_tokens)
-    return n if keep is None else min(n, max(1, round(n * keep)))
-
-
-def max_sum_select(
-    features: Tensor, k: int | Sequence[int] | Tensor, pivot: int | Tensor, valid: Tensor | None = None
-) -> Tensor:
-    """Greedy max-sum diversification (eqs. 4 to 7, algorithm 1): next comes the token least similar to the sum of those taken.
-
-    Two near-identical outliers are both taken: nothing here protects against duplicates (`k_center_select` does). Similarities
-    are cosines in at least fp32; in half precision the order changes. Of equal sums the lowest token number wins.
-
-    Args:
-        features: [B, n, d], after the connector, as the language model reads them.
-        k: tokens to keep, the pivot included: one number, or one per image ([B]). Tensors cost one host synchronisation,
-            numbers none.
-        pivot: [B] int64 (or one number for all), the token that each image starts from; a valid one.
-        valid: [B, n] bool, False = padding, which is never chosen; `None` = all real.
-
-    Returns:
-        [B, k] int64 in order of choice, the pivot first; the largest k where they differ. -1 fills up images that keep fewer
-        or have fewer valid tokens. Sort it before rotary positions are attached.
-
-    Raises:
-        ConfigError: shapes do not fit, k is not in 1 .. n, or pivot is a number outside the image.
-    """
-    return _select(features, k, pivot, valid, "sum")
+DEFAULT_KEEP = 0.1  # 288 of the 2880 tokens of LLaVA-NeXT
 
 
-def k_center_select(
-    features: Tensor, k: int | Sequence[int] | Tensor, pivot: int | Tensor, valid: Tensor | None = None
-) -> Tensor:
-    """Farthest-point traversal (greedy k-center): next comes the token whose nearest taken one is farthest, by cosine.
-
-    The abstract of the paper's first version names k-center, its second defines max-sum; the two keep different tokens. With
-    another first token it is also the loop of DivPrune (Alvar et al., CVPR 2025). Arguments, result and errors as in
-    `max_sum_select`.
-    """
-    return _select(features, k, pivot, valid, "max")
-
-
-SELECTORS = {"max_sum": max_sum_select, "k_center": k_center_select}
-
-
-def _select(
-    features: Tensor, k: int | Sequence[int] | Tensor, pivot: int | Tensor, valid: Tensor | None, criterion: str
-) -> Tensor:
-    if features.ndim != 3 or not features.is_floating_point():
-        raise ConfigError(f"features must be floating [B, n, d], got {features.dtype} {list(features.shape)}")
-    batch, n, _ = features.shape
-    if valid is not None and (valid.shape != (batch, n) or valid.dtype != torch.bool):
-        raise ConfigError(f"valid must be bool [{batch}, {n}], got {valid.dtype} {list(valid.shape)}")
-    most, counts = _counts(k, batch, n, features.device)
-    if not isinstance(pivot, Tensor):
-        if not 0 <= operator.index(pivot) < n:
-            raise ConfigError(f"pivot={pivot} is no token of an image of {n}; pass 0 to {n - 1}")
-        pivot = torch.full((batch,), operator.index(pivot), device=features.device)
-    if pivot.shape != (batch,) or pivot.dtype != torch.int64:
-        raise ConfigError(f"pivot must be int64 [{batch}], one per image; got {pivot.dtype} {list(pivot.shape)}")
-    order, _ = greedy_diverse(features, most, pivot, valid, criterion)
-    if counts is None:
-        return order
-    return order.masked_fill(torch.arange(most, device=order.device) >= counts[:, None], -1)
-
-
-def _counts(k: int | Sequence[int] | Tensor, batch: int, n: int, device: torch.device) -> tuple[int, Tensor | None]:
-    """The largest count, and the count of every image ([B]; `None` = the same for all)."""
-    values = k.tolist() if isinstance(k, Tensor) else k
-    try:
-        counts = [operator.index(c) for c in values] if isinstance(values, Sequence) else [operator.index(values)] * batch
-    except TypeError:
-        raise ConfigError(f"k counts tokens: a whole number, or one per image; got {k!r}") from None
-    if len(counts) != batch:
-        raise ConfigError(f"k lists {len(counts)} counts for {batch} images; pass one number, or one per image")
-    least, most = min(counts, default=1), max(counts, default=1)
-    if not 1 <= least <= most <= n:
-        raise ConfigError(f"k must be 1 to {n}, the number of tokens; got {most if most > n else least}")
-    return most, None if least == most else torch.tensor(counts, device=device)
-
-
-# Stage 2: does the text still look?
-class Layout(NamedTuple):
-    """What the tokens of a batch of prompts are; what is real, but neither visual nor text, is system prompt.
+@dataclass(frozen=True)
+class ToDRE(MethodConfig):
+    """Config of ToDRE.
 
     Attributes:
-        visual: [B, N] bool, V.
-        text: [B, N] bool, T, the user's text.
-        real: [B, N] bool, False = padding, on either side; `None` = all real.
+        keep: share of the visual tokens of an image that enter the LLM ((0, 1]; default 0.1, the paper's 288 of 2880; it also
+            reports 0.25). At least one token of every image stays. 1.0 leaves stage 1 out.
+        keep_tokens: the same as a count for every image, thumbnail and crops together (paper: k, 288 or 720); whole number
+            >= 1. An image with fewer tokens keeps them all. Give one of the two.
+        selector: `"max_sum"` (the paper's second version, eqs. 4 to 7) or `"k_center"` (which its first version's abstract
+            names).
+        pivot: token that stage 1 starts from: `"cls"`, the one that the vision tower's class token attends to most (of an
+            image in crops: among the thumbnail's; of a video: over all frames); `"center"` or `"farthest"` from the mean
+            feature; `"random"`, by `seed`; or a token number. Default: `"cls"` where the tower has a class token and its
+            patches can be told among the visual tokens, else `"center"`, because it repeats (the paper takes a random one).
+        seed: for `"random"`.
+        cls_layer: 0-based block of the vision tower whose class attention counts, negative ones from the end. Default: the
+            block that the model takes its features from (the paper's "last layer" may mean this one or the tower's last).
+        single_head: read eq. 3 by the letter, as one head over all channels; default: the mean over heads.
+        probe: where stage 2 looks, as shares of the LLM's depth (floats) or 0-based decoder layers (ints), one or several; of
+            several the first that passes drops. Default 7/8: what is judged in layer floor(7L/8) - 1 is gone from layer
+            floor(7L/8) on. Behind the last layer nothing is left to drop. `None` leaves stage 2 out. The depth is what protects
+            accuracy, not `tau`: in the paper's ablation half depth costs GQA 25 points at the default tau.
+        tau: stage 2 drops all visual tokens of a prompt if the ratios are below it (paper: tau; [0, 1], default 0.1; 0 never
+            drops).
+        criterion: `"both"` ratios of eq. 8, or `"text_to_visual"` alone: they differ only where text precedes an image, or
+            where the LLM lets an image see the text behind it.
+
+    With `keep=1.0, probe=None` the method is an exact no-op.
     """
 
-    visual: Tensor
-    text: Tensor
-    real: Tensor | None = None
+    name: ClassVar[str] = "todre"
+    set_by_budget: ClassVar[tuple[str, ...]] = ("keep", "keep_tokens")
 
-    @classmethod
-    def from_codes(cls, codes: Tensor) -> Layout:
-        """From one number a token ([B, N]): -1 padding, 0 system prompt, 1 visual, 2 the user's text."""
-        return cls(codes == 1, codes == 2, codes >= 0)
+    keep: float | None = None
+    keep_tokens: int | None = None
+    selector: str = "max_sum"
+    pivot: str | int | None = None
+    seed: int = 0
+    cls_layer: int | None = None
+    single_head: bool = False
+    probe: float | Sequence[float] | None = DEFAULT_PROBE
+    tau: float = DEFAULT_TAU
+    criterion: str = "both"
 
-    @classmethod
-    def from_visual(cls, visual: Tensor, real: Tensor | None = None, user: Tensor | None = None) -> Layout:
-        """Our reading of which text is the user's: whatever follows the first visual token (in a chat template that includes
-        the assistant's header), and `user` text ([B, N] bool) before it. The rest is system prompt.
-        """
-        text = visual.cumsum(-1) > 0
-        text = (text if user is None else text | user) & ~visual
-        return cls(visual, text if real is None else text & real, real)
+    def __post_init__(self) -> None:
+        if self.keep is not None and self.keep_tokens is not None:
+            raise ConfigError(f"give keep or keep_tokens, not both (got {self.keep} and {self.keep_tokens})")
+        if self.keep is None and self.keep_tokens is None:
+            object.__setattr__(self, "keep", DEFAULT_KEEP)
+        if self.keep is not None:
+            fraction(self.keep, "keep")
+        elif not _whole(self.keep_tokens) or self.keep_tokens < 1:  # type: ignore[operator]
+            raise ConfigError(f"keep_tokens must be a whole number >= 1, got {self.keep_tokens!r}")
+        for name, allowed in (("selector", SELECTORS), ("criterion", CRITERIA)):
+            if getattr(self, name) not in allowed:
+                raise unknown(name, str(getattr(self, name)), allowed)
+        if isinstance(self.pivot, str) and self.pivot not in PIVOTS:
+            raise unknown("pivot", self.pivot, PIVOTS)
+        if self.pivot is not None and not isinstance(self.pivot, str) and (not _whole(self.pivot) or self.pivot < 0):
+            raise ConfigError(f"pivot is one of {', '.join(PIVOTS)}, or a token number; got {self.pivot!r}")
+        for name in ("seed", "cls_layer"):
+            if getattr(self, name) is not None and not _whole(getattr(self, name)):
+                raise ConfigError(f"{name} is a whole number, got {getattr(self, name)!r}")
+        flag(self.single_head, "single_head")
+        if isinstance(self.probe, Sequence) and not isinstance(self.probe, str):
+            object.__setattr__(self, "probe", tuple(self.probe))
+        if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)) or not 0 <= self.tau <= 1:
+            raise ConfigError(f"tau is a share of attention in [0, 1], got {self.tau!r}")
+
+    def knob(self) -> dict[str, Any]:
+        return {"keep": self.keep}
+
+    def ladder_vlm(self, info: VLMInfo) -> Sequence[Self]:
+        return [self.replace(keep=1 - step / 1000, keep_tokens=None) for step in range(1000)]
+
+    def build_vlm(self, info: VLMInfo) -> ToDREReducer:
+        probes = probe_layers(self.probe, info.depth)
+        layers = tuple(layer + 1 for layer in probes if layer + 1 < info.depth) if self.tau > 0 else ()
+        block = self._cls_block(info) if self.keep != 1 else None
+        return (ToDREReducer if layers else FirstStage)(self, info, layers, block)
+
+    def _cls_block(self, info: VLMInfo) -> int | None:
+        """The block of the vision tower whose class attention chooses the pivot, if one does."""
+        tower = info.tower
+        if self.pivot not in (None, "cls"):
+            return None
+        if tower is None or not tower.has_cls:
+            if self.pivot is None:
+                return None
+            why = info.no_tower if tower is None else "it has no class token"
+            raise UnsupportedModelError(
+                f'pivot="cls" needs the attention of a class token in the vision tower of {info.name}: {why}; '
+                'pass pivot="center"'
+            )
+        if self.cls_layer is None:
+            return tower.feature_block
+        if not -tower.depth <= self.cls_layer < tower.depth:
+            raise ConfigError(
+                f"cls_layer={self.cls_layer} names no block of the vision tower of {info.name}, which has {tower.depth}"
+            )
+        return self.cls_layer % tower.depth
 
 
-def relevance(q: Tensor, k: Tensor, scale: float, layout: Layout | Tensor) -> tuple[Tensor, Tensor]:
-    """How much text and visual tokens of each prompt look at each other in one decoder layer (eq. 8).
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
-    Attention probabilities A are averaged over heads. text_to_visual is the sum of A over text queries and visual keys, divided
-    by that over text queries and all keys: as rows sum to 1, the mean share of its attention that a text token gives to visual
-    ones. visual_to_text likewise; it is exactly 0 where all text follows the visual tokens, as the mask is causal. Only rows
-    that can be other than 0 are computed, some at a time; their number costs the one host synchronisation.
 
-    Tokens see all real tokens up to themselves. Sliding windows and images that look ahead within themselves are not modelled.
+@dataclass(frozen=True)
+class ToDREReducer(VLMReducer):
+    """ToDRE for one model.
+
+    Attributes:
+        config: of the method.
+        info: of the model.
+        layers: decoder layers in front of which stage 2 drops.
+        block: of the vision tower, whose class attention chooses pivots; `None` = it does not.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+
+    config: ToDRE
+    info: VLMInfo
+    layers: tuple[int, ...]
+    block: int | None
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        first = () if self.config.keep == 1 else (Site(Place.IMAGE_FEATURES, 0),)
+        return (*first, *(Site(Place.DECODER_IN, layer) for layer in self.layers))
+
+    @property
+    def tower_blocks(self) -> tuple[int, ...]:
+        return () if self.block is None else (self.block,)
+
+    def probe(self, at: Site) -> int:
+        return at.index - 1
+
+    def features(self, images: ImageFeatures) -> Plan | None:
+        config, (_, n, _) = self.config, images.tokens.shape
+        count = kept_tokens(n, config.keep, config.keep_tokens)
+        if count == n:
+            return None
+        pivot = self._pivot(images)
+        order = SELECTORS[config.selector](images.tokens, count, pivot)
+        return Plan(order.sort(1).values)  # columns keep their order, and with it their positions
+
+    def _pivot(self, images: ImageFeatures) -> Tensor:
+        """[B] int64: where each image starts."""
+        config, found = self.config, None
+        if self.block is not None:
+            found = class_scores(images, self.block, config.single_head)
+            if found is None and config.pivot == "cls":
+                raise StateError(
+                    f'pivot="cls": the patches that {self.info.name}\'s vision tower saw cannot be told among the '
+                    f'{images.tokens.shape[1]} visual tokens of this {images.modality}; pass pivot="center"'
+                )
+        scores, start = (None, 0) if found is None else found
+        return choose_pivot(config.pivot, images.tokens, None, scores, start, config.seed)
+
+    def keep(self, x: Tensor, layout: Layout, attention: LayerAttention | None, at: Site) -> Tensor | None:
+        assert attention is not None
+        forth, back = layer_relevance(attention, layout.visual & layout.real, layout.after_image)
+        dropped = drops_visual(forth, back, layout, self.config.tau, self.config.criterion)
+        return (~dropped)[:, None].expand_as(layout.visual)
+
+    def feature_count(self, n: int, views: tuple[View, ...], modality: str = "image") -> int:
+        return kept_tokens(n, self.config.keep, self.config.keep_tokens)
+
+    def feature_macs(self, n: int, views: tuple[View, ...], modality: str = "image") -> int:
+        count = self.feature_count(n, views, modality)
+        if count == n:
+            return 0
+        facts = self.info.tower if self.block is not None else None
+        looked = 0 if facts is None else _class_macs(facts, sum(v.rows * v.columns for v in _candidates(views)))
+        return (count - 1) * n * self.info.width + looked
+
+    def layer_macs(self, at: Site, visual: int, text: int) -> int:
+        return self.info.probe_macs(text, visual + text)
+
+
+class FirstStage(ToDREReducer):
+    """ToDRE without its second stage: how many tokens stay depends on their number alone."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    exact: ClassVar[bool] = True
+
+
+# Which visual tokens the class token of the vision tower looks at.
+def _candidates(views: Sequence[View]) -> list[View]:
+    """The views whose tokens may be pivots: the one that shows the whole image, if there is one beside others."""
+    shown = [view for view in views if not (view.newline and view.columns == 1)]
+    return [view for view in shown if view.overview] or shown
+
+
+def class_scores(images: ImageFeatures, block: int, single_head: bool = False) -> tuple[Tensor, int] | None:
+    """Class attention of the visual tokens that may be pivots (eq. 3): the overview's, or those of every frame or tile.
+
+    Where a visual token stands for a rectangle of patches, as behind a pixel shuffle, it gets the sum of theirs.
 
     Args:
-        q: [B, H, N, D] after rotation.
-        k: [B, Hk, N, D] after rotation; H / Hk consecutive queries share a key.
-        scale: factor on the logits.
-        layout: which tokens are what; or codes [B, N] as in `Layout.from_codes`.
+        images: laid out alike.
+        block: of the vision tower.
+        single_head: see `cls_attention`.
 
     Returns:
-        (text_to_visual [B], visual_to_text [B]) in [0, 1], in at least fp32; 0 where there are no such queries.
-
-    Raises:
-        ConfigError: shapes do not fit.
+        (scores [B, t] of t consecutive tokens, number of the first); `None` where patches cannot be told among the tokens.
     """
-    visual, text, real = Layout.from_codes(layout) if isinstance(layout, Tensor) else layout
-    batch, heads, n, _ = q.shape
-    if k.shape[0] != batch or k.shape[2:] != q.shape[2:] or heads % k.shape[1]:
-        raise ConfigError(f"k must be [B, Hk, N, D] with Hk dividing {heads}, q is {list(q.shape)}; got {list(k.shape)}")
-    for name, mask in (("visual", visual), ("text", text), ("real", real)):
-        if mask is not None and (mask.shape != (batch, n) or mask.dtype != torch.bool):
-            raise ConfigError(f"layout.{name} must be bool [{batch}, {n}], got {mask.dtype} {list(mask.shape)}")
-    real = torch.ones_like(visual) if real is None else real
-    visual, text = visual & real, text & real
-    asking = torch.stack([text & (visual.cumsum(-1) > 0), visual & (text.cumsum(-1) > 0)])  # rows with such keys before them
-    widths = asking.sum(-1).amax(-1).tolist() if batch else [0, 0]  # the one host synchronisation
-    q, k = q.detach(), k.detach()
-    ratios = [
-        causal_mass(q, k, scale, queries, width, keys, real) / everyone.sum(-1).clamp_min(1)
-        for queries, width, keys, everyone in zip(asking, widths, (visual, text), (text, visual))
-    ]
-    return ratios[0], ratios[1]
-
-
-def drops_visual(
-    text_to_visual: Tensor, visual_to_text: Tensor, layout: Layout | Tensor, tau: float = DEFAULT_TAU, criterion: str = "both"
-) -> Tensor:
-    """Which prompts lose all their visual tokens: those whose ratios are below tau (section 4.2).
-
-    At half depth ratios are below the default already and dropping ruins accuracy (the paper's ablation): it is the depth that
-    protects, not tau. A prompt without text, where the ratio is 0 / 0, keeps its visual tokens; that is our reading.
-
-    Args:
-        text_to_visual: [B], see `relevance`.
-        visual_to_text: [B].
-        layout: the one the ratios were computed with.
-        tau: threshold; 0.1 in the paper, 0.03 to 0.15 in its ablation; 0 never drops.
-        criterion: `"both"` ratios (the paper), or `"text_to_visual"` alone, which differs only where text precedes the image.
-
-    Returns:
-        [B] bool.
-
-    Raises:
-        UnknownNameError: no such criterion.
-    """
-    if criterion not in CRITERIA:
-        raise unknown("criterion", criterion, CRITERIA)
-    visual, text, real = Layout.from_codes(layout) if isinstance(layout, Tensor) else layout
-    if real is not None:
-        visual, text = visual & real, text & real
-    below = text_to_visual < tau
-    if criterion == "both":
-        below = below & (visual_to_text < tau)
-    return below & visual.any(-1) & text.any(-1)
-
-
-def probe_layers(probe: float | Sequence[float] | None, depth: int) -> tuple[int, ...]:
-    """0-based decoder layers after which relevance is judged: visual tokens are gone from the next layer on.
-
-    The paper's 7L/8 is read as "once 7L/8 layers have run": layer floor(7L/8) - 1 (27 of 32). It gives neither the first number
-    nor the rounding. With several layers the first that passes drops; a prompt that has dropped has nothing left to drop.
-
-    Args:
-        probe: shares of the depth in (0, 1] (floats), 0-based layers (ints; negative ones count from the end), one or a list;
-            `None` = no second stage.
-        depth: L, decoder layers.
-
-    Returns:
-        Ascending, without repetition.
-
-    Raises:
-        ConfigError: a share outside (0, 1] or before the first layer, or a layer that does not exist.
-    """
-    if probe is None:
-        return ()
-    given = probe if isinstance(probe, Sequence) and not isinstance(probe, str) else (probe,)
-    return tuple(sorted({_probe_layer(one, depth) for one in given}))
-
-
-def _probe_layer(one: float, depth: int) -> int:
-    if isinstance(one, bool) or not isinstance(one, (int, float)):
-        raise ConfigError(f"probe takes shares of the depth such as 0.875, or layer numbers; got {one!r}")
-    if isinstance(one, int):
-        layer = one + depth if one < 0 else one
-    elif 0 < one <= 1:
-        layer = math.floor(one * depth + 1e-9) - 1  # 0.29 of 100 layers is 28.999.. in floating point and means 29
+    count, views = images.views_per_image, _candidates(images.views)
+    if any(view.newline for view in views) or not views:
+        return None
+    if len(views) == 1:  # the tower sees the whole image first, then its crops
+        places = [0]
+    elif len(views) == count and all(a.stop == b.start for a, b in itertools.pairwise(views)):
+        places = list(range(count))
     else:
-        raise ConfigError(f"probe as a share of the depth lies in (0, 1], got {one!r}; a layer number is a whole number")
-    if not 0 <= layer < depth:
-        raise ConfigError(f"probe={one!r} names no layer of a decoder of {depth}")
-    return layer
+        return None
+    if len(views) == 1 and count > 1 and not views[0].overview:
+        return None
+    batch = len(images.tokens)
+    seen = images.tower[block].only([b * count + place for b in range(batch) for place in places])
+    scores = cls_attention(seen.view, seen.num_prefix, single_head)  # [B V, patches]
+    parts = _per_token(scores, views[0], seen.num_prefix)
+    if parts is None or any(view.rows * view.columns != views[0].rows * views[0].columns for view in views):
+        return None
+    return parts.view(batch, -1), views[0].start
+
+
+def _per_token(scores: Tensor, view: View, num_prefix: int) -> Tensor | None:
+    """Scores of patches [V, N - P] -> of the tokens of a view [V, t], if it is known which patches are which token."""
+    patches, tokens = scores.shape[1], view.rows * view.columns
+    if patches == tokens:
+        return scores
+    if patches + num_prefix == tokens:  # the model keeps the prefix among its features; no pivot is chosen there
+        return torch.cat([scores.new_full((len(scores), num_prefix), -1.0), scores], 1)
+    side = math.isqrt(patches)
+    if side * side != patches or side % view.rows or side % view.columns:
+        return None
+    grid = scores.view(len(scores), view.rows, side // view.rows, view.columns, side // view.columns)
+    return grid.sum((2, 4)).flatten(1)
+
+
+def _class_macs(tower: TowerFacts, tokens: int) -> int:
+    """MACs of queries, keys and values of the block, and of the class token's products with the keys; a token per patch."""
+    return tokens * tower.width * 3 * tower.num_heads * tower.head_dim + tokens * tower.num_heads * tower.head_dim

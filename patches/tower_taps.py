@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from vtok.errors import StateError
-from vtok.patches.block import chain
+from vtok.patches.block import Link, chain
 from vtok.patches.padded import key_padding
 from vtok.patches.precision import as_now
 from vtok.patches.protocol import Attend, BlockSpec, Tower
 from vtok.patches.swap import Hook, Mixin, put_on
 from vtok.prompt import TowerBlock
-from vtok.state import AttentionView, TokenState, log_size_bias
+from vtok.state import AttentionView, TokenState, gather_positions, log_size_bias
 
 _SEEN, _TAPS = "_vtok_tower", "_vtok_taps"
 
@@ -44,6 +44,8 @@ class Caught:
         x: [V, N, C].
         kwargs: the other arguments.
         autocast: as it was when the block ran.
+        state: of the tokens, if the tower is patched itself.
+        prop_attn: whether attention sees the sizes of merged tokens then.
     """
 
     block: Any
@@ -53,26 +55,36 @@ class Caught:
     x: Tensor
     kwargs: dict[str, Any]
     autocast: Callable[[], AbstractContextManager]
+    state: TokenState | None = None
+    prop_attn: bool = False
 
     def of(self, rows: Sequence[int]) -> TowerBlock:
         """For some of the views."""
-        padding = key_padding(self.kwargs.get(self.spec.mask), self.x.shape[1])
-        valid = None if padding is None else padding[list(rows)]
+        state = self._state(list(rows))
         return TowerBlock(
             self.num_prefix,
-            valid,
-            functools.partial(self._view, list(rows), valid),
+            state.keep,
+            functools.partial(self._view, list(rows), state),
             lambda views: self.of([rows[i] for i in views]),
+            state.index,
+            state.length,
         )
 
-    def _view(self, rows: list[int], valid: Tensor | None) -> AttentionView:
+    def _state(self, rows: list[int]) -> TokenState:
+        state = self.state
+        if state is None:
+            n = self.x.shape[1]
+            state = TokenState(self.num_prefix, n, keep=key_padding(self.kwargs.get(self.spec.mask), n))
+        index, size, keep = (None if t is None else t[rows] for t in (state.index, state.size, state.keep))
+        return TokenState(self.num_prefix, state.length, index, size, keep)
+
+    def _view(self, rows: list[int], state: TokenState) -> AttentionView:
         attention: Any = self.spec.attention(self.block)
-        state = TokenState(self.num_prefix, self.x.shape[1], keep=valid)
         with torch.no_grad(), self.autocast():
-            rope = self.kwargs.get(self.spec.rope) if self.spec.rope else None
+            rope = gather_positions(self.kwargs.get(self.spec.rope) if self.spec.rope else None, state)
             h = chain(self.block, self.spec.pre1, self.x[rows])
             p = self.attend.project(attention, h, rope)
-            bias = log_size_bias(state, h.dtype)
+            bias = log_size_bias(state, h.dtype, self.prop_attn)
         return AttentionView(p.q, p.k, p.k_rot, p.v, self.attend.scale(attention), bias)
 
 
@@ -180,7 +192,11 @@ class BlockTap(Hook):
         kwargs = {**dict(zip(self.spec.args, args)), **kwargs}
         x = kwargs.pop("hidden_states") if x is None else x
         x = x.transpose(0, 1) if self.spec.seq_first else x
-        return Caught(module, self.spec, self.attend, self.num_prefix, x.detach(), kwargs, as_now(x.device.type))
+        link: Any = module.__dict__.get("_vtok")  # of a method inside the tower
+        state, prop = None, False
+        if isinstance(link, Link) and link.index > 0:
+            state, prop = link.run.current.states[link.index], link.run.prop_attn
+        return Caught(module, self.spec, self.attend, self.num_prefix, x.detach(), kwargs, as_now(x.device.type), state, prop)
 
 
 class WatchedModel(Mixin):

@@ -7,13 +7,14 @@ import torch
 from helpers_golden import assert_close, assert_equal, load
 from torch import Tensor
 
-from vtok.methods.todre import k_center_select, max_sum_select, relevance
+from vtok.methods.todre import ToDRE, k_center_select, max_sum_select, relevance
 from vtok.methods.todre_pivot import choose_pivot, cls_attention
 from vtok.methods.todre_relevance import causal_attention, drops_visual
 from vtok.methods.todre_select import kept_tokens
 from vtok.ops.diversity import greedy_diverse
 from vtok.ops.matching import unit
-from vtok.state import AttentionView
+from vtok.prompt import ImageFeatures, Layout, TowerBlock, TowerFacts, View, VLMInfo
+from vtok.state import AttentionView, Place, Site
 
 IMAGES = ["todre_stage1_image_small", "todre_stage1_image_576_k58"]
 
@@ -164,3 +165,93 @@ def test_k_center_never_returns_a_token_twice() -> None:
     assert_equal(order.sort().values, torch.arange(24))
     assert len(set(g["order"].tolist())) == g["n_unique"] == 22
     assert_equal(order[:22], g["order"][:22])
+
+
+# The same through what a patched model asks.
+def info(width: int) -> VLMInfo:
+    return VLMInfo("Golden", 32, width, 8, tower=TowerFacts(24, True, 1, 22, 1024, 16, 64))
+
+
+def tower_block(view: AttentionView) -> TowerBlock:
+    return TowerBlock(1, None, lambda: view, lambda views: tower_block(view))
+
+
+def images(features: Tensor, cls_attn: Tensor | None = None) -> ImageFeatures:
+    """One view of the tower an image, whose class token attends as given."""
+    n = features.shape[1]
+    tower = {}
+    if cls_attn is not None:
+        k = torch.cat([cls_attn.new_full((len(cls_attn), 1), -1e9), cls_attn.log()], 1)[:, None, :, None]  # [B, 1, 1 + n, 1]
+        tower[22] = tower_block(AttentionView(torch.ones_like(k), k, k, None, 1.0, None))
+    return ImageFeatures(features, (View(0, 1, n),), "image", tower, 1)
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_model_keeps_these_tokens(name: str) -> None:
+    g = load(name)
+    seen = images(g["features"][None], g["cls_attn"][None])
+    for selector, key in (("max_sum", "kept_sorted"), ("k_center", "kcenter_kept_sorted")):
+        for amount in ({"keep": 0.25 if g["k"] == 16 else 0.1}, {"keep_tokens": g["k"]}):
+            plan = ToDRE(selector=selector, **amount).build_vlm(info(g["features"].shape[1])).features(seen)
+            assert plan is not None
+            assert_equal(plan.keep[0], g[key])
+
+
+@pytest.mark.parametrize("rule", ["center", "farthest"])
+def test_a_model_starts_from_these_tokens(rule: str) -> None:
+    g = load("todre_stage1_pivots")
+    plan = ToDRE(keep_tokens=g["k"], pivot=rule).build_vlm(info(8)).features(images(g["features"][None]))
+    assert plan is not None
+    assert_equal(plan.keep[0], g[f"order_{rule}"].sort().values)
+
+
+def test_a_model_keeps_these_tokens_of_unequal_images() -> None:
+    g = load("todre_stage1_batch")
+    for b, (n, k) in enumerate(zip(g["n_valid"].tolist(), g["k"].tolist())):
+        seen = images(g["features"][b : b + 1, :n], g["cls_attn"][b : b + 1, :n])
+        plan = ToDRE(keep_tokens=k).build_vlm(info(8)).features(seen)
+        expected = g["order"][b][:k].sort().values
+        assert_equal(torch.arange(n) if plan is None else plan.keep[0], expected)
+
+
+def test_a_model_reads_class_attention_in_both_ways() -> None:
+    g = load("todre_cls_attention")
+    q, k = g["q"][None], g["k"][None]
+    seen = images(torch.eye(25, dtype=q.dtype)[None])._replace(
+        tower={22: tower_block(AttentionView(q, k, k, None, g["scale"], None))}
+    )
+    for single, key in ((False, "pivot"), (True, "pivot_eq3_single_head")):
+        plan = ToDRE(keep_tokens=1, single_head=single).build_vlm(info(25)).features(seen)
+        assert plan is not None
+        assert plan.keep.tolist() == [[g[key]]]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_model_drops_for_these_prompts(case: str) -> None:
+    """A model is not told who wrote which text: what precedes the image counts as system prompt."""
+    g = load(f"todre_stage2_{case}")
+    codes, real = g["layout"], g["layout"] >= 0
+    layout = Layout.whole(codes == 1, real)
+    known = torch.where((codes == 2) & ~(layout.visual.cumsum(1) > 0), 0, codes)
+    assert (known == codes).all() == (case != "text_first")
+    attention = causal_attention(g["q"], g["k"], g["scale"], real)
+    x = torch.zeros(*codes.shape, 1)
+    forth_and_back = relevance(g["q"], g["k"], g["scale"], known)
+    for column, tau in enumerate(g["taus"].tolist()):
+        for criterion, key in (("both", "drop_both"), ("text_to_visual", "drop_t2v_only")):
+            reducer = ToDRE(tau=tau, criterion=criterion).build_vlm(info(8))
+            keep = reducer.keep(x, layout, attention, Site(Place.DECODER_IN, 28))
+            assert keep is not None
+            expected = g[key][:, column] if case != "text_first" else drops_visual(*forth_and_back, known, tau, criterion)
+            assert_equal(keep, ~expected[:, None].expand(codes.shape))
+
+
+def test_where_a_model_is_asked() -> None:
+    for config, layers in ((ToDRE(), [28]), (ToDRE(probe=[0.5, 7 / 8]), [16, 28]), (ToDRE(probe=[31, 3]), [4])):
+        reducer = config.build_vlm(info(8))
+        assert [site.index for site in reducer.sites] == [0, *layers]
+        assert [reducer.probe(site) for site in reducer.sites[1:]] == [layer - 1 for layer in layers]
+    assert ToDRE(keep=1.0, probe=None).build_vlm(info(8)).sites == () == ToDRE(keep=1, tau=0).build_vlm(info(8)).sites
+    assert ToDRE().build_vlm(info(8)).tower_blocks == (22,)
+    assert ToDRE(cls_layer=-1).build_vlm(info(8)).tower_blocks == (23,)
+    assert ToDRE(keep=1.0).build_vlm(info(8)).tower_blocks == () == ToDRE(pivot="center").build_vlm(info(8)).tower_blocks

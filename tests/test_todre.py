@@ -195,7 +195,7 @@ def test_relevance_is_taken_in_at_least_fp32(dtype: torch.dtype) -> None:
 def test_text_is_what_follows_the_first_image() -> None:
     visual = torch.tensor([[0, 0, 0, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0, 0, 0], [1, 0, 1, 1, 0, 0, 0, 0]]).bool()
     real = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 1, 1]]).bool()
-    found = kinds(Layout(visual & real, real, torch.arange(8).expand(3, 8), 8))
+    found = kinds(Layout.whole(visual & real, real))
     assert found[0].int().tolist() == [[0, 0, 0, 1, 1, 0, 1, 0], [0] * 8, [0, 0, 1, 1, 0, 0, 0, 0]]
     assert found[1].int().tolist() == [[0, 0, 0, 0, 0, 1, 0, 1], [0] * 8, [0, 0, 0, 0, 1, 1, 1, 1]]
     assert found[2] is real
@@ -209,7 +209,7 @@ def test_the_decision() -> None:
     assert not drops_visual(forth, back, codes, tau=0).any()
     real = torch.ones(5, 2, dtype=torch.bool)
     real[0, 1] = False
-    layout = Layout(codes == 1, real, torch.arange(2).expand(5, 2), 2)
+    layout = Layout.whole(codes == 1, real)
     assert not drops_visual(forth, back, layout, criterion="text_to_visual")[0]
     assert drops_visual(forth, back, layout, criterion="text_to_visual")[1]
     with pytest.raises(UnknownNameError, match="did you mean 'both'"):

@@ -22,6 +22,7 @@ import vtok
 from vtok.methods import todre
 from vtok.patches import hf_features as hf
 from vtok.patches.hf_vlm import find
+from vtok.resolve import run_of
 
 KEEP = 0.3
 MAIN = ["LLaVA-1.5", "LLaVA-NeXT", "LLaVA-OneVision", "Qwen2.5-VL", "InternVL", "Idefics3", "Gemma3", "PaliGemma"]
@@ -374,6 +375,59 @@ def test_one_token_of_every_image_stays(name):
     with torch.no_grad():
         images = sum(len(out.pooler_output) for out in hf.encode(vlm.module, values).values())
     assert sum(vtok.info(model).prompts[0].rows[0].tokens_out) == images
+
+
+# Behind a method inside the tower.
+@pytest.mark.parametrize("method", [vtok.ToMe(r=[5, 0]), vtok.PiToMe(ratio=[0.6, 1.0]), vtok.ATS(keep=0.6, layers=[0])])
+@pytest.mark.parametrize("name", ["LLaVA-1.5", "LLaVA-NeXT", "InternVL"])
+def test_class_attention_of_a_tower_that_merges(name, method, monkeypatch):
+    """The pivot is chosen among the tokens that are left, each at its patch, by the attention that their block computed."""
+    if method.name == "ats" and name != "LLaVA-1.5":
+        pytest.skip("methods that drop are refused where the connector needs the grid")
+    model, scores, maps = build(name, "eager"), [], []
+    original = todre.class_scores
+    monkeypatch.setattr(todre, "class_scores", lambda *args: scores.append((args[0], original(*args))) or scores[-1][1])
+    vtok.patch(model, [method, vtok.ToDRE(keep=KEEP, probe=None)])
+    (vlm,) = find(model)
+    block = vlm.tower.blocks[vlm.info.tower.feature_block]
+    hook = block.attention.register_forward_hook(lambda m, a, out: maps.append(out[1]))
+    with torch.no_grad():
+        model(**inputs(name))
+    hook.remove()
+    state = run_of(vlm.tower.module).current.states[vlm.info.tower.feature_block]
+    mean = maps[0][:, :, 0].mean(1)
+    whole = torch.zeros(len(mean), state.length)
+    for view in range(len(mean)):
+        for row in range(mean.shape[1]):
+            if state.keep is None or state.keep[view, row]:
+                whole[view, state.index[view, row]] = mean[view, row]
+    whole = whole[:, 1:]
+    assert (whole == 0).any(), "nothing was merged"
+    if name == "InternVL":
+        whole = whole.view(-1, 4, 2, 4, 2).sum((2, 4)).flatten(1)
+    if name == "LLaVA-NeXT":
+        whole = whole[::3]
+    for images, (found, start) in scores:
+        assert start == 0
+        for b in range(len(found)):
+            wanted = [x if images.patches is None else x[images.patches[b]] for x in whole]
+            assert any(x.shape == found[b].shape and (x - found[b]).abs().max() <= 1e-6 for x in wanted)
+    assert sum(len(found) for _, (found, _) in scores) == len(whole)
+
+
+def test_merging_in_the_tower_then_both_stages():
+    values, model = inputs("LLaVA-1.5"), build("LLaVA-1.5")
+    vtok.patch(model, [vtok.ToMe(r=[5, 0]), vtok.ToDRE(keep=0.5, tau=1.0)])
+    together = generate(model, values)
+    rows = vtok.info(model).prompts[0].rows
+    assert [row.tokens_out for row in rows] == [
+        (22, 11),
+        (12, 6),
+        (0, 0),
+    ]  # 16 - 5 = 11 an image; half of them, rounded to even
+    for b in range(2):
+        alone = generate(model, _row("LLaVA-1.5", values, b))
+        assert (alone[1][0] - together[1][b]).abs().max() <= 1e-5 * max(1.0, float(together[1].abs().max()))
 
 
 # What is refused.

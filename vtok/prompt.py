@@ -115,12 +115,17 @@ class TowerBlock:
         valid: [V, N] bool, False = padding; `None` = all real.
         project: makes `view`, from what entered the block.
         only: the same for some of the V views.
+        index: [V, N] int64, where each token stood among the `length` that entered the tower, prefix included; `None` = none
+            has been merged, moved or dropped.
+        length: tokens that entered the tower, prefix included; 0 = N.
     """
 
     num_prefix: int
     valid: Tensor | None
     project: Callable[[], AttentionView]
     only: Callable[[Sequence[int]], TowerBlock]
+    index: Tensor | None = None
+    length: int = 0
 
     @cached_property
     def view(self) -> AttentionView:

@@ -39,7 +39,7 @@ from vtok.methods.todre_relevance import (
     relevance,
 )
 from vtok.methods.todre_select import SELECTORS, k_center_select, kept_tokens, max_sum_select
-from vtok.prompt import ImageFeatures, LayerAttention, Layout, TowerFacts, View, VLMInfo, VLMReducer
+from vtok.prompt import ImageFeatures, LayerAttention, Layout, TowerBlock, TowerFacts, View, VLMInfo, VLMReducer
 from vtok.reduction import Plan
 from vtok.state import Place, Site
 
@@ -268,15 +268,26 @@ def class_scores(images: ImageFeatures, block: int, single_head: bool = False) -
         places = list(range(count))
     else:
         return None
-    if len(views) == 1 and count > 1 and not views[0].overview:
+    alike = len({view.rows * view.columns for view in views}) == 1
+    if (len(views) == 1 and count > 1 and not views[0].overview) or not alike:
         return None
     batch = len(images.tokens)
     seen = images.tower[block].only([b * count + place for b in range(batch) for place in places])
-    scores = cls_attention(seen.view, seen.num_prefix, single_head)  # [B V, patches]
+    scores = _on_grid(cls_attention(seen.view, seen.num_prefix, single_head), seen)
+    if images.patches is not None:  # tokens that are left of one view, each at its patch
+        return scores.gather(1, images.patches), 0
     parts = _per_token(scores, views[0], seen.num_prefix)
-    if parts is None or any(view.rows * view.columns != views[0].rows * views[0].columns for view in views):
-        return None
-    return parts.view(batch, -1), views[0].start
+    return None if parts is None else (parts.view(batch, -1), views[0].start)
+
+
+def _on_grid(scores: Tensor, seen: TowerBlock) -> Tensor:
+    """[V, patches]: scores of the tokens of a block [V, N - P], each at its patch; 0 where a patch has none left."""
+    if seen.index is None:
+        return scores
+    p = seen.num_prefix
+    if seen.valid is not None:
+        scores = scores * seen.valid[:, p:]
+    return scores.new_zeros(len(scores), seen.length - p).scatter_add(1, seen.index[:, p:] - p, scores)
 
 
 def _per_token(scores: Tensor, view: View, num_prefix: int) -> Tensor | None:

@@ -59,7 +59,9 @@ class BeforeModel(PrunerHook):
         if state_of(cache) is not None and stored(cache) == 0:
             forget(cache)
         running.state = state_of(cache)
-        if self.pruner.acts and hf.carries_images(kwargs):
+        pruner = self.pruner
+        counts = pruner.acts and stored(cache) == 0 and kwargs.get("input_ids") is not None  # to be accounted for alone
+        if (pruner.shortens or counts) and hf.carries_images(kwargs):
             kwargs = self._read(module, running, kwargs)
         return (), kwargs
 
@@ -77,7 +79,8 @@ class BeforeModel(PrunerHook):
         visual = hf.visual_columns(ids, pruner.tokens)
         if not bool(visual.any()):
             return kwargs
-        _check_text(getattr(module, pruner.spec.text))
+        if pruner.shortens:
+            _check_text(getattr(module, pruner.spec.text))
         given = kwargs.get("mm_encoder_outputs")
         chosen = hf.choose(module, hf.encode(module, kwargs), pruner.features, pruner.spec, kwargs, pruner.holed)
         keep = hf.kept_columns(ids, pruner.tokens, chosen.rows)

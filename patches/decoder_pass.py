@@ -174,9 +174,14 @@ class Pruner:
         return self.joint is not None and bool(self.joint.connector)
 
     @property
-    def acts(self) -> bool:
-        """Whether prompts are shortened."""
+    def shortens(self) -> bool:
+        """Whether prompts get shorter."""
         return self.features is not None or bool(self.layers) or self.holed
+
+    @property
+    def acts(self) -> bool:
+        """Whether there is anything to do or to account for."""
+        return self.shortens or self.joint is not None
 
     @property
     def _stack(self) -> list[Pass]:

@@ -54,7 +54,7 @@ def install(model: nn.Module, vlm: VLM, pruner: Pruner) -> None:
     text.register_forward_hook(hooks.AfterText(pruner), with_kwargs=True)
     for i, layer in enumerate(text.layers):
         layer.register_forward_pre_hook(hooks.BeforeLayer(pruner, i), with_kwargs=True)
-    for owner in generators(model, vlm):
+    for owner in generators(model, vlm) if pruner.shortens else ():
         put_on(owner, Guard)
     blocks = () if pruner.features is None else pruner.features.tower_blocks
     if blocks:

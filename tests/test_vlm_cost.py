@@ -1,5 +1,7 @@
 """What a prompt costs, three times: closed form (`plan`, `info`), torch's counter, and what the KV cache really holds."""
 
+import warnings
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -89,6 +91,41 @@ def test_plan_counter_and_info_agree_exactly_on_a_prompt_without_padding(name):
         visual = values["input_ids"].shape[1] - text
         assert stated_image(vlm, size).tokens == visual
         assert plan.tokens == (text + found.rows[0].tokens_out[0],) * vlm.info.depth
+
+
+@pytest.mark.parametrize("name", ["LLaVA-1.5", "PaliGemma", "LLaVA-NeXT", "Gemma3"])
+def test_methods_in_the_tower(name):
+    """Tower and connector as reduced; where the prompt keeps its length, so do the layers."""
+    model, values = build(name), inputs(name)
+    base = _counted(model, values)
+    inside = [vtok.ToMe(r=3), [vtok.PiToMe(ratio=0.8), vtok.UniformGrid(keep=0.5)]]
+    if name == "LLaVA-1.5":
+        inside.append(vtok.ATS(keep=0.5, layers=[0, 1]))
+    for setting in inside:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            vtok.patch(model, setting)
+        counted, own = _counted(model, values)
+        (found,) = vtok.info(model).prompts
+        assert found.estimate.macs == pytest.approx(counted, rel=1e-12)
+        assert found.estimate.base_macs == base[0]
+        assert found.estimate.reduction_macs == pytest.approx(own, rel=1e-12)
+        assert counted < base[0]
+        assert found.estimate.vision.macs < found.estimate.base_vision.macs
+        grid = name in ("LLaVA-NeXT", "Gemma3")
+        assert (found.estimate.vision.connector_macs < found.estimate.base_vision.connector_macs) != grid
+        if grid and not isinstance(setting, list):
+            assert found.estimate.llm_macs == found.estimate.base_llm_macs
+    values, size = _one(name)
+    prompt = {"images": 1, "text_tokens": int((values["input_ids"] < 118).sum()), "input_size": size}
+    for setting in inside[:2]:
+        plan = vtok.plan(model, setting, prompt=prompt)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            vtok.patch(model, setting)
+        counted, own = _counted(model, values)
+        assert plan.estimate.macs == pytest.approx(counted, rel=1e-12)
+        assert plan.estimate.reduction_macs == pytest.approx(own, rel=1e-12)
 
 
 @pytest.mark.parametrize(("name", "kernel"), PAIRS)

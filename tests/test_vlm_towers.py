@@ -351,7 +351,7 @@ def test_grids(name, method):
     info = vtok.info(model)
     assert info.towers[0].blocks[-1].tokens_out < info.towers[0].blocks[0].tokens_in
     assert "put back on the grid" in str(info)
-    assert "prompts keep their length" in str(info)
+    assert "the last prompt kept all its visual tokens" in str(info)
     assert torch.equal(generate(vtok.unpatch(model), values, steps=3)[1], plain[1])
 
 
@@ -537,6 +537,16 @@ def test_features_that_cannot_lose_tokens():
     rest = {k: v for k, v in values.items() if k != "pixel_values"}
     text = _message(vtok.StateError, generate, model, {**rest, "mm_encoder_outputs": {"image": early}})
     assert "was not encoded by the vision tower that vtok patched" in text
+
+
+def test_methods_that_compare_patches_of_the_tower():
+    model = build("LLaVA-NeXT")
+    compress = vtok.METHODS.get("correlation")(alpha=0.5)
+    assert "but tome reduces them from block 0 on" in _message(vtok.ConfigError, vtok.patch, model, [compress, vtok.ToMe(r=2)])
+    late = vtok.ToMe(r=[0, 2])  # behind the block that it looks at
+    with pytest.warns(UserWarning, match="put back on the grid"):
+        vtok.patch(model, [compress.replace(low_layer=0, deep_layer=1), late])
+    assert generate(model, inputs("LLaVA-NeXT"), steps=2)[1].isfinite().all()
 
 
 def test_supports():

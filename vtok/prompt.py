@@ -269,10 +269,13 @@ class VLMReducer:
     """Base of a config resolved for one vision-language model: pure, stateless, frozen.
 
     Attributes:
+        reads_reduced: whether `features` can do with blocks of the vision tower, and with features, where tokens are missing
+            that were merged or dropped in the tower before. Asked only of methods with `tower_blocks`.
         needs: {"attention"} if decisions in front of decoder layers look at attention probabilities, else empty.
         exact: whether the counts below are exact; False = upper bounds, the true numbers depend on the images or the text.
     """
 
+    reads_reduced: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
     exact: ClassVar[bool] = False
 

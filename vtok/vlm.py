@@ -25,7 +25,7 @@ from vtok.prompt_report import PromptPlan, stated
 from vtok.registry import METHODS
 from vtok.resolve import run_of
 from vtok.state import Place, Site
-from vtok.vlm_towers import fitted, in_tower, place, put_tower, tower_patched
+from vtok.vlm_towers import check_readable, fitted, in_tower, place, put_tower, tower_patched
 
 POSITIONS = ("original", "compact")
 
@@ -70,6 +70,8 @@ def resolve(vlm: VLM, configs: Sequence[MethodConfig], positions: str, trace: bo
                 features = reducer
             else:
                 layers[site.index] = (site, reducer)
+    if joint is not None and tower is not None and features is not None:
+        check_readable(features, vlm.info, tower, joint)
     for layer, (site, reducer) in layers.items():
         if "attention" in reducer.needs:
             _check_probe(layer, reducer.probe(site), layers, vlm.info)
@@ -283,7 +285,7 @@ def describe(model: nn.Module, vlm: VLM) -> PromptInfo:
         return PromptInfo(vlm.path, name, ())
     last = pruner.last
     if last is None:
-        return PromptInfo(vlm.path, name, pruner.configs, _positions(pruner), budget=pruner.budget, shortened=pruner.acts)
+        return PromptInfo(vlm.path, name, pruner.configs, _positions(pruner), budget=pruner.budget, shortened=pruner.shortens)
     entered = visual = tuple(last.visual.sum(1).tolist())
     rows: list[PromptRow] = []
     if last.alive is not None:

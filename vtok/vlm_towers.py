@@ -18,6 +18,8 @@ from vtok.patches.decoder_pass import Pruner
 from vtok.patches.hf_vision import HfAdapter
 from vtok.patches.hf_vlm import VLM
 from vtok.patches.hf_vlm_install import pruner_of
+from vtok.patches.vlm_tower import Joint
+from vtok.prompt import VLMInfo, VLMReducer
 from vtok.registry import METHODS
 from vtok.resolve import run_of
 
@@ -64,6 +66,17 @@ def fitted(vlm: VLM, configs: tuple[MethodConfig, ...]) -> fit.Patch:
             f"{joint.state - 1}: nothing would change; name earlier blocks"
         )
     return made
+
+
+def check_readable(features: VLMReducer, info: VLMInfo, tower: fit.Patch, joint: Joint) -> None:
+    """Raises if a method looks at patches of the vision tower that methods inside it have merged or dropped by then."""
+    blocks, first = features.tower_blocks, min(tower.steps)
+    if blocks and not features.reads_reduced and (joint.connector or max(blocks) > first):
+        names = " + ".join(config.name for config in tower.configs)
+        raise ConfigError(
+            f"a method on the prompt compares all patches that block {max(blocks)} of the vision tower of {info.name} sees, "
+            f"but {names} reduces them from block {first} on; use one of the two, or another method on the prompt"
+        )
 
 
 def _for_prompts() -> str:

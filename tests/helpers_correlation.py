@@ -159,7 +159,7 @@ def choose_view(
     return sorted(stay), joins, weight
 
 
-def _members(
+def members_of(
     name: str, tower: Tower, image: int, view: int, number: int, values: dict[str, Tensor]
 ) -> tuple[list[list[int]], list[int]]:
     """(patches of every token of a view, feature row of every token), by the model's own connector on numbered patches."""
@@ -193,7 +193,7 @@ def expected(
         x = tower.features[image].double()
         stays, changed = torch.zeros(len(x), dtype=torch.bool), x.clone()
         for number, (_, whole) in enumerate(cut):
-            members, rows = _members(name, tower, image, view, number, values)
+            members, rows = members_of(name, tower, image, view, number, values)
             if whole:
                 stays[rows] = True
             else:

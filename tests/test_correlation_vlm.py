@@ -3,10 +3,11 @@ against masking, image by image, and what it refuses."""
 
 import copy
 
+import numpy as np
 import pytest
 import torch
-from helpers_correlation import CROPPING, cropping, expected, pages, whole_pages
-from vlm_zoo import MaskOracle, assert_same, generate
+from helpers_correlation import CROPPING, Tower, cropping, expected, members_of, pages, whole_pages
+from vlm_zoo import MaskOracle, assert_same, build, generate, inputs
 
 import vtok
 from vtok.patches import hf_features as hf
@@ -84,3 +85,321 @@ def test_dropping_is_masking(name, kernel):
     short = vtok.prune_inputs(model, values, "correlation", **SETTING)
     assert_same(generate(model, short), oracle)
     assert not torch.equal(generate(model, values, steps=1)[1], found[1][:, :1])
+
+
+@pytest.mark.parametrize("name", CROPPING)
+def test_one_by_one(name):
+    """What is kept of a page depends on that page alone: neither on the batch nor on padding, draws included."""
+    values = pages(name)
+    setting = {"sampling": "multinomial", "seed": 3}
+    stays, features, _ = chosen(name, values, **setting)
+    images = 0
+    for row in range(2):
+        real = values["attention_mask"][row] == 1
+        one = {
+            "input_ids": values["input_ids"][row : row + 1, real],
+            "attention_mask": values["attention_mask"][row : row + 1, real],
+        }
+        pixels = [slice(0, 4), slice(4, 9)][row] if name == "InternVL" else slice(row, row + 1)
+        one |= {key: values[key][pixels] for key in values if key not in one}
+        alone, changed, _ = chosen(name, one, **setting)
+        for a, x in zip(alone, changed):
+            assert a.tolist() == stays[images].tolist()
+            assert (x[a] - features[images][a]).abs().max() <= 1e-5
+            images += 1
+    assert images == len(stays)
+
+
+@pytest.mark.parametrize("name", ["LLaVA-NeXT", "InternVL", "Idefics3"])
+def test_seeds(name):
+    values = pages(name)
+    runs = [torch.cat(chosen(name, values, sampling="multinomial", seed=seed)[0]).tolist() for seed in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+    assert sum(runs[0]) != len(runs[0])
+    top = [torch.cat(chosen(name, values, seed=seed)[0]).tolist() for seed in (1, 2)]
+    assert top[0] == top[1], "topk draws nothing"
+
+
+@pytest.mark.parametrize("name", ["LLaVA-NeXT", "InternVL", "Idefics3"])
+def test_thresholds_at_their_ends(name):
+    """alpha=1 finds nothing redundant, padding apart; at -1 everything is, and outliers alone stay, or one token."""
+    values = pages(name)
+    stays, features, whole = chosen(name, values, alpha=1.0)
+    tower, view = Tower(name, values), 0
+    for image, cut in enumerate(whole_pages(name)):
+        for number in range(len(cut)):
+            members, rows = members_of(name, tower, image, view, number, values)
+            assert stays[image][rows].tolist() == [bool(patches) for patches in members]
+            view += 1
+    assert all(torch.equal(a[s], b[s]) for a, b, s in zip(features, whole, stays))
+    least = chosen(name, values, alpha=-1.0, beta=0)[0]
+    assert [s.tolist() for s in least] == [s.tolist() for s in expected(name, values, -1.0, 0)[0]]
+    assert sum(int(s.sum()) for s in least) < 0.7 * sum(len(s) for s in least)
+    more = chosen(name, values, alpha=-1.0, beta=0, min_tokens=5)[0]
+    assert all(bool((m | ~s).all()) for m, s in zip(more, least))
+    assert sum(int(s.sum()) for s in least) < sum(int(m.sum()) for m in more)
+
+
+def test_lines_without_tokens_lose_their_newline():
+    stays, _, whole = chosen("LLaVA-NeXT", pages("LLaVA-NeXT"), alpha=-1.0, beta=0, iqr_factor=1e6, aggregation="none")
+    newline = cropping("LLaVA-NeXT").model.image_newline
+    for mask, x in zip(stays, whole):
+        ends = (x == newline).all(-1).nonzero()[:, 0].tolist()
+        starts = [16, *(end + 1 for end in ends[:-1])]
+        assert [bool(mask[end]) for end in ends] == [bool(mask[a:b].any()) for a, b in zip(starts, ends)]
+        assert not all(bool(mask[end]) for end in ends)
+
+
+def test_crops_that_llava_onevision_shrinks():
+    """Four crops of which the model shows one view's worth: scores shrink as the features do, by the model's own function."""
+    name, values = "LLaVA-OneVision", pages("LLaVA-OneVision")
+    model = cropping(name)
+    for config in (model.config, model.model.config):
+        config.vision_aspect_ratio = "anyres_max_1"
+    sizes, tower = values["image_sizes"], Tower(name, values)
+    found, _, whole = chosen(name, values, model, aggregation="none")
+    views = 0
+    for image, count in enumerate((3, 5)):
+        here = range(views, views + count)
+        channels = torch.zeros(count, 16, 3)
+        for v, view in enumerate(here):
+            real = _shown(model, sizes[image], count)[v]
+            keys = tower.keys[view] / tower.keys[view].norm(dim=-1, keepdim=True)
+            for i in real:
+                close = sorted((float(keys[i] @ keys[j]) for j in real if j != i), reverse=True)
+                channels[v, i, 0] = close[BETA] if len(close) > BETA else -1
+            channels[v, [i for i in range(16) if i not in real], 0] = -1
+            channels[v, :, 1], channels[v, :, 2] = (torch.tensor(tower.received(p, view)) for p in (tower.low, tower.deep))
+        gap = torch.full((3,), torch.nan)
+        packed = model.model.pack_image_features([channels], sizes[image : image + 1], gap, "anyres_max_1")[0][0]
+        assert len(packed) == len(found[image]) == len(whole[image])
+        lines = packed[16:].unflatten(0, (-1, int(packed[16:].isnan().any(-1).nonzero()[0, 0]) + 1))[:, :-1]
+        mask = found[image][16:].unflatten(0, (len(lines), -1))[:, :-1]
+        rows, columns = lines.shape[:2]
+        high, wide, top, side = _cut(sizes[image], count)
+        owner = torch.empty(rows, columns, dtype=torch.long)
+        for r in range(rows):
+            for c in range(columns):
+                y, x = int((r + 0.5) * high / rows) + top, int((c + 0.5) * wide / columns) + side
+                owner[r, c] = (y // 4) * (2 if count == 5 or sizes[image][1] > sizes[image][0] else 1) + x // 4
+        for view in owner.unique():
+            mine = owner == view
+            critical, low, deep = lines[mine].unbind(-1)
+            q1, q3 = np.percentile(deep.numpy(), [25, 75])
+            keep = deep > q3 + 1.5 * (q3 - q1)
+            order = low.argsort(descending=True, stable=True)[: int((critical <= ALPHA).sum())]
+            keep[order] = True
+            if not keep.any():
+                keep[low.argmax()] = True
+            assert mask[mine].tolist() == keep.tolist()
+        views += count
+    assert not all(bool(m.all()) for m in found)
+
+
+def _cut(size, count):
+    """(lines and columns of patches that show the image, first line, first column) of the joined crops."""
+    high, wide = (8, 8) if count == 5 else (4, 8) if size[1] > size[0] else (8, 4)
+    h, w = (int(s) for s in size)
+    if w / h > wide / high:
+        edge = (high - int(round(h * wide / w, 7))) // 2
+        return high - 2 * edge, wide, edge, 0
+    edge = (wide - int(round(w * high / h, 7))) // 2
+    return high, wide - 2 * edge, 0, edge
+
+
+def _shown(model, size, count):
+    """Patches of every view that are no padding."""
+    high, wide, top, side = _cut(size, count)
+    across = 2 if count == 5 or size[1] > size[0] else 1
+    found = [list(range(16))]
+    for crop in range(count - 1):
+        r, c = 4 * (crop // across), 4 * (crop % across)
+        cells = [(y, x) for y in range(4) for x in range(4)]
+        found.append([4 * y + x for y, x in cells if top <= y + r < top + high and side <= x + c < side + wide])
+    return found
+
+
+@pytest.mark.parametrize("name", ["LLaVA-NeXT", "InternVL", "Idefics3"])
+def test_neighbours_are_taken_in(name):
+    """knn: every kept token of a crop plus its nearest neighbours, weighted by attention; the page untouched."""
+    values, k = pages(name), 3
+    stays, features, whole = chosen(name, values, aggregation="knn", k=k)
+    tower, view = Tower(name, values), 0
+    for image, cut in enumerate(whole_pages(name)):
+        for number, (_, page) in enumerate(cut):
+            members, rows = members_of(name, tower, image, view, number, values)
+            if page:
+                assert torch.equal(features[image][rows], whole[image][rows])
+            else:
+                weight = tower.received(tower.low, view)
+                unit = tower.keys[view] / tower.keys[view].norm(dim=-1, keepdim=True)
+                tokens = [t for t, patches in enumerate(members) if patches]
+                metric = {t: unit[members[t]].sum(0) for t in tokens}
+                cosine = lambda a, b: float(metric[a] @ metric[b] / (metric[a].norm() * metric[b].norm()))  # noqa: B023, E731
+                for t in (t for t in tokens if stays[image][rows[t]]):
+                    near = sorted((s for s in tokens if s != t), key=lambda s: -cosine(t, s))[:k]
+                    expect = whole[image][rows[t]].double()
+                    for s in near:
+                        expect = expect + float(weight[members[s]].sum()) * whole[image][rows[s]].double()
+                    assert (features[image][rows[t]] - expect).abs().max() <= 1e-5
+            view += 1
+
+
+@pytest.mark.parametrize("name", ["LLaVA-NeXT", "InternVL", "Idefics3"])
+def test_beams(name):
+    values = pages(name)
+    stays, _ = expected(name, values, ALPHA, BETA, "none")
+
+    def beams(model):
+        given = {key: copy.copy(value) for key, value in values.items()}
+        return model.generate(**given, max_new_tokens=4, num_beams=2, do_sample=False)
+
+    model = vtok.patch(cropping(name), "correlation", aggregation="none", **SETTING)
+    found = beams(model)
+    vtok.unpatch(model)
+    with MaskOracle(model, dict.fromkeys(range(4), columns(values, stays))):
+        assert torch.equal(found, beams(model))
+
+
+@pytest.mark.parametrize("name", ["LLaVA-NeXT", "InternVL", "Idefics3"])
+def test_prune_inputs_keeps_the_structure(name):
+    """Text and markers stay in their order, every page keeps its tokens, positions are those of the long prompt."""
+    values, model = pages(name), cropping(name)
+    short = vtok.prune_inputs(model, values, "correlation", **SETTING)
+    stays = columns(values, chosen(name, values)[0])
+    for row in range(2):
+        alive = stays[row] & (values["attention_mask"][row] == 1)
+        left = short["attention_mask"][row] == 1
+        assert torch.equal(short["input_ids"][row, left], values["input_ids"][row, alive])
+        text = values["input_ids"][row] != 119
+        assert short["input_ids"][row, left].ne(119).sum() == (text & (values["attention_mask"][row] == 1)).sum()
+
+
+@pytest.mark.parametrize("name", ["LLaVA-NeXT", "InternVL"])
+def test_calibration_and_files(name, tmp_path):
+    """The alpha found at patch time is a number of the config, hits its target on those pages and survives a file."""
+    values = pages(name)
+    setting = {"beta": 2, "sampling": "topk", "iqr_factor": 1e6}
+    found = {**setting, "target_keep": 0.5, "calibration": [values, pages(name, 1)]}
+    model = vtok.patch(cropping(name), "correlation", **found)
+    (config,) = vtok.info(model).prompts[0].configs
+    assert config.alpha is not None and config.target_keep is None
+    counts = [0, 0]
+    for seed in (0, 1):
+        tower, stays = pages(name, seed), chosen(name, pages(name, seed), **{**setting, "alpha": config.alpha})[0]
+        assert tower.keys() == values.keys()
+        newline = getattr(cropping(name).model, "image_newline", None)
+        features = chosen(name, pages(name, seed), **{**setting, "alpha": 1.0})[2]
+        for mask, x, cut in zip(stays, features, whole_pages(name)):
+            token = torch.ones_like(mask) if newline is None else ~(x == newline).all(-1)
+            token[: 16 if name == "LLaVA-NeXT" else len(mask) * cut[0][1]] = False  # the whole page
+            counts[0] += int((mask & token).sum())
+            counts[1] += int(token.sum())
+    assert abs(counts[0] / counts[1] - 0.5) <= 0.05
+    before = generate(model, values, steps=2)
+    vtok.save_config(model, tmp_path)
+    other = vtok.patch(cropping(name), tmp_path)
+    assert vtok.info(other).prompts[0].configs == (config,)
+    assert torch.equal(generate(other, values, steps=2)[1], before[1])
+    short = vtok.prune_inputs(vtok.unpatch(model), values, "correlation", **found)
+    again = vtok.prune_inputs(model, values, config)
+    assert torch.equal(short["input_ids"], again["input_ids"])
+
+
+@pytest.mark.parametrize("name", ["LLaVA-NeXT", "Idefics3"])
+def test_unpatching_leaves_nothing(name):
+    model, values = cropping(name), pages(name)
+    before = generate(model, values, steps=2)
+    classes = [type(m) for m in model.modules()]
+    changed = generate(vtok.patch(model, "correlation", **SETTING), values, steps=2)
+    assert not torch.equal(changed[1], before[1])
+    vtok.unpatch(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert not any(key.startswith("_vtok") for m in model.modules() for key in m.__dict__)
+    assert torch.equal(generate(model, values, steps=2)[1], before[1])
+
+
+@pytest.mark.parametrize("name", ["LLaVA-1.5", "PaliGemma", "Gemma3"])
+def test_the_only_view_is_left_alone_unless_asked_for(name):
+    model, values = build(name), inputs(name)
+    with pytest.raises(vtok.UnsupportedModelError, match=r"never crops, so nothing would change\. overview=True compresses"):
+        vtok.patch(model, "correlation", alpha=0.5)
+    stays, _, whole = chosen(name, values, build(name), overview=True, alpha=0.3)
+    assert all(0 < int(mask.sum()) < len(x) for mask, x in zip(stays, whole))
+    vtok.patch(model, "correlation", **{**SETTING, "overview": True, "alpha": 0.3})
+    generate(model, values, steps=1)
+    assert vtok.supports(build(name)).on_request["correlation"] == {"alpha": 0.5, "overview": True}
+
+
+@pytest.mark.parametrize("name", ["LLaVA-NeXT", "InternVL", "Idefics3"])
+def test_overviews_on_request(name):
+    stays = chosen(name, pages(name), overview=True, alpha=0.3)[0]
+    less = chosen(name, pages(name), alpha=0.3)[0]
+    assert sum(int(a.sum()) for a in stays) < sum(int(b.sum()) for b in less)
+
+
+def test_a_prompt_without_images_in_the_batch():
+    """Idefics returns the features of a prompt as one; those of a prompt without images are none."""
+    values = pages("Idefics3")
+    values["pixel_values"][0], values["pixel_attention_mask"][0] = 0, 0
+    values["input_ids"][0] = values["input_ids"][0].masked_fill(values["input_ids"][0] == 119, 60)
+    model = vtok.patch(cropping("Idefics3"), "correlation", **SETTING)
+    generate(model, values, steps=1)
+    (row,) = vtok.info(model).prompts[0].rows
+    assert row.tokens_in[0] == row.tokens_out[0] == 0
+    assert 0 < row.tokens_out[1] < row.tokens_in[1]
+
+
+# Refusals.
+def _message(error, call, *args, **kwargs):
+    with pytest.raises(error) as caught:
+        call(*args, **kwargs)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({}, "pass alpha=..., or calibration=[inputs, ...]"),
+        ({"target_keep": 0.5}, "target_keep=0.5 of the tokens are to stay"),
+        ({"alpha": 0.5, "target_keep": 0.5}, "alpha=0.5 and target_keep=0.5 contradict each other"),
+        ({"alpha": 1.5}, "alpha is a cosine in [-1, 1], got 1.5"),
+        ({"target_keep": 0}, "target_keep is a share of tokens in (0, 1], got 0"),
+        ({"alpha": 0.5, "beta": -1}, "beta is a number of tokens >= 0"),
+        ({"alpha": 0.5, "low_layer": 2}, "low_layer=2 is no block of the vision tower, which has blocks 0 to 1"),
+        ({"alpha": 0.5, "deep_layer": -3}, "deep_layer=-3 is no block of the vision tower"),
+        ({"alpha": 0.5, "k": 0}, "k is a whole number >= 1, got 0"),
+        ({"alpha": 0.5, "min_tokens": 0}, "min_tokens is a whole number >= 1, got 0"),
+        ({"alpha": 0.5, "iqr_factor": -1}, "iqr_factor is a number >= 0, got -1"),
+        ({"alpha": 0.5, "joint": 1}, "joint is True or False, got 1"),
+        ({"alpha": 0.5, "sampling": "top"}, "did you mean 'topk'?"),
+        ({"alpha": 0.5, "aggregation": "near"}, "aggregation"),
+    ],
+)
+def test_values_that_make_no_sense(setting, words):
+    assert words in _message(vtok.VtokError, vtok.patch, build("LLaVA-NeXT"), "correlation", **setting)
+
+
+def test_other_refusals():
+    text = _message(vtok.UnsupportedModelError, vtok.patch, build("Qwen2.5-VL"), "correlation", alpha=0.5)
+    assert "correlation looks at the attention of Qwen2_5_VLModel's vision tower, which cannot be read: " in text
+    model = build("InternVL")
+    text = _message(vtok.ConfigError, vtok.patch, model, "correlation", calibration=inputs("InternVL"))
+    assert "none of the inputs was: pass larger images, or alpha" in text
+    text = _message(vtok.ConfigError, vtok.patch, model, "correlation", calibration=torch.zeros(1))
+    assert "calibration takes inputs as the processor returns them" in text
+    text = _message(vtok.ConfigError, vtok.patch, model, "correlation", alpha=0.5, calibration=inputs("InternVL"))
+    assert "calibration cannot be used on a vision-language model with correlation, which has no number to find" in text
+    values = pages("InternVL")
+    values["input_ids"][1, 40], values["input_ids"][1, -1] = 60, 119  # pieces that are no whole tiles
+    text = _message(vtok.StateError, chosen, "InternVL", values)
+    assert "must know how an image of 16 visual tokens was cut into 1 views, and the inputs do not say" in text
+
+
+def test_towers_that_lose_tokens():
+    """Merging inside the tower leaves LLaVA-NeXT its grid, but patches can no longer be compared."""
+    model = cropping("LLaVA-NeXT")
+    with pytest.warns(UserWarning, match="grid"):
+        vtok.patch(model, [vtok.ToMe(r=2), vtok.Correlation(**SETTING)])
+    text = _message(vtok.StateError, generate, model, pages("LLaVA-NeXT"), steps=1)
+    assert "something merges or drops tokens inside the vision tower" in text

@@ -1,5 +1,6 @@
 """DocOwl-1.5's parts and the compressor between them."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +21,12 @@ from vtok.methods.docowl import (
     crop_positions,
     crop_prompt,
     crop_views,
+    encode_docowl,
     h_reducer,
     split_qkv,
 )
 from vtok.ops.attention import cls_attention
+from vtok.ops.crops import plain_layout
 from vtok.ops.selection import upper_outliers
 
 C, D, SIDE = 6, 5, 8
@@ -140,6 +143,69 @@ def test_seeds() -> None:
     )
     assert_equal(run, again)
     assert run.shape != other.shape or not torch.equal(run, other)
+
+
+# The vision model around it.
+class Fused(nn.Module):
+    """Attention whose queries, keys and values lie head by head in one projection."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.num_heads, self.query_key_value = heads, nn.Linear(width, 3 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = split_qkv(self.query_key_value(x), self.num_heads)
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.self_attn = Fused(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.self_attn(x)
+
+
+class Vision(nn.Module):
+    """The parts of DocOwl's vision model that matter here, at 8 x 8 patches of 2 x 2 pixels."""
+
+    def __init__(self, depth: int = 4) -> None:
+        super().__init__()
+        self.embed, self.cls = nn.Conv2d(3, C, 2, 2), nn.Parameter(torch.randn(1, 1, C))
+        self.encoder = nn.Module()
+        self.encoder.layers = nn.ModuleList([Block(C) for _ in range(depth)])
+
+    def forward(self, views: Tensor) -> Any:
+        x = self.embed(views).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls.expand(len(x), 1, C), x], 1)
+        for block in self.encoder.layers:
+            x = block(x)
+        return SimpleNamespace(last_hidden_state=x)
+
+
+def test_a_page_through_the_vision_model() -> None:
+    """Cropped, encoded and compressed: the tokens of every view, as `plain_layout` says; a blank crop keeps fewest."""
+    torch.manual_seed(0)
+    image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    image[:, :16, :16] = 250
+    grid = ANCHORS[4][best_anchor((32, 32), ANCHORS[4], view=16)]
+    views = crop_views(image, grid, view=16).double()
+    model, weights = Vision().double(), HReducer.of(state())
+    with torch.no_grad():
+        x = model(views).last_hidden_state
+        full = h_reducer(x[:, 1:], weights)
+        whole = encode_docowl(model, views, weights, 1.0, low_layer=1)
+        found = encode_docowl(model, views, weights, 0.999, low_layer=1, beta=8, sampling="topk", aggregation="none")
+    layout = plain_layout("docowl", len(views), full.shape[1])
+    assert layout.rows.shape == full.shape[:2]
+    for features, expected in zip(whole, full, strict=True):
+        assert_close(features[:-1], expected, 1e-12)
+    assert_equal(found[0][:-1], full[0])
+    lengths = [len(view) - 1 for view in found]
+    assert grid == (2, 2) and layout.is_global.tolist() == [True] + 4 * [False]
+    assert lengths[1] < min(lengths[2:]) and lengths[0] == full.shape[1]
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 # Crops.

@@ -133,7 +133,7 @@ class Correlation(MethodConfig):
         tower = info.tower
         if tower is None:
             raise UnsupportedModelError(
-                f"correlation looks into the vision tower of {info.name}, which cannot be: {info.no_tower}"
+                f"correlation looks at the attention of {info.name}'s vision tower, which cannot be read: {info.no_tower}"
             )
         if not info.crops and not self.overview:
             raise UnsupportedModelError(

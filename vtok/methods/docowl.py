@@ -1,6 +1,11 @@
 """Host parts of mPLUG-DocOwl-1.5 (Hu et al., arXiv 2403.12895), the model that correlation-guided compression was published on:
 shape-adaptive cropping, the H-Reducer, and the compressor between vision model and H-Reducer. transformers has no DocOwl: these
-are functions to call from its own code, see `compress_docowl`.
+are functions to call from its own code. With them its `encode_images` becomes, for one page, the page before its crops:
+
+    weights = HReducer.of(self.model.vision2text.state_dict())
+    return encode_docowl(self.model.vision_model, images, weights, alpha=0.9)
+
+`plain_layout("docowl", views, 256)` of `vtok.ops.crops` then says which of the features belong to which view.
 
 How pruned tokens pass the H-Reducer, which wants a full grid, is not known. Both ways are ours: `"group"` (the default, no
 training needed) runs it on the full grid and drops whole output tokens; `"strip"` runs it on the tokens kept, four by four,
@@ -231,3 +236,42 @@ def compress_docowl(
     if groups is None:
         parts = [h_reducer(part, weights) for part in parts]
     return [torch.cat([part, weights.eos.view(1, -1).to(part.dtype)]) for part in parts]
+
+
+def encode_docowl(
+    vision_model: Any,
+    views: Tensor,
+    weights: HReducer,
+    alpha: float,
+    low_layer: int = 2,
+    deep_layer: int = -1,
+    **options: Any,
+) -> list[Tensor]:
+    """Image features of one page from DocOwl's own vision model, compressed.
+
+    Two projections are listened to while the model runs; it is left as it was.
+
+    Args:
+        vision_model: `encoder.layers[i].self_attn.query_key_value` is the fused projection of block i.
+        views: [V, 3, height, width], the page before its crops (`crop_views`).
+        weights: of the H-Reducer.
+        alpha: see `redundant_tokens`.
+        low_layer, deep_layer: blocks (a start: 2 and the last of 24).
+        options: of `compress_docowl`.
+
+    Returns:
+        As `compress_docowl`.
+    """
+    attentions = [vision_model.encoder.layers[layer].self_attn for layer in (low_layer, deep_layer)]
+    caught: dict[int, Tensor] = {}
+    handles = [
+        attention.query_key_value.register_forward_hook(lambda module, args, output, i=i: caught.update({i: output}))
+        for i, attention in enumerate(attentions)
+    ]
+    try:
+        hidden = vision_model(views).last_hidden_state
+    finally:
+        for handle in handles:
+            handle.remove()
+    low, deep = (split_qkv(caught[i], attention.num_heads)[:2] for i, attention in enumerate(attentions))
+    return compress_docowl(hidden, low, deep, weights, alpha, **options)

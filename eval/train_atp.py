@@ -58,13 +58,13 @@ class Recipe:
         seed: of initialisation and order.
     """
 
-    target_tokens: float = 64
+    target_tokens: float = 36
     layers: tuple[int, ...] | None = None
     hidden: int = 32
     inputs: str = "grid"
-    steps: int = 120
-    batch_size: int = 24
-    lr: float = 1e-2
+    steps: int = 200
+    batch_size: int = 32
+    lr: float = 6e-3
     warmup: float = 0.05
     temperature: tuple[float, float] = (10.0, 40.0)
     lambda_atp: float = 0.01
@@ -128,10 +128,9 @@ class Host(NamedTuple):
         return dict(made.to(weight.device, weight.dtype))
 
     def batch(self, asked: Asked, numbers: Sequence[int]) -> Batch:
-        """Questions with their answers and the end of the sequence behind them."""
-        end = self.processor.tokenizer.eos_token
+        """Questions with their answers behind them."""
         prompts = [self.prompt(asked.questions[i]) for i in numbers]
-        answered = [f"{prompt} {asked.answers[i]}{end}" for prompt, i in zip(prompts, numbers)]
+        answered = [f"{prompt} {asked.answers[i]}" for prompt, i in zip(prompts, numbers)]
         inputs = self.inputs([asked.images[asked.rows[i]] for i in numbers], answered)
         count = torch.tensor([len(b) - len(a) for a, b in zip(self._tokens(prompts), self._tokens(answered))])
         ids = inputs["input_ids"]

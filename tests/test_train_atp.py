@@ -45,11 +45,11 @@ def test_answers_are_labels_and_nothing_else(host, asked):
     tokenizer = host.processor.tokenizer
     for row, number in enumerate((0, 5, 9)):
         said = labels[row][labels[row] >= 0].tolist()
-        assert tokenizer.convert_ids_to_tokens(said) == [asked.answers[number], tokenizer.eos_token]
-        assert inputs["input_ids"][row].tolist()[-2:] == said
+        assert tokenizer.convert_ids_to_tokens(said) == [asked.answers[number]]
+        assert inputs["input_ids"][row].tolist()[-1:] == said
     question = host.inputs([asked.images[asked.rows[5]]], [host.prompt(asked.questions[5])])["input_ids"]
     real = inputs["attention_mask"][1] == 1
-    assert inputs["input_ids"][1, real][:-2].tolist() == question[0].tolist()
+    assert inputs["input_ids"][1, real][:-1].tolist() == question[0].tolist()
 
 
 def test_steps_draw_different_images_and_can_be_drawn_again(asked):

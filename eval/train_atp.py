@@ -63,7 +63,7 @@ class Recipe:
     hidden: int = 32
     inputs: str = "grid"
     steps: int = 200
-    batch_size: int = 32
+    batch_size: int = 16
     lr: float = 6e-3
     warmup: float = 0.05
     temperature: tuple[float, float] = (10.0, 40.0)

@@ -14,6 +14,17 @@ from vtok.eval.train_vit import Stage
 
 pytest.importorskip("transformers")
 
+from vtok.eval import train_llava, train_run
+from vtok.eval.reference_vlm import (
+    BOS,
+    EOS,
+    IMAGE,
+    SPECIAL,
+    ReferenceLLaVA,
+    load_reference_llava,
+    load_reference_questions,
+    make_tokenizer,
+)
 from vtok.eval.train_llava import (
     Lessons,
     Namer,
@@ -28,18 +39,6 @@ from vtok.eval.train_llava import (
     train,
 )
 from vtok.eval.turns import IGNORED, answer_logits, pack, turn_mask
-
-from vtok.eval import train_llava, train_run
-from vtok.eval.reference_vlm import (
-    BOS,
-    EOS,
-    IMAGE,
-    SPECIAL,
-    ReferenceLLaVA,
-    load_reference_llava,
-    load_reference_questions,
-    make_tokenizer,
-)
 
 TINY = ReferenceLLaVA(patch_size=16, width=32, depth=2, heads=2, text_width=32, text_hidden=48, text_depth=2, text_heads=2)
 RECIPE = Recipe(

@@ -160,11 +160,12 @@ def compact(keep: Tensor) -> tuple[Tensor, bool]:
         (rows [B, M] int64 into E, -1 = padding; whether there is any padding), M the largest number kept.
     """
     count = keep.sum(1)
-    width = max(int(count.max()), 1)
+    least, most = torch.stack([count.amin(), count.amax()]).tolist()  # one host synchronisation, no more
+    width = max(most, 1)
     order = keep.long().argsort(dim=1, stable=True)[:, keep.shape[1] - width :]  # kept ones last, in their order
     slot = torch.arange(width, device=keep.device)
     rows = order.masked_fill(slot < (width - count)[:, None], -1)
-    return rows, bool((count != width).any())
+    return rows, least != width
 
 
 def take(x: Tensor, rows: Tensor, dim: int) -> Tensor:

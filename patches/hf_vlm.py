@@ -215,7 +215,9 @@ def _tower(module: Any, text: Any, spec: VLMSpec) -> tuple[Tower | None, TowerFa
     except UnsupportedModelError as error:
         return None, None, str(error)
     info = tower.info
-    facts = TowerFacts(info.depth, info.has_cls, info.num_prefix, block, info.width, info.num_heads, info.head_dim)
+    facts = TowerFacts(
+        info.depth, info.has_cls, info.num_prefix, block, info.width, info.num_heads, info.head_dim, info.num_patches
+    )
     return tower, facts, ""
 
 

@@ -311,3 +311,20 @@ def test_what_the_tower_merges_is_accounted_for_apart(name):
     shorter = name in ("LLaVA-1.5", "PaliGemma")  # elsewhere merged tokens are put back on the grid
     assert (seen.vision.connector_macs < seen.base_vision.connector_macs) == shorter
     assert "tower block 0 mid" in str(vtok.info(model).prompts[0])
+
+
+DECIDING = [
+    ("LLaVA-NeXT", vtok.METHODS.get("correlation")(alpha=0.3)),
+    ("LLaVA-NeXT", vtok.METHODS.get("correlation")(alpha=0.3, aggregation="none", overview=True)),
+    ("LLaVA-OneVision", vtok.METHODS.get("correlation")(alpha=0.3)),
+]
+
+
+@pytest.mark.parametrize(("name", "config"), DECIDING)
+def test_what_deciding_costs_agrees_exactly_with_the_counter(name, config):
+    model, values = vtok.patch(build(name), config), inputs(name)
+    counted = count_prompt_macs(model, values)
+    (found,) = vtok.info(model).prompts
+    assert (found.estimate.macs, found.estimate.reduction_macs) == (counted.model, counted.reduction)
+    assert counted.reduction > 0
+    assert not vtok.plan(model, config).estimate.exact

@@ -33,6 +33,7 @@ class TowerFacts:
         width: of a token, C.
         num_heads: query heads, H.
         head_dim: width of one head, D.
+        num_patches: tokens behind the prefix at the size the tower was built for; 0 = not known.
     """
 
     depth: int
@@ -42,6 +43,7 @@ class TowerFacts:
     width: int
     num_heads: int
     head_dim: int
+    num_patches: int = 0
 
 
 @dataclass(frozen=True)

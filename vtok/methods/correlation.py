@@ -28,7 +28,7 @@ from vtok.methods.correlation_scores import SAMPLINGS, TokenScores, check_alpha,
 from vtok.methods.correlation_views import feature_metric, feature_scores
 from vtok.ops.attention import cls_attention, received_attention
 from vtok.ops.crops import ViewMap, square_groups
-from vtok.prompt import ImageFeatures, TowerBlock, VLMInfo, VLMReducer
+from vtok.prompt import ImageFeatures, TowerBlock, TowerFacts, View, VLMInfo, VLMReducer
 from vtok.reduction import Plan
 from vtok.state import Place, Site
 
@@ -142,7 +142,7 @@ class Correlation(MethodConfig):
             )
         low = round(tower.depth * LOW) if self.low_layer is None else _block("low_layer", self.low_layer, tower.depth)
         deep = tower.feature_block if self.deep_layer is None else _block("deep_layer", self.deep_layer, tower.depth)
-        return CorrelationReducer(self, min(low, deep) if self.low_layer is None else low, deep, tower.has_cls)
+        return CorrelationReducer(self, min(low, deep) if self.low_layer is None else low, deep, tower.has_cls, tower)
 
     @property
     def calibrates(self) -> bool:
@@ -199,6 +199,7 @@ class CorrelationReducer(VLMReducer):
     low: int
     deep: int
     has_cls: bool
+    tower: TowerFacts | None = None
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -252,6 +253,21 @@ class CorrelationReducer(VLMReducer):
         )
         return _Scored(scores, keys, groups, patches)
 
+    def feature_macs(self, n: int, views: tuple[View, ...], modality: str = "image") -> int:
+        """Queries, keys and values of both blocks, attention read there, cosines of patches and, if tokens join others, of
+        tokens. Crops whose rows or columns were all removed as padding are not in `views`, and not counted."""
+        shown = [view for view in views if not (view.newline and view.columns == 1)]
+        if self.tower is None or modality == "video" or (len(shown) == 1 and not self.config.overview):
+            return 0
+        overview = next((view for view in shown if view.overview), shown[0])
+        patches, width, tokens = self.tower.num_patches, self.tower.width, overview.rows * overview.columns
+        columns = patches + self.tower.num_prefix
+        asked = columns if not self.has_cls else 1
+        macs = len(self.tower_blocks) * 3 * columns * width**2 + 2 * asked * columns * width + patches**2 * width
+        if self.config.aggregation != "none":
+            macs += tokens**2 * width
+        return macs * sum(_crops(view, overview) for view in shown)
+
     def _attention(self, block: TowerBlock) -> Tensor:
         """[B V, n]: attention that patches get from the class token, or else from everywhere."""
         view, prefix = block.view, block.num_prefix
@@ -262,6 +278,13 @@ class CorrelationReducer(VLMReducer):
         if self.config.joint:
             return cls_attention(view.q[:, :, 0], view.k_rot, prefix, joint=True)
         return view.probs(1)[:, :, 0, prefix:].mean(1)
+
+
+def _crops(view: View, overview: View) -> int:
+    """Views of the tower behind a rectangle of tokens."""
+    if not view.newline:
+        return 1
+    return -(-view.rows // overview.rows) * -(-(view.columns - 1) // overview.columns)
 
 
 def _keys(block: TowerBlock) -> Tensor:

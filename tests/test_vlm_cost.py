@@ -317,6 +317,9 @@ DECIDING = [
     ("LLaVA-NeXT", vtok.METHODS.get("correlation")(alpha=0.3)),
     ("LLaVA-NeXT", vtok.METHODS.get("correlation")(alpha=0.3, aggregation="none", overview=True)),
     ("LLaVA-OneVision", vtok.METHODS.get("correlation")(alpha=0.3)),
+    ("LLaVA-1.5", vtok.METHODS.get("todre")(keep=0.3, probe=None)),
+    ("LLaVA-NeXT", vtok.METHODS.get("todre")(keep=0.3, probe=None)),
+    ("Qwen2.5-VL", vtok.METHODS.get("todre")(keep=0.3, probe=None)),
 ]
 
 
@@ -327,4 +330,21 @@ def test_what_deciding_costs_agrees_exactly_with_the_counter(name, config):
     (found,) = vtok.info(model).prompts
     assert (found.estimate.macs, found.estimate.reduction_macs) == (counted.model, counted.reduction)
     assert counted.reduction > 0
-    assert not vtok.plan(model, config).estimate.exact
+    assert vtok.plan(model, config).estimate.exact == (found.configs[-1].name == "todre")
+
+
+@pytest.mark.parametrize("tau", [0.1, 1.0])
+def test_what_late_decisions_cost_for_prompts_without_padding(tau):
+    model = build("LLaVA-1.5")
+    values, _ = _one("LLaVA-1.5")
+    config = vtok.METHODS.get("todre")(keep=0.5, tau=tau)
+    text = int((values["input_ids"] < 118).sum())
+    plan = vtok.plan(model, config, prompt={"text_tokens": text})
+    vtok.patch(model, config)
+    counted = count_prompt_macs(model, values)
+    estimate = vtok.info(model).prompts[0].estimate
+    assert estimate.macs == counted.model
+    assert counted.reduction <= estimate.reduction_macs <= 1.2 * counted.reduction  # text in front of the image asks nothing
+    assert plan.estimate.reduction_macs == estimate.reduction_macs
+    assert estimate.macs <= plan.estimate.macs and "upper bounds" in str(plan)
+    assert (estimate.layers[-1].visual == 0) == (tau == 1)

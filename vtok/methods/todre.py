@@ -225,7 +225,7 @@ class ToDREReducer(VLMReducer):
         if count == n:
             return 0
         facts = self.info.tower if self.block is not None else None
-        looked = 0 if facts is None else _class_macs(facts, sum(v.rows * v.columns for v in _candidates(views)))
+        looked = 0 if facts is None else _class_macs(facts) * len(_candidates(views))
         return (count - 1) * n * self.info.width + looked
 
     def layer_macs(self, at: Site, visual: int, text: int) -> int:
@@ -304,6 +304,7 @@ def _per_token(scores: Tensor, view: View, num_prefix: int) -> Tensor | None:
     return grid.sum((2, 4)).flatten(1)
 
 
-def _class_macs(tower: TowerFacts, tokens: int) -> int:
-    """MACs of queries, keys and values of the block, and of the class token's products with the keys; a token per patch."""
-    return tokens * tower.width * 3 * tower.num_heads * tower.head_dim + tokens * tower.num_heads * tower.head_dim
+def _class_macs(tower: TowerFacts) -> int:
+    """MACs of a view's queries, keys and values in the block, and of the class token's products with the keys. Tokens that were
+    merged or dropped in front of the block are counted as if they were there."""
+    return (tower.num_patches + tower.num_prefix) * (3 * tower.width + 1) * tower.num_heads * tower.head_dim

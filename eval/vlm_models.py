@@ -10,7 +10,7 @@ import torch
 
 from vtok.errors import ConfigError, MissingExtraError
 
-REFERENCE_LLAVA = "reference-llava"
+REFERENCE_LLAVA, REFERENCE_NEXT = "reference-llava", "reference-llava-next"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def load_vlm(name: str) -> VisionLanguageModel:
     """A vision-language model in eval mode.
 
     Args:
-        name: `"reference-llava"`, which comes with vtok; or a name or folder of Hugging Face.
+        name: `"reference-llava"` or `"reference-llava-next"`, which come with vtok; or a name or folder of Hugging Face.
 
     Raises:
         ConfigError: no such model, or one without a processor or without weights.
@@ -91,6 +91,10 @@ def load_vlm(name: str) -> VisionLanguageModel:
 
 
 def _references() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
-    from vtok.eval import reference_vlm as own
+    from vtok.eval.reference_next import load_reference_llava_next, load_reference_llava_next_processor
+    from vtok.eval.reference_vlm import load_reference_llava, load_reference_llava_processor
 
-    return {REFERENCE_LLAVA: (own.load_reference_llava, own.load_reference_llava_processor)}
+    return {
+        REFERENCE_LLAVA: (load_reference_llava, load_reference_llava_processor),
+        REFERENCE_NEXT: (load_reference_llava_next, load_reference_llava_next_processor),
+    }

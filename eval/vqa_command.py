@@ -93,11 +93,11 @@ def _blind(part: Record) -> str:
 
 _LEADING: dict[str, tuple[Any, Any]] = {
     "model": (
-        Annotated[str, typer.Option("--model", "-m", help="Hugging Face name or folder, or reference-llava")],
+        Annotated[str, typer.Option("--model", "-m", help="Hugging Face name or folder, or reference-llava(-next)")],
         inspect.Parameter.empty,
     ),
     "data": (
-        Annotated[str, typer.Option("--data", help="easy-vqa, a .jsonl file or a folder in VQAv2's format")],
+        Annotated[str, typer.Option("--data", help="easy-vqa, easy-vqa-pages, a .jsonl file or a folder in VQAv2's format")],
         inspect.Parameter.empty,
     ),
     "method": (Annotated[list[str] | None, typer.Option("--method", "-M", help=SETTING_HELP)], None),

@@ -1,5 +1,6 @@
 """A tiny LLaVA with its processor, and questions about pictures of noise."""
 
+import dataclasses
 import json
 import re
 
@@ -13,6 +14,7 @@ from vtok.eval.vlm_models import VisionLanguageModel
 
 pytest.importorskip("transformers")
 
+from vtok.eval.reference_next import ReferenceLLaVANeXT, make_next_processor
 from vtok.eval.reference_vlm import SPECIAL, ReferenceLLaVA, make_processor, save_folder
 
 ANATOMY = ReferenceLLaVA(
@@ -39,6 +41,12 @@ def tiny_net(seed=0):
 
 def tiny_llava(seed=0):
     return VisionLanguageModel(tiny_net(seed), make_processor(ANATOMY), "tiny")
+
+
+def tiny_next():
+    torch.manual_seed(0)
+    anatomy = ReferenceLLaVANeXT(**dataclasses.asdict(ANATOMY))
+    return VisionLanguageModel(anatomy.build(), make_next_processor(anatomy), "tiny-next")
 
 
 def save_tiny(folder):

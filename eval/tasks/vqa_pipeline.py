@@ -25,6 +25,7 @@ from vtok.patches import find_vlms
 from vtok.patches.hf_features import encode, feature_list, visual_columns
 from vtok.patches.hf_vlm import VLM
 
+TIMED_AGAIN = 2
 Progress = Callable[[int, int], None]
 Line = dict[str, Any]
 
@@ -108,7 +109,8 @@ def ask(
 ) -> None:
     """Asks every question under every setting that has no answer to it yet.
 
-    The unpatched setting, if there is one, runs on every batch on which another one does: times are compared within a batch.
+    Times are compared within a batch: where the unpatched setting has all its answers already, it runs again on every
+    `TIMED_AGAIN`th batch on which another one does.
 
     Args:
         model: whose processor and tokenizer are used.
@@ -134,14 +136,16 @@ def ask(
             if not checked:
                 check_image_tokens(model, inputs)
                 checked = True
+            again = start // batch_size % TIMED_AGAIN == 0
             base: Answers | None = None
             for entry in sorted(entries, key=lambda e: not e.unpatched):
-                if entry in missing or entry.unpatched:
+                if entry in missing or (entry.unpatched and again):
                     torch.manual_seed(seed + start)
                     found = answer(model, entry.net, inputs, max_new_tokens)
                     base = found if entry.unpatched and base is None else base
                     if entry in missing:
-                        samples.add(entry, batch, _lines(batch, found, base, start, entry))
+                        said = found.texts if entry.unpatched else _said(entries, samples, batch)
+                        samples.add(entry, batch, _lines(batch, found, said, base, start, entry))
                     entry.runs += 1
         if progress is not None:
             progress(min(start + batch_size, len(questions)), len(questions))
@@ -218,7 +222,16 @@ def check_image_tokens(model: VisionLanguageModel, inputs: Any) -> None:
         )
 
 
-def _lines(batch: Sequence[Question], found: Answers, base: Answers | None, start: int, entry: Entry) -> list[Line]:
+def _said(entries: Sequence[Entry], samples: Samples, batch: Sequence[Question]) -> list[str] | None:
+    """Answers of the unpatched setting, which comes first; `None` without one."""
+    base = next((entry for entry in entries if entry.unpatched), None)
+    lines = [None if base is None else samples.line(base, question) for question in batch]
+    return None if None in lines else [line["prediction"] for line in lines if line is not None]
+
+
+def _lines(
+    batch: Sequence[Question], found: Answers, said: list[str] | None, base: Answers | None, start: int, entry: Entry
+) -> list[Line]:
     times = {
         "batch": start,
         "cold": entry.runs == 0,  # the first batch of a process warms up
@@ -238,7 +251,7 @@ def _lines(batch: Sequence[Question], found: Answers, base: Answers | None, star
             "score": soft_accuracy(found.texts[i], q.answers),
             "visual_tokens": int(found.visual[i]),
             "kept_tokens": found.kept[i].tolist(),
-            "baseline_prediction": None if base is None else base.texts[i],
+            "baseline_prediction": None if said is None else said[i],
             "kv_bytes": int(found.kv_bytes[i]),
             **times,
         }

@@ -132,21 +132,23 @@ def choose(
             continue
         tower = _Towers(model, modality, output, reducer.tower_blocks, anatomy, kwargs)
         left = [mask.nonzero()[:, 0] for mask in stay] if holed else []  # rows of the tokens that the tower left
-        alike: dict[tuple[int, tuple[View, ...], int, bool, Any], list[int]] = {}
+        alike: dict[tuple[int, tuple[View, ...], int, int, Any], list[int]] = {}
         first, folded = 0, False
         for i, x in enumerate(images):
             if not len(x):  # a prompt without images, where a model returns the features of a prompt as one
                 continue
             whole, cut = not holed or len(left[i]) == len(x), tower.cuts[i]
             parts = anatomy.views(model, modality, i, first, x.detach(), kwargs) if whole else (View(0, 1, len(left[i])),)
-            alike.setdefault((parts[-1].stop, parts, len(tower.views[i]), whole, cut and cut.shape), []).append(i)
+            alike.setdefault((parts[-1].stop, parts, len(tower.views[i]), whole or len(x), cut and cut.shape), []).append(i)
             first += len(x)
-        for (_, parts, number, whole, _), numbers in alike.items():
+        for (_, parts, number, kind, _), numbers in alike.items():
+            whole = kind is True
             tokens = torch.stack([images[i] if whole else images[i][left[i]] for i in numbers])
             layouts.append((modality, parts, tokens.shape[1], len(numbers)))
             patches = None if whole else torch.stack([left[i] for i in numbers])
             source = tower.source(numbers, tokens.device) if whole else None
-            seen = ImageFeatures(tokens.detach(), parts, modality, tower.blocks(numbers), number, source, patches)
+            unreduced = 0 if whole else len(images[numbers[0]])
+            seen = ImageFeatures(tokens.detach(), parts, modality, tower.blocks(numbers), number, source, patches, unreduced)
             with torch.no_grad(), full_precision(tokens.device.type):
                 plan = reducer.features(seen)
             if plan is None:

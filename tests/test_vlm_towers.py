@@ -137,6 +137,16 @@ def test_equal_to_the_tower_by_itself(name, method):
     assert type(cache).get_seq_length(cache, 0) < values["input_ids"].shape[1] + 7 - min(gone) + 1, "the cache is shorter"
 
 
+def _with_class_tokens(values):
+    """The same prompts with one more placeholder an image."""
+    rows = [[t for t in row if t != 0] for row in values["input_ids"].tolist()]
+    rows = [[u for i, t in enumerate(row) for u in ((t, 119) if t == 117 else (t,))] for row in rows]
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    assert (ids == 119).sum() == 3 * 17
+    return {**values, "input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 @pytest.mark.parametrize("layer", [-2, -1, 2])
 @pytest.mark.parametrize("strategy", ["default", "full"])
@@ -144,18 +154,7 @@ def test_the_layer_that_the_model_takes(layer, strategy, kernel):
     """LLaVA's own checkpoints take the last but one; with "full" the class token stands in the prompt too."""
     model, values = _deep("LLaVA-1.5", layer, strategy), inputs("LLaVA-1.5")
     if strategy == "full":
-        rows = []
-        for ids in values["input_ids"].tolist():
-            row = []
-            for token in ids:
-                row += [token, token] if token == 117 else [token]  # one more placeholder behind each start
-            rows.append(row)
-        rows = [[119 if i and t == 117 and row[i - 1] == 117 else t for i, t in enumerate(row)] for row in rows]
-        longest = max(map(len, rows))
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-        mask = torch.stack([torch.arange(longest) >= (row != 0).long().argmax() for row in ids]).long()
-        values = {**values, "input_ids": ids, "attention_mask": mask}
-        assert (ids == 119).sum() == 3 * 17
+        values = _with_class_tokens(values)
     model.set_attn_implementation(kernel)
     features, alive = _left(model, values, METHODS["tome"])
     states = {-2: 3, -1: 4, 2: 2}[layer]
@@ -215,6 +214,32 @@ def test_folding_what_is_left(method):
             features[image, patches[j]], after[image, patches[j]] = x[j : j + 4].mean(0), True
     expected = _oracle(model, values, features, after)
     assert_same(generate(vtok.patch(model, [Nearest(), METHODS[method]]), values), expected)
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_the_pivot_of_todre(strategy):
+    """The token that the class token looks at most among those that are left; alone if one stays."""
+    model, values = _deep("LLaVA-1.5", -1, strategy), inputs("LLaVA-1.5")
+    values = _with_class_tokens(values) if strategy == "full" else values
+    inside, skip = vtok.ToMe(r=[3, 3, 0, 0]), int(strategy == "default")
+    tower, entered = _tower(model), []
+    vtok.patch(tower, inside)
+    handle = tower.encoder.layers[3].register_forward_pre_hook(functools.partial(_note, entered))
+    with torch.no_grad():
+        tower(values["pixel_values"])
+        state, block = run_of(tower).current.states[3], tower.encoder.layers[3]
+        h = block.layer_norm1(entered[0])
+        q, k = (p(h).unflatten(2, (2, -1)).transpose(1, 2) for p in (block.self_attn.q_proj, block.self_attn.k_proj))
+        logits = q[:, :, :1] @ k.transpose(2, 3) * block.self_attn.scale + state.size.log()[:, None, None]
+        best = logits.softmax(-1)[:, :, 0, 1:].mean(1).argmax(1) + 1
+    handle.remove()
+    vtok.unpatch(tower)
+    alive = torch.zeros(3, 17 - skip, dtype=torch.bool)
+    alive[torch.arange(3), state.index[torch.arange(3), best] - skip] = True
+    features, _ = _left(model, values, inside)
+    expected = _oracle(model, values, features, alive)
+    vtok.patch(model, [vtok.ToDRE(keep_tokens=1, pivot="cls", probe=None), inside])
+    assert_same(generate(model, values), expected)
 
 
 @pytest.mark.parametrize("method", ["random", "uniform"])

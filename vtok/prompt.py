@@ -152,6 +152,7 @@ class ImageFeatures(NamedTuple):
         views_per_image: how often the tower ran for one image; 0 = not known, because no block was asked for.
         patches: [B, n] int64, rising: the patch that each token stands for, among those that an unreduced image has; `None` =
             no token is missing.
+        unreduced: how many these are (a class token among them, where the model keeps it); 0 = no token is missing.
         source: how patches of these views became visual tokens, where the model's adapter knows; else `None`.
     """
 
@@ -162,6 +163,7 @@ class ImageFeatures(NamedTuple):
     views_per_image: int = 0
     source: ViewMap | None = None
     patches: Tensor | None = None
+    unreduced: int = 0
 
 
 class Layout(NamedTuple):

@@ -170,6 +170,7 @@ class ToDREReducer(VLMReducer):
         block: of the vision tower, whose class attention chooses pivots; `None` = it does not.
     """
 
+    reads_reduced: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
 
     config: ToDRE
@@ -275,7 +276,8 @@ def class_scores(images: ImageFeatures, block: int, single_head: bool = False) -
     seen = images.tower[block].only([b * count + place for b in range(batch) for place in places])
     scores = _on_grid(cls_attention(seen.view, seen.num_prefix, single_head), seen)
     if images.patches is not None:  # tokens that are left of one view, each at its patch
-        return scores.gather(1, images.patches), 0
+        whole = _per_token(scores, View(0, 1, images.unreduced), seen.num_prefix)
+        return None if whole is None else (whole.gather(1, images.patches), 0)
     parts = _per_token(scores, views[0], seen.num_prefix)
     return None if parts is None else (parts.view(batch, -1), views[0].start)
 

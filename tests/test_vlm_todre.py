@@ -463,7 +463,7 @@ def test_values_that_make_no_sense(params, error, words):
 
 
 def test_class_attention_where_there_is_none():
-    for name, words in (("Qwen2.5-VL", "is no vision tower whose blocks"), ("PaliGemma", "it has no class token")):
+    for name, words in (("Qwen2.5-VL", "runs the patches of all images as one"), ("PaliGemma", "it has no class token")):
         with pytest.raises(vtok.UnsupportedModelError, match=rf'{words}.*pass pivot="center"'):
             vtok.patch(build(name), "todre", pivot="cls")
         assert vtok.supports(build(name)).methods["todre"] is None

@@ -34,7 +34,9 @@ console = Console()
 if not console.is_terminal:  # piped into a file or a log: tables keep their columns
     console = Console(width=132)
 
-Methods = Annotated[list[str], typer.Argument(help="name or name:key=value,..., e.g. tome:r=13 or pitome:flops=0.6")]
+Methods = Annotated[
+    list[str], typer.Argument(help="name or name:key=value,..., e.g. tome:r=13 or pitome:flops=0.6; several together: A+B")
+]
 Model = Annotated[str, typer.Argument(help="a timm name, open_clip:NAME, transformers:NAME, reference or reference-clip")]
 Images = Annotated[int, typer.Option(min=1, help="vision-language models: images in a prompt")]
 TextTokens = Annotated[int, typer.Option(min=1, help="vision-language models: other tokens of a prompt")]
@@ -76,8 +78,9 @@ def plan(
     net = load_model(model, img_size=img_size, meta=True)
     prompt = {"images": images, "text_tokens": text_tokens} if find_vlms(net) else None
     for text in method:
-        name, params = runs.parse_method(text)
-        console.print(str(vtok.plan(net, name, prompt=prompt, **params)), highlight=False, soft_wrap=True)
+        chosen = runs.parse_setting(text)
+        named, params = chosen if isinstance(chosen, tuple) else (chosen, {})
+        console.print(str(vtok.plan(net, named, prompt=prompt, **params)), highlight=False, soft_wrap=True)
         console.print()
 
 
@@ -114,7 +117,7 @@ def bench(
     runs.prepared(output)
     net = load_model(model, pretrained, img_size, seed)
     common: dict[str, Any] = {"pairs": pairs, "dtype": dtype, "device": device, "threads": threads, "name": model, "seed": seed}
-    settings = [runs.parse_method(text) for text in method]
+    settings = [runs.parse_setting(text) for text in method]
     shown: Any = bench_result
     results: Any
     with Progress(console=Console(stderr=True), transient=True) as progress:

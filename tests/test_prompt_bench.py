@@ -162,6 +162,8 @@ def test_commands(tiny_architecture, tmp_path):
 
     text = run("plan", "transformers:tiny-llava", "uniform:keep=0.5", "--images", 2, "--text-tokens", 9)
     assert "2 images of 3 x 28 x 28 (4 visual tokens each) and 9 other tokens" in text
+    text = run("plan", "transformers:tiny-llava", "tome:r=1+random:keep=0.5")
+    assert "tome(r=1" in text and "tower block 0 mid" in text and " + random(keep=0.5" in text
     bench = ["bench", "transformers:tiny-llava", "uniform:keep=0.5", "-b", 2, "--pairs", 5, "--new-tokens", 2]
     text = run(*bench, "--text-tokens", 5, "--threads", 1, "--markdown", "--json", tmp_path / "bench.json")
     assert "| uniform(keep=0.5) | 4 -> 2 |" in text

@@ -19,6 +19,7 @@ from vlm_zoo import (
 )
 
 import vtok
+from vtok.eval.flops import count_prompt_macs
 from vtok.methods import todre
 from vtok.patches import hf_features as hf
 from vtok.patches.hf_vlm import find
@@ -487,3 +488,32 @@ def test_models_without_a_prompt():
         vtok.UnsupportedModelError, match="todre drops visual tokens from the prompts of vision-language models"
     ):
         vtok.patch(build("LLaVA-1.5").model.vision_tower, "todre")
+
+
+# What it costs.
+@pytest.mark.parametrize("name", list(EXAMPLES))
+def test_the_cost_of_choosing_among_features(name):
+    """As counted, tower block, class token and selection included."""
+    model, values = build(name, _kernel(name)), inputs(name)
+    vtok.patch(model, "todre", keep=KEEP, probe=None)
+    counted = count_prompt_macs(model, values)
+    estimate = vtok.info(model).prompts[0].estimate
+    assert estimate.reduction_macs == counted.reduction > 0
+    assert estimate.exact
+
+
+def test_the_cost_of_both_stages_where_all_text_follows_one_image():
+    model, values = build("LLaVA-1.5"), _image_at(0, 6)
+    for tau in (0.1, 1.0):
+        vtok.patch(model, "todre", keep=KEEP, tau=tau)
+        counted = count_prompt_macs(model, values)
+        assert vtok.info(model).prompts[0].estimate.reduction_macs == counted.reduction
+
+
+def test_a_budget():
+    model = build("LLaVA-1.5")
+    for share in (0.8, 0.6):
+        vtok.patch(model, "todre", flops=share, prompt={"images": 3, "text_tokens": 10})
+        (found,) = vtok.info(model).prompts
+        assert abs(found.budget.reached - share) <= 0.04
+        assert found.configs[0].probe == 7 / 8

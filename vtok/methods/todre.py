@@ -230,7 +230,9 @@ class ToDREReducer(VLMReducer):
         return (count - 1) * n * self.info.width + looked
 
     def layer_macs(self, at: Site, visual: int, text: int) -> int:
-        return self.info.probe_macs(text, visual + text)
+        """Of a prompt whose text stands behind one image; where images see text, their rows are asked as well."""
+        summed = text * self.info.num_heads * (visual + text)  # over the visual keys
+        return self.info.probe_macs(text, visual + text) + summed
 
 
 class FirstStage(ToDREReducer):

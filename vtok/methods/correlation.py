@@ -231,11 +231,6 @@ class CorrelationReducer(VLMReducer):
         """
         source, low, deep = _source(images), images.tower[self.low], images.tower[self.deep]
         keys = _keys(low)
-        if images.patches is not None or keys.shape[2] != _keys(deep).shape[2]:
-            raise StateError(
-                "correlation compares all patches of a crop, but something merges or drops tokens inside the vision tower; use "
-                "them apart"
-            )
         groups = _groups(source, keys.shape[2], keys.device)
         patches = None if low.valid is None else low.valid[:, low.num_prefix :]
         if source.layout.patches is not None:
@@ -255,7 +250,8 @@ class CorrelationReducer(VLMReducer):
 
     def feature_macs(self, n: int, views: tuple[View, ...], modality: str = "image") -> int:
         """Queries, keys and values of both blocks, attention read there, cosines of patches and, if tokens join others, of
-        tokens. Crops whose rows or columns were all removed as padding are not in `views`, and not counted."""
+        tokens. Crops whose rows or columns were all removed as padding are not in `views`, and not counted; nor are tiles
+        that a model returns as images of their own (InternVL), which look like pages that were not cropped."""
         shown = [view for view in views if not (view.newline and view.columns == 1)]
         if self.tower is None or modality == "video" or (len(shown) == 1 and not self.config.overview):
             return 0

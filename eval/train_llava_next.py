@@ -51,7 +51,8 @@ class Recipe:
     """Everything that decides the result.
 
     Attributes:
-        stage: an epoch is 100 steps.
+        stages: run in this order, each with a new optimiser; an epoch is 100 steps. The second one starts again at the full
+            rate, because left and right are told apart late.
         batch_size: pages a step.
         placing: weight of the loss for place and contents of every token of a crop.
         placing_layer: layer of the language model after which it is asked for them.
@@ -63,7 +64,7 @@ class Recipe:
         seed: of every page drawn.
     """
 
-    stage: Stage = field(default_factory=lambda: Stage(8, 3, 1e-3, 0.0))
+    stages: tuple[Stage, ...] = (Stage(8, 3, 1e-3, 0.0), Stage(8, 2, 1e-3, 0.0))
     batch_size: int = 16
     placing: float = 0.3
     placing_layer: int = 3
@@ -115,8 +116,8 @@ def draw_pages(source: Pictures, recipe: Recipe, generator: torch.Generator) -> 
     return compose(pictures, torch.where(rows < 0, -1, torch.arange(rows.numel()).view_as(rows))), cells
 
 
-def _loss(model: Any, placer: Placer, recipe: Recipe, source: Pictures, tokenizer: Any, step: int) -> Tensor:
-    generator = torch.Generator().manual_seed(stage_seed(recipe.seed, 0) + step)
+def _loss(model: Any, placer: Placer, recipe: Recipe, number: int, source: Pictures, tokenizer: Any, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(stage_seed(recipe.seed, number) + step)
     pages, cells = draw_pages(source, recipe, generator)
     turns = pack([[_turn(tokenizer, q, a) for q, a in questions_about(page, generator)] for page in cells.tolist()])
     seen: list[Tensor] = []
@@ -241,15 +242,19 @@ def train(
     torch.manual_seed(recipe.seed)
     model = start(recipe.model, torch.load(llava, weights_only=True))
     placer = Placer(recipe.model.text_width, PICTURE_SIZE // recipe.model.patch_size)
-    total = round(recipe.stage.epochs * STEPS_PER_EPOCH)
-    run = StageRun(nn.ModuleList([model, placer]), recipe.stage, 0, total, recipe, checkpoint)
-    if checkpoint.is_file():
-        run.resume(torch.load(checkpoint, weights_only=True))
-    loss_of = partial(_loss, model.train(), placer, recipe, source, tokenizer)
-    while run.step < run.total:
-        run.advance(loss_of, log_every, save_every)
-        if run.step % test_every == 0 or run.step == run.total:
-            print(f"  {100 * packed_accuracy(model, held_out, tokenizer):.2f} % on held-out pages", flush=True)
+    saved = torch.load(checkpoint, weights_only=True) if checkpoint.is_file() else None
+    for number, stage in enumerate(recipe.stages):
+        if saved is not None and saved["stage"] > number:
+            continue
+        total = round(stage.epochs * STEPS_PER_EPOCH)
+        run = StageRun(nn.ModuleList([model, placer]), stage, number, total, recipe, checkpoint)
+        if saved is not None and saved["stage"] == number:
+            run.resume(saved)
+        loss_of = partial(_loss, model.train(), placer, recipe, number, source, tokenizer)
+        while run.step < run.total:
+            run.advance(loss_of, log_every, save_every)
+            if run.step % test_every == 0 or run.step == run.total:
+                print(f"  {100 * packed_accuracy(model, held_out, tokenizer):.2f} % on held-out pages", flush=True)
     return model.eval()
 
 

@@ -46,7 +46,9 @@ from vtok.eval.turns import answer_logits, pack  # noqa: E402
 
 SMALL = {"width": 32, "depth": 2, "heads": 2, "text_width": 32, "text_hidden": 48, "text_depth": 4, "text_heads": 2}
 TINY = ReferenceLLaVANeXT(patch_size=32, **SMALL)
-RECIPE = Recipe(stage=Stage(32, 0.06, 1e-3, 0.0), batch_size=4, held_out=24, placing_layer=2, model=TINY)
+RECIPE = Recipe(
+    stages=(Stage(32, 0.04, 1e-3, 0.5), Stage(32, 0.04, 1e-3, 0.0)), batch_size=4, held_out=24, placing_layer=2, model=TINY
+)
 RED_CIRCLE, BLUE_TRIANGLE = CLASSES.index("red circle"), CLASSES.index("blue triangle")
 
 
@@ -250,7 +252,7 @@ def test_training_resumes_to_the_same_weights(folder, tmp_path, monkeypatch):
     def stopping(payload, path):
         real(payload, path)
         calls.append(payload["step"])
-        if len(calls) in (1, 2):
+        if len(calls) in (1, 3):
             raise StopError
 
     monkeypatch.setattr(train_run, "save_atomically", stopping)

@@ -31,6 +31,7 @@ from vtok.eval.reference_vlm import (  # noqa: E402
     save_folder,
     write_questions,
 )
+from vtok.eval.train_llava import accuracy  # noqa: E402
 
 TINY = ReferenceLLaVA(patch_size=16, width=32, depth=2, heads=2, text_width=32, text_hidden=48, text_depth=2, text_heads=2)
 
@@ -151,3 +152,11 @@ def test_questions_are_written_the_same_every_time(tmp_path):
 
 def test_other_anatomies():
     assert replace(ReferenceLLaVA(), patch_size=8).visual_tokens == 64
+
+
+def test_the_bundled_model_answers_from_the_picture():
+    model, questions = load_reference_llava(), load_reference_questions("test")
+    assert not model.training and next(model.parameters()).dtype == torch.float32
+    some = reference_vlm.about(questions, torch.arange(0, 1000, 50))  # 20 pictures
+    right, blind = accuracy(model, some, 4), accuracy(model, some, 4, blank=True)
+    assert right["all"] > 90 and right["open"] > 90 and blind["all"] < 75 and blind["open"] < 50

@@ -348,3 +348,22 @@ def test_what_late_decisions_cost_for_prompts_without_padding(tau):
     assert plan.estimate.reduction_macs == estimate.reduction_macs
     assert estimate.macs <= plan.estimate.macs and "upper bounds" in str(plan)
     assert (estimate.layers[-1].visual == 0) == (tau == 1)
+
+
+@pytest.mark.parametrize(("kept", "llm"), [(192, 2.54), (128, 3.39), (64, 5.10)])
+def test_llava_7b_before_anything_runs(kept, llm):
+    """Implied speed-ups of the LLM at the usual settings, 576 visual and 64 other tokens; CLIP-L/336 has 191 GMACs."""
+    import transformers
+
+    vision = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+    vision |= {"num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768}
+    text = {"model_type": "llama", "vocab_size": 32064, "hidden_size": 4096, "intermediate_size": 11008}
+    text |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}
+    with torch.device("meta"):
+        config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=32000)
+        model = transformers.LlavaForConditionalGeneration(config).to(torch.float16)
+    config = vtok.METHODS.get("todre")(keep_tokens=kept, probe=None)
+    e = vtok.plan(model, config, prompt={"images": 1, "text_tokens": 64}).estimate
+    assert round(e.base_llm_macs / e.llm_macs, 2) == llm
+    assert round(e.base_vision.macs / 1e9) == 191
+    assert e.kv_bytes == (kept + 64) * 32 * 2 * 4096 * 2 and e.dtype == "float16"

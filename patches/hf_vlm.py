@@ -16,6 +16,7 @@ from vtok.patches.protocol import Tower, look_up, qualified_name
 from vtok.patches.vlm_tower import Joint
 from vtok.prompt import TowerFacts, VLMInfo
 
+OLDEST = (5, 23)  # release of transformers
 SUPPORTED = (
     "transformers' LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, Idefics3, SmolVLM, Gemma3 "
     "and PaliGemma"
@@ -155,6 +156,18 @@ class VLM:
         return Joint(self.spec.connector, self.info.tower.feature_block + 1, skip)
 
 
+def _check_release() -> None:
+    """Raises under a release of transformers whose prompts cannot be shortened."""
+    import transformers
+
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
+        raise UnsupportedModelError(
+            f"vision-language models need transformers {OLDEST[0]}.{OLDEST[1]} or newer, found {transformers.__version__}: it "
+            "runs the hooks of a layer again in the backward pass of a checkpoint and mixes up the images of a prompt in beam "
+            "search; upgrade transformers, or patch the model's vision tower by itself"
+        )
+
+
 def find(model: nn.Module) -> Sequence[VLM]:
     """The vision-language models inside a model; empty if there is none.
 
@@ -168,6 +181,7 @@ def find(model: nn.Module) -> Sequence[VLM]:
             raise UnsupportedModelError(f"{type(module).__name__} cannot be patched: {why}; supported: {SUPPORTED}")
         spec = look_up(module, VLMS)
         if spec is not None:
+            _check_release()
             found.append(_describe(path, module, spec))
     return found
 

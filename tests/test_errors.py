@@ -322,3 +322,15 @@ def test_a_missing_extra(monkeypatch):
 def test_registries_refuse_collisions():
     text = _message(vtok.ConfigError, vtok.METHODS.register("tome"), object())
     assert "method 'tome' is already registered" in text
+
+
+def test_vision_language_models_need_a_younger_transformers_than_encoders(monkeypatch):
+    from vtok.patches import hf_vlm
+    from vtok.patches.hf_vlm_examples import EXAMPLES
+
+    model = EXAMPLES["LLaVA-1.5"].build()
+    monkeypatch.setattr(hf_vlm, "OLDEST", (99, 0))
+    text = _message(vtok.UnsupportedModelError, vtok.patch, model, "uniform", keep=0.5)
+    assert "need transformers 99.0 or newer, found 5." in text
+    assert "patch the model's vision tower by itself" in text
+    vtok.patch(model.model.vision_tower, "tome", r=2)

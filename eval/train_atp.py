@@ -40,7 +40,8 @@ class Recipe:
     """Everything that decides the result.
 
     Attributes:
-        target_tokens: N_target, visual tokens on average over the decoder layers (paper: 144 of 576).
+        target_tokens: N_target, visual tokens on average over the decoder layers (paper: 144 of 576). 36 of 256 are too few for
+            the sparsest grid in every prompt of the reference LLaVA, so that thresholds have something to decide.
         layers: decoder layers in front of which modules stand; `None` = the paper's, scaled to the depth.
         hidden: width of a module's hidden layer.
         inputs: what the thresholds read, see `ATPSpec`.

@@ -313,3 +313,17 @@ def test_export_and_load(folder, tmp_path):
     (tmp_path / "easyvqa_llava_next" / DIFFERENCES).unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks differences.safetensors; train it: python -m"):
         load_reference_llava_next(tmp_path / "easyvqa_llava_next", tmp_path / "easyvqa_llava")
+
+
+def test_the_bundled_model_reads_pages():
+    model, questions = load_reference_llava_next(), load_reference_page_questions()
+    some = slice(0, 48)  # about the first eight pages, two of each density
+    few = questions._replace(
+        texts=questions.texts[some],
+        answers=questions.answers[some],
+        rows=questions.rows[some],
+        open=questions.open[some],
+        density=questions.density[some],
+    )
+    assert torch.bincount(few.density).tolist() == [0, 12, 12, 12, 12]
+    assert accuracy(model, few).double().mean() > 0.85

@@ -6,7 +6,7 @@ is patched only if it stands in `OWNERS`, because others may need every patch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vtok.patches.hf_attention import BlipAttention, HfAttention, InternVLAttention, beit_mask
@@ -90,6 +90,8 @@ class TowerSpec:
         num_prefix: class and distillation tokens; register tokens are read from the config.
         mean_pooler: path of a child that averages patches it is given, if its config says so.
         attn_pool: path of a child that attends over the tokens with one query.
+        positions: path of the position embeddings if they are fitted to every image by a matrix product.
+        positions_since: release of transformers from which on they are; earlier ones interpolate.
     """
 
     layers: str = "encoder.layers"
@@ -97,6 +99,8 @@ class TowerSpec:
     num_prefix: int = 1
     mean_pooler: str = ""
     attn_pool: str = ""
+    positions: str = ""
+    positions_since: tuple[int, int] = (0, 0)
 
 
 _PROJECTION = "embeddings.patch_embeddings.projection"
@@ -117,7 +121,7 @@ TOWERS: dict[str, TowerSpec] = {
     _in("idefics3") + "Idefics3VisionTransformer": _IDEFICS,
     _in("internvl") + "InternVLVisionModel": _STACKED,
     _in("siglip") + "SiglipVisionModel": _SIGLIP,
-    _in("siglip2") + "Siglip2VisionModel": _SIGLIP,
+    _in("siglip2") + "Siglip2VisionModel": replace(_SIGLIP, positions="embeddings.position_embedding", positions_since=(5, 24)),
     _in("smolvlm") + "SmolVLMVisionTransformer": _IDEFICS,
     _in("vit") + "ViTModel": _FLAT,
     _in("vit_mae") + "ViTMAEModel": _FLAT,

@@ -105,8 +105,11 @@ class HfAdapter:
         head += linear_macs(getattr(module, "pooler", None))
         averages = tower.averaged_by is not None or _averages(module, spec)
         rows, columns = _grid(module.config, tower.input_size, masked=False)
+        per_patch = module.get_submodule(spec.embed).weight.numel()
+        if spec.positions and hf_vlm.release() >= spec.positions_since:
+            per_patch += module.get_submodule(spec.positions).weight.numel()
         return TowerCost(
-            rows * columns * module.get_submodule(spec.embed).weight.numel(),
+            rows * columns * per_patch,
             tuple(block_cost(b) for b in tower.blocks),
             head,
             per_token,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from torch import nn
@@ -156,13 +157,16 @@ class VLM:
         return Joint(self.spec.connector, self.info.tower.feature_block + 1, skip)
 
 
+def release() -> tuple[int, ...]:
+    """The release of transformers that is installed: (major, minor)."""
+    return tuple(int(part) for part in version("transformers").split(".")[:2])
+
+
 def _check_release() -> None:
     """Raises under a release of transformers whose prompts cannot be shortened."""
-    import transformers
-
-    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
+    if release() < OLDEST:
         raise UnsupportedModelError(
-            f"vision-language models need transformers {OLDEST[0]}.{OLDEST[1]} or newer, found {transformers.__version__}: it "
+            f"vision-language models need transformers {OLDEST[0]}.{OLDEST[1]} or newer, found {version('transformers')}: it "
             "runs the hooks of a layer again in the backward pass of a checkpoint and mixes up the images of a prompt in beam "
             "search; upgrade transformers, or patch the model's vision tower by itself"
         )

@@ -264,7 +264,7 @@ def test_packed_input():
 
 def test_config_files(model, tmp_path):
     path = tmp_path / "run.json"
-    assert "does not exist; methods are: ats" in _message(vtok.ConfigError, vtok.patch, model, str(path))
+    assert "does not exist; methods are: atp, ats" in _message(vtok.ConfigError, vtok.patch, model, str(path))
     path.write_text("{not json")
     assert "is not a JSON file" in _message(vtok.ConfigError, vtok.patch, model, path)
     path.write_text("[1, 2]")

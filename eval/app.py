@@ -211,9 +211,10 @@ def demo(
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = 100,
     control: Annotated[bool, typer.Option("--control", help="also: what each method's choice of tokens is worth")] = False,
     clip: Annotated[bool, typer.Option(help="also: the bundled CLIP, zero-shot and retrieval")] = True,
+    vqa: Annotated[bool, typer.Option(help="also: questions to the bundled LLaVA and LLaVA-NeXT")] = True,
 ) -> None:
-    """Every method on the bundled models and images at several FLOPs budgets: accuracy, tokens, MACs, time."""
-    from vtok.eval import clip_demo
+    """Every method on the bundled models and images at several budgets: accuracy, tokens, MACs, time."""
+    from vtok.eval import clip_demo, vqa_demo
     from vtok.eval.demo import run_demo
 
     try:
@@ -227,3 +228,9 @@ def demo(
             clip_demo.run_clip_demo(out, pictures, pages, console=console)
         except MissingExtraError as error:
             console.print(f"[yellow]the CLIP part was left out: {error}[/yellow]")
+    if vqa:
+        asked, on_pages = (None if full else min(images, n) for n in (vqa_demo.QUESTIONS, vqa_demo.PAGE_QUESTIONS))
+        try:
+            vqa_demo.run_vqa_demo(out, asked, on_pages, console=console)
+        except MissingExtraError as error:
+            console.print(f"[yellow]the part on vision-language models was left out: {error}[/yellow]")

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from vtok.eval.clip_command import percent, signed
 from vtok.eval.flags import SETTING_HELP, options_from, signature
 from vtok.eval.runs import parse_setting
 from vtok.eval.tasks.vqa import VQAOptions
@@ -47,15 +46,13 @@ def print_records(records: Sequence[Record], console: Console) -> None:
     for i, column in enumerate(
         ("method", "visual tokens", "exact", "soft", "vs", "loyalty", "KV MB", "TTFT ms", "measured", "bound")
     ):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold", min_width=20 if i == 0 else None)
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for record in records:
         table.add_row(*row(record))
     console.print(table)
     for grouping, parts in first["groups"].items():
         for name, part in parts.items():
-            shares = ", ".join(
-                f"{record['title']} {percent(record['groups'][grouping][name], 'exact_match')}" for record in records
-            )
+            shares = ", ".join(f"{record['title']} {share(record['groups'][grouping][name])}" for record in records)
             console.print(f"- {grouping} {name}, {part['n']} questions{_blind(part)}: {shares}", highlight=False)
     if first["blind"] is not None:
         console.print(
@@ -69,14 +66,26 @@ def row(record: Record) -> list[str]:
     cells = [record["title"]]
     tokens = record.get("tokens")
     cells.append("-" if tokens is None else f"{sum(tokens['mean_per_layer']) / len(tokens['mean_per_layer']):.1f}")
-    cells += [percent(m, "exact_match"), percent(m, "soft_accuracy")]
-    cells.append(signed(m, "exact_match_difference") if "exact_match_difference" in m else "-")
-    cells.append(percent(m, "loyalty"))
+    cells += [share(m), share(m, "soft_accuracy"), share(m, "exact_match_difference", "+"), share(m, "loyalty")]
     if tokens is None:
         return [*cells, "-", "-", "-", "-"]
     first, implied = record["ttft_ms"]["patched"], record.get("implied_speedup")
     cells += [f"{record['kv_bytes']['patched'] / 1e6:.3f}", f"{first:.0f}", measured(record)]
     return [*cells, "-" if implied is None else f"{implied:.2f}x"]
+
+
+def share(metrics: Record, name: str = "exact_match", sign: str = "") -> str:
+    """ "96.6 ± 0.8": a share in percent with its standard error, or "-" for one that does not exist.
+
+    Args:
+        metrics: of a record or of one of its groups.
+        name: of the share.
+        sign: "+" for a difference.
+    """
+    if metrics.get(name) is None:
+        return "-"
+    error = metrics.get(f"{name}_stderr")
+    return f"{100 * metrics[name]:{sign}.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
 
 
 def measured(record: Record) -> str:

@@ -22,11 +22,11 @@ from vtok.eval.vqa_overlay import by_cell, crops_grid, survivors, write_sheet
 from vtok.eval.vqa_report import HEADER, PAGE_HEADER, Record, findings, kept_tokens, ordered, page_row, plot, row, table, title
 from vtok.registry import METHODS
 
-QUESTIONS, PAGE_QUESTIONS = 500, 400  # evenly spaced
+QUESTIONS, PAGE_QUESTIONS = 500, 200
 SHARES = (0.25, 0.1)  # of the visual tokens that enter the LLM
 TARGETS = (0.66, 0.33)  # of the tokens of crops, on average over calibration pages
-BATCH, ANSWER = 50, 4
-CALIBRATION_PAGES, CELL_PAGES = 32, 100
+BATCH, PAGE_BATCH, ANSWER = 50, 25, 4
+CALIBRATION_PAGES, CELL_PAGES = 32, 40
 TRAINED = {"atp": "easyvqa_llava_atp.safetensors"}  # method -> its modules for the reference LLaVA, in assets
 TOWER_RATIO = 0.9  # share of its tokens that each block of the tower keeps under merging
 
@@ -44,8 +44,8 @@ def run_vqa_demo(
 
     Args:
         out: folder of results; a second run with the same arguments goes on where the first stopped.
-        questions: evenly spaced questions about pictures; `None` = all 9,673.
-        page_questions: evenly spaced questions about pages; `None` = all 3,600.
+        questions: how many about pictures; `None` = all 9,673.
+        page_questions: how many about pages; `None` = all 3,600.
         shares: of the visual tokens, which the methods keep before the LLM.
         targets: of the tokens of a page's crops, which correlation keeps on average.
         console: where the tables go.
@@ -61,10 +61,10 @@ def run_vqa_demo(
     models = models or {}
     llava = models.get(REFERENCE_LLAVA) or load_vlm(REFERENCE_LLAVA)
     picture_runs = picture_settings(llava, shares)
-    pictures = _ask(out, llava, EASY_VQA, picture_runs, questions, console)
+    pictures = _ask(out, llava, EASY_VQA, picture_runs, FLOOR, questions, console)
     pages_model = models.get(REFERENCE_NEXT) or load_vlm(REFERENCE_NEXT)
     page_runs = page_settings(pages_model, targets)
-    pages = _ask(out, pages_model, PAGES, page_runs, page_questions, console)
+    pages = _ask(out, pages_model, PAGES, page_runs, FLOOR[:1], page_questions, console)
     add_kept_by_cell(pages_model, page_runs, pages)
     console.print(table(pictures, HEADER, row, title(pictures)))
     for line in findings(pictures):
@@ -117,17 +117,23 @@ def calibration_pages(model: VisionLanguageModel) -> Any:
 
 
 def _ask(
-    out: Path, model: VisionLanguageModel, data: str, settings: Sequence[Setting], count: int | None, console: Console
+    out: Path,
+    model: VisionLanguageModel,
+    data: str,
+    settings: Sequence[Setting],
+    floors: Sequence[str],
+    count: int | None,
+    console: Console,
 ) -> list[Record]:
     """Records of the unpatched model, the settings, and floors with as many tokens as settings that have none yet."""
-    folder = out / data
-    options = VQAOptions(num_samples=count, batch_size=BATCH, max_new_tokens=ANSWER, device="cpu", output=str(folder))
+    size = BATCH if data == EASY_VQA else PAGE_BATCH
+    options = VQAOptions(num_samples=count, batch_size=size, max_new_tokens=ANSWER, device="cpu", output=str(out / data))
     with Progress(console=console) as progress:
         bar = progress.add_task(f"{model.name}, {data}", total=None)
         records = evaluate(
             model, data, [None, *settings], options, lambda done, total: progress.update(bar, completed=done, total=total)
         )
-        lacking = [Setting(name, {"keep": share}) for share in shares_without_floor(records) for name in FLOOR]
+        lacking = [Setting(name, {"keep": share}) for share in shares_without_floor(records) for name in floors]
         if lacking:
             records += evaluate(model, data, [None, *lacking], options)[1:]
     everything = Records(out / "results.jsonl")
@@ -162,7 +168,7 @@ def add_kept_by_cell(model: VisionLanguageModel, settings: Sequence[Setting], re
         setting = _setting_of(record, settings)
         if setting is None:
             continue
-        found = survivors(model, setting.apply(twin(model.net)), data, chosen)
+        found = survivors(model, setting.apply(twin(model.net)), data, chosen, new_tokens=1)
         cells = by_cell(crops_grid(found.left, overview_tokens(model)))
         record["kept_of_crops"] = {"blank": float(cells[blank].mean()), "filled": float(cells[~blank].mean())}
 

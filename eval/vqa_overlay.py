@@ -34,7 +34,9 @@ class Survivors(NamedTuple):
     left: np.ndarray
 
 
-def survivors(model: VisionLanguageModel, net: Any, data: VQAData, questions: Sequence[Question]) -> Survivors:
+def survivors(
+    model: VisionLanguageModel, net: Any, data: VQAData, questions: Sequence[Question], new_tokens: int = 4
+) -> Survivors:
     """Asks a batch of questions whose images have as many visual tokens each.
 
     Args:
@@ -42,6 +44,7 @@ def survivors(model: VisionLanguageModel, net: Any, data: VQAData, questions: Se
         net: the same model, patched so that nothing is merged.
         data: where images come from.
         questions: B of them.
+        new_tokens: length of an answer at most.
 
     Raises:
         StateError: the model is not patched, or the prompts hold different numbers of visual tokens.
@@ -49,7 +52,7 @@ def survivors(model: VisionLanguageModel, net: Any, data: VQAData, questions: Se
     (vlm,) = find_vlms(net)
     pruner = pruner_of(vlm)
     inputs = model.inputs([data.read(q.image) for q in questions], [q.text + data.prompt for q in questions])
-    found = answer(model, net, inputs, max_new_tokens=4)
+    found = answer(model, net, inputs, new_tokens)
     last = None if pruner is None else pruner.last
     if last is None:
         raise StateError("nothing was dropped: survivors need a patched model")
@@ -124,7 +127,7 @@ def write_sheet(
         found = survivors(model, setting.apply(twin(model.net)), data, questions)
         grids = crops_grid(found.left, overview) if overview else _square(found.left)
         side = grids.shape[1]
-        axes[0, c].set_title(title, fontsize=9)
+        axes[0, c].set_title(title.replace("(", "\n("), fontsize=9)
         for r, picture in enumerate(pictures):
             groups = np.where(grids[r].ravel(), np.arange(side * side), -1)
             axes[r, c].imshow(paint(picture, groups, (side, side)), interpolation="nearest")

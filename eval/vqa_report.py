@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from vtok.eval.report import FLOOR
-from vtok.eval.vqa_command import measured
+from vtok.eval.intervals import mean_stderr
+from vtok.eval.report import FLOOR, correctness
+from vtok.eval.vqa_command import measured, share
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -63,28 +62,28 @@ def _costs(record: Record) -> list[str]:
 
 def _accuracy(record: Record) -> list[str]:
     m = record["metrics"]
-    return [_short(m), signed_short(m)]
+    return [share(m), share(m, "exact_match_difference", "+")]
 
 
 def row(record: Record) -> tuple[str, ...]:
     """The cells of one setting on pictures, as `HEADER` names them."""
-    kinds, m = record["groups"]["kind"], record["metrics"]
+    m = record["metrics"]
     loyal = f"{100 * m['loyalty']:.1f}" if "loyalty" in m else "-"
-    return (*_costs(record), *_accuracy(record), _short(kinds["open"]), _short(kinds["yes/no"]), loyal)
+    return (*_costs(record), *_accuracy(record), _part(record, "kind", "open"), _part(record, "kind", "yes/no"), loyal)
 
 
 def page_row(record: Record) -> tuple[str, ...]:
     """The cells of one setting on pages, as `PAGE_HEADER` names them."""
-    densities = record["groups"]["density"]
     kept = record.get("kept_of_crops")
     crops = ("-", "-") if kept is None else (f"{kept['blank']:.1f}", f"{kept['filled']:.1f}")
-    return (*_costs(record), *_accuracy(record), *(_short(densities[n]) for n in sorted(densities)), *crops)
+    return (*_costs(record), *_accuracy(record), *(_part(record, "density", n) for n in "1234"), *crops)
 
 
 def blind_row(records: Sequence[Record], header: Sequence[str]) -> tuple[str, ...]:
     """What the best answers without the image would give."""
     first = records[0]
-    parts = first["groups"]["density"] if "density" in first["groups"] else first["groups"]["kind"]
+    groups = first["groups"]
+    parts = groups["density"] if "density" in groups else groups.get("kind", {})
     cells = dict.fromkeys(header, "-") | {header[0]: "blind", "all %": f"{100 * first['blind']:.1f}"}
     names = {"open": "open %", "yes/no": "yes/no %", "1": "1 filled %"}
     for name, part in parts.items():
@@ -114,17 +113,14 @@ def markdown(records: Sequence[Record], header: Sequence[str], cells: Callable[[
 
 
 def findings(records: Sequence[Record]) -> list[str]:
-    """How every method stands to the random one with as many tokens, in points with their standard error."""
+    """How every method stands to the random one with as many tokens: paired, in points with the standard error."""
     lines = []
     floors = [r for r in records if r["method"] == "random"]
     for record in records[1:]:
         if record["method"] in FLOOR or not floors:
             continue
         random = min(floors, key=lambda r: abs(kept_tokens(r) - kept_tokens(record)))
-        mine, its = record["metrics"], random["metrics"]
-        gap = 100 * (mine["exact_match"] - its["exact_match"])
-        # both are differences to the same answers: taken as independent, which errs on the safe side
-        error = 100 * float(np.hypot(mine["exact_match_difference_stderr"], its["exact_match_difference_stderr"]))
+        gap, error = (100 * x for x in mean_stderr(correctness(record).astype(float) - correctness(random)))
         word = "clearly above" if gap > 2 * error else "clearly below" if gap < -2 * error else "not clearly apart from"
         lines.append(
             f"{record['method']} with {kept_tokens(record):.0f} visual tokens is {word} random with {kept_tokens(random):.0f}: "
@@ -133,17 +129,10 @@ def findings(records: Sequence[Record]) -> list[str]:
     return lines
 
 
-def _short(metrics: Record) -> str:
-    error = metrics["exact_match_stderr"]
-    return f"{100 * metrics['exact_match']:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
-
-
-def signed_short(metrics: Record) -> str:
-    """ "-0.4 ± 0.1": the paired difference in points."""
-    if "exact_match_difference" not in metrics:
-        return "-"
-    error = metrics["exact_match_difference_stderr"]
-    return f"{100 * metrics['exact_match_difference']:+.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
+def _part(record: Record, grouping: str, name: str) -> str:
+    """Accuracy of some of the questions; "-" if there are none."""
+    found = record["groups"].get(grouping, {}).get(name)
+    return "-" if found is None else share(found)
 
 
 def plot(pictures: Sequence[Record], pages: Sequence[Record], path: Path) -> None:

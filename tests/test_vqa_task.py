@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import vtok
 from vtok.eval import runs
 from vtok.eval.records import Records
+from vtok.eval.report import correctness
 from vtok.eval.tasks import TASKS, vqa_pipeline
 from vtok.eval.tasks.vqa import VQAOptions, evaluate
 from vtok.eval.tasks.vqa_data import EASY_VQA, PAGES, blind_answers, open_vqa
@@ -106,6 +107,7 @@ def test_metrics_are_paired_and_clustered_by_image(evaluated):
     right = [np.array([said == q.target for said, q in zip(who, asked)], float) for who in (before, after)]
     assert metrics["exact_match"] == pytest.approx(right[1].mean())
     assert metrics["exact_match_difference"] == pytest.approx((right[1] - right[0]).mean())
+    assert np.array_equal(correctness(halved), right[1])
     same = (before == after).astype(float)
     residual = np.array([sum(same[i] - same.mean() for i in range(12) if i % PICTURES == p) for p in range(PICTURES)])
     error = np.sqrt((residual**2).sum() * PICTURES / (PICTURES - 1)) / 12
@@ -275,9 +277,13 @@ def test_vqav2_files(llava, tmp_path):
     assert theirs["metrics"]["exact_match_difference"] > 0 and theirs["n"] == 8
 
 
-def test_evenly_spaced_questions():
+def test_a_part_of_the_questions():
     data = questions(12)
-    assert [q.doc_id for q in data.take(5).questions] == [0, 2, 4, 7, 9] and data.take(None) is data.take(99) is data
+    rows = [q.doc_id for q in data.take(5).questions]
+    assert [row * 5 // 12 for row in rows] == [0, 1, 2, 3, 4] and data.take(None) is data.take(99) is data
+    kinds = groups_of(open_vqa(PAGES).take(200))
+    assert {name: int(rows.sum()) for name, rows in kinds["kind"].items()}["open"] in range(85, 116)
+    assert all(int(rows.sum()) in range(40, 61) for rows in kinds["density"].values())
 
 
 def test_easy_vqa_from_the_question_alone():
@@ -324,7 +330,15 @@ def test_the_command_line(folder, tmp_path):
     common = ["eval", "vqa", "--model", folder, "--data", data, "-b", 4, "--max-new-tokens", 2]
     methods, out = ["-M", "uniform:keep=0.5", "-M", "random:keep=0.25,seed=2"], tmp_path / "out"
     text = run(*common, *methods, "--output", out, "--num-samples", 6)
-    for word in ("6 questions about 4 images", "uniform(keep=0.5)", "loyalty", "kind open, 2 questions", "TTFT", "±"):
+    for word in (
+        "6 questions about 3 images",
+        "uniform(keep=0.5)",
+        "loyalty",
+        "kind yes/no, 5 questions",
+        "TTFT",
+        "bound",
+        "±",
+    ):
         assert word in text, text
     assert len(Records(out / "results.jsonl").load()) == 3
     path = tmp_path / "run.yaml"

@@ -37,7 +37,7 @@ class VQAOptions:
         prompt: text behind every question; `None` = what the data brings (VQAv2: "Answer the question using a single word or
             phrase." on a line of its own; easy-VQA: nothing).
         max_new_tokens: length of an answer at most.
-        num_samples: evenly spaced questions to ask; `None` = all.
+        num_samples: questions to ask, one of each of so many equal stretches; `None` = all.
         batch_size: questions in a batch.
         floors: also random and uniform, which keep before the LLM the share of visual tokens that each setting keeps on average
             over the decoder layers.

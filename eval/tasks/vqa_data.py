@@ -15,6 +15,7 @@ from vtok.errors import ConfigError
 from vtok.eval.tasks.vqa_metrics import majority
 
 EASY_VQA, PAGES = "easy-vqa", "easy-vqa-pages"
+GOLDEN = 0.6180339887498949
 _BLIND_PAGES, _BLIND_SEED = 2000, 5
 KINDS = ("yes/no", "open")
 _YES_NO = ("yes", "no")
@@ -61,11 +62,16 @@ class VQAData:
     blind: Mapping[str, str] = field(default_factory=dict)
 
     def take(self, count: int | None) -> VQAData:
-        """`count` evenly spaced questions; `None` = all."""
+        """One question of each of `count` equal stretches; `None` = all.
+
+        Where in its stretch a question stands follows the golden ratio: files list the kinds of questions in turn, and every
+        eighteenth one may always be of one kind.
+        """
         total = len(self.questions)
         if count is None or count >= total:
             return self
-        return replace(self, questions=[self.questions[i * total // count] for i in range(count)])
+        rows = [int((i + i * GOLDEN % 1) * total / count) for i in range(count)]
+        return replace(self, questions=[self.questions[row] for row in rows])
 
     def with_prompt(self, prompt: str) -> VQAData:
         """The same questions with another text behind them."""

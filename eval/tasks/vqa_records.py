@@ -88,7 +88,7 @@ def blind_scores(data: VQAData) -> np.ndarray | None:
 
 
 def accuracy_fields(data: VQAData, scored: Scored, base: Scored | None, kept: np.ndarray | None) -> dict[str, Any]:
-    """`n`, `metrics`, `blind` and `groups` of a record.
+    """`n`, `metrics`, `blind` and `groups` of a record, and `correct`, one bit a question (see `report.correctness`).
 
     Args:
         data: the questions.
@@ -115,6 +115,7 @@ def accuracy_fields(data: VQAData, scored: Scored, base: Scored | None, kept: np
         "metrics": scored.metrics(base),
         "blind": None if blind is None else float(blind.mean()),
         "groups": by_group,
+        "correct": np.packbits(scored.scores["exact_match"].astype(bool)).tobytes().hex(),
     }
 
 

@@ -202,7 +202,7 @@ def run(
 
 @app.command()
 def demo(
-    images: Annotated[int, typer.Option("--images", "-n", min=2, max=10_000, help="test images")] = 1500,
+    images: Annotated[int, typer.Option("--images", "-n", min=2, max=10_000, help="test images")] = 1000,
     full: Annotated[bool, typer.Option("--full", help="all 10,000 test images")] = False,
     out: Annotated[Path, typer.Option(help="folder for results; a second run goes on where the first stopped")] = Path(
         "results/demo"

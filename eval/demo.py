@@ -42,7 +42,7 @@ def model_name() -> str:
 
 def run_demo(
     out: Path,
-    count: int | None = 1500,
+    count: int | None = 1000,
     budgets: Sequence[float] = BUDGETS,
     methods: Sequence[str] | None = None,
     batch_size: int = 100,

@@ -22,7 +22,7 @@ from vtok.eval.vqa_overlay import by_cell, crops_grid, survivors, write_sheet
 from vtok.eval.vqa_report import HEADER, PAGE_HEADER, Record, findings, kept_tokens, ordered, page_row, plot, row, table, title
 from vtok.registry import METHODS
 
-QUESTIONS, PAGE_QUESTIONS = 500, 200
+QUESTIONS, PAGE_QUESTIONS = 500, 120
 SHARES = (0.25, 0.1)  # of the visual tokens that enter the LLM
 TARGETS = (0.66, 0.33)  # of the tokens of crops, on average over calibration pages
 BATCH, PAGE_BATCH, ANSWER = 50, 25, 4

@@ -1,0 +1,17 @@
+"""Evaluation: accuracy, FLOPs and speed of patched models against the unpatched ones, and the program `vtok`.
+
+# What the numbers mean
+
+`vtok eval imagenet` uses timm's own data pipeline, flags and output fields, runs patched and unpatched models on the same batches,
+and reports paired differences with their standard errors. Files that cannot be read are skipped, counted and named.
+`vtok eval zeroshot` and `retrieval` take any open_clip or Hugging Face dual encoder, by name or folder, and write files that
+`clip_benchmark build` reads; they differ from it in that equal captions match each other and ties count against the model.
+`vtok eval vqa` asks any supported vision-language model single questions with greedy `generate()`: exact match, VQAv2's soft
+accuracy as lmms-eval and as the official program normalise answers, loyalty (the share of answers that are the unpatched
+model's), visual tokens in every decoder layer, KV bytes, time to the first token and for each further one. It goes on where it
+was stopped, writes every answer (`samples.jsonl`) and VQAv2's result files, and `--floors` adds random and uniform with as many
+tokens.
+
+GMACs count multiply-accumulates of matrix products, per image, patch embedding and head included; GFLOPs are twice that. "Implied"
+is unpatched over patched GMACs, the reduction's own left out and shown apart; "achieved" is measured over implied.
+"""  # noqa: E501

@@ -1,5 +1,50 @@
 """The part of the demo on vision-language models: questions about pictures to the reference LLaVA, questions about pages to the
-reference LLaVA-NeXT, every method beside random, uniform, unpatched and what can be answered without the image."""
+reference LLaVA-NeXT, every method beside random, uniform, unpatched and what can be answered without the image.
+
+# What it shows
+
+The third part asks questions. The bundled LLaVA (2.25 M parameters, 256 visual tokens; card: assets/easyvqa_llava.md) answers
+97.27 ± 0.17 % of all 9,673 test questions of easy-VQA by single-question `generate()` (open questions 98.90 %, yes or no 96.69 %).
+Here 500 of them (`--full`: all), every method beside random and uniform with as many visual tokens; "tokens" is the mean over
+decoder layers, GMACs are those of tower, connector and prefill. "blind" is the most frequent answer of the training questions to the same
+words, without a look at the picture: 67.0 % on the whole test set.
+
+| method | tokens | GMACs | implied | measured [95 %] | all % | vs unpatched | open % | yes/no % | loyalty % |
+|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|
+| unpatched | 256 | 0.796 | - | - | 97.8 ± 0.7 | - | 100.0 ± 0.0 | 97.0 ± 0.9 | - |
+| pitome + todre | 64 | 0.298 | 2.67x | 2.18x [2.01, 2.29] | 95.2 ± 1.0 | -2.6 ± 0.8 | 97.8 ± 1.3 | 94.2 ± 1.2 | 96.6 |
+| todre | 64 | 0.375 | 2.13x | 2.06x [1.95, 2.11] | 95.4 ± 0.9 | -2.4 ± 0.8 | 99.3 ± 0.7 | 93.9 ± 1.3 | 96.8 |
+| random | 64 | 0.375 | 2.13x | 2.23x [2.00, 2.36] | 97.2 ± 0.7 | -0.6 ± 0.5 | 100.0 ± 0.0 | 96.1 ± 1.0 | 98.6 |
+| uniform | 64 | 0.375 | 2.13x | 2.24x [1.89, 2.28] | 97.6 ± 0.7 | -0.2 ± 0.4 | 100.0 ± 0.0 | 96.7 ± 0.9 | 99.0 |
+| atp | 36 | 0.341 | 2.34x | 1.80x [1.68, 2.09] | 90.2 ± 1.3 | -7.6 ± 1.3 | 80.3 ± 3.4 | 93.9 ± 1.3 | 91.2 |
+| random | 36 | 0.326 | 2.44x | 2.44x [2.23, 2.76] | 96.4 ± 0.8 | -1.4 ± 0.7 | 98.5 ± 1.0 | 95.6 ± 1.1 | 97.4 |
+| uniform | 36 | 0.326 | 2.44x | 2.46x [2.40, 2.81] | 96.0 ± 0.9 | -1.8 ± 0.7 | 99.3 ± 0.7 | 94.8 ± 1.2 | 97.4 |
+| pitome + todre | 26 | 0.233 | 3.42x | 2.80x [2.44, 3.08] | 91.6 ± 1.2 | -6.2 ± 1.2 | 94.2 ± 2.0 | 90.6 ± 1.5 | 92.2 |
+| todre | 26 | 0.309 | 2.58x | 2.41x [2.01, 2.76] | 91.4 ± 1.3 | -6.4 ± 1.2 | 94.2 ± 2.0 | 90.4 ± 1.6 | 92.4 |
+| random | 25 | 0.307 | 2.59x | 2.46x [2.40, 2.91] | 96.2 ± 0.9 | -1.6 ± 0.7 | 99.3 ± 0.7 | 95.0 ± 1.1 | 97.2 |
+| uniform | 25 | 0.307 | 2.59x | 2.56x [2.47, 2.80] | 94.8 ± 1.0 | -3.0 ± 0.8 | 98.5 ± 1.0 | 93.4 ± 1.3 | 96.6 |
+| blind | - | - | - | - | 67.4 | - | 26.3 | 82.9 | - |
+
+The bundled LLaVA-NeXT (card: assets/easyvqa_llava_next.md) reads pages of 2 x 2 cells of which one to four are filled, as a view of the
+page and a crop of each cell: 96.64 ± 0.30 % of 3,600 test questions. The demo asks 120, under `correlation`
+and under random with as many tokens on average:
+
+| method | tokens | GMACs | implied | measured [95 %] | all % | vs unpatched | 1 filled % | 2 % | 3 % | 4 % | kept of a blank crop | of a filled one |
+|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|
+| unpatched | 336 | 1.013 | - | - | 97.5 ± 1.4 | - | 100.0 ± 0.0 | 96.8 ± 3.2 | 96.8 ± 3.2 | 96.6 ± 3.4 | - | - |
+| correlation | 252 | 0.784 | 1.29x | 0.98x [0.89, 1.05] | 97.5 ± 1.4 | +0.0 ± 0.0 | 100.0 ± 0.0 | 96.8 ± 3.2 | 96.8 ± 3.2 | 96.6 ± 3.4 | 26.0 | 52.5 |
+| random | 250 | 0.777 | 1.30x | 1.18x [1.13, 1.24] | 97.5 ± 1.4 | +0.0 ± 0.0 | 100.0 ± 0.0 | 96.8 ± 3.2 | 96.8 ± 3.2 | 96.6 ± 3.4 | 47.1 | 47.3 |
+| correlation | 166 | 0.577 | 1.75x | 1.17x [1.09, 1.44] | 92.5 ± 2.4 | -5.0 ± 2.0 | 96.6 ± 3.4 | 87.1 ± 6.1 | 90.3 ± 5.4 | 96.6 ± 3.4 | 8.0 | 29.2 |
+| random | 165 | 0.575 | 1.76x | 1.54x [1.31, 1.77] | 95.0 ± 2.0 | -2.5 ± 1.4 | 96.6 ± 3.4 | 96.8 ± 3.2 | 90.3 ± 5.4 | 96.6 ± 3.4 | 31.4 | 31.6 |
+| blind | - | - | - | - | 30.8 | - | 31.0 | 25.8 | 29.0 | 37.9 | - | - |
+
+**Random is hard to beat here, and nothing does.** Why was not measured; a guess: pictures with one large shape on a plain ground
+survive any even sample, while ToDRE keeps the shape whole and leaves large parts of the ground out, as the pictures show. ATP, trained
+for 200 steps on the frozen model, reaches its target of 36 tokens and gives prompts different numbers, and loses a further
+2.0 ± 0.7 points when the prompts exchange their thresholds, so these hold something; yet its tokens are worth less than an even
+sample. Correlation does what it is for, filled crops keep twice to four times as many tokens as blank ones, without gaining from it
+at these counts. What to expect of models that read real pages these toys cannot say. Speed was measured on two CPU cores ("AMD EPYC").
+"""  # noqa: E501
 
 from __future__ import annotations
 

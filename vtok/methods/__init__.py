@@ -1,0 +1,51 @@
+"""The methods: what each does, its knobs, budgets.
+
+| name | what it does | main knob | default |
+|---|---|---|---|
+| `tome` | [ToMe](https://arxiv.org/abs/2210.09461): merges the r most similar token pairs of every block | `r` | the r that leaves about 0.6 of what the blocks cost |
+| `pitome` | [PiToMe](https://arxiv.org/abs/2405.16148): merges inside large clusters of similar tokens, protects isolated ones | `ratio` (or `r`) | `ratio=0.925` |
+| `ats` | [ATS](https://arxiv.org/abs/2111.15667): each image keeps the tokens its own class token attends to, as many as it needs | `num_tokens` (or `keep`) | `keep=0.55` from a quarter of the depth on |
+| `zero_tprune` | [Zero-TPrune](https://arxiv.org/abs/2305.17328): ranks tokens on the attention graph, drops near duplicates, then the least important | `layers, retain, r` | the 3.08 GFLOPs schedule of DeiT-S, scaled to the depth |
+| `atp` | [ATP-LLaVA](https://arxiv.org/abs/2412.00447): in front of some decoder layers of a vision-language model, learned thresholds decide for each prompt which visual tokens stay; a reading of ours, as paper and code are not public | `weights` | refuses without trained modules: `python -m vtok.eval.train_atp` |
+| `todre` | [ToDRE](https://arxiv.org/abs/2505.18757), vision-language models: keeps visual tokens that are unlike each other, and drops them all at 7/8 of the LLM once the text has stopped looking | `keep` (or `keep_tokens`), `probe`, `tau` | `keep=0.1`, `probe=7/8`, `tau=0.1` |
+| `correlation` | [Token-level correlation-guided compression](https://arxiv.org/abs/2407.14439): every crop of a page keeps as many visual tokens as its patches differ, those the class token attends to; the view of the whole page stays. LLaVA-NeXT, LLaVA-OneVision, InternVL, Idefics3, SmolVLM; a reading of ours, as code and numbers are not public | `alpha` | none: pass it, or `calibration=[inputs, ...]`, a few pages on which 0.66 of the tokens of crops are to stay |
+| `random`, `uniform` | the floor: a random, a regular subset in every block | `keep` | `keep=0.925` |
+
+Every knob is documented on its config class (`help(vtok.PiToMe)`), with the paper's symbol, unit and range, and with what is a
+reading of ours where a paper is silent. `vtok.ToMe(r=13)` can be passed in place of a name and keywords.
+
+The code of PiToMe's authors has settings of its own for each family of models. To compare with it, name the family:
+`vtok.patch(model, "pitome", preset="official_clip")`, or `official_deit`, `official_mae`, `official_blip`, `official_llava`. Every
+preset works on every backend.
+
+# A budget instead of a knob
+
+```python
+vtok.patch(model, "tome", flops=0.6)  # the setting that leaves 60 % of the model's FLOPs
+vtok.patch(model, "ats", flops=0.6, calibration=some_images)  # counts depend on the image: measured, not guessed
+print(vtok.plan(model, "pitome", flops=0.5))  # the same question before anything runs
+```
+
+On a vision-language model both are stated for a prompt: tower, connector and prefill, every decoder layer with its tokens, and the
+bytes of the KV cache. What depends on the words or the pixels is called an upper bound; after a run `vtok.info(vlm)` shows what it was.
+
+```python
+print(vtok.plan(vlm, "todre", keep=0.1, prompt={"images": 1, "text_tokens": 64}))  # LLaVA-1.5 7B in float16:
+```
+```
+                               tokens  visual    GMACs  unpatched  reduction  KV MB  unpatched
+tower, 1 view                     577          190.959    190.959      0.000
+connector                                       12.080     12.080
+choice among features                                                  1.950
+decoder layers 0 to 27, each      122      58   24.812    132.876      0.000  1.999     10.486
+decoder layer 28                  122      58   24.812    132.876      3.153  1.999     10.486
+decoder layers 29 to 31, each     122      58   24.812    132.876      0.000  1.999     10.486
+language head                       1            0.131      0.131
+tower, connector and prefill: GMACs 4455.188 -> 997.144 + 5.103 for the reduction itself, ...; implied speed-up 4.47x
+first token of the answer: GMACs 6.775 -> 6.640
+KV cache of the prompt, float16: MB 335.544 -> 63.963
+```
+```python
+vtok.patch(vlm, "todre", flops=0.3, prompt={"images": 1, "text_tokens": 64})  # the keep that leaves 30 % of it
+```
+"""  # noqa: E501

@@ -167,13 +167,16 @@ def bench_select(
 def configs() -> None:
     """Lists the runs that come with vtok, with their published figures."""
     table = Table()
-    for i, column in enumerate(("run", "task", "model", "method", "published (unpatched)", "GFLOPs as published")):
+    for i, column in enumerate(("run", "task", "model", "methods", "published (unpatched)", "GFLOPs as published")):
         table.add_column(column, no_wrap=i == 0)
     for name in runs.bundled():
         run = runs.load(name)
-        p, figure = run.published, runs.FIGURES[run.task][0]
-        text = f"{figure.replace('_retrieval_recall', ' R')} {p[figure]} ({p.get(f'base_{figure}', '-')})"
-        table.add_row(name, run.task, run.model, run.method.name, text, str(p.get("gflops", "-")))
+        p, text = run.published, "-"
+        if p:
+            figure = runs.FIGURES[run.task][0]
+            text = f"{figure.replace('_retrieval_recall', ' R')} {p[figure]} ({p.get(f'base_{figure}', '-')})"
+        methods = ", ".join(dict.fromkeys(setting.name for setting in run.settings))
+        table.add_row(name, ", ".join(run.tasks), run.model, methods, text, str(p.get("gflops", "-")))
     console.print(table)
 
 
@@ -191,7 +194,8 @@ def run(
 
     runs.prepared(output)
     wanted = runs.load(config, change or ())
-    folder = data or (Path(wanted.data) if wanted.data else None)
+    named = wanted.data.get(wanted.task)
+    folder = data or (Path(named) if named else None)
     if folder is None:
         raise ConfigError(f"{config} names no data; pass --data FOLDER (for task {wanted.task})")
     records = run_config(wanted, folder, pretrained, workers, Console(stderr=True))

@@ -39,7 +39,7 @@ def run_config(
         return task(
             config.model,
             data,
-            [None, config.method],
+            [None, *config.settings],
             options,
             lambda done, total: progress.update(bar, completed=done, total=total),
         )
@@ -73,7 +73,7 @@ def published_beside_measured(config: RunConfig, records: list[dict[str, Any]]) 
     """A table with one row a figure, in percent. Published GFLOPs count a multiply-accumulate once, as we do here."""
     base, patched = records
     p = config.published
-    table = Table(title=f"{config.name}: {config.model}, {config.method.name}", caption=_caption(config, patched))
+    table = Table(title=f"{config.name}: {config.model}, {config.settings[0].name}", caption=_caption(config, patched))
     table.add_column("")
     table.add_column("published", justify="right")
     table.add_column("measured", justify="right")

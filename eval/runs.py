@@ -1,12 +1,22 @@
-"""Runs as data: YAML files that name a model, a method and a task, and what was published for them.
+"""Runs as data: YAML files that name a model, methods and tasks, and what was published for them.
 
-A file is read with `yaml.safe_load` and checked key by key; every complaint names the file, the key and what is allowed.
+```yaml
+model: {backend: timm, name: deit_small_patch16_224.fb_in1k}   # timm, open_clip, transformers, or reference: see BUNDLED_DATA
+method: {name: tome, r: 13}       # a list of these is patched together; `flops: 0.6` among the parameters is a budget
+methods: [...]                    # instead: several settings to compare, each like `method`
+task: imagenet                    # or `tasks`, a list
+data: path                        # or a mapping task -> path; reference models bring theirs
+```
+
+Then, as far as wanted, `num_samples`, `batch_size`, `dtype`, `seed`, `options` (of the tasks), `calibration` (data for budgets
+of methods whose counts depend on the image), `sweep`, `output` (a folder) and `published`. A file is read with
+`yaml.safe_load` and checked key by key; every complaint names the file, the key and what is allowed.
 """
 
 from __future__ import annotations
 
+import copy
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -16,46 +26,27 @@ from typing import Any
 import yaml
 
 from vtok.config import MethodConfig
-from vtok.errors import ConfigError, UnknownNameError, VtokError, unknown
-from vtok.registry import METHODS
+from vtok.errors import ConfigError, unknown
+from vtok.eval.runs_methods import parse_method, parse_setting, read_setting
+from vtok.eval.runs_schema import (
+    BACKENDS,
+    BUNDLED_DATA,
+    DTYPES,
+    FIGURES,
+    KEYS,
+    REFERENCE,
+    by_task,
+    check_choice,
+    check_keys,
+    check_model,
+    check_positive,
+    one_of_two,
+    published_keys,
+)
+from vtok.eval.settings import Setting
+from vtok.eval.tasks import TASKS
 
-# key -> (type, whether it must be there)
-_KEYS: dict[str, tuple[Any, bool]] = {
-    "model": (Mapping, True),
-    "method": (Mapping, True),
-    "task": (str, True),
-    "data": (str, False),
-    "batch_size": (int, False),
-    "dtype": (str, False),
-    "seed": (int, False),
-    "published": (Mapping, False),
-}
-_MODEL_KEYS: dict[str, tuple[Any, bool]] = {"backend": (str, True), "name": (str, True), "pretrained": (str, False)}
-_PUBLISHED_KEYS: dict[str, tuple[Any, bool]] = {
-    "gflops": ((int, float), False),
-    "base_gflops": ((int, float), False),
-    "images": (int, False),
-    "source": (str, True),
-    "note": (str, False),
-}
-# task -> the figures that papers print for it, in percent, under the names of the task's metrics; each may have a `base_` one,
-# of the unpatched model
-FIGURES: dict[str, tuple[str, ...]] = {
-    "imagenet": ("top1",),
-    "retrieval": ("text_retrieval_recall@1", "image_retrieval_recall@1", "recall_sum"),
-    "vqa": ("soft_accuracy", "exact_match"),
-    "zeroshot": ("acc1",),
-}
-# task -> whose models it can build
-BACKENDS: dict[str, tuple[str, ...]] = {
-    "imagenet": ("timm",),
-    "retrieval": ("open_clip", "transformers"),
-    "vqa": ("transformers",),
-    "zeroshot": ("open_clip", "transformers"),
-}
-_KINDS = {Mapping: "a mapping", str: "text", int: "a whole number", float: "a number"}
-_NOT_PARAMETERS = ("model", "method", "input_size", "calibration", "trace")  # other arguments of vtok.patch and vtok.plan
-DTYPES = ("fp32", "bf16", "fp16")
+__all__ = ["BACKENDS", "FIGURES", "REFERENCE", "RunConfig", "bundled", "find", "load", "parse_method", "parse_setting"]
 
 
 @dataclass(frozen=True)
@@ -64,30 +55,78 @@ class RunConfig:
 
     Attributes:
         name: of the file, without its ending.
-        backend: whose model it is.
+        backend: whose model it is: "timm", "open_clip", "transformers", or "reference" for one that comes with vtok.
         model: name under which the backend creates it.
-        method: config object.
-        task: name of the evaluation.
+        settings: what to compare with the unpatched model.
+        tasks: names of the evaluations.
         pretrained: tag of open_clip's weights; `None` = the ones that the name stands for.
-        data: folder of the data, or `None` if it must be given when running.
-        batch_size: images a forward pass.
+        data: task -> folder or name of its data; tasks without one must be given it when running.
+        calibration: task -> folder or name of data for budgets of methods whose counts depend on the image.
+        options: further fields of the tasks' own options, by name.
+        num_samples: how many of the data, spread evenly; `None` = all.
+        batch_size: images or questions a forward pass.
         dtype: "fp32", "bf16" or "fp16".
         seed: of anything random.
+        sweep: dotted key -> values; the run stands for all combinations (see `vtok.eval.sweep`). "flops" is a budget for every
+            setting.
+        output: folder of the results; `None` = `results/NAME`.
         published: figures to compare with: the task's (see `FIGURES`) and `base_` ones of the unpatched model, in percent;
             gflops, base_gflops (as the source counts them), images, source, note.
+        content: all of this as plain values, as the file says it.
+        path: of the file.
     """
 
     name: str
     backend: str
     model: str
-    method: MethodConfig
-    task: str
+    settings: tuple[Setting, ...]
+    tasks: tuple[str, ...]
     pretrained: str | None = None
-    data: str | None = None
+    data: Mapping[str, str] = field(default_factory=dict)
+    calibration: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    num_samples: int | None = None
     batch_size: int = 64
     dtype: str = "fp32"
     seed: int = 0
+    sweep: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    output: str | None = None
     published: Mapping[str, Any] = field(default_factory=dict)
+    content: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    path: str = field(default="", compare=False)
+
+    @property
+    def task(self) -> str:
+        """The one task of a run that has one.
+
+        Raises:
+            ConfigError: it has several.
+        """
+        if len(self.tasks) > 1:
+            raise ConfigError(f"{self.path}: expected one task, found {', '.join(self.tasks)}")
+        return self.tasks[0]
+
+    @property
+    def method(self) -> MethodConfig:
+        """The config of a run of one method with its own numbers.
+
+        Raises:
+            ConfigError: it compares or combines several, or has a budget.
+        """
+        if len(self.settings) > 1 or not isinstance(self.settings[0].method, MethodConfig):
+            found = ", ".join(setting.title for setting in self.settings)
+            raise ConfigError(f"{self.path}: expected one method with its own parameters, found {found}")
+        return self.settings[0].method
+
+    @property
+    def specs(self) -> list[Any]:
+        """What the file says about each of the `settings`."""
+        return one_of_two(self.path, self.content, "method", "methods")
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go."""
+        return Path(self.output) if self.output else Path("results") / self.name
 
 
 def bundled() -> list[str]:
@@ -115,7 +154,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         name: of a bundled run, or path of a YAML file.
-        overrides: `key=value` or `method.ratio=0.95`; values are read as YAML.
+        overrides: `key=value`, `method.ratio=0.95` or `methods.0.r=8`; values are read as YAML.
 
     Raises:
         ConfigError: not YAML, a key that is missing, unknown or of the wrong type, a value that is not allowed.
@@ -126,134 +165,111 @@ def load(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a YAML file: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected a mapping with the keys {', '.join(_KEYS)}, found {type(content).__name__}")
-    for override in overrides:
-        _override(content, override)
-    return _checked(path, content)
+        raise ConfigError(f"{path}: expected a mapping with the keys {', '.join(KEYS)}, found {type(content).__name__}")
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set takes key=value, got {text!r}")
+        try:
+            put(content, key, yaml.safe_load(value), f"--set {text}")
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {text}: the value is not YAML: {error}") from error
+    given = f" with --set {' --set '.join(overrides)}" if overrides else ""
+    return checked(f"{path}{given}", path.stem, content)
 
 
-def _override(content: dict[str, Any], text: str) -> None:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError(f"--set takes key=value, got {text!r}")
+def put(content: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Sets the value under a dotted key; parts of it that are numbers count the entries of a list, from 0.
+
+    Raises:
+        ConfigError: a part of the key leads into something that is neither a mapping nor a list, or past its end.
+    """
     *parents, last = key.split(".")
-    place = content
-    for parent in parents:
-        place = place.setdefault(parent, {})
-        if not isinstance(place, dict):
-            raise ConfigError(f"--set {text}: {parent} is not a mapping")
-    try:
-        place[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text}: the value is not YAML: {error}") from error
+    place: Any = content
+    for depth, part in enumerate([*parents, last]):
+        above = ".".join(parents[:depth])
+        if isinstance(place, list):
+            if not part.isdigit() or int(part) >= len(place):
+                raise ConfigError(f"{where}: {above} is a list of {len(place)}; say which by a number from 0, e.g. {above}.0")
+            step: Any = int(part)
+        elif isinstance(place, dict):
+            step = part
+        else:
+            raise ConfigError(f"{where}: {above} is not a mapping")
+        if depth == len(parents):
+            place[step] = value
+        else:
+            place = place.setdefault(step, {}) if isinstance(place, dict) else place[step]
 
 
-def _checked(path: Path, content: dict[str, Any]) -> RunConfig:
-    _check_keys(path, "", content, _KEYS)
-    model, method = content["model"], dict(content["method"])
-    _check_keys(path, "model.", model, _MODEL_KEYS)
-    published = content.get("published", {})
+def checked(where: str, name: str, content: Mapping[str, Any]) -> RunConfig:
+    """A run from plain values.
+
+    Args:
+        where: they come from, for messages.
+        name: of the run.
+        content: as a file holds it.
+
+    Raises:
+        ConfigError: a key that is missing, unknown or of the wrong type, a value that is not allowed.
+    """
+    check_keys(where, "", content, KEYS)
+    specs = one_of_two(where, content, "method", "methods")
+    tasks = tuple(str(task) for task in one_of_two(where, content, "task", "tasks"))
+    for task in tasks:
+        if task not in TASKS.names():
+            raise ConfigError(f"{where}: {unknown('task', task, TASKS.names())}")
+    model = content["model"]
+    check_model(where, model, tasks)
+    published = content.get("published") or {}
     if published:
-        _check_keys(path, "published.", published, _published_keys(content["task"]))
-    _check_choice(path, "model.backend", model["backend"], _backends(content["task"]))
-    _check_choice(path, "dtype", content.get("dtype", "fp32"), DTYPES)
-    if "name" not in method:
-        raise ConfigError(f"{path}: method.name is missing; known methods: {', '.join(METHODS.names())}")
-    try:
-        config = METHODS.get(method.pop("name")).create(**method)
-    except UnknownNameError as error:
-        raise UnknownNameError(f"{path}: method: {error}") from error
-    except VtokError as error:
-        raise ConfigError(f"{path}: method: {error}") from error
-    if content.get("batch_size") is not None and content["batch_size"] < 1:
-        raise ConfigError(f"{path}: batch_size must be at least 1, got {content['batch_size']}")
-    rest = {k: content[k] for k in ("data", "batch_size", "dtype", "seed") if content.get(k) is not None}
-    tag = model.get("pretrained")
-    return RunConfig(path.stem, model["backend"], model["name"], config, content["task"], tag, published=published, **rest)
+        if len(tasks) > 1:
+            raise ConfigError(f"{where}: published figures belong to one task; the run has {', '.join(tasks)}")
+        check_keys(where, "published.", published, published_keys(tasks[0]))
+    check_choice(where, "dtype", content.get("dtype") or "fp32", DTYPES)
+    check_positive(where, content, ("batch_size", "num_samples"))
+    several = content.get("methods") is not None
+    settings = tuple(
+        read_setting(where, f"methods.{i}" if several else "method", spec) for i, spec in enumerate(copy.deepcopy(specs))
+    )
+    titles = [setting.title for setting in settings]
+    for title in titles:
+        if titles.count(title) > 1:
+            raise ConfigError(f"{where}: methods names {title} {titles.count(title)} times; once is enough")
+    brought = BUNDLED_DATA.get(model["name"], {}) if model["backend"] == REFERENCE else {}
+    simple = ("batch_size", "dtype", "seed", "num_samples", "options", "output")
+    return RunConfig(
+        name=name,
+        backend=model["backend"],
+        model=model["name"],
+        settings=settings,
+        tasks=tasks,
+        pretrained=model.get("pretrained"),
+        data={t: d for t, d in brought.items() if t in tasks} | by_task(where, "data", content.get("data"), tasks),
+        calibration=by_task(where, "calibration", content.get("calibration"), tasks),
+        sweep=_sweep(where, content.get("sweep")),
+        published=published,
+        content=content,
+        path=where,
+        **{key: content[key] for key in simple if content.get(key) is not None},
+    )
 
 
-def _published_keys(task: str) -> dict[str, tuple[Any, bool]]:
-    """What `published` may hold for a task; the first figure must be there."""
-    number = (int, float)
-    figures = FIGURES.get(task, ())
-    own: dict[str, tuple[Any, bool]] = {name: (number, name == figures[0]) for name in figures}
-    return own | {f"base_{name}": (number, False) for name in figures} | _PUBLISHED_KEYS
-
-
-def _backends(task: str) -> tuple[str, ...]:
-    """Whose models a task builds; a task from another package may build any."""
-    return BACKENDS.get(task) or tuple(sorted({name for names in BACKENDS.values() for name in names}))
-
-
-def _check_keys(path: Path, prefix: str, content: Mapping[str, Any], keys: dict[str, tuple[Any, bool]]) -> None:
-    for key, value in content.items():
-        if key not in keys:
-            raise ConfigError(f"{path}: {unknown('key', f'{prefix}{key}', (prefix + k for k in keys))}")
-        kind, _ = keys[key]
-        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-            names = " or ".join(_KINDS[k] for k in (kind if isinstance(kind, tuple) else (kind,)))
-            raise ConfigError(f"{path}: {prefix}{key} must be {names}, got {value!r}")
-    for key, (_, needed) in keys.items():
-        if needed and content.get(key) is None:
-            raise ConfigError(f"{path}: {prefix}{key} is missing")
-
-
-def _check_choice(path: Path, key: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{path}: {key} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-class _Tuples(yaml.SafeLoader):
-    """Plain values and, besides, tuples of them."""
-
-
-def _tuple(loader: yaml.SafeLoader, node: yaml.SequenceNode) -> tuple[Any, ...]:
-    return tuple(loader.construct_sequence(node))
-
-
-_Tuples.add_constructor("!tuple", _tuple)
-
-
-def parse_method(text: str) -> tuple[str, dict[str, Any]]:
-    """Reads a method as the command line writes it: `tome`, `tome:r=13`, `tome:r=(8,-1)`, `zero_tprune:layers=[2],retain=0.9`.
-
-    Returns:
-        (name, parameters).
+def _sweep(where: str, value: Any) -> dict[str, list[Any]]:
+    """dotted key -> values; a list alone holds budgets.
 
     Raises:
-        ConfigError: the part after the colon is not `key=value, ...`.
+        ConfigError: a key that a sweep cannot vary, or no list of values.
     """
-    name, colon, rest = text.partition(":")
-    if not colon:
-        return name, {}
-    try:
-        text_in_yaml = re.sub(r"\(([^()]*)\)", r"!tuple [\1]", rest.replace("=", ": "))
-        params = yaml.load("{" + text_in_yaml + "}", _Tuples)
-    except yaml.YAMLError:
-        params = None
-    if not isinstance(params, dict) or any(value is None and f"{key}=null" not in rest for key, value in params.items()):
-        raise ConfigError(f"cannot read {text!r}; write a method as name or name:key=value,key=value, e.g. tome:r=13")
-    for key in params:
-        if key in _NOT_PARAMETERS:
-            raise ConfigError(f"{text!r}: {key} is no parameter of a method")
-    return name, params
-
-
-def parse_setting(text: str) -> Any:
-    """Reads one method, or several joined by "+" that are patched together: `pitome:ratio=0.9+todre:keep=0.1`.
-
-    Returns:
-        What a task takes as a setting: (name, parameters), or a list of configs.
-
-    Raises:
-        ConfigError: see `parse_method`.
-        UnknownNameError: one of several methods, or a parameter of it, does not exist.
-    """
-    parts = re.split(r"\+(?=[A-Za-z_]\w*(?:[:+]|$))", text)  # not the plus sign of a number
-    if len(parts) == 1:
-        return parse_method(text)
-    pairs = [parse_method(part.strip()) for part in parts]
-    return [METHODS.get(name).create(**params) for name, params in pairs]
+    grid = {"flops": value} if isinstance(value, list) else value or {}
+    varied = [key for key in KEYS if key not in ("sweep", "output", "published")]
+    for key, values in grid.items():
+        if key != "flops" and str(key).split(".")[0] not in varied:
+            known = ["sweep.flops", *(f"sweep.{k}" for k in varied)]
+            raise ConfigError(f"{where}: {unknown('key', f'sweep.{key}', known)}")
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"{where}: sweep.{key} must be a list of values, got {values!r}")
+    return {str(key): list(values) for key, values in grid.items()}
 
 
 def prepared(output: Path | None) -> Path | None:

@@ -1,11 +1,14 @@
 """Run files: what comes with vtok loads and fits its model; what is wrong in a file is named."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 
 import vtok
 from vtok.eval import runs
+from vtok.eval.settings import Setting
 
 
 def test_every_published_point_has_its_figures_and_source():
@@ -105,9 +108,56 @@ def test_overrides(tmp_path):
     run = runs.load(path, ["method.r=[4, 2]", "batch_size=8", "model.name=deit_small_patch16_224"])
     assert run.method == vtok.ToMe(r=[4, 2])
     assert (run.batch_size, run.model) == (8, "deit_small_patch16_224")
-    for bad in ("batch_size", "method.r.x=1", "method.r=[1"):
-        with pytest.raises(vtok.ConfigError, match="--set"):
+    for bad, words in [
+        ("batch_size", "--set takes key=value"),
+        ("method.r.x=1", "--set method.r.x=1: method.r is not a mapping"),
+        ("method.r=[1", "the value is not YAML"),
+        ("modle.name=x", "run.yaml with --set modle.name=x: unknown key 'modle'; did you mean 'model'?"),
+        ("model.nmae=x", "with --set model.nmae=x: unknown key 'model.nmae'; did you mean 'model.name'?"),
+        ("method.rr=1", "with --set method.rr=1: method: unknown parameter of tome 'rr'"),
+    ]:
+        with pytest.raises(vtok.VtokError) as caught:
             runs.load(path, [bad])
+        assert words in str(caught.value)
+
+
+SEVERAL = """
+model: {backend: reference, name: reference-clip}
+methods:
+- {name: tome, flops: 0.6}
+- [{name: pitome, ratio: [0.9, 0.9]}, {name: zero_tprune, layers: [4], retain: [0.5]}]
+tasks: [zeroshot, retrieval]
+num_samples: 20
+options: {recall_k: [1]}
+"""
+
+
+def test_several_methods_and_tasks_on_a_reference_model(tmp_path):
+    path = str(_file(tmp_path, SEVERAL))
+    run = runs.load(path)
+    assert run.settings[0] == Setting("tome", {"flops": 0.6})
+    assert [config.name for config in run.settings[1].method] == ["pitome", "zero_tprune"]
+    assert run.data == {"zeroshot": "reference-pictures", "retrieval": "reference-pages"}
+    assert (run.num_samples, run.options, run.folder) == (20, {"recall_k": [1]}, Path("results/run"))
+    changed = runs.load(path, ["methods.0.flops=0.4", "data.retrieval=mine", "methods.1.1.retain=[0.7]"])
+    assert changed.settings[0].params == {"flops": 0.4}
+    assert changed.settings[1].method[1].retain == (0.7,)
+    assert changed.data == {"zeroshot": "reference-pictures", "retrieval": "mine"}
+    assert runs.load(path).specs == run.content["methods"]
+    with pytest.raises(vtok.ConfigError, match=r"methods is a list of 2; say which by a number from 0, e\.g\. methods\.0"):
+        runs.load(path, ["methods.flops=0.4"])
+    with pytest.raises(vtok.ConfigError, match="expected one method with its own parameters, found tome"):
+        _ = run.method
+    with pytest.raises(vtok.ConfigError, match="expected one task, found zeroshot, retrieval"):
+        _ = run.task
+
+
+def test_a_bundled_file_as_a_parameter(tmp_path):
+    text = "model: {backend: reference, name: reference-llava}\ntask: vqa\nmethod: {name: atp, weights: %s}\n"
+    found = runs.load(str(_file(tmp_path, text % "asset:easyvqa_llava_atp.safetensors"))).method.weights
+    assert Path(found).is_file()
+    with pytest.raises(vtok.ConfigError, match=r"no nothing\.bin"):
+        runs.load(str(_file(tmp_path, text % "asset:nothing.bin")))
 
 
 @pytest.mark.parametrize(
@@ -119,6 +169,44 @@ def test_overrides(tmp_path):
         (GOOD + "batch_size: many", ["batch_size must be a whole number", "'many'"]),
         (GOOD + "dtype: fp8", ["dtype must be one of fp32, bf16, fp16", "'fp8'"]),
         (GOOD.replace("task: imagenet\n", ""), ["task is missing"]),
+        (GOOD.replace("imagenet", "imagnet"), ["unknown task 'imagnet'", "did you mean 'imagenet'?"]),
+        (GOOD + "tasks: [imagenet]\n", ["give task or tasks, not both"]),
+        (GOOD + "methods: [{name: tome}]\n", ["give method or methods, not both"]),
+        (GOOD.replace("method: {name: tome, r: 8}", "methods: []"), ["methods is an empty list"]),
+        (
+            GOOD.replace("{name: tome, r: 8}", "[{name: tome, r: 8}, 3]"),
+            ["method must be a mapping such as {name: tome, r: 13}", "got 3"],
+        ),
+        (GOOD.replace("r: 8", "flops: 1.2"), ["method.flops is a share of the model's FLOPs in (0, 1]", "1.2"]),
+        (GOOD.replace("r: 8", "r: 8, flops: 0.5"), ["method: flops sets r of tome"]),
+        (
+            GOOD.replace("method: {name: tome, r: 8}", "methods: [{name: random}, {name: tome, rr: 8}]"),
+            ["methods.1: unknown parameter"],
+        ),
+        (
+            GOOD.replace("method: {name: tome, r: 8}", "methods: [{name: tome, r: 8}, {name: tome, r: 8}]"),
+            ["tome(r=8) 2 times"],
+        ),
+        (
+            GOOD.replace("{name: tome, r: 8}", "[{name: pitome, ratio: 0.9}, {name: tome, flops: 0.5}]"),
+            ["method: a FLOPs budget sets the knob of one method"],
+        ),
+        (GOOD + "data: {imagnet: x}", ["unknown key 'data.imagnet'", "did you mean 'data.imagenet'?"]),
+        (GOOD + "num_samples: 0", ["num_samples must be at least 1, got 0"]),
+        (GOOD + "sweep: {modle.name: [a]}", ["unknown key 'sweep.modle.name'"]),
+        (GOOD + "sweep: {flops: 0.5}", ["sweep.flops must be a list of values, got 0.5"]),
+        (
+            GOOD.replace("timm, name: deit_tiny_patch16_224", "reference, name: reference-vti"),
+            ["model.name must be one of", "reference-vit"],
+        ),
+        (
+            GOOD.replace("timm, name: deit_tiny_patch16_224", "reference, name: reference-clip"),
+            ["task imagenet needs", "reference-vit"],
+        ),
+        (
+            CLIP.replace("retrieval", "zeroshot") + "published: {acc1: 1, source: x}\ntasks: [a]",
+            ["give task or tasks, not both"],
+        ),
         (GOOD.replace("backend: timm, ", ""), ["model.backend is missing"]),
         (GOOD.replace("timm", "tim"), ["model.backend must be one of timm"]),
         (GOOD.replace("name: tome, ", ""), ["method.name is missing"]),

@@ -14,4 +14,20 @@ tokens.
 
 GMACs count multiply-accumulates of matrix products, per image, patch embedding and head included; GFLOPs are twice that. "Implied"
 is unpatched over patched GMACs, the reduction's own left out and shown apart; "achieved" is measured over implied.
+
+`visualize` draws the token map of an image. The names of this package are imported when they are asked for.
 """  # noqa: E501
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_NAMES = {"TokenMaps": "viz_draw", "visualize": "viz"}
+__all__ = sorted(_NAMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'vtok.eval' has no attribute {name!r}")
+    return getattr(import_module(f"vtok.eval.{_NAMES[name]}"), name)

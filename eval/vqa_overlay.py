@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vtok.errors import StateError
 from vtok.eval.overlay import paint
@@ -19,6 +20,7 @@ from vtok.eval.tasks.vqa_data import Question, VQAData
 from vtok.eval.tasks.vqa_pipeline import answer
 from vtok.eval.vlm_models import VisionLanguageModel
 from vtok.patches import find_vlms
+from vtok.patches.decoder_pass import Counts
 from vtok.patches.hf_vlm_install import pruner_of
 
 
@@ -56,16 +58,28 @@ def survivors(
     last = None if pruner is None else pruner.last
     if last is None:
         raise StateError("nothing was dropped: survivors need a patched model")
-    stays = last.visual if last.alive is None else last.visual & last.alive
-    if last.stages:
-        column = last.stages[max(last.stages)].column  # [B, M], -1 = padding
-        kept = torch.zeros(len(column), last.visual.shape[1] + 1, dtype=torch.bool, device=column.device)
-        kept.scatter_(1, column.where(column >= 0, last.visual.shape[1]), True)
-        stays = stays & kept[:, :-1]
+    kept = kept_by_layer(last)
+    stays = kept[max(kept)]
     counts = last.visual.sum(1)
     if bool((counts != counts[0]).any()):
         raise StateError(f"prompts of one batch need equally many visual tokens, got {counts.tolist()}")
     return Survivors(found.texts, stays[last.visual].view(len(stays), -1).cpu().numpy())
+
+
+def kept_by_layer(last: Counts) -> dict[int, Tensor]:
+    """Decoder layer -> [B, L] bool, the visual tokens that enter it; layer 0 and those in front of which something was dropped.
+
+    Args:
+        last: what a prompt of L columns was shortened to.
+    """
+    stays = last.visual if last.alive is None else last.visual & last.alive
+    found = {0: stays}
+    for layer, stage in sorted(last.stages.items()):
+        column = stage.column  # [B, M], -1 = padding
+        kept = torch.zeros(len(column), last.visual.shape[1] + 1, dtype=torch.bool, device=column.device)
+        kept.scatter_(1, column.where(column >= 0, last.visual.shape[1]), True)
+        found[layer] = stays & kept[:, :-1]
+    return found
 
 
 def crops_grid(left: np.ndarray, overview: int) -> np.ndarray:

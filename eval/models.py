@@ -3,7 +3,7 @@
 A name is timm's, `reference` or `reference-clip` (both come with vtok), or starts with the library that it belongs to:
 `open_clip:ViT-B-16` (its image tower; `open_clip:ViT-B-16/openai` with weights) or `transformers:OWNER/NAME`. Architectures in
 `HUGGING_FACE` are built without asking the hub for a configuration, and so are the vision-language models in
-`prompts.ARCHITECTURES`.
+`prompts.ARCHITECTURES` and, without weights (`meta`), the checkpoints in `architectures.PUBLISHED`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vtok.errors import ConfigError, MissingExtraError, unknown
+from vtok.eval.architectures import PUBLISHED, build_published
 from vtok.eval.clip_models import REFERENCE as REFERENCE_CLIP
 from vtok.eval.data import normalise
 from vtok.eval.prompts import ARCHITECTURES, build
@@ -123,6 +124,8 @@ def _hugging_face(name: str, pretrained: bool, img_size: int | None, seed: int, 
         cls: Any = getattr(transformers, kind)
         with torch.device("meta" if meta else "cpu"):
             return cls(cls.config_class(**changes, **size)).eval()
+    if meta and name in PUBLISHED and img_size is None:
+        return build_published(name)
     if "/" not in name and not Path(name).is_dir():
         raise unknown("architecture", name, [*HUGGING_FACE, *ARCHITECTURES])
     try:

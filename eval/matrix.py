@@ -20,8 +20,9 @@ from vtok.eval.oracle import differences
 from vtok.patches.protocol import Example
 from vtok.registry import METHODS, encoder_methods
 
-YES, ON_REQUEST, NO, FAILED = "yes", "on request", "no", "FAILED"
-STATUSES = (YES, ON_REQUEST, NO, FAILED)
+YES, TOWER, ON_REQUEST, NO, FAILED = "yes", "tower", "on request", "no", "FAILED"
+STATUSES = (YES, TOWER, ON_REQUEST, NO, FAILED)
+VLM = "VLM"  # stands for the backend in cells of vision-language models
 TOLERANCE = 1e-10  # of the largest output, in float64
 IMAGES = 3
 
@@ -47,7 +48,8 @@ class Cell:
     Attributes:
         backend, model, family: of the example.
         method: name.
-        status: "yes"; "on request": refused by default, works with `request`; "no": refused; "FAILED": not refused, but wrong.
+        status: "yes"; "tower": tokens go down in a VLM's vision tower alone;
+            "on request": refused by default, works with `request`; "no": refused; "FAILED": not refused, but wrong.
         params: the method's setting.
         request: parameters that the default lacks.
         reason: why the default is refused, or what failed; "" for a yes.
@@ -159,5 +161,5 @@ def counts(found: Sequence[Cell]) -> str:
     """How many cells say what, in a sentence."""
     models, methods = {(c.backend, c.model) for c in found}, {c.method for c in found}
     tally = Counter(c.status for c in found)
-    parts = [f"{tally[status]} {status.lower()}" for status in STATUSES]
+    parts = [f"{tally[status]} {status.lower()}" for status in STATUSES if status != TOWER or tally[TOWER]]
     return f"{len(models)} models x {len(methods)} methods = {len(found)} cells: {', '.join(parts)}."

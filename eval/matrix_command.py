@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from vtok.errors import ConfigError
-from vtok.eval import matrix, matrix_report, runs, tiny
+from vtok.eval import matrix, matrix_report, runs, tiny, vlm_matrix
 from vtok.eval.settings import versions
 from vtok.registry import METHODS, encoder_methods
 
@@ -31,13 +32,15 @@ def print_matrix(
     for name in method or ():
         METHODS.get(name)
     examples, too_new = tiny.examples(backend)
+    vlms = tiny.vlm_examples(backend)
+    inside = [name for name in method or encoder_methods() if METHODS.get(name).for_encoders()]
     console, errors = Console(), Console(stderr=True)
     if not console.is_terminal:
         console = Console(width=160)
     with Progress(console=errors, transient=True) as progress:
-        bar = progress.add_task("models", total=len(examples) * len(method or encoder_methods()))
+        bar = progress.add_task("models", total=len(examples) * len(inside) + len(vlms) * len(method or METHODS.names()))
         found = []
-        for cell in matrix.cells(examples, method):
+        for cell in itertools.chain(matrix.cells(examples, inside), vlm_matrix.cells(vlms, method)):
             found.append(cell)
             progress.update(bar, advance=1, description=f"{cell.backend}: {cell.model}")
     for name, example in too_new.items():
@@ -50,8 +53,9 @@ def print_matrix(
         print(matrix_report.markdown(found))
     else:
         software = ", ".join(f"{name} {version}" for name, version in versions().items())
-        console.print(matrix_report.table(found, software))
-        console.print(matrix_report.notes(found), markup=False, highlight=False)
+        for part in matrix_report.parts(found):
+            console.print(matrix_report.table(part, software))
+            console.print(matrix_report.notes(part), markup=False, highlight=False)
     if any(cell.status == matrix.FAILED for cell in found):
         raise typer.Exit(1)
 

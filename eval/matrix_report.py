@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vtok.errors import ConfigError
-from vtok.eval.matrix import FAILED, NO, ON_REQUEST, STATUSES, TOLERANCE, YES, Cell, counts
+from vtok.eval.matrix import FAILED, NO, ON_REQUEST, STATUSES, TOLERANCE, TOWER, VLM, YES, Cell, counts
 from vtok.text import keywords
 
 if TYPE_CHECKING:
@@ -19,6 +19,13 @@ LEGEND = (
     "pass in which what was taken away is masked instead; a merged token must moreover count as so many copies of itself. "
     "On request: the same, with the parameters of the note. No: refused, with the sentence of the note. "
     f"Checked in float64, to {TOLERANCE:g} of the largest output."
+)
+VLM_LEGEND = (
+    "Yes: the prompts of two rows, padded on the left, get shorter on every tiny model of the row, and the logits are those of "
+    "the unpatched model that reads the whole prompts, the features of the patched pass in them, under a mask in every "
+    "decoder layer that hides what was dropped. Tower: the same, but tokens go down in the vision tower alone. "
+    "A method that takes one "
+    "image a prompt got such prompts. Checked in float32, to 1e-05 of the largest logit."
 )
 
 
@@ -50,7 +57,7 @@ class Report:
         if len(tally) == 1:
             text = same[0].status
         else:
-            words = {YES: f"of {len(same)}", ON_REQUEST: "on request", NO: "no", FAILED: "FAILED"}
+            words = {YES: f"of {len(same)}", TOWER: "tower", ON_REQUEST: "on request", NO: "no", FAILED: "FAILED"}
             text = ", ".join(f"{tally[status]} {words[status]}" for status in STATUSES if tally[status])
         return text, tuple(dict.fromkeys(self._note(c) for c in same if c.status != YES))
 
@@ -79,21 +86,35 @@ def table(found: Sequence[Cell], caption: str) -> Table:
     return made
 
 
+def parts(found: Sequence[Cell]) -> list[list[Cell]]:
+    """Cells of vision encoders and of vision-language models, one table each; those that are empty left out."""
+    both = [c for c in found if c.backend != VLM], [c for c in found if c.backend == VLM]
+    return [part for part in both if part]
+
+
+def _legend(part: Sequence[Cell]) -> str:
+    return VLM_LEGEND if part[0].backend == VLM else LEGEND
+
+
 def notes(found: Sequence[Cell]) -> str:
     """What stands under the table in a terminal."""
     report = Report(found)
-    return "\n".join([*(f"[{i}] {note}" for i, note in enumerate(report.notes, 1)), LEGEND, report.counts])
+    return "\n".join([*(f"[{i}] {note}" for i, note in enumerate(report.notes, 1)), _legend(found), report.counts])
 
 
 def markdown(found: Sequence[Cell]) -> str:
-    """The same as a GitHub table, ready for a README."""
+    """The same as GitHub tables, ready for a README."""
+    return "\n\n".join(_markdown(part) for part in parts(found))
+
+
+def _markdown(found: Sequence[Cell]) -> str:
     report = Report(found)
     lines = ["| " + " | ".join(report.header) + " |", "|---|---:|" + "---|" * (len(report.header) - 2)]
     for row in report.rows:
         texts = [text + (f" <sup>{', '.join(map(str, marks))}</sup>" if marks else "") for text, marks in row]
         lines.append("| " + " | ".join(texts) + " |")
     lines += ["", *(f"{i}. {note}" for i, note in enumerate(report.notes, 1))]
-    return "\n".join([*lines, "", LEGEND, "", f"**{report.counts}**"])
+    return "\n".join([*lines, "", _legend(found), "", f"**{report.counts}**"])
 
 
 def put_into(text: str, made: str) -> str:

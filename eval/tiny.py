@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from vtok.errors import MissingExtraError
+from vtok.patches.hf_vlm_examples import EXAMPLES, PAD, VLMExample
 from vtok.patches.protocol import Example
 from vtok.registry import ADAPTERS
 
@@ -76,3 +78,40 @@ def images(example: Example, batch: int = 2, dtype: torch.dtype = torch.float32,
     coarse = torch.randn(batch, channels, 4, 4, generator=generator, dtype=torch.float64)
     coarse = coarse.repeat_interleave(height // 4, 2).repeat_interleave(width // 4, 3)
     return (coarse + 0.3 * torch.randn(batch, channels, height, width, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def vlm_examples(names: Sequence[str] | None = None) -> dict[str, VLMExample]:
+    """The tiny vision-language models, if their backend is among those named and installed."""
+    wanted = "transformers" in (backends() if names is None else names)
+    return dict(EXAMPLES) if wanted else {}
+
+
+def build_vlm(example: VLMExample) -> Any:
+    """The model in eval mode, with SDPA where it has it; attention and logits are far from uniform."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = example.build()
+        for p in model.parameters():
+            if p.ndim > 1 and not p.any():
+                p.data.normal_()
+            elif p.ndim > 1:
+                p.data.mul_(3.0)
+    model.set_attn_implementation("sdpa" if "sdpa" in example.kernels else "eager")
+    return model
+
+
+def one_image_each(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Two prompts with one image each, the second padded on the left, out of prompts the last of which has one image.
+
+    Args:
+        values: of a model whose images are all [C, H, W].
+    """
+    last, start = values["attention_mask"][-1].argmax(), 2  # the second prompt lacks two words at its start
+    made = {}
+    for name, value in values.items():
+        if value.shape == values["input_ids"].shape:
+            row = value[-1, last:]
+            made[name] = torch.stack([row, torch.cat([row[start:].new_full((start,), PAD), row[start:]])])
+        else:
+            made[name] = value[-2:]
+    return made

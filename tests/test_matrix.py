@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from zoo import BACKENDS, EXAMPLES, TOO_NEW, Nothing, attach, build, images
 
 import vtok
-from vtok.eval import matrix, matrix_report, tiny
+from vtok.eval import matrix, matrix_report, tiny, vlm_matrix, vlm_oracle
 from vtok.eval.app import app
-from vtok.eval.matrix import FAILED, NO, ON_REQUEST, YES, Cell, Evidence
+from vtok.eval.matrix import FAILED, NO, ON_REQUEST, TOWER, YES, Cell, Evidence
 from vtok.eval.oracle import Decision, differences, masked_plan
 from vtok.methods.random_drop import RandomDrop
 from vtok.patches import block, pooling
@@ -122,13 +122,19 @@ def planned():
     return list(matrix.cells(EXAMPLES, check=lambda model, x: Evidence()))
 
 
+@pytest.fixture(scope="module")
+def spoken():
+    """Every cell of vision-language models, each of them run."""
+    return list(vlm_matrix.cells(tiny.vlm_examples()))
+
+
 def in_readme():
     return README.read_text(encoding="utf-8").partition(matrix_report.BEGIN)[2].partition(matrix_report.END)[0].strip()
 
 
 @complete
-def test_the_readme_has_the_matrix(planned):
-    assert in_readme() == matrix_report.markdown(planned), "run: vtok matrix --into README.md"
+def test_the_readme_has_the_matrix(planned, spoken):
+    assert in_readme() == matrix_report.markdown([*planned, *spoken]), "run: vtok matrix --into README.md"
 
 
 @complete
@@ -137,6 +143,34 @@ def test_the_command_prints_what_the_readme_has():
     result = CliRunner().invoke(app, ["matrix", "--markdown"], catch_exceptions=False)
     assert result.exit_code == 0
     assert result.stdout.strip() == in_readme()
+
+
+@pytest.mark.parametrize("name", tiny.vlm_examples())
+@pytest.mark.parametrize("method", vtok.METHODS.names())
+def test_every_cell_of_a_vision_language_model(spoken, name, method):
+    """Whatever is not refused lost tokens, and removing them equals masking them."""
+    (found,) = [c for c in spoken if (c.model, c.method) == (name, method)]
+    assert found.status in (YES, TOWER, ON_REQUEST, NO), found.reason
+    if found.status == NO:
+        assert found.evidence is None
+        assert found.reason
+    else:
+        assert sum(left for _, left in found.evidence.tokens) < sum(entered for entered, _ in found.evidence.tokens)
+        assert found.evidence.differences["masked"] <= vlm_oracle.TOLERANCE
+
+
+def test_the_check_of_vision_language_models_notices(monkeypatch):
+    """Columns that were dropped somewhere else than the oracle is told, and patches that take nothing away."""
+    example = tiny.vlm_examples()["LLaVA-1.5"]
+    model = tiny.build_vlm(example)
+    values = example.inputs(model, torch.Generator().manual_seed(0))
+    kept = vlm_oracle.check_prompts(vtok.patch(model, "uniform", keep=1.0), values)
+    assert kept.fault == vlm_oracle.NOTHING
+    vtok.unpatch(model)
+    right = vlm_oracle._alive
+    monkeypatch.setattr(vlm_oracle, "_alive", lambda last, depth: {i: x.roll(1, 1) for i, x in right(last, depth).items()})
+    assert "masked replay differs by" in vlm_matrix.judge(model, values, "uniform")["reason"]
+    assert not vtok.info(model).patched
 
 
 def test_supports_says_what_the_matrix_says(planned):
@@ -218,6 +252,7 @@ def test_whatever_breaks_is_a_failure_and_leaves_the_model_unpatched(monkeypatch
 @pytest.fixture
 def two(monkeypatch):
     some = {name: EXAMPLES[name] for name in ("timm: ViT", "timm: ViT average pool")}
+    monkeypatch.setattr(tiny, "vlm_examples", lambda names=None: {})
     monkeypatch.setattr(tiny, "examples", lambda names=None: (some, {"timm: Young": some["timm: ViT"]._replace(since="9.0")}))
 
 

@@ -113,6 +113,8 @@ class MethodConfig:
     trial: ClassVar[Mapping[str, Any]] = {}
     # Parameters to pass where a model lacks what the default needs, in the order to try: "works on request".
     substitutes: ClassVar[tuple[Mapping[str, Any], ...]] = ()
+    # The same as `trial` for tiny vision-language models (16 visual tokens an image, 2 tower blocks, 4 decoder layers).
+    trial_vlm: ClassVar[Mapping[str, Any]] = {}
 
     def build(self, info: ModelInfo) -> Reducer:
         """Resolves the config for a model.
@@ -209,6 +211,11 @@ class MethodConfig:
         """(what is passed in addition, config): as asked for, then with each of the method's `substitutes`."""
         for extra in ({}, *cls.substitutes):
             yield dict(extra), cls.create(**{**params, **extra})
+
+    @classmethod
+    def substitutes_vlm(cls, info: VLMInfo, folder: str) -> Sequence[Mapping[str, Any]]:
+        """`substitutes` for a tiny vision-language model; files that they name are written into `folder`."""
+        return cls.substitutes
 
     def given(self) -> dict[str, Any]:
         """Parameters that were set to something else than their defaults, as plain values."""

@@ -23,7 +23,7 @@ from vtok.prompt import VLMInfo, VLMReducer
 from vtok.registry import METHODS
 from vtok.resolve import run_of
 
-_ON_GRID = (
+ON_GRID = (
     "what follows the vision tower needs every patch at its place, so that merged tokens are put back on the grid: the tower "
     "gets cheaper, the prompt keeps its length"
 )
@@ -97,7 +97,7 @@ def warn_of_grids(vlms: Sequence[VLM], pruners: Sequence[Pruner]) -> None:
     """Says which towers are patched although prompts do not get shorter by it."""
     for vlm, pruner in zip(vlms, pruners):
         if pruner.joint is not None and not pruner.holed:
-            warnings.warn(f"{vlm.info.name}: {_ON_GRID}", stacklevel=3)
+            warnings.warn(f"{vlm.info.name}: {ON_GRID}", stacklevel=3)
 
 
 def place(config: MethodConfig, pruners: Sequence[Pruner]) -> str:
@@ -116,7 +116,7 @@ def describe_tower(vlm: VLM) -> TowerInfo | None:
         return None
     pruner = pruner_of(vlm)
     found = tower_info(HfAdapter(), vlm.tower, run, None)
-    notes = (*found.notes, f"note: {_ON_GRID}") if pruner is not None and not pruner.holed else found.notes
+    notes = (*found.notes, f"note: {ON_GRID}") if pruner is not None and not pruner.holed else found.notes
     return replace(found, path=".".join(part for part in (vlm.path, found.path) if part), notes=notes)
 
 

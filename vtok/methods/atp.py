@@ -29,9 +29,9 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,6 +82,22 @@ class ATP(MethodConfig):
             raise ConfigError(f"target_tokens must be a number > 0, got {target!r}")
         if isinstance(self.min_tokens, bool) or not isinstance(self.min_tokens, int) or self.min_tokens < 0:
             raise ConfigError(f"min_tokens is a whole number >= 0, got {self.min_tokens!r}")
+
+    @classmethod
+    def substitutes_vlm(cls, info: VLMInfo, folder: str) -> Sequence[Mapping[str, Any]]:
+        """Modules that nobody trained: random, they drop some tokens and keep others."""
+        from vtok.methods.atp_module import ATPModules
+        from vtok.methods.atp_spec import ATPSpec
+
+        layers = tuple(range(max(1, info.first_layer), info.depth))
+        made = ATPModules(ATPSpec(depth=info.depth, width=info.width, grid=info.grid or (1, 1), layers=layers, hidden=6))
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in made.parameters():
+                p.copy_(0.7 * torch.randn(p.shape, generator=generator))
+        path = os.path.join(folder, "random_modules.safetensors")
+        made.save(path)
+        return ({"weights": path},)
 
     def build_vlm(self, info: VLMInfo) -> VLMReducer:
         from vtok.methods.atp_module import load

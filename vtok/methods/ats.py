@@ -63,6 +63,7 @@ class ATS(MethodConfig):
     name: ClassVar[str] = "ats"
     set_by_budget: ClassVar[tuple[str, ...]] = ("num_tokens", "keep")
     trial: ClassVar[Mapping[str, Any]] = {"num_tokens": 24}
+    trial_vlm: ClassVar[Mapping[str, Any]] = {"num_tokens": 10, "layers": [0, 1]}
     substitutes: ClassVar[tuple[Mapping[str, Any], ...]] = ({"query": "mean"},)
 
     num_tokens: int | None = None

@@ -118,6 +118,11 @@ class Correlation(MethodConfig):
         flag(self.joint, "joint")
         flag(self.overview, "overview")
 
+    @classmethod
+    def substitutes_vlm(cls, info: VLMInfo, folder: str) -> Sequence[Mapping[str, Any]]:
+        """Random towers give patches that are less alike."""
+        return tuple({**extra, "alpha": 0.2} for extra in cls.substitutes)
+
     def build_vlm(self, info: VLMInfo) -> CorrelationReducer:
         reducer = self._reducer(info)
         if self.alpha is None:

@@ -36,6 +36,7 @@ class DropConfig(MethodConfig):
 
     set_by_budget: ClassVar[tuple[str, ...]] = ("keep",)
     trial: ClassVar[Mapping[str, Any]] = {"keep": 0.8}
+    trial_vlm: ClassVar[Mapping[str, Any]] = {"keep": 0.5}
 
     keep: float = 0.925
     layers: Iterable[int] | None = None

@@ -64,6 +64,7 @@ class PiToMe(MethodConfig):
     merges: ClassVar[bool] = True
     set_by_budget: ClassVar[tuple[str, ...]] = ("ratio", "r")
     trial: ClassVar[Mapping[str, Any]] = {"ratio": 0.8}
+    trial_vlm: ClassVar[Mapping[str, Any]] = {"ratio": 0.8}
     substitutes: ClassVar[tuple[Mapping[str, Any], ...]] = ({"prop_attn": False},)
 
     ratio: Any = None

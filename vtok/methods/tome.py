@@ -40,6 +40,7 @@ class ToMe(MethodConfig):
     default_flops: ClassVar[float | None] = 0.6
     set_by_budget: ClassVar[tuple[str, ...]] = ("r",)
     trial: ClassVar[Mapping[str, Any]] = {"r": 6}
+    trial_vlm: ClassVar[Mapping[str, Any]] = {"r": 3}
     substitutes: ClassVar[tuple[Mapping[str, Any], ...]] = ({"prop_attn": False},)
 
     r: Any = None

@@ -53,6 +53,7 @@ class ZeroTPrune(MethodConfig):
 
     name: ClassVar[str] = "zero_tprune"
     trial: ClassVar[Mapping[str, Any]] = {"layers": [0, 2], "retain": 0.8, "r": 5}
+    trial_vlm: ClassVar[Mapping[str, Any]] = {"layers": [0, 1], "retain": 0.7}
     substitutes: ClassVar[tuple[Mapping[str, Any], ...]] = ({"cls_init": "uniform"},)
 
     layers: Any = None

@@ -1,0 +1,80 @@
+"""The support matrix of vision-language models: every method on every tiny one, patched, run and compared (`vlm_oracle`)."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vtok
+from vtok.errors import UnsupportedModelError, VtokError
+from vtok.eval import tiny
+from vtok.eval.matrix import FAILED, NO, ON_REQUEST, TOWER, VLM, YES, Cell, Evidence
+from vtok.eval.vlm_oracle import NOTHING, check_prompts
+from vtok.patches.hf_vlm import find
+from vtok.patches.hf_vlm_examples import VLMExample
+from vtok.patches.hf_vlm_install import pruner_of
+from vtok.registry import METHODS
+from vtok.vlm_towers import ON_GRID
+
+
+def judge(model: Any, values: dict[str, Tensor], method: str) -> dict[str, Any]:
+    """Tries a method on a model, as it is and then with each of its substitutes.
+
+    Args:
+        model: unpatched, in eval mode; left as it was.
+        values: two prompts with images.
+        method: name; its setting is its config's `trial_vlm`.
+
+    Returns:
+        The fields of a `Cell` that the run decides.
+    """
+    config_class, (vlm,) = METHODS.get(method), find(model)
+    trial, why, last = dict(config_class.trial_vlm), [], None
+    with tempfile.TemporaryDirectory() as folder:
+        for request in ({}, *config_class.substitutes_vlm(vlm.info, folder)):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # that prompts keep their length is what the cell says
+                    vtok.patch(model, config_class.create(**{**trial, **request}))
+                pruner = pruner_of(find(model)[0])
+                alone = pruner is not None and not pruner.shortens
+                evidence = _checked(model, values)
+            except VtokError as error:
+                why.append(str(error))
+                continue
+            except Exception as error:  # a cell that breaks is a finding; the rest of the matrix goes on
+                alone, evidence = False, Evidence(fault=f"{type(error).__name__}: {error}")
+            finally:
+                vtok.unpatch(model)
+            shown = {k: v.removeprefix(f"{folder}/") if isinstance(v, str) else v for k, v in request.items()}
+            status = FAILED if evidence.fault else ON_REQUEST if request else TOWER if alone else YES
+            reason = evidence.fault or (ON_GRID if status == TOWER else why[0] if why else "")
+            last = {"status": status, "params": {**trial, **shown}, "request": shown, "reason": reason, "evidence": evidence}
+            if evidence.fault != NOTHING:  # a wrong answer is not hidden by a right one under other parameters
+                return last
+            why.append(evidence.fault)
+    return last or {"status": NO, "params": trial, "reason": why[-1]}
+
+
+def _checked(model: Any, values: dict[str, Tensor]) -> Evidence:
+    """What the check finds, on prompts with one image each if the method takes no others."""
+    try:
+        return check_prompts(model, values)
+    except UnsupportedModelError:
+        return check_prompts(model, tiny.one_image_each(values))
+
+
+def cells(examples: Mapping[str, VLMExample], methods: Sequence[str] | None = None) -> Iterator[Cell]:
+    """Every method (default: all) on every example (name -> example), one cell at a time."""
+    families: dict[str, str] = {}
+    for name, example in examples.items():
+        model = tiny.build_vlm(example)
+        values = example.inputs(model, torch.Generator().manual_seed(0))
+        family = families.setdefault(type(model).__name__, name)
+        for method in METHODS.names() if methods is None else methods:
+            yield Cell(VLM, name, family, method, **judge(model, values, method))

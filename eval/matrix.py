@@ -31,14 +31,17 @@ class Evidence(NamedTuple):
     """What a patched model did.
 
     Attributes:
-        tokens: (tokens that entered, mean number of real ones that left) of every tower.
+        tokens: (tokens that entered, mean number of real ones that left) of every tower; of a vision-language model whose
+            prompts get shorter, (visual tokens that entered, that left) of every prompt.
         differences: see `vtok.eval.oracle.differences`.
         fault: what was wrong, `None` = nothing.
+        prompts: kind of prompts that were read, see `vtok.eval.tiny.vlm_prompts`.
     """
 
     tokens: tuple[tuple[float, float], ...] = ()
     differences: Mapping[str, float] = {}
     fault: str | None = None
+    prompts: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Cell:
         request: parameters that the default lacks.
         reason: why the default is refused, or what failed; "" for a yes.
         evidence: of the run, if there was one.
+        classes: names of classes that the reason may hold -> what a note for several models says instead.
+        remark: on `request`.
     """
 
     backend: str
@@ -65,6 +70,8 @@ class Cell:
     request: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
     evidence: Evidence | None = None
+    classes: dict[str, str] = field(default_factory=dict)
+    remark: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values under the names of the fields."""
@@ -147,9 +154,10 @@ def cells(
         model = tiny.build(example).double()
         x = tiny.images(example, IMAGES, torch.float64)
         family = example.family or example.name.split()[0].rstrip(",")
+        classes = {tower.tower: "the model" for tower in vtok.info(model).towers}
         for method in encoder_methods() if methods is None else methods:
             found = judge(model, x, method, example.input_size, check)
-            yield Cell(key.partition(":")[0], example.name, family, method, **found)
+            yield Cell(key.partition(":")[0], example.name, family, method, classes=classes, **found)
 
 
 def to_json(found: Sequence[Cell]) -> str:

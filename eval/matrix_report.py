@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vtok.errors import ConfigError
 from vtok.eval.matrix import FAILED, NO, ON_REQUEST, STATUSES, TOLERANCE, TOWER, VLM, YES, Cell, counts
+from vtok.eval.vlm_oracle import TOLERANCE as PROMPT_TOLERANCE
 from vtok.text import keywords
 
 if TYPE_CHECKING:
@@ -21,11 +23,11 @@ LEGEND = (
     f"Checked in float64, to {TOLERANCE:g} of the largest output."
 )
 VLM_LEGEND = (
-    "Yes: the prompts of two rows, padded on the left, get shorter on every tiny model of the row, and the logits are those of "
-    "the unpatched model that reads the whole prompts, the features of the patched pass in them, under a mask in every "
-    "decoder layer that hides what was dropped. Tower: the same, but tokens go down in the vision tower alone. "
-    "A method that takes one "
-    "image a prompt got such prompts. Checked in float32, to 1e-05 of the largest logit."
+    "Yes: both prompts of a batch, the shorter one padded on the left, lose visual tokens on every tiny model of the row, and "
+    "the logits are those of the unpatched model that reads the whole prompts, the features of the patched pass in them, under "
+    "a mask in every decoder layer that hides what was dropped. Tower: the same, but tokens go down in the vision tower alone. "
+    "On request: the same, with the parameters of the note. No: refused. Prompts hold several images; a method that needs "
+    f"pages cut into crops, or one image a prompt, got those. Checked in float32, to {PROMPT_TOLERANCE:g} of the largest logit."
 )
 
 
@@ -42,7 +44,7 @@ class Report:
         methods = list(dict.fromkeys(c.method for c in found))
         self.header = ("family", "models", *methods)
         self.notes: list[str] = []
-        self._numbers: dict[tuple[str, ...], int] = {}
+        self._numbers: dict[str, int] = {}
         self.rows: list[tuple[tuple[str, tuple[int, ...]], ...]] = []
         for backend, family in dict.fromkeys((c.backend, c.family) for c in found):
             row = [c for c in found if (c.backend, c.family) == (backend, family)]
@@ -62,13 +64,24 @@ class Report:
         return text, tuple(dict.fromkeys(self._note(c) for c in same if c.status != YES))
 
     def _note(self, cell: Cell) -> int:
-        """The number of what there is to say about a cell; what differs in the name of a class alone is said once."""
-        key = (cell.method, cell.status, keywords(cell.request) if cell.status == ON_REQUEST else cell.reason)
+        """The number of what there is to say about a cell; what differs in the names of classes or methods is said once."""
+        if cell.status == ON_REQUEST:
+            note = f"{cell.method} with {keywords(cell.request)}; without: {_reason(cell)}."
+            key = f"{cell.method} with {keywords(cell.request)}"
+        else:
+            key = note = f"{cell.status}: {re.sub(rf'^{cell.method} ', 'the method ', _reason(cell))}."
         if key not in self._numbers:
             self._numbers[key] = len(self.notes) + 1
-            start = f"{cell.method} with {keywords(cell.request)}; without" if cell.status == ON_REQUEST else cell.status
-            self.notes.append(f"{start}: {cell.reason}.")
+            self.notes.append(f"{note} {cell.remark}." if cell.remark else note)
         return self._numbers[key]
+
+
+def _reason(cell: Cell) -> str:
+    """A reason in words that are right for all models of a kind."""
+    reason = cell.reason
+    for name, words in cell.classes.items():
+        reason = re.sub(rf"\b{re.escape(name)}\b", words, reason.replace(f"this {name}", "this model"))
+    return reason
 
 
 def table(found: Sequence[Cell], caption: str) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -98,6 +98,16 @@ def build_vlm(example: VLMExample) -> Any:
                 p.data.mul_(3.0)
     model.set_attn_implementation("sdpa" if "sdpa" in example.kernels else "eager")
     return model
+
+
+def vlm_prompts(example: VLMExample, model: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(kind, batch of two prompts, the second padded on the left): as the example makes them; pages cut into crops, where the
+    family has them; one image each, for methods that take no others."""
+    values = example.inputs(model, torch.Generator().manual_seed(0))
+    yield "several images", values
+    if example.pages is not None:
+        yield "cropped pages", example.pages(model, torch.Generator().manual_seed(0))
+    yield "one image each", one_image_each(values)
 
 
 def one_image_each(values: dict[str, Tensor]) -> dict[str, Tensor]:

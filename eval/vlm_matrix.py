@@ -7,27 +7,24 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 import vtok
 from vtok.errors import UnsupportedModelError, VtokError
-from vtok.eval import tiny
-from vtok.eval.matrix import FAILED, NO, ON_REQUEST, TOWER, VLM, YES, Cell, Evidence
+from vtok.eval import matrix, tiny
+from vtok.eval.matrix import FAILED, NO, ON_REQUEST, TOWER, YES, Cell, Evidence
 from vtok.eval.vlm_oracle import NOTHING, check_prompts
-from vtok.patches.hf_vlm import find
+from vtok.patches.hf_vlm import VLM, find
 from vtok.patches.hf_vlm_examples import VLMExample
 from vtok.patches.hf_vlm_install import pruner_of
 from vtok.registry import METHODS
 from vtok.vlm_towers import ON_GRID
 
 
-def judge(model: Any, values: dict[str, Tensor], method: str) -> dict[str, Any]:
+def judge(model: Any, example: VLMExample, method: str) -> dict[str, Any]:
     """Tries a method on a model, as it is and then with each of its substitutes.
 
     Args:
         model: unpatched, in eval mode; left as it was.
-        values: two prompts with images.
+        example: that it was built from.
         method: name; its setting is its config's `trial_vlm`.
 
     Returns:
@@ -43,7 +40,7 @@ def judge(model: Any, values: dict[str, Tensor], method: str) -> dict[str, Any]:
                     vtok.patch(model, config_class.create(**{**trial, **request}))
                 pruner = pruner_of(find(model)[0])
                 alone = pruner is not None and not pruner.shortens
-                evidence = _checked(model, values)
+                evidence = _checked(model, example)
             except VtokError as error:
                 why.append(str(error))
                 continue
@@ -53,20 +50,44 @@ def judge(model: Any, values: dict[str, Tensor], method: str) -> dict[str, Any]:
                 vtok.unpatch(model)
             shown = {k: v.removeprefix(f"{folder}/") if isinstance(v, str) else v for k, v in request.items()}
             status = FAILED if evidence.fault else ON_REQUEST if request else TOWER if alone else YES
-            reason = evidence.fault or (ON_GRID if status == TOWER else why[0] if why else "")
-            last = {"status": status, "params": {**trial, **shown}, "request": shown, "reason": reason, "evidence": evidence}
+            last = {
+                "status": status,
+                "params": {**trial, **shown},
+                "request": shown,
+                "reason": evidence.fault or (ON_GRID if status == TOWER else why[0] if why else ""),
+                "evidence": evidence,
+                "remark": config_class.remark_vlm if request else "",
+            }
             if evidence.fault != NOTHING:  # a wrong answer is not hidden by a right one under other parameters
                 return last
             why.append(evidence.fault)
     return last or {"status": NO, "params": trial, "reason": why[-1]}
 
 
-def _checked(model: Any, values: dict[str, Tensor]) -> Evidence:
-    """What the check finds, on prompts with one image each if the method takes no others."""
-    try:
-        return check_prompts(model, values)
-    except UnsupportedModelError:
-        return check_prompts(model, tiny.one_image_each(values))
+def _checked(model: Any, example: VLMExample) -> Evidence:
+    """What the check finds on the first kind of prompts that the method takes, and on which it acts."""
+    kinds, found, refusal = tiny.vlm_prompts(example, model), None, None
+    for kind, values in kinds:
+        try:
+            found = check_prompts(model, values)._replace(prompts=kind)
+        except UnsupportedModelError as error:
+            refusal = refusal or error
+            continue
+        if found.fault != NOTHING:
+            break
+    if found is None and refusal is not None:
+        raise refusal
+    assert found is not None
+    return found
+
+
+def _classes(vlm: VLM) -> dict[str, str]:
+    """Names that reasons may hold -> what a note for several models says instead."""
+    inside = set(vlm.text.modules())
+    named = {type(m).__name__: "its vision tower" for m in vlm.module.children() if m not in inside}
+    if vlm.tower is not None:
+        named[vlm.tower.info.name] = "its vision tower"
+    return {**named, vlm.info.name: "the model"}
 
 
 def cells(examples: Mapping[str, VLMExample], methods: Sequence[str] | None = None) -> Iterator[Cell]:
@@ -74,7 +95,6 @@ def cells(examples: Mapping[str, VLMExample], methods: Sequence[str] | None = No
     families: dict[str, str] = {}
     for name, example in examples.items():
         model = tiny.build_vlm(example)
-        values = example.inputs(model, torch.Generator().manual_seed(0))
-        family = families.setdefault(type(model).__name__, name)
+        family, (vlm,) = families.setdefault(type(model).__name__, name), find(model)
         for method in METHODS.names() if methods is None else methods:
-            yield Cell(VLM, name, family, method, **judge(model, values, method))
+            yield Cell(matrix.VLM, name, family, method, classes=_classes(vlm), **judge(model, example, method))

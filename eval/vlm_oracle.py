@@ -28,8 +28,8 @@ GONE = ("pixel_values", "pixel_values_videos")
 
 
 def check_prompts(model: Any, values: dict[str, Tensor]) -> Evidence:
-    """Runs a patched vision-language model on two prompts, unpatches it, and compares: do tokens go down, and does removing
-    them equal masking them?
+    """Runs a patched vision-language model on two prompts, unpatches it, and compares: do tokens of each go down, and does
+    removing them equal masking them?
 
     Args:
         model: patched, with its language head.
@@ -43,7 +43,7 @@ def check_prompts(model: Any, values: dict[str, Tensor]) -> Evidence:
         last = pruner.last
         info = vtok.info(model)
         tokens = _tokens(info, pruner, last)
-        if last is None or not tokens or sum(left - entered for entered, left in tokens) >= 0:
+        if last is None or not tokens or any(left >= entered for entered, left in tokens):
             return Evidence(tokens, fault=NOTHING)
         features, alive = _features(vlm, pruner, values), _alive(last, len(vlm.text.layers))
         vtok.unpatch(model)

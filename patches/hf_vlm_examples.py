@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-IMAGE, VIDEO, START, END, PAD = 119, 118, 117, 116, 0
+from vtok.patches import hf_vlm_pages as pages
+from vtok.patches.hf_vlm_pages import END, IMAGE, PAD, START, Inputs
+
+VIDEO = 118
 _TEXT: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -32,8 +34,6 @@ _SPECIAL: dict[str, Any] = {
     "vision_end_token_id": END,
 }
 
-Inputs = dict[str, Tensor]
-
 
 class VLMExample(NamedTuple):
     """A tiny vision-language model.
@@ -43,12 +43,14 @@ class VLMExample(NamedTuple):
         inputs: makes a batch of two prompts of different length, the shorter one padded on the left, from a generator.
         first_layer: lowest decoder layer in front of which tokens may be dropped.
         kernels: attention implementations that the family has.
+        pages: makes such a batch of pages that are cut into crops; `None` = the model never crops.
     """
 
     build: Callable[[], Any]
     inputs: Callable[[Any, torch.Generator], Inputs]
     first_layer: int = 1
     kernels: tuple[str, ...] = ("eager", "sdpa")
+    pages: Callable[[Any, torch.Generator], Inputs] | None = None
 
 
 def _model(family: str, **config: Any) -> Callable[[], Any]:
@@ -164,7 +166,9 @@ def _idefics(family: str) -> VLMExample:
     vision = {**_VISION, "image_size": 32, "patch_size": 4}
     text = {"model_type": "llama", **_TEXT}
     return VLMExample(
-        _model(family, vision_config=vision, text_config=text, image_token_id=IMAGE, scale_factor=2, pad_token_id=PAD), _tiles
+        _model(family, vision_config=vision, text_config=text, image_token_id=IMAGE, scale_factor=2, pad_token_id=PAD),
+        _tiles,
+        pages=pages.marked_tiles,
     )
 
 
@@ -191,6 +195,7 @@ EXAMPLES: dict[str, VLMExample] = {
             **_ANYRES,
         ),
         _next,
+        pages=pages.any_resolution,
     ),
     "LLaVA-OneVision": VLMExample(
         _model(
@@ -202,6 +207,7 @@ EXAMPLES: dict[str, VLMExample] = {
             **_ANYRES,
         ),
         _onevision,
+        pages=pages.any_resolution,
     ),
     "Qwen2-VL": VLMExample(
         _model(
@@ -258,6 +264,7 @@ EXAMPLES: dict[str, VLMExample] = {
             downsample_ratio=0.5,
         ),
         _fixed(16, 32),
+        pages=pages.plain_tiles,
     ),
     "Idefics3": _idefics("Idefics3"),
     "SmolVLM": _idefics("SmolVLM"),

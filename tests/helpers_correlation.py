@@ -1,5 +1,5 @@
-"""Pages cut into crops for the tiny vision-language models, and correlation-guided compression by the definition: loops over
-views and tokens, fed by what the unpatched tower itself computes with eager attention."""
+"""Correlation-guided compression by the definition on pages cut into crops: loops over views and tokens, fed by what the
+unpatched tower itself computes with eager attention."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from vlm_zoo import build
 
 from vtok.patches import hf_features as hf
 from vtok.patches.hf_vlm import find
-from vtok.patches.hf_vlm_examples import END, IMAGE, PAD, START
+from vtok.patches.hf_vlm_examples import EXAMPLES
 
-CROPPING = ["LLaVA-NeXT", "LLaVA-OneVision", "InternVL", "Idefics3", "SmolVLM"]
-WHOLE_PAGE, FIRST_CROP = 115, 40  # markers of Idefics
+CROPPING = [name for name, example in EXAMPLES.items() if example.pages is not None]
 
 
 def cropping(name: str, kernel: str = "sdpa") -> Any:
@@ -27,54 +26,11 @@ def cropping(name: str, kernel: str = "sdpa") -> Any:
     return model
 
 
-def words(generator: torch.Generator, count: int) -> list[int]:
-    return torch.randint(50, 110, (count,), generator=generator).tolist()
-
-
-def padded(rows: list[list[int]]) -> dict[str, Tensor]:
-    """Prompts as a batch, short ones padded on the left."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[PAD] * (longest - len(row)) + row for row in rows])
-    return {"input_ids": ids, "attention_mask": (ids != PAD).long()}
-
-
-def _views(generator: torch.Generator, count: int, side: int) -> Tensor:
-    """[count, 3, side, side]: noise, of which a part of every view is blank."""
-    pixels = torch.randn(count, 3, side, side, generator=generator)
-    for i, view in enumerate(pixels):
-        view[:, :, : side * (i % 4) // 4] = 0.3
-    return pixels
-
-
 def pages(name: str, seed: int = 0) -> dict[str, Tensor]:
     """Two prompts, the second padded on the left: a page of two crops, one without (not LLaVA), one of four."""
-    generator = torch.Generator().manual_seed(seed)
-    front, back = words(generator, 3), words(generator, 6)
-    if name.startswith("LLaVA"):
-        sizes = torch.tensor([[14, 32], [30, 25]])
-        pixels = torch.stack([_views(generator, 5, 16) for _ in range(2)])
-        model = cropping(name)
-        with torch.no_grad():
-            lengths = [
-                len(x) for x in model.model.get_image_features(pixels, image_sizes=sizes, return_dict=True).pooler_output
-            ]
-        rows = [[*front, START, *[IMAGE] * n, END, *back[: 6 - 2 * i]] for i, n in enumerate(lengths)]
-        return {**padded(rows), "pixel_values": pixels, "image_sizes": sizes}
-    if name == "InternVL":
-        page = lambda tiles: [START, *[IMAGE] * 16 * tiles, END]  # noqa: E731
-        rows = [[*front, *page(3), *words(generator, 2), *page(1), *back], [*front[:1], *page(5), *back[:4]]]
-        return {**padded(rows), "pixel_values": _views(generator, 9, 32)}
-
-    def marked(crops: int) -> list[int]:
-        markers = [*range(FIRST_CROP, FIRST_CROP + crops), WHOLE_PAGE]
-        return [token for marker in markers for token in (START, marker, *[IMAGE] * 16)] + [START]
-
-    rows = [[*front, *marked(2), *words(generator, 2), *marked(0), *back], [*front[:1], *marked(4), *back[:4]]]
-    pixels = torch.stack([_views(generator, 5, 32) for _ in range(2)])
-    pixels[0, 4] = 0  # the first row has four tiles
-    seen = torch.ones(2, 5, 32, 32, dtype=torch.long)
-    seen[0, 0, 20:], seen[1, 2, :, 24:], seen[0, 4] = 0, 0, 0  # padding of tiles
-    return {**padded(rows), "pixel_values": pixels, "pixel_attention_mask": seen}
+    make = EXAMPLES[name].pages
+    assert make is not None
+    return make(cropping(name), torch.Generator().manual_seed(seed))
 
 
 def whole_pages(name: str) -> list[list[tuple[int, bool]]]:

@@ -148,28 +148,55 @@ def test_the_command_prints_what_the_readme_has():
 @pytest.mark.parametrize("name", tiny.vlm_examples())
 @pytest.mark.parametrize("method", vtok.METHODS.names())
 def test_every_cell_of_a_vision_language_model(spoken, name, method):
-    """Whatever is not refused lost tokens, and removing them equals masking them."""
+    """Whatever is not refused took tokens from every prompt, and removing them equals masking them."""
     (found,) = [c for c in spoken if (c.model, c.method) == (name, method)]
     assert found.status in (YES, TOWER, ON_REQUEST, NO), found.reason
     if found.status == NO:
         assert found.evidence is None
         assert found.reason
     else:
-        assert sum(left for _, left in found.evidence.tokens) < sum(entered for entered, _ in found.evidence.tokens)
+        assert found.status == TOWER or len(found.evidence.tokens) == 2
+        assert all(left < entered for entered, left in found.evidence.tokens)
         assert found.evidence.differences["masked"] <= vlm_oracle.TOLERANCE
 
 
+def test_prompts_are_those_that_a_method_takes(spoken):
+    """Only correlation wants pages cut into crops, only atp one image a prompt, and only where it must."""
+    kinds = {(c.method, c.evidence.prompts) for c in spoken if c.evidence is not None}
+    rare = {("correlation", "cropped pages"), ("atp", "one image each")}
+    assert {pair for pair in kinds if pair[1] != "several images"} == rare
+    for found in spoken:
+        if found.method == "correlation" and found.evidence is not None:
+            cuts = tiny.vlm_examples()[found.model].pages is not None
+            assert ("overview" in found.request) == (not cuts)
+            assert ("never crops" in found.reason) == (not cuts)
+
+
+def test_notes_of_vision_language_models_are_said_once(spoken):
+    """No note differs from another by names of classes alone, and random weights are called random."""
+    notes = matrix_report.Report(spoken).notes
+    assert len(notes) == len(set(notes)) <= 12
+    words = {name for c in spoken for name in c.classes}
+    assert not [note for note in notes if any(word in note for word in words)]
+    (atp,) = [note for note in notes if note.startswith("atp with")]
+    assert "the modules are random, nobody trained them" in atp
+
+
 def test_the_check_of_vision_language_models_notices(monkeypatch):
-    """Columns that were dropped somewhere else than the oracle is told, and patches that take nothing away."""
-    example = tiny.vlm_examples()["LLaVA-1.5"]
+    """Columns that were dropped somewhere else than the oracle is told, and patches that take nothing away from some prompt."""
+    example = tiny.vlm_examples()["LLaVA-OneVision"]
     model = tiny.build_vlm(example)
-    values = example.inputs(model, torch.Generator().manual_seed(0))
+    (_, values), (_, pages), _ = tiny.vlm_prompts(example, model)
     kept = vlm_oracle.check_prompts(vtok.patch(model, "uniform", keep=1.0), values)
     assert kept.fault == vlm_oracle.NOTHING
-    vtok.unpatch(model)
+    vtok.patch(model, "correlation", alpha=0.2)
+    half = vlm_oracle.check_prompts(model, values)  # the second prompt is a video, which the method leaves alone
+    assert half.fault == vlm_oracle.NOTHING
+    assert [left < entered for entered, left in half.tokens] == [True, False]
+    assert vlm_oracle.check_prompts(model, pages).fault is None
     right = vlm_oracle._alive
     monkeypatch.setattr(vlm_oracle, "_alive", lambda last, depth: {i: x.roll(1, 1) for i, x in right(last, depth).items()})
-    assert "masked replay differs by" in vlm_matrix.judge(model, values, "uniform")["reason"]
+    assert "masked replay differs by" in vlm_matrix.judge(model, example, "uniform")["reason"]
     assert not vtok.info(model).patched
 
 
@@ -190,9 +217,9 @@ def cell(model, method, status, **extra):
 
 FOUND = [
     cell("ViT", "a", YES),
-    cell("ViT", "b", NO, reason="b hates ViT"),
-    cell("ViT pooled", "a", ON_REQUEST, request={"query": "mean"}, reason="ViT has no CLS"),
-    cell("ViT pooled", "b", NO, reason="b hates ViT"),
+    cell("ViT", "b", NO, reason="b hates this ViT", classes={"ViT": "the model"}, remark="b is old"),
+    cell("ViT pooled", "a", ON_REQUEST, request={"query": "mean"}, reason="ViT has no CLS", classes={"ViT": "the model"}),
+    cell("ViT pooled", "b", NO, reason="b hates this Pooled", classes={"Pooled": "the model"}, remark="b is old"),
     cell("EVA", "a", ON_REQUEST, request={"query": "mean"}, reason="Eva has no CLS"),
     cell("EVA", "b", FAILED, reason="no token was taken away"),
 ]
@@ -207,8 +234,8 @@ def test_the_table_says_what_was_found():
         "| timm: EVA | 1 | on request <sup>1</sup> | FAILED <sup>3</sup> |",
     ]
     assert lines[5:8] == [
-        '1. a with query="mean"; without: ViT has no CLS.',
-        "2. no: b hates ViT.",
+        '1. a with query="mean"; without: the model has no CLS.',
+        "2. no: the method hates this model. b is old.",
         "3. FAILED: no token was taken away.",
     ]
     assert lines[-1] == "**3 models x 2 methods = 6 cells: 1 yes, 2 on request, 2 no, 1 failed.**"

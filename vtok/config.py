@@ -115,6 +115,7 @@ class MethodConfig:
     substitutes: ClassVar[tuple[Mapping[str, Any], ...]] = ()
     # The same as `trial` for tiny vision-language models (16 visual tokens an image, 2 tower blocks, 4 decoder layers).
     trial_vlm: ClassVar[Mapping[str, Any]] = {}
+    remark_vlm: ClassVar[str] = ""  # on `substitutes_vlm`, for readers of the support matrix: a sentence, without its stop
 
     def build(self, info: ModelInfo) -> Reducer:
         """Resolves the config for a model.

@@ -64,6 +64,10 @@ class ATP(MethodConfig):
     """
 
     name: ClassVar[str] = "atp"
+    remark_vlm: ClassVar[str] = (
+        "Here the modules are random, nobody trained them: the cell shows that tokens go down and are dropped exactly, not "
+        "that the right ones are"
+    )
 
     weights: str | None = None
     layers: tuple[int, ...] | None = None
@@ -95,7 +99,7 @@ class ATP(MethodConfig):
         with torch.no_grad():
             for p in made.parameters():
                 p.copy_(0.7 * torch.randn(p.shape, generator=generator))
-        path = os.path.join(folder, "random_modules.safetensors")
+        path = os.path.join(folder, "untrained.safetensors")
         made.save(path)
         return ({"weights": path},)
 

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 from vlm_zoo import build
 
+import vtok
 from vtok.patches import hf_features as hf
 from vtok.patches.hf_vlm import find
 from vtok.patches.hf_vlm_examples import EXAMPLES
+from vtok.patches.tower_taps import TowerTaps
 
 CROPPING = [name for name, example in EXAMPLES.items() if example.pages is not None]
+BETA = 2
+ALPHA = {**dict.fromkeys(CROPPING, 0.6), "InternVL": 0.42}  # patches of that tower are less alike
 
 
 def cropping(name: str, kernel: str = "sdpa") -> Any:
@@ -31,6 +35,34 @@ def pages(name: str, seed: int = 0) -> dict[str, Tensor]:
     make = EXAMPLES[name].pages
     assert make is not None
     return make(cropping(name), torch.Generator().manual_seed(seed))
+
+
+def setting_of(name: str) -> dict[str, Any]:
+    """Parameters under which `expected` says what stays."""
+    return {"alpha": ALPHA.get(name, 0.6), "beta": BETA, "sampling": "topk"}
+
+
+def chosen(
+    name: str, values: dict[str, Tensor], model: Any = None, **setting: Any
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """(rows that stay, features, features before) of every image, as the patched model's hooks get them."""
+    model = cropping(name) if model is None else model
+    (vlm,) = find(model)
+    reducer = vtok.Correlation(**{**setting_of(name), **setting}).build_vlm(vlm.info)
+    taps = TowerTaps(reducer.tower_blocks)
+    with torch.no_grad(), taps.on(vlm.tower):
+        outputs = hf.encode(vlm.module, values, taps)
+        whole = list(outputs["image"].pooler_output)
+        found = hf.choose(vlm.module, outputs, reducer, vlm.spec, values)
+    lengths = [len(x) for x in whole]
+    return list(found.rows["image"].split(lengths)), list(found.outputs["image"].pooler_output), whole
+
+
+def columns(values: dict[str, Tensor], stays: list[Tensor]) -> Tensor:
+    """[B, L] bool: columns of the prompt that stay, by the rows [n] bool that stay of every image."""
+    alive = torch.ones_like(values["input_ids"], dtype=torch.bool)
+    alive[values["input_ids"] == 119] = torch.cat(stays)
+    return alive
 
 
 def whole_pages(name: str) -> list[list[tuple[int, bool]]]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from atp_vlm import LAYERS, modules, prompts, saved
+from helpers_errors import message_of
 from vlm_zoo import build, generate, text_model
 
 import vtok
@@ -177,10 +178,6 @@ def test_nothing_is_left_behind():
 
 
 # Refusals.
-def _message(error, call, *args, **kwargs):
-    with pytest.raises(error) as caught:
-        call(*args, **kwargs)
-    return str(caught.value)
 
 
 def _pass(model, soft, **values):
@@ -191,28 +188,28 @@ def _pass(model, soft, **values):
 def test_models_that_cannot_be_trained(tmp_path):
     values, soft = prompts(), SoftATP(modules(), 10.0)
     patched = vtok.patch(build("LLaVA-1.5"), "atp", weights=saved(tmp_path))
-    assert "call vtok.unpatch(model) first" in _message(vtok.ConfigError, _pass, patched, soft, **values)
-    assert "Linear holds 0" in _message(vtok.UnsupportedModelError, _pass, torch.nn.Linear(2, 2), soft)
+    assert "call vtok.unpatch(model) first" in message_of(vtok.ConfigError, _pass, patched, soft, **values)
+    assert "Linear holds 0" in message_of(vtok.UnsupportedModelError, _pass, torch.nn.Linear(2, 2), soft)
     model = build("LLaVA-1.5")
     text_model(model).config._attn_implementation_internal = "flash_attention_2"
-    assert "does not take; use 'sdpa' or 'eager'" in _message(vtok.UnsupportedModelError, _pass, model, soft, **values)
+    assert "does not take; use 'sdpa' or 'eager'" in message_of(vtok.UnsupportedModelError, _pass, model, soft, **values)
     deeper = SoftATP(modules(depth=9, layers=(2, 8)), 10.0)
-    assert "from the decoder layers 1 to 3 on, got 8" in _message(vtok.ConfigError, _pass, build("LLaVA-1.5"), deeper)
+    assert "from the decoder layers 1 to 3 on, got 8" in message_of(vtok.ConfigError, _pass, build("LLaVA-1.5"), deeper)
 
 
 def test_passes_that_cannot_be_trained(tmp_path):
     values, model = prompts(), build("LLaVA-1.5")
     with softened(model, SoftATP(modules(), 10.0)):
         model(**values)
-        assert "covers one forward pass; open it anew" in _message(vtok.StateError, model, **values)
+        assert "covers one forward pass; open it anew" in message_of(vtok.StateError, model, **values)
     cache = generate(model, values, steps=2)[2].past_key_values
     later = {"input_ids": torch.ones(2, 1, dtype=torch.long), "past_key_values": cache}
-    assert "no cache that holds text already" in _message(vtok.StateError, _pass, model, SoftATP(modules(), 10.0), **later)
+    assert "no cache that holds text already" in message_of(vtok.StateError, _pass, model, SoftATP(modules(), 10.0), **later)
     (vlm,) = find(model)
     embedded = {"inputs_embeds": torch.zeros(1, 4, 64)}
-    assert "pass input_ids" in _message(vtok.StateError, _pass, model, SoftATP(modules(), 10.0), **embedded)
+    assert "pass input_ids" in message_of(vtok.StateError, _pass, model, SoftATP(modules(), 10.0), **embedded)
     with softened(model, SoftATP(modules(), 10.0)):
-        assert "was called on its own" in _message(vtok.StateError, vlm.text, **embedded)
+        assert "was called on its own" in message_of(vtok.StateError, vlm.text, **embedded)
     model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    text = _message(vtok.StateError, _pass, model, SoftATP(modules(), 10.0), **values)
+    text = message_of(vtok.StateError, _pass, model, SoftATP(modules(), 10.0), **values)
     assert "reentrant checkpoints lose the gradients of attention masks" in text

@@ -6,6 +6,7 @@ import sys
 import pytest
 import timm
 import torch
+from helpers_errors import message_of
 from torch import nn
 from torch.torch_version import TorchVersion
 from zoo import Nothing, build, images
@@ -20,31 +21,25 @@ def model():
     return build("timm: ViT")
 
 
-def _message(error, call, *args, **kwargs):
-    with pytest.raises(error) as caught:
-        call(*args, **kwargs)
-    return str(caught.value)
-
-
 def test_unknown_method(model):
-    text = _message(vtok.UnknownNameError, vtok.patch, model, "pitom")
+    text = message_of(vtok.UnknownNameError, vtok.patch, model, "pitom")
     assert "unknown method 'pitom'" in text
     assert "did you mean 'pitome'?" in text
     assert "zero_tprune" in text
 
 
 def test_unknown_parameter(model):
-    text = _message(vtok.UnknownNameError, vtok.patch, model, "pitome", ratoi=0.9)
+    text = message_of(vtok.UnknownNameError, vtok.patch, model, "pitome", ratoi=0.9)
     assert "unknown parameter of pitome 'ratoi'" in text
     assert "did you mean 'ratio'?" in text
 
 
 def test_parameters_beside_a_config_object(model):
-    assert "PiToMe(ratio=...)" in _message(vtok.ConfigError, vtok.patch, model, vtok.PiToMe(), ratio=0.9)
+    assert "PiToMe(ratio=...)" in message_of(vtok.ConfigError, vtok.patch, model, vtok.PiToMe(), ratio=0.9)
 
 
 def test_a_method_that_is_no_method(model):
-    assert "unknown method '3'" in _message(vtok.UnknownNameError, vtok.patch, model, 3)
+    assert "unknown method '3'" in message_of(vtok.UnknownNameError, vtok.patch, model, 3)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +97,7 @@ def test_a_method_that_is_no_method(model):
     ],
 )
 def test_values_that_make_no_sense(model, method, params, words):
-    text = _message(vtok.ConfigError, vtok.patch, model, method, **params)
+    text = message_of(vtok.ConfigError, vtok.patch, model, method, **params)
     for word in words:
         assert word in text, text
     assert not vtok.info(model).patched
@@ -114,16 +109,16 @@ def test_empty_lists_reduce_nothing(model):
 
 
 def test_budgets_that_cannot_be_met(model):
-    text = _message(vtok.BudgetError, vtok.patch, model, "tome", flops=0.05)
+    text = message_of(vtok.BudgetError, vtok.patch, model, "tome", flops=0.05)
     assert "cannot bring VisionTransformer down to flops=0.05" in text
     assert "strongest setting still needs 0." in text
-    assert "in (0, 1], got 1.5" in _message(vtok.ConfigError, vtok.patch, model, "tome", flops=1.5)
+    assert "in (0, 1], got 1.5" in message_of(vtok.ConfigError, vtok.patch, model, "tome", flops=1.5)
     both = [vtok.ToMe(r=[4, 0, 0, 0]), vtok.RandomDrop(keep=0.9, layers=[3])]
-    assert "sets the knob of one method" in _message(vtok.ConfigError, vtok.patch, model, both, flops=0.5)
+    assert "sets the knob of one method" in message_of(vtok.ConfigError, vtok.patch, model, both, flops=0.5)
 
 
 def test_two_methods_in_one_block(model):
-    text = _message(vtok.ConfigError, vtok.patch, model, ["tome", vtok.RandomDrop(layers=[3])])
+    text = message_of(vtok.ConfigError, vtok.patch, model, ["tome", vtok.RandomDrop(layers=[3])])
     assert "two methods reduce in block 3" in text
     assert "different layers" in text
 
@@ -136,14 +131,14 @@ def test_two_methods_in_different_blocks(model):
 
 
 def test_padding_is_not_handed_to_other_methods(model):
-    text = _message(vtok.UnsupportedModelError, vtok.patch, model, [ATS(layers=[1]), vtok.RandomDrop(layers=[3])])
+    text = message_of(vtok.UnsupportedModelError, vtok.patch, model, [ATS(layers=[1]), vtok.RandomDrop(layers=[3])])
     assert "patch it alone" in text
 
 
 def test_unsupported_blocks():
     with torch.device("meta"):
         model = timm.create_model("vit_relpos_small_patch16_224")
-    text = _message(vtok.UnsupportedModelError, vtok.patch, model, "tome")
+    text = message_of(vtok.UnsupportedModelError, vtok.patch, model, "tome")
     assert "block 0 of VisionTransformerRelPos is a timm.models.vision_transformer_relpos.RelPosBlock" in text
     assert "supported: timm's plain ViTs" in text
 
@@ -155,31 +150,31 @@ def test_unknown_attention():
 
     model = build("timm: ViT")
     model.blocks[2].attn = MyAttention()
-    text = _message(vtok.UnsupportedModelError, vtok.patch, model, "tome")
+    text = message_of(vtok.UnsupportedModelError, vtok.patch, model, "tome")
     assert "block 2 of VisionTransformer attends with" in text
     assert "MyAttention, which vtok does not know" in text
 
 
 @pytest.mark.parametrize("nothing", [nn.Linear(3, 3), nn.Sequential(nn.Conv2d(3, 8, 3))])
 def test_nothing_to_patch(nothing):
-    text = _message(vtok.UnsupportedModelError, vtok.patch, nothing, "tome")
+    text = message_of(vtok.UnsupportedModelError, vtok.patch, nothing, "tome")
     assert "holds nothing that vtok can patch" in text
     assert "VisionTransformer" in text
 
 
 def test_not_a_module():
-    assert "got str" in _message(vtok.UnsupportedModelError, vtok.patch, "vit_base", "tome")
-    assert "got str" in _message(vtok.UnsupportedModelError, vtok.unpatch, "vit_base")
+    assert "got str" in message_of(vtok.UnsupportedModelError, vtok.patch, "vit_base", "tome")
+    assert "got str" in message_of(vtok.UnsupportedModelError, vtok.unpatch, "vit_base")
 
 
 def test_a_class_in_place_of_a_config(model):
-    assert "pass an object of it: vtok.ToMe(...)" in _message(vtok.ConfigError, vtok.patch, model, vtok.ToMe)
+    assert "pass an object of it: vtok.ToMe(...)" in message_of(vtok.ConfigError, vtok.patch, model, vtok.ToMe)
 
 
 def test_a_forward_replaced_by_someone_else(model):
     original = model.blocks[1].forward
     model.blocks[1].forward = lambda *args, **kwargs: original(*args, **kwargs)
-    text = _message(vtok.StateError, vtok.patch, model, "tome", r=4)
+    text = message_of(vtok.StateError, vtok.patch, model, "tome", r=4)
     assert "forward of this Block was replaced on the instance" in text
     assert "Patch with vtok first" in text
     assert not any(hasattr(block, "_vtok") for block in model.blocks)
@@ -197,12 +192,12 @@ def test_a_refused_patch_changes_nothing():
     pair = nn.ModuleList([build("timm: ViT"), build("timm: ViT")])
     replace(pair[1].blocks[3])
     for broken in (trunk, pair):
-        assert "was replaced" in _message(vtok.StateError, vtok.patch, broken, "tome", r=4)
+        assert "was replaced" in message_of(vtok.StateError, vtok.patch, broken, "tome", r=4)
         assert not vtok.info(broken).patched
     patched = vtok.patch(build("timm: ViT"), "tome", r=4)
     replace(patched.blocks[3])
     before = str(vtok.info(patched))
-    text = _message(vtok.StateError, vtok.patch, patched, "pitome")
+    text = message_of(vtok.StateError, vtok.patch, patched, "pitome")
     assert len(text) < 300, "the whole module was printed"
     assert str(vtok.info(patched)) == before
 
@@ -211,27 +206,27 @@ def test_a_class_put_on_top_of_ours(model):
     vtok.patch(model, "tome", r=4)
     block = model.blocks[1]
     block.__class__ = type("Wrapped", (type(block),), {})
-    text = _message(vtok.StateError, vtok.unpatch, model)
+    text = message_of(vtok.StateError, vtok.unpatch, model)
     assert "was wrapped by another tool" in text
 
 
 def test_methods_that_need_a_class_token():
     model = build("timm: ViT average pool")
-    text = _message(vtok.UnsupportedModelError, vtok.patch, model, "ats", num_tokens=30)
+    text = message_of(vtok.UnsupportedModelError, vtok.patch, model, "ats", num_tokens=30)
     assert "reads the attention of a class token and VisionTransformer has none" in text
     assert 'query="mean"' in text
-    text = _message(vtok.UnsupportedModelError, vtok.patch, model, "zero_tprune")
+    text = message_of(vtok.UnsupportedModelError, vtok.patch, model, "zero_tprune")
     assert 'cls_init="uniform"' in text
 
 
 def test_methods_that_need_probabilities():
-    text = _message(vtok.UnsupportedModelError, vtok.patch, build("timm: ViT differential attention"), "ats", num_tokens=30)
+    text = message_of(vtok.UnsupportedModelError, vtok.patch, build("timm: ViT differential attention"), "ats", num_tokens=30)
     assert "difference of two softmaxes" in text
 
 
 def test_a_tap_that_does_not_exist():
     greedy = Nothing(place=Place.BLOCK_END, needs=frozenset("kv"))
-    text = _message(vtok.UnsupportedModelError, vtok.patch, build("timm: ViT differential attention"), greedy)
+    text = message_of(vtok.UnsupportedModelError, vtok.patch, build("timm: ViT differential attention"), greedy)
     assert "DiffAttention does not show v" in text
 
 
@@ -241,7 +236,7 @@ def test_pools_that_cannot_see_sizes():
 
     kwargs = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 4, "num_classes": 10}
     model = VisionTransformer(**kwargs, global_pool="prr").eval()
-    text = _message(vtok.UnsupportedModelError, vtok.patch, model, "tome", r=4)
+    text = message_of(vtok.UnsupportedModelError, vtok.patch, model, "tome", r=4)
     assert "tome cannot be used on VisionTransformer: its attention pool (prr) takes no mask" in text
     vtok.patch(model, "random", keep=0.8)
     with torch.no_grad():
@@ -252,23 +247,23 @@ def test_causal_attention(model):
     vtok.patch(model, "tome", r=4)
     with torch.no_grad():
         tokens = model._pos_embed(model.patch_embed(images("timm: ViT")))
-        text = _message(vtok.UnsupportedModelError, model.blocks[0], tokens, is_causal=True)
+        text = message_of(vtok.UnsupportedModelError, model.blocks[0], tokens, is_causal=True)
     assert "vtok patches encoders" in text
 
 
 def test_packed_input():
     model = vtok.patch(build("timm: NaFlexViT"), "random", input_size=(3, 64, 64))
-    text = _message(vtok.UnsupportedModelError, model, {"patches": torch.zeros(1, 4, 192)})
+    text = message_of(vtok.UnsupportedModelError, model, {"patches": torch.zeros(1, 4, 192)})
     assert "packed NaFlex input is not supported" in text
 
 
 def test_config_files(model, tmp_path):
     path = tmp_path / "run.json"
-    assert "does not exist; methods are: atp, ats" in _message(vtok.ConfigError, vtok.patch, model, str(path))
+    assert "does not exist; methods are: atp, ats" in message_of(vtok.ConfigError, vtok.patch, model, str(path))
     path.write_text("{not json")
-    assert "is not a JSON file" in _message(vtok.ConfigError, vtok.patch, model, path)
+    assert "is not a JSON file" in message_of(vtok.ConfigError, vtok.patch, model, path)
     path.write_text("[1, 2]")
-    assert "expected a file of vtok.save_config with format 1, found 'list'" in _message(
+    assert "expected a file of vtok.save_config with format 1, found 'list'" in message_of(
         vtok.ConfigError, vtok.patch, model, path
     )
     vtok.save_config(vtok.patch(model, "tome", r=4), path)
@@ -276,7 +271,7 @@ def test_config_files(model, tmp_path):
 
     def rewritten(**changes):
         path.write_text(json.dumps({**saved, **changes}))
-        return _message(vtok.VtokError, vtok.patch, model, path)
+        return message_of(vtok.VtokError, vtok.patch, model, path)
 
     assert "format 1, found 9" in rewritten(format=9)
 
@@ -297,18 +292,18 @@ def test_config_files(model, tmp_path):
     with pytest.warns(UserWarning, match="saved for 9 patches"):
         vtok.patch(model, path)
     for more in ({"r": 3}, {"flops": 0.5}):
-        assert "is a saved patch, which holds all its numbers; leave out" in _message(
+        assert "is a saved patch, which holds all its numbers; leave out" in message_of(
             vtok.ConfigError, vtok.patch, model, path, **more
         )
-    assert "does not exist" in _message(vtok.ConfigError, vtok.save_config, model, tmp_path / "missing" / "run.json")
+    assert "does not exist" in message_of(vtok.ConfigError, vtok.save_config, model, tmp_path / "missing" / "run.json")
 
 
 def test_nothing_to_save(model, tmp_path):
-    assert "not patched; there is nothing to save" in _message(vtok.StateError, vtok.save_config, model, tmp_path)
+    assert "not patched; there is nothing to save" in message_of(vtok.StateError, vtok.save_config, model, tmp_path)
 
 
 def test_unmerge_before_a_pass(model):
-    text = _message(vtok.StateError, vtok.unmerge, vtok.patch(model, "tome", r=4, trace=True), torch.zeros(1, 3, 4))
+    text = message_of(vtok.StateError, vtok.unmerge, vtok.patch(model, "tome", r=4, trace=True), torch.zeros(1, 3, 4))
     assert "has just run" in text
 
 
@@ -316,11 +311,11 @@ def test_a_missing_extra(monkeypatch):
     from vtok.eval.tasks.timm_pipeline import Options, create_model
 
     monkeypatch.setitem(sys.modules, "timm", None)
-    assert 'pip install "vtok[timm]"' in _message(vtok.MissingExtraError, create_model, "vit_tiny_patch16_224", Options())
+    assert 'pip install "vtok[timm]"' in message_of(vtok.MissingExtraError, create_model, "vit_tiny_patch16_224", Options())
 
 
 def test_registries_refuse_collisions():
-    text = _message(vtok.ConfigError, vtok.METHODS.register("tome"), object())
+    text = message_of(vtok.ConfigError, vtok.METHODS.register("tome"), object())
     assert "method 'tome' is already registered" in text
 
 
@@ -330,7 +325,7 @@ def test_vision_language_models_need_a_younger_transformers_than_encoders(monkey
 
     model = EXAMPLES["LLaVA-1.5"].build()
     monkeypatch.setattr(hf_vlm, "OLDEST", (99, 0))
-    text = _message(vtok.UnsupportedModelError, vtok.patch, model, "uniform", keep=0.5)
+    text = message_of(vtok.UnsupportedModelError, vtok.patch, model, "uniform", keep=0.5)
     assert "need transformers 99.0 or newer, found 5." in text
     assert "patch the model's vision tower by itself" in text
     vtok.patch(model.model.vision_tower, "tome", r=2)

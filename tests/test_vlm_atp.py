@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from atp_vlm import GRID, decided, modules, prompts, saved
+from helpers_errors import message_of
 from vlm_zoo import MaskOracle, assert_same, build, generate, inputs, text_model
 
 import vtok
@@ -182,15 +183,11 @@ def test_a_model_in_training_mode(tmp_path):
 
 
 # Refusals.
-def _message(error, call, *args, **kwargs):
-    with pytest.raises(error) as caught:
-        call(*args, **kwargs)
-    return str(caught.value)
 
 
 def test_without_modules():
     model = build("LLaVA-1.5")
-    text = _message(vtok.ConfigError, vtok.patch, model, "atp")
+    text = message_of(vtok.ConfigError, vtok.patch, model, "atp")
     assert "atp needs modules that were trained for this LlavaModel" in text
     assert "python -m vtok.eval.train_atp --model FOLDER" in text
     assert text == vtok.supports(model).methods["atp"]
@@ -206,7 +203,7 @@ def test_without_modules():
     ],
 )
 def test_modules_of_another_model(tmp_path, spec, words):
-    text = _message(vtok.ConfigError, vtok.patch, build("LLaVA-1.5"), "atp", weights=saved(tmp_path, **spec))
+    text = message_of(vtok.ConfigError, vtok.patch, build("LLaVA-1.5"), "atp", weights=saved(tmp_path, **spec))
     assert words in text
 
 
@@ -225,7 +222,7 @@ def test_modules_of_another_model(tmp_path, spec, words):
 )
 def test_values_that_make_no_sense(tmp_path, params, words):
     path = saved(tmp_path, target_tokens=4)
-    assert words in _message(vtok.ConfigError, vtok.patch, build("LLaVA-1.5"), "atp", **{"weights": path, **params})
+    assert words in message_of(vtok.ConfigError, vtok.patch, build("LLaVA-1.5"), "atp", **{"weights": path, **params})
     assert vtok.patch(build("LLaVA-1.5"), vtok.ATP(weights=path, target_tokens=4)) is not None
 
 
@@ -233,10 +230,10 @@ def test_values_that_make_no_sense(tmp_path, params, words):
 def test_several_images_and_grids_that_depend_on_them(tmp_path, inputs_):
     path = saved(tmp_path, inputs=inputs_)
     model = vtok.patch(build("LLaVA-1.5"), "atp", weights=path)
-    text = _message(vtok.UnsupportedModelError, model, **inputs("LLaVA-1.5"))
+    text = message_of(vtok.UnsupportedModelError, model, **inputs("LLaVA-1.5"))
     assert "atp needs one image of 16 visual tokens in a prompt, or none; found 32" in text
     for name in ("LLaVA-NeXT", "Qwen2.5-VL", "Idefics3"):
-        text = _message(vtok.UnsupportedModelError, vtok.patch, build(name), "atp", weights=path)
+        text = message_of(vtok.UnsupportedModelError, vtok.patch, build(name), "atp", weights=path)
         assert "depend on the image (tiles or variable resolution)" in text
 
 
@@ -264,7 +261,7 @@ def test_means_serve_another_grid(tmp_path):
 
 def test_no_encoder_method(tmp_path):
     tower = build("LLaVA-1.5").model.vision_tower
-    text = _message(vtok.UnsupportedModelError, vtok.patch, tower, "atp", weights=saved(tmp_path))
+    text = message_of(vtok.UnsupportedModelError, vtok.patch, tower, "atp", weights=saved(tmp_path))
     assert "atp drops visual tokens from the prompts of vision-language models" in text
     with pytest.raises(vtok.UnsupportedModelError, match="inside the LLM, which needs hooks"), warnings.catch_warnings():
         vtok.prune_inputs(build("LLaVA-1.5"), prompts(), "atp", weights=saved(tmp_path))

@@ -2,29 +2,24 @@
 
 import pytest
 import torch
+from helpers_errors import message_of
 from vlm_zoo import EXAMPLES, Attended, Columns, Nearest, build, generate, inputs, text_model
 
 import vtok
 from vtok.patches.hf_vlm import REFUSED
 
 
-def _message(error, call, *args, **kwargs):
-    with pytest.raises(error) as caught:
-        call(*args, **kwargs)
-    return str(caught.value)
-
-
 @pytest.mark.parametrize("method", ["ats", "pitome", "tome", "zero_tprune"])
 def test_methods_of_vision_encoders(method):
     """Where the tower cannot be patched."""
     model = build("Qwen2-VL")
-    text = _message(vtok.UnsupportedModelError, vtok.patch, model, method)
+    text = message_of(vtok.UnsupportedModelError, vtok.patch, model, method)
     assert f"{method} reduces tokens inside the vision tower, and that of Qwen2VLModel cannot be patched" in text
     assert "methods that act on its prompts: " in text
     for name in ("random", "uniform"):
         assert name in text
     assert not vtok.info(model).patched
-    assert method in _message(vtok.UnsupportedModelError, vtok.prune_inputs, model, inputs("Qwen2-VL"), method)
+    assert method in message_of(vtok.UnsupportedModelError, vtok.prune_inputs, model, inputs("Qwen2-VL"), method)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +46,7 @@ def test_methods_of_vision_encoders(method):
 )
 def test_values_that_make_no_sense(config, error, words):
     model = vtok.patch(build("LLaVA-1.5"), "random", keep=0.5)
-    text = _message(error, vtok.patch, model, config)
+    text = message_of(error, vtok.patch, model, config)
     for word in words:
         assert word in text, text
     assert vtok.info(model).prompts[0].configs == (vtok.RandomDrop(keep=0.5),), "the earlier patch is still there"
@@ -60,10 +55,10 @@ def test_values_that_make_no_sense(config, error, words):
 def test_arguments_of_vision_encoders():
     model = build("LLaVA-1.5")
     for argument in ({"calibration": torch.zeros(1)},):
-        assert f"{next(iter(argument))} cannot be used on a vision-language model" in _message(
+        assert f"{next(iter(argument))} cannot be used on a vision-language model" in message_of(
             vtok.ConfigError, vtok.patch, model, "uniform", **argument
         )
-    assert "positions is for vision-language models" in _message(
+    assert "positions is for vision-language models" in message_of(
         vtok.ConfigError, vtok.patch, model.model.vision_tower, "tome", r=1, positions="compact"
     )
     assert vtok.info(vtok.patch(model.model.vision_tower, "tome", r=1)).patched
@@ -71,17 +66,17 @@ def test_arguments_of_vision_encoders():
 
 def test_positions():
     model = build("LLaVA-1.5")
-    assert "did you mean 'compact'?" in _message(vtok.UnknownNameError, vtok.patch, model, "uniform", positions="compacted")
-    assert "between its layers has been rotated" in _message(
+    assert "did you mean 'compact'?" in message_of(vtok.UnknownNameError, vtok.patch, model, "uniform", positions="compacted")
+    assert "between its layers has been rotated" in message_of(
         vtok.ConfigError, vtok.patch, model, Columns(((2, 2),)), positions="compact"
     )
-    assert "time, height and width" in _message(
+    assert "time, height and width" in message_of(
         vtok.UnsupportedModelError, vtok.patch, build("Qwen2.5-VL"), "uniform", positions="compact"
     )
 
 
 def test_layers_that_get_features_of_the_tower():
-    text = _message(vtok.UnsupportedModelError, vtok.patch, build("Qwen3-VL"), Columns(((1, 2),)))
+    text = message_of(vtok.UnsupportedModelError, vtok.patch, build("Qwen3-VL"), Columns(((1, 2),)))
     assert "in front of decoder layer 1, but Qwen3VLModel adds tower features" in text
     assert "from layer 2 on" in text
 
@@ -100,7 +95,7 @@ def test_models_that_are_refused():
         }
         text |= {"intermediate_size": 32, "cross_attention_layers": [1], "pad_token_id": 0}
         model = MllamaForConditionalGeneration(MllamaConfig(vision_config=vision, text_config=text))
-    assert "attends to the image by cross-attention" in _message(vtok.UnsupportedModelError, vtok.patch, model, "uniform")
+    assert "attends to the image by cross-attention" in message_of(vtok.UnsupportedModelError, vtok.patch, model, "uniform")
     assert not vtok.supports(model)
     for why in REFUSED.values():
         assert 40 < len(why) < 150
@@ -120,7 +115,7 @@ def test_text_models_that_are_refused(setting, words):
     model = build("LLaVA, Qwen2 text")
     for name, value in setting.items():
         object.__setattr__(text_model(model).config, name, value)
-    assert words in _message(vtok.UnsupportedModelError, vtok.patch, model, "uniform")
+    assert words in message_of(vtok.UnsupportedModelError, vtok.patch, model, "uniform")
 
 
 def test_text_models_that_were_never_tried():
@@ -131,40 +126,40 @@ def test_text_models_that_were_never_tried():
 
     model = build("LLaVA-1.5")
     model.model.language_model = MyLlama(model.model.language_model.config)
-    text = _message(vtok.UnsupportedModelError, vtok.patch, model, "uniform")
+    text = message_of(vtok.UnsupportedModelError, vtok.patch, model, "uniform")
     assert "MyLlama, is not among those that vtok has been tested with" in text
 
 
 def test_ways_to_generate_that_are_refused():
     model, values = vtok.patch(build("LLaVA-1.5"), "uniform", keep=0.5), inputs("LLaVA-1.5")
     one = {k: v[:1] if k != "pixel_values" else v[:2] for k, v in values.items()}
-    text = _message(vtok.UnsupportedModelError, generate, model, one, prompt_lookup_num_tokens=2)
+    text = message_of(vtok.UnsupportedModelError, generate, model, one, prompt_lookup_num_tokens=2)
     assert "assisted decoding takes rejected tokens back" in text
-    text = _message(vtok.UnsupportedModelError, generate, model, values, prefill_chunk_size=8)
+    text = message_of(vtok.UnsupportedModelError, generate, model, values, prefill_chunk_size=8)
     assert "prefill_chunk_size reads a prompt in pieces" in text
     cache = generate(model, values, steps=2)[2].past_key_values
-    assert "cannot be cropped" in _message(vtok.UnsupportedModelError, cache.crop, -1)
+    assert "cannot be cropped" in message_of(vtok.UnsupportedModelError, cache.crop, -1)
     with torch.no_grad():
-        text = _message(vtok.UnsupportedModelError, model, **values, past_key_values=cache)
+        text = message_of(vtok.UnsupportedModelError, model, **values, past_key_values=cache)
         assert "images were passed with a cache that holds text already" in text
         embedded = {"inputs_embeds": model.get_input_embeddings()(values["input_ids"]), "pixel_values": values["pixel_values"]}
-        assert "pass input_ids" in _message(vtok.UnsupportedModelError, model, **embedded)
+        assert "pass input_ids" in message_of(vtok.UnsupportedModelError, model, **embedded)
         new = {"inputs_embeds": torch.zeros(2, 1, 64), "past_key_values": cache}
-        text = _message(vtok.StateError, text_model(model), **new)
+        text = message_of(vtok.StateError, text_model(model), **new)
         assert "was called on its own with a cache that holds a shortened prompt" in text
         three = {"input_ids": torch.ones(3, 1, dtype=torch.long), "past_key_values": cache}
-        assert "made for 2 rows and is used for 3" in _message(vtok.StateError, model, **three)
+        assert "made for 2 rows and is used for 3" in message_of(vtok.StateError, model, **three)
     assert generate(model, values, steps=2)[1].isfinite().all()
 
 
 def test_kernels_that_are_refused(monkeypatch):
     model = vtok.patch(build("LLaVA, Mistral text, window 9"), "uniform", keep=0.5)
     text_model(model).config._attn_implementation_internal = "flash_attention_2"
-    text = _message(vtok.UnsupportedModelError, model, **inputs("LLaVA, Mistral text, window 9"))
+    text = message_of(vtok.UnsupportedModelError, model, **inputs("LLaVA, Mistral text, window 9"))
     assert "measures sliding windows in stored tokens" in text
     model = vtok.patch(build("LLaVA-1.5"), "uniform", keep=0.5)
     text_model(model).config._attn_implementation_internal = "flex_attention"
-    assert "attn_implementation='flex_attention'" in _message(vtok.UnsupportedModelError, model, **inputs("LLaVA-1.5"))
+    assert "attn_implementation='flex_attention'" in message_of(vtok.UnsupportedModelError, model, **inputs("LLaVA-1.5"))
 
 
 def test_a_method_that_keeps_nothing(monkeypatch):
@@ -173,7 +168,7 @@ def test_a_method_that_keeps_nothing(monkeypatch):
     reducer = type(Nearest().build_vlm(None))
     monkeypatch.setattr(reducer, "features", lambda self, images: Plan(torch.zeros(len(images.tokens), 0, dtype=torch.long)))
     model = vtok.patch(build("LLaVA-1.5"), Nearest())
-    assert "keeps no token of an image; at least one must stay" in _message(vtok.StateError, model, **inputs("LLaVA-1.5"))
+    assert "keeps no token of an image; at least one must stay" in message_of(vtok.StateError, model, **inputs("LLaVA-1.5"))
 
 
 @pytest.mark.parametrize("name", list(EXAMPLES))
@@ -196,7 +191,7 @@ def test_where_the_image_stands(place):
     positions = "compact" if place == "end" else "original"
     short = generate(model, vtok.prune_inputs(model, one, "uniform", keep=0.3, positions=positions))
     if place == "end":
-        text = _message(vtok.StateError, vtok.prune_inputs, model, one, "uniform", keep=0.3)
+        text = message_of(vtok.StateError, vtok.prune_inputs, model, one, "uniform", keep=0.3)
         assert "a prompt ends with a visual token that is dropped" in text
     long = generate(vtok.patch(model, "uniform", keep=0.3, positions=positions), one)
     assert (short[1] - long[1]).abs().max() <= 1e-5

@@ -18,6 +18,7 @@ from vtok.eval import runs
 from vtok.eval.clip_command import evaluate_retrieval, evaluate_zeroshot
 from vtok.eval.imagenet_command import evaluate_imagenet
 from vtok.eval.matrix_command import print_matrix
+from vtok.eval.tune_command import tune
 from vtok.eval.viz_command import draw_tokens
 from vtok.eval.vqa_command import evaluate_vqa
 from vtok.patches import find_vlms
@@ -31,6 +32,7 @@ evaluate.command("retrieval")(evaluate_retrieval)
 evaluate.command("vqa")(evaluate_vqa)
 evaluate.command("zeroshot")(evaluate_zeroshot)
 app.command("matrix")(print_matrix)
+app.command("tune")(tune)
 app.command("viz")(draw_tokens)
 console = Console()
 if not console.is_terminal:  # piped into a file or a log: tables keep their columns

@@ -16,14 +16,15 @@ ALLOWED = {
     "_version": set(),
     "registry": {"errors"},
     "ops": {"errors", "ops", "state"},
+    "space": set(),
     "state": set(),
     "reduction": {"errors", "ops", "state"},
     "run": {"errors", "state"},
     "prompt": {"ops", "reduction", "state"},
-    "config": {"errors", "prompt", "reduction", "state"},
+    "config": {"errors", "prompt", "reduction", "space", "state"},
     "cost": {"config", "state"},
     "prompt_cost": {"cost", "errors", "prompt"},
-    "methods": {"config", "errors", "methods", "ops", "prompt", "reduction", "state"},
+    "methods": {"config", "errors", "methods", "ops", "prompt", "reduction", "space", "state"},
     "patches": {"config", "cost", "errors", "ops", "patches", "prompt", "prompt_cost", "reduction", "registry", "run", "state"},
 }
 CORE = [

@@ -128,6 +128,19 @@ def solve_prompt(
     return chosen, Budget(float(target), found.fraction, chosen.knob(), 0, found.exact, where)
 
 
+def within(ladder: Sequence[MethodConfig], limit: float, price: Callable[[MethodConfig], _Cost]) -> tuple[MethodConfig, _Cost]:
+    """(the mildest setting of a ladder that costs at most `limit` of the model's FLOPs, its cost).
+
+    Raises:
+        BudgetError: the strongest still costs more.
+    """
+    at = functools.cache(lambda i: price(ladder[i]))
+    if at(len(ladder) - 1).fraction > limit:
+        raise BudgetError(f"the strongest setting still needs {at(len(ladder) - 1).fraction:.3f} of the FLOPs, not {limit:g}")
+    first = _first_within(at, len(ladder), limit)
+    return ladder[first], at(first)
+
+
 def _check(config: MethodConfig, target: float) -> None:
     if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target <= 1:
         raise ConfigError(f"flops is a share of the model's FLOPs in (0, 1], got {target!r}")
@@ -141,16 +154,22 @@ def _search(
 ) -> tuple[MethodConfig, _Cost]:
     """(the setting on the ladder that comes closest to the target, its cost)."""
     at = functools.cache(lambda i: price(ladder[i]))
-    low, high = 0, len(ladder) - 1  # FLOPs fall along the ladder
-    if at(high).fraction > target + TOLERANCE:
+    strongest = at(len(ladder) - 1).fraction
+    if strongest > target + TOLERANCE:
         raise BudgetError(
-            f"{config.name} cannot bring {model} down to flops={target:g}: its strongest setting still needs "
-            f"{at(high).fraction:.3f}"
+            f"{config.name} cannot bring {model} down to flops={target:g}: its strongest setting still needs {strongest:.3f}"
         )
-    while low < high:  # the first step at or under the target
-        middle = (low + high) // 2
-        low, high = (low, middle) if at(middle).fraction <= target else (middle + 1, high)
+    low = _first_within(at, len(ladder), target)
     best = min((i for i in (low - 1, low) if i >= 0), key=lambda i: abs(at(i).fraction - target))
     if target >= at(0).fraction:  # nothing to save: the mildest steps of some ladders cost more than they save
         best = 0
     return ladder[best], at(best)
+
+
+def _first_within(at: Callable[[int], Estimate | PromptEstimate], steps: int, limit: float) -> int:
+    """The first step that costs at most `limit`, else the last; FLOPs fall along a ladder."""
+    low, high = 0, steps - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if at(middle).fraction <= limit else (middle + 1, high)
+    return low

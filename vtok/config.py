@@ -13,6 +13,7 @@ from torch import Tensor
 from vtok.errors import ConfigError, UnsupportedModelError, unknown
 from vtok.prompt import ImageFeatures, VLMInfo, VLMReducer
 from vtok.reduction import Plan
+from vtok.space import Point, Space
 from vtok.state import AttentionView, Site, TokenState
 
 if TYPE_CHECKING:
@@ -183,6 +184,22 @@ class MethodConfig:
     def knob(self) -> dict[str, Any]:
         """The parameters that `ladder` varies."""
         return {}
+
+    def search_space(self, info: ModelInfo) -> Space:
+        """What a search over schedules may vary on a model; empty if nothing is left, because it was given."""
+        raise ConfigError(f"{self.name} has no schedule inside vision encoders that could be searched")
+
+    def ladder_at(self, info: ModelInfo, point: Point) -> Sequence[Self]:
+        """As `ladder`, for the shape of schedule that a point of the search space describes."""
+        raise NotImplementedError
+
+    def search_space_vlm(self, info: VLMInfo) -> Space:
+        """The same for a vision-language model."""
+        raise ConfigError(f"{self.name} has no schedule on vision-language models that could be searched")
+
+    def ladder_at_vlm(self, info: VLMInfo, point: Point) -> Sequence[Self]:
+        """The same for a vision-language model."""
+        raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON or YAML; `from_dict` restores an equal config."""

@@ -31,6 +31,7 @@ from vtok.errors import ConfigError
 from vtok.ops.rows import rows_where, with_prefix
 from vtok.ops.sampling import endpoint_samples, midpoint_samples
 from vtok.reduction import Plan
+from vtok.space import Blocks, Point, Space
 from vtok.state import AttentionView, Place, Site, TokenState, at_least_fp32
 
 if TYPE_CHECKING:
@@ -97,10 +98,20 @@ class ATS(MethodConfig):
         return {"num_tokens": self.num_tokens}
 
     def ladder(self, info: ModelInfo) -> Sequence[Self]:
+        return self._ladder(info, 4)
+
+    def _ladder(self, info: ModelInfo, per_octave: int) -> Sequence[Self]:
+        """Settings with K up to 128 per patch: where attention is peaked, one per patch already drops most of them."""
         n = info.num_patches
-        finer = [round(n * 2 ** (step / 4)) for step in range(28, 0, -1)]  # where attention is peaked, K = n already drops most
+        finer = [round(n * 2 ** (step / per_octave)) for step in range(7 * per_octave, 0, -1)]
         points = [*finer, *range(n, 0, -1)]
         return [self.replace(num_tokens=None, keep=1.0), *(self.replace(num_tokens=k, keep=None) for k in points)]
+
+    def search_space(self, info: ModelInfo) -> Space:
+        return {} if self.layers is not None else {"layers": Blocks(tuple(range(info.depth)))}
+
+    def ladder_at(self, info: ModelInfo, point: Point) -> Sequence[Self]:
+        return self.replace(layers=point["layers"])._ladder(info, 16)
 
     def blocks(self, info: ModelInfo) -> tuple[int, ...]:
         return block_indices(self.layers, range(info.depth // 4, info.depth), info.depth)

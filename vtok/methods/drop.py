@@ -18,6 +18,7 @@ from vtok.errors import ConfigError
 from vtok.ops.rows import with_prefix
 from vtok.prompt import ImageFeatures, View, VLMInfo, VLMReducer
 from vtok.reduction import Plan
+from vtok.space import Blocks, Point, Space
 from vtok.state import AttentionView, Place, Site, TokenState
 
 if TYPE_CHECKING:
@@ -51,6 +52,12 @@ class DropConfig(MethodConfig):
 
     def ladder(self, info: ModelInfo) -> Sequence[Self]:
         return [self.replace(keep=1 - step / 1000) for step in range(1000)]
+
+    def search_space(self, info: ModelInfo) -> Space:
+        return {} if self.layers is not None else {"layers": Blocks(tuple(range(info.depth)))}
+
+    def ladder_at(self, info: ModelInfo, point: Point) -> Sequence[Self]:
+        return self.replace(layers=point["layers"]).ladder(info)
 
     def ladder_vlm(self, info: VLMInfo) -> Sequence[Self]:
         return [self.replace(keep=1 - step / 1000) for step in range(1000)]

@@ -22,6 +22,7 @@ from vtok.methods.tome import check_merge_count
 from vtok.ops.matching import best_partner, bipartite_sides, bipartite_soft_matching, unit
 from vtok.ops.rows import take_rows, with_prefix
 from vtok.reduction import Plan
+from vtok.space import Ladder, Point, Space, Weights
 from vtok.state import AttentionView, Place, Site, TokenState
 
 if TYPE_CHECKING:
@@ -112,6 +113,17 @@ class PiToMe(MethodConfig):
 
     def ladder(self, info: ModelInfo) -> Sequence[Self]:
         return [self.replace(ratio=1 - step / 1000, r=None) for step in range(501)]
+
+    def search_space(self, info: ModelInfo) -> Space:
+        return {"weights": Weights(info.depth)}
+
+    def ladder_at(self, info: ModelInfo, point: Point) -> Sequence[Self]:
+        weights = point["weights"]
+
+        def at(strength: float) -> Self:
+            return self.replace(ratio=[round(max(0.5, math.exp(-strength * weight)), 4) for weight in weights], r=None)
+
+        return Ladder(at, math.log(2) / min(weight for weight in weights if weight))
 
     def build(self, info: ModelInfo) -> PiToMeReducer:
         depth, preset = info.depth, PAPER if self.preset is None else PRESETS[self.preset]

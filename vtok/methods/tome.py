@@ -6,6 +6,7 @@ Shapes: B batch, N tokens, P prefix tokens, C width.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,6 +17,7 @@ from vtok.config import MethodConfig, ModelInfo, Reducer, Schedule, flag
 from vtok.errors import ConfigError
 from vtok.ops.matching import bipartite_pairs, bipartite_sides, bipartite_soft_matching
 from vtok.reduction import Plan
+from vtok.space import Ladder, Point, Space, Weights
 from vtok.state import AttentionView, Place, Site, TokenState
 
 if TYPE_CHECKING:
@@ -61,6 +63,20 @@ class ToMe(MethodConfig):
 
     def ladder(self, info: ModelInfo) -> Sequence[Self]:
         return [self.replace(r=r) for r in range(info.num_patches // 2 + 1)]
+
+    def search_space(self, info: ModelInfo) -> Space:
+        return {"weights": Weights(info.depth)}
+
+    def ladder_at(self, info: ModelInfo, point: Point) -> Sequence[Self]:
+        weights, most = point["weights"], info.num_patches // 2
+        reach = list(itertools.accumulate(weights, initial=0.0))
+
+        def at(mean: float) -> Self:
+            gone = [round(mean * share) for share in reach]  # rounding sums: one step of the ladder removes one token more
+            return self.replace(r=[min(after - before, most) for before, after in itertools.pairwise(gone)])
+
+        end = most / min(weight for weight in weights if weight)  # every block that does not rest merges all it can
+        return Ladder(at, end, round(16 * end))
 
     def build(self, info: ModelInfo) -> ToMeReducer:
         per_block = tuple(int(r) for r in self.r.resolve(info.depth, "r", pad=0))

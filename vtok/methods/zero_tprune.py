@@ -11,6 +11,8 @@ Shapes: B batch, N tokens, P prefix tokens, n patches, d head dim.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,11 +26,13 @@ from vtok.ops.duplicates import METRICS, PARTITIONS, most_similar, split_halves
 from vtok.ops.graph import importance
 from vtok.ops.rows import rows_where, with_prefix
 from vtok.reduction import Plan
+from vtok.space import Blocks, Dimension, Ladder, Point, Real, Space, Weights
 from vtok.state import AttentionView, Place, Site, TokenState
 
 # A schedule for DeiT-S that meets the 3.08 GFLOPs of the paper's ablation table (0-based blocks of 12; 196 patches). The paper
 # prints none: this one is a recollection that fits the budget, not a quotation.
 _BLOCKS, _RETAIN, _SIMILAR, _DEPTH, _PATCHES = (0, 2, 5, 8, 10), (1.0, 0.9, 0.8, 0.7, 1.0), 10, 12, 196
+_STRONGEST = 2.5  # a search goes down to exp(-2.5) = 8 % of the patches in every pruning layer
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,32 @@ class ZeroTPrune(MethodConfig):
 
         return [at(percent / 100) for percent in range(1001)]
 
+    def search_space(self, info: ModelInfo) -> Space:
+        """Where to prune (not at the end of the last block, where nothing is saved), how these layers share the work (as the
+        default schedule does, more or less), and how much of it the S-stage does."""
+        steps = self._steps(info)
+        work = [-math.log(step.retain * (1 - step.r / (info.num_patches + 1))) + 1e-3 for step in steps]
+        usual = tuple(_between([step.block for step in steps], work, block) for block in range(info.depth))
+        space: dict[str, Dimension] = {"weights": Weights(info.depth, False, usual), "similar": Real(0, 0.6)}
+        if self.layers is None:
+            places = tuple(range(max(1, info.depth - 1)))
+            space["layers"] = Blocks(places, 2, max(2, info.depth // 2), tuple(step.block for step in steps))
+        return space
+
+    def ladder_at(self, info: ModelInfo, point: Point) -> Sequence[ZeroTPrune]:
+        layers, similar = point.get("layers", self.layers), point["similar"]
+        weights = [point["weights"][layer] for layer in layers]
+
+        def at(strength: float) -> ZeroTPrune:
+            left, retain, r = info.num_patches, [], []
+            for weight in weights:  # S takes its share of what is to go, then I the rest
+                r.append(min(round(left * -math.expm1(-strength * weight * similar)), left // 2))
+                retain.append(round(max(math.exp(-strength * weight * (1 - similar)), 1e-3), 4))
+                left = Step(0, retain[-1], r[-1], 1).counts(left)[1]
+            return self.replace(layers=layers, retain=retain, r=r)
+
+        return Ladder(at, _STRONGEST / min(weights))
+
     def resolved(self, info: ModelInfo) -> ZeroTPrune:
         steps = self._steps(info)
         return self.replace(
@@ -152,6 +182,14 @@ class ZeroTPrune(MethodConfig):
             info.num_kv_heads,
             info.head_dim,
         )
+
+
+def _between(places: Sequence[int], values: Sequence[float], place: int) -> float:
+    """The value at a place between others, on a line; in front of the first and behind the last: theirs."""
+    for (a, low), (b, high) in itertools.pairwise(zip(places, values)):
+        if a <= place <= b:
+            return low + (high - low) * (place - a) / (b - a)
+    return values[0] if place < places[0] else values[-1]
 
 
 def _is_range(value: Any) -> bool:

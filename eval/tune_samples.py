@@ -1,0 +1,96 @@
+"""Calibration and held-out samples of a search: always disjoint, always in a random order of its own seed, so that the first
+few are like the rest.
+
+Shapes: S images [S, C, H, W], labels [S] int64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtok.errors import ConfigError
+from vtok.eval.data import normalise
+from vtok.eval.records import key_of
+from vtok.eval.reference import load_reference_images
+
+# (inputs of the model, labels or None)
+Batch = tuple[Any, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A sequence of labelled or unlabelled inputs.
+
+    Attributes:
+        name: of the data, for people.
+        identity: differs where the samples or their order do.
+        count: how many.
+        read: (start, stop, size) -> batches of at most `size` of the samples start..stop.
+        labelled: whether batches come with labels.
+        dataset: folder or name of the data set that they were taken from, and `task` that evaluates it.
+        task: name of a task.
+        notes: what a reader should know, such as files that were left out.
+    """
+
+    name: str
+    identity: str
+    count: int
+    read: Callable[[int, int, int], Iterator[Batch]]
+    labelled: bool = True
+    dataset: str = ""
+    task: str = "imagenet"
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def shuffled(count: int, seed: int, what: str = "data") -> list[int]:
+    """Numbers 0..count-1 in a random order."""
+    generator = torch.Generator().manual_seed(int(key_of({"seed": seed, "of": what})[:8], 16))
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def in_memory(name: str, images: Tensor, labels: Tensor | None, identity: Any, **about: Any) -> Samples:
+    """Samples that are held as tensors."""
+
+    def read(start: int, stop: int, size: int) -> Iterator[Batch]:
+        for first in range(start, stop, size):
+            rows = slice(first, min(first + size, stop))
+            yield images[rows], None if labels is None else labels[rows]
+
+    return Samples(name, key_of({"name": name, "of": identity}), len(images), read, labels is not None, **about)
+
+
+def enough(wanted: int | None, there: int, option: str, what: str) -> int:
+    """How many samples to take: `wanted`, or all.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+    if wanted is not None and wanted > there:
+        raise ConfigError(f"{option} {wanted} is more than there is: {there} {what}")
+    return there if wanted is None else wanted
+
+
+def reference_vit_samples(images: int, held_out: int | None, seed: int) -> tuple[Samples, Samples]:
+    """For the reference ViT: calibration images are training images that it was not trained on, held-out ones test images.
+
+    Args:
+        images: calibration images, of 1,000.
+        held_out: test images, of 10,000; `None` = all.
+        seed: of the choice and the order of both.
+    """
+    found = []
+    for split, wanted, option in (("calibration", images, "--images"), ("test", held_out, "--held-out-images")):
+        pictures, labels = load_reference_images(split)
+        count = enough(wanted, len(labels), option, f"{split} images of Fashion-MNIST come with vtok")
+        rows = shuffled(len(labels), seed, split)[:count]
+        name = f"fashion-mnist/{split}"
+        found.append(in_memory(name, normalise(pictures[rows]), labels[rows], [seed, count], dataset="fashion-mnist"))
+    return found[0], found[1]

@@ -1,0 +1,316 @@
+"""`vtok tune`: candidates cost the same, resuming changes nothing, the winner is a config that runs; the command end to end."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+import vtok
+from tests import zoo
+from vtok.eval import tune_report
+from vtok.eval.app import app
+from vtok.eval.settings import pass_cost
+from vtok.eval.tune import Plan, Tuning
+from vtok.eval.tune_models import Prepared
+from vtok.eval.tune_samples import in_memory, shuffled
+from vtok.eval.tune_score import class_values, embedding_values, loss
+from vtok.eval.tune_subjects import SLACK, Encoder
+from vtok.registry import METHODS, encoder_methods
+
+SIZE = (3, 64, 64)
+
+
+def images(count, seed):
+    """Smooth images: neighbouring patches are alike, others are not."""
+    coarse = torch.randn(count, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(coarse, SIZE[1:], mode="bilinear")
+
+
+@pytest.fixture(scope="module")
+def model():
+    net = zoo.build("timm: ViT")
+    assert net.patch_embed.img_size == SIZE[1:]
+    return net
+
+
+@pytest.fixture(scope="module")
+def data(model):
+    made = []
+    for name, count, seed in (("calibration", 96, 1), ("held out", 60, 2)):
+        pictures = images(count, seed)
+        with torch.inference_mode():
+            labels = model(pictures).argmax(1)
+        made.append(in_memory(name, pictures, labels, seed))
+    return made
+
+
+def tuning(model, data, out, method="tome", flops=0.75, progress=None, params=None, **plan):
+    config = METHODS.get(method)(**(params or {}))
+    subject = Encoder(model, "tiny", config, data[0], SIZE)
+    plan = {"candidates": 6, "batch_size": 32, **plan}
+    return Tuning(subject, Plan(flops, **plan), data[0], data[1], out, progress)
+
+
+def outcome(tuned):
+    """All that a search found, as plain values."""
+    found = [(one.config.to_dict(), one.fraction, one.point) for one in tuned.candidates]
+    held = {name: {k: v.tolist() for k, v in one.values.items()} for name, one in tuned.held_out.items()}
+    return found, tuned.rounds, held
+
+
+@pytest.mark.parametrize("method", encoder_methods())
+def test_every_candidate_costs_what_the_default_costs(model, data, tmp_path, method):
+    made = tuning(model, data, tmp_path, method)
+    tuned = made.run()
+    limit = tuned.candidates[0].fraction
+    assert len(tuned.candidates) >= 2
+    assert (
+        tuned.candidates[0].config
+        == vtok.plan(model, method, flops=0.75, calibration=next(data[0].read(0, 64, 64))[0]).configs[0]
+    )
+    for one in tuned.candidates[1:]:
+        assert limit - SLACK <= one.fraction <= limit
+        with vtok.patched(model, one.config), torch.inference_mode():
+            model(next(data[0].read(0, 64, 64))[0])
+            ran = pass_cost(model)
+        assert (ran.macs + ran.reduction_macs) / ran.base_macs == pytest.approx(one.fraction, abs=1e-3)
+    assert len({json.dumps(one.config.to_dict()) for one in tuned.candidates}) == len(tuned.candidates)
+
+
+@pytest.mark.parametrize("search", ["halving", "random"])
+def test_the_winner_is_the_best_on_all_calibration_samples(model, data, tmp_path, search):
+    made = tuning(model, data, tmp_path, search=search, candidates=9)
+    tuned = made.run()
+    pictures, labels = next(iter(data[0].read(0, 96, 96)))
+    with torch.inference_mode():
+        base = model(pictures)
+        losses = []
+        for one in tuned.candidates:
+            with vtok.patched(model, one.config):
+                losses.append(float(class_values(model(pictures), base, labels)["kl"].mean()))
+    last = {one.candidate: one.loss[0] for one in tuned.rounds[-1]}
+    assert last == pytest.approx({number: losses[number] for number in last}, rel=1e-4)
+    assert tuned.best == min(last, key=losses.__getitem__) and 0 in last
+    if search == "random":
+        assert losses[tuned.best] == min(losses)
+    else:
+        assert [len(standing) for standing in tuned.rounds] in ([9, 3], [9, 4]) and tuned.rounds[0][0].samples == 32
+
+
+def test_a_seed_repeats_and_another_draws_others(model, data, tmp_path):
+    first = outcome(tuning(model, data, tmp_path / "a").run())
+    assert outcome(tuning(model, data, tmp_path / "b").run()) == first
+    other = outcome(tuning(model, data, tmp_path / "c", seed=1).run())
+    assert other[0][0] == first[0][0] and other[0][1] != first[0][1]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(("method", "places"), [("tome", (0, 0.3, 0.9)), ("ats", (0.5,))])
+def test_resuming_after_a_kill_changes_nothing(model, data, tmp_path, method, places):
+    steps, plan = [], {"candidates": 3 if method == "ats" else 6}
+
+    def start(out, progress=None):
+        return tuning(model, data, out, method, progress=progress, **plan)
+
+    whole = outcome(start(tmp_path / "whole", lambda *what: steps.append(what)).run())
+    assert steps[-1][1] <= steps[-1][2] and [done for _, done, _ in steps] == sorted(done for _, done, _ in steps)
+    for after in (1 + int(place * len(steps)) for place in places):
+        out, seen = tmp_path / f"killed-{after}", []
+
+        def stop(*what, seen=seen, after=after):
+            seen.append(what)
+            if len(seen) == after:
+                raise Killed
+
+        with pytest.raises(Killed):
+            start(out, stop).run()
+        with open(out / "tune.jsonl", "ab") as file:
+            file.write(b'{"key": "torn')
+        with pytest.warns(UserWarning, match="damaged line skipped"):
+            again = start(out)
+        assert outcome(again.run()) == whole
+        lines = (out / "tune.jsonl").read_bytes().splitlines()
+        keys = [json.loads(line)["key"] for line in lines if not line.endswith(b"torn")]
+        assert len(keys) == len(set(keys)), "nothing was done twice"
+    done = start(tmp_path / "whole")
+    before = done.records.path.read_bytes()
+    assert outcome(done.run()) == whole and done.records.path.read_bytes() == before
+
+
+def test_the_run_file_and_the_records_say_what_was_found(model, data, tmp_path):
+    made = tuning(model, data, tmp_path)
+    tuned = made.run()
+    about = Prepared(made.subject, data[0], data[1], {"backend": "timm", "name": "tiny"}, {"num_classes": 10})
+    text = tune_report.run_file(tuned, about, made.plan, "two\nlines")
+    assert text.startswith("# two\n# lines\n")
+    content = yaml.safe_load(text)
+    method = dict(content["method"])
+    assert METHODS.get(method.pop("name"))(**method) == tuned.candidates[tuned.best].config
+    records = tune_report.records_of(tuned, made.subject, made.plan, data[1])
+    tune_report.keep_records(tmp_path / "results.jsonl", records)
+    tune_report.keep_records(tmp_path / "results.jsonl", records)
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [line["setting"].partition(":")[0] for line in lines] == ["unpatched", "default", "tuned"]
+    unpatched, default, best = lines
+    assert unpatched["metrics"]["top1"] == 100 and best["n"] == 60 and best["primary"] == "top1" and best["percent"]
+    hits = [np.unpackbits(np.frombuffer(bytes.fromhex(line["correct"]), np.uint8))[:60] for line in lines]
+    assert best["metrics"]["difference"] == pytest.approx(100 * (hits[2].mean() - 1))
+    gap = hits[2].astype(float) - hits[1]
+    assert best["metrics"]["top1_against_default"] == pytest.approx(100 * gap.mean())
+    low, high = best["metrics"]["top1_against_default_ci"]
+    assert high - low == pytest.approx(2 * 1.96 * 100 * gap.std(ddof=1) / 60**0.5, rel=1e-3)
+    assert default["metrics"]["agreement"] == default["metrics"]["top1"], "labels are what the unpatched model says"
+
+
+def test_a_winner_that_is_the_default_is_said_to_be(model, data, tmp_path):
+    made = tuning(model, data, tmp_path)
+    tuned = made.run()
+    last = sorted(tuned.rounds[-1], key=lambda one: one.candidate)
+    tuned.rounds[-1] = last
+    assert tuned.best == 0
+    assert "the default was best" in tune_report.finding(tuned)
+
+
+def test_measures_against_formulas():
+    torch.manual_seed(0)
+    ours, theirs, labels = torch.randn(5, 4), torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
+    values = class_values(ours, theirs, labels)
+    p, q = theirs.double().softmax(1), ours.double().softmax(1)
+    assert values["kl"] == pytest.approx((p * (p / q).log()).sum(1).numpy())
+    assert values["cross_entropy"] == pytest.approx(-q[range(5), labels].log().numpy())
+    assert values["top1"].tolist() == (ours.argmax(1) == labels).double().tolist()
+    assert set(class_values(ours, theirs, None)) == {"kl", "agreement"}
+    cosine = torch.nn.functional.cosine_similarity(ours, theirs)
+    assert embedding_values(ours, theirs)["distance"] == pytest.approx(1 - cosine.numpy(), abs=1e-6)
+    assert loss("accuracy", values) == (1 - values["top1"].mean(), values["kl"].mean())
+
+
+def test_what_cannot_be_searched_is_refused(model, data, tmp_path):
+    unlabelled = in_memory("images", images(40, 3), None, 3)
+    with pytest.raises(vtok.ConfigError, match=r"objective accuracy needs top1, .* possible: kl, agreement$"):
+        tuning(model, [unlabelled, unlabelled], tmp_path / "a", objective="accuracy").run()
+    with pytest.raises(vtok.UnknownNameError, match="unknown objective 'speed'"):
+        tuning(model, data, tmp_path / "b", objective="speed").run()
+    with pytest.raises(vtok.ConfigError, match=r"nothing is left to search for ats: layers=\[2, 3\] fixes its schedule"):
+        tuning(model, data, tmp_path / "c", "ats", params={"layers": [2, 3]}).run()
+    with pytest.raises(vtok.UnsupportedModelError, match="todre acts on prompts"):
+        tuning(model, data, tmp_path / "d", "todre")
+    with pytest.raises(vtok.BudgetError, match="cannot bring"):
+        tuning(model, data, tmp_path / "e", flops=0.01).run()
+
+
+def test_shuffled_orders_differ_by_seed_and_split():
+    assert sorted(shuffled(50, 0)) == list(range(50))
+    assert len({tuple(shuffled(50, seed, what)) for seed in range(3) for what in ("a", "b")}) == 6
+
+
+CLASSES = ("ant", "bee", "cat")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """30 images of 3 classes and one file that is none."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for name in CLASSES:
+        (root / name).mkdir()
+        for i in range(10):
+            coarse = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+            Image.fromarray(coarse).resize((90, 75), Image.Resampling.BICUBIC).save(root / name / f"{i}.png")
+    (root / "cat" / "broken.png").write_text("not an image")
+    return root
+
+
+def vtok_tune(*arguments):
+    result = CliRunner().invoke(app, ["tune", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.output
+
+
+FAST = ("--no-pretrained", "--workers", 0, "--batch-size", 8, "--candidates", 3)
+
+
+def test_a_timm_model_on_a_folder_end_to_end(folder, tmp_path):
+    out = tmp_path / "out"
+    args = ("test_vit", "pitome", "--flops", 0.8, "--data", folder, "--images", 12, "--num-classes", 3, "--out", out, *FAST)
+    printed = vtok_tune(*args)
+    assert re.search(r"tuned - default|the default was best", printed) and "agreement" in printed
+    records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert records[0]["n"] in (18, 19) and "top1" in records[0]["metrics"]
+    content = yaml.safe_load((out / "tuned.yaml").read_text())
+    assert content["model"] == {"backend": "timm", "name": "test_vit"} and content["options"] == {"num_classes": 3}
+    assert content["data"] == str(folder)
+    model = vtok.eval.models.load_model("test_vit")
+    vtok.patch(model, out / "tuned.json")
+    from vtok.eval import runs
+
+    assert runs.load(str(out / "tuned.yaml")).method == vtok.fit.run_of(model).patch.configs[0]
+    before = (out / "tune.jsonl").read_bytes()
+    assert "none is repeated" in vtok_tune(*args) and (out / "tune.jsonl").read_bytes() == before
+
+
+def test_unlabelled_images_need_no_labels(folder, tmp_path):
+    printed = vtok_tune(
+        "test_vit", "tome", "--flops", 0.8, "--data", folder, "--images", 8, "--held-out-images", 6, "--out", tmp_path, *FAST
+    )
+    assert "no accuracy is reported" in printed and "agreement" in printed
+    records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert records[-1]["primary"] == "agreement" and "top1" not in records[-1]["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("reference", "tome:flops=0.5", "--flops", 0.6), "give the budget as --flops"),
+        (("reference", "tome", "--flops", 0.6, "--data", "x"), "reference comes with its images"),
+        (("reference", "tome", "--flops", 0.6, "--images", 1001), "--images 1001 is more than there is: 1000 calibration"),
+        (("test_vit", "tome", "--flops", 0.6, *FAST), "brings no images: pass --data FOLDER"),
+        (("test_vit", "tome", "--flops", 0.6, "--data", "{}", "--held-out", "{}/.", *FAST), "is the calibration folder"),
+        (("test_vit", "tome", "--flops", 0.6, "--data", "{}", "--images", 31, *FAST), "none is left to compare on"),
+    ],
+)
+def test_the_command_refuses_what_makes_no_sense(folder, arguments, message):
+    with pytest.raises(vtok.ConfigError, match=re.escape(message)):
+        vtok_tune(*(str(one).replace("{}", str(folder)) for one in arguments))
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_and_ends_as_if_nothing_had_happened(folder, tmp_path):
+    """SIGKILL at random moments, until it gets through."""
+    arguments = ["test_vit", "tome", "--flops", "0.8", "--data", str(folder), "--images", "20", "--held-out-images", "8"]
+    arguments += ["--no-pretrained", "--workers", "0", "--batch-size", "4", "--candidates", "8", "--search", "random"]
+    command = [sys.executable, "-m", "vtok.eval", "tune", *arguments]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    start = time.monotonic()
+    subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True)
+    seconds = time.monotonic() - start
+    rng = np.random.default_rng(1)
+    for _ in range(6):
+        process = subprocess.Popen(
+            [*command, "--out", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        time.sleep(rng.uniform(0.3, 1) * seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run([*command, "--out", str(killed)], check=True, capture_output=True)
+
+    def lines(folder, name):
+        return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+    assert sorted(lines(killed, "tune.jsonl"), key=str) == sorted(lines(whole, "tune.jsonl"), key=str)
+    assert lines(killed, "results.jsonl") == lines(whole, "results.jsonl")
+    assert (killed / "tuned.json").read_bytes() == (whole / "tuned.json").read_bytes()

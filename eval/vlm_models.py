@@ -27,27 +27,33 @@ class VisionLanguageModel:
     processor: Any
     name: str
 
-    def prompt(self, question: str) -> str:
-        """What is asked: one user turn of the processor's chat template, or the image's placeholder and the question."""
+    def prompt(self, question: str, image: bool = True) -> str:
+        """What is asked: one user turn of the processor's chat template, or the image's placeholder and the question.
+
+        Args:
+            question: the text.
+            image: whether there is one.
+        """
         if getattr(self.processor, "chat_template", None):
-            content = [{"type": "image"}, {"type": "text", "text": question}]
+            content = [*([{"type": "image"}] if image else []), {"type": "text", "text": question}]
             return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return f"{self.processor.image_token} {question}"
+        return f"{self.processor.image_token} {question}" if image else question
 
     def inputs(self, images: Sequence[Any], questions: Sequence[str]) -> Any:
-        """One batch, padded on the left: image i belongs to question i.
+        """One batch, padded on the left: image i belongs to question i; all of them are `None` for questions without one.
 
         Raises:
             ConfigError: the processor cannot make a batch of it.
         """
+        seen = any(image is not None for image in images)
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"  # a prompt ends where its answer begins
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         try:
             made = self.processor(
-                images=[[image] for image in images],
-                text=[self.prompt(question) for question in questions],
+                images=[[image] for image in images] if seen else None,
+                text=[self.prompt(question, seen) for question in questions],
                 padding=True,
                 return_tensors="pt",
             )

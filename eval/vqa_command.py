@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -14,10 +14,11 @@ from rich.table import Table
 
 from vtok.eval.flags import SETTING_HELP, options_from, signature
 from vtok.eval.runs import parse_setting
-from vtok.eval.tasks.vqa import VQAOptions
+from vtok.eval.tasks import QUESTION_TASKS
+from vtok.eval.tasks.vqa_task import QuestionTask, VQAOptions
 
 Record = dict[str, Any]
-HEADER = ("method", "visual tokens", "exact", "soft", "vs", "loyalty", "KV MB", "TTFT ms", "measured", "bound")
+HEADER = ("method", "visual tokens", "vs", "loyalty", "KV MB", "TTFT ms", "measured", "bound")  # scores stand in between
 
 
 def evaluate_vqa(**flags: Any) -> None:
@@ -39,34 +40,55 @@ def evaluate_vqa(**flags: Any) -> None:
 
 
 def print_records(records: Sequence[Record], console: Console) -> None:
-    """A table with one row a record, shares in percent, then the parts of the questions."""
+    """A table with one row a record, in percent, then the other metrics, then the parts of the questions."""
     first = records[0]
+    task: QuestionTask = QUESTION_TASKS.get(first["task"])
     title = f"{first['model']} on {first['dataset']}: {first['n']} questions about {first['n_images']} images"
-    table = Table(title=title, caption="%, ± standard error; vs: against unpatched, paired; visual tokens: mean over layers")
-    for i, column in enumerate(
-        ("method", "visual tokens", "exact", "soft", "vs", "loyalty", "KV MB", "TTFT ms", "measured", "bound")
-    ):
+    shown = dict(task.columns or {task.primary: task.primary})
+    caption = f"%, ± standard error; vs: {task.primary} against unpatched, paired; visual tokens: mean over layers"
+    table = Table(title=title, caption=caption)
+    for i, column in enumerate((*HEADER[:2], *shown, *HEADER[2:])):
         table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for record in records:
-        table.add_row(*row(record))
+        table.add_row(*row(record, tuple(shown.values())))
     console.print(table)
+    for name in (*task.scores, *task.totals):
+        if name not in shown.values():
+            _print_line(console, name, records, lambda r, name=name: share(r["metrics"], name, percent=task.percent))
     for grouping, parts in first["groups"].items():
         for name, part in parts.items():
-            shares = ", ".join(f"{record['title']} {share(record['groups'][grouping][name])}" for record in records)
-            console.print(f"- {grouping} {name}, {part['n']} questions{_blind(part)}: {shares}", highlight=False)
+            heading = f"{grouping} {name}, {part['n']} questions{_blind(part)}"
+            _print_line(
+                console,
+                heading,
+                records,
+                lambda r, g=grouping, n=name: share(r["groups"][g][n], task.primary, percent=task.percent),
+            )
     if first["blind"] is not None:
         console.print(
             f"- without the image, from the question alone, {100 * first['blind']:.1f} % are answered", highlight=False
         )
 
 
-def row(record: Record) -> list[str]:
-    """The cells of one setting."""
-    m = record["metrics"]
+def _print_line(console: Console, heading: str, records: Sequence[Record], cell: Callable[[Record], str]) -> None:
+    cells = ", ".join(f"{record['title']} {cell(record)}" for record in records)
+    console.print(f"- {heading}: {cells}", highlight=False)
+
+
+def row(record: Record, shown: Sequence[str] = ("exact_match", "soft_accuracy")) -> list[str]:
+    """The cells of one setting.
+
+    Args:
+        record: of the setting.
+        shown: metrics with a column of their own.
+    """
+    m, percent = record["metrics"], record.get("percent", False)
     cells = [record["title"]]
     tokens = record.get("tokens")
     cells.append("-" if tokens is None else f"{sum(tokens['mean_per_layer']) / len(tokens['mean_per_layer']):.1f}")
-    cells += [share(m), share(m, "soft_accuracy"), share(m, "exact_match_difference", "+"), share(m, "loyalty")]
+    cells += [share(m, name, percent=percent) for name in shown]
+    difference = f"{record.get('primary', shown[0])}_difference"
+    cells += [share(m, difference, "+", percent), share(m, "loyalty", percent=percent)]
     if tokens is None:
         return [*cells, "-", "-", "-", "-"]
     first, implied = record["ttft_ms"]["patched"], record.get("implied_speedup")
@@ -74,18 +96,19 @@ def row(record: Record) -> list[str]:
     return [*cells, "-" if implied is None else f"{implied:.2f}x"]
 
 
-def share(metrics: Record, name: str = "exact_match", sign: str = "") -> str:
+def share(metrics: Record, name: str = "exact_match", sign: str = "", percent: bool = False) -> str:
     """ "96.6 ± 0.8": a share in percent with its standard error, or "-" for one that does not exist.
 
     Args:
         metrics: of a record or of one of its groups.
         name: of the share.
         sign: "+" for a difference.
+        percent: whether it is in percent already.
     """
     if metrics.get(name) is None:
         return "-"
-    error = metrics.get(f"{name}_stderr")
-    return f"{100 * metrics[name]:{sign}.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
+    error, scale = metrics.get(f"{name}_stderr"), 1 if percent else 100
+    return f"{scale * metrics[name]:{sign}.1f}" + (f" ± {scale * error:.1f}" if error is not None else "")
 
 
 def measured(record: Record) -> str:
@@ -100,13 +123,17 @@ def _blind(part: Record) -> str:
     return "" if part["blind"] is None else f" (without the image {100 * part['blind']:.1f})"
 
 
+_DATA = (
+    "easy-vqa, easy-vqa-pages, a .jsonl file, a folder in VQAv2's format; with --task the folder of that data set, hub, "
+    "hub:NAME or a folder of the datasets library"
+)
 _LEADING: dict[str, tuple[Any, Any]] = {
     "model": (
         Annotated[str, typer.Option("--model", "-m", help="Hugging Face name or folder, or reference-llava(-next)")],
         inspect.Parameter.empty,
     ),
     "data": (
-        Annotated[str, typer.Option("--data", help="easy-vqa, easy-vqa-pages, a .jsonl file or a folder in VQAv2's format")],
+        Annotated[str, typer.Option("--data", help=_DATA)],
         inspect.Parameter.empty,
     ),
     "method": (Annotated[list[str] | None, typer.Option("--method", "-M", help=SETTING_HELP)], None),

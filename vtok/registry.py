@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.metadata import entry_points
+from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
 from vtok.errors import ConfigError, unknown
@@ -22,7 +23,7 @@ class Registry(Generic[T]):
 
     Args:
         kind: what the entries are, in the singular; used in messages.
-        entries: name -> "module:attribute".
+        entries: name -> "module:attribute" or "module:attribute.attribute".
         group: entry-point group that third parties use.
     """
 
@@ -57,7 +58,7 @@ class Registry(Generic[T]):
             entry = self._entries[name]
             if isinstance(entry, str):
                 module, _, attribute = entry.partition(":")
-                entry = self._entries[name] = getattr(import_module(module), attribute)
+                entry = self._entries[name] = attrgetter(attribute)(import_module(module))
             return entry
 
     def register(self, name: str) -> Callable[[T], T]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,50 +16,14 @@ import torch
 import vtok
 from vtok.errors import ConfigError
 from vtok.eval.settings import Setting, evaluating, placed
+from vtok.eval.tasks import QUESTION_TASKS
 from vtok.eval.tasks.timm_pipeline import TYPES
-from vtok.eval.tasks.vqa_data import VQAData, open_vqa
+from vtok.eval.tasks.vqa_data import VQAData
 from vtok.eval.tasks.vqa_files import read_results
 from vtok.eval.tasks.vqa_job import Job
 from vtok.eval.tasks.vqa_pipeline import Progress
+from vtok.eval.tasks.vqa_task import QuestionTask, Sources, VQAOptions
 from vtok.eval.vlm_models import VisionLanguageModel, load_vlm
-
-
-@dataclass(frozen=True)
-class VQAOptions:
-    """Flags of visual question answering.
-
-    Attributes:
-        questions: file with VQAv2's questions; "" = find it in the folder of the data.
-        annotations: file with VQAv2's annotations; "" = find it.
-        images: folder of the images; "" = the folder of the data.
-        results: file with answers of another program, `[{"question_id", "answer"}]`, scored as one more record.
-        prompt: text behind every question; `None` = what the data brings (VQAv2: "Answer the question using a single word or
-            phrase." on a line of its own; easy-VQA: nothing).
-        max_new_tokens: length of an answer at most.
-        num_samples: questions to ask, one of each of so many equal stretches; `None` = all.
-        batch_size: questions in a batch.
-        floors: also random and uniform, which keep before the LLM the share of visual tokens that each setting keeps on average
-            over the decoder layers.
-        device: `None` = the GPU if there is one.
-        model_dtype: "float32", "bfloat16" or "float16"; `None` = the model's own.
-        seed: of methods that draw.
-        output: folder of `samples.jsonl`, `results.jsonl` and a file of answers a setting; a second run goes on where the first
-            was stopped. "" = none.
-    """
-
-    questions: str = ""
-    annotations: str = ""
-    images: str = ""
-    results: str = ""
-    prompt: str | None = None
-    max_new_tokens: int = 16
-    num_samples: int | None = None
-    batch_size: int = 16
-    floors: bool = False
-    device: str | None = None
-    model_dtype: str | None = None
-    seed: int = 0
-    output: str = ""
 
 
 def evaluate(
@@ -74,24 +37,27 @@ def evaluate(
 
     Args:
         model: a name (see `load_vlm`), or an unpatched model, which is left as it is.
-        data: see `open_vqa`, or questions.
+        data: folder or file of the task's data (of the task "vqa": see `open_vqa`); "hub", "hub:NAME" or a folder of the
+            `datasets` library; or questions.
         settings: each `None` (unpatched), a method, (method, parameters), a list of configs, or a `Setting`.
         options: see `VQAOptions`.
         progress: called with (questions done, questions).
 
     Returns:
-        One record a setting: `metrics` holds shares in [0, 1]: `exact_match`, `soft_accuracy` (lmms-eval's normalisation),
-        `soft_accuracy_official`, each with `_stderr` and, against the unpatched setting, paired `_difference`,
-        `_difference_stderr` and `_difference_ci` (95 %); `loyalty`, the share of answers that are the unpatched model's.
-        `groups` holds the same for parts of the questions, `blind` the share that is right from the question alone (`None` =
-        unknown). `tokens` are visual tokens, in the prompt and in the decoder layers; `kv_bytes` keys and values of a prompt;
-        `ttft_ms` a batch's time to the first token, `decode_ms_per_token` each further one, `speedup` the paired speed-up of
-        the first token, `implied_speedup` its bound.
+        One record a setting: `metrics` holds the scores and totals of the task, shares in [0, 1] unless `percent`, of "vqa"
+        `exact_match`, `soft_accuracy` (lmms-eval's normalisation), `soft_accuracy_official`; each with `_stderr` and,
+        against the unpatched setting, paired `_difference`, `_difference_stderr` and `_difference_ci` (95 %); `loyalty`,
+        the share of answers that are the unpatched model's. `primary` names the headline metric, `groups` holds the same
+        for parts of the questions, `blind` the share that is right from the question alone (`None` = unknown). `tokens` are
+        visual tokens, in the prompt and in the decoder layers; `kv_bytes` keys and values of a prompt; `ttft_ms` a batch's
+        time to the first token, `decode_ms_per_token` each further one, `speedup` the paired speed-up of the first token,
+        `implied_speedup` its bound.
 
     Raises:
         ConfigError: nothing to ask, data or a model that cannot be read, processor and model that do not belong together.
+        UnknownNameError: no such task.
         UnsupportedModelError: a method does not work on the model.
-        MissingExtraError: transformers is not installed.
+        MissingExtraError: transformers is not installed, or `datasets`, where it is needed.
     """
     options = options or VQAOptions()
     chosen = [Setting.of(value) for value in settings]
@@ -101,8 +67,10 @@ def evaluate(
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
+    task: QuestionTask = QUESTION_TASKS.get(options.task)
     if not isinstance(data, VQAData):
-        data = open_vqa(data, options.questions, options.annotations, options.images)
+        places = (options.questions, options.annotations, options.images, options.ocr, options.split)
+        data = task.open(Sources(os.fspath(data), *places))
     data = data.take(options.num_samples)
     if options.prompt is not None:
         data = data.with_prompt(options.prompt)
@@ -115,7 +83,8 @@ def evaluate(
     with evaluating(vlm.net):
         base = placed(vlm.net, _type(options.model_dtype), device)
         model = VisionLanguageModel(base, vlm.processor, vlm.name)
-        job = Job(model, data, folder, options.batch_size, options.max_new_tokens, options.seed)
+        longest = task.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
+        job = Job(model, data, folder, options.batch_size, longest, options.seed, task)
         job.run([job.entry(setting) for setting in chosen], progress)
         if options.floors:
             job.run(job.floors(), progress)

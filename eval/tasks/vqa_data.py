@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from vtok.errors import ConfigError
@@ -28,8 +30,9 @@ class Question(NamedTuple):
         doc_id: number or name of the question.
         text: of the question, as it was asked.
         answers: of everybody who was asked; the most frequent one is the target.
-        image: key of the image.
+        image: key of the image; `None` = a question without one.
         groups: what it is counted under besides, e.g. {"kind": "yes/no"}.
+        facts: what else its score depends on, e.g. {"choices": 4}.
     """
 
     doc_id: Any
@@ -37,6 +40,7 @@ class Question(NamedTuple):
     answers: tuple[str, ...]
     image: Any
     groups: Mapping[str, str]
+    facts: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def target(self) -> str:
@@ -53,6 +57,8 @@ class VQAData:
         read: key of an image -> PIL image.
         prompt: what stands behind every question.
         blind: text of a question -> the best answer without the image, as far as it is known.
+        split: part of the data set that it is.
+        whole: whether scores need all questions about an image, so that a part of them is a part of the images.
     """
 
     name: str
@@ -60,22 +66,32 @@ class VQAData:
     read: Callable[[Any], Any]
     prompt: str = ""
     blind: Mapping[str, str] = field(default_factory=dict)
+    split: str = ""
+    whole: bool = False
 
     def take(self, count: int | None) -> VQAData:
         """One question of each of `count` equal stretches; `None` = all.
 
         Where in its stretch a question stands follows the golden ratio: files list the kinds of questions in turn, and every
-        eighteenth one may always be of one kind.
+        eighteenth one may always be of one kind. Of `whole` data it takes images in this way, as few as have `count` questions.
         """
         total = len(self.questions)
         if count is None or count >= total:
             return self
-        rows = [int((i + i * GOLDEN % 1) * total / count) for i in range(count)]
-        return replace(self, questions=[self.questions[row] for row in rows])
+        if not self.whole:
+            return replace(self, questions=[self.questions[row] for row in _stretches(total, count)])
+        images = list(dict.fromkeys(q.image for q in self.questions))
+        chosen = {images[row] for row in _stretches(len(images), math.ceil(count * len(images) / total))}
+        return replace(self, questions=[q for q in self.questions if q.image in chosen])
 
     def with_prompt(self, prompt: str) -> VQAData:
         """The same questions with another text behind them."""
         return replace(self, prompt=prompt)
+
+
+def _stretches(total: int, count: int) -> list[int]:
+    """One row of each of `count` equal stretches of `total` rows."""
+    return [int((i + i * GOLDEN % 1) * total / count) for i in range(count)]
 
 
 def blind_answers(questions: Iterable[str], answers: Iterable[str]) -> dict[str, str]:
@@ -119,11 +135,7 @@ def open_vqa(data: str | os.PathLike, questions: str = "", annotations: str = ""
         raise ConfigError(
             f"{name} is neither {EASY_VQA}, {PAGES}, a .jsonl file nor a folder with VQAv2's questions, annotations and images"
         )
-    return vqa_files.read_vqav2(
-        Path(questions) if questions else vqa_files.only(path, "uestions"),
-        Path(annotations) if annotations else vqa_files.only(path, "nnotations"),
-        Path(images) if images else path,
-    )
+    return vqa_files.find_vqav2(path, questions, annotations, images)
 
 
 def easy_vqa() -> VQAData:

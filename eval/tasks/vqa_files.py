@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vtok.errors import ConfigError
 from vtok.eval.tasks.vqa_data import Question, VQAData, kind_of
 
+if TYPE_CHECKING:
+    from vtok.eval.tasks.vqa_task import Write
+
 ONE_WORD = "\nAnswer the question using a single word or phrase."  # what lmms-eval puts behind VQAv2's questions
-_IMAGES = (".jpg", ".jpeg", ".png")
+IMAGES = (".jpg", ".jpeg", ".png")
 _LAST_NUMBER = re.compile(r"(\d+)$")
 
 
@@ -44,7 +47,20 @@ def read_lines(path: Path, images: Path) -> VQAData:
         if not (images / question.image).is_file():
             raise ConfigError(f"{path}:{number}: the image {images / question.image} is missing; pass the folder of the images")
         questions.append(question)
-    return _checked(path.stem, questions, path, lambda file: _open_image(images / file))
+    return checked(path.stem, questions, path, lambda file: open_image(images / file))
+
+
+def find_vqav2(folder: Path, questions: str = "", annotations: str = "", images: str = "") -> VQAData:
+    """`read_vqav2` of a folder, whose files are found where they are not named.
+
+    Raises:
+        ConfigError: see `only` and `read_vqav2`.
+    """
+    return read_vqav2(
+        Path(questions) if questions else only(folder, "uestions"),
+        Path(annotations) if annotations else only(folder, "nnotations"),
+        Path(images) if images else folder,
+    )
 
 
 def read_vqav2(questions: Path, annotations: Path, images: Path) -> VQAData:
@@ -53,8 +69,8 @@ def read_vqav2(questions: Path, annotations: Path, images: Path) -> VQAData:
     Raises:
         ConfigError: a file of another form, a question without annotation, or an image that is missing.
     """
-    asked = _json_list(questions, "questions", ("question_id", "image_id", "question"))
-    known = {one["question_id"]: one for one in _json_list(annotations, "annotations", ("question_id", "answers"))}
+    asked = json_list(questions, "questions", ("question_id", "image_id", "question"))
+    known = {one["question_id"]: one for one in json_list(annotations, "annotations", ("question_id", "answers"))}
     files = _numbered(images)
     found = []
     for one in asked:
@@ -73,32 +89,54 @@ def read_vqav2(questions: Path, annotations: Path, images: Path) -> VQAData:
                 f"the image of question {number} is missing: no file in {images} has a name that ends with {image} (.jpg, .png)"
             )
         found.append(Question(number, str(one["question"]), answers, image, {"kind": str(note.get("answer_type", ""))}))
-    return _checked(questions.stem, found, questions, lambda image: _open_image(files[image]), ONE_WORD)
+    return checked(questions.stem, found, questions, lambda image: open_image(files[image]), ONE_WORD)
 
 
 def read_results(path: Path) -> dict[Any, str]:
-    """Answers in VQAv2's format for results, `[{"question_id", "answer"}, ...]`: question -> answer.
+    """Answers in a public format for results, question -> answer: VQAv2's `[{"question_id", "answer"}, ...]`, or the same with
+    "questionId" and "prediction" or "answer", as GQA and DocVQA have it.
 
     Raises:
         ConfigError: the file is of another form.
     """
-    entries = _json_list(path, None, ("question_id", "answer"))
-    return {entry["question_id"]: str(entry["answer"]) for entry in entries}
+    entries = json_list(path, None, ())
+    first = entries[0] if entries and isinstance(entries[0], dict) else {}
+    number = "questionId" if "questionId" in first else "question_id"
+    answer = "prediction" if "prediction" in first else "answer"
+    entries = json_list(path, None, (number, answer))
+    return {entry[number]: str(entry[answer]) for entry in entries}
 
 
-def write_results(path: Path, answers: Mapping[Any, str]) -> None:
-    """The same, to a file that VQAv2's evaluation server takes."""
-    content = [{"question_id": number, "answer": answer} for number, answer in answers.items()]
-    path.write_text(json.dumps(content), encoding="utf-8")
+def write_answers(number: str = "question_id", answer: str = "answer", said: Callable[[str], str] = str) -> Write:
+    """Makes a function that writes a list of objects, as evaluation servers take it; see `QuestionTask.write`.
+
+    Args:
+        number: name of the question's number.
+        answer: name of the answer.
+        said: what is written of an answer.
+    """
+
+    def write(folder: Path, name: str, questions: Sequence[Question], answers: Sequence[str]) -> None:
+        content = [{number: q.doc_id, answer: said(text)} for q, text in zip(questions, answers)]
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+    return write
 
 
-def _checked(name: str, questions: list[Question], path: Path, read: Callable[[Any], Any], prompt: str = "") -> VQAData:
+def checked(
+    name: str, questions: list[Question], path: Path, read: Callable[[Any], Any], prompt: str = "", split: str = ""
+) -> VQAData:
+    """The questions of a file.
+
+    Raises:
+        ConfigError: there are none, or a number stands for more than one.
+    """
     repeated = [number for number, count in Counter(q.doc_id for q in questions).items() if count > 1]
     if repeated:
         raise ConfigError(f"{path} asks question {repeated[0]} more than once; every question needs a number of its own")
     if not questions:
         raise ConfigError(f"{path} holds no questions")
-    return VQAData(name, questions, read, prompt)
+    return VQAData(name, questions, read, prompt, split=split)
 
 
 def only(folder: Path, part: str) -> Path:
@@ -113,7 +151,7 @@ def only(folder: Path, part: str) -> Path:
     return found[0]
 
 
-def _json_list(path: Path, key: str | None, fields: Sequence[str]) -> list[dict[str, Any]]:
+def json_list(path: Path, key: str | None, fields: Sequence[str]) -> list[dict[str, Any]]:
     """The list of objects that a JSON file holds (under a key), each with all `fields`."""
     form = "[{" + ", ".join(f'"{name}"' for name in fields) + "}, ...]"
     if key is not None:
@@ -136,12 +174,17 @@ def _numbered(folder: Path) -> dict[int, Path]:
     found = {}
     for path in sorted(folder.rglob("*")):
         number = _LAST_NUMBER.search(path.stem)
-        if number and path.suffix.lower() in _IMAGES:
+        if number and path.suffix.lower() in IMAGES:
             found[int(number.group(1))] = path
     return found
 
 
-def _open_image(path: Path) -> Any:
+def open_image(path: Path) -> Any:
+    """A PIL image in RGB.
+
+    Raises:
+        ConfigError: the file is no image.
+    """
     from PIL import Image
 
     try:

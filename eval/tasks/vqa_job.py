@@ -17,9 +17,10 @@ from vtok.eval.records import Records, key_of
 from vtok.eval.report import FLOOR
 from vtok.eval.settings import Setting, twin, versions
 from vtok.eval.tasks.vqa_data import VQAData
-from vtok.eval.tasks.vqa_files import write_results
 from vtok.eval.tasks.vqa_pipeline import Entry, Line, Progress, Samples, ask
+from vtok.eval.tasks.vqa_plain import TASK
 from vtok.eval.tasks.vqa_records import Scored, accuracy_fields, cost_fields, time_fields, token_fields
+from vtok.eval.tasks.vqa_task import QuestionTask
 from vtok.eval.vlm_models import VisionLanguageModel
 
 _FINGERPRINT = 64  # values of every parameter that identify weights
@@ -34,7 +35,8 @@ class Job:
         folder: of the files, `None` = none.
         batch_size: questions in a batch.
         max_new_tokens: length of an answer at most.
-        seed: of methods that draw.
+        seed: of methods that draw, and of the bootstrap.
+        task: whose scores are taken.
     """
 
     def __init__(
@@ -45,8 +47,9 @@ class Job:
         batch_size: int,
         max_new_tokens: int,
         seed: int = 0,
+        task: QuestionTask = TASK,
     ):
-        self.model, self.data, self.folder = model, data, folder
+        self.model, self.data, self.folder, self.task = model, data, folder, task
         self.batch_size, self.max_new_tokens, self.seed = batch_size, max_new_tokens, seed
         self.samples = Samples(None if folder is None else folder / "samples.jsonl")
         self.entries: list[Entry] = []
@@ -57,7 +60,7 @@ class Job:
         net = setting.apply(twin(self.model.net))
         first = next(self.model.net.parameters())
         identity = {
-            "task": "vqa",
+            "task": self.task.name,
             "model": self.model.name,
             "weights": self.weights,
             "methods": [config.to_dict() for config in configs_of(net)],
@@ -77,7 +80,8 @@ class Job:
         """Asks with new entries, beside the unpatched one."""
         self.entries += entries
         base = [e for e in self.entries if e.unpatched and e not in entries]
-        ask(self.model, self.data, [*base, *entries], self.samples, self.batch_size, self.max_new_tokens, self.seed, progress)
+        limits = (self.batch_size, self.max_new_tokens, self.seed)
+        ask(self.model, self.data, [*base, *entries], self.samples, *limits, progress, self.task)
 
     def floors(self) -> list[Entry]:
         """Random and uniform at the mean share of visual tokens that every setting kept."""
@@ -106,10 +110,10 @@ class Job:
     def records(self, outside: tuple[str, list[str]] | None) -> list[dict[str, Any]]:
         """One a setting; those that are new go to `results.jsonl`, answers to files of their own."""
         base = next((e for e in self.entries if e.unpatched), None)
-        before = None if base is None else Scored(self.data, [line["prediction"] for line in self.lines(base)])
+        before = None if base is None else self._scored([line["prediction"] for line in self.lines(base)])
         records = [self._record(entry, base, before) for entry in self.entries]
         if outside is not None:
-            name, scored = outside[0], Scored(self.data, outside[1])
+            name, scored = outside[0], self._scored(outside[1])
             records.append(
                 {
                     **self._common(),
@@ -123,15 +127,18 @@ class Job:
             file = Records(self.folder / "results.jsonl")
             known = file.by_key()
             file.extend([record for record in records if record.get("key") and record["key"] not in known])
-            for number, entry in enumerate(self.entries):
-                answers = {line["doc_id"]: line["prediction"] for line in self.lines(entry)}
+            for number, entry in enumerate(self.entries if self.task.write is not None else ()):
                 title = re.sub(r"[^\w.@-]+", "-", entry.setting.title).strip("-")
-                write_results(self.folder / f"answers_{number}-{title[:60]}.json", answers)
+                answers = [line["prediction"] for line in self.lines(entry)]
+                self.task.write(self.folder, f"answers_{number}-{title[:60]}", self.data.questions, answers)  # type: ignore[misc]
         return records
+
+    def _scored(self, answers: list[str]) -> Scored:
+        return Scored(self.data, answers, self.task, self.seed)
 
     def _record(self, entry: Entry, base: Entry | None, before: Scored | None) -> dict[str, Any]:
         lines = self.lines(entry)
-        scored = Scored(self.data, [line["prediction"] for line in lines])
+        scored = self._scored([line["prediction"] for line in lines])
         unpatched = None if base is None else self.lines(base)
         timed, cost = time_fields(lines, not entry.unpatched, self.seed), self._cost(entry)
         if "speedup" in timed and "implied_speedup" in cost:
@@ -162,8 +169,11 @@ class Job:
     def _common(self) -> dict[str, Any]:
         first = next(self.model.net.parameters())
         return {
-            "task": "vqa",
+            "task": self.task.name,
+            "primary": self.task.primary,
+            "percent": self.task.percent,
             "dataset": self.data.name,
+            "split": self.data.split,
             "model": self.model.name,
             "weights": self.weights,
             "backend": "transformers",

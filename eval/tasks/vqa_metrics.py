@@ -1,18 +1,23 @@
-"""Scores of answers to questions about images: exact match, VQAv2's soft accuracy as two programs compute it, loyalty.
+"""Scores of answers to questions about images: exact match, VQAv2's soft accuracy as programs compute it, loyalty.
 
-Both programs give a prediction, for every one of the ten people who answered, min(1, how many of the other nine agree / 3), and
-take the mean. They differ in what they make of the texts first:
+They give a prediction, for every one of the ten people who answered, min(1, how many of the other nine agree / 3), and take the
+mean. They differ in what they make of the texts first:
 
-| step | `"lmms"` (lmms-eval 0.7) | `"official"` (VQA's vqaEval.py) |
-|---|---|---|
-| new lines, tabs, outer white space | gone from prediction and answers | gone from the prediction alone |
-| prediction | punctuation, then numbers and articles | the same |
-| answers | the same | punctuation alone, and only unless all ten are equal |
-| punctuation | with `{ } - !`, without `:` and `'` | with `:` and `'`, without `{ } - !` |
-| commas inside numbers | any run of commas | a single comma |
+| step | `"lmms"` (lmms-eval 0.7) | `"official"` (VQA's vqaEval.py) | `"vlmeval"` (VLMEvalKit) |
+|---|---|---|---|
+| new lines, tabs, outer white space | gone from prediction and answers | gone from the prediction alone | gone from both |
+| prediction | punctuation, then numbers and articles | the same | the same |
+| answers | the same | punctuation alone, and only unless all ten are equal | the same |
+| punctuation | with `{ } - !`, without `:` and `'` | with `:` and `'`, without `{ } - !` | as lmms |
+| commas inside numbers | any run of commas | a single comma | a single comma |
+| period | goes unless a digit follows | the same | goes unless a digit stands on either side |
 
-Both mean to keep the period of a decimal number, but the pattern that should look behind it does not: a period goes unless a
-digit follows ("5." becomes "5", ".5" stays), and only the first 32 go, as a flag stands where the count belongs.
+All mean to keep the period of a decimal number, but the pattern of the first two that should look behind it does not ("5."
+becomes "5", ".5" stays; VLMEvalKit leaves "5." alone), and only the first 32 go in any of them, as a flag stands where the
+count belongs.
+
+`"textvqa"` is lmms-eval's and M4C's for TextVQA: as `"lmms"`, after lower case, commas and question marks taken out, and a
+space put before "'s".
 """
 
 from __future__ import annotations
@@ -25,11 +30,14 @@ import numpy as np
 
 from vtok.errors import unknown
 
-MODES = ("lmms", "official")
+MODES = ("lmms", "official", "textvqa", "vlmeval")
 PEOPLE = 10  # who answered each question of VQAv2
-_PUNCTUATION = {"lmms": ';/[]"{}()=+\\_-><@`,?!', "official": ";:/'[]\"()=+\\_><@`,?"}
-_COMMA_IN_NUMBER = {"lmms": re.compile(r"(?<=\d),+(?=\d)"), "official": re.compile(r"\d,\d")}
-_PERIOD = re.compile(r"\.(?!\d)")
+_MARKS = ';/[]"{}()=+\\_-><@`,?!'
+_PUNCTUATION = {"lmms": _MARKS, "official": ";:/'[]\"()=+\\_><@`,?", "textvqa": _MARKS, "vlmeval": _MARKS}
+_COMMAS, _COMMA = re.compile(r"(?<=\d),+(?=\d)"), re.compile(r"\d,\d")
+_COMMA_IN_NUMBER = {"lmms": _COMMAS, "official": _COMMA, "textvqa": _COMMAS, "vlmeval": _COMMA}
+_NO_DIGIT_AFTER, _NO_DIGIT_BESIDE = re.compile(r"\.(?!\d)"), re.compile(r"(?<!\d)\.(?!\d)")
+_PERIOD = {"lmms": _NO_DIGIT_AFTER, "official": _NO_DIGIT_AFTER, "textvqa": _NO_DIGIT_AFTER, "vlmeval": _NO_DIGIT_BESIDE}
 _PERIODS = 32
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {"none": "0"} | {word: str(i) for i, word in enumerate(_DIGITS)}
@@ -79,7 +87,7 @@ def without_punctuation(text: str, mode: str = "lmms") -> str:
     for mark in _PUNCTUATION[mode]:
         alone = f"{mark} " in text or f" {mark}" in text
         cleaned = cleaned.replace(mark, "" if alone or in_number else " ")
-    return _PERIOD.sub("", cleaned, count=_PERIODS)
+    return _PERIOD[mode].sub("", cleaned, count=_PERIODS)
 
 
 def without_articles(text: str) -> str:
@@ -90,12 +98,13 @@ def without_articles(text: str) -> str:
 
 def normalised(prediction: str, mode: str = "lmms") -> str:
     """What is compared of a prediction."""
-    return without_articles(without_punctuation(_on_one_line(prediction), mode))
+    first = _FIRST.get(mode, str)
+    return without_articles(without_punctuation(_on_one_line(first(prediction)), mode))
 
 
 def normalised_answers(answers: Sequence[str], mode: str = "lmms") -> list[str]:
     """What is compared of the answers that people gave to one question."""
-    if mode == "lmms":
+    if mode != "official":
         return [normalised(answer, mode) for answer in answers]
     return [without_punctuation(answer, mode) for answer in answers] if len(set(answers)) > 1 else list(answers)
 
@@ -106,7 +115,7 @@ def soft_accuracy(prediction: str, answers: Sequence[str], mode: str = "lmms") -
     Args:
         prediction: of the model.
         answers: of the people, ten in VQAv2; a single one counts as if all ten had given it.
-        mode: "lmms" or "official", see the module.
+        mode: one of `MODES`, see the module.
 
     Returns:
         A share in [0, 1].
@@ -126,6 +135,14 @@ def soft_accuracy(prediction: str, answers: Sequence[str], mode: str = "lmms") -
 def loyalty(predictions: Sequence[str], unpatched: Sequence[str]) -> np.ndarray:
     """[n] float64: 1 where a patched model says what the unpatched one says, right or wrong."""
     return np.array([float(exact_match(said, before)) for said, before in zip(predictions, unpatched)])
+
+
+def words_apart(text: str) -> str:
+    """Lower case, without commas and question marks, a space before "'s"."""
+    return text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+
+
+_FIRST = {"textvqa": words_apart}  # mode -> what comes before everything else
 
 
 def _on_one_line(text: str) -> str:

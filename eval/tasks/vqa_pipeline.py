@@ -6,8 +6,9 @@ Shapes: B questions of a batch, L columns of the prompt, T new tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,8 @@ from vtok.errors import ConfigError, UnsupportedModelError
 from vtok.eval.records import Records
 from vtok.eval.settings import Setting
 from vtok.eval.tasks.vqa_data import Question, VQAData
-from vtok.eval.tasks.vqa_metrics import soft_accuracy
+from vtok.eval.tasks.vqa_plain import TASK
+from vtok.eval.tasks.vqa_task import QuestionTask
 from vtok.eval.vlm_models import VisionLanguageModel
 from vtok.patches import find_vlms
 from vtok.patches.hf_features import encode, feature_list, visual_columns
@@ -106,6 +108,7 @@ def ask(
     max_new_tokens: int,
     seed: int = 0,
     progress: Progress | None = None,
+    task: QuestionTask = TASK,
 ) -> None:
     """Asks every question under every setting that has no answer to it yet.
 
@@ -121,19 +124,19 @@ def ask(
         max_new_tokens: T at most.
         seed: of methods that draw; with the number of the batch, so that a run that was stopped goes on as it would have.
         progress: called with (questions done, questions).
+        task: whose scores stand beside the answers.
 
     Raises:
         ConfigError: processor and model do not belong together.
         UnsupportedModelError: vtok does not know the model.
     """
     questions, checked = data.questions, False
-    for start in range(0, len(questions), batch_size):
-        batch = questions[start : start + batch_size]
+    for start, batch in batches(questions, batch_size):
         missing = [e for e in entries if any(samples.line(e, q) is None for q in batch)]
         if missing:
-            images = {q.image: data.read(q.image) for q in batch}
+            images = {q.image: None if q.image is None else data.read(q.image) for q in batch}
             inputs = model.inputs([images[q.image] for q in batch], [q.text + data.prompt for q in batch])
-            if not checked:
+            if not checked and batch[0].image is not None:
                 check_image_tokens(model, inputs)
                 checked = True
             again = start // batch_size % TIMED_AGAIN == 0
@@ -145,10 +148,21 @@ def ask(
                     base = found if entry.unpatched and base is None else base
                     if entry in missing:
                         said = found.texts if entry.unpatched else _said(entries, samples, batch)
-                        samples.add(entry, batch, _lines(batch, found, said, base, start, entry))
+                        samples.add(entry, batch, _lines(batch, found, said, base, start, entry, task))
                     entry.runs += 1
         if progress is not None:
-            progress(min(start + batch_size, len(questions)), len(questions))
+            progress(start + len(batch), len(questions))
+
+
+def batches(questions: Sequence[Question], size: int) -> Iterator[tuple[int, Sequence[Question]]]:
+    """(Number of its first question, questions) of every batch: questions with and without an image do not share one."""
+    start = 0
+    for _, run in groupby(questions, key=lambda q: q.image is None):
+        alike = list(run)
+        for first in range(0, len(alike), size):
+            batch = alike[first : first + size]
+            yield start, batch
+            start += len(batch)
 
 
 def answer(model: VisionLanguageModel, net: Any, inputs: Any, max_new_tokens: int) -> Answers:
@@ -167,9 +181,11 @@ def answer(model: VisionLanguageModel, net: Any, inputs: Any, max_new_tokens: in
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, stopping_criteria=[clock], use_cache=True
         )
     visual = visual_columns(inputs["input_ids"], _vlm(net).tokens).sum(1)
-    kept = kept_tokens(net, visual)
+    seen = bool(visual.any())  # what vtok knows of a prompt without an image would be the one before it
+    kept = kept_tokens(net, visual) if seen else visual[:, None].repeat(1, _vlm(net).info.depth)
     text = inputs["attention_mask"].sum(1) - visual
-    return Answers(model.texts(made[:, length:]), visual, kept, kv_bytes(net, text, kept), macs(net), clock.first, clock.later)
+    cost = macs(net) if seen else None
+    return Answers(model.texts(made[:, length:]), visual, kept, kv_bytes(net, text, kept), cost, clock.first, clock.later)
 
 
 def macs(net: nn.Module) -> tuple[float, float, float] | None:
@@ -230,7 +246,13 @@ def _said(entries: Sequence[Entry], samples: Samples, batch: Sequence[Question])
 
 
 def _lines(
-    batch: Sequence[Question], found: Answers, said: list[str] | None, base: Answers | None, start: int, entry: Entry
+    batch: Sequence[Question],
+    found: Answers,
+    said: list[str] | None,
+    base: Answers | None,
+    start: int,
+    entry: Entry,
+    task: QuestionTask,
 ) -> list[Line]:
     times = {
         "batch": start,
@@ -241,6 +263,7 @@ def _lines(
         "base_ttft_ms": None if base is None else 1000 * base.first,
         "base_decode_ms_per_token": None if base is None or base.later is None else 1000 * base.later,
     }
+    scores = [task.score_all(text, q) for text, q in zip(found.texts, batch)]
     return [
         {
             "doc_id": q.doc_id,
@@ -248,7 +271,8 @@ def _lines(
             "question": q.text,
             "prediction": found.texts[i],
             "target": q.target,
-            "score": soft_accuracy(found.texts[i], q.answers),
+            "score": scores[i][task.sample or task.correct],
+            "scores": scores[i],
             "visual_tokens": int(found.visual[i]),
             "kept_tokens": found.kept[i].tolist(),
             "baseline_prediction": None if said is None else said[i],

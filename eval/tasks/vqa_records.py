@@ -8,23 +8,22 @@ Shapes: n questions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from vtok.eval.intervals import paired_ratio
 from vtok.eval.tasks.recall import clustered_mean_stderr
-from vtok.eval.tasks.vqa_data import Question, VQAData
-from vtok.eval.tasks.vqa_metrics import exact_match, loyalty, soft_accuracy
+from vtok.eval.tasks.vqa_data import VQAData
+from vtok.eval.tasks.vqa_metrics import exact_match, loyalty
+from vtok.eval.tasks.vqa_plain import TASK
+from vtok.eval.tasks.vqa_task import QuestionTask
+from vtok.eval.tasks.vqa_totals import total_fields
 
 NORMAL_95 = 1.96
+RIGHT = 0.5  # a score from here on makes an answer right
 Line = dict[str, Any]
-SCORES: dict[str, Callable[[str, Question], float]] = {
-    "exact_match": lambda said, q: float(exact_match(said, q.target)),
-    "soft_accuracy": lambda said, q: soft_accuracy(said, q.answers),
-    "soft_accuracy_official": lambda said, q: soft_accuracy(said, q.answers, "official"),
-}
 
 
 class Scored:
@@ -33,39 +32,49 @@ class Scored:
     Args:
         data: the questions.
         predictions: n answers in their order.
+        task: whose scores are taken.
+        seed: of the bootstrap of totals.
     """
 
-    def __init__(self, data: VQAData, predictions: Sequence[str]):
-        self.predictions = predictions
-        self.cluster = np.unique([str(q.image) for q in data.questions], return_inverse=True)[1]
+    def __init__(self, data: VQAData, predictions: Sequence[str], task: QuestionTask = TASK, seed: int = 0):
+        self.predictions, self.task, self.seed = predictions, task, seed
+        # questions without an image stand alone
+        images = [f"{i}/" if q.image is None else str(q.image) for i, q in enumerate(data.questions)]
+        self.cluster = np.unique(images, return_inverse=True)[1]
         self.scores = {
-            name: np.array([score(said, q) for said, q in zip(predictions, data.questions)]) for name, score in SCORES.items()
+            name: np.array([score(said, q) for said, q in zip(predictions, data.questions)], float)
+            for name, score in task.scores.items()
         }
+        self.parts = {name: total.parts(predictions, data.questions) for name, total in task.totals.items()}
 
     def metrics(self, base: Scored | None, rows: np.ndarray | None = None) -> dict[str, Any]:
-        """Shares in [0, 1] of all questions or of some.
+        """Shares in [0, 1], or percent where the task has it so, of all questions or of some.
 
         Args:
             base: answers of the unpatched model to the same questions: adds paired differences and loyalty.
             rows: [n] bool; `None` = all.
 
         Returns:
-            For each score its mean and `_stderr`; with `base` its `_difference`, `_difference_stderr` and `_difference_ci`
-            (95 %, normal); `loyalty`, `loyalty_stderr`.
+            For each score its mean over the questions where it counts and `_stderr`; with `base` its `_difference`,
+            `_difference_stderr` and `_difference_ci` (95 %, normal); for each total the same by a bootstrap over images, and
+            its own `_ci`; `loyalty`, `loyalty_stderr`. `None` where no question counts.
         """
         rows = np.ones(len(self.predictions), bool) if rows is None else rows
-        cluster = self.cluster[rows]
+        cluster, scale = self.cluster[rows], self.task.scale
         found: dict[str, Any] = {}
         for name, values in self.scores.items():
-            found |= _mean(name, values[rows], cluster)
+            found |= _mean(name, scale * values[rows], cluster)
             if base is not None:
-                found |= _mean(f"{name}_difference", values[rows] - base.scores[name][rows], cluster)
+                found |= _mean(f"{name}_difference", scale * (values - base.scores[name])[rows], cluster)
                 middle, error = found[f"{name}_difference"], found[f"{name}_difference_stderr"]
                 found[f"{name}_difference_ci"] = (
                     None if error is None else [middle - NORMAL_95 * error, middle + NORMAL_95 * error]
                 )
+        for name, total in self.task.totals.items():
+            before = None if base is None else base.parts[name][rows]
+            found |= total_fields(name, total, self.parts[name][rows], before, cluster, self.seed)
         if base is not None:
-            found |= _mean("loyalty", loyalty(self.predictions, base.predictions)[rows], cluster)
+            found |= _mean("loyalty", scale * loyalty(self.predictions, base.predictions)[rows], cluster)
         return found
 
 
@@ -115,7 +124,7 @@ def accuracy_fields(data: VQAData, scored: Scored, base: Scored | None, kept: np
         "metrics": scored.metrics(base),
         "blind": None if blind is None else float(blind.mean()),
         "groups": by_group,
-        "correct": np.packbits(scored.scores["exact_match"].astype(bool)).tobytes().hex(),
+        "correct": np.packbits(scored.scores[scored.task.correct] >= RIGHT).tobytes().hex(),
     }
 
 
@@ -176,7 +185,10 @@ def time_fields(lines: Sequence[Line], patched: bool, seed: int = 0) -> dict[str
 
 
 def _mean(name: str, values: np.ndarray, cluster: np.ndarray) -> dict[str, float | None]:
-    number = np.unique(cluster, return_inverse=True)[1]
+    counts = ~np.isnan(values)
+    if not counts.any():
+        return {name: None, f"{name}_stderr": None}
+    values, number = values[counts], np.unique(cluster[counts], return_inverse=True)[1]
     mean, error = clustered_mean_stderr(values, number)
     return {name: mean, f"{name}_stderr": None if math.isnan(error) else error}
 

@@ -1,0 +1,133 @@
+"""Rows of the `datasets` library instead of files: a folder that it saved, parquet files, or a name on the hub.
+
+The names that lmms-eval 0.7 reads are the defaults (most ask for a login to the hub):
+
+| task | data set | configuration, split |
+|---|---|---|
+| chartqa | lmms-lab-encoder/ChartQA | test |
+| docvqa | lmms-lab-encoder/DocVQA | DocVQA, validation |
+| gqa | lmms-lab-encoder/GQA | testdev_balanced_instructions (images: testdev_balanced_images), testdev |
+| mme | lmms-lab-encoder/MME | test |
+| pope | lmms-lab-encoder/POPE | test |
+| scienceqa, scienceqa_img | lmms-lab-encoder/ScienceQA | ScienceQA-FULL, ScienceQA-IMG, test |
+| textvqa | lmms-lab-encoder/textvqa | validation |
+| vqav2 | lmms-lab-encoder/VQAv2 | validation |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vtok.errors import ConfigError, MissingExtraError
+from vtok.eval.tasks.vqa_data import Question, VQAData
+from vtok.eval.tasks.vqa_files import checked
+from vtok.eval.tasks.vqa_task import Sources
+
+HUB = "hub"
+_SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
+
+
+class Hub(NamedTuple):
+    """Where the rows of a task are, and what they mean.
+
+    Attributes:
+        path: of the data set on the hub.
+        config: its configuration, `None` = the only one.
+        split: that is asked.
+        question: (row without its image, place for messages, key of its image or `None` without one) -> question.
+        prompt: text behind every question.
+        images: configuration that holds the images apart, "" = they stand in the rows.
+        image_id: column that names a row's image there, whose rows have an `id`.
+        same_image: column that is equal for rows with the same image, "" = none is known.
+        optional: whether a row may have no image.
+        check: (questions, place) -> questions, what must hold for all of them together.
+    """
+
+    path: str
+    config: str | None
+    split: str
+    question: Callable[[Any, str, Any], Question]
+    prompt: str
+    images: str = ""
+    image_id: str = ""
+    same_image: str = ""
+    optional: bool = False
+    check: Callable[[VQAData, str], VQAData] | None = None
+
+
+def is_dataset(data: str) -> bool:
+    """Whether data means the `datasets` library: "hub", "hub:NAME", a folder that it saved or one with parquet files."""
+    folder = Path(data)
+    if data == HUB or data.startswith(f"{HUB}:"):
+        return True
+    return folder.is_dir() and (any((folder / name).is_file() for name in _SAVED) or any(folder.rglob("*.parquet")))
+
+
+def read(name: str, hub: Hub, sources: Sources) -> VQAData:
+    """Questions of a data set; images are decoded when they are asked about.
+
+    Raises:
+        ConfigError: no such data set, split or column, or a row that is not of the task's form.
+        MissingExtraError: `datasets` is not installed.
+    """
+    split = sources.split or hub.split
+    rows = _load(sources.data, hub, hub.config, split)
+    pictures = _load(sources.data, hub, hub.images, split) if hub.images else rows
+    if "image" not in pictures.column_names:
+        raise ConfigError(
+            f"{sources.data} has no column 'image', only {', '.join(pictures.column_names)}; is it data of {name}?"
+        )
+    of_id = {number: i for i, number in enumerate(pictures["id"])} if hub.images else {}
+    found: list[Question] = []
+    shared: dict[Any, int] = {}
+    seen = _present(rows, hub.optional)
+    for i, row in enumerate(rows.remove_columns([c for c in ("image",) if c in rows.column_names])):
+        place = f"{sources.data}, row {i}"
+        image: Any = i if hub.images or seen[i] else None
+        if hub.images:
+            image = of_id.get(row.get(hub.image_id))
+            if image is None:
+                raise ConfigError(f"{place}: no image has the id {row.get(hub.image_id)!r} in {hub.images}")
+        elif hub.same_image and row.get(hub.same_image) is not None:
+            image = shared.setdefault(row[hub.same_image], i)
+        found.append(hub.question({**row, "ocr": bool(sources.ocr)}, place, image))
+    data = checked(name, found, Path(sources.data), lambda key: pictures[int(key)]["image"].convert("RGB"), hub.prompt, split)
+    return data if hub.check is None else hub.check(data, sources.data)
+
+
+def _present(rows: Any, optional: bool) -> list[bool]:
+    """Of every row whether it has an image, without decoding any."""
+    if not optional:
+        return [True] * len(rows)
+    import datasets
+
+    return [row["image"] is not None for row in rows.select_columns("image").cast_column("image", datasets.Image(decode=False))]
+
+
+def _load(data: str, hub: Hub, config: str | None, split: str) -> Any:
+    """The rows of a split."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtraError("datasets", "datasets") from error
+    folder = Path(data)
+    try:
+        if any((folder / name).is_file() for name in _SAVED):
+            found = datasets.load_from_disk(data)
+        elif config and any((folder / config / name).is_file() for name in _SAVED):
+            found = datasets.load_from_disk(str(folder / config))
+        else:
+            name = hub.path if data == HUB else data.removeprefix(f"{HUB}:")
+            return datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # the library raises what its readers and the network raise
+        text = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"datasets cannot load {data} (configuration {config or 'default'}, split {split}): {type(error).__name__} {text}"
+        ) from error
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            raise ConfigError(f"{data} has no split {split!r}, only {', '.join(found)}; name one with --split")
+        return found[split]
+    return found

@@ -1,0 +1,179 @@
+"""Reading public files: every complaint names the file, the entry and the form that is expected."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vtok.errors import ConfigError
+from vtok.eval.tasks.vqa_files import IMAGES, open_image
+from vtok.eval.tasks.vqa_task import Sources
+
+SHORT = "\nAnswer the question using a single word or phrase."  # what lmms-eval puts behind most questions
+
+
+def located(sources: Sources, pattern: str) -> Path:
+    """The file with the questions: the one that was named, the data itself, or the only one of that name in its folder.
+
+    Args:
+        sources: of the task.
+        pattern: its name in the public distribution, e.g. "TextVQA_0.5.1_val.json"; may hold `*`.
+
+    Raises:
+        ConfigError: there is none, or more than one.
+    """
+    if sources.questions or sources.folder.is_file():
+        path = Path(sources.questions or sources.data)
+        if not path.is_file():
+            raise ConfigError(f"{path} does not exist; name the task's file with the questions ({pattern})")
+        return path
+    if not sources.folder.is_dir():
+        raise ConfigError(f"{sources.data} is neither a folder nor a file; name the folder that holds {pattern}")
+    found = sorted(sources.folder.rglob(pattern))
+    if len(found) != 1:
+        others = "" if not found else ": " + ", ".join(str(path.relative_to(sources.folder)) for path in found[:4])
+        raise ConfigError(f"{sources.folder} holds {len(found)} files {pattern}{others}; name the one to read with --questions")
+    return found[0]
+
+
+def load_json(path: Path, form: str) -> Any:
+    """What a JSON file holds.
+
+    Args:
+        path: of the file.
+        form: what is expected, for messages.
+
+    Raises:
+        ConfigError: the file is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON file of the form {form}: {error}") from error
+
+
+def load_lines(path: Path, form: str) -> Iterator[tuple[str, Any]]:
+    """(place, content) of every line of a file of JSON lines.
+
+    Raises:
+        ConfigError: the file is missing, or a line is no JSON.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield f"{path}:{number}", json.loads(line)
+            except ValueError as error:
+                raise ConfigError(f"{path}:{number} is no JSON object of the form {form}: {error}") from error
+
+
+def entries(content: Any, key: str | None, path: Path, form: str) -> list[Any]:
+    """A list that a file holds, under a key or itself.
+
+    Raises:
+        ConfigError: there is no such list.
+    """
+    found = content if key is None else content.get(key) if isinstance(content, dict) else None
+    if not isinstance(found, list):
+        raise ConfigError(f"{path} is not of the form {form}: no list" + ("" if key is None else f" under {key!r}"))
+    return found
+
+
+def fields(entry: Any, names: Sequence[str], place: str, form: str) -> list[Any]:
+    """Values of an object that must all be there.
+
+    Args:
+        entry: the object.
+        names: of the values.
+        place: where it stands, for messages: file and line, or file and number.
+        form: what is expected.
+
+    Raises:
+        ConfigError: it is no object, or one is missing.
+    """
+    if not isinstance(entry, Mapping):
+        raise ConfigError(f"{place} is {type(entry).__name__} instead of an object {form}")
+    missing = [name for name in names if entry.get(name) is None]
+    if missing:
+        raise ConfigError(f"{place} has no {', '.join(repr(name) for name in missing)}; expected {form}")
+    return [entry[name] for name in names]
+
+
+def answer_list(value: Any, place: str) -> tuple[str, ...]:
+    """Answers of people: a list of texts that is not empty.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(one, str) for one in value):
+        raise ConfigError(f"{place}: 'answers' must be a list of at least one text, found {str(value)[:80]!r}")
+    return tuple(value)
+
+
+def yes_no(value: Any, place: str) -> str:
+    """ "yes" or "no", however it is written.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    found = str(value).strip().lower().rstrip(".")
+    if found not in ("yes", "no"):
+        raise ConfigError(f"{place}: the answer must be yes or no, found {str(value)[:80]!r}")
+    return found
+
+
+class Pictures:
+    """Images of a folder by name; reading one gives a PIL image.
+
+    Args:
+        folder: they lie in it at any depth.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._index: dict[str, list[Path]] | None = None
+
+    def find(self, name: str, place: str) -> Path:
+        """The file of an image.
+
+        Args:
+            name: of the file, with folders or without, with its ending or without.
+            place: what asks for it, for messages.
+
+        Raises:
+            ConfigError: it is missing, or several have that name.
+        """
+        direct = self.folder / name
+        if direct.is_file():
+            return direct
+        found = self._by_name(Path(name).name)
+        nearer = [path for path in found if path.with_suffix("").as_posix().endswith(Path(name).with_suffix("").as_posix())]
+        found = nearer or found
+        if not found:
+            raise ConfigError(
+                f"{place}: the image {name} is missing from {self.folder}; pass the folder of the images (--images)"
+            )
+        if len(found) > 1:
+            raise ConfigError(f"{place}: the image {name} may be {found[0]} or {found[1]}; pass the folder of one (--images)")
+        return found[0]
+
+    def _by_name(self, name: str) -> list[Path]:
+        if self._index is None:
+            self._index = {}
+            for path in sorted(self.folder.rglob("*")):
+                if path.suffix.lower() in IMAGES:
+                    for key in {path.name, path.stem}:
+                        self._index.setdefault(key, []).append(path)
+        return self._index.get(name, [])
+
+    @property
+    def read(self) -> Callable[[Any], Any]:
+        """Path as text -> PIL image."""
+        return lambda key: open_image(Path(key))

@@ -1,0 +1,51 @@
+"""VQAv2 (Goyal et al., CVPR 2017): ten answers to every question; quoted on validation, or on the server's test-dev.
+
+Files: questions `{"questions": [{"question_id", "image_id", "question"}]}`, annotations `{"annotations": [{"question_id",
+"answers", "answer_type"}]}`, COCO's images, found by the number at the end of their names. `answers_*.json` are lists that
+the evaluation server takes. `soft_accuracy` has lmms-eval's normalisation, `_official` that of vqaEval.py, `_vlmeval`
+VLMEvalKit's with its corrected pattern for periods; see `vqa_metrics`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vtok.errors import ConfigError
+from vtok.eval.tasks.vqa_data import Question, VQAData
+from vtok.eval.tasks.vqa_files import find_vqav2, write_answers
+from vtok.eval.tasks.vqa_hub import Hub
+from vtok.eval.tasks.vqa_metrics import soft_accuracy
+from vtok.eval.tasks.vqa_reading import SHORT, fields
+from vtok.eval.tasks.vqa_task import QuestionTask, Sources
+
+_FORM = '{"question_id", "question", "answers": [{"answer"}, ...]}'
+
+
+def _read(sources: Sources) -> VQAData:
+    if not sources.folder.is_dir() and not sources.questions:
+        raise ConfigError(f"{sources.data} is no folder; name the one with VQAv2's questions, annotations and images")
+    return find_vqav2(sources.folder, sources.questions, sources.annotations, sources.images)
+
+
+def _from_row(row: Any, place: str, image: Any) -> Question:
+    number, text, answers = fields(row, ("question_id", "question", "answers"), place, _FORM)
+    said = tuple(str(answer.get("answer")) for answer in answers if isinstance(answer, dict))
+    if not said:
+        raise ConfigError(f"{place}: question {number} has no answers; expected {_FORM}")
+    return Question(number, str(text), said, image, {"kind": str(row.get("answer_type") or "")})
+
+
+TASK = QuestionTask(
+    name="vqav2",
+    read=_read,
+    scores={
+        "soft_accuracy": lambda said, q: soft_accuracy(said, q.answers),
+        "soft_accuracy_official": lambda said, q: soft_accuracy(said, q.answers, "official"),
+        "soft_accuracy_vlmeval": lambda said, q: soft_accuracy(said, q.answers, "vlmeval"),
+    },
+    primary="soft_accuracy",
+    correct="soft_accuracy",
+    columns={"soft": "soft_accuracy", "official": "soft_accuracy_official"},
+    write=write_answers(),
+    hub=Hub("lmms-lab-encoder/VQAv2", None, "validation", _from_row, SHORT, same_image="image_id"),
+)

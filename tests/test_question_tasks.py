@@ -1,0 +1,235 @@
+"""The standard sets of questions end to end: tiny data in the public formats, the bundled LLaVA, records, samples, files."""
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+
+from helpers_tasks import SUFFIX, WRITERS, asked, written, yes_no
+from helpers_vqa import words
+from typer.testing import CliRunner
+
+from vtok.eval.records import Records
+from vtok.eval.report import correctness
+from vtok.eval.tasks import QUESTION_TASKS, TASKS
+from vtok.eval.tasks.vqa_files import read_results
+from vtok.eval.tasks.vqa_task import Sources, VQAOptions
+from vtok.eval.vlm_models import REFERENCE_LLAVA, load_vlm
+
+SETTINGS = [None, ("uniform", {"keep": 1 / 256})]
+METRICS = {
+    "chartqa": {"relaxed_overall", "relaxed_human_split", "relaxed_augmented_split"},
+    "docvqa": {"anls", "anls_definition"},
+    "gqa": {"exact_match", "exact_match_vlmeval", "exact_match_official"},
+    "mme": {"accuracy", "accuracy_plus", "perception", "cognition", "total"},
+    "pope": {f"{m}{p}" for m in ("f1", "accuracy", "precision", "recall", "yes_ratio") for p in ("", "_llava", "_vlmeval")}
+    | {"yes_ratio_labels"},
+    "scienceqa": {"exact_match", "exact_match_llava"},
+    "scienceqa_img": {"exact_match", "exact_match_llava"},
+    "textvqa": {"soft_accuracy", "soft_accuracy_vlmeval"},
+    "vqav2": {"soft_accuracy", "soft_accuracy_official", "soft_accuracy_vlmeval"},
+}
+GROUPS = {
+    "chartqa": {"part": {"human", "augmented"}},
+    "gqa": {"structural": {"verify", "query"}, "answer": {"open", "binary"}},
+    "mme": {"category": {"color", "celebrity", "code_reasoning"}},
+    "pope": {"variant": {"adversarial", "popular", "random"}},
+    "scienceqa": {"kind": {"image", "text"}, "grade": {"1-6", "7-12"}},
+    "scienceqa_img": {"grade": {"1-6", "7-12"}},
+    "vqav2": {"kind": {"yes/no", "other"}},
+}
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return load_vlm(REFERENCE_LLAVA)
+
+
+@pytest.fixture(scope="module")
+def evaluated(llava, tmp_path_factory):
+    """task -> (folder of results, questions, records); the model does not know the usual text behind questions."""
+
+    class Evaluated(dict):
+        def __missing__(self, task):
+            folder = written(task, tmp_path_factory.mktemp(task))
+            options = VQAOptions(batch_size=16, max_new_tokens=2, device="cpu", prompt="", output=str(folder / "out"))
+            records = TASKS.get(task)(llava, str(folder), SETTINGS, options)
+            questions = QUESTION_TASKS.get(task).open(Sources(str(folder))).questions
+            self[task] = folder / "out", questions, records
+            return self[task]
+
+    return Evaluated()
+
+
+@pytest.mark.parametrize("task", sorted(WRITERS))
+def test_records_of_every_task(evaluated, task):
+    _, questions, (base, patched) = evaluated[task]
+    declared = QUESTION_TASKS.get(task)
+    assert (base["task"], base["primary"], base["percent"]) == (task, declared.primary, task == "mme")
+    assert base["n"] == len(questions) and base["n_images"] == len(
+        {q.doc_id if q.image is None else q.image for q in questions}
+    )
+    names = METRICS[task]
+    assert names <= set(base["metrics"]) and not any("difference" in name for name in base["metrics"])
+    for name in names:
+        values = [patched["metrics"][f"{name}{end}"] for end in ("", "_stderr", "_difference", "_difference_stderr")]
+        assert values[2] == pytest.approx(values[0] - base["metrics"][name], abs=1e-6)
+        assert all(v is not None and v >= 0 for v in (values[1], values[3]))
+        low, high = patched["metrics"][f"{name}_difference_ci"]
+        assert low <= values[2] + 1e-6 and high >= values[2] - 1e-6
+    assert {g: set(parts) for g, parts in base["groups"].items()} == GROUPS.get(task, {})
+    right = [declared.scores[declared.correct](line["prediction"], q) >= 0.5 for q, line in lines(evaluated[task], base)]
+    assert np.array_equal(correctness(base), right)
+    assert json.loads(json.dumps([base, patched], allow_nan=False)) == [base, patched]
+
+
+def lines(evaluated, record):
+    """(question, sample) of a setting."""
+    folder, questions, _ = evaluated
+    found = {line["doc_id"]: line for line in Records(folder / "samples.jsonl").load() if line["key"].startswith(record["key"])}
+    return [(q, found[q.doc_id]) for q in questions]
+
+
+@pytest.mark.parametrize("task", sorted(WRITERS))
+def test_samples_of_every_task(evaluated, task):
+    declared = QUESTION_TASKS.get(task)
+    base, patched = evaluated[task][2]
+    before = {q.doc_id: line["prediction"] for q, line in lines(evaluated[task], base)}
+    for q, line in lines(evaluated[task], patched):
+        assert (line["target"], line["question"]) == (q.target, q.text)
+        assert line["scores"] == declared.score_all(line["prediction"], q)
+        assert line["score"] == line["scores"][declared.correct] and line["baseline_prediction"] == before[q.doc_id]
+        seen = q.image is not None
+        assert line["visual_tokens"] == 256 * seen and line["kept_tokens"] == [1 * seen] * 8
+
+
+def test_what_the_bundled_model_answers(evaluated):
+    """It knows these pictures: nearly everything is right, and less with one token of 256."""
+    metrics = {task: evaluated[task][2][0]["metrics"] for task in WRITERS}
+    assert metrics["gqa"]["exact_match"] >= 0.8 and metrics["vqav2"]["soft_accuracy"] >= 0.8
+    assert metrics["textvqa"]["soft_accuracy"] >= 0.8
+    assert metrics["pope"]["f1"] >= 0.8 and metrics["mme"]["total"] >= 450
+    assert metrics["chartqa"]["relaxed_overall"] >= 0.8 and metrics["docvqa"]["anls"] >= 0.8
+    assert metrics["scienceqa"]["exact_match"] == 0  # it knows no letters
+    assert evaluated["gqa"][2][1]["metrics"]["loyalty"] < 1
+
+
+def test_mme_of_the_files_by_hand(evaluated):
+    record = evaluated["mme"][2][1]
+    points = 0.0
+    for category, part in record["groups"]["category"].items():
+        rows = [(q, line) for q, line in lines(evaluated["mme"], record) if q.groups["category"] == category]
+        right = {}
+        for q, line in rows:
+            right.setdefault(q.image, []).append(line["prediction"].lower() == q.target)
+        score = 100 * np.mean([r for pair in right.values() for r in pair]) + 100 * np.mean([all(p) for p in right.values()])
+        assert part["total"] == pytest.approx(score) and part["n"] == 6
+        points += score
+    assert record["metrics"]["total"] == pytest.approx(points)
+    assert record["metrics"]["perception"] + record["metrics"]["cognition"] == pytest.approx(points)
+
+
+def test_questions_without_an_image(evaluated):
+    _, questions, (base, patched) = evaluated["scienceqa"]
+    assert questions[-1].image is None and questions[0].image is not None and questions[-1].doc_id == "77"
+    assert base["groups"]["kind"]["text"]["n"] == 1 and patched["groups"]["kind"]["text"]["kept_tokens"] == 0
+    alone = {line["doc_id"]: line for _, line in lines(evaluated["scienceqa"], base)}
+    shorter = {line["doc_id"]: line for _, line in lines(evaluated["scienceqa"], patched)}
+    assert alone["77"]["prediction"] == shorter["77"]["prediction"] and shorter["77"]["macs"] is None
+    assert len(evaluated["scienceqa_img"][1]) == len(questions) - 1
+
+
+@pytest.mark.parametrize(
+    ("task", "suffix", "limit"),
+    [
+        ("chartqa", "\nAnswer the question with a single word.", 16),
+        ("docvqa", SUFFIX, 32),
+        ("gqa", SUFFIX, 16),
+        ("mme", SUFFIX, 16),
+        ("pope", SUFFIX, 128),
+        ("scienceqa", "\nAnswer with the option's letter from the given choices directly.", 16),
+        ("textvqa", SUFFIX, 1024),
+        ("vqav2", SUFFIX, 16),
+    ],
+)
+def test_prompts_are_those_of_lmms_eval(task, suffix, limit, tmp_path):
+    data = QUESTION_TASKS.get(task).open(Sources(str(written(task, tmp_path))))
+    assert data.prompt == suffix and QUESTION_TASKS.get(task).max_new_tokens == limit
+    texts = [q.text for q in data.questions]
+    assert not any("Please answer yes or no" in text for text in texts)
+    if task == "textvqa":
+        assert all(text == text.capitalize() for text in texts)
+        ocr = str(tmp_path / "TextVQA_Rosetta_OCR_v0.2_val.json")
+        known = QUESTION_TASKS.get(task).open(Sources(str(tmp_path), ocr=ocr))
+        assert known.name == "textvqa with OCR tokens"
+        assert known.questions[0].text == texts[0] + "\nReference OCR token: HELLO, x2"
+
+
+def test_files_of_answers(evaluated):
+    said = {task: [(q, line["prediction"]) for q, line in lines(evaluated[task], evaluated[task][2][0])] for task in WRITERS}
+
+    def file(task, name="answers_0-unpatched.json"):
+        return evaluated[task][0] / name
+
+    assert json.loads(file("gqa").read_text()) == [{"questionId": q.doc_id, "prediction": a} for q, a in said["gqa"]]
+    for task in ("vqav2", "textvqa"):
+        assert json.loads(file(task).read_text()) == [{"question_id": q.doc_id, "answer": a} for q, a in said[task]]
+    assert json.loads(file("docvqa").read_text())[0] == {"questionId": 49153, "answer": said["docvqa"][0][1]}
+    assert read_results(file("gqa")) == {q.doc_id: a for q, a in said["gqa"]}
+    assert read_results(file("docvqa")) == {q.doc_id: a for q, a in said["docvqa"]}
+    science = json.loads(file("scienceqa").read_text())
+    assert set(science["results"]) == {q.doc_id for q, _ in said["scienceqa"]} and set(science["results"].values()) == {-1}
+    popular = [json.loads(x) for x in file("pope", "answers_0-unpatched-popular.jsonl").read_text().splitlines()]
+    assert [(p["question"], p["answer"]) for p in popular] == [
+        (q.text, a) for q, a in said["pope"] if q.groups["variant"] == "popular"
+    ]
+    rows = file("mme", "answers_0-unpatched").joinpath("celebrity.txt").read_text().splitlines()
+    image, question, answer, prediction = rows[0].split("\t")
+    assert image.endswith(".jpg") and question.endswith("Please answer yes or no.") and answer in ("Yes", "No")
+    assert prediction == said["mme"][0][1] or len(rows) == 6
+    assert not list(evaluated["chartqa"][0].glob("answers*"))
+
+
+def test_answers_of_another_program(llava, tmp_path):
+    folder = written("gqa", tmp_path)
+    (tmp_path / "theirs.json").write_text(
+        json.dumps([{"questionId": f"20{n}", "prediction": a} for n, (_, _, a) in enumerate(asked())])
+    )
+    options = VQAOptions(max_new_tokens=2, device="cpu", results=str(tmp_path / "theirs.json"))
+    theirs = TASKS.get("gqa")(llava, str(folder), [None], options)[-1]
+    assert theirs["metrics"]["exact_match"] == 1 and theirs["title"] == "theirs" and theirs["primary"] == "exact_match"
+
+
+def test_a_part_of_mme_is_whole_images(tmp_path):
+    data = QUESTION_TASKS.get("mme").open(Sources(str(written("mme", tmp_path))))
+    total = len(data.questions)
+    assert total == 3 * len(yes_no()) and data.take(None) is data
+    for count in (1, 2, 5, total - 1):
+        part = data.take(count).questions
+        images = [q.image for q in part]
+        assert count <= len(part) <= count + 1 and all(images.count(image) == 2 for image in images)
+
+
+def test_one_file_of_pope(tmp_path):
+    folder = written("pope", tmp_path)
+    task = QUESTION_TASKS.get("pope")
+    one = task.open(Sources(str(folder / "coco_pope_popular.json"), images=str(folder)))
+    assert {q.groups["variant"] for q in one.questions} == {"popular"} and one.split == "popular"
+    split = task.open(Sources(str(folder), split="random"))
+    assert [q.doc_id for q in split.questions] == [f"random/{i}" for i in range(1, len(yes_no()) + 1)]
+    assert task.open(Sources(str(folder))).split == "adversarial+popular+random"
+
+
+def test_the_command_line(tmp_path):
+    from vtok.eval.app import app
+
+    folder = written("mme", tmp_path)
+    args = ["eval", "vqa", "--task", "mme", "--model", REFERENCE_LLAVA, "--data", str(folder), "-M", "uniform:keep=0.25"]
+    args += ["--max-new-tokens", "2", "--prompt", "", "--device", "cpu"]
+    result = CliRunner().invoke(app, args, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    text = words(result.stdout)
+    for word in ("perception", "cognition", "total", "accuracy_plus:", "category color, 6 questions", "uniform(keep=0.25)"):
+        assert word in text, text

@@ -1,0 +1,106 @@
+"""Questions about images as data: parts of them, what is known without the image, files that cannot be read."""
+
+import json
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from helpers_vqa import picture, questions, write_vqav2
+
+import vtok
+from vtok.eval.tasks.vqa_data import EASY_VQA, PAGES, blind_answers, open_vqa
+from vtok.eval.tasks.vqa_records import blind_scores, groups_of
+
+
+def test_a_part_of_the_questions():
+    data = questions(12)
+    rows = [q.doc_id for q in data.take(5).questions]
+    assert [row * 5 // 12 for row in rows] == [0, 1, 2, 3, 4] and data.take(None) is data.take(99) is data
+    kinds = groups_of(open_vqa(PAGES).take(200))
+    assert {name: int(rows.sum()) for name, rows in kinds["kind"].items()}["open"] in range(85, 116)
+    assert all(int(rows.sum()) in range(40, 61) for rows in kinds["density"].values())
+
+
+def test_easy_vqa_from_the_question_alone():
+    """The published test questions, and answers that are the majority among the training questions."""
+    data = open_vqa(EASY_VQA)
+    right, parts = blind_scores(data), groups_of(data)["kind"]
+    assert len(data.questions) == 9673 and len({q.image for q in data.questions}) == 1000
+    assert 100 * right.mean() == pytest.approx(67.0, abs=0.05)
+    assert 100 * right[parts["yes/no"]].mean() == pytest.approx(82.5, abs=0.05)
+    assert 100 * right[parts["open"]].mean() == pytest.approx(23.3, abs=0.05)
+    assert data.read(data.questions[0].image).size == (64, 64) and data.prompt == ""
+
+
+def test_questions_about_pages():
+    data = open_vqa(PAGES)
+    groups = groups_of(data)
+    assert len(data.questions) == 3600 and {n: int(r.sum()) for n, r in groups["density"].items()} == dict.fromkeys("1234", 900)
+    assert set(groups["kind"]) == {"open", "yes/no"} and data.read(0).size == (128, 128)
+    right = blind_scores(data)
+    assert set(data.blind) == {q.text for q in data.questions}
+    # "blank" is right for most cells of a page with one picture and for none of a page with four
+    open_ones = groups["kind"]["open"]
+    shares = [right[open_ones & groups["density"][n]].mean() for n in "1234"]
+    assert shares == sorted(shares, reverse=True) and shares[3] == 0 < shares[0]
+
+
+def test_blind_answers_are_majorities_of_training_questions():
+    assert blind_answers(["a", "a", "a", "b"], ["x", "y", "y", "z"]) == {"a": "y", "b": "z"}
+    assert blind_answers(["a", "a"], ["x", "y"]) == {"a": "x"}
+    easy_vqa = pytest.importorskip("easy_vqa")
+    texts, answers, _ = easy_vqa.get_train_questions()
+    assert blind_answers(texts, answers) == dict(open_vqa(EASY_VQA).blind)
+
+
+def _broken(tmp_path, name, text):
+    tmp_path.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(text)
+    return tmp_path / name
+
+
+def _changed(tmp_path, part, change):
+    root = write_vqav2(tmp_path)
+    (path,) = root.glob(f"*{part}*.json")
+    content = json.loads(path.read_text())
+    change(content[part])
+    path.write_text(json.dumps(content))
+    return root
+
+
+LINE = '{"id": 1, "image": "0.png", "question": "q", "answers": ["a"]}'
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "nowhere", "is neither easy-vqa, easy-vqa-pages, a .jsonl file nor a folder"),
+        (lambda p: p / "nowhere.jsonl", "nowhere.jsonl does not exist"),
+        (lambda p: _broken(p, "x.jsonl", LINE + "\n{'id': 1}\n"), "x.jsonl:1: the image .* is missing; pass the folder"),
+        (
+            lambda p: (picture(0).save(p / "0.png"), _broken(p, "x.jsonl", LINE + "\n{'id': 1}\n"))[1],
+            r"x.jsonl:2 is not an object",
+        ),
+        (lambda p: _broken(p, "x.jsonl", '{"id": 1, "image": "0.png"}'), "x.jsonl:1 is not an object .*KeyError 'answers'"),
+        (lambda p: _broken(p, "x.jsonl", '{"id": 1, "image": "0.png", "question": "q", "answers": []}'), "question 1 has no"),
+        (lambda p: _broken(p, "x.jsonl", "\n"), "x.jsonl holds no questions"),
+        (
+            lambda p: (picture(0).save(p / "0.png"), _broken(p, "x.jsonl", LINE + "\n" + LINE))[1],
+            "asks question 1 more than once",
+        ),
+        (lambda p: p, r"holds 0 files \*uestions\*.json; name the one to read"),
+        (lambda p: _changed(p, "questions", lambda q: q[0].pop("image_id")), "not of VQAv2's form .*KeyError 'image_id'"),
+        (
+            lambda p: _changed(p, "questions", lambda q: q[0].update(image_id=77)),
+            "the image of question 100 is missing: no file in",
+        ),
+        (lambda p: _changed(p, "annotations", lambda a: a.pop(0)), "no annotation of question 100; do both files belong"),
+        (lambda p: _changed(p, "annotations", lambda a: a[0].update(answers=[])), "question 100 has no answers"),
+        (lambda p: _changed(p, "annotations", lambda a: a[0].update(answers=["x"])), "are no objects with 'answer'"),
+    ],
+)
+def test_data_that_cannot_be_read(make, message, tmp_path):
+    with pytest.raises(vtok.VtokError, match=message) as caught:
+        open_vqa(make(tmp_path))
+    assert "\n" not in str(caught.value)

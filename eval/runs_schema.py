@@ -36,12 +36,21 @@ PUBLISHED_KEYS: Keys = {
     "source": (str, True),
     "note": (str, False),
 }
-# task -> the figures that papers print for it, in percent, under the names of the task's metrics; each may have a `base_` one,
-# of the unpatched model. The first is the headline.
+# task -> the figures that papers print for it, in percent (mme: points), under the names of the task's metrics; each may have a
+# `base_` one, of the unpatched model. The first is the headline.
 FIGURES: dict[str, tuple[str, ...]] = {
+    "chartqa": ("relaxed_overall", "relaxed_human_split", "relaxed_augmented_split"),
+    "docvqa": ("anls",),
+    "gqa": ("exact_match",),
     "imagenet": ("top1",),
+    "mme": ("total", "perception", "cognition"),
+    "pope": ("f1", "accuracy"),
     "retrieval": ("text_retrieval_recall@1", "image_retrieval_recall@1", "recall_sum"),
+    "scienceqa": ("exact_match",),
+    "scienceqa_img": ("exact_match",),
+    "textvqa": ("soft_accuracy",),
     "vqa": ("soft_accuracy", "exact_match"),
+    "vqav2": ("soft_accuracy",),
     "zeroshot": ("acc1",),
 }
 REFERENCE = "reference"

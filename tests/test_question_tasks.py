@@ -18,7 +18,7 @@ from vtok.eval.tasks.vqa_files import read_results
 from vtok.eval.tasks.vqa_task import Sources, VQAOptions
 from vtok.eval.vlm_models import REFERENCE_LLAVA, load_vlm
 
-SETTINGS = [None, ("uniform", {"keep": 1 / 256})]
+SETTINGS = [None, ("random", {"keep": 1 / 256})]
 METRICS = {
     "chartqa": {"relaxed_overall", "relaxed_human_split", "relaxed_augmented_split"},
     "docvqa": {"anls", "anls_definition"},

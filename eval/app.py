@@ -15,6 +15,7 @@ from rich.table import Table
 import vtok
 from vtok.errors import ConfigError, MissingExtraError
 from vtok.eval import runs
+from vtok.eval.book_command import list_configs
 from vtok.eval.clip_command import evaluate_retrieval, evaluate_zeroshot
 from vtok.eval.imagenet_command import evaluate_imagenet
 from vtok.eval.matrix_command import print_matrix
@@ -31,6 +32,7 @@ evaluate.command("imagenet")(evaluate_imagenet)
 evaluate.command("retrieval")(evaluate_retrieval)
 evaluate.command("vqa")(evaluate_vqa)
 evaluate.command("zeroshot")(evaluate_zeroshot)
+app.command("configs")(list_configs)
 app.command("matrix")(print_matrix)
 app.command("tune")(tune)
 app.command("viz")(draw_tokens)
@@ -70,15 +72,23 @@ def methods() -> None:
 
 @app.command()
 def plan(
-    model: Model,
-    method: Methods,
+    model: Annotated[str, typer.Argument(help="as for bench; or, without a method, a run (see `vtok configs`)")],
+    method: Annotated[list[str] | None, typer.Argument(help="as for bench")] = None,
     img_size: Annotated[int | None, typer.Option(help="input size in pixels")] = None,
     images: Images = 1,
     text_tokens: TextTokens = 64,
 ) -> None:
     """Tokens and MACs per block and the implied speed-up of methods on a model, before anything runs."""
+    from vtok.eval import book
     from vtok.eval.models import load_model
 
+    if not method:
+        if img_size is not None:
+            raise ConfigError("--img-size goes with a model and methods; of a run say it in its options")
+        for found in book.plans(runs.load(model), prompt={"images": images, "text_tokens": text_tokens}):
+            console.print(str(found), highlight=False, soft_wrap=True)
+            console.print()
+        return
     net = load_model(model, img_size=img_size, meta=True)
     prompt = {"images": images, "text_tokens": text_tokens} if find_vlms(net) else None
     for text in method:
@@ -165,23 +175,6 @@ def bench_select(
             tokens, keep, width, pairs, seed, lambda done, total: progress.update(bar, completed=done, total=total)
         )
     console.print(select_bench.table(results, tokens, keep, width))
-
-
-@app.command()
-def configs() -> None:
-    """Lists the runs that come with vtok, with their published figures."""
-    table = Table()
-    for i, column in enumerate(("run", "task", "model", "methods", "published (unpatched)", "GFLOPs as published")):
-        table.add_column(column, no_wrap=i == 0)
-    for name in runs.bundled():
-        run = runs.load(name)
-        p, text = run.published, "-"
-        if p:
-            figure = runs.FIGURES[run.task][0]
-            text = f"{figure.replace('_retrieval_recall', ' R')} {p[figure]} ({p.get(f'base_{figure}', '-')})"
-        methods = ", ".join(dict.fromkeys(setting.name for setting in run.settings))
-        table.add_row(name, ", ".join(run.tasks), run.model, methods, text, str(p.get("gflops", "-")))
-    console.print(table)
 
 
 @app.command()

@@ -8,6 +8,7 @@ A name is timm's, `reference` or `reference-clip` (both come with vtok), or star
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,10 @@ def _open_clip(name: str, pretrained: bool, img_size: int | None, seed: int, met
             f"open_clip has several weights of {name}; name one: open_clip:{name}/TAG with TAG in {', '.join(tags)}"
         )
     torch.manual_seed(seed)
+    silenced = logging.root.manager.disable
     try:
+        if meta:
+            logging.disable(logging.WARNING)  # that no weights are loaded is what was asked for
         with torch.device("meta" if meta else "cpu"):
             weights = None if meta or not tag else tag
             model: Any = open_clip.create_model(
@@ -101,6 +105,8 @@ def _open_clip(name: str, pretrained: bool, img_size: int | None, seed: int, met
             )
     except (RuntimeError, OSError, ValueError) as error:  # unknown tag, no network
         raise ConfigError(f"open_clip cannot make {name} {tag}".rstrip() + f": {error}") from error
+    finally:
+        logging.disable(silenced)
     return model.visual.eval()
 
 

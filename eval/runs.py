@@ -9,8 +9,8 @@ data: path                        # or a mapping task -> path; reference models 
 ```
 
 Then, as far as wanted, `num_samples`, `batch_size`, `dtype`, `seed`, `options` (of the tasks), `calibration` (data for budgets
-of methods whose counts depend on the image), `sweep`, `output` (a folder) and `published`. A file is read with
-`yaml.safe_load` and checked key by key; every complaint names the file, the key and what is allowed.
+of methods whose counts depend on the image), `sweep`, `output` (a folder), `table` and `published` (see `vtok.eval.published`).
+A file is read with `yaml.safe_load` and checked key by key; every complaint names the file, the key and what is allowed.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import yaml
 
 from vtok.config import MethodConfig
 from vtok.errors import ConfigError, unknown
+from vtok.eval.published import check as check_published
 from vtok.eval.runs_methods import parse_method, parse_setting, read_setting
 from vtok.eval.runs_schema import (
     BACKENDS,
@@ -41,12 +42,12 @@ from vtok.eval.runs_schema import (
     check_model,
     check_positive,
     one_of_two,
-    published_keys,
 )
 from vtok.eval.settings import Setting
 from vtok.eval.tasks import TASKS
 
 __all__ = ["BACKENDS", "FIGURES", "REFERENCE", "RunConfig", "bundled", "find", "load", "parse_method", "parse_setting"]
+NOT_REPRODUCIBLE = "not_reproducible"  # a table in the folder of the runs, which vtok.eval.book reads
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class RunConfig:
         sweep: dotted key -> values; the run stands for all combinations (see `vtok.eval.sweep`). "flops" is a budget for every
             setting.
         output: folder of the results; `None` = `results/NAME`.
-        published: figures to compare with: the task's (see `FIGURES`) and `base_` ones of the unpatched model, in percent;
-            gflops, base_gflops (as the source counts them), images, source, note.
+        published: figures to compare with, see `vtok.eval.published`.
+        tables: of the reproduction book that the run belongs to.
         content: all of this as plain values, as the file says it.
         path: of the file.
     """
@@ -92,6 +93,7 @@ class RunConfig:
     sweep: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     output: str | None = None
     published: Mapping[str, Any] = field(default_factory=dict)
+    tables: tuple[str, ...] = ()
     content: Mapping[str, Any] = field(default_factory=dict, compare=False)
     path: str = field(default="", compare=False)
 
@@ -131,7 +133,8 @@ class RunConfig:
 
 def bundled() -> list[str]:
     """Names of the runs that come with vtok."""
-    return sorted(p.name.removesuffix(".yaml") for p in files("vtok.configs").iterdir() if p.name.endswith(".yaml"))
+    found = (p.name.removesuffix(".yaml") for p in files("vtok.configs").iterdir() if p.name.endswith(".yaml"))
+    return sorted(name for name in found if name != NOT_REPRODUCIBLE)
 
 
 def find(name: str) -> Path:
@@ -222,10 +225,7 @@ def checked(where: str, name: str, content: Mapping[str, Any]) -> RunConfig:
     model = content["model"]
     check_model(where, model, tasks)
     published = content.get("published") or {}
-    if published:
-        if len(tasks) > 1:
-            raise ConfigError(f"{where}: published figures belong to one task; the run has {', '.join(tasks)}")
-        check_keys(where, "published.", published, published_keys(tasks[0]))
+    check_published(where, tasks, published)
     check_choice(where, "dtype", content.get("dtype") or "fp32", DTYPES)
     check_positive(where, content, ("batch_size", "num_samples"))
     several = content.get("methods") is not None
@@ -249,10 +249,24 @@ def checked(where: str, name: str, content: Mapping[str, Any]) -> RunConfig:
         calibration=by_task(where, "calibration", content.get("calibration"), tasks),
         sweep=_sweep(where, content.get("sweep")),
         published=published,
+        tables=_tables(where, content.get("table")),
         content=content,
         path=where,
         **{key: content[key] for key in simple if content.get(key) is not None},
     )
+
+
+def _tables(where: str, value: Any) -> tuple[str, ...]:
+    """Names of tables.
+
+    Raises:
+        ConfigError: one of them is no text.
+    """
+    found = tuple([value] if isinstance(value, str) else value or ())
+    for name in found:
+        if not isinstance(name, str) or not name.strip():
+            raise ConfigError(f"{where}: table must be the name of a table or a list of names, got {name!r}")
+    return found
 
 
 def _sweep(where: str, value: Any) -> dict[str, list[Any]]:
@@ -262,7 +276,7 @@ def _sweep(where: str, value: Any) -> dict[str, list[Any]]:
         ConfigError: a key that a sweep cannot vary, or no list of values.
     """
     grid = {"flops": value} if isinstance(value, list) else value or {}
-    varied = [key for key in KEYS if key not in ("sweep", "output", "published")]
+    varied = [key for key in KEYS if key not in ("sweep", "output", "published", "table")]
     for key, values in grid.items():
         if key != "flops" and str(key).split(".")[0] not in varied:
             known = ["sweep.flops", *(f"sweep.{k}" for k in varied)]

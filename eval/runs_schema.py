@@ -12,6 +12,7 @@ from vtok.errors import ConfigError, unknown
 
 Keys = dict[str, tuple[Any, bool]]  # key -> (type, whether it must be there)
 KEYS: Keys = {
+    "table": ((str, list), False),
     "model": (Mapping, True),
     "method": ((Mapping, list), False),
     "methods": (list, False),
@@ -29,13 +30,6 @@ KEYS: Keys = {
     "published": (Mapping, False),
 }
 MODEL_KEYS: Keys = {"backend": (str, True), "name": (str, True), "pretrained": (str, False)}
-PUBLISHED_KEYS: Keys = {
-    "gflops": ((int, float), False),
-    "base_gflops": ((int, float), False),
-    "images": (int, False),
-    "source": (str, True),
-    "note": (str, False),
-}
 # task -> the figures that papers print for it, in percent (mme: points), under the names of the task's metrics; each may have a
 # `base_` one, of the unpatched model. The first is the headline.
 FIGURES: dict[str, tuple[str, ...]] = {
@@ -138,14 +132,6 @@ def by_task(where: str, key: str, value: Any, tasks: Sequence[str]) -> dict[str,
         return dict.fromkeys(tasks, value)
     check_keys(where, f"{key}.", value, dict.fromkeys(tasks, (str, False)))
     return {task: path for task, path in value.items() if path is not None}
-
-
-def published_keys(task: str) -> Keys:
-    """What `published` may hold for a task; the first figure must be there."""
-    number = (int, float)
-    figures = FIGURES.get(task, ())
-    own: Keys = {name: (number, name == figures[0]) for name in figures}
-    return own | {f"base_{name}": (number, False) for name in figures} | PUBLISHED_KEYS
 
 
 def check_model(where: str, model: Mapping[str, Any], tasks: Sequence[str]) -> None:

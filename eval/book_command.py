@@ -1,0 +1,59 @@
+"""`vtok configs` and `vtok book`: the runs that come with vtok by table of the reproduction book, and whole tables at once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vtok.eval import book, book_report, runs
+from vtok.eval.runs import RunConfig
+
+Data = Annotated[
+    list[str] | None, typer.Option(help="folder of the data, or TASK=FOLDER, once a task; a file where a task reads one")
+]
+
+
+def console() -> Console:
+    """To the terminal; tables that go into a file or a log keep their columns."""
+    found = Console()
+    return found if found.is_terminal else Console(width=160)
+
+
+def list_configs(
+    table: Annotated[str | None, typer.Argument(help="of the reproduction book; all, if it is left out")] = None,
+    missing: Annotated[bool, typer.Option("--missing", help="instead: published points that no run repeats, and why")] = False,
+    costs: Annotated[
+        bool, typer.Option("--costs", help="also: GMACs, planned on models without weights (half a minute for all)")
+    ] = False,
+) -> None:
+    """Lists the runs that come with vtok by table, with their published figures and what differs from them by convention."""
+    out = console()
+    if missing:
+        out.print(book_report.missing_table(book.missing()))
+        return
+    shown = book.tables() if table is None else dict([book.table_of(table)])
+    for name, found in shown.items():
+        planned = {run.name: cost for run, cost in _costs(found)} if costs else None
+        out.print(book_report.listing(name, found, planned))
+        out.print()
+    every = {run.name: run for found in shown.values() for run in found}
+    notes = book_report.reasons(list(every.values()))
+    if notes:
+        out.print(notes, highlight=False)
+        out.print()
+    if table is None:
+        others = [name for name in runs.bundled() if name not in every]
+        if others:
+            out.print(f"runs of no table: {', '.join(others)}", highlight=False)
+        without = f"{len(book.missing())} published points have none (vtok configs --missing)"
+        out.print(f"{len(every)} runs in {len(shown)} tables; {without}")
+
+
+def _costs(found: list[RunConfig]) -> list[tuple[RunConfig, book.Cost]]:
+    planned = []
+    for group in book.groups(found):
+        model = book.meta_model(group[0])
+        planned += [(run, book.cost(run, model)) for run in group]
+    return planned

@@ -1,0 +1,168 @@
+"""The reproduction book: every run is planned on its model without weights, and costs what was published or says why not."""
+
+import math
+
+import pytest
+import timm
+from typer.testing import CliRunner
+
+import vtok
+from vtok.eval import book, published, runs
+from vtok.eval.app import app
+
+RUNS = {name: runs.load(name) for name in runs.bundled()}
+BOOK = {name: run for name, run in RUNS.items() if run.tables}
+PITOME_COUNT = "attention and MLP of the blocks alone"  # in the reason of runs whose source counts so
+PATCHES = {
+    "deit": 196,
+    "mae_l": 196,
+    "mae_h": 256,
+    "clip_b": 196,
+    "clip_l": 256,
+    "clip_l336": 576,
+    "blip_b": 576,
+    "llava_7b": 576,
+}
+_models: dict[str, object] = {}
+
+
+def model_of(run):
+    key = repr((run.backend, run.model, run.options))
+    if key not in _models:
+        _models[key] = book.meta_model(run)
+    return _models[key]
+
+
+@pytest.fixture(autouse=True)
+def _backends(request):
+    name = request.node.callspec.params.get("name") if hasattr(request.node, "callspec") else None
+    if name in BOOK and BOOK[name].backend != "timm":
+        pytest.importorskip(BOOK[name].backend)
+
+
+def test_every_published_run_stands_in_a_table():
+    assert {name for name, run in RUNS.items() if run.published} == set(BOOK)
+    slugs = [book.slug(table) for table in book.tables()]
+    assert len(slugs) == len(set(slugs)) >= 10
+    assert sum(len(found) for found in book.tables().values()) >= len(BOOK) >= 80
+
+
+@pytest.mark.parametrize("name", BOOK)
+def test_figures_are_plausible_and_have_a_source(name):
+    run = BOOK[name]
+    found = published.figures(run.tasks, run.published)
+    assert run.published["source"] and found
+    for one in found:
+        low, high = {"recall_sum": (300, 600), "perception": (1000, 2000)}.get(one.name, (25, 101))
+        assert low < one.value < high, one
+        if one.base is not None:
+            assert one.value <= one.base * 1.002, one
+
+
+@pytest.mark.parametrize("name", BOOK)
+def test_costs_agree_with_the_published_ones_or_say_why_not(name):
+    """Resolved against the model on the meta device. A reason that is not needed is as wrong as one that is missing."""
+    run = BOOK[name]
+    cost = book.cost(run, model_of(run))
+    assert cost.agrees != bool(run.published.get("gflops_note")), cost
+    assert cost.gmacs <= cost.base_gmacs
+    if cost.exact:
+        assert cost.gmacs < 0.97 * cost.base_gmacs
+
+
+@pytest.mark.parametrize("name", [n for n, run in BOOK.items() if PITOME_COUNT in run.published.get("gflops_note", "")])
+def test_counted_as_the_authors_of_pitome_do_costs_agree(name):
+    """Their logs count attention and MLP of every block on the tokens that enter it."""
+    run = BOOK[name]
+    model = model_of(run)
+    rows = [row for row in vtok.plan(model, run.method).estimate.rows if row.tokens_in]
+    width = vtok.eval.settings.towers(model)[0][1].info.width
+    spared = rows[0].tokens_in
+    counts = {"gflops": [row.tokens_in for row in rows], "base_gflops": [spared] * len(rows)}
+    for figure, tokens in counts.items():
+        macs = sum(12 * n * width**2 + 2 * n**2 * width for n in tokens)
+        assert macs / 1e9 == pytest.approx(run.published[figure], rel=0.012), figure
+
+
+@pytest.mark.parametrize("name", BOOK)
+def test_weights_exist(name):
+    run = BOOK[name]
+    if run.backend == "open_clip":
+        import open_clip
+
+        assert (run.model, run.pretrained) in open_clip.list_pretrained()
+    elif run.backend == "timm":
+        assert run.model in timm.list_pretrained()
+        assert ("checkpoint" in run.options) == run.model.endswith(".mae"), "timm has no MAE weights with a head"
+
+
+def test_pitome_runs_do_what_its_authors_do_for_the_model():
+    for name, run in BOOK.items():
+        if not name.startswith("pitome_"):
+            continue
+        family = next(f for f in ("deit", "mae", "clip", "blip", "llava") if f"_{f}_" in name)
+        preset = None if family == "deit" else f"official_{family}"
+        assert run.method.preset == preset, name
+        ratio = float("0." + name.rpartition("_")[2])
+        assert run.method.ratio.values[0] == ratio, name
+        if preset and family != "llava":
+            assert {"mae": "MAE", "clip": "CLIP", "blip": "BLIP"}[family] in run.published["note"]
+
+
+@pytest.mark.parametrize("name", [n for n in BOOK if n.startswith("tome_") and "_ratio_" in n])
+def test_tome_by_ratio_is_what_its_note_says(name):
+    """Each block merges floor(N - N ratio) of its N tokens, CLS counted."""
+    run = BOOK[name]
+    kind, _, ratio = name.removeprefix("tome_").partition("_ratio_")
+    patches = next(n for key, n in sorted(PATCHES.items(), key=lambda item: -len(item[0])) if kind.startswith(key))
+    n, ratio, expected = patches + 1, float(f"0.{ratio}"), []
+    for i, r in enumerate(run.method.r.values):
+        idle = "even" in kind and i % 2
+        expected.append(0 if idle else math.floor(n - n * ratio))
+        n -= r
+    assert list(run.method.r.values) == expected
+
+
+def test_other_figures_of_a_point_keep_the_base_of_its_own_source():
+    found = published.figures(("imagenet",), RUNS["zero_tprune_deit_s_258"].published)
+    assert [one.value for one in found] == [79.26, 79.192, 79.34]
+    assert {one.base for one in found} == {79.826}
+    assert [bool(one.source) for one in found] == [False, True, True]
+
+
+def test_points_without_a_run():
+    rows = book.missing()
+    assert len(rows) >= 60 and len(set(rows)) == len(rows)
+    assert {row.paper for row in rows} >= {"ToMe", "ATS", "PiToMe", "Zero-TPrune", "ToDRE", "ATP-LLaVA", "Correlation"}
+    for row in rows:
+        for word in row.reason.replace(":", " ").split():
+            if word.strip(",;.").startswith(("tome_", "pitome_", "ats_", "zero_tprune_", "todre_")):
+                assert word.strip(",;.") in RUNS, row
+
+
+def _ok(*args):
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_book_on_the_command_line():
+    text = _ok("configs")
+    for name in BOOK:
+        assert name in text
+    for table in book.tables():
+        assert f"{table} (vtok book {book.slug(table)})" in text
+    assert "differ by more than 3 %" in text and "counts attention and MLP" in text
+    text = _ok("configs", "zero_tprune_ablation", "--costs")
+    assert "3.117 (4.599); +1.2 %, +1.1 %" in text and "pitome" not in text
+    text = _ok("configs", "--missing")
+    assert "Zero-TP-a" in text and "no backend has ALBEF" in text
+    failed = CliRunner().invoke(app, ["configs", "pitome_deits"])
+    assert isinstance(failed.exception, vtok.UnknownNameError) and "did you mean 'pitome_deit'" in str(failed.exception)
+
+
+def test_plans_come_from_run_files():
+    text = _ok("plan", "zero_tprune_deit_s_258")
+    assert "zero_tprune" in text and "4.599 -> 3.548" in text
+    failed = CliRunner().invoke(app, ["plan", "zero_tprune_deit_s_258", "--img-size", "384"])
+    assert "--img-size" in str(failed.exception)

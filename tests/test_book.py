@@ -44,7 +44,7 @@ def test_every_published_run_stands_in_a_table():
     assert {name for name, run in RUNS.items() if run.published} == set(BOOK)
     slugs = [book.slug(table) for table in book.tables()]
     assert len(slugs) == len(set(slugs)) >= 10
-    assert sum(len(found) for found in book.tables().values()) >= len(BOOK) >= 80
+    assert sum(len(found) for found in book.tables().values()) > len(BOOK) >= 110
 
 
 @pytest.mark.parametrize("name", BOOK)
@@ -56,7 +56,7 @@ def test_figures_are_plausible_and_have_a_source(name):
         low, high = {"recall_sum": (300, 600), "perception": (1000, 2000)}.get(one.name, (25, 101))
         assert low < one.value < high, one
         if one.base is not None:
-            assert one.value <= one.base * 1.002, one
+            assert one.value <= one.base * 1.03, one
 
 
 @pytest.mark.parametrize("name", BOOK)
@@ -66,7 +66,7 @@ def test_costs_agree_with_the_published_ones_or_say_why_not(name):
     cost = book.cost(run, model_of(run))
     assert cost.agrees != bool(run.published.get("gflops_note")), cost
     assert cost.gmacs <= cost.base_gmacs
-    if cost.exact:
+    if cost.exact and "behind the last layer" not in run.published.get("note", ""):
         assert cost.gmacs < 0.97 * cost.base_gmacs
 
 
@@ -123,11 +123,31 @@ def test_tome_by_ratio_is_what_its_note_says(name):
     assert list(run.method.r.values) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "visual"), [("pitome_llava_7b_9", 54), ("pitome_llava_7b_95", 183), ("pitome_llava_7b_975", 330)]
+)
+def test_tokens_that_llava_is_handed_by_the_settings_of_the_authors(name, visual):
+    (plan,) = book.plans(BOOK[name], model_of(BOOK[name]))
+    assert plan.estimate.layers[0].visual == visual
+
+
+def test_what_the_formula_of_todre_gives():
+    """The reason why its FLOPs are not compared: T (4 n d^2 + 2 n^2 d + 2 n d m), in multiply-adds."""
+    n, d, m = 2880, 4096, 11008
+    billions = 32 * (4 * n * d**2 + 2 * n**2 * d + 2 * n * d * m) / 1e9
+    assert round(billions, -1) == 16670
+    assert "16,670 billion multiply-adds" in RUNS["todre_llava_next_7b_288"].published["gflops_note"]
+
+
 def test_other_figures_of_a_point_keep_the_base_of_its_own_source():
     found = published.figures(("imagenet",), RUNS["zero_tprune_deit_s_258"].published)
     assert [one.value for one in found] == [79.26, 79.192, 79.34]
     assert {one.base for one in found} == {79.826}
     assert [bool(one.source) for one in found] == [False, True, True]
+    run = RUNS["todre_llava_next_7b_288"]
+    averages = [one for one in published.figures(run.tasks, run.published) if one.name == published.AVERAGE]
+    assert len(averages) == 2 and averages[0].value == 96.0
+    assert averages[0].parts == (("mme", "perception"), ("scienceqa", "exact_match"), ("gqa", "exact_match"), ("pope", "f1"))
 
 
 def test_points_without_a_run():

@@ -15,7 +15,7 @@ tokens.
 GMACs count multiply-accumulates of matrix products, per image, patch embedding and head included; GFLOPs are twice that. "Implied"
 is unpatched over patched GMACs, the reduction's own left out and shown apart; "achieved" is measured over implied.
 
-`visualize` draws the token map of an image. The names of this package are imported when they are asked for.
+`visualize` (`vtok viz`) draws the token map of an image, `write_report` (`vtok report`) makes one HTML page of results. The names of this package are imported when they are asked for.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_NAMES = {"TokenMaps": "viz_draw", "visualize": "viz"}
+_NAMES = {"TokenMaps": "viz_draw", "visualize": "viz", "write_report": "report_html"}
 __all__ = sorted(_NAMES)
 
 

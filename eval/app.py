@@ -19,6 +19,7 @@ from vtok.eval.book_command import list_configs
 from vtok.eval.clip_command import evaluate_retrieval, evaluate_zeroshot
 from vtok.eval.imagenet_command import evaluate_imagenet
 from vtok.eval.matrix_command import print_matrix
+from vtok.eval.report_command import write_page
 from vtok.eval.tune_command import tune
 from vtok.eval.viz_command import draw_tokens
 from vtok.eval.vqa_command import evaluate_vqa
@@ -35,6 +36,7 @@ evaluate.command("zeroshot")(evaluate_zeroshot)
 app.command("configs")(list_configs)
 app.command("matrix")(print_matrix)
 app.command("tune")(tune)
+app.command("report")(write_page)
 app.command("viz")(draw_tokens)
 console = Console()
 if not console.is_terminal:  # piped into a file or a log: tables keep their columns

@@ -57,7 +57,7 @@ class View:
         painted = paint(pixels, groups, self.grid)
         patch = painted.shape[0] // self.grid[0]
         width = max(patch // 16, 1)
-        for (x0, y0), (x1, y1) in outlines(groups, self.grid):
+        for (x0, y0), (x1, y1) in outlines(_merged(groups), self.grid):
             top, left = int(y0 * patch), int(x0 * patch)
             rows = slice(top, int(y1 * patch) if x0 == x1 else top + width)
             columns = slice(left, left + width if x0 == x1 else int(x1 * patch))
@@ -184,6 +184,13 @@ class TokenMaps:
     def _repr_png_(self) -> bytes:
         """What a notebook shows."""
         return self.png()
+
+
+def _merged(groups: np.ndarray) -> np.ndarray:
+    """The same map with one number for all patches that live on alone or not at all: lines around each would hide the image."""
+    names, place, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    alone = (sizes == 1) | (names < 0)
+    return np.where(alone[place.reshape(-1)], -1, groups)
 
 
 def _mark(part: np.ndarray) -> None:

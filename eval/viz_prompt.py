@@ -27,7 +27,7 @@ from vtok.patches import find_vlms
 from vtok.patches.hf_vlm_install import observed, pruner_of
 
 DEFAULT_QUESTION = "What is shown here?"
-_QUESTIONS = {REFERENCE_LLAVA: EASY_VQA, REFERENCE_NEXT: PAGES}
+QUESTIONS = {REFERENCE_LLAVA: EASY_VQA, REFERENCE_NEXT: PAGES}
 
 
 def prompt_maps(
@@ -79,9 +79,9 @@ def _asked(model: VisionLanguageModel, image: Any, question: str | None) -> tupl
     number = image if isinstance(image, int) else int(image) if isinstance(image, str) and image.isdigit() else None
     if number is None:
         return open_image(image), question or DEFAULT_QUESTION
-    if model.name not in _QUESTIONS:
+    if model.name not in QUESTIONS:
         raise ConfigError(f"{model.name} comes without images; name an image file instead of {number}")
-    data = open_vqa(_QUESTIONS[model.name])
+    data = open_vqa(QUESTIONS[model.name])
     if not 0 <= number < len(data.questions):
         raise ConfigError(f"question {number}: {model.name} comes with questions 0 to {len(data.questions) - 1}")
     asked = data.questions[number]

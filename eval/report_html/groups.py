@@ -1,0 +1,137 @@
+"""Differences by class, kind of question or whatever else records are grouped by, against the unpatched model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vtok.eval.intervals import mean_stderr
+from vtok.eval.report_html.rows import NORMAL_95, Row, scores_of
+from vtok.eval.report_html.sections import Section, with_sign
+from vtok.eval.report_html.table import Cell
+from vtok.eval.report_html.values import Interval, figure, mapping, number, text
+
+MOST = 12  # groups in a table
+_PIECES = {1: ("good", "▲"), -1: ("bad", "▼"), 0: ("", "")}
+
+
+@dataclass(frozen=True)
+class GroupTable:
+    """One grouping.
+
+    Attributes:
+        name: what was grouped by.
+        groups: (name, samples, headline metric of the unpatched model in words).
+        rows: (setting, one cell a group).
+        note: what was left out.
+    """
+
+    name: str
+    groups: list[tuple[str, str, str]]
+    rows: list[tuple[Row, list[Cell]]]
+    note: str = ""
+
+
+def group_tables(section: Section) -> list[GroupTable]:
+    """Every grouping that the records hold, and classes of bundled images."""
+    names = dict.fromkeys(name for row in section.rows for name in mapping(row.record.get("groups")))
+    tables = [_of_records(section, name) for name in names]
+    if not names:
+        tables.append(_of_labels(section))
+    return [table for table in tables if table is not None]
+
+
+def _of_records(section: Section, grouping: str) -> GroupTable | None:
+    """From the metrics that records hold of every group."""
+    parts = {id(row): mapping(mapping(row.record.get("groups")).get(grouping)) for row in section.rows}
+    names = list(dict.fromkeys(name for found in parts.values() for name in found))
+    gaps: dict[tuple[int, str], Interval] = {}
+    base: dict[str, tuple[str, str]] = {}
+    for row in section.rows:
+        for name in names:
+            held = mapping(parts[id(row)].get(name))
+            n = number(held.get("n"))
+            score = scores_of(held, row.factor, row.primary).get(row.primary or "")
+            if score is None:
+                continue
+            if row.unpatched or name not in base:
+                words = figure(score.value, 1, unit=score.unit and f" {score.unit}") if row.unpatched else ""
+                base[name] = ("" if n is None else f"{n:,.0f}", words)
+            if score.difference is not None and not row.unpatched:
+                gaps[id(row), name] = score.difference
+    return _table(section, grouping, names, base, gaps)
+
+
+def _of_labels(section: Section) -> GroupTable | None:
+    """From what was right image by image, where the labels come with vtok."""
+    load = _LABELS.get(text(section.first.get("dataset")))
+    base = section.base
+    if load is None or base is None or base.correct is None:
+        return None
+    labels, classes = load()
+    if len(base.correct) > len(labels):
+        return None
+    labels = labels[: len(base.correct)]
+    told: dict[str, tuple[str, str]] = {}
+    gaps: dict[tuple[int, str], Interval] = {}
+    for i, name in enumerate(classes):
+        here = labels == i
+        told[name] = (
+            f"{int(here.sum()):,}",
+            figure(100 * float(base.correct[here].mean()), 1, unit=" %") if here.any() else "",
+        )
+        for row in section.patched:
+            if row.correct is None or len(row.correct) != len(labels) or here.sum() < 2:
+                continue
+            gap, error = (100 * v for v in mean_stderr(row.correct[here].astype(float) - base.correct[here].astype(float)))
+            gaps[id(row), name] = Interval(gap, gap - NORMAL_95 * error, gap + NORMAL_95 * error)
+    return _table(section, "class", list(classes), told, gaps)
+
+
+def _fashion() -> tuple[np.ndarray, Sequence[str]]:
+    from vtok.eval.data import FASHION_CLASSES
+    from vtok.eval.reference import load_reference_images
+
+    return load_reference_images("test")[1].numpy(), FASHION_CLASSES
+
+
+# data set, in the order of its bundled test images -> (class of every image, names)
+_LABELS: dict[str, Callable[[], tuple[np.ndarray, Sequence[str]]]] = {"fashion-mnist/test": _fashion}
+
+
+def labels_of(section: Section, image: int) -> str:
+    """Class of a bundled image, "" if it is not known."""
+    load = _LABELS.get(text(section.first.get("dataset")))
+    if load is None:
+        return ""
+    labels, classes = load()
+    return str(classes[int(labels[image])]) if image < len(labels) else ""
+
+
+def _table(
+    section: Section, grouping: str, names: list[str], base: dict[str, tuple[str, str]], gaps: dict[Any, Interval]
+) -> GroupTable | None:
+    if not gaps:
+        return None
+    note = ""
+    if len(names) > MOST:
+        lost = {name: float(np.mean([g.value for (_, own), g in gaps.items() if own == name] or [0.0])) for name in names}
+        kept = sorted(names, key=lambda name: (-abs(lost[name]), name))[:MOST]
+        note = f"the {MOST} of {len(names)} groups that change most on average"
+        names = [name for name in names if name in kept]
+    rows = []
+    for row in section.patched:
+        cells = [_cell(gaps.get((id(row), name))) for name in names]
+        if any(cell.sort is not None for cell in cells):
+            rows.append((row, cells))
+    return GroupTable(text(grouping, 40), [(text(name, 60), *base.get(name, ("", ""))) for name in names], rows, note)
+
+
+def _cell(gap: Interval | None) -> Cell:
+    if gap is None:
+        return Cell("–")
+    kind, mark = _PIECES[gap.sign]
+    return Cell(figure(gap.value, 1, True), gap.value, f"{with_sign(gap)} points, 95 % interval", kind, mark)

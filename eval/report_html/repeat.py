@@ -1,0 +1,181 @@
+"""What a section was measured with, and the command that does it again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import yaml
+
+from vtok.errors import VtokError
+from vtok.eval.report_html.rows import UNPATCHED, Row
+from vtok.eval.report_html.sections import Section
+from vtok.eval.report_html.values import at, mapping, number, text
+from vtok.registry import METHODS
+
+_FACTS = {
+    "model": "model",
+    "weights": "weights",
+    "pretrained": "pretrained tag",
+    "backend": "backend",
+    "dataset": "data",
+    "split": "split",
+    "n": "samples",
+    "num_skipped": "files skipped",
+    "prompt": "text behind every question",
+    "dtype": "number type",
+    "device": "device",
+    "device_name": "processor",
+    "threads": "threads",
+    "num_processes": "processes",
+    "batch_size": "batch size",
+    "img_size": "image size, pixels",
+    "crop_pct": "crop",
+    "interpolation": "interpolation",
+    "param_count": "parameters, millions",
+    "max_new_tokens": "tokens of an answer at most",
+    "pairs": "timed pairs",
+    "kernel": "attention kernel",
+    "attention": "attention of the LLM",
+    "seed": "seed",
+}
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_COMMANDS = {"zeroshot_classification": "zeroshot", "zeroshot_retrieval": "retrieval"}  # clip_benchmark's names
+_DEMO_IMAGES = 10_000
+
+
+class Repeat(NamedTuple):
+    """How to measure a section again.
+
+    Attributes:
+        commands: for a shell.
+        files: (name, content) of configurations that the commands name.
+        notes: what the records do not say.
+    """
+
+    commands: list[str]
+    files: list[tuple[str, str]]
+    notes: list[str]
+
+
+def environment(section: Section) -> list[tuple[str, str]]:
+    """(name, value) of everything that a number may depend on; values that differ between settings are listed."""
+    found = []
+    for name, label in _FACTS.items():
+        values = dict.fromkeys(v for row in section.rows if (v := _words(row.record.get(name))))
+        if values:
+            found.append((label, " | ".join(list(values)[:4]) + (" …" if len(values) > 4 else "")))
+    software = dict.fromkeys(_versions(row.record.get("versions")) for row in section.rows)
+    found += [("versions", words) for words in software if words]
+    found.append(("read from", ", ".join(dict.fromkeys(text(row.record.get("path")) for row in section.rows))))
+    return found
+
+
+def repeat(section: Section, number_: int) -> Repeat:
+    """Commands for a section, from the configuration that its records hold, else from their fields.
+
+    Args:
+        section: what was measured.
+        number_: of the section, for names of files.
+    """
+    configs = [c for row in section.rows if (c := mapping(row.record.get("config")))]
+    if configs:
+        files, commands = [], []
+        for i, content in enumerate(
+            dict.fromkeys(yaml.safe_dump(one, sort_keys=False, allow_unicode=True) for one in configs), 1
+        ):
+            name = f"run-{number_}-{i}.yaml"
+            files.append((name, content))
+            commands.append(f"vtok {'sweep' if 'sweep:' in content else 'run'} {name}")
+        return Repeat(commands, files, [])
+    methods, notes = [], []
+    for row in section.patched:
+        try:
+            methods.append(method_text(row.record))
+        except (VtokError, TypeError, ValueError, KeyError, AttributeError) as error:
+            notes.append(f"{row.label}: its parameters cannot be written as a command ({text(error)})")
+    command = _command(section, methods)
+    if command is None:
+        return Repeat([], [], [*notes, "the records do not say how they were made"])
+    return Repeat([shlex.join(command)], [], notes)
+
+
+def method_text(record: dict[str, Any]) -> str:
+    """A record's method as the command line writes it: `tome:r=13`, several joined by "+"; defaults are left out.
+
+    Raises:
+        UnknownNameError: the method or a parameter of it is not known here.
+    """
+    return "+".join(_one(name, params) for name, params in methods_of(record))
+
+
+def methods_of(record: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(name, parameters) of everything that a record says was patched in."""
+    params = record.get("params")
+    if isinstance(params, Sequence) and not isinstance(params, str):
+        held = [mapping(one) for one in params]
+        return [(str(one.get("method")), {k: v for k, v in one.items() if k != "method"}) for one in held]
+    return [(str(record.get("method")), {k: v for k, v in mapping(params).items() if k != "method"})]
+
+
+def _one(name: str, params: dict[str, Any]) -> str:
+    cls = METHODS.get(name)
+    config = cls.create(**params)
+    given = {key: value for key, value in config.to_dict().items() if key != "method" and value != cls().to_dict().get(key)}
+    words = (
+        f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**6).splitlines()[0]}" for key, value in given.items()
+    )
+    return name + (":" + ",".join(words) if given else "")
+
+
+def _command(section: Section, methods: list[str]) -> list[str] | None:
+    """The words of a command, by what the section holds."""
+    r = section.first
+    model, data, n = text(r.get("model")), text(r.get("dataset")), r.get("n")
+    batch = ["-b", text(r.get("batch_size"))] if number(r.get("batch_size")) else []
+    methods = list(dict.fromkeys(methods))
+    each = [word for method in methods for word in ("--method", method)]
+    if section.bench:
+        threads = ["--threads", text(r.get("threads"))] if number(r.get("threads")) else []
+        dtype = _DTYPES.get(text(r.get("dtype")), "fp32")
+        return ["vtok", "bench", model, *methods, *batch, *threads, "--dtype", dtype, "--json", "bench.json"]
+    if model.startswith("fashion_vit@") and data == "fashion-mnist/test":
+        return ["vtok", "demo", *(["--full"] if n == _DEMO_IMAGES else ["--images", text(n)]), "--no-clip", "--no-vqa"]
+    if model == "reference-clip" and isinstance(n, dict):
+        return ["vtok", "demo", "--no-vqa"]
+    samples = ["--num-samples", text(n)] if isinstance(n, int) and not section.first.get("num_skipped") else []
+    task = {"zeroshot_classification": "zeroshot", "zeroshot_retrieval": "retrieval"}.get(
+        text(r.get("task")), text(r.get("task"))
+    )
+    if task == "imagenet":
+        return ["vtok", "eval", "imagenet", "--model", model, "--data", data, *each, *samples, *batch, "--pretrained"]
+    if task in ("zeroshot", "retrieval"):
+        tag = ["--pretrained", text(r.get("pretrained"))] if r.get("pretrained") else []
+        return ["vtok", "eval", task, "--model", model, *tag, "--data", data, *each, *samples, *batch]
+    if task == "vqa":
+        new = ["--max-new-tokens", text(r.get("max_new_tokens"))] if r.get("max_new_tokens") else []
+        return ["vtok", "eval", "vqa", "--model", model, "--data", data, *each, *samples, *batch, *new, "--output", "results"]
+    return None
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        if set(value) == {"base", "patched"} and len(set(map(str, value.values()))) == 1:
+            return text(value["base"])
+        return ", ".join(f"{text(name, 40)} {text(one, 80)}" for name, one in value.items())
+    return text(value, 120) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
+
+
+def _versions(value: Any) -> str:
+    return ", ".join(f"{text(name, 40)} {text(one, 40)}" for name, one in mapping(value).items())
+
+
+def shown_methods(rows: Sequence[Row]) -> list[str]:
+    """Names of the methods of a section, once each."""
+    return list(dict.fromkeys(row.method for row in rows if row.method != UNPATCHED))
+
+
+def model_name(record: dict[str, Any]) -> str:
+    """Name of the model: of the configuration, if the record holds one."""
+    return text(at(record, "config", "model", "name")) or text(record.get("model"))

@@ -15,23 +15,23 @@ import vtok
 from vtok.errors import ConfigError
 from vtok.eval import runs, tune_report
 from vtok.eval.tune import Plan, Tuning
-from vtok.eval.tune_models import prepared_subject
+from vtok.eval.tune_models import BUNDLED, Source, prepared_subject
 from vtok.eval.tune_score import OBJECTIVES
 from vtok.eval.tune_search import SEARCHES
 from vtok.registry import METHODS
 
 
 def tune(
-    model: Annotated[str, typer.Argument(help="reference (comes with vtok) or a timm name")],
+    model: Annotated[str, typer.Argument(help=f"{', '.join(BUNDLED)}, a timm name, or transformers:NAME of a VLM")],
     method: Annotated[str, typer.Argument(help="name or name:key=value,...; what is given stays, e.g. ats:layers=[3,6]")],
     flops: Annotated[float, typer.Option(help="share of the unpatched model's FLOPs to leave")],
-    data: Annotated[str | None, typer.Option("--data", help="images to calibrate on; reference models bring theirs")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="image folder (of a VLM: questions, see `vtok eval vqa`)")] = None,
     held_out: Annotated[
-        str | None, typer.Option("--held-out", help="other folder to compare on (default: the rest of --data)")
+        str | None, typer.Option("--held-out", help="others to compare on (default: the rest of --data)")
     ] = None,
     search: Annotated[str, typer.Option(help=" or ".join(SEARCHES))] = "halving",
     candidates: Annotated[int, typer.Option("--candidates", "-n", min=2, help="schedules, the default among them")] = 48,
-    images: Annotated[int, typer.Option(min=1, help="calibration images or questions")] = 400,
+    images: Annotated[int | None, typer.Option(min=1, help="to calibrate on (default: 400, or what there is)")] = None,
     held_out_images: Annotated[int | None, typer.Option(min=2, help="images to compare on (default: all there are)")] = None,
     objective: Annotated[str | None, typer.Option(help=f"{', '.join(OBJECTIVES)}; default: kl, of embeddings distance")] = None,
     eta: Annotated[int, typer.Option(min=2, help="halving: the best 1 / eta go on")] = 3,
@@ -48,7 +48,7 @@ def tune(
     """Searches the schedule of a method at a FLOPs budget, compares it with the default on held-out images, writes a config.
 
     Every candidate costs what the default costs. No label is needed: by default candidates are ranked by how far the model's
-    class probabilities move (KL divergence to the unpatched model).
+    probabilities move (KL divergence to the unpatched model); of vision-language models those of the answer's first token.
     """
     console = Console() if sys.stdout.isatty() else Console(width=132)
     name, params = runs.parse_method(method)
@@ -56,22 +56,21 @@ def tune(
         raise ConfigError(f"{method!r}: give the budget as --flops {params['flops']}")
     config = METHODS.get(name).create(**params)
     folder = out or Path("results") / f"tune-{model.replace('/', '-').replace(':', '-')}-{name}-{flops:g}"
-    made = prepared_subject(
-        model,
-        config,
-        data=data,
-        held_out=held_out,
-        images=images,
-        held_out_images=held_out_images,
-        seed=seed,
-        pretrained=pretrained,
-        checkpoint=checkpoint,
-        num_classes=num_classes,
-        class_map=class_map,
-        workers=workers,
-        batch_size=batch_size,
-        device=device,
+    source = Source(
+        data,
+        held_out,
+        images,
+        held_out_images,
+        seed,
+        pretrained,
+        checkpoint,
+        num_classes,
+        class_map,
+        workers,
+        batch_size,
+        device,
     )
+    made = prepared_subject(model, config, source)
     plan = Plan(flops, search, candidates, eta, objective or made.subject.objective, seed, batch_size)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:

@@ -14,7 +14,7 @@ from vtok.errors import ConfigError
 from vtok.eval.records import key_of
 from vtok.eval.tasks.image_folder import CheckedImages, open_dataset
 from vtok.eval.tasks.timm_pipeline import Options, create_loader
-from vtok.eval.tune_samples import Batch, Samples, enough, in_memory, shuffled
+from vtok.eval.tune_samples import CALIBRATION, Batch, Samples, calibration_count, enough, in_memory, shuffled
 
 
 def folder_samples(
@@ -22,7 +22,7 @@ def folder_samples(
     config: dict[str, Any],
     data: str,
     held_out: str | None,
-    images: int,
+    images: int | None,
     held_out_images: int | None,
     options: Options,
     seed: int,
@@ -36,7 +36,7 @@ def folder_samples(
         config: preprocessing, from `data_config`.
         data: folder to take calibration images from.
         held_out: another folder; `None` = take the held-out images from `data`, too.
-        images: calibration images.
+        images: calibration images; `None` = `CALIBRATION`, or half of a folder that has fewer than twice as many and is parted.
         held_out_images: `None` = all that are left.
         options: of timm's pipeline.
         seed: of the choice and the order of both.
@@ -55,7 +55,8 @@ def folder_samples(
 
     first = opened(data)
     order = shuffled(len(first), seed)
-    count = enough(images, len(first), "--images", f"images in {data}")
+    few = images is None and held_out is None and len(first) < 2 * CALIBRATION
+    count = calibration_count(len(first) // 2 if few else images, len(first), f"images in {data}")
     left, rest = (first, order[count:]) if held_out is None else (opened(held_out), None)
     if rest is None:
         rest = shuffled(len(left), seed, "held out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,7 @@ def table(tuned: Tuned, subject: Subject, held_out: Samples) -> Table:
     for i, column in enumerate(("setting", "GMACs", "pruner", "tokens out", *(MEASURES[name][0] for name in measures))):
         shown.add_column(column, justify="left" if i == 0 else "right")
     for name, held in tuned.held_out.items():
-        cells = [
-            f"{held.cost['gmacs']['model']:.4f}",
-            f"{held.cost['gmacs']['pruner']:.4f}",
-            f"{held.cost['tokens']['out']:.1f}",
-        ]
+        cells = _costs(held.cost, tuned.held_out["default"].cost)
         for measure in measures:
             _, scale, digits, _ = MEASURES[measure]
             mean, error = (scale * value for value in mean_stderr(held.values[measure]))
@@ -72,6 +69,12 @@ def table(tuned: Tuned, subject: Subject, held_out: Samples) -> Table:
             cells.append(f"{found.point:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]")
         shown.add_row("tuned - default", "", "", "", *cells, end_section=True)
     return shown
+
+
+def _costs(cost: Mapping[str, Any], of_default: Mapping[str, Any]) -> list[str]:
+    """GMACs of the model and of the reduction, tokens; a model that is not patched may not say, but the default knows."""
+    macs = cost.get("gmacs", {"model": of_default["gmacs"]["base"], "pruner": 0.0})
+    return [f"{macs['model']:.4f}", f"{macs['pruner']:.4f}", f"{cost['tokens']['out']:.1f}" if "tokens" in cost else "-"]
 
 
 def finding(tuned: Tuned) -> str:

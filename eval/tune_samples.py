@@ -16,7 +16,9 @@ from torch import Tensor
 from vtok.errors import ConfigError
 from vtok.eval.data import normalise
 from vtok.eval.records import key_of
-from vtok.eval.reference import load_reference_images
+from vtok.eval.reference import load_reference_images, load_reference_pages, normalise_page
+
+CALIBRATION = 400  # samples to search on, unless told otherwise
 
 # (inputs of the model, labels or None)
 Batch = tuple[Any, Tensor | None]
@@ -67,6 +69,15 @@ def in_memory(name: str, images: Tensor, labels: Tensor | None, identity: Any, *
     return Samples(name, key_of({"name": name, "of": identity}), len(images), read, labels is not None, **about)
 
 
+def calibration_count(wanted: int | None, there: int, what: str) -> int:
+    """How many calibration samples to take: `wanted`, or `CALIBRATION` if there are so many.
+
+    Raises:
+        ConfigError: there are fewer than wanted.
+    """
+    return enough(min(CALIBRATION, there) if wanted is None else wanted, there, "--images", what)
+
+
 def enough(wanted: int | None, there: int, option: str, what: str) -> int:
     """How many samples to take: `wanted`, or all.
 
@@ -78,19 +89,40 @@ def enough(wanted: int | None, there: int, option: str, what: str) -> int:
     return there if wanted is None else wanted
 
 
-def reference_vit_samples(images: int, held_out: int | None, seed: int) -> tuple[Samples, Samples]:
+def reference_vit_samples(images: int | None, held_out: int | None, seed: int) -> tuple[Samples, Samples]:
     """For the reference ViT: calibration images are training images that it was not trained on, held-out ones test images.
 
     Args:
-        images: calibration images, of 1,000.
+        images: calibration images, of 1,000; `None` = `CALIBRATION`.
         held_out: test images, of 10,000; `None` = all.
         seed: of the choice and the order of both.
     """
-    found = []
-    for split, wanted, option in (("calibration", images, "--images"), ("test", held_out, "--held-out-images")):
+
+    def chosen(split: str, count: Callable[[int], int]) -> Samples:
         pictures, labels = load_reference_images(split)
-        count = enough(wanted, len(labels), option, f"{split} images of Fashion-MNIST come with vtok")
-        rows = shuffled(len(labels), seed, split)[:count]
-        name = f"fashion-mnist/{split}"
-        found.append(in_memory(name, normalise(pictures[rows]), labels[rows], [seed, count], dataset="fashion-mnist"))
-    return found[0], found[1]
+        rows = shuffled(len(labels), seed, split)[: count(len(labels))]
+        about = {"dataset": "fashion-mnist", "task": "imagenet"}
+        return in_memory(f"fashion-mnist/{split}", normalise(pictures[rows]), labels[rows], [seed, len(rows)], **about)
+
+    return _both(chosen, images, held_out, "images of Fashion-MNIST")
+
+
+def reference_clip_samples(images: int | None, held_out: int | None, seed: int) -> tuple[Samples, Samples]:
+    """For the image tower of the reference CLIP: 100 pages of training pictures, 1,000 of test pictures; arguments as above."""
+
+    def chosen(split: str, count: Callable[[int], int]) -> Samples:
+        pages = load_reference_pages(split).images
+        rows = shuffled(len(pages), seed, split)[: count(len(pages))]
+        about = {"dataset": "reference-pages", "task": "retrieval"}
+        return in_memory(f"easy-vqa pages/{split}", normalise_page(pages[rows]), None, [seed, len(rows)], **about)
+
+    return _both(chosen, images, held_out, "pages of easy-VQA")
+
+
+def _both(
+    chosen: Callable[[str, Callable[[int], int]], Samples], images: int | None, held_out: int | None, what: str
+) -> tuple[Samples, Samples]:
+    return (
+        chosen("calibration", lambda there: calibration_count(images, there, f"calibration {what} come with vtok")),
+        chosen("test", lambda there: enough(held_out, there, "--held-out-images", f"test {what} come with vtok")),
+    )

@@ -149,6 +149,14 @@ def easy_vqa() -> VQAData:
     return VQAData(EASY_VQA, _questions(found, groups), _reader(found.pictures), blind=blind)
 
 
+def calibration_questions() -> VQAData:
+    """The bundled questions about training pictures of easy-VQA that were kept out of training."""
+    from vtok.eval.reference_vlm import load_reference_questions
+
+    found = load_reference_questions("calibration")
+    return VQAData(f"{EASY_VQA}/calibration", _questions(found, [{}] * len(found.texts)), _reader(found.pictures))
+
+
 def easy_vqa_pages() -> VQAData:
     """The bundled questions about pages of four cells; `density` is the number of cells that hold a picture."""
     from vtok.eval.reference_next import load_reference_page_questions

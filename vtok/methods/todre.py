@@ -41,6 +41,7 @@ from vtok.methods.todre_relevance import (
 from vtok.methods.todre_select import SELECTORS, k_center_select, kept_tokens, max_sum_select
 from vtok.prompt import ImageFeatures, LayerAttention, Layout, TowerBlock, TowerFacts, View, VLMInfo, VLMReducer
 from vtok.reduction import Plan
+from vtok.space import Choice, Dimension, Point, Real, Space
 from vtok.state import Place, Site
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ToDRE", "k_center_select", "max_sum_select", "relevance"]
 
+_TAUS = (0.05, 1.0)  # that a search draws from
 DEFAULT_KEEP = 0.1  # 288 of the 2880 tokens of LLaVA-NeXT
 
 
@@ -125,7 +127,20 @@ class ToDRE(MethodConfig):
         return {"keep": self.keep}
 
     def ladder_vlm(self, info: VLMInfo) -> Sequence[Self]:
-        return [self.replace(keep=1 - step / 1000, keep_tokens=None) for step in range(1000)]
+        return [self.replace(keep=(1000 - step) / 1000, keep_tokens=None) for step in range(1000)]
+
+    def search_space_vlm(self, info: VLMInfo) -> Space:
+        """Where stage 2 looks, if anywhere, and what it asks for; the last layer is left out, behind which nothing is left."""
+        space: dict[str, Dimension] = {}
+        if self.probe == DEFAULT_PROBE:
+            space["probe"] = Choice((None, *range(info.depth - 1)))
+        if self.tau == DEFAULT_TAU and self.probe is not None:
+            space["tau"] = Real(*_TAUS)
+        return space
+
+    def ladder_at_vlm(self, info: VLMInfo, point: Point) -> Sequence[Self]:
+        probe, tau = point.get("probe", self.probe), round(point.get("tau", self.tau), 3)
+        return self.replace(probe=probe, tau=self.tau if probe is None else tau).ladder_vlm(info)
 
     def build_vlm(self, info: VLMInfo) -> ToDREReducer:
         probes = probe_layers(self.probe, info.depth)

@@ -58,11 +58,18 @@ class Hub(NamedTuple):
 
 
 def is_dataset(data: str) -> bool:
-    """Whether data means the `datasets` library: "hub", "hub:NAME", a folder that it saved or one with parquet files."""
+    """Whether data means the `datasets` library.
+
+    Args:
+        data: does so if it is "hub", "hub:NAME", a folder that the library saved, one of such folders (a configuration each),
+            or one with parquet files.
+    """
     folder = Path(data)
     if data == HUB or data.startswith(f"{HUB}:"):
         return True
-    return folder.is_dir() and (any((folder / name).is_file() for name in _SAVED) or any(folder.rglob("*.parquet")))
+    return folder.is_dir() and any(
+        any(folder.glob(f"{depth}{name}")) for depth in ("", "*/") for name in (*_SAVED, "*.parquet")
+    )
 
 
 def read(name: str, hub: Hub, sources: Sources) -> VQAData:
@@ -112,22 +119,26 @@ def _load(data: str, hub: Hub, config: str | None, split: str) -> Any:
         import datasets
     except ImportError as error:
         raise MissingExtraError("datasets", "datasets") from error
-    folder = Path(data)
+    folders = [
+        folder for folder in (Path(data) / (config or ""), Path(data)) if any((folder / name).is_file() for name in _SAVED)
+    ]
     try:
-        if any((folder / name).is_file() for name in _SAVED):
-            found = datasets.load_from_disk(data)
-        elif config and any((folder / config / name).is_file() for name in _SAVED):
-            found = datasets.load_from_disk(str(folder / config))
-        else:
+        if not folders:
             name = hub.path if data == HUB else data.removeprefix(f"{HUB}:")
-            return datasets.load_dataset(name, config, split=split)
+            return datasets.load_dataset(name, _known(datasets, name, config), split=split)
+        found = datasets.load_from_disk(str(folders[0]))
     except Exception as error:  # the library raises what its readers and the network raise
         text = str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"datasets cannot load {data} (configuration {config or 'default'}, split {split}): {type(error).__name__} {text}"
         ) from error
-    if isinstance(found, datasets.DatasetDict):
-        if split not in found:
-            raise ConfigError(f"{data} has no split {split!r}, only {', '.join(found)}; name one with --split")
-        return found[split]
-    return found
+    if not isinstance(found, datasets.DatasetDict):
+        return found
+    if split not in found:
+        raise ConfigError(f"{data} has no split {split!r}, only {', '.join(found)}; name one with --split")
+    return found[split]
+
+
+def _known(datasets: Any, name: str, config: str | None) -> str | None:
+    """The configuration, or `None` for data that have a single one of another name."""
+    return None if config is None or len(datasets.get_dataset_config_names(name)) == 1 else config

@@ -8,6 +8,8 @@ VLMEvalKit's with its corrected pattern for periods; see `vqa_metrics`.
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any
 
 from vtok.errors import ConfigError
@@ -18,13 +20,16 @@ from vtok.eval.tasks.vqa_metrics import soft_accuracy
 from vtok.eval.tasks.vqa_reading import SHORT, fields
 from vtok.eval.tasks.vqa_task import QuestionTask, Sources
 
+_SPLIT = re.compile(r"(train|val|test)(-dev)?\d{4}")
 _FORM = '{"question_id", "question", "answers": [{"answer"}, ...]}'
 
 
 def _read(sources: Sources) -> VQAData:
     if not sources.folder.is_dir() and not sources.questions:
         raise ConfigError(f"{sources.data} is no folder; name the one with VQAv2's questions, annotations and images")
-    return find_vqav2(sources.folder, sources.questions, sources.annotations, sources.images)
+    data = find_vqav2(sources.folder, sources.questions, sources.annotations, sources.images)
+    split = _SPLIT.search(data.name)
+    return replace(data, name="vqav2", split=split.group() if split else "")
 
 
 def _from_row(row: Any, place: str, image: Any) -> Question:

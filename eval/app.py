@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +19,7 @@ from vtok.eval.clip_command import evaluate_retrieval, evaluate_zeroshot
 from vtok.eval.imagenet_command import evaluate_imagenet
 from vtok.eval.matrix_command import print_matrix
 from vtok.eval.report_command import write_page
+from vtok.eval.run_command import run, sweep
 from vtok.eval.tune_command import tune
 from vtok.eval.viz_command import draw_tokens
 from vtok.eval.vqa_command import evaluate_vqa
@@ -35,6 +35,8 @@ evaluate.command("vqa")(evaluate_vqa)
 evaluate.command("zeroshot")(evaluate_zeroshot)
 app.command("configs")(list_configs)
 app.command("matrix")(print_matrix)
+app.command("run")(run)
+app.command("sweep")(sweep)
 app.command("tune")(tune)
 app.command("report")(write_page)
 app.command("viz")(draw_tokens)
@@ -177,30 +179,6 @@ def bench_select(
             tokens, keep, width, pairs, seed, lambda done, total: progress.update(bar, completed=done, total=total)
         )
     console.print(select_bench.table(results, tokens, keep, width))
-
-
-@app.command()
-def run(
-    config: Annotated[str, typer.Argument(help="name of a bundled run (see `vtok configs`) or path of a YAML file")],
-    data: Annotated[Path | None, typer.Option(help="folder of the data")] = None,
-    change: Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. method.ratio=0.95")] = None,
-    pretrained: Annotated[bool, typer.Option(help="load pretrained weights")] = True,
-    workers: Annotated[int, typer.Option("--workers", "-j")] = 4,
-    output: Annotated[Path | None, typer.Option("--json", help="file for the results")] = None,
-) -> None:
-    """Runs a configuration and prints what was published beside what is measured."""
-    from vtok.eval.runner import published_beside_measured, run_config
-
-    runs.prepared(output)
-    wanted = runs.load(config, change or ())
-    named = wanted.data.get(wanted.task)
-    folder = data or (Path(named) if named else None)
-    if folder is None:
-        raise ConfigError(f"{config} names no data; pass --data FOLDER (for task {wanted.task})")
-    records = run_config(wanted, folder, pretrained, workers, Console(stderr=True))
-    if output is not None:
-        output.write_text(json.dumps(records, indent=2, default=str), encoding="utf-8")
-    console.print(published_beside_measured(wanted, records))
 
 
 @app.command()

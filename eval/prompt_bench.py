@@ -51,7 +51,7 @@ from vtok.eval.flops import watched_prompt, watched_reduction
 from vtok.eval.intervals import Interval, paired_ratio, spread
 from vtok.eval.prompt_bench_result import PromptResult
 from vtok.eval.settings import Setting, evaluating, placed, twin, versions
-from vtok.eval.throughput import DTYPES, FEWEST_PAIRS, PAIRS, _baseline_check, _device_name, _synchronise, _threads, verdict
+from vtok.eval.throughput import DTYPES, FEWEST_PAIRS, PAIRS, _baseline_check, _threads, device_name, synchronise, verdict
 from vtok.patches import find_vlms
 from vtok.prompt_cost import PromptEstimate
 
@@ -130,7 +130,7 @@ def measure_prompts(
             "attention": find_vlms(base)[0].text.config._attn_implementation,
             "dtype": str(first.dtype).removeprefix("torch."),
             "device": str(first.device),
-            "device_name": _device_name(first.device),
+            "device_name": device_name(first.device),
             "threads": torch.get_num_threads(),
             "batch_size": len(values["input_ids"]),
             "pairs": pairs,
@@ -205,10 +205,10 @@ def selection_seconds(model: nn.Module, inputs: Inputs) -> float:
 
     @contextmanager
     def clock(_: Any) -> Iterator[None]:
-        _synchronise(device)
+        synchronise(device)
         start = time.perf_counter()
         yield
-        _synchronise(device)
+        synchronise(device)
         spent[-1] += time.perf_counter() - start
 
     with watched_reduction(model, clock), watched_prompt(model, clock):
@@ -253,10 +253,10 @@ def _prefill(model: Any, inputs: Inputs) -> None:
 
 
 def _timed(model: nn.Module, inputs: Inputs, device: torch.device) -> float:
-    _synchronise(device)
+    synchronise(device)
     start = time.perf_counter()
     _prefill(model, inputs)
-    _synchronise(device)
+    synchronise(device)
     return time.perf_counter() - start
 
 
@@ -268,7 +268,7 @@ class _Stamps:
         self.seconds: list[float] = []
 
     def __call__(self, ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        _synchronise(self.device)
+        synchronise(self.device)
         self.seconds.append(time.perf_counter())
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vtok.eval.clip_models import REFERENCE, DualEncoder, load_clip
-from vtok.eval.data import read_idx
+from vtok.eval.data import FASHION_MEAN, FASHION_STD, read_idx
 from vtok.eval.easyvqa import BLANK, PAGE_SIZE, caption, compose
 
 VIT_WEIGHTS = "fashion_vit.safetensors"
@@ -50,11 +50,22 @@ def asset(name: str) -> Path:
 
 
 def load_reference_vit() -> nn.Module:
-    """The trained reference ViT in eval mode, fp32 (its weights are stored in fp16)."""
+    """The trained reference ViT in eval mode, fp32 (its weights are stored in fp16).
+
+    Its `pretrained_cfg` tells timm how its images are prepared.
+    """
     from safetensors.torch import load_file
 
-    model = FashionViT().build()
+    anatomy = FashionViT()
+    model: Any = anatomy.build()
     model.load_state_dict({k: v.float() for k, v in load_file(asset(VIT_WEIGHTS)).items()})
+    model.pretrained_cfg = {
+        "input_size": (anatomy.in_chans, anatomy.img_size, anatomy.img_size),
+        "mean": (FASHION_MEAN,),
+        "std": (FASHION_STD,),
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+    }
     return model.eval()
 
 

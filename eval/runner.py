@@ -1,131 +1,256 @@
-"""Runs a `RunConfig` and sets what was published beside what is measured."""
+"""Runs a `RunConfig`, or all points of its sweep, one configuration after the other; each is stored as soon as it is finished.
+
+`results.jsonl` is the truth: a run that was stopped, at any moment, goes on with the configuration that it was at. Runs that
+are started twice on one folder share the work: whoever is at a configuration holds its lock, and nobody runs it again.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from vtok.errors import ConfigError
-from vtok.eval.runs import FIGURES, RunConfig
+from vtok.errors import BudgetError, ConfigError, VtokError
+from vtok.eval import runs_models, runs_records
+from vtok.eval.pacing import Memory
+from vtok.eval.records import Records
+from vtok.eval.runs import RunConfig
+from vtok.eval.settings import Setting
+from vtok.eval.sweep import points
 from vtok.eval.tasks import TASKS
+from vtok.eval.vlm_models import VisionLanguageModel
 
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+RESULTS = "results.jsonl"
+_WAIT = 1.0  # seconds between looks at a configuration that another process is at
 
 
-def run_config(
-    config: RunConfig, data: Path, pretrained: bool = True, workers: int = 4, console: Console | None = None
-) -> list[dict[str, Any]]:
-    """Runs a configuration's task, unpatched and patched on the same batches.
+@dataclass(frozen=True)
+class Job:
+    """One configuration: one model, one setting, one task.
+
+    Attributes:
+        config: the run; its sweep is resolved.
+        task: name.
+        setting: what is patched; the unpatched model has a job of its own.
+        spec: what the file says about the setting.
+        key: of the record.
+    """
+
+    config: RunConfig
+    task: str
+    setting: Setting
+    spec: Any
+    key: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.task}, {self.setting.title}"
+
+
+@dataclass
+class Outcome:
+    """What a run gave.
+
+    Attributes:
+        records: of all its configurations that have one, the unpatched model first in each group.
+        left_out: title of a configuration -> why it could not be run.
+        unmet: those among `left_out` whose budget no setting of the method meets.
+        resumed: how many were there before.
+    """
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    unmet: set[str] = field(default_factory=set)
+    resumed: int = 0
+
+
+def jobs_of(config: RunConfig, pretrained: bool = True) -> list[list[Job]]:
+    """All configurations of a run, those that differ in nothing but the setting together, the unpatched model first."""
+    groups: dict[str, dict[str, Job]] = {}
+    for point in points(config):
+        for task in point.tasks:
+            whole = [(Setting(), None), *zip(point.settings, point.specs)]
+            found = [Job(point, task, one, spec, runs_records.key(point, task, one, pretrained)) for one, spec in whole]
+            group = groups.setdefault(found[0].key, {})
+            for job in found:
+                group.setdefault(job.key, job)
+    return [list(group.values()) for group in groups.values()]
+
+
+def run(
+    config: RunConfig,
+    out: Path | None = None,
+    pretrained: bool = True,
+    workers: int = 4,
+    console: Console | None = None,
+) -> Outcome:
+    """Runs the configurations that have no record yet.
 
     Args:
-        config: the run.
-        data: folder of the data.
+        config: the run; every task must have its data.
+        out: folder of `results.jsonl`; `None` = as the run says.
         pretrained: load the model's weights (False: random ones, to try a configuration out).
         workers: processes that read images.
-        console: for the progress bar; `None` = none.
+        console: for progress and warnings; `None` = none.
 
     Returns:
-        The records of the unpatched and of the patched model.
-    """
-    task = TASKS.get(config.task)
-    options = _options(task, config, pretrained, workers)
-    with Progress(console=console or Console(quiet=True), transient=True) as progress:
-        bar = progress.add_task(config.name, total=None)
-        return task(
-            config.model,
-            data,
-            [None, *config.settings],
-            options,
-            lambda done, total: progress.update(bar, completed=done, total=total),
-        )
-
-
-def _options(task: Any, config: RunConfig, pretrained: bool, workers: int) -> Any:
-    """The task's own options, from what a run says; the class is read off the task's annotation.
+        The records of all configurations, new and old. Settings that do not work on the model are left out and named.
 
     Raises:
-        ConfigError: the task does not say which options it takes.
+        ConfigError: a task without data, options that no task has, a folder that cannot be written to.
+        VtokError: the unpatched model cannot be evaluated.
     """
-    hint = get_type_hints(task).get("options")
-    kind = next((one for one in (hint, *get_args(hint)) if dataclasses.is_dataclass(one)), None)
-    if kind is None:
-        raise ConfigError(f"task {config.task} must annotate its parameter `options` with a dataclass, found {hint!r}")
-    wanted = {
-        "batch_size": config.batch_size,
-        "model_dtype": _DTYPES[config.dtype],
-        "pretrained": pretrained,
-        "seed": config.seed,
-        "workers": workers,
-    }
-    if config.backend != "timm":  # weights go by tag there, and names need a backend
-        wanted |= {"pretrained": (config.pretrained or "") if pretrained else "", "backend": config.backend}
-    known = {field.name for field in dataclasses.fields(kind)}
-    made: Any = kind
-    return made(**{name: value for name, value in wanted.items() if name in known})
+    console = console or Console(quiet=True)
+    for task in config.tasks:
+        if task not in config.data:
+            raise ConfigError(f"{config.path} names no data; pass --data FOLDER (for task {task})")
+    runs_models.check_options(config)
+    groups = jobs_of(config, pretrained)
+    records = _opened(out or config.folder)
+    done, outcome = finished(records, console), Outcome()
+    every = [job for group in groups for job in group]
+    outcome.resumed = sum(job.key in done for job in every)
+    if outcome.resumed:
+        console.print(f"{outcome.resumed} of {len(every)} configurations are in {records.path}; running the rest")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task(config.name, total=len(every), completed=outcome.resumed)
+        for group in groups:
+            if any(job.key not in done for job in group):
+                runner = _Group(group, records, pretrained, workers, progress, outcome)
+                runner.run(lambda: progress.advance(bar))
+    done = finished(records)
+    outcome.records = [done[job.key] for job in every if job.key in done]
+    return outcome
 
 
-def published_beside_measured(config: RunConfig, records: list[dict[str, Any]]) -> Table:
-    """A table with one row a figure, in percent. Published GFLOPs count a multiply-accumulate once, as we do here."""
-    base, patched = records
-    p = config.published
-    table = Table(title=f"{config.name}: {config.model}, {config.settings[0].name}", caption=_caption(config, patched))
-    table.add_column("")
-    table.add_column("published", justify="right")
-    table.add_column("measured", justify="right")
-    rows: list[tuple[str, Any, str]] = []
-    for name in FIGURES.get(config.task, ()):
-        label = {"top1": "top-1", "acc1": "top-1"}.get(name, name.replace("_", " "))
-        rows += [
-            (f"{label} unpatched %", p.get(f"base_{name}"), _measured(config, base, name)),
-            (f"{label} patched %", p.get(name), _measured(config, patched, name)),
-            ("difference", _difference(p, name), _measured_difference(config, base, patched, name)),
-        ]
-    if "gmacs" in base:
-        rows += [
-            ("GMACs unpatched", p.get("base_gflops"), f"{base['gmacs']['model']:.3f}"),
-            ("GMACs patched", p.get("gflops"), f"{patched['gmacs']['model']:.3f}"),
-        ]
-    rows.append(("images", p.get("images"), str(patched["n"])))
-    for name, published, measured in rows:
-        table.add_row(name, "-" if published is None else str(published), measured)
-    return table
+class _Group:
+    """Configurations of one model on one task, which share the loaded model and what the unpatched one answered."""
+
+    def __init__(
+        self, jobs: Sequence[Job], records: Records, pretrained: bool, workers: int, progress: Progress, outcome: Outcome
+    ):
+        self.jobs, self.records, self.progress, self.outcome = jobs, records, progress, outcome
+        self.config, self.task_name = jobs[0].config, jobs[0].task
+        self.task = TASKS.get(self.task_name)
+        self.options = runs_models.task_options(
+            self.config, self.task_name, pretrained, workers, records.path.parent / self.task_name / slug(self.config.model)
+        )
+        self.model = runs_models.load_for(self.task_name, self.config, self.options)
+        self.memory: Memory[Any] = Memory()
+        self._calibration: Any = None
+        self._calibrated = False
+
+    def run(self, advance: Callable[[], None]) -> None:
+        """Runs what nobody else is at, then what others were at and did not finish."""
+        done = finished(self.records)
+        waiting = [job for job in self.jobs if job.key not in done]
+        while waiting:
+            held = []
+            for job in waiting:
+                lock = FileLock(self.records.path.parent / ".running" / f"{job.key}.lock")
+                try:
+                    lock.acquire(blocking=False)
+                except Timeout:
+                    held.append(job)
+                    continue
+                try:
+                    if job.key not in finished(self.records):
+                        self._try(job)
+                finally:
+                    lock.release()
+                advance()
+            if len(held) == len(waiting):
+                time.sleep(_WAIT)
+            waiting = held
+
+    def _try(self, job: Job) -> None:
+        try:
+            record = self.measure(job)
+            base = finished(self.records).get(self.jobs[0].key)
+            self.records.extend([record, *runs_records.with_cost(base, record)])
+        except VtokError as error:
+            if job.setting.method is None:
+                raise
+            self.outcome.left_out[job.title] = str(error)
+            if isinstance(error, BudgetError):
+                self.outcome.unmet.add(job.title)
+
+    def measure(self, job: Job) -> dict[str, Any]:
+        """The record of one configuration, measured beside the unpatched model."""
+        started = time.time()
+        unpatched = job.setting.method is None
+        setting = runs_models.fitted(job.setting, self.model, self._inputs(job), self._prompt())
+        bar = self.progress.add_task(f"  {job.title}", total=None)
+        try:
+            found = self.task(
+                self.model,
+                self.config.data[job.task],
+                [None] if unpatched else [None, setting],
+                self.options,
+                lambda done, total: self.progress.update(bar, completed=done, total=total),
+                **({"memory": self.memory} if "memory" in inspect.signature(self.task).parameters else {}),
+            )[-1]
+        finally:
+            self.progress.remove_task(bar)
+        extra: dict[str, Any] = {
+            "key": job.key,
+            "config": runs_records.resolved(job.config, job.task, job.spec),
+            "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
+            "seconds": round(time.time() - started, 2),
+        }
+        if isinstance(self.model, VisionLanguageModel):
+            sides = {"base": Setting()} if unpatched else {"base": Setting(), "patched": setting}
+            extra["kernel"] = {side: runs_models.prompt_kernel(self.model, one) for side, one in sides.items()}
+        return runs_records.complete(found, job.config, job.task, job.setting, extra)
+
+    def _inputs(self, job: Job) -> Any:
+        """Calibration inputs, made when the first setting may want them."""
+        if job.setting.method is not None and not self._calibrated:
+            self._calibration = runs_models.calibration_for(self.task_name, self.config, self.model, self.options)
+            self._calibrated = True
+        return self._calibration
+
+    def _prompt(self) -> Mapping[str, int] | None:
+        base = finished(self.records).get(self.jobs[0].key)
+        return None if base is None else runs_models.prompt_of(base, runs_models.network(self.model))
 
 
-def _percent(config: RunConfig) -> float:
-    """Factor from a task's metrics to percent: clip_benchmark's are shares."""
-    return 1.0 if config.task == "imagenet" else 100.0
+def slug(name: str) -> str:
+    """A model's name as the name of a folder."""
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip("-.") or "model"
 
 
-def _with_error(text: str, error: float | None, scale: float) -> str:
-    return text if error is None else f"{text} ± {scale * error:.3f}"
+def with_data(config: RunConfig, data: Path | None) -> RunConfig:
+    """The run on other data, for all of its tasks."""
+    return config if data is None else replace(config, data=dict.fromkeys(config.tasks, str(data)))
 
 
-def _measured(config: RunConfig, record: dict[str, Any], name: str) -> str:
-    scale, metrics = _percent(config), record["metrics"]
-    return _with_error(f"{scale * metrics[name]:.3f}", metrics.get(f"{name}_stderr"), scale)
+def _opened(out: Path) -> Records:
+    try:
+        (out / ".running").mkdir(parents=True, exist_ok=True)
+        with open(out / RESULTS, "ab"):
+            pass
+    except OSError as error:
+        raise ConfigError(f"results cannot be written to {out}: {error}") from error
+    return Records(out / RESULTS)
 
 
-def _measured_difference(config: RunConfig, base: dict[str, Any], patched: dict[str, Any], name: str) -> str:
-    scale, metrics = _percent(config), patched["metrics"]
-    error = metrics.get(f"{name}_difference_stderr", metrics.get("difference_stderr"))
-    return _with_error(f"{scale * (metrics[name] - base['metrics'][name]):+.3f}", error, scale)
-
-
-def _difference(published: Any, name: str) -> str | None:
-    if name not in published or f"base_{name}" not in published:
-        return None
-    return f"{published[name] - published[f'base_{name}']:+.3f}"
-
-
-def _caption(config: RunConfig, patched: dict[str, Any]) -> str:
-    lines = [f"published: {config.published.get('source', '-')}"]
-    if config.published.get("note"):
-        lines.append(f"note: {config.published['note']}")
-    if patched["num_skipped"]:
-        lines.append(f"{patched['num_skipped']} files skipped")
-    return "\n".join(lines)
+def finished(records: Records, console: Console | None = None) -> dict[str, dict[str, Any]]:
+    """key -> newest record; damaged lines are reported on a console, if there is one."""
+    with warnings.catch_warnings(record=True) as damaged:
+        warnings.simplefilter("always")
+        found = records.by_key()
+    for warning in damaged if console is not None else ():
+        console.print(f"[yellow]{escape(str(warning.message))}[/yellow]")  # type: ignore[union-attr]
+    return found

@@ -62,7 +62,7 @@ class Setting:
         """ "tome(r=13)": what the caller asked for, without what follows from it or was left at its default."""
         if isinstance(self.method, (list, tuple)):
             return " + ".join(Setting(part).title for part in self.method)
-        given = {key: value for key, value in self.params.items() if key != "calibration"}
+        given = {key: value for key, value in self.params.items() if key not in ("calibration", "prompt")}
         if isinstance(self.method, MethodConfig):
             defaults = type(self.method)().to_dict()
             given = {key: value for key, value in self.method.to_dict().items() if value != defaults[key]}

@@ -103,7 +103,6 @@ from vtok.eval.flops import watched_reduction
 from vtok.eval.intervals import Interval, paired_ratio, spread
 from vtok.eval.memory import peak_memory
 from vtok.eval.settings import (
-    PassCost,
     Setting,
     backend,
     evaluating,
@@ -192,7 +191,7 @@ def measure(
             "backend": backend(model),
             "dtype": str(images.dtype).removeprefix("torch."),
             "device": str(images.device),
-            "device_name": _device_name(images.device),
+            "device_name": device_name(images.device),
             "threads": torch.get_num_threads(),
             "batch_size": len(images),
             "img_size": int(width),
@@ -210,17 +209,17 @@ def measure(
                 peak_memory_mb=None if peaks is None else {"base": peaks[0], "patched": peaks[i + 1]},
                 reduction_share=shares[i],
                 **costs[i].fields(),
-                **compare(times[0], times[i + 1], costs[i], len(images), seed),
+                **compare(times[0], times[i + 1], costs[i].implied_speedup, len(images), seed),
                 **common,
             )
             for i in range(len(chosen))
         ]
 
 
-def compare(base: Sequence[float], patched: Sequence[float], cost: PassCost, batch_size: int, seed: int = 0) -> dict[str, Any]:
-    """Step times in seconds, pair by pair -> the timing fields of a `Result`."""
+def compare(base: Sequence[float], patched: Sequence[float], implied: float, batch_size: int, seed: int = 0) -> dict[str, Any]:
+    """Step times in seconds, pair by pair, and the speed-up that the MACs imply -> the timing fields of a `Result`."""
     speedup = paired_ratio(base, patched, seed=seed)
-    achieved = speedup.scaled(1 / cost.implied_speedup)
+    achieved = speedup.scaled(1 / implied)
     step = {"base": _median(base), "patched": _median(patched)}
     return {
         "samples_per_sec": {key: batch_size / value for key, value in step.items()},
@@ -265,7 +264,7 @@ def reduction_share(model: nn.Module, images: Tensor) -> float:
             for _ in range(_PROFILED):
                 with record_function("vtok.forward"):
                     model(images)
-            _synchronise(images.device)
+            synchronise(images.device)
     spent = {event.key: event.device_time_total if cuda else event.cpu_time_total for event in recorded.key_averages()}
     return spent.get("vtok.reduction", 0.0) / spent["vtok.forward"]
 
@@ -297,14 +296,15 @@ def _interleave(
 
 
 def _timed(model: nn.Module, images: Tensor) -> float:
-    _synchronise(images.device)
+    synchronise(images.device)
     start = time.perf_counter()
     model(images)
-    _synchronise(images.device)
+    synchronise(images.device)
     return time.perf_counter() - start
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Waits until a device has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -321,7 +321,8 @@ def _median(values: Sequence[float]) -> float:
     return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What a device calls itself: the GPU's name, or the processor's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

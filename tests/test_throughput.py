@@ -187,7 +187,7 @@ def test_words_for_every_case():
 
 def test_timing_fields_from_known_times():
     cost = PassCost(65.0, (33.0,), 4e9, 2e9, 2e9, 0.0, False)
-    fields = compare([0.2, 0.4, 0.3], [0.1, 0.25, 0.2], cost, batch_size=10)
+    fields = compare([0.2, 0.4, 0.3], [0.1, 0.25, 0.2], cost.implied_speedup, batch_size=10)
     assert fields["speedup"] == pytest.approx(1.6)  # of 2, 1.6 and 1.5
     assert fields["achieved"] == pytest.approx(0.8)
     assert fields["samples_per_sec"] == pytest.approx({"base": 10 / 0.3, "patched": 50})

@@ -305,7 +305,7 @@ def test_the_command_line(folder, tmp_path):
         f"model: {{backend: transformers, name: '{folder}'}}\nmethod: {{name: uniform, keep: 0.5}}\ntask: vqa\nbatch_size: 4\n"
         "published: {soft_accuracy: 76.7, base_soft_accuracy: 78.5, source: a paper}\n"
     )
-    text = run("run", path, "--data", data, "-j", 0)
+    text = run("run", path, "--data", data, "-j", 0, "-o", tmp_path / "out")
     for word in ("76.7", "78.5", "-1.800", "soft accuracy patched", "a paper"):
         assert word in text, text
 

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 from vtok.api import Size, run_of
 from vtok.errors import ConfigError, UnsupportedModelError
 from vtok.eval.clip_models import DualEncoder, load_clip
+from vtok.eval.pacing import Memory, Pacer
 from vtok.eval.settings import (
     PassCost,
     Setting,
@@ -76,18 +78,22 @@ class Embedded:
         self.model = model
         self.parts: list[Tensor] = []
         self.costs: list[PassCost] = []
+        self.times: dict[str, Any] = {}
 
     @property
     def features(self) -> Tensor:
         """[n, D] of unit length, on the CPU."""
         return torch.cat(self.parts)
 
+    @property
+    def cost(self) -> PassCost | None:
+        """Of the image tower, mean over the images; `None` for an unpatched model that vtok knows no tower of."""
+        return mean_cost(self.costs, [len(part) for part in self.parts]) if self.costs else None
+
     def fields(self) -> dict[str, Any]:
-        """Method, parameters and costs of the image tower; no costs for an unpatched model that vtok knows no tower of."""
+        """Method, parameters, costs and times of the image tower; no costs for a model that vtok knows no tower of."""
         what = {"method": method_name(self.model), "params": resolved_params(self.model)}
-        if not self.costs:
-            return what
-        return what | mean_cost(self.costs, [len(part) for part in self.parts]).fields()
+        return what | ({} if self.cost is None else self.cost.fields()) | self.times
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,7 @@ def run(
     options: ClipOptions,
     progress: Progress | None,
     texts: Callable[[DualEncoder], Tensor],
+    memory: Memory[Tensor] | None = None,
 ) -> tuple[Features, Tensor]:
     """Embeds every image under every setting, and the task's texts once: no method touches the text tower.
 
@@ -126,6 +133,8 @@ def run(
         options: see `ClipOptions`.
         progress: called with (images done, images).
         texts: encoder -> features of the texts.
+        memory: what earlier calls with the same model, data and options left of the unpatched model, which then runs on some
+            batches only, for the clock.
 
     Returns:
         (features of the images, features of the texts on the CPU).
@@ -150,7 +159,9 @@ def run(
             found = texts(encoder).cpu()
         size = _size(data)
         embedded = [Embedded(setting.apply(twin(base), size)) for setting in chosen]
-        labels, skipped = _embed(encoder, embedded, data, size, options, progress)
+        unpatched = next((i for i, setting in enumerate(chosen) if setting.method is None), None)
+        pacer = Pacer([one.model for one in embedded], unpatched, -(-len(data) // options.batch_size), memory)
+        labels, skipped = _embed(encoder, embedded, pacer, data, size, options, progress)
     common = {
         "model": encoder.name,
         "pretrained": encoder.pretrained,
@@ -168,13 +179,15 @@ def run(
         "num_skipped": len(skipped),
         "skipped": [one._asdict() for one in skipped],
     }
-    unpatched = next((e for e, setting in zip(embedded, chosen) if setting.method is None), None)
-    return Features(encoder, embedded, unpatched, labels, common), found
+    for i, one in enumerate(embedded):
+        one.times = pacer.fields(i, one.cost, options.seed)
+    return Features(encoder, embedded, None if unpatched is None else embedded[unpatched], labels, common), found
 
 
 def _embed(
     encoder: DualEncoder,
     embedded: Sequence[Embedded],
+    pacer: Pacer[Tensor],
     data: CheckedImages,
     size: Size,
     options: ClipOptions,
@@ -187,14 +200,15 @@ def _embed(
     done = 0
     loader = DataLoader(data, options.batch_size, num_workers=options.workers, collate_fn=collate)
     with _autocast(first.device, options):
-        for batch in loader:
+        for number, batch in enumerate(loader):
             skipped += batch.skipped
             done += len(batch.rows) + len(batch.skipped)
             if batch.images is not None:
                 labels.append(batch.labels)
                 images = batch.images.to(first.device, first.dtype)
-                for one in embedded:
-                    one.parts.append(encoder.encode_image(one.model, images).cpu())
+                shown = pacer.show(number, images, encoder.encode_image, Tensor.cpu)
+                for one, features in zip(embedded, shown):
+                    one.parts.append(features)
                     one.costs += _cost(one.model, size)
             if progress is not None:
                 progress(done, len(data))
@@ -232,3 +246,8 @@ def _type(name: str) -> torch.dtype:
 def finite(metrics: dict[str, float | None]) -> dict[str, float | None]:
     """The same with `None` for what is not a number: strict JSON knows no NaN."""
     return {name: None if value is None or math.isnan(value) else value for name, value in copy.copy(metrics).items()}
+
+
+def bits(hits: np.ndarray) -> str:
+    """[n] hits, 0.0 or 1.0 -> one bit each, packed, in hexadecimal (see `report.correctness`)."""
+    return np.packbits(hits.astype(bool)).tobytes().hex()

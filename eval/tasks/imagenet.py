@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vtok.api import Size, run_of
 from vtok.errors import ConfigError
 from vtok.eval.intervals import mean_stderr
+from vtok.eval.pacing import Memory, Pacer
 from vtok.eval.settings import (
     PassCost,
     Setting,
@@ -31,9 +34,12 @@ from vtok.eval.settings import (
     twin,
     versions,
 )
+from vtok.eval.tasks.fashion import FASHION, open_fashion
 from vtok.eval.tasks.image_folder import CheckedImages, Unreadable, open_dataset, other_files
 from vtok.eval.tasks.scoring import Scorer, Scores
 from vtok.eval.tasks.timm_pipeline import Options, create_loader, create_model, data_config
+
+REFERENCE_VIT = "reference-vit"
 
 
 class _Tally:
@@ -54,6 +60,11 @@ class _Tally:
             self.costs.append(pass_cost(self.model, size))
             self.images.append(len(scores.prediction))
 
+    @property
+    def cost(self) -> PassCost:
+        """Mean over the images."""
+        return mean_cost(self.costs, self.images)
+
     def column(self, name: str) -> Tensor:
         """[n]: one field of the scores, for the images that count."""
         counts = [s.counts for s in self.scores]
@@ -66,22 +77,28 @@ def evaluate(
     settings: Sequence[Any] = (None,),
     options: Options | None = None,
     progress: Callable[[int, int], None] | None = None,
+    memory: Memory[Scores] | None = None,
 ) -> list[dict[str, Any]]:
     """Top-1 and top-5 accuracy of every setting, all on the same batches.
 
     Args:
-        model: a timm name, or an unpatched model, which is left as it is.
-        data_dir: folder with one sub-folder of images a class, or what `options.dataset` reads.
+        model: a timm name, `"reference-vit"`, or an unpatched model, which is left as it is.
+        data_dir: folder with one sub-folder of images a class, what `options.dataset` reads, or `"fashion-mnist"`, which comes
+            with vtok.
         settings: each `None` (unpatched), a method, (method, parameters), or a `Setting`.
         options: see `Options`.
         progress: called with (images done, images).
+        memory: what earlier calls with the same model, data and options left of the unpatched model, which then runs on some
+            batches only, for the clock.
 
     Returns:
         One record a setting: timm's fields (`model, top1, top1_err, top5, top5_err, param_count` in M, `img_size, crop_pct,
         interpolation`; accuracies in percent, rounded as timm does); `metrics` unrounded: `top1`, its `top1_stderr`, `top5`,
         and against the unpatched setting, if there is one, the paired `difference` of top-1 with its `difference_stderr`
         and the `agreement` of predictions, all in percent; `n` images scored; `method, setting, params, tokens, gmacs, gflops,
-        implied_speedup`; `skipped` (file and reason) and `num_skipped`; `notes`; and what describes the run.
+        implied_speedup`; `samples_per_sec`, `speedup` and `achieved` with intervals, from the passes of the evaluation itself;
+        `correct`, one bit an image (see `report.correctness`); `skipped` (file and reason) and `num_skipped`; `notes`; and what
+        describes the run.
 
     Raises:
         ConfigError: nothing to read, labels that do not fit the model, an input size it does not take.
@@ -92,7 +109,7 @@ def evaluate(
     chosen = [Setting.of(value) for value in settings]
     if not chosen:
         raise ConfigError("nothing to evaluate: name at least one setting, None for the unpatched model")
-    net = create_model(model, options) if isinstance(model, str) else model
+    net = load_named(model, options) if isinstance(model, str) else model
     name = model if isinstance(model, str) else model_name(model)
     if run_of(net) is not None:
         raise ConfigError("evaluate patches copies of the model itself; pass it unpatched (vtok.unpatch(model))")
@@ -104,17 +121,13 @@ def evaluate(
             base = copy.deepcopy(base).to(memory_format=torch.channels_last)
         config = data_config(base, options)
         size = config["input_size"]
-        data = open_dataset(
-            os.fspath(data_dir),
-            options.dataset,
-            options.split,
-            options.class_map,
-            "RGB" if size[0] == 3 else "L",
-            options.num_samples,
-        )
+        data = _open(os.fspath(data_dir), size, options)
         notes = _check_labels(data, scorer, base, options)
         tallies = [_Tally(setting.apply(twin(base), size), setting.title) for setting in chosen]
-        skipped = _run(tallies, data, scorer, config, options, progress)
+        first = next((i for i, setting in enumerate(chosen) if setting.method is None), None)
+        loader = create_loader(data, config, options)
+        pacer = Pacer([tally.model for tally in tallies], first, len(loader), memory)
+        skipped = _run(tallies, pacer, loader, data, scorer, config, options, progress)
     n = len(tallies[0].column("top1"))
     if not n:
         why = f"; the first: {skipped[0].file}: {skipped[0].reason}" if skipped else ""
@@ -127,8 +140,27 @@ def evaluate(
         "skipped": [one._asdict() for one in skipped],
         "notes": notes,
     }
-    unpatched = next((t for t, setting in zip(tallies, chosen) if setting.method is None), None)
-    return [{"model": name, **_score(tally, unpatched), **common} for tally in tallies]
+    unpatched = None if first is None else tallies[first]
+    return [
+        {"model": name, **_score(tally, unpatched), **common, **pacer.fields(i, tally.cost, options.seed)}
+        for i, tally in enumerate(tallies)
+    ]
+
+
+def load_named(name: str, options: Options) -> nn.Module:
+    """The reference ViT, or a model of timm; errors are those of `create_model`."""
+    if name != REFERENCE_VIT:
+        return create_model(name, options)
+    from vtok.eval.reference import load_reference_vit
+
+    return load_reference_vit()
+
+
+def _open(data: str, size: Size, options: Options) -> CheckedImages:
+    if data == FASHION and not options.dataset:
+        return open_fashion(options.num_samples)
+    mode = "RGB" if size[0] == 3 else "L"
+    return open_dataset(data, options.dataset, options.split, options.class_map, mode, options.num_samples)
 
 
 def _describe(net: nn.Module, base: nn.Module, data_dir: str, config: dict[str, Any], options: Options) -> dict[str, Any]:
@@ -170,12 +202,15 @@ def _score(tally: _Tally, unpatched: _Tally | None) -> dict[str, Any]:
         "top5": round(top5, 4),
         "top5_err": round(100 - top5, 4),
         "metrics": metrics,
-        **mean_cost(tally.costs, tally.images).fields(),
+        "correct": np.packbits(hits.numpy().astype(bool)).tobytes().hex(),
+        **tally.cost.fields(),
     }
 
 
 def _run(
     tallies: Sequence[_Tally],
+    pacer: Pacer[Scores],
+    loader: Iterable[Any],
     data: CheckedImages,
     scorer: Scorer,
     config: dict[str, Any],
@@ -188,14 +223,16 @@ def _run(
     skipped: list[Unreadable] = []
     done = 0
     with torch.inference_mode(), _autocast(first.device, options):
-        for batch in create_loader(data, config, options):
+        for number, batch in enumerate(loader):
             skipped += batch.skipped
             done += len(batch.rows) + len(batch.skipped)
             if batch.images is not None:
                 images = batch.images.to(first.device, first.dtype, memory_format=layout)
                 names = [data.filename(row) for row in batch.rows]
-                for tally in tallies:
-                    tally.add(scorer.score(tally.model(images), batch.labels, names), config["input_size"])
+                keep = partial(scorer.score, labels=batch.labels, names=names)
+                shown = pacer.show(number, images, lambda model, x: model(x), keep)
+                for tally, scores in zip(tallies, shown):
+                    tally.add(scores, config["input_size"])
             if progress is not None:
                 progress(done, len(data))
     return skipped

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from vtok.errors import ConfigError
 from vtok.eval.clip_models import DualEncoder
+from vtok.eval.pacing import Memory
 from vtok.eval.tasks.captions import open_captions
-from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, finite, run
+from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, bits, finite, run
 from vtok.eval.tasks.image_folder import CheckedImages
 from vtok.eval.tasks.recall import Positives, clustered_mean_stderr, first_ranks, text_groups
 
@@ -50,6 +51,7 @@ def evaluate(
     settings: Sequence[Any] = (None,),
     options: RetrievalOptions | None = None,
     progress: Progress | None = None,
+    memory: Memory[Tensor] | None = None,
 ) -> list[dict[str, Any]]:
     """Recalls of every setting, all on the same batches.
 
@@ -59,6 +61,7 @@ def evaluate(
         settings: each `None` (unpatched), a method, (method, parameters), or a `Setting`.
         options: see `RetrievalOptions`.
         progress: called with (images done, images).
+        memory: see `clip_pipeline.run`.
 
     Returns:
         One record a setting: clip_benchmark's fields (`dataset, model, pretrained, task, metrics, language`), where `metrics`
@@ -80,17 +83,19 @@ def evaluate(
     images = CheckedImages(source, "RGB", options.num_samples)
     captions = [source.captions[index] for index in images.indices]
     texts = [caption for own in captions for caption in own]
-    features, embedded = run(model, images, settings, options, progress, lambda e: encode_texts(e, texts))
+    features, embedded = run(model, images, settings, options, progress, lambda e: encode_texts(e, texts), memory)
     gallery = _Gallery(images, captions, features.labels, embedded, options)
     base = None if features.unpatched is None else gallery.hits(features.unpatched)
     records = []
     for one in features.settings:
-        metrics = gallery.metrics(gallery.hits(one), base if one is not features.unpatched else None)
+        hits = gallery.hits(one)
+        metrics = gallery.metrics(hits, base if one is not features.unpatched else None)
         records.append(
             {
                 "dataset": source.name,
                 "task": "zeroshot_retrieval",
                 "metrics": finite(metrics),
+                "correct": bits(hits[f"text_retrieval_recall@{min(options.recall_k)}"]),  # one query an image
                 **one.fields(),
                 **features.common,
                 "num_texts": len(gallery.owner),

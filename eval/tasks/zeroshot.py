@@ -23,7 +23,8 @@ from vtok.errors import ConfigError
 from vtok.eval.clip_models import DualEncoder
 from vtok.eval.easyvqa import CLASSES, TEMPLATES
 from vtok.eval.intervals import mean_stderr
-from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, finite, run
+from vtok.eval.pacing import Memory
+from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, bits, finite, run
 from vtok.eval.tasks.image_folder import CheckedImages, open_dataset
 
 PICTURES = "reference-pictures"
@@ -55,6 +56,7 @@ def evaluate(
     settings: Sequence[Any] = (None,),
     options: ZeroshotOptions | None = None,
     progress: Progress | None = None,
+    memory: Memory[Tensor] | None = None,
 ) -> list[dict[str, Any]]:
     """Zero-shot accuracy of every setting, all on the same batches.
 
@@ -64,6 +66,7 @@ def evaluate(
         settings: each `None` (unpatched), a method, (method, parameters), or a `Setting`.
         options: see `ZeroshotOptions`.
         progress: called with (images done, images).
+        memory: see `clip_pipeline.run`.
 
     Returns:
         One record a setting: clip_benchmark's fields (`dataset, model, pretrained, task, metrics, language`), where `metrics`
@@ -80,18 +83,22 @@ def evaluate(
     options = options or ZeroshotOptions()
     images, names, name = _open(os.fspath(data), options)
     prompts = templates(options.templates or (TEMPLATES if name == "easyvqa" else ("a photo of a {c}.",)))
-    features, classifier = run(model, images, settings, options, progress, lambda e: class_embeddings(e, names, prompts))
+    features, classifier = run(
+        model, images, settings, options, progress, lambda e: class_embeddings(e, names, prompts), memory
+    )
     if int(features.labels.max()) >= len(names):
         raise ConfigError(f"the data has label {int(features.labels.max())}, but there are only {len(names)} class names")
     records = []
     base = None if features.unpatched is None else _Scored(features.unpatched, classifier, features.labels)
     for one in features.settings:
-        metrics = _Scored(one, classifier, features.labels).metrics(base if one is not features.unpatched else None)
+        scored = _Scored(one, classifier, features.labels)
+        metrics = scored.metrics(base if one is not features.unpatched else None)
         records.append(
             {
                 "dataset": name,
                 "task": "zeroshot_classification",
                 "metrics": finite(metrics),
+                "correct": bits(scored.top1),
                 **one.fields(),
                 **features.common,
                 "num_classes": len(names),

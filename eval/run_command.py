@@ -1,0 +1,88 @@
+"""`vtok run` and `vtok sweep`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from vtok.errors import ConfigError
+from vtok.eval import runs
+
+Config = Annotated[str, typer.Argument(help="name of a bundled run (see `vtok configs`) or path of a YAML file")]
+Data = Annotated[Path | None, typer.Option(help="the data, instead of what the file names")]
+Change = Annotated[list[str] | None, typer.Option("--set", help="key=value, as method.ratio=0.95 or methods.0.r=8; repeatable")]
+Pretrained = Annotated[bool, typer.Option(help="load pretrained weights")]
+Workers = Annotated[int, typer.Option("--workers", "-j", min=0, help="processes that read images")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="folder of the results (default: what the file says)")]
+Json = Annotated[Path | None, typer.Option("--json", help="file for the records of this run, besides")]
+
+
+def run(
+    config: Config,
+    data: Data = None,
+    change: Change = None,
+    pretrained: Pretrained = True,
+    workers: Workers = 4,
+    output: Output = None,
+    into: Json = None,
+) -> None:
+    """Runs a configuration and prints what is measured, beside what was published for it.
+
+    Results go to results.jsonl in the output folder as soon as they are there; a second start goes on where the first stopped.
+    """
+    _run(runs.load(config, change or ()), data, pretrained, workers, output, into)
+
+
+def sweep(
+    config: Config,
+    data: Data = None,
+    flops: Annotated[str | None, typer.Option(help="budgets as shares of the FLOPs, e.g. 0.8,0.6,0.4")] = None,
+    change: Change = None,
+    pretrained: Pretrained = True,
+    workers: Workers = 4,
+    output: Output = None,
+    into: Json = None,
+) -> None:
+    """Runs a grid of settings or a list of FLOPs budgets: a table, sweep.csv and sweep.png.
+
+    Results go to results.jsonl in the output folder as soon as they are there; a second start goes on where the first stopped.
+    """
+    wanted = runs.load(config, [*(change or ()), *([f"sweep.flops=[{flops}]"] if flops is not None else [])])
+    if not wanted.sweep:
+        raise ConfigError(f"{wanted.path}: sweep is missing; give it a grid such as sweep: {{flops: [0.8, 0.6]}}, or --flops")
+    _run(wanted, data, pretrained, workers, output, into)
+
+
+def _run(
+    wanted: runs.RunConfig, data: Path | None, pretrained: bool, workers: int, output: Path | None, into: Path | None
+) -> None:
+    from vtok.eval import runner, sweep_plot, sweep_report
+    from vtok.eval.runs_published import published_beside_measured
+
+    runs.prepared(into)
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    wanted, out = runner.with_data(wanted, data), output or wanted.folder
+    outcome = runner.run(wanted, out, pretrained, workers, Console(stderr=True))
+    records = outcome.records
+    if into is not None:
+        into.write_text(json.dumps(records, indent=2, default=str), encoding="utf-8")
+    for group in sweep_report.groups(records):
+        console.print(sweep_report.table(group))
+        for line in (*sweep_report.findings(group), *(f"note: {note}" for note in group[0].get("notes", ()))):
+            console.print(f"- {escape(line)}")
+        if wanted.published:
+            for record in group[1:]:
+                console.print(published_beside_measured(wanted, [group[0], record]))
+    sweep_report.write_csv(records, out / "sweep.csv")
+    sweep_plot.plot(records, out / "sweep.png")
+    console.print(f"{runner.RESULTS}, sweep.csv and sweep.png are in {out}")
+    for name, why in outcome.left_out.items():
+        console.print(f"- left out: {escape(name)}: {escape(why)}")
+    if set(outcome.left_out) - outcome.unmet:  # a budget that no setting meets is a finding
+        raise typer.Exit(2)

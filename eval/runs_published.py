@@ -1,0 +1,76 @@
+"""What was published beside what a run measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from vtok.eval.runs import FIGURES, RunConfig
+
+
+def published_beside_measured(config: RunConfig, records: list[dict[str, Any]]) -> Table:
+    """A table with one row a figure, in percent. Published GFLOPs count a multiply-accumulate once, as we do here.
+
+    Args:
+        config: the run, of one task.
+        records: of the unpatched model and of the patched one.
+    """
+    base, patched = records
+    p = config.published
+    table = Table(title=f"{config.name}: {config.model}, {patched['setting']}", caption=_caption(config, patched))
+    table.add_column("")
+    table.add_column("published", justify="right")
+    table.add_column("measured", justify="right")
+    rows: list[tuple[str, Any, str]] = []
+    for name in FIGURES.get(config.task, ()):
+        label = {"top1": "top-1", "acc1": "top-1"}.get(name, name.replace("_", " "))
+        rows += [
+            (f"{label} unpatched %", p.get(f"base_{name}"), _measured(base, name)),
+            (f"{label} patched %", p.get(name), _measured(patched, name)),
+            ("difference", _difference(p, name), _measured_difference(base, patched, name)),
+        ]
+    if "gmacs" in base:
+        rows += [
+            ("GMACs unpatched", p.get("base_gflops"), f"{base['gmacs']['model']:.3f}"),
+            ("GMACs patched", p.get("gflops"), f"{patched['gmacs']['model']:.3f}"),
+        ]
+    rows.append(("images", p.get("images"), str(patched["n"])))
+    for name, published, measured in rows:
+        table.add_row(name, "-" if published is None else str(published), measured)
+    return table
+
+
+def _percent(record: dict[str, Any]) -> float:
+    """Factor from a task's metrics to percent."""
+    return 1.0 if record["percent"] else 100.0
+
+
+def _with_error(text: str, error: float | None, scale: float) -> str:
+    return text if error is None else f"{text} ± {scale * error:.3f}"
+
+
+def _measured(record: dict[str, Any], name: str) -> str:
+    scale, metrics = _percent(record), record["metrics"]
+    return _with_error(f"{scale * metrics[name]:.3f}", metrics.get(f"{name}_stderr"), scale)
+
+
+def _measured_difference(base: dict[str, Any], patched: dict[str, Any], name: str) -> str:
+    scale, metrics = _percent(patched), patched["metrics"]
+    error = metrics.get(f"{name}_difference_stderr", metrics.get("difference_stderr"))
+    return _with_error(f"{scale * (metrics[name] - base['metrics'][name]):+.3f}", error, scale)
+
+
+def _difference(published: Any, name: str) -> str | None:
+    if name not in published or f"base_{name}" not in published:
+        return None
+    return f"{published[name] - published[f'base_{name}']:+.3f}"
+
+
+def _caption(config: RunConfig, patched: dict[str, Any]) -> str:
+    lines = [f"published: {config.published.get('source', '-')}"]
+    if config.published.get("note"):
+        lines.append(f"note: {config.published['note']}")
+    if patched["num_skipped"]:
+        lines.append(f"{patched['num_skipped']} files skipped")
+    return "\n".join(lines)

@@ -13,22 +13,23 @@ def published_beside_measured(config: RunConfig, records: list[dict[str, Any]]) 
     """A table with one row a figure, in percent. Published GFLOPs count a multiply-accumulate once, as we do here.
 
     Args:
-        config: the run, of one task.
-        records: of the unpatched model and of the patched one.
+        config: the run.
+        records: of the unpatched model and of the patched one, of one of its tasks.
     """
     base, patched = records
-    p = config.published
-    table = Table(title=f"{config.name}: {config.model}, {patched['setting']}", caption=_caption(config, patched))
+    p, task = config.published, patched["task"]
+    own = p if len(config.tasks) == 1 else p.get(task) or {}
+    table = Table(title=f"{config.name}: {config.model}, {patched['setting']}, {task}", caption=_caption(config, patched))
     table.add_column("")
     table.add_column("published", justify="right")
     table.add_column("measured", justify="right")
     rows: list[tuple[str, Any, str]] = []
-    for name in FIGURES.get(config.task, ()):
+    for name in (name for name in FIGURES.get(task, ()) if name in base["metrics"]):
         label = {"top1": "top-1", "acc1": "top-1"}.get(name, name.replace("_", " "))
         rows += [
-            (f"{label} unpatched %", p.get(f"base_{name}"), _measured(base, name)),
-            (f"{label} patched %", p.get(name), _measured(patched, name)),
-            ("difference", _difference(p, name), _measured_difference(base, patched, name)),
+            (f"{label} unpatched %", own.get(f"base_{name}"), _measured(base, name)),
+            (f"{label} patched %", own.get(name), _measured(patched, name)),
+            ("difference", _difference(own, name), _measured_difference(base, patched, name)),
         ]
     if "gmacs" in base:
         rows += [

@@ -69,7 +69,7 @@ def resolved(config: RunConfig, task: str, spec: Any) -> dict[str, Any]:
         task: one of its tasks.
         spec: what its file says about the setting; `None` for the unpatched model.
     """
-    left_out = ("method", "methods", "task", "tasks", "sweep", "output", "published", "data", "calibration")
+    left_out = ("method", "methods", "task", "tasks", "sweep", "output", "table", "published", "data", "calibration")
     found = {name: copy.deepcopy(value) for name, value in config.content.items() if name not in left_out}
     found |= {"batch_size": config.batch_size, "dtype": config.dtype, "seed": config.seed, "task": task, "method": spec}
     for name, given in (("data", config.data), ("calibration", config.calibration)):

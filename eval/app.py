@@ -17,6 +17,7 @@ from vtok.eval import runs
 from vtok.eval.book_command import list_configs
 from vtok.eval.clip_command import evaluate_retrieval, evaluate_zeroshot
 from vtok.eval.imagenet_command import evaluate_imagenet
+from vtok.eval.launch import check_command
 from vtok.eval.matrix_command import print_matrix
 from vtok.eval.report_command import write_page
 from vtok.eval.run_command import run, sweep
@@ -54,7 +55,11 @@ Pretrained = Annotated[bool, typer.Option(help="load pretrained weights (they ch
 
 
 @app.callback(invoke_without_command=True)
-def _main(version: Annotated[bool, typer.Option("--version", help="print the version and leave")] = False) -> None:
+def _main(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="print the version and leave")] = False,
+) -> None:
+    check_command(context.invoked_subcommand)
     if version:
         console.print(vtok.__version__)
         raise typer.Exit

@@ -14,6 +14,14 @@ def main() -> None:
     except ImportError as error:
         sys.exit(f"vtok: {MissingExtraError(error.name or 'a dependency', 'eval')}")
     try:
+        from vtok.eval import launch
+        from vtok.eval.processes import world_size
+
+        if world_size() > 1:
+            launch.run_member(app)
+        missing = launch.asked_for()
+        if missing is not None:
+            launch.start(missing)
         app()
     except VtokError as error:
         print(f"vtok: {error}", file=sys.stderr)

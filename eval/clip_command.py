@@ -16,6 +16,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from vtok.eval.flags import METHOD_HELP, options_from, signature
+from vtok.eval.processes import is_main
+from vtok.eval.rates import throughput_line
 from vtok.eval.runs import parse_method
 from vtok.eval.tasks.retrieval import RetrievalOptions
 from vtok.eval.tasks.zeroshot import ZeroshotOptions
@@ -48,7 +50,7 @@ def _evaluate(task: Any, kind: type, flags: dict[str, Any]) -> None:
             options_from(kind, flags),
             lambda done, total: progress.update(bar, completed=done, total=total),
         )
-    if output is not None:
+    if output is not None and is_main():
         for path in write_records(records, output):
             print(path, file=sys.stderr)
     print_records(records, console)
@@ -87,6 +89,9 @@ def print_records(records: Sequence[dict[str, Any]], console: Console) -> None:
         cost = [f"{record['tokens']['out']:.1f}", f"{record['implied_speedup']:.2f}x"] if "tokens" in record else ["-", "-"]
         table.add_row(record["method"], *(percent(record["metrics"], name) for name in names), *cost)
     console.print(table)
+    for record in records:
+        if line := throughput_line(record["method"], record):
+            console.print(f"- {line}", highlight=False)
     for record in records[1:]:
         changes = {name: value for name, value in record["metrics"].items() if name.endswith("difference")}
         text = ", ".join(f"{_label(name)} {signed(record['metrics'], name)}" for name in changes)

@@ -14,6 +14,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from vtok.eval.flags import METHOD_HELP, options_from, signature
+from vtok.eval.processes import is_main
+from vtok.eval.rates import throughput_line
 from vtok.eval.runs import parse_method, prepared
 from vtok.eval.tasks.timm_pipeline import Options
 
@@ -32,7 +34,7 @@ def evaluate_imagenet(**flags: Any) -> None:
         records = evaluate(
             model, data, settings, options, lambda done, total: progress.update(bar, completed=done, total=total)
         )
-    if output is not None:
+    if output is not None and is_main():
         output.write_text(json.dumps(records, indent=2), encoding="utf-8")
     print_records(records, console)
 
@@ -59,6 +61,9 @@ def print_records(records: list[dict[str, Any]], console: Console) -> None:
             f"{record['implied_speedup']:.2f}x",
         )
     console.print(table)
+    for record in records:
+        if line := throughput_line(record["setting"], record):
+            console.print(f"- {line}", highlight=False)
     for note in first["notes"]:
         console.print(f"- {note}")
     if first["num_skipped"]:

@@ -13,6 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from vtok.eval.flags import SETTING_HELP, options_from, signature
+from vtok.eval.rates import throughput_line
 from vtok.eval.runs import parse_setting
 from vtok.eval.tasks import QUESTION_TASKS
 from vtok.eval.tasks.vqa_task import QuestionTask, VQAOptions
@@ -52,6 +53,9 @@ def print_records(records: Sequence[Record], console: Console) -> None:
     for record in records:
         table.add_row(*row(record, tuple(shown.values())))
     console.print(table)
+    for record in records:
+        if line := throughput_line(record["title"], record):
+            console.print(f"- {line}", highlight=False)
     for name in (*task.scores, *task.totals):
         if name not in shown.values():
             _print_line(console, name, records, lambda r, name=name: share(r["metrics"], name, percent=task.percent))

@@ -15,6 +15,7 @@ import torch
 
 import vtok
 from vtok.errors import ConfigError
+from vtok.eval.processes import current
 from vtok.eval.settings import Setting, evaluating, placed
 from vtok.eval.tasks import QUESTION_TASKS
 from vtok.eval.tasks.timm_pipeline import TYPES
@@ -79,7 +80,7 @@ def evaluate(
     if vtok.info(vlm.net).patched:
         raise ConfigError("evaluate patches copies of the model itself; pass it unpatched (vtok.unpatch(model))")
     folder = Path(options.output) if options.output else None
-    device = options.device or ("cuda" if torch.cuda.is_available() else None)
+    device = current().device(options.device)
     with evaluating(vlm.net):
         base = placed(vlm.net, _type(options.model_dtype), device)
         model = VisionLanguageModel(base, vlm.processor, vlm.name)

@@ -13,6 +13,7 @@ from torch import nn
 
 import vtok
 from vtok.config import MethodConfig
+from vtok.eval.processes import current
 from vtok.eval.records import Records, key_of
 from vtok.eval.report import FLOOR
 from vtok.eval.settings import Setting, twin, versions
@@ -123,7 +124,7 @@ class Job:
                     **accuracy_fields(self.data, scored, before, None),
                 }
             )
-        if self.folder is not None:
+        if self.folder is not None and current().rank == 0:
             file = Records(self.folder / "results.jsonl")
             known = file.by_key()
             file.extend([record for record in records if record.get("key") and record["key"] not in known])
@@ -140,7 +141,7 @@ class Job:
         lines = self.lines(entry)
         scored = self._scored([line["prediction"] for line in lines])
         unpatched = None if base is None else self.lines(base)
-        timed, cost = time_fields(lines, not entry.unpatched, self.seed), self._cost(entry)
+        timed, cost = time_fields(lines, not entry.unpatched, self.seed, current().world), self._cost(entry)
         if "speedup" in timed and "implied_speedup" in cost:
             timed["achieved"] = timed["speedup"] / cost["implied_speedup"]
         return {

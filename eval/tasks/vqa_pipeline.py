@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import vtok
 from vtok.errors import ConfigError, UnsupportedModelError
-from vtok.eval.records import Records
+from vtok.eval.processes import Processes, current
+from vtok.eval.records import Records, key_of
 from vtok.eval.settings import Setting
 from vtok.eval.tasks.vqa_data import Question, VQAData
 from vtok.eval.tasks.vqa_plain import TASK
@@ -65,6 +66,7 @@ class Answers(NamedTuple):
             reduction; `None` if unpatched.
         first: seconds until the first token: vision tower, connector, prompt.
         later: seconds a token after it; `None` if there was only one.
+        seconds: until the last token.
     """
 
     texts: list[str]
@@ -74,6 +76,7 @@ class Answers(NamedTuple):
     macs: tuple[float, float, float] | None
     first: float
     later: float | None
+    seconds: float
 
 
 class Samples:
@@ -97,6 +100,22 @@ class Samples:
         if self._records is not None:
             self._records.extend(new)
         self._lines.update({line["key"]: line for line in new})
+
+    def share(self, processes: Processes, entries: Sequence[Entry], own: Sequence[Question], asked: Sequence[Question]) -> None:
+        """Brings the answers of all processes together, in all of them.
+
+        Args:
+            processes: of the run.
+            entries: the settings.
+            own: questions that this process asked.
+            asked: questions that all of them asked.
+        """
+        lines = {f"{entry.key}/{q.doc_id}": self.line(entry, q) for entry in entries for q in own}
+        found = processes.gather(lines, (f"{entry.key}/{q.doc_id}" for entry in entries for q in asked))
+        self._lines.update({key: line for key, line in found.items() if line is not None})
+        if processes.rank == 0 and self._records is not None:  # other machines may have written theirs to files of their own
+            known = self._records.by_key()
+            self._records.extend([line for key, line in found.items() if line is not None and key not in known])
 
 
 def ask(
@@ -131,7 +150,14 @@ def ask(
         UnsupportedModelError: vtok does not know the model.
     """
     questions, checked = data.questions, False
-    for start, batch in batches(questions, batch_size):
+    processes, own = current(), list[Question]()
+    if processes.world > 1:
+        decides = {"settings": [entry.key for entry in entries], "asked": questions}
+        processes.check_same("model, setting or list of questions", key_of(decides))
+    for number, (start, batch) in enumerate(batches(questions, batch_size)):
+        if not processes.owns(number):
+            continue
+        own += batch
         missing = [e for e in entries if any(samples.line(e, q) is None for q in batch)]
         if missing:
             images = {q.image: None if q.image is None else data.read(q.image) for q in batch}
@@ -139,7 +165,7 @@ def ask(
             if not checked and batch[0].image is not None:
                 check_image_tokens(model, inputs)
                 checked = True
-            again = start // batch_size % TIMED_AGAIN == 0
+            again = number // processes.world % TIMED_AGAIN == 0
             base: Answers | None = None
             for entry in sorted(entries, key=lambda e: not e.unpatched):
                 if entry in missing or (entry.unpatched and again):
@@ -148,10 +174,12 @@ def ask(
                     base = found if entry.unpatched and base is None else base
                     if entry in missing:
                         said = found.texts if entry.unpatched else _said(entries, samples, batch)
-                        samples.add(entry, batch, _lines(batch, found, said, base, start, entry, task))
+                        samples.add(entry, batch, _lines(batch, found, said, base, start, entry, task, processes.rank))
                     entry.runs += 1
         if progress is not None:
             progress(start + len(batch), len(questions))
+    if processes.world > 1:
+        samples.share(processes, entries, own, questions)
 
 
 def batches(questions: Sequence[Question], size: int) -> Iterator[tuple[int, Sequence[Question]]]:
@@ -185,7 +213,8 @@ def answer(model: VisionLanguageModel, net: Any, inputs: Any, max_new_tokens: in
     kept = kept_tokens(net, visual) if seen else visual[:, None].repeat(1, _vlm(net).info.depth)
     text = inputs["attention_mask"].sum(1) - visual
     cost = macs(net) if seen else None
-    return Answers(model.texts(made[:, length:]), visual, kept, kv_bytes(net, text, kept), cost, clock.first, clock.later)
+    times = clock.first, clock.later, clock.times[-1]
+    return Answers(model.texts(made[:, length:]), visual, kept, kv_bytes(net, text, kept), cost, *times)
 
 
 def macs(net: nn.Module) -> tuple[float, float, float] | None:
@@ -253,10 +282,13 @@ def _lines(
     start: int,
     entry: Entry,
     task: QuestionTask,
+    rank: int,
 ) -> list[Line]:
     times = {
         "batch": start,
+        "rank": rank,
         "cold": entry.runs == 0,  # the first batch of a process warms up
+        "seconds": found.seconds,
         "macs": None if found.macs is None else dict(zip(("model", "base", "pruner"), found.macs)),
         "ttft_ms": 1000 * found.first,
         "decode_ms_per_token": None if found.later is None else 1000 * found.later,

@@ -8,12 +8,14 @@ Shapes: n questions.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from vtok.eval.intervals import paired_ratio
+from vtok.eval.rates import Timed, throughput
 from vtok.eval.tasks.recall import clustered_mean_stderr
 from vtok.eval.tasks.vqa_data import VQAData
 from vtok.eval.tasks.vqa_metrics import exact_match, loyalty
@@ -161,15 +163,16 @@ def cost_fields(lines: Sequence[Line]) -> dict[str, Any]:
     }
 
 
-def time_fields(lines: Sequence[Line], patched: bool, seed: int = 0) -> dict[str, Any]:
+def time_fields(lines: Sequence[Line], patched: bool, seed: int = 0, world: int = 1) -> dict[str, Any]:
     """`ttft_ms` and `decode_ms_per_token` (medians over batches) and, of a patched model, `speedup` of the first token.
 
-    The first batch of a process is left out if there are others.
+    `throughput` counts whole answers. The first batch of a process is left out if there are others.
 
     Args:
         lines: samples of the setting; those of one batch hold the same times.
         patched: whether the unpatched model's times are another model's.
         seed: of the bootstrap.
+        world: number of processes.
     """
     batches = list({line["batch"]: line for line in lines}.values())
     warm = [line for line in batches if not line["cold"]] or batches
@@ -177,11 +180,20 @@ def time_fields(lines: Sequence[Line], patched: bool, seed: int = 0) -> dict[str
         name: {"patched": _median(warm, name), "base": _median(warm, f"base_{name}")}
         for name in ("ttft_ms", "decode_ms_per_token")
     }
+    found |= _answered(lines, world)
     pairs = [(line["base_ttft_ms"], line["ttft_ms"]) for line in warm if line["base_ttft_ms"] is not None]
     if patched and pairs:
         speed = paired_ratio([base for base, _ in pairs], [own for _, own in pairs], seed=seed)
         found |= {"speedup": speed.point, "speedup_ci": [speed.low, speed.high]}
     return found
+
+
+def _answered(lines: Sequence[Line], world: int) -> dict[str, Any]:
+    """`throughput` in whole answers; those that an earlier start gave in more processes than there are now are left out."""
+    count = Counter(line["batch"] for line in lines)
+    batches = [line for line in {line["batch"]: line for line in lines}.values() if line.get("rank", world) < world]
+    timed = [Timed(line["rank"], count[line["batch"]], line["seconds"], line["cold"]) for line in batches]
+    return {"throughput": throughput(timed, world)} if timed else {}
 
 
 def _mean(name: str, values: np.ndarray, cluster: np.ndarray) -> dict[str, float | None]:

@@ -1,0 +1,271 @@
+"""One evaluation in several processes, on one machine or more: who works on what, and how the parts come together.
+
+    accelerate launch --multi_gpu --num_processes 8 -m vtok.eval run CONFIG      # eight GPUs: one process each, nccl
+    accelerate launch --cpu --num_processes 2 -m vtok.eval run CONFIG            # two processes on the CPU, gloo
+    torchrun --nproc_per_node 8 -m vtok.eval run CONFIG                          # the same without accelerate's launcher
+
+**Whole batches are dealt out in turn**: process r of w works on the batches r, r + w, r + 2 w, ... of the very batches that one
+process would make. So no sample is padded, repeated or left out, every forward pass sees the same rows at any number of
+processes, and what is computed from the gathered results, in the order of the data, is the same to the last digit, with one
+reservation: all processes need the same kind of device and as many CPU threads as the run that they are compared with
+(`OMP_NUM_THREADS`, or accelerate's `--num_cpu_threads_per_process`), because these change how sums are split. Every result
+carries the number of its batch or question; one that is missing or comes twice is an error.
+
+Only the main process (rank 0) prints and writes records. Answers to questions are written by every process as they come.
+
+# More than one machine
+
+The same command is started on every machine, with a file that differs in `machine_rank` alone (`accelerate config` asks for the
+same things). Two machines with eight GPUs each:
+
+    # gpus.yaml                              # on the second machine: machine_rank: 1
+    compute_environment: LOCAL_MACHINE
+    distributed_type: MULTI_GPU              # without GPUs: MULTI_CPU, and use_cpu: true
+    num_machines: 2
+    num_processes: 16                        # of all machines together
+    machine_rank: 0
+    main_process_ip: 10.0.0.1                # of the machine with rank 0, reachable from all others
+    main_process_port: 29500
+    rdzv_backend: static
+    same_network: true
+    mixed_precision: "no"                    # the run file says which type is used
+
+    accelerate launch --config_file gpus.yaml -m vtok.eval run CONFIG
+
+Every machine needs the same versions, weights and data (under the same path; differences are noticed and reported before
+anything is computed). Only the main process's machine needs room for records. Where machines have several networks,
+`GLOO_SOCKET_IFNAME` (and `NCCL_SOCKET_IFNAME`) name the one to use. No data is exchanged before the end of a task, so that the
+speed of the network does not matter: throughput grows with the processes until a process has one batch left.
+
+# When a process ends early
+
+A process that dies ends the run: its launcher stops the others, and those on other machines notice at the next exchange that
+the connection is gone. One message a machine names the rank, the exit code is not 0, and what was finished is in the files: the
+same command goes on from there. A process that neither answers nor dies ends the run after `VTOK_PROCESS_TIMEOUT` seconds
+(default 3600) of waiting for it at the end of a task. Results lie in host memory, so they are exchanged with gloo on GPUs too:
+it reports a lost peer, where nccl would wait.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from vtok.errors import ConfigError, MissingExtraError, VtokError
+
+TIMEOUT = "VTOK_PROCESS_TIMEOUT"
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # as accelerate reads them
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
+
+
+class ProcessError(VtokError, RuntimeError):
+    """Processes of one run that cannot go on together."""
+
+
+class Peer(NamedTuple):
+    """Where a process of the run lives."""
+
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, seen from one of them. The default is a run in one process, which needs no accelerate.
+
+    Attributes:
+        rank: number of this process, 0 = main.
+        world: number of processes.
+        local_rank: number of this process on its machine.
+        peers: all processes by rank; empty for one.
+        group: in which results are exchanged; `None` for one process.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    peers: tuple[Peer, ...] = ()
+    group: Any = None
+
+    def owns(self, batch: int) -> bool:
+        """Whether this process works on the batch with that number."""
+        return batch % self.world == self.rank
+
+    def rows(self, total: int, batch_size: int) -> list[int]:
+        """Numbers of the samples of this process's batches.
+
+        Cut into batches of the same size they are the batches of the whole: only the last one of all can be shorter, and it is
+        the last of its process.
+        """
+        return [row for row in range(total) if self.owns(row // batch_size)]
+
+    def gather(self, own: Mapping[K, T], expected: Iterable[K]) -> dict[K, T]:
+        """Results of all processes, each exactly once.
+
+        Args:
+            own: of this process, by number or name.
+            expected: numbers or names of all results.
+
+        Returns:
+            All results, in the order of `expected`, the same in every process.
+
+        Raises:
+            ProcessError: one is missing, comes from two processes or was not expected; or a process is lost.
+        """
+        found: dict[K, T] = {}
+        for rank, part in enumerate(self.all(dict(own))):
+            for key, value in part.items():
+                if key in found:
+                    raise ProcessError(f"the result {key!r} came twice, the second time from process {rank} of {self.world}")
+                found[key] = value
+        order = list(expected)
+        missing, others = [key for key in order if key not in found], found.keys() - set(order)
+        if missing or others:
+            raise ProcessError(
+                f"of {len(order)} results {len(missing)} are missing after {self.world} processes had finished "
+                f"(first: {missing[:1]}), {len(others)} were not expected (one: {list(others)[:1]})"
+            )
+        return {key: found[key] for key in order}
+
+    def all(self, value: T) -> list[T]:
+        """The value of every process, by rank.
+
+        Raises:
+            ProcessError: a process is lost.
+        """
+        if self.group is None:
+            return [value]
+        found: list[Any] = [None] * self.world
+        try:
+            torch.distributed.all_gather_object(found, value, group=self.group)
+        except RuntimeError as error:
+            time.sleep(0.5)  # until the system knows that a process is gone
+            raise ProcessError(f"{self.lost()} ({str(error).splitlines()[0]})") from error
+        return found
+
+    def agree(self, value: T) -> T:
+        """The main process's value, in every process: for what depends on files that another process may have changed."""
+        return self.all(value)[0]
+
+    def check_same(self, what: str, value: Any) -> None:
+        """Raises unless the value is the same in every process.
+
+        Raises:
+            ConfigError: it is not; the message names the process and both values.
+        """
+        values = self.all(value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise ConfigError(
+                    f"process {rank} on {self.peers[rank].host} has another {what} than process 0 on {self.peers[0].host}: "
+                    f"{other} instead of {values[0]}; every machine needs the same files and versions"
+                )
+
+    def lost(self) -> str:
+        """A sentence that names the processes of this machine that are gone, or says that it was none of these."""
+        host = socket.gethostname()
+        gone = [r for r, peer in enumerate(self.peers) if peer.host == host and not _alive(peer.pid)]
+        names = [f"process {r} of {self.world} (pid {self.peers[r].pid} on {host})" for r in gone]
+        if not names:
+            others = sorted({peer.host for peer in self.peers if peer.host != host})
+            where = f"on {' or '.join(others)}" if others else "of this run"
+            names = [f"a process {where}"]
+            return f"{names[0]} died or does not answer"
+        return f"{' and '.join(names)} died"
+
+    def device(self, asked: str | None = None) -> str | None:
+        """Where this process computes: on a GPU of its own, if there are any and no certain device was asked for.
+
+        Args:
+            asked: device that the options name; `None` = what there is, and then `None` comes back for the CPU.
+        """
+        if asked not in (None, "cuda"):
+            return asked
+        if not torch.cuda.is_available() or (asked is None and _cpu_only()):
+            return asked
+        return "cuda" if self.world == 1 else f"cuda:{self.local_rank % torch.cuda.device_count()}"
+
+
+def world_size() -> int:
+    """How many processes were started for this run, read from what launchers set; nothing is set up."""
+    return max([1, *(int(os.environ[name]) for name in _SIZES if os.environ.get(name, "").isdigit())])
+
+
+def is_main() -> bool:
+    """Whether this process prints and writes records; nothing is set up."""
+    return world_size() == 1 or next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0"
+
+
+def timeout() -> float:
+    """Seconds that a process waits for another one.
+
+    Raises:
+        ConfigError: the environment says something else than a number above 0.
+    """
+    text = os.environ.get(TIMEOUT, "3600")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < float("inf"):
+        raise ConfigError(f"{TIMEOUT} must be a number of seconds above 0, got {text!r}")
+    return seconds
+
+
+@cache
+def current() -> Processes:
+    """The processes of this run; the first call connects them, which all of them must do.
+
+    Raises:
+        MissingExtraError: several processes were started, and accelerate is not installed.
+        ProcessError: they do not find each other.
+    """
+    if world_size() == 1:
+        return Processes()
+    try:
+        from accelerate import PartialState
+    except ImportError as error:
+        raise MissingExtraError("accelerate", "distributed") from error
+    limit = timedelta(seconds=timeout())
+    try:
+        if torch.cuda.is_available() and not _cpu_only():
+            state = PartialState(timeout=limit)  # nccl, and the process's own GPU
+            group = torch.distributed.new_group(backend="gloo", timeout=limit)
+        else:
+            state = PartialState(cpu=True, backend="gloo", timeout=limit)
+            group = torch.distributed.group.WORLD
+    except (RuntimeError, ValueError) as error:
+        raise ProcessError(f"the {world_size()} processes of this run do not find each other: {error}") from error
+    alone = Processes(state.process_index, state.num_processes, state.local_process_index, group=group)
+    peers = alone.all(Peer(socket.gethostname(), os.getpid()))
+    return Processes(alone.rank, alone.world, alone.local_rank, tuple(peers), group)
+
+
+def leave() -> None:
+    """Disconnects the processes, if they were connected, once all of them have come here."""
+    if current.cache_info().currsize and current().group is not None:
+        current().all(None)
+        torch.distributed.destroy_process_group()
+
+
+def _cpu_only() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
+def _alive(pid: int) -> bool:
+    import psutil
+
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

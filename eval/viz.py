@@ -19,7 +19,7 @@ from vtok.eval.clip_models import REFERENCE as REFERENCE_CLIP
 from vtok.eval.models import REFERENCE, load_model
 from vtok.eval.settings import Setting, model_name, towers, twin
 from vtok.eval.viz_draw import Stage, TokenMaps, View
-from vtok.eval.viz_input import Prepared, prepared, reference_pixels
+from vtok.eval.viz_input import Prepared, home_of, prepared, reference_pixels
 from vtok.eval.vlm_models import REFERENCE_LLAVA, REFERENCE_NEXT, VisionLanguageModel, load_vlm
 from vtok.patches import find_vlms
 
@@ -44,7 +44,8 @@ def visualize(
 
     Args:
         model: a name of the command line (timm's, `open_clip:NAME/TAG`, `transformers:OWNER/NAME`, `reference`,
-            `reference-clip`, `reference-llava`, `reference-llava-next`), or an unpatched model, which is left as it is.
+            `reference-clip`, `reference-llava`, `reference-llava-next`), or an unpatched model, which is left as it is; of dual
+            encoders the image tower is drawn.
         method: as for `vtok.patch`.
         image: path, PIL image, a tensor [C, H, W] that is ready for an encoder, or the number of a bundled test image (of a
             bundled question, for the reference vision-language models).
@@ -65,7 +66,8 @@ def visualize(
     """
     setting = Setting(method, {**params, **({} if calibration is None else {"calibration": calibration})})
     if isinstance(model, str):
-        name, model = model, _load(model, question, pretrained)
+        name = REFERENCE if model == f"{REFERENCE}-vit" else model  # as run files call it
+        model = _load(name, question, pretrained)
     else:
         name = model.name if isinstance(model, VisionLanguageModel) else model_name(model)
     if not isinstance(model, VisionLanguageModel) and find_vlms(model):
@@ -76,7 +78,9 @@ def visualize(
         from vtok.eval.viz_prompt import prompt_maps
 
         return prompt_maps(model, setting, image, question, new_tokens)
-    return encoder_maps(model, setting, _image(name, model, image, transform), f"{name}: {setting.title}")
+    home = name.removeprefix(_TRANSFORMERS) if name.startswith(_TRANSFORMERS) else home_of(model)
+    tower = image_tower(model)
+    return encoder_maps(tower, setting, _image(name, tower, image, transform, home), f"{name}: {setting.title}")
 
 
 def encoder_maps(model: nn.Module, setting: Setting, image: Prepared, title: str) -> TokenMaps:
@@ -112,6 +116,13 @@ def encoder_maps(model: nn.Module, setting: Setting, image: Prepared, title: str
     return TokenMaps(title, (View(image.picture, (rows, columns)),), tuple(stages), rows * columns, notes=notes)
 
 
+def image_tower(model: nn.Module) -> nn.Module:
+    """What takes pixels alone: the image tower of a dual encoder (open_clip's or Hugging Face's), else the model."""
+    dual = hasattr(model, "encode_image") or hasattr(model, "get_image_features")
+    parts = (getattr(model, name, None) for name in ("visual", "vision_model"))
+    return next((part for part in parts if dual and isinstance(part, nn.Module)), model)
+
+
 def _load(name: str, question: str | None, pretrained: bool) -> nn.Module | VisionLanguageModel:
     if name in _VLMS:
         return load_vlm(name)
@@ -123,13 +134,13 @@ def _load(name: str, question: str | None, pretrained: bool) -> nn.Module | Visi
     return model
 
 
-def _image(name: str, model: nn.Module, image: Any, transform: Callable[[Any], Tensor] | None) -> Prepared:
+def _image(name: str, model: nn.Module, image: Any, transform: Callable[[Any], Tensor] | None, home: str) -> Prepared:
     """The image of an encoder; numbers stand for bundled ones."""
     number = image if isinstance(image, int) else int(image) if isinstance(image, str) and image.isdigit() else None
     if name == REFERENCE and transform is None and not isinstance(image, Tensor):
         return reference_pixels(image if number is None else bundled(name, number))
     if number is None:
-        return prepared(model, image, transform)
+        return prepared(model, image, transform, home)
     if name != REFERENCE_CLIP:
         raise ConfigError(f"{name} comes without images; name an image file instead of {number}")
     return prepared(model, bundled(name, number))

@@ -55,7 +55,12 @@ def open_image(image: Any) -> Any:
         raise ConfigError(f"{path} cannot be read as an image: {error}") from error
 
 
-def prepared(model: nn.Module, image: Any, transform: Callable[[Any], Tensor] | None = None) -> Prepared:
+def home_of(model: Any) -> str:
+    """Folder or name that a Hugging Face model was loaded from, "" for other models and those built from a configuration."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+
+
+def prepared(model: nn.Module, image: Any, transform: Callable[[Any], Tensor] | None = None, home: str = "") -> Prepared:
     """An image as an encoder takes it.
 
     Args:
@@ -63,6 +68,7 @@ def prepared(model: nn.Module, image: Any, transform: Callable[[Any], Tensor] | 
             the hub.
         image: path, PIL image, or a tensor [C, H, W] or [1, C, H, W] that is ready.
         transform: PIL image -> [C, H, W], instead of the model's own.
+        home: folder or name of Hugging Face's image processor; default: what the model was loaded from.
 
     Raises:
         ConfigError: no image, or one of another shape than the model takes.
@@ -74,7 +80,7 @@ def prepared(model: nn.Module, image: Any, transform: Callable[[Any], Tensor] | 
         return Prepared(_placed(model, pixels), _stretched(pixels[0]))
     size = towers(model)[0][1].input_size
     opened = open_image(image)
-    own, mean, std = _own(model, size)
+    own, mean, std = _own(model, size, home or home_of(model))
     if transform is not None:
         pixels = transform(opened)
         return Prepared(_placed(model, pixels[None]), _stretched(pixels))
@@ -93,7 +99,9 @@ def reference_pixels(image: Any) -> Prepared:
     return Prepared(pixels, _shown(pixels[0], [FASHION_MEAN], [FASHION_STD]))
 
 
-def _own(model: Any, size: tuple[int, int, int]) -> tuple[Callable[[Any], Tensor] | None, Sequence[float], Sequence[float]]:
+def _own(
+    model: Any, size: tuple[int, int, int], home: str
+) -> tuple[Callable[[Any], Tensor] | None, Sequence[float], Sequence[float]]:
     """(PIL image -> [C, H, W], mean, deviation), as the model itself says."""
     if isinstance(getattr(model, "preprocess_cfg", None), Mapping):
         from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -105,12 +113,11 @@ def _own(model: Any, size: tuple[int, int, int]) -> tuple[Callable[[Any], Tensor
 
         config = {**resolve_model_data_config(model), "input_size": size}
         return create_transform(**config, is_training=False), config["mean"], config["std"]
-    name = getattr(getattr(model, "config", None), "_name_or_path", "")
-    if name:
+    if home:
         from transformers import AutoImageProcessor
 
         try:
-            processor = AutoImageProcessor.from_pretrained(name)
+            processor = AutoImageProcessor.from_pretrained(home)
         except (OSError, ValueError):
             return None, (), ()
         return _by(processor), processor.image_mean, processor.image_std

@@ -65,7 +65,12 @@ def test_the_wheel_is_whole_and_leaks_nothing(built, tmp_path):
         names = archive.namelist()
     assert len(names) == len(set(names))
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"vtok"}
-    for file in ("vtok/py.typed", "vtok/assets/fashion_vit.safetensors", "vtok/configs/tome_vit_s_augreg_r13.yaml"):
+    for file in (
+        "vtok/py.typed",
+        "vtok/eval/report_html/templates/report.html",
+        "vtok/assets/fashion_vit.safetensors",
+        "vtok/configs/tome_vit_s_augreg_r13.yaml",
+    ):
         assert file in names
     target = tmp_path / "site"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel)], check=True)

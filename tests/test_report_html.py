@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vtok.errors import ConfigError
-from vtok.eval import write_report
+from vtok.eval import runs, write_report
 from vtok.eval.app import app
 from vtok.eval.report_html import ReportOptions, page, repeat, rows, sections, values
 from vtok.eval.report_html.read import read
@@ -316,13 +316,15 @@ def test_commands_name_the_setting_again(setting):
 
 
 def test_how_to_repeat(tmp_path, records):
-    config = {
-        "model": {"backend": "reference", "name": "reference-vit"},
-        "method": {"name": "tome", "r": 8},
-        "task": "imagenet",
-    }
-    shown, _ = made(tmp_path, [one | {"config": config} for one in records])
-    assert "vtok run run-1-1.yaml" in shown.text and "name: reference-vit" in shown.text
+    model = {"backend": "reference", "name": "reference-vit"}
+    config = {"model": model, "batch_size": 50, "dtype": "fp32", "seed": 0, "task": "imagenet"}
+    methods = {"unpatched": None, "tome": {"name": "tome", "r": 8}, "random": {"name": "random", "flops": 0.6}}
+    held = [one | {"config": config | {"method": methods.get(one["method"])}} for one in records]
+    shown, _ = made(tmp_path, held)
+    assert "vtok run run-1.yaml" in shown.text and "name: reference-vit" in shown.text
+    ((_, content),) = repeat.repeat(sections.sections(held)[0], 1).files
+    (tmp_path / "run-1.yaml").write_text(content)
+    assert [setting.name for setting in runs.load(str(tmp_path / "run-1.yaml")).settings] == ["tome", "random"]
     task = [one | {"task": "imagenet", "params": {"r": 8} if one["method"] == "tome" else {}} for one in records[:2]]
     shown, _ = made(tmp_path, task)
     assert "vtok eval imagenet --model net --data pictures --method tome:r=8 --num-samples 400 -b 50 --pretrained" in shown.text

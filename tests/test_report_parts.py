@@ -134,6 +134,10 @@ def test_questions_on_which_settings_disagree(tmp_path):
         ("random", "no", "wrong", True),
     ]
     assert questions.questions(section, {}) is None
+    renamed = [one | {"key": f"run-{one['key']}", "title": one["method"], "n": 3, "path": "out/results.jsonl"} for one in held]
+    placed = {key: [line | {"path": "out/part/samples.jsonl"} for line in own] for key, own in grouped.items()}
+    assert questions.questions(sections.sections(renamed)[0], placed).disputed == 2  # by folder, title and number of answers
+    assert questions.questions(sections.sections(renamed)[0], grouped) is None
     lines(tmp_path / "samples.jsonl", samples)
     lines(tmp_path / "results.jsonl", held)
     report = write_report([tmp_path], tmp_path / "r.html")

@@ -102,6 +102,27 @@ def test_an_image_file_is_prepared_as_the_model_wants_it(tmp_path):
     assert own.patches == 4
 
 
+def test_dual_encoders_are_drawn_by_their_image_tower(tmp_path):
+    from vtok.eval.reference import load_reference_clip
+
+    net = load_reference_clip().net
+    maps = visualize(net, "tome", Image.new("RGB", (200, 100), "red"), r=8)
+    assert maps.notes == () and maps.patches == 256 and maps.views[0].picture[..., 1:].max() < 0.01
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config=small | {"vocab_size": 20}, vision_config=small | {"image_size": 32, "patch_size": 8}, projection_dim=8
+    )
+    transformers.CLIPModel(config).save_pretrained(tmp_path / "clip")
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    transformers.CLIPImageProcessor(**sizes).save_pretrained(tmp_path / "clip")
+    Image.new("RGB", (60, 40), "blue").save(tmp_path / "blue.png")
+    for model in (f"transformers:{tmp_path / 'clip'}", transformers.CLIPModel.from_pretrained(tmp_path / "clip")):
+        maps = visualize(model, "tome", tmp_path / "blue.png", r=2)
+        assert maps.notes == () and [s.tokens for s in maps.stages] == [14, 12]
+        assert maps.views[0].picture[..., 2].min() > 0.98 and maps.views[0].picture[..., 0].max() < 0.02
+
+
 def test_bad_input_is_explained(tmp_path):
     model = build("timm: ViT")
     with pytest.raises(ConfigError, match=r"nothing\.png does not exist"):

@@ -145,11 +145,11 @@ def pareto(
     marks: dict[str, list[Mark]] = {}
     base = None
     for i, row in enumerate(rows):
-        place = (to_x(xs[i]), to_y(row.score.value if row.score else 0.0))
+        left, top = to_x(xs[i]), to_y(row.score.value if row.score else 0.0)
         shape = "star" if row.unpatched else str(look[row.method][1])
         low, high = spans[i]
-        error = (to_y(low), to_y(high)) if low < high else (None, None)
-        mark = Mark(*place, *error, _shape(shape, *place), i in front, _tooltip(row, x, label))
+        ends = (to_y(low), to_y(high)) if low < high else (None, None)
+        mark = Mark(left, top, ends[0], ends[1], _shape(shape, left, top), i in front, _tooltip(row, x, label))
         if row.unpatched:
             base = mark
         else:
@@ -190,7 +190,8 @@ def layers(section: Section, look: dict[str, tuple[str, int]]) -> list[Plot]:
         lines = []
         for row in (r for r in shown if r.method == name):
             steps = [(to_x(i), to_y(value)) for i, value in enumerate(row.per_layer)]
-            end = Mark(*steps[-1], None, None, "", False, f"{row.label}: {figure(row.per_layer[-1], 0)} tokens at the end")
+            told = f"{row.label}: {figure(row.per_layer[-1], 0)} tokens at the end"
+            end = Mark(steps[-1][0], steps[-1][1], None, None, "", False, told)
             points = " ".join(f"{x:.1f},{y:.1f}" for x, y in steps)
             lines.append(Line(row.label, look[name][0], points, [end]))
         told = "; ".join(

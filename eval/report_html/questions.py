@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vtok.eval.report_html.rows import Row
@@ -74,7 +75,7 @@ def questions(section: Section, samples: Mapping[str, Sequence[dict[str, Any]]],
     by_doc: dict[Any, list[Said]] = {}
     asked: dict[Any, dict[str, Any]] = {}
     for row in section.rows:
-        for line in samples.get(str(row.record.get("key")), ()):
+        for line in answers_of(row, samples):
             doc = str(line.get("doc_id"))
             asked.setdefault(doc, line)
             by_doc.setdefault(doc, []).append(_said(row, line))
@@ -87,6 +88,20 @@ def questions(section: Section, samples: Mapping[str, Sequence[dict[str, Any]]],
         for doc in disputed[:most]
     ]
     return Questions(shown, len(by_doc), len(disputed))
+
+
+def answers_of(row: Row, samples: Mapping[str, Sequence[dict[str, Any]]]) -> Sequence[dict[str, Any]]:
+    """Stored answers of a setting: those under its key, else those of its title, as many as samples, in its folder."""
+    own = samples.get(str(row.record.get("key")))
+    if own:
+        return own
+    folder = Path(text(row.record.get("path"))).parent
+    titles = {row.record.get("title"), row.record.get("setting")} - {None}
+    for lines in samples.values():
+        near = folder in Path(str(lines[0].get("path"))).parents
+        if near and lines[0].get("method") in titles and len(lines) == row.record.get("n"):
+            return lines
+    return ()
 
 
 def _said(row: Row, line: dict[str, Any]) -> Said:

@@ -74,7 +74,7 @@ def _read(path: Path, found: Results, by_key: dict[str, Record], asked: bool) ->
     for where, value in _values(path, found.problems):
         if _is_sample(value):
             key, _, _ = str(value["key"]).rpartition("/")
-            found.samples.setdefault(key, []).append(value)
+            found.samples.setdefault(key, []).append({**value, "path": str(path)})
         elif _is_record(value):
             _add({**value, "path": str(path)}, found, by_key)
         elif path.suffix == ".jsonl" or asked:
@@ -135,7 +135,9 @@ def _add(record: Record, found: Results, by_key: dict[str, Record]) -> None:
         by_key[key] = record
         return
     shared = (set(earlier) & set(record)) - set(_NOT_COMPARED)
-    if any(earlier[name] != record[name] for name in shared):
+    if earlier["path"] == record["path"]:  # files only grow: the last line of a setting is its result
+        by_key[key] = record
+    elif any(earlier[name] != record[name] for name in shared):
         found.problems.append(
             f"{earlier['path']} and {record['path']} hold different results of one setting ({record.get('method')}, key "
             f"{key}); the later one is shown"

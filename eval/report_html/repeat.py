@@ -79,16 +79,10 @@ def repeat(section: Section, number_: int) -> Repeat:
         section: what was measured.
         number_: of the section, for names of files.
     """
-    configs = [c for row in section.rows if (c := mapping(row.record.get("config")))]
+    configs = _joined([c for row in section.rows if (c := mapping(row.record.get("config")))])
     if configs:
-        files, commands = [], []
-        for i, content in enumerate(
-            dict.fromkeys(yaml.safe_dump(one, sort_keys=False, allow_unicode=True) for one in configs), 1
-        ):
-            name = f"run-{number_}-{i}.yaml"
-            files.append((name, content))
-            commands.append(f"vtok {'sweep' if 'sweep:' in content else 'run'} {name}")
-        return Repeat(commands, files, [])
+        names = [f"run-{number_}.yaml" if len(configs) == 1 else f"run-{number_}-{i}.yaml" for i in range(1, len(configs) + 1)]
+        return Repeat([f"vtok run {name}" for name in names], list(zip(names, configs)), [])
     methods, notes = [], []
     for row in section.patched:
         try:
@@ -99,6 +93,22 @@ def repeat(section: Section, number_: int) -> Repeat:
     if command is None:
         return Repeat([], [], [*notes, "the records do not say how they were made"])
     return Repeat([shlex.join(command)], [], notes)
+
+
+def _joined(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """YAML of runs: those that differ in the method alone become one with a list of `methods`."""
+    grouped: dict[str, tuple[dict[str, Any], list[Any]]] = {}
+    for config in configs:
+        rest = {name: value for name, value in config.items() if name != "method"}
+        _, methods = grouped.setdefault(yaml.safe_dump(rest), (rest, []))
+        own = config.get("method")
+        if own is not None and own not in methods:
+            methods.append(own)
+    written = []
+    for rest, methods in grouped.values():
+        named = {"methods": methods} if len(methods) > 1 else {"method": methods[0]} if methods else {}
+        written.append(yaml.safe_dump({**rest, **named}, sort_keys=False, allow_unicode=True))
+    return written
 
 
 def method_text(record: dict[str, Any]) -> str:

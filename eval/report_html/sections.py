@@ -201,8 +201,8 @@ def _against_random(section: Section) -> list[Finding]:
     if not section.patched:
         return []
     if not section.rivals:
-        words = "No random setting of the same cost is among the records: what a choice of tokens is worth cannot be said."
-        return [Finding("bad", words)]
+        told = "No random setting of the same cost is among the records: what a choice of tokens is worth cannot be said."
+        return [Finding("bad", told)]
     lines = []
     groups: dict[int, list[str]] = {1: [], 0: [], -1: []}
     for i, rival in section.rivals.items():

@@ -184,17 +184,24 @@ def speeds(section: Section) -> Speeds | None:
         low, high = (s.value if end is None else end for end in (s.low, s.high))
         lines.append(
             Speed(
-                row,
-                kind,
-                verdict,
-                *(round(100 * max(end, 0) / most, 2) for end in (low, s.value, high)),
-                None if row.implied is None else round(100 * row.implied / most, 2),
-                with_ends(s, 2, unit="×"),
-                figure(row.implied, 2, unit="×"),
-                with_ends(None if row.achieved is None else row.achieved.scaled(100), 0, unit=" %"),
+                row=row,
+                kind=kind,
+                verdict=verdict,
+                low=_share(low, most),
+                point=_share(s.value, most),
+                high=_share(high, most),
+                implied=None if row.implied is None else _share(row.implied, most),
+                measured=with_ends(s, 2, unit="×"),
+                bound=figure(row.implied, 2, unit="×"),
+                achieved=with_ends(None if row.achieved is None else row.achieved.scaled(100), 0, unit=" %"),
             )
         )
-    return Speeds(lines, most, round(100 / most, 2))
+    return Speeds(lines, most, _share(1.0, most))
+
+
+def _share(value: float, most: float) -> float:
+    """Percent of a scale from 0 to `most`."""
+    return round(100 * max(value, 0.0) / most, 2)
 
 
 def _score(score: Score | None) -> Cell:

@@ -87,6 +87,24 @@ class _Witness(VLMReducer):
         self.seen.append(images)
 
 
+def calibration_inputs(inputs: Any) -> list[Mapping[str, Any]]:
+    """A list of inputs as the processor returns them, out of one or several.
+
+    Raises:
+        ConfigError: these are no inputs, or hold no pixels.
+    """
+    listed = [inputs] if isinstance(inputs, Mapping) or not isinstance(inputs, (list, tuple)) else list(inputs)
+    for values in listed:
+        if not isinstance(values, Mapping) or "input_ids" not in values or not hf.carries_images(values):
+            found = sorted(values) if isinstance(values, Mapping) else type(values).__name__
+            raise ConfigError(
+                f"calibration takes inputs as the processor returns them, input_ids and pixels, or a list of these; got {found}"
+            )
+    if not listed:
+        raise ConfigError("calibration takes inputs as the processor returns them, or a list of these; the list is empty")
+    return listed
+
+
 def observed(vlm: VLM, inputs: Any, blocks: Sequence[int]) -> Iterator[ImageFeatures]:
     """What a method would see of the images of a few inputs, one input after the other.
 
@@ -98,12 +116,7 @@ def observed(vlm: VLM, inputs: Any, blocks: Sequence[int]) -> Iterator[ImageFeat
     Raises:
         ConfigError: these are no inputs, or hold no pixels.
     """
-    for values in [inputs] if isinstance(inputs, Mapping) else inputs:
-        if not isinstance(values, Mapping) or "input_ids" not in values or not hf.carries_images(values):
-            found = sorted(values) if isinstance(values, Mapping) else type(values).__name__
-            raise ConfigError(
-                f"calibration takes inputs as the processor returns them, input_ids and pixels, or a list of these; got {found}"
-            )
+    for values in calibration_inputs(inputs):
         witness, taps = _Witness(blocks), tower_taps.TowerTaps(blocks)
         with torch.no_grad(), taps.on(vlm.tower):
             hf.choose(vlm.module, hf.encode(vlm.module, values, taps), witness, vlm.spec, values)

@@ -35,6 +35,7 @@ CORE = [
     "fit",
     "inspection",
     "probe",
+    "prompt_budget",
     "prompt_plan",
     "prompt_report",
     "resolve",

@@ -51,7 +51,8 @@ def patch(
         input_size: (channels, height, width) for which a budget is solved and counts are checked; default: the model's own.
         calibration: images, as the tower takes them (a mapping: by name), for methods whose token counts depend on the image.
             For a vision-language model: inputs as the processor returns them, or a list of these, on which a method finds a
-            number that it has no default for (`correlation`); they are encoded once, now.
+            number that it has no default for (`correlation`), and on which a budget is solved instead of a stated prompt where
+            counts depend on images or text; they are run now.
         trace: keep a map from original to reduced tokens of the vision tower, for `unmerge` and overlays.
         positions: of a vision-language model's tokens behind dropped ones: "original" (default), or "compact", numbered anew.
         prompt: that a budget is solved for on a vision-language model: a `vtok.Prompt`, or a mapping of its fields such as
@@ -68,11 +69,12 @@ def patch(
     """
     require_module(model)
     if vlms := find_vlms(model):
-        from vtok import vlm, vlm_towers
+        from vtok import prompt_budget, vlm, vlm_towers
 
         stated, (configs_of, saved) = Prompt.of(prompt, input_size), wanted([v.info for v in vlms], method, params, flops)
-        configs_of = vlm.calibrated(vlms, configs_of, calibration)
-        configs_of, budgets = vlm.budgeted(model, vlms, configs_of, flops, stated)
+        free = prompt is None and input_size is None
+        configs_of = vlm.calibrated(vlms, configs_of, calibration, measures=free and flops is not None)
+        configs_of, budgets = prompt_budget.budgeted(model, vlms, configs_of, flops, stated, calibration if free else None)
         pruners = vlm.resolve_all(vlms, configs_of, saved, positions, budgets, trace)
         vlm_towers.warn_of_grids(vlms, pruners)
         unpatch(model)
@@ -168,15 +170,15 @@ def plan(
 
     For a vision-language model it states tokens and MACs of tower, connector and every decoder layer, KV-cache bytes, and the
     speed-up of the prefill that follows, for a prompt (`vtok.Prompt`, or a mapping of its fields). What depends on the words or
-    the images is an upper bound, and called so.
+    the images is an upper bound, and called so, unless `calibration` inputs are given and no prompt: then it is their mean.
     """
     require_module(model)
     if vlms := find_vlms(model):
-        from vtok import vlm
+        from vtok import prompt_budget, vlm
 
-        vlm.refuse({"calibration": calibration})
         wishes, _ = wanted([v.info for v in vlms], method, params, flops)
-        return vlm.plan(model, vlms, wishes, flops, prompt, input_size)
+        wishes = vlm.calibrated(vlms[:1], wishes[:1], calibration, measures=prompt is None and input_size is None)
+        return prompt_budget.plan(model, vlms, wishes, flops, prompt, input_size, calibration)
     if prompt is not None:
         raise ConfigError(f"prompt is for vision-language models; {type(model).__name__} is none that vtok knows")
     found = _towers(model, input_size)

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 from vtok.config import MethodConfig, ModelInfo, Reducer
 from vtok.cost import Estimate, TowerCost, estimate
 from vtok.errors import BudgetError, ConfigError
-from vtok.prompt import VLMInfo
 from vtok.prompt_cost import PromptEstimate
 from vtok.state import Site
 
@@ -108,23 +107,28 @@ def solve(
 
 
 def solve_prompt(
-    config: MethodConfig, target: float, info: VLMInfo, price: Callable[[MethodConfig], PromptEstimate], where: str
+    config: MethodConfig,
+    target: float,
+    ladder: Sequence[MethodConfig],
+    model: str,
+    price: Callable[[MethodConfig], PromptEstimate],
+    where: str,
 ) -> tuple[MethodConfig, Budget]:
     """The same for a vision-language model.
 
     Args:
         config: the method.
         target: share of the FLOPs of tower, connector and prefill, reduction included, in (0, 1].
-        info: of the model.
-        price: what a stated prompt costs under a setting.
+        ladder: the method from its mildest setting to its strongest.
+        model: its name.
+        price: what a prompt costs under a setting.
         where: the prompt in words.
 
     Raises:
-        ConfigError: the method has no single knob.
         BudgetError: no setting comes close: text and tower cost what they cost.
     """
     _check(config, target)
-    chosen, found = _search(config, config.ladder_vlm(info), target, info.name, price)
+    chosen, found = _search(config, ladder, target, model, price, f" for {where}")
     return chosen, Budget(float(target), found.fraction, chosen.knob(), 0, found.exact, where)
 
 
@@ -150,14 +154,20 @@ def _check(config: MethodConfig, target: float) -> None:
 
 
 def _search(
-    config: MethodConfig, ladder: Sequence[MethodConfig], target: float, model: str, price: Callable[[MethodConfig], _Cost]
+    config: MethodConfig,
+    ladder: Sequence[MethodConfig],
+    target: float,
+    model: str,
+    price: Callable[[MethodConfig], _Cost],
+    where: str = "",
 ) -> tuple[MethodConfig, _Cost]:
     """(the setting on the ladder that comes closest to the target, its cost)."""
     at = functools.cache(lambda i: price(ladder[i]))
     strongest = at(len(ladder) - 1).fraction
     if strongest > target + TOLERANCE:
         raise BudgetError(
-            f"{config.name} cannot bring {model} down to flops={target:g}: its strongest setting still needs {strongest:.3f}"
+            f"{config.name} cannot bring {model} down to flops={target:g}: its strongest setting still needs "
+            f"{strongest:.3f}{where}"
         )
     low = _first_within(at, len(ladder), target)
     best = min((i for i in (low - 1, low) if i >= 0), key=lambda i: abs(at(i).fraction - target))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,18 +97,25 @@ def measured(adapter: Adapter, tower: Tower, configs: tuple[MethodConfig, ...], 
 
     if not isinstance(images, Mapping):
         _check_images(images, tower)
-    modes = [(module, module.training) for module in tower.module.modules()]
     one = configs if len(configs) > 1 else configs[0]
-    try:
-        with patched(tower.module.eval(), one, input_size=tower.input_size), torch.no_grad():
-            call(tower.module, images)
-            found = tower_info(adapter, tower, run_of(tower.module), None)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluated(tower.module), patched(tower.module, one, input_size=tower.input_size), torch.no_grad():
+        call(tower.module, images)
+        found = tower_info(adapter, tower, run_of(tower.module), None)
     result = found.mean_estimate or found.estimate
     assert result is not None
     return result
+
+
+@contextmanager
+def evaluated(module: nn.Module) -> Iterator[None]:
+    """The module is in eval mode for a while."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def call(module: nn.Module, inputs: Any) -> Any:

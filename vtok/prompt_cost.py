@@ -91,6 +91,21 @@ class VisionCost:
         return replace(self, rows=rows, **numbers)
 
 
+def mean_vision(each: Sequence[VisionCost | None]) -> VisionCost | None:
+    """Mean over prompts that a tower read by itself; `None` if some are not known."""
+    known = [cost for cost in each if cost is not None]
+    if len(known) < len(each):
+        return None
+    means = ("tokens_in", "tokens_out", "macs", "reduction_macs")
+    rows = tuple(
+        replace(same[0], **{name: sum(getattr(row, name) for row in same) / len(same) for name in means})
+        for same in zip(*(cost.rows for cost in known))
+    )
+    numbers = ("views", "macs", "reduction_macs", "connector_macs")
+    mean = {name: sum(getattr(cost, name) for cost in known) / len(known) for name in numbers}
+    return VisionCost(rows, exact=all(cost.exact for cost in known), **mean)
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt that costs are stated for.
@@ -322,7 +337,15 @@ def mean_estimate(each: Sequence[PromptEstimate]) -> PromptEstimate:
     )
     numbers: dict[str, Any] = {name: mean(lambda e, name=name: getattr(e, name)) for name in _MEANS}  # type: ignore[misc]
     base = tuple(mean(lambda e, i=i: e.base_layer_macs[i]) for i in range(len(first.layers)))  # type: ignore[misc]
-    return replace(first, layers=layers, base_layer_macs=base, exact=all(e.exact for e in each), **numbers)
+    return replace(
+        first,
+        vision=mean_vision([e.vision for e in each]),
+        base_vision=mean_vision([e.base_vision for e in each]),
+        layers=layers,
+        base_layer_macs=base,
+        exact=all(e.exact for e in each),
+        **numbers,
+    )
 
 
 _LAYER_MEANS = ("tokens", "visual", "macs", "reduction_macs", "kv_bytes", "base_kv_bytes")

@@ -116,6 +116,7 @@ class PromptPlan:
         estimate: tokens, MACs and KV bytes.
         budget: if a budget chose the setting.
         given: whether the prompt was stated by the caller; False = defaults.
+        measured: prompts of calibration inputs whose mean `estimate` is, instead of that of `prompt`; 0 = none.
     """
 
     model: str
@@ -125,6 +126,7 @@ class PromptPlan:
     estimate: PromptEstimate
     budget: Budget | None = None
     given: bool = True
+    measured: int = 0
 
     @property
     def tokens(self) -> tuple[float, ...]:
@@ -132,11 +134,12 @@ class PromptPlan:
         return tuple(row.tokens for row in self.estimate.layers)
 
     def __str__(self) -> str:
+        where = averaged(self.measured) if self.measured else stated(self.prompt, self.image)
         lines = [
-            f"{self.model}, {stated(self.prompt, self.image)}: " + " + ".join(settings(c) for c in self.configs),
+            f"{self.model}, {where}: " + " + ".join(settings(c) for c in self.configs),
             *cost_lines(self.estimate),
         ]
-        if not self.given:
+        if not self.given and not self.measured:
             lines.append(
                 "the prompt is vtok's default; state yours: prompt={'images': ..., 'text_tokens': ..., 'input_size': ...}"
             )
@@ -147,6 +150,11 @@ class PromptPlan:
         if self.budget is not None:
             lines.append(str(self.budget))
         return "\n".join(lines)
+
+
+def averaged(prompts: int) -> str:
+    """ "8 calibration prompts on average"."""
+    return "1 calibration prompt" if prompts == 1 else f"{prompts} calibration prompts on average"
 
 
 def stated(prompt: Prompt, image: StatedImage) -> str:

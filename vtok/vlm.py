@@ -9,19 +9,16 @@ from typing import Any
 
 from torch import nn
 
-from vtok.budget import Budget, solve_prompt
+from vtok.budget import Budget
 from vtok.config import MethodConfig
 from vtok.describe import PromptInfo, PromptRow, Support
 from vtok.errors import ConfigError, UnsupportedModelError, VtokError, unknown
 from vtok.files import Saved
 from vtok.patches.decoder_pass import Pruner
 from vtok.patches.hf_vlm import SUPPORTED, VLM
-from vtok.patches.hf_vlm_cost import stated_image
-from vtok.patches.hf_vlm_install import install, observed, pruner_of, short_inputs
+from vtok.patches.hf_vlm_install import calibration_inputs, install, observed, pruner_of, short_inputs
 from vtok.prompt import ImageFeatures, VLMInfo, VLMReducer
-from vtok.prompt_cost import Prompt, PromptEstimate
-from vtok.prompt_plan import measured, planned, visual_left
-from vtok.prompt_report import PromptPlan, stated
+from vtok.prompt_plan import measured, visual_left
 from vtok.registry import METHODS
 from vtok.resolve import run_of
 from vtok.state import Place, Site
@@ -162,24 +159,32 @@ def resolve_all(
 
 
 def calibrated(
-    vlms: Sequence[VLM], wanted: Sequence[tuple[MethodConfig, ...]], calibration: Any
+    vlms: Sequence[VLM], wanted: Sequence[tuple[MethodConfig, ...]], calibration: Any, measures: bool = False
 ) -> list[tuple[MethodConfig, ...]]:
     """The methods of every model, with the numbers that some of them find on inputs.
 
+    Args:
+        vlms: the models.
+        wanted: methods for each.
+        calibration: the inputs; `None` = none.
+        measures: whether costs will be measured on them, so that they are of use to any method.
+
     Raises:
-        ConfigError: none of them has such a number, or the inputs are none.
+        ConfigError: the inputs are of no use, or are none.
     """
-    return [_calibrated(vlm, configs, calibration) for vlm, configs in zip(vlms, wanted)]
+    return [_calibrated(vlm, configs, calibration, measures) for vlm, configs in zip(vlms, wanted)]
 
 
-def _calibrated(vlm: VLM, configs: Sequence[MethodConfig], calibration: Any) -> tuple[MethodConfig, ...]:
+def _calibrated(vlm: VLM, configs: Sequence[MethodConfig], calibration: Any, measures: bool) -> tuple[MethodConfig, ...]:
     if calibration is None:
         return tuple(configs)
-    if not any(config.calibrates for config in configs):
+    if not measures and not any(config.calibrates for config in configs):
         names = " + ".join(config.name for config in configs)
         raise ConfigError(
-            f"calibration cannot be used on a vision-language model with {names}, which has no number to find; leave it out"
+            f"calibration cannot be used on a vision-language model with {names}, which has no number to find; leave it out "
+            "(costs are measured on it under a FLOPs budget and in plans for which no prompt is stated)"
         )
+    calibration_inputs(calibration)
 
     def observe(blocks: Sequence[int]) -> Iterator[ImageFeatures]:
         return observed(vlm, calibration, blocks)
@@ -192,61 +197,6 @@ def put(model: nn.Module, vlms: Sequence[VLM], pruners: Sequence[Pruner]) -> Non
     for vlm, pruner in zip(vlms, pruners):
         put_tower(vlm, pruner)
         install(model, vlm, pruner)
-
-
-def refuse(given: Mapping[str, Any]) -> None:
-    """Raises if an argument was given that only vision encoders know."""
-    names = [name for name, value in given.items() if value is not None]
-    if names:
-        raise ConfigError(
-            f"{' and '.join(names)} cannot be used on a vision-language model, whose costs depend on text and images; state a "
-            "prompt, e.g. prompt={'images': 1, 'text_tokens': 64}"
-        )
-
-
-def budgeted(
-    model: nn.Module,
-    vlms: Sequence[VLM],
-    wanted: Sequence[tuple[MethodConfig, ...]],
-    flops: float | None,
-    prompt: Prompt,
-) -> tuple[list[tuple[MethodConfig, ...]], list[Budget | None]]:
-    """The methods with the setting that a budget chooses for a stated prompt, and what it needs; see `vtok.patch`."""
-    chosen: list[tuple[MethodConfig, ...]] = []
-    budgets: list[Budget | None] = []
-    for vlm, configs in zip(vlms, wanted):
-        budget = None
-        if flops is not None:
-            if len(configs) > 1:
-                raise ConfigError("a FLOPs budget sets the knob of one method; with several, give each its own numbers")
-            image = stated_image(vlm, prompt.input_size)
-            where = stated(prompt, image)
-
-            def cost(config: MethodConfig, vlm: VLM = vlm) -> PromptEstimate:
-                return planned(model, vlm, resolve(vlm, (config,), POSITIONS[0]), prompt)
-
-            config, budget = solve_prompt(configs[0], flops, vlm.info, cost, where)
-            configs = (config,)
-        chosen.append(configs)
-        budgets.append(budget)
-    return chosen, budgets
-
-
-def plan(
-    model: nn.Module,
-    vlms: Sequence[VLM],
-    wanted: Sequence[tuple[MethodConfig, ...]],
-    flops: float | None,
-    prompt: Any,
-    input_size: Any,
-) -> PromptPlan:
-    """See `vtok.plan`; of several models it describes the first."""
-    vlm, stated_prompt = vlms[0], Prompt.of(prompt, input_size)
-    (configs,), (budget,) = budgeted(model, [vlm], wanted[:1], flops, stated_prompt)
-    result = planned(model, vlm, resolve(vlm, configs, POSITIONS[0]), stated_prompt)
-    image = stated_image(vlm, stated_prompt.input_size)
-    given = prompt is not None or input_size is not None
-    return PromptPlan(type(vlm.module).__name__, configs, stated_prompt, image, result, budget, given)
 
 
 def support(vlms: Sequence[VLM]) -> Support:

@@ -18,6 +18,7 @@ from vtok.patches.decoder_pass import Pruner
 from vtok.patches.hf_vision import HfAdapter
 from vtok.patches.hf_vlm import VLM
 from vtok.patches.hf_vlm_install import pruner_of
+from vtok.patches.protocol import Tower
 from vtok.patches.vlm_tower import Joint
 from vtok.prompt import VLMInfo, VLMReducer
 from vtok.registry import METHODS
@@ -37,15 +38,10 @@ def in_tower(config: MethodConfig) -> bool:
 def fitted(vlm: VLM, configs: tuple[MethodConfig, ...]) -> fit.Patch:
     """Methods for the vision tower, with every number chosen."""
     names, info = " + ".join(config.name for config in configs), vlm.info
-    if vlm.tower is None:
-        raise UnsupportedModelError(
-            f"{names} reduces tokens inside the vision tower, and that of {info.name} cannot be patched: {info.no_tower}; "
-            f"methods that act on its prompts: {_for_prompts()}"
-        )
-    joint = vlm.joint()
+    tower, joint = _tower(vlm, names), vlm.joint()
     dropping = [] if joint.connector else [config.name for config in configs if not config.merges]
     try:
-        made = fit.fit(HfAdapter(), vlm.tower, configs, None, None)
+        made = fit.fit(HfAdapter(), tower, configs, None, None)
     except UnsupportedModelError:
         if not dropping:
             raise
@@ -58,7 +54,7 @@ def fitted(vlm: VLM, configs: tuple[MethodConfig, ...]) -> fit.Patch:
             "patch at its place in the grid; choose a method that merges (pitome, tome), whose tokens are put back on the "
             f"grid, or one that acts on the prompt: {_for_prompts()}"
         )
-    check(vlm.tower, made.steps)
+    check(tower, made.steps)
     first = min(made.steps)
     if first >= joint.state:
         raise ConfigError(
@@ -66,6 +62,21 @@ def fitted(vlm: VLM, configs: tuple[MethodConfig, ...]) -> fit.Patch:
             f"{joint.state - 1}: nothing would change; name earlier blocks"
         )
     return made
+
+
+def _tower(vlm: VLM, names: str) -> Tower:
+    """The vision tower, for methods that act inside it."""
+    if vlm.tower is None:
+        raise UnsupportedModelError(
+            f"{names} reduces tokens inside the vision tower, and that of {vlm.info.name} cannot be patched: "
+            f"{vlm.info.no_tower}; methods that act on its prompts: {_for_prompts()}"
+        )
+    return vlm.tower
+
+
+def ladder(vlm: VLM, config: MethodConfig) -> Sequence[MethodConfig]:
+    """A method from its mildest setting to its strongest, in the vision tower or on the prompt: what a budget chooses from."""
+    return config.ladder(_tower(vlm, config.name).info) if in_tower(config) else config.ladder_vlm(vlm.info)
 
 
 def check_readable(features: VLMReducer, info: VLMInfo, tower: fit.Patch, joint: Joint) -> None:

@@ -108,7 +108,7 @@ class TokenMaps:
         width = max(one.shape[1] for one in drawn)
         padded = [np.pad(o, ((0, height - o.shape[0]), (0, width - o.shape[1]), (0, 0)), constant_values=1.0) for o in drawn]
         padded += [np.ones((height, width, 3))] * (-len(padded) % columns)
-        gap = max(width // 64, 2)
+        gap = max(width // 24, 4)
         lines = [_beside(padded[i : i + columns], gap, 1) for i in range(0, len(padded), columns)]
         return _beside(lines, gap, 0)
 

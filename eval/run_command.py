@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,6 +13,10 @@ from rich.markup import escape
 
 from vtok.errors import ConfigError
 from vtok.eval import runs
+from vtok.eval.processes import is_main
+
+if TYPE_CHECKING:
+    from vtok.eval.runner import Outcome
 
 Config = Annotated[str, typer.Argument(help="name of a bundled run (see `vtok configs`) or path of a YAML file")]
 Data = Annotated[Path | None, typer.Option(help="the data, instead of what the file names")]
@@ -62,13 +66,23 @@ def sweep(
 def _run(
     wanted: runs.RunConfig, data: Path | None, pretrained: bool, workers: int, output: Path | None, into: Path | None
 ) -> None:
+    from vtok.eval import runner
+
+    runs.prepared(into)
+    wanted, out = runner.with_data(wanted, data), output or wanted.folder
+    outcome = runner.run(wanted, out, pretrained, workers, Console(stderr=True, quiet=not is_main()))
+    if is_main():
+        _show(wanted, outcome, out, into)
+    if set(outcome.left_out) - outcome.unmet:  # a budget that no setting meets is a finding
+        raise typer.Exit(2)
+
+
+def _show(wanted: runs.RunConfig, outcome: Outcome, out: Path, into: Path | None) -> None:
+    """Tables, and the files that derive from records."""
     from vtok.eval import runner, sweep_plot, sweep_report
     from vtok.eval.runs_published import published_beside_measured
 
-    runs.prepared(into)
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    wanted, out = runner.with_data(wanted, data), output or wanted.folder
-    outcome = runner.run(wanted, out, pretrained, workers, Console(stderr=True))
     records = outcome.records
     if into is not None:
         into.write_text(json.dumps(records, indent=2, default=str), encoding="utf-8")
@@ -84,5 +98,3 @@ def _run(
     console.print(f"{runner.RESULTS}, sweep.csv and sweep.png are in {out}")
     for name, why in outcome.left_out.items():
         console.print(f"- left out: {escape(name)}: {escape(why)}")
-    if set(outcome.left_out) - outcome.unmet:  # a budget that no setting meets is a finding
-        raise typer.Exit(2)

@@ -1,7 +1,8 @@
 """Runs a `RunConfig`, or all points of its sweep, one configuration after the other; each is stored as soon as it is finished.
 
 `results.jsonl` is the truth: a run that was stopped, at any moment, goes on with the configuration that it was at. Runs that
-are started twice on one folder share the work: whoever is at a configuration holds its lock, and nobody runs it again.
+are started twice on one folder share the work: whoever is at a configuration holds its lock, and nobody runs it again. Of
+several processes of one run (`vtok.eval.processes`) the main one decides what is run and writes the records.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import inspect
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vtok.errors import BudgetError, ConfigError, VtokError
 from vtok.eval import runs_models, runs_records
 from vtok.eval.pacing import Memory
+from vtok.eval.processes import ProcessError, current
 from vtok.eval.records import Records
 from vtok.eval.runs import RunConfig
 from vtok.eval.settings import Setting
@@ -31,7 +34,8 @@ from vtok.eval.tasks import TASKS
 from vtok.eval.vlm_models import VisionLanguageModel
 
 RESULTS = "results.jsonl"
-_WAIT = 1.0  # seconds between looks at a configuration that another process is at
+_WAIT = 1.0  # seconds between looks at a configuration that another start is at
+_MINE, _HELD, _DONE = "mine", "held", "done"
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,8 @@ def run(
             raise ConfigError(f"{config.path} names no data; pass --data FOLDER (for task {task})")
     runs_models.check_options(config)
     groups = jobs_of(config, pretrained)
-    records = _opened(out or config.folder)
-    done, outcome = finished(records, console), Outcome()
+    records, outcome = _opened(out or config.folder), Outcome()
+    done = _known(records, console)
     every = [job for group in groups for job in group]
     outcome.resumed = sum(job.key in done for job in every)
     if outcome.resumed:
@@ -129,7 +133,7 @@ def run(
             if any(job.key not in done for job in group):
                 runner = _Group(group, records, pretrained, workers, progress, outcome)
                 runner.run(lambda: progress.advance(bar))
-    done = finished(records)
+    done = _known(records)
     outcome.records = [done[job.key] for job in every if job.key in done]
     return outcome
 
@@ -153,38 +157,50 @@ class _Group:
 
     def run(self, advance: Callable[[], None]) -> None:
         """Runs what nobody else is at, then what others were at and did not finish."""
-        done = finished(self.records)
+        done = _known(self.records)
         waiting = [job for job in self.jobs if job.key not in done]
         while waiting:
             held = []
             for job in waiting:
-                lock = FileLock(self.records.path.parent / ".running" / f"{job.key}.lock")
-                try:
-                    lock.acquire(blocking=False)
-                except Timeout:
-                    held.append(job)
-                    continue
-                try:
-                    if job.key not in finished(self.records):
+                with self._claimed(job) as state:
+                    if state == _MINE:
                         self._try(job)
-                finally:
-                    lock.release()
-                advance()
+                if state == _HELD:
+                    held.append(job)
+                else:
+                    advance()
             if len(held) == len(waiting):
                 time.sleep(_WAIT)
             waiting = held
 
+    @contextmanager
+    def _claimed(self, job: Job) -> Iterator[str]:
+        """Whether a configuration is this run's to do, held by another start, or done; the same in all processes of the run."""
+        state, lock = None, FileLock(self.records.path.parent / ".running" / f"{job.key}.lock")
+        try:
+            if current().rank == 0:
+                try:
+                    lock.acquire(blocking=False)
+                    state = _DONE if job.key in finished(self.records) else _MINE
+                except Timeout:
+                    state = _HELD
+            yield current().agree(state) or _HELD
+        finally:
+            lock.release()
+
     def _try(self, job: Job) -> None:
         try:
             record = self.measure(job)
-            base = finished(self.records).get(self.jobs[0].key)
-            self.records.extend([record, *runs_records.with_cost(base, record)])
         except VtokError as error:
-            if job.setting.method is None:
+            if job.setting.method is None or isinstance(error, ProcessError):
                 raise
             self.outcome.left_out[job.title] = str(error)
             if isinstance(error, BudgetError):
                 self.outcome.unmet.add(job.title)
+            return
+        if current().rank == 0:
+            base = finished(self.records).get(self.jobs[0].key)
+            self.records.extend([record, *runs_records.with_cost(base, record)])
 
     def measure(self, job: Job) -> dict[str, Any]:
         """The record of one configuration, measured beside the unpatched model."""
@@ -208,6 +224,7 @@ class _Group:
             "config": runs_records.resolved(job.config, job.task, job.spec),
             "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
             "seconds": round(time.time() - started, 2),
+            "processes": current().world,
         }
         if isinstance(self.model, VisionLanguageModel):
             sides = {"base": Setting()} if unpatched else {"base": Setting(), "patched": setting}
@@ -222,7 +239,7 @@ class _Group:
         return self._calibration
 
     def _prompt(self) -> Mapping[str, int] | None:
-        base = finished(self.records).get(self.jobs[0].key)
+        base = _known(self.records).get(self.jobs[0].key)
         return None if base is None else runs_models.prompt_of(base, runs_models.network(self.model))
 
 
@@ -244,6 +261,11 @@ def _opened(out: Path) -> Records:
     except OSError as error:
         raise ConfigError(f"results cannot be written to {out}: {error}") from error
     return Records(out / RESULTS)
+
+
+def _known(records: Records, console: Console | None = None) -> dict[str, dict[str, Any]]:
+    """`finished` as the main process sees it, in all processes."""
+    return current().agree(finished(records, console) if current().rank == 0 else {})
 
 
 def finished(records: Records, console: Console | None = None) -> dict[str, dict[str, Any]]:

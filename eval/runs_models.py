@@ -17,6 +17,7 @@ from torch import nn
 from vtok.errors import ConfigError, unknown
 from vtok.eval.clip_models import DualEncoder, load_clip
 from vtok.eval.pacing import named_kernels
+from vtok.eval.processes import current
 from vtok.eval.runs_schema import REFERENCE
 from vtok.eval.settings import Setting, placed
 from vtok.eval.tasks import TASKS
@@ -106,7 +107,7 @@ def load_for(task: str, config: Any, options: Any) -> Any:
         model = load_named(config.model, options)
     else:
         return config.model
-    device = getattr(options, "device", None) or ("cuda" if torch.cuda.is_available() else None)
+    device = current().device(getattr(options, "device", None))
     dtype = getattr(torch, TYPES[config.dtype])
     if isinstance(model, nn.Module):
         return placed(model.eval(), dtype, device)

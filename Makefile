@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all test-oldest lint format install
+.PHONY: demo test test-all test-oldest test-lmms lint format install
 
 install: $(VENV)/.installed
 
@@ -18,7 +18,7 @@ demo: install
 
 # One thread a worker: the tests check results, not speed, and the workers share the cores.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow and not compile"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow and not compile and not lmms"
 
 test-all: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
@@ -35,6 +35,17 @@ $(OLDEST)/.installed: pyproject.toml
 
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n auto --dist worksteal -m "not slow and not compile"
+
+# lmms-eval pins and adds far too much for the environment above. Its errors are often swallowed: the tests look at results.
+LMMS := .venv-lmms
+
+$(LMMS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(LMMS)
+	$(LMMS)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[lmms]" pytest pytest-timeout
+	touch $@
+
+test-lmms: $(LMMS)/.installed
+	OMP_NUM_THREADS=1 $(LMMS)/bin/python -m pytest -q -m lmms tests/lmms
 
 lint: install
 	$(BIN)/ruff check .

@@ -142,6 +142,12 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     return name, params
 
 
+def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Reads methods joined by "+": (name, parameters) of each. Errors are those of `parse_method`."""
+    parts = re.split(r"\+(?=[A-Za-z_]\w*(?:[:+]|$))", text)  # not the plus sign of a number
+    return [parse_method(part.strip()) for part in parts]
+
+
 def parse_setting(text: str) -> Any:
     """Reads one method, or several joined by "+" that are patched together: `pitome:ratio=0.9+todre:keep=0.1`.
 
@@ -152,8 +158,7 @@ def parse_setting(text: str) -> Any:
         ConfigError: see `parse_method`.
         UnknownNameError: one of several methods, or a parameter of it, does not exist.
     """
-    parts = re.split(r"\+(?=[A-Za-z_]\w*(?:[:+]|$))", text)  # not the plus sign of a number
-    if len(parts) == 1:
-        return parse_method(text)
-    pairs = [parse_method(part.strip()) for part in parts]
+    pairs = parse_methods(text)
+    if len(pairs) == 1:
+        return pairs[0]
     return [METHODS.get(name).create(**params) for name, params in pairs]

@@ -1,6 +1,7 @@
 """Nothing in the tests may reach the network or use more than its share of the cores."""
 
 import os
+from importlib.util import find_spec
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -9,6 +10,9 @@ import pytest
 import torch
 
 from vtok.patches.hf_vlm import OLDEST, release
+
+# lmms-eval has an environment of its own (`make test-lmms`).
+collect_ignore = [] if find_spec("lmms_eval") else ["lmms", "helpers_lmms.py"]
 
 # Vision-language models need a younger transformers than vision encoders; older ones are refused (tests/test_errors.py).
 if release() < OLDEST:

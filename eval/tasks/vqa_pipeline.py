@@ -203,14 +203,14 @@ def answer(model: VisionLanguageModel, net: Any, inputs: Any, max_new_tokens: in
         max_new_tokens: T at most.
     """
     length = inputs["input_ids"].shape[1]
-    clock = _Clock(inputs["input_ids"].device)
+    clock = Clock(inputs["input_ids"].device)
     with torch.inference_mode():
         made = net.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, stopping_criteria=[clock], use_cache=True
         )
-    visual = visual_columns(inputs["input_ids"], _vlm(net).tokens).sum(1)
+    visual = visual_columns(inputs["input_ids"], only_vlm(net).tokens).sum(1)
     seen = bool(visual.any())  # what vtok knows of a prompt without an image would be the one before it
-    kept = kept_tokens(net, visual) if seen else visual[:, None].repeat(1, _vlm(net).info.depth)
+    kept = kept_tokens(net, visual) if seen else visual[:, None].repeat(1, only_vlm(net).info.depth)
     text = inputs["attention_mask"].sum(1) - visual
     cost = macs(net) if seen else None
     times = clock.first, clock.later, clock.times[-1]
@@ -233,7 +233,7 @@ def kept_tokens(net: nn.Module, visual: Tensor) -> Tensor:
         net: patched or not, the prompt went through it.
         visual: [B], image tokens of the prompt.
     """
-    counts = visual[:, None].repeat(1, _vlm(net).info.depth)
+    counts = visual[:, None].repeat(1, only_vlm(net).info.depth)
     for prompt in vtok.info(net).prompts:
         for row in prompt.rows:
             layer = int(row.place.rpartition(" ")[2]) if row.place.startswith("decoder layer") else 0
@@ -243,7 +243,7 @@ def kept_tokens(net: nn.Module, visual: Tensor) -> Tensor:
 
 def kv_bytes(net: Any, text: Tensor, kept: Tensor) -> Tensor:
     """[B] int64: bytes of the keys and values of prompts with `text` [B] other and `kept` [B, layers] visual tokens."""
-    config = _vlm(net).text.config
+    config = only_vlm(net).text.config
     heads = config.num_key_value_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return (kept + text[:, None]).sum(1) * 2 * heads * width * next(net.parameters()).element_size()
@@ -255,7 +255,7 @@ def check_image_tokens(model: VisionLanguageModel, inputs: Any) -> None:
     Raises:
         ConfigError: it does not; the message has both numbers.
     """
-    vlm = _vlm(model.net)
+    vlm = only_vlm(model.net)
     ids = inputs["input_ids"]
     asked = int(visual_columns(ids, vlm.tokens).sum())
     with torch.inference_mode():
@@ -315,7 +315,12 @@ def _lines(
     ]
 
 
-def _vlm(net: nn.Module) -> VLM:
+def only_vlm(net: nn.Module) -> VLM:
+    """The vision-language model in a module, patched or not.
+
+    Raises:
+        UnsupportedModelError: it holds none, or several.
+    """
     found = find_vlms(net)
     if len(found) != 1:
         raise UnsupportedModelError(
@@ -325,17 +330,26 @@ def _vlm(net: nn.Module) -> VLM:
     return found[0]
 
 
-class _Clock:
-    """Notes when each token is there: a stopping criterion of `generate()` that never stops."""
+class Clock:
+    """Notes when each token is there: a stopping criterion of `generate()` that never stops.
+
+    Attributes:
+        first: seconds from the making of the clock until the first token.
+        later: seconds a token after it; `None` if there was only one.
+    """
 
     def __init__(self, device: torch.device):
         self.device, self.start, self.times = device, time.perf_counter(), list[float]()
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.times.append(self.seconds())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def seconds(self) -> float:
+        """Since the clock was made, once the device has done its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.times.append(time.perf_counter() - self.start)
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return time.perf_counter() - self.start
 
     @property
     def first(self) -> float:

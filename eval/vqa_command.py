@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -58,25 +58,21 @@ def print_records(records: Sequence[Record], console: Console) -> None:
             console.print(f"- {line}", highlight=False)
     for name in (*task.scores, *task.totals):
         if name not in shown.values():
-            _print_line(console, name, records, lambda r, name=name: share(r["metrics"], name, percent=task.percent))
+            _print_line(console, name, records, [share(r["metrics"], name, percent=task.percent) for r in records])
     for grouping, parts in first["groups"].items():
         for name, part in parts.items():
             heading = f"{grouping} {name}, {part['n']} questions{_blind(part)}"
-            _print_line(
-                console,
-                heading,
-                records,
-                lambda r, g=grouping, n=name: share(r["groups"][g][n], task.primary, percent=task.percent),
-            )
+            own = [record["groups"][grouping][name] for record in records]
+            _print_line(console, heading, records, [share(one, task.primary, percent=task.percent) for one in own])
     if first["blind"] is not None:
         console.print(
             f"- without the image, from the question alone, {100 * first['blind']:.1f} % are answered", highlight=False
         )
 
 
-def _print_line(console: Console, heading: str, records: Sequence[Record], cell: Callable[[Record], str]) -> None:
-    cells = ", ".join(f"{record['title']} {cell(record)}" for record in records)
-    console.print(f"- {heading}: {cells}", highlight=False)
+def _print_line(console: Console, heading: str, records: Sequence[Record], cells: Sequence[str]) -> None:
+    shares = ", ".join(f"{record['title']} {cell}" for record, cell in zip(records, cells))
+    console.print(f"- {heading}: {shares}", highlight=False)
 
 
 def row(record: Record, shown: Sequence[str] = ("exact_match", "soft_accuracy")) -> list[str]:

@@ -77,6 +77,19 @@ def test_eval_imagenet(folder, tmp_path):
     assert records[0]["n"] == 6
 
 
+def test_eval_imagenet_with_real_labels(tmp_path):
+    """Images that ReaL leaves without a label do not count, and any of an image's labels is right."""
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    for i in range(1, 5):
+        Image.new("RGB", (64, 64), (60 * i, 30, 30)).save(tmp_path / "images" / "a" / f"ILSVRC2012_val_{i:08d}.png")
+    (tmp_path / "real.json").write_text("[[0, 1], [0, 1], [], []]")
+    args = ["eval", "imagenet", "--model", "vit_tiny_patch16_224", "--data", tmp_path / "images", "--no-pretrained", "-j", 0]
+    args += ["--num-classes", 2, "--model-kwargs", "img_size=64", "-M", "tome:r=2", "--results-file", tmp_path / "r.json"]
+    _ok(*args, "--real-labels", tmp_path / "real.json")
+    for record in json.loads((tmp_path / "r.json").read_text()):
+        assert (record["labels"], record["n"], record["metrics"]["top1"]) == ("real", 2, 100)
+
+
 def test_eval_imagenet_as_the_readme_writes_it(folder):
     text = _ok(
         "eval",

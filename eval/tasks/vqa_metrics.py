@@ -25,6 +25,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -96,6 +97,7 @@ def without_articles(text: str) -> str:
     return " ".join(_MEANT.get(word, word) for word in words if word not in _ARTICLES)
 
 
+@lru_cache(maxsize=100_000)  # people give the same few answers again and again, and every setting is compared with them
 def normalised(prediction: str, mode: str = "lmms") -> str:
     """What is compared of a prediction."""
     first = _FIRST.get(mode, str)

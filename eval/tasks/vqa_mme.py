@@ -114,8 +114,8 @@ def _pair(path: Path, category: str, image: Path) -> list[Question]:
     if len(lines) != 2 or any(line.count("\t") != 1 for line in lines):
         raise ConfigError(f"{path} must hold {_FORM}, found {len(lines)} lines: {' | '.join(lines)[:80]!r}")
     return [
-        _question(f"{category}/{image.name}/{i}", category, *line.split("\t"), str(image), image.name, f"{path}:{i}")
-        for i, line in enumerate(lines, 1)
+        _question(f"{category}/{image.name}/{i}", category, text, answer, str(image), image.name, f"{path}:{i}")
+        for i, (text, _, answer) in enumerate((line.partition("\t") for line in lines), 1)
     ]
 
 

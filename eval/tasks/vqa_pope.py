@@ -99,9 +99,16 @@ def _f1(s: np.ndarray) -> np.ndarray:
 def _scores() -> dict[str, Score]:
     found: dict[str, Score] = {}
     for ending, (parse, _) in PARSERS.items():
-        found[f"accuracy{ending}"] = lambda said, q, parse=parse: float(parse(said) == q.target)
-        found[f"yes_ratio{ending}"] = lambda said, q, parse=parse: float(parse(said) == "yes")
+        found |= {f"accuracy{ending}": _right(parse), f"yes_ratio{ending}": _yes(parse)}
     return found | {"yes_ratio_labels": lambda said, q: float(q.target == "yes")}
+
+
+def _right(parse: Callable[[str], str]) -> Score:
+    return lambda said, q: float(parse(said) == q.target)
+
+
+def _yes(parse: Callable[[str], str]) -> Score:
+    return lambda said, q: float(parse(said) == "yes")
 
 
 def _totals() -> dict[str, Total]:

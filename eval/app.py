@@ -14,7 +14,7 @@ from rich.table import Table
 import vtok
 from vtok.errors import ConfigError, MissingExtraError
 from vtok.eval import runs
-from vtok.eval.book_command import list_configs
+from vtok.eval.book_command import list_configs, run_book
 from vtok.eval.clip_command import evaluate_retrieval, evaluate_zeroshot
 from vtok.eval.imagenet_command import evaluate_imagenet
 from vtok.eval.launch import check_command
@@ -34,6 +34,7 @@ evaluate.command("imagenet")(evaluate_imagenet)
 evaluate.command("retrieval")(evaluate_retrieval)
 evaluate.command("vqa")(evaluate_vqa)
 evaluate.command("zeroshot")(evaluate_zeroshot)
+app.command("book")(run_book)
 app.command("configs")(list_configs)
 app.command("matrix")(print_matrix)
 app.command("run")(run)

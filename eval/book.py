@@ -73,11 +73,11 @@ def _deviation(gmacs: float, gflops: float | None) -> float | None:
     return None if gflops is None else gmacs / gflops - 1
 
 
-def tables(overrides: Sequence[str] = ()) -> dict[str, list[RunConfig]]:
+def tables() -> dict[str, list[RunConfig]]:
     """Table -> its runs, tables in alphabetical order; a run may belong to several."""
     found: dict[str, list[RunConfig]] = {}
     for name in runs.bundled():
-        run = runs.load(name, overrides)
+        run = runs.load(name)
         for table in run.tables:
             found.setdefault(table, []).append(run)
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
@@ -104,10 +104,10 @@ def table_of(name: str, overrides: Sequence[str] = ()) -> tuple[str, list[RunCon
         if not paths:
             raise ConfigError(f"{name} is no folder with run files (*.yaml)")
         return Path(name).name, [runs.load(str(path), overrides) for path in paths]
-    known = tables(overrides)
+    known = tables()
     for table, found in known.items():
         if slug(name) == slug(table):
-            return table, found
+            return table, [runs.load(run.name, overrides) for run in found] if overrides else found
     raise unknown("table", slug(name), [slug(table) for table in known])
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from vtok.eval import book, book_report, runs
 from vtok.eval.runs import RunConfig
@@ -57,3 +59,43 @@ def _costs(found: list[RunConfig]) -> list[tuple[RunConfig, book.Cost]]:
         model = book.meta_model(group[0])
         planned += [(run, book.cost(run, model)) for run in group]
     return planned
+
+
+def run_book(
+    table: Annotated[
+        str | None,
+        typer.Argument(help="of the reproduction book, e.g. pitome_deit (see `vtok configs`), or a folder of run files"),
+    ] = None,
+    data: Data = None,
+    weights: Annotated[Path | None, typer.Option(help="folder of checkpoints that runs name as files")] = None,
+    change: Annotated[list[str] | None, typer.Option("--set", help="key=value for every run, e.g. batch_size=256")] = None,
+    pretrained: Annotated[bool, typer.Option(help="load pretrained weights")] = True,
+    workers: Annotated[int, typer.Option("--workers", "-j", min=0, help="processes that read images")] = 4,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="folder of the results (default: results/book/TABLE)")
+    ] = None,
+) -> None:
+    """Runs a whole table of the reproduction book and prints what was published beside what is measured.
+
+    Results go to results.jsonl in the output folder as soon as they are there; a second start goes on where the first stopped.
+    Without a table it lists the tables.
+    """
+    from vtok.eval import book_run
+
+    out = console()
+    if table is None:
+        out.print(book_report.contents(book.tables()))
+        return
+    name, found = book.table_of(table, change or ())
+    tasks = list(dict.fromkeys(task for run in found for task in run.tasks))
+    folder = output or Path("results") / "book" / book.slug(name)
+    result = book_run.run_table(
+        found, book_run.read_data(data or (), tasks), folder, pretrained, workers, weights, Console(stderr=True)
+    )
+    out.print(book_report.beside(name, result.rows))
+    out.print(book_report.footnotes(found), highlight=False)
+    out.print(f"results.jsonl is in {folder}", highlight=False)
+    for what, why in result.left_out.items():
+        out.print(f"- left out: {escape(what)}: {escape(why)}", highlight=False)
+    if not any(records for _, records in result.rows):
+        raise typer.Exit(2)

@@ -79,6 +79,34 @@ def reasons(found: Sequence[RunConfig]) -> Text:
     return Text("\n".join(lines) if by_reason else "")
 
 
+def contents(tables: Mapping[str, Sequence[RunConfig]]) -> Table:
+    """The tables of the book: what each is called, its models and tasks, and how many runs it has."""
+    shown = Table()
+    for column in ("table", "command", "models", "tasks"):
+        shown.add_column(column)
+    shown.add_column("runs", justify="right")
+    for table, found in tables.items():
+        models = ", ".join(dict.fromkeys(run.model.split("/")[-1] for run in found))
+        tasks = ", ".join(dict.fromkeys(task for run in found for task in run.tasks))
+        shown.add_row(table, f"vtok book {slug(table)}", models, tasks, str(len(found)))
+    return shown
+
+
+def footnotes(found: Sequence[RunConfig]) -> Text:
+    """Sources and notes of runs, each said once."""
+    by_text: dict[str, list[str]] = {}
+    for run in found:
+        for what, name in (("source", "source"), ("note", "note"), ("GFLOPs", "gflops_note")):
+            if run.published.get(name):
+                by_text.setdefault(f"{what}: {run.published[name]}", []).append(run.name)
+    for run in found:
+        for one in figures(run.tasks, run.published):
+            if one.source:
+                by_text.setdefault(f"* {label(one, run)} {one.value}: {one.source}", []).append(run.name)
+    lines = [f"- {text}" + ("" if len(names) == len(found) else f" ({', '.join(names)})") for text, names in by_text.items()]
+    return Text("\n".join(lines))
+
+
 def missing_table(points: Sequence[Missing]) -> Table:
     """The operating points that no run repeats."""
     shown = Table(title="Operating points without a run", title_justify="left", title_style="bold", show_lines=True)
@@ -90,7 +118,8 @@ def missing_table(points: Sequence[Missing]) -> Table:
 
 
 def beside(title: str, rows: Sequence[tuple[RunConfig, Mapping[str, Mapping[str, Any]]]]) -> Table:
-    """Published beside measured, one line a figure; figures in percent, of MME in points.
+    """Published beside measured, one line a figure; figures in percent, of MME in points. A star marks those of another source
+    than the run's, which `footnotes` names.
 
     Args:
         title: of the table.
@@ -99,21 +128,26 @@ def beside(title: str, rows: Sequence[tuple[RunConfig, Mapping[str, Mapping[str,
     shown = Table(title=title, title_justify="left", title_style="bold")
     shown.add_column("run", no_wrap=True)
     shown.add_column("figure")
-    for column in ("published", "measured", "published difference", "measured difference [95 %]", "GFLOPs", "GMACs"):
+    for column in ("published", "measured", "difference", "difference measured [95 %]", "GFLOPs", "GMACs"):
         shown.add_column(column, justify="right")
     for run, records in rows:
-        first = True
-        for figure in figures(run.tasks, run.published):
-            cells = _cells(run, figure, records)
+        first, said = True, list[tuple[str, str]]()
+        for figure in dict.fromkeys(
+            one._replace(source="*" if one.source else "") for one in figures(run.tasks, run.published)
+        ):
+            name, published, found, change, measured = _cells(run, figure, records)
+            if (figure.task, figure.name) in said:
+                found = measured = ""  # it stands above
+            said.append((figure.task, figure.name))
             costs = _cost_cells(run, records) if first else ("", "")
-            shown.add_row(run.name if first else "", *cells, *costs)
+            shown.add_row(run.name if first else "", name, published, found, change, measured, *costs)
             first = False
     return shown
 
 
 def _cells(run: RunConfig, figure: Figure, records: Mapping[str, Mapping[str, Any]]) -> tuple[str, str, str, str, str]:
     """(name, published, measured, published difference, measured difference) of one figure."""
-    name = label(figure, run) + (f" [{figure.source}]" if figure.source else "")
+    name = label(figure, run) + (" *" if figure.source else "")
     published = f"{figure.value}"
     if figure.name == AVERAGE:
         found = average(figure, records)

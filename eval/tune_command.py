@@ -100,8 +100,9 @@ def _report(result: Any, made: Any, plan: Plan, folder: Path, console: Console) 
         f"{last[0].samples} calibration samples: default {at_default.loss[0]:.4f}, best {last[0].loss[0]:.4f}"
     )
     console.print(f"- {verdict}", highlight=False)
-    console.print(f"- default: {tune_report.schedule(result.candidates[0].config)}", highlight=False)
-    console.print(f"- tuned: {tune_report.schedule(winner.config)}", highlight=False)
+    for name, number in (("default", 0), ("tuned", result.best)):
+        console.print(f"- {name}: {tune_report.schedule(result.candidates[number].config)}", highlight=False)
+        console.print(f"  tokens, block by block: {tune_report.tokens(result.held_out[name])}", highlight=False)
     about = (
         f"Written by: {shlex.join(['vtok', *sys.argv[1:]])}\n"
         f"{winner.fraction:.4f} of the unpatched model's FLOPs, the default has {result.candidates[0].fraction:.4f}.\n"

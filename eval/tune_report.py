@@ -15,7 +15,7 @@ from vtok.config import MethodConfig
 from vtok.eval.intervals import Interval, mean_stderr
 from vtok.eval.records import Records, key_of
 from vtok.eval.settings import versions
-from vtok.eval.tune import Plan, Tuned
+from vtok.eval.tune import Held, Plan, Tuned
 from vtok.eval.tune_models import Prepared
 from vtok.eval.tune_samples import Samples
 from vtok.eval.tune_subjects import Subject
@@ -95,6 +95,11 @@ def finding(tuned: Tuned) -> str:
 def schedule(config: MethodConfig) -> str:
     """The parameters of a method that are not at their defaults."""
     return ", ".join(f"{name}={value}" for name, value in config.given().items()) or "defaults"
+
+
+def tokens(held: Held) -> str:
+    """Mean tokens that leave each block (of a vision-language model: visual ones that enter each layer)."""
+    return " ".join(f"{count:.0f}" for count in held.cost["tokens"]["mean_per_layer"])
 
 
 def records_of(tuned: Tuned, subject: Subject, plan: Plan, held_out: Samples) -> list[dict[str, Any]]:

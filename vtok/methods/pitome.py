@@ -120,10 +120,11 @@ class PiToMe(MethodConfig):
     def ladder_at(self, info: ModelInfo, point: Point) -> Sequence[Self]:
         weights = point["weights"]
 
-        def at(strength: float) -> Self:
-            return self.replace(ratio=[round(max(0.5, math.exp(-strength * weight)), 4) for weight in weights], r=None)
+        def ratios(strength: float) -> list[float]:
+            return [round(max(0.5, math.exp(-strength * weight)), 4) for weight in weights]
 
-        return Ladder(at, math.log(2) / min(weight for weight in weights if weight))
+        end = math.log(2) / min(weight for weight in weights if weight)  # every block that does not rest merges half
+        return Ladder(lambda strength: self.replace(ratio=ratios(strength), r=None), end)
 
     def build(self, info: ModelInfo) -> PiToMeReducer:
         depth, preset = info.depth, PAPER if self.preset is None else PRESETS[self.preset]

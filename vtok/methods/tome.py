@@ -71,12 +71,12 @@ class ToMe(MethodConfig):
         weights, most = point["weights"], info.num_patches // 2
         reach = list(itertools.accumulate(weights, initial=0.0))
 
-        def at(mean: float) -> Self:
+        def counts(mean: float) -> list[int]:
             gone = [round(mean * share) for share in reach]  # rounding sums: one step of the ladder removes one token more
-            return self.replace(r=[min(after - before, most) for before, after in itertools.pairwise(gone)])
+            return [min(after - before, most) for before, after in itertools.pairwise(gone)]
 
         end = most / min(weight for weight in weights if weight)  # every block that does not rest merges all it can
-        return Ladder(at, end, round(16 * end))
+        return Ladder(lambda mean: self.replace(r=counts(mean)), end, round(16 * end))
 
     def build(self, info: ModelInfo) -> ToMeReducer:
         per_block = tuple(int(r) for r in self.r.resolve(info.depth, "r", pad=0))

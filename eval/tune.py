@@ -1,106 +1,35 @@
 """Searches the schedule of a method at a FLOPs budget on a small calibration set, and compares it with the default on others.
 
 Every candidate costs what the default costs, or up to half a percent of the model's FLOPs less. What has been drawn and scored
-is appended to `tune.jsonl` at once: a second start goes on where the first was stopped, and ends as if nothing had happened.
+is appended to `search.ndjson` at once: a second start goes on where the first was stopped, and ends as if nothing had happened.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtok.config import MethodConfig
 from vtok.errors import ConfigError
 from vtok.eval.records import Records, key_of
-from vtok.eval.settings import versions
-from vtok.eval.tune_samples import Samples
-from vtok.eval.tune_score import Values, loss
-from vtok.eval.tune_search import Standing, rungs, search, work
-from vtok.eval.tune_subjects import Subject, candidate
+from vtok.eval.settings import model_name, versions
+from vtok.eval.tune_result import SETTINGS, Candidate, Held, Plan, Tuned
+from vtok.eval.tune_samples import Samples, digest, in_memory
+from vtok.eval.tune_score import loss
+from vtok.eval.tune_search import rungs, search, work
+from vtok.eval.tune_subjects import Encoder, Subject, candidate
 from vtok.registry import METHODS
 
-SETTINGS = ("unpatched", "default", "tuned")
 DIGITS = 7  # of stored measures: a resumed search must see exactly what the first one saw
 
 Progress = Callable[[str, int, int], None]  # (what is going on, done, in all); counts samples
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How to search.
-
-    Attributes:
-        flops: share of the unpatched model's FLOPs to leave, in (0, 1].
-        search: "halving" or "random"; see `vtok.eval.tune_search.rungs`.
-        candidates: how many schedules, the default among them.
-        eta: of halving: the best 1 / eta go on.
-        objective: key of `vtok.eval.tune_score.OBJECTIVES`.
-        seed: of the candidates.
-        batch_size: samples in a forward pass.
-    """
-
-    flops: float
-    search: str = "halving"
-    candidates: int = 48
-    eta: int = 3
-    objective: str = "kl"
-    seed: int = 0
-    batch_size: int = 100
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A schedule.
-
-    Attributes:
-        config: of the method.
-        fraction: of the unpatched model's FLOPs that it needs, on the calibration set where it depends on the image.
-        point: of the search space; `None` = the default.
-    """
-
-    config: MethodConfig
-    fraction: float
-    point: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class Held:
-    """A setting on held-out samples.
-
-    Attributes:
-        values: measure -> [samples].
-        cost: `tokens`, `gmacs`, `implied_speedup`.
-    """
-
-    values: Values
-    cost: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """The outcome of a search.
-
-    Attributes:
-        candidates: all, the default first.
-        rounds: standings after every round, best first.
-        held_out: "unpatched", "default" and "tuned" -> what they do on held-out samples; empty without any.
-    """
-
-    candidates: list[Candidate]
-    rounds: list[list[Standing]]
-    held_out: dict[str, Held]
-
-    @property
-    def best(self) -> int:
-        """Number of the candidate that won; 0 = the default."""
-        return self.rounds[-1][0].candidate
 
 
 class Tuning:
@@ -111,7 +40,7 @@ class Tuning:
         plan: how to search.
         calibration: samples to search on.
         held_out: other samples to compare on at the end; `None` = leave that out.
-        out: folder of `tune.jsonl`.
+        out: folder of `search.ndjson`.
         progress: told what is going on.
     """
 
@@ -126,7 +55,7 @@ class Tuning:
     ):
         self.subject, self.plan, self.calibration, self.held_out = subject, plan, calibration, held_out
         self.rungs = rungs(plan.search, plan.candidates, len(calibration), plan.eta)  # refuses what makes no sense, now
-        self.records = Records(out / "tune.jsonl")
+        self.records = Records(out / "search.ndjson")
         self.known = self.records.by_key()
         self.reused = 0
         self._progress, self._done = progress, 0
@@ -280,6 +209,46 @@ class Tuning:
                 self._tell("unpatched outputs", len(parts[-1]) if samples is self.calibration else 0)
             self._base[samples.identity] = [torch.cat(parts)]
         return self._base[samples.identity][0]
+
+
+def tune(
+    model: nn.Module,
+    method: str | MethodConfig,
+    flops: float,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    held_out: tuple[Tensor, Tensor | None] | None = None,
+    out: str | os.PathLike,
+    progress: Progress | None = None,
+    **plan: Any,
+) -> Tuned:
+    """`vtok tune` on tensors: any vision encoder that vtok patches, classifier or not.
+
+    Args:
+        model: unpatched, in eval mode; it returns class scores or one embedding an image.
+        method: name or config object; parameters that are set stay as they are.
+        flops: share of the unpatched model's FLOPs to leave.
+        images: [S, C, H, W] as the model takes them, in random order.
+        labels: [S] int64; without them objectives that need none can be used.
+        held_out: other images and their labels, or `None`, to compare default and winner on.
+        out: folder for `search.ndjson`; a second call with the same arguments goes on where the first was stopped.
+        progress: called with (what, samples done, samples in all).
+        **plan: fields of `Plan`: search, candidates, eta, objective, seed, batch_size.
+
+    Returns:
+        What was found; `vtok.patch(model, tuned.winner)` takes it.
+
+    Raises:
+        ConfigError, UnsupportedModelError, BudgetError: see `Tuning`.
+    """
+    channels, height, width = images.shape[1:]
+    config = METHODS.get(method)() if isinstance(method, str) else method
+    samples = in_memory("images", images, labels, digest(images))
+    other = None if held_out is None else in_memory("held-out images", *held_out, digest(held_out[0]))
+    subject = Encoder(model, model_name(model), config, samples, (channels, height, width))
+    wanted = Plan(flops, **{"objective": subject.objective, **plan})
+    return Tuning(subject, wanted, samples, other, Path(out), progress).run()
 
 
 def _config(values: dict[str, Any]) -> MethodConfig:

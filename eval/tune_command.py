@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import vtok
 from vtok.errors import ConfigError
 from vtok.eval import runs, tune_report
-from vtok.eval.tune import Plan, Tuning
+from vtok.eval.tune import Tuning
 from vtok.eval.tune_models import BUNDLED, Source, prepared_subject
+from vtok.eval.tune_result import Plan
 from vtok.eval.tune_score import OBJECTIVES
 from vtok.eval.tune_search import SEARCHES
 from vtok.registry import METHODS
@@ -79,7 +81,11 @@ def tune(
         def advance(what: str, done: int, total: int) -> None:
             progress.update(bar, description=f"{what:<28}", completed=done, total=total)
 
-        tuning = Tuning(made.subject, plan, made.calibration, made.held_out, folder, advance)
+        with warnings.catch_warnings(record=True) as damaged:
+            warnings.simplefilter("always")
+            tuning = Tuning(made.subject, plan, made.calibration, made.held_out, folder, advance)
+        for warning in damaged:
+            progress.console.print(f"[yellow]{warning.message}[/yellow]")
         if tuning.known:
             progress.console.print(f"{tuning.records.path} holds {len(tuning.known)} steps; none is repeated")
         result = tuning.run()
@@ -109,7 +115,7 @@ def _report(result: Any, made: Any, plan: Plan, folder: Path, console: Console) 
         f"On {made.held_out.name}: {verdict}."
     )
     path = folder / "tuned.yaml"
-    tune_report.write(path, tune_report.run_file(result, made, plan, about))
+    tune_report.write(path, tune_report.run_file(result, made, plan, about, str(folder / "run")))
     tune_report.keep_records(folder / "results.jsonl", tune_report.records_of(result, made.subject, plan, made.held_out))
     made.subject.apply(winner.config)
     vtok.save_config(made.subject.patched, folder / "tuned.json")

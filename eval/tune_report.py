@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from rich.table import Table
 
@@ -15,8 +16,8 @@ from vtok.config import MethodConfig
 from vtok.eval.intervals import Interval, mean_stderr
 from vtok.eval.records import Records, key_of
 from vtok.eval.settings import versions
-from vtok.eval.tune import Held, Plan, Tuned
 from vtok.eval.tune_models import Prepared
+from vtok.eval.tune_result import Held, Plan, Tuned
 from vtok.eval.tune_samples import Samples
 from vtok.eval.tune_subjects import Subject
 
@@ -105,7 +106,7 @@ def tokens(held: Held) -> str:
 def records_of(tuned: Tuned, subject: Subject, plan: Plan, held_out: Samples) -> list[dict[str, Any]]:
     """One record a setting, as evaluation tasks write them."""
     found = []
-    base = tuned.held_out["unpatched"].values
+    base, first = tuned.held_out["unpatched"].values, next(subject.patched.parameters())
     for name, held in tuned.held_out.items():
         number = {"unpatched": None, "default": 0, "tuned": tuned.best}[name]
         one = None if number is None else tuned.candidates[number]
@@ -139,6 +140,9 @@ def records_of(tuned: Tuned, subject: Subject, plan: Plan, held_out: Samples) ->
             "primary": primary(tuned),
             "percent": MEASURES[primary(tuned)][1] == 100,
             **held.cost,
+            "dtype": str(first.dtype).removeprefix("torch."),
+            "device": str(first.device),
+            "threads": torch.get_num_threads(),
             "batch_size": plan.batch_size,
             "seed": plan.seed,
             "versions": versions(),
@@ -150,7 +154,7 @@ def records_of(tuned: Tuned, subject: Subject, plan: Plan, held_out: Samples) ->
     return found
 
 
-def run_file(tuned: Tuned, made: Prepared, plan: Plan, about: str) -> str:
+def run_file(tuned: Tuned, made: Prepared, plan: Plan, about: str, output: str = "") -> str:
     """The winner as a run file: `vtok run` takes it.
 
     Args:
@@ -158,6 +162,7 @@ def run_file(tuned: Tuned, made: Prepared, plan: Plan, about: str) -> str:
         made: what was tuned, and on what.
         plan: of the search.
         about: what was done, for the comment on top.
+        output: folder for the results of the run.
     """
     winner = tuned.candidates[tuned.best].config
     content: dict[str, Any] = {
@@ -168,6 +173,7 @@ def run_file(tuned: Tuned, made: Prepared, plan: Plan, about: str) -> str:
         "batch_size": plan.batch_size,
         "seed": plan.seed,
         "options": dict(made.options),
+        "output": output,
     }
     comment = "".join(f"# {line}\n" for line in about.splitlines())
     kept = {key: value for key, value in content.items() if value not in ("", {})}

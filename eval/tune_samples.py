@@ -6,6 +6,7 @@ Shapes: S images [S, C, H, W], labels [S] int64.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,11 @@ def shuffled(count: int, seed: int, what: str = "data") -> list[int]:
     """Numbers 0..count-1 in a random order."""
     generator = torch.Generator().manual_seed(int(key_of({"seed": seed, "of": what})[:8], 16))
     return torch.randperm(count, generator=generator).tolist()
+
+
+def digest(images: Tensor) -> str:
+    """Short hash of the values of images."""
+    return hashlib.sha256(images.detach().cpu().float().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def in_memory(name: str, images: Tensor, labels: Tensor | None, identity: Any, **about: Any) -> Samples:

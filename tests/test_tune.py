@@ -20,12 +20,14 @@ from tests import zoo
 from vtok.eval import tune_report
 from vtok.eval.app import app
 from vtok.eval.settings import pass_cost
-from vtok.eval.tune import Plan, Tuning
+from vtok.eval.tune import Tuning, tune
 from vtok.eval.tune_models import Prepared
+from vtok.eval.tune_result import Plan
 from vtok.eval.tune_samples import in_memory, shuffled
 from vtok.eval.tune_score import class_values, embedding_values, loss
 from vtok.eval.tune_subjects import SLACK, Encoder
 from vtok.registry import METHODS, encoder_methods
+from vtok.resolve import towers
 
 SIZE = (3, 64, 64)
 
@@ -137,12 +139,12 @@ def test_resuming_after_a_kill_changes_nothing(model, data, tmp_path, method, pl
 
         with pytest.raises(Killed):
             start(out, stop).run()
-        with open(out / "tune.jsonl", "ab") as file:
+        with open(out / "search.ndjson", "ab") as file:
             file.write(b'{"key": "torn')
         with pytest.warns(UserWarning, match="damaged line skipped"):
             again = start(out)
         assert outcome(again.run()) == whole
-        lines = (out / "tune.jsonl").read_bytes().splitlines()
+        lines = (out / "search.ndjson").read_bytes().splitlines()
         keys = [json.loads(line)["key"] for line in lines if not line.endswith(b"torn")]
         assert len(keys) == len(set(keys)), "nothing was done twice"
     done = start(tmp_path / "whole")
@@ -182,6 +184,18 @@ def test_a_winner_that_is_the_default_is_said_to_be(model, data, tmp_path):
     tuned.rounds[-1] = last
     assert tuned.best == 0
     assert "the default was best" in tune_report.finding(tuned)
+
+
+@pytest.mark.parametrize("name", ["transformers: CLIP tower", "timm: EVA-02 rotary, SwiGLU"])
+def test_any_encoder_can_be_tuned_from_python(tmp_path, name):
+    net = zoo.build(name)
+    ((_, tower),) = towers(net, None)
+    pictures = torch.randn(12, *tower.input_size, generator=torch.Generator().manual_seed(0))
+    tuned = tune(net, "pitome", 0.8, pictures[:8], held_out=(pictures[8:], None), out=tmp_path, candidates=3)
+    vtok.patch(net, tuned.winner)
+    measures = set(tuned.held_out["tuned"].values)
+    assert measures == ({"distance"} if name.startswith("transformers") else {"kl", "agreement"})
+    assert tuned.held_out["default"].cost["gmacs"]["model"] < 0.85 * tuned.held_out["default"].cost["gmacs"]["base"]
 
 
 def test_measures_against_formulas():
@@ -258,9 +272,14 @@ def test_a_timm_model_on_a_folder_end_to_end(folder, tmp_path):
     vtok.patch(model, out / "tuned.json")
     from vtok.eval import runs
 
-    assert runs.load(str(out / "tuned.yaml")).method == vtok.fit.run_of(model).patch.configs[0]
-    before = (out / "tune.jsonl").read_bytes()
-    assert "none is repeated" in vtok_tune(*args) and (out / "tune.jsonl").read_bytes() == before
+    run = runs.load(str(out / "tuned.yaml"))
+    assert run.output == str(out / "run")
+    assert run.method == vtok.fit.run_of(model).patch.configs[0]
+    before = (out / "search.ndjson").read_bytes()
+    (out / "search.ndjson").write_bytes(before + b'{"key": "torn')
+    printed = vtok_tune(*args)
+    assert "none is repeated" in printed and "damaged line skipped" in printed
+    assert (out / "search.ndjson").read_bytes() == before + b'{"key": "torn'
 
 
 def test_unlabelled_images_need_no_labels(folder, tmp_path):
@@ -311,6 +330,6 @@ def test_a_killed_command_goes_on_and_ends_as_if_nothing_had_happened(folder, tm
     def lines(folder, name):
         return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
-    assert sorted(lines(killed, "tune.jsonl"), key=str) == sorted(lines(whole, "tune.jsonl"), key=str)
+    assert sorted(lines(killed, "search.ndjson"), key=str) == sorted(lines(whole, "search.ndjson"), key=str)
     assert lines(killed, "results.jsonl") == lines(whole, "results.jsonl")
     assert (killed / "tuned.json").read_bytes() == (whole / "tuned.json").read_bytes()

@@ -117,6 +117,26 @@ def test_the_cost_that_was_solved_for_is_the_cost_that_runs(method):
         assert (ran.macs + ran.reduction_macs) / ran.base_macs == pytest.approx(cost.fraction)
 
 
+@pytest.mark.parametrize("name", zoo.FAMILIES)
+def test_every_class_of_block_gets_valid_settings(name):
+    ((adapter, tower),) = towers(zoo.build(name), None)
+    info, cost, searched = tower.info, adapter.cost(tower), []
+    for method in SEARCHED:
+        for _, config in METHODS.get(method).variants():
+            try:
+                config.ladder(info)[-1].build(info)
+            except vtok.UnsupportedModelError:
+                continue
+            for seed in range(4):
+                steps = config.ladder_at(info, draw(config.search_space(info), random.Random(seed)))
+                chosen = steps[len(steps) // 2].resolved(info)
+                found = estimate(cost, steps_of([chosen.build(info)]), info.num_prefix + info.num_patches, info.num_prefix)
+                assert 0 < found.macs < 1.01 * found.base_macs  # a mean over tokens that differ in weight costs a trifle
+            searched.append(method)
+            break
+    assert {"tome", "pitome", "random", "uniform"} <= set(searched)
+
+
 @pytest.mark.parametrize(("method", "params"), [("ats", {"layers": [1, 2]}), ("random", {"layers": [1]})])
 def test_what_is_given_is_not_searched(method, params):
     assert METHODS.get(method)(**params).search_space(INFO) == {}

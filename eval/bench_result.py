@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vtok.errors import MissingExtraError
+from vtok.eval import bench_table
+from vtok.eval.bench_table import arrow, interval, software, speed, trust
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -91,14 +92,8 @@ class Result:
     reduction_share: float | None
     baseline_check: dict[str, Any]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values under the names of the fields."""
-        return asdict(self)
 
-
-def to_json(results: Sequence[Result]) -> str:
-    """A JSON list."""
-    return json.dumps([result.to_dict() for result in results], indent=2)
+to_json = bench_table.to_json
 
 
 def from_json(text: str) -> list[Result]:
@@ -112,14 +107,14 @@ def rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
         (
             r.setting,
             f"{r.tokens['in']:.0f} -> {_short(r.tokens['out'])}",
-            f"{r.gmacs['base']:.3f} -> {r.gmacs['model']:.3f} + {r.gmacs['pruner']:.3f}",
-            f"{r.gflops['base']:.3f} -> {r.gflops['model']:.3f} + {r.gflops['pruner']:.3f}",
-            f"{r.samples_per_sec['base']:.1f} -> {r.samples_per_sec['patched']:.1f}",
-            f"{r.speedup:.2f}x [{r.speedup_ci[0]:.2f}, {r.speedup_ci[1]:.2f}]" + (" SLOWER" if r.slower else ""),
+            f"{arrow(r.gmacs, 3, ('base', 'model'))} + {r.gmacs['pruner']:.3f}",
+            f"{arrow(r.gflops, 3, ('base', 'model'))} + {r.gflops['pruner']:.3f}",
+            arrow(r.samples_per_sec, 1),
+            speed(r.speedup, r),
             f"{r.implied_speedup:.2f}x",
-            f"{r.achieved:.2f} [{r.achieved_ci[0]:.2f}, {r.achieved_ci[1]:.2f}]",
+            interval(r.achieved, r.achieved_ci, ""),
             "-" if r.reduction_share is None else f"{100 * r.reduction_share:.1f} %",
-            "-" if r.peak_memory_mb is None else f"{r.peak_memory_mb['base']:.0f} -> {r.peak_memory_mb['patched']:.0f}",
+            "-" if r.peak_memory_mb is None else arrow(r.peak_memory_mb, 0),
             r.kernel["patched"] if len(set(r.kernel.values())) == 1 else f"{r.kernel['base']} -> {r.kernel['patched']}",
         )
         for r in results
@@ -129,39 +124,22 @@ def rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
 def caption(results: Sequence[Result]) -> str:
     """What all rows share: model, machine, versions, and whether the baseline can be trusted."""
     r = results[0]
-    check = r.baseline_check
-    trust = "agrees" if check["ok"] else "DOES NOT AGREE: the machine was busy, measure again"
-    software = ", ".join(f"{name} {version}" for name, version in r.versions.items())
     return (
         f"{r.model}, {r.img_size} px, batch {r.batch_size}, {r.dtype}, {r.device} ({r.device_name}), {r.threads} threads, "
-        f"{r.pairs} interleaved pairs; {software}. Unpatched {r.step_time_ms['base']:.1f} ms a batch; a plain loop takes "
-        f"{check['plain_ms']:.1f} ms, ratio {check['ratio']:.3f}: {trust}. GMACs and GFLOPs are per image: unpatched -> "
+        f"{r.pairs} interleaved pairs; {software(r)}. Unpatched {r.step_time_ms['base']:.1f} ms a batch; a plain loop takes "
+        f"{trust(r, 1)}. GMACs and GFLOPs are per image: unpatched -> "
         "patched + the reduction's own."
     )
 
 
 def table(results: Sequence[Result]) -> Table:
-    """A rich table.
-
-    Raises:
-        MissingExtraError: rich is not installed.
-    """
-    try:
-        from rich.table import Table
-    except ImportError as error:
-        raise MissingExtraError("rich", "eval") from error
-    made = Table(*HEADER, caption=caption(results))
-    for row, result in zip(rows(results), results):
-        made.add_row(*row, style="red" if result.slower else None)
-    return made
+    """A rich table; see `bench_table.table`."""
+    return bench_table.table(HEADER, rows(results), results, caption(results))
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """A GitHub-markdown table with its caption under it and one sentence a setting on its speed."""
-    lines = ["| " + " | ".join(HEADER) + " |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows(results)]
-    words = [f"- {r.setting}: {r.verdict}." for r in results]
-    return "\n".join([*lines, "", caption(results), "", *words, ""])
+    """The same in GitHub markdown; see `bench_table.markdown`."""
+    return bench_table.markdown(HEADER, rows(results), results, caption(results))
 
 
 def _short(value: Any) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vtok.errors import MissingExtraError
+from vtok.eval import bench_table
+from vtok.eval.bench_table import arrow, interval, software, speed, trust
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -96,14 +97,8 @@ class PromptResult:
     versions: dict[str, str]
     baseline_check: dict[str, Any]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values under the names of the fields."""
-        return asdict(self)
 
-
-def to_json(results: Sequence[PromptResult]) -> str:
-    """A JSON list."""
-    return json.dumps([result.to_dict() for result in results], indent=2)
+to_json = bench_table.to_json
 
 
 def from_json(text: str) -> list[PromptResult]:
@@ -118,15 +113,15 @@ def rows(results: Sequence[PromptResult]) -> list[tuple[str, ...]]:
             r.setting,
             _layers(r.visual_tokens),
             f"{r.gmacs['base']:.2f} -> {r.gmacs['model']:.2f} + {r.gmacs['selection']:.3f}",
-            _arrow(r.prefill_ms, 0),
-            _interval(r.speedup, r.speedup_ci) + (" SLOWER" if r.speedup_ci[1] < 1 else ""),
+            arrow(r.prefill_ms, 0),
+            speed(r.speedup, r),
             f"{r.implied_speedup:.2f}x",
-            _interval(r.achieved, r.achieved_ci, ""),
+            interval(r.achieved, r.achieved_ci, ""),
             f"{100 * r.selection_share:.2f} %",
-            _arrow(r.first_token_ms, 0),
-            _arrow(r.decode_ms, 1),
-            _interval(r.decode_ratio, r.decode_ratio_ci),
-            _arrow(r.kv_mb, 2),
+            arrow(r.first_token_ms, 0),
+            arrow(r.decode_ms, 1),
+            interval(r.decode_ratio, r.decode_ratio_ci),
+            arrow(r.kv_mb, 2),
         )
         for r in results
     ]
@@ -135,42 +130,24 @@ def rows(results: Sequence[PromptResult]) -> list[tuple[str, ...]]:
 def caption(results: Sequence[PromptResult]) -> str:
     """What all rows share: model, prompt, machine, versions, and whether the baseline can be trusted."""
     r = results[0]
-    check = r.baseline_check
-    trust = "agrees" if check["ok"] else "DOES NOT AGREE: the machine was busy"
-    software = ", ".join(f"{name} {version}" for name, version in r.versions.items())
     load = "" if r.load is None else f" (load average before the run {r.load:.1f})"
     return (
         f"{r.model}, {r.visual_tokens['in']:.0f} visual and {r.text_tokens:.0f} other tokens, batch {r.batch_size}, {r.dtype}, "
         f"{r.attention} attention, {r.device} ({r.device_name}), {r.threads} threads{load}, {r.pairs} interleaved pairs, "
-        f"answers of {r.new_tokens} tokens; {software}. Times are medians of a batch, unpatched -> patched; the vision tower "
-        "is part of prefill, bound and first token. GMACs and KV MB (10^6 bytes) are per prompt; selection is time spent "
-        "deciding, as a share of the unpatched prefill. A plain loop over the unpatched model takes "
-        f"{check['plain_ms']:.0f} ms, ratio {check['ratio']:.3f}: {trust}."
+        f"answers of {r.new_tokens} tokens; {software(r)}. Times are medians of a batch, unpatched -> patched; the vision "
+        "tower is part of prefill, bound and first token. GMACs and KV MB (10^6 bytes) are per prompt; selection is time spent "
+        f"deciding, as a share of the unpatched prefill. A plain loop over the unpatched model takes {trust(r, 0)}."
     )
 
 
 def table(results: Sequence[PromptResult]) -> Table:
-    """A rich table.
-
-    Raises:
-        MissingExtraError: rich is not installed.
-    """
-    try:
-        from rich.table import Table
-    except ImportError as error:
-        raise MissingExtraError("rich", "eval") from error
-    made = Table(*HEADER, caption=caption(results))
-    for row, result in zip(rows(results), results):
-        made.add_row(*row, style="red" if result.speedup_ci[1] < 1 else None)
-    return made
+    """A rich table; see `bench_table.table`."""
+    return bench_table.table(HEADER, rows(results), results, caption(results))
 
 
 def markdown(results: Sequence[PromptResult]) -> str:
-    """A GitHub-markdown table with its caption under it and one sentence a setting on its speed."""
-    lines = ["| " + " | ".join(HEADER) + " |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows(results)]
-    words = [f"- {r.setting}: {r.verdict}." for r in results]
-    return "\n".join([*lines, "", caption(results), "", *words, ""])
+    """The same in GitHub markdown; see `bench_table.markdown`."""
+    return bench_table.markdown(HEADER, rows(results), results, caption(results))
 
 
 def _layers(tokens: dict[str, Any]) -> str:
@@ -181,11 +158,3 @@ def _layers(tokens: dict[str, Any]) -> str:
         if after != before:
             text += f", {after:.4g} from layer {layer}"
     return text
-
-
-def _arrow(values: dict[str, float], digits: int) -> str:
-    return f"{values['base']:.{digits}f} -> {values['patched']:.{digits}f}"
-
-
-def _interval(point: float, ends: Sequence[float], unit: str = "x") -> str:
-    return f"{point:.2f}{unit} [{ends[0]:.2f}, {ends[1]:.2f}]"

@@ -10,8 +10,6 @@ Shapes: P pages [P, 3, 128, 128] uint8, Q questions, `cells [P, 4]` classes (see
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +19,17 @@ import torch
 from torch import Tensor
 
 from vtok.eval.easyvqa import BLANK, CLASSES, COLOURS, PLACES, SHAPES, compose
-from vtok.eval.reference import DATA_FOLDER, MEAN, STD, asset, load_reference_pictures
+from vtok.eval.reference import DATA_FOLDER, load_reference_pictures
 from vtok.eval.reference_vlm import (
-    IMAGE_TOKEN,
     YES_NO,
     ReferenceLLaVA,
     answering,
+    home_of,
     load_reference_llava,
-    make_tokenizer,
+    processor_of,
+    read_packed,
     save_folder,
+    write_packed,
 )
 
 NEXT_FOLDER = "easyvqa_llava_next"
@@ -67,22 +67,7 @@ def make_next_processor(anatomy: ReferenceLLaVANeXT) -> Any:
     """A `LlavaNextProcessor` for pages and prompts."""
     from transformers import LlavaNextImageProcessor, LlavaNextProcessor
 
-    side = anatomy.image_size
-    images = LlavaNextImageProcessor(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        image_mean=[MEAN] * 3,
-        image_std=[STD] * 3,
-        image_grid_pinpoints=anatomy.pinpoints(),
-    )
-    return LlavaNextProcessor(
-        image_processor=images,
-        tokenizer=make_tokenizer(),
-        patch_size=anatomy.patch_size,
-        vision_feature_select_strategy="default",
-        image_token=IMAGE_TOKEN,
-        num_additional_image_tokens=1,  # the class token, which "default" takes away again
-    )
+    return processor_of(LlavaNextProcessor, LlavaNextImageProcessor, anatomy, image_grid_pinpoints=anatomy.pinpoints())
 
 
 def differences(weights: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -140,7 +125,7 @@ def load_reference_llava_next(folder: Path | None = None, llava: Path | None = N
     from safetensors.torch import load_file
     from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
-    home = _home(folder)
+    home = home_of(NEXT_FOLDER, folder)
     if not (home / DIFFERENCES).is_file():
         raise FileNotFoundError(
             f"{home} lacks {DIFFERENCES}; train it: python -m vtok.eval.train_llava_next --export assets; or install vtok again"
@@ -155,16 +140,12 @@ def load_reference_llava_next_processor(folder: Path | None = None) -> Any:
     """Its processor: `processor(images=..., text=PROMPT.format(question=...), return_tensors="pt")`."""
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(_home(folder))
+    return AutoProcessor.from_pretrained(home_of(NEXT_FOLDER, folder))
 
 
 def write_reference_llava_next(folder: Path) -> None:
     """Writes the reference LLaVA-NeXT as a folder of its own, complete, for `from_pretrained` (4.6 MB)."""
     save_folder(folder, load_reference_llava_next(), load_reference_llava_next_processor())
-
-
-def _home(folder: Path | None) -> Path:
-    return asset(f"{NEXT_FOLDER}/config.json").parent if folder is None else folder
 
 
 class PageQuestions(NamedTuple):
@@ -241,12 +222,10 @@ def page_questions(pictures: Tensor, classes: Tensor, rows: Tensor, asked: Itera
 
 def load_reference_page_questions() -> PageQuestions:
     """Bundled questions about 600 pages of test pictures, 150 with each number of filled cells: six a page, of each kind."""
-    with gzip.open(asset(f"{DATA_FOLDER}/{PAGE_QUESTIONS}"), "rt", encoding="utf-8") as file:
-        stored = json.load(file)
+    stored = read_packed(f"{DATA_FOLDER}/{PAGE_QUESTIONS}")
     return page_questions(*load_reference_pictures("test"), torch.tensor(stored["rows"]), stored["questions"])
 
 
 def write_page_questions(path: Path, rows: Tensor, asked: list[tuple[str, str, int]]) -> None:
     """Writes what `load_reference_page_questions` reads; the same questions give the same bytes."""
-    stored = {"rows": rows.tolist(), "questions": [list(q) for q in asked]}
-    path.write_bytes(gzip.compress(json.dumps(stored, separators=(",", ":")).encode(), 9, mtime=0))
+    write_packed(path, {"rows": rows.tolist(), "questions": [list(q) for q in asked]})

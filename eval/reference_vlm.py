@@ -172,15 +172,27 @@ def make_processor(anatomy: ReferenceLLaVA) -> Any:
     """A `LlavaProcessor` for pictures and prompts."""
     from transformers import CLIPImageProcessor, LlavaProcessor
 
+    return processor_of(LlavaProcessor, CLIPImageProcessor, anatomy)
+
+
+def processor_of(kind: Any, image_kind: Any, anatomy: ReferenceLLaVA, **images: Any) -> Any:
+    """A processor whose image processor brings pictures to the size and scale of the tower.
+
+    Args:
+        kind: class of the processor.
+        image_kind: class of its image processor.
+        anatomy: of the model.
+        **images: further settings of the image processor.
+    """
     side = anatomy.image_size
-    images = CLIPImageProcessor(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        image_mean=[MEAN] * 3,
-        image_std=[STD] * 3,
-    )
-    return LlavaProcessor(
-        image_processor=images,
+    return kind(
+        image_processor=image_kind(
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+            image_mean=[MEAN] * 3,
+            image_std=[STD] * 3,
+            **images,
+        ),
         tokenizer=make_tokenizer(),
         patch_size=anatomy.patch_size,
         vision_feature_select_strategy="default",
@@ -226,11 +238,16 @@ def load_reference_llava_processor(folder: Path | None = None) -> Any:
     """Its processor: `processor(images=..., text=PROMPT.format(question=...), return_tensors="pt")`."""
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(asset(f"{LLAVA_FOLDER}/config.json").parent if folder is None else folder)
+    return AutoProcessor.from_pretrained(home_of(LLAVA_FOLDER, folder))
+
+
+def home_of(name: str, folder: Path | None) -> Path:
+    """The folder that was given, or else the bundled one of that name."""
+    return asset(f"{name}/config.json").parent if folder is None else folder
 
 
 def _complete(name: str, folder: Path | None) -> Path:
-    home = asset(f"{name}/config.json").parent if folder is None else folder
+    home = home_of(name, folder)
     if not (home / LLAVA_WEIGHTS).is_file():
         raise FileNotFoundError(
             f"{home} has no {LLAVA_WEIGHTS}; train it: python -m vtok.eval.train_llava --export assets, or install vtok again"
@@ -281,11 +298,20 @@ def load_reference_questions(split: str = "test") -> Questions:
     if split == "test":
         rest = read_idx(asset(f"{DATA_FOLDER}/{split}-rest-pictures-idx4-ubyte.gz"))
         pictures = torch.cat((pictures, rest.permute(0, 3, 1, 2)))
-    with gzip.open(asset(f"{DATA_FOLDER}/{split}-questions.json.gz"), "rt", encoding="utf-8") as file:
-        return collect_questions(pictures, json.load(file))
+    return collect_questions(pictures, read_packed(f"{DATA_FOLDER}/{split}-questions.json.gz"))
 
 
 def write_questions(path: Path, asked: Sequence[tuple[str, str, int]]) -> None:
     """Writes what `load_reference_questions` reads; the same questions give the same bytes."""
-    raw = json.dumps([list(q) for q in asked], separators=(",", ":")).encode()
-    path.write_bytes(gzip.compress(raw, 9, mtime=0))
+    write_packed(path, [list(q) for q in asked])
+
+
+def write_packed(path: Path, values: Any) -> None:
+    """Writes plain values as compressed JSON; the same values give the same bytes."""
+    path.write_bytes(gzip.compress(json.dumps(values, separators=(",", ":")).encode(), 9, mtime=0))
+
+
+def read_packed(name: str) -> Any:
+    """What `write_packed` wrote, from a bundled file."""
+    with gzip.open(asset(name), "rt", encoding="utf-8") as file:
+        return json.load(file)

@@ -1,12 +1,10 @@
 """The reference LLaVA-NeXT: differences from the LLaVA, questions about pages, and its training."""
 
-import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from helpers_easyvqa import naming, write_small
 
 from vtok.eval.easyvqa import BLANK, CLASSES, COLOURS, PLACES, SHAPES, Pictures, compose
 from vtok.eval.reference import asset, load_reference_pages, load_reference_pictures
@@ -55,16 +53,7 @@ RED_CIRCLE, BLUE_TRIANGLE = CLASSES.index("red circle"), CLASSES.index("blue tri
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """easy-VQA in small: 72 pictures a split, three of each class."""
-    home = tmp_path_factory.mktemp("easyvqa")
-    for split in ("train", "test"):
-        (home / split / "images").mkdir(parents=True)
-        asked = []
-        for number in range(72):
-            colour, shape = CLASSES[number % 24].split()
-            Image.fromarray(np.full((64, 64, 3), number * 3, dtype=np.uint8)).save(home / split / "images" / f"{number}.png")
-            asked += [["what shape is present?", shape, number], ["what color is the shape?", colour, number]]
-        (home / split / "questions.json").write_text(json.dumps(asked), encoding="utf-8")
-    return home
+    return write_small(tmp_path_factory.mktemp("easyvqa"), 72, 3, lambda number, colour, shape: naming(colour, shape))
 
 
 def test_views_are_what_the_processor_makes():

@@ -1,14 +1,11 @@
 """The training of the reference LLaVA: isolated turns, lessons, resampling, resuming, exporting."""
 
-import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from helpers_easyvqa import naming, write_small
 
-from vtok.eval.easyvqa import CLASSES
 from vtok.eval.reference import normalise_page
 from vtok.eval.train_vit import Stage
 
@@ -54,19 +51,12 @@ RECIPE = Recipe(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """easy-VQA in small: 48 pictures a split, two of each class, the last four of unknown class."""
-    home = tmp_path_factory.mktemp("easyvqa")
-    for split in ("train", "test"):
-        (home / split / "images").mkdir(parents=True)
-        asked = []
-        for number in range(48):
-            colour, shape = CLASSES[number % 24].split()
-            pixels = np.full((64, 64, 3), number * 5, dtype=np.uint8)
-            Image.fromarray(pixels).save(home / split / "images" / f"{number}.png")
-            asked.append(["is there a triangle?", "yes" if shape == "triangle" else "no", number])
-            if number < 44:
-                asked += [["what shape is present?", shape, number], ["what color is the shape?", colour, number]]
-        (home / split / "questions.json").write_text(json.dumps(asked), encoding="utf-8")
-    return home
+
+    def asked(number, colour, shape):
+        known = naming(colour, shape) if number < 44 else []
+        return [["is there a triangle?", "yes" if shape == "triangle" else "no"], *known]
+
+    return write_small(tmp_path_factory.mktemp("easyvqa"), 48, 5, asked)
 
 
 def test_a_turn_packed_with_others_computes_what_it_computes_alone():

@@ -1,7 +1,6 @@
 """Ways to use a model with a shortened prompt: beams, static caches, no cache, further turns, loops by hand, threads."""
 
 import copy
-import threading
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from vlm_zoo import (
     Columns,
     MaskOracle,
     assert_same,
+    assert_threads_apart,
     build,
     column_keeps,
     feature_keeps,
@@ -201,26 +201,8 @@ def test_masks_of_flash_attention(name, monkeypatch):
 
 
 def test_threads():
-    """Two threads with prompts of their own on one patched model: each gets what it gets alone."""
     model = vtok.patch(build("LLaVA-1.5"), [vtok.RandomDrop(keep=0.5), Attended(count=3)])
-    prompts = [inputs("LLaVA-1.5", seed) for seed in range(2)]
-    prompts[1] = {k: v[1:] if k != "pixel_values" else v[2:] for k, v in prompts[1].items()}
-    alone, found = [generate(model, p) for p in prompts], [None, None]
-    counts = [None, None]
-
-    def work(i):
-        for _ in range(3):
-            found[i] = generate(model, prompts[i])
-        counts[i] = vtok.info(model).prompts[0].rows[0].tokens_in
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i in range(2):
-        assert torch.equal(found[i][1], alone[i][1])
-    assert counts == [(32, 16), (16,)]
+    assert_threads_apart(model)
 
 
 def test_caches_of_several_conversations():

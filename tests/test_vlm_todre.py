@@ -1,12 +1,11 @@
 """ToDRE on vision-language models: loops from the paper's equations say what stays, the masked whole prompt what comes out."""
 
 import copy
-import threading
 
 import pytest
 import torch
 from helpers_todre import KEEP, alive_of, diverse, kernel_of, ratios, row_of
-from vlm_zoo import EXAMPLES, MaskOracle, assert_same, build, generate, inputs, visual
+from vlm_zoo import EXAMPLES, MaskOracle, assert_same, assert_threads_apart, build, generate, inputs, visual
 
 import vtok
 from vtok.methods import todre
@@ -176,22 +175,7 @@ def test_half_precision_chooses_like_fp32(name, dtype, monkeypatch):
 
 def test_threads():
     model = vtok.patch(build("LLaVA-1.5"), "todre", keep=KEEP, tau=0.4)
-    prompts = [inputs("LLaVA-1.5", seed) for seed in range(2)]
-    prompts[1] = {k: v[1:] if k != "pixel_values" else v[2:] for k, v in prompts[1].items()}
-    alone, found, counts = [generate(model, p) for p in prompts], [None, None], [None, None]
-
-    def work(i):
-        for _ in range(3):
-            found[i] = generate(model, prompts[i])
-        counts[i] = vtok.info(model).prompts[0].rows[0].tokens_in
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(found[i][1], alone[i][1]) for i in range(2))
-    assert counts == [(32, 16), (16,)]
+    assert_threads_apart(model)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -177,6 +178,26 @@ def assert_same(found: tuple[Tensor, Tensor, Any], expected: tuple[Tensor, Tenso
     assert difference <= TOLERANCE * max(1.0, expected[1].abs().max().item()), difference
     assert torch.equal(found[0], expected[0])
     return difference
+
+
+def assert_threads_apart(model: Any) -> None:
+    """Two threads with prompts of their own on one patched LLaVA-1.5: each gets, and is told, what it gets alone."""
+    prompts = [inputs("LLaVA-1.5", seed) for seed in range(2)]
+    prompts[1] = {k: v[1:] if k != "pixel_values" else v[2:] for k, v in prompts[1].items()}
+    alone, found, counts = [generate(model, p) for p in prompts], {}, {}
+
+    def work(i: int) -> None:
+        for _ in range(3):
+            found[i] = generate(model, prompts[i])
+        counts[i] = vtok.info(model).prompts[0].rows[0].tokens_in
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[i][1], alone[i][1]) for i in range(2))
+    assert counts == {0: (32, 16), 1: (16,)}
 
 
 def feature_keeps(model: Any, values: dict[str, Tensor], keep: float, method: str = "uniform") -> Tensor:

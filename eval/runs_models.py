@@ -14,14 +14,15 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import nn
 
-from vtok.errors import ConfigError, unknown
+import vtok
+from vtok.errors import ConfigError, VtokError, unknown
 from vtok.eval.clip_models import DualEncoder, load_clip
 from vtok.eval.pacing import named_kernels
 from vtok.eval.processes import current
 from vtok.eval.runs_schema import REFERENCE
 from vtok.eval.settings import Setting, placed
 from vtok.eval.tasks import TASKS
-from vtok.eval.vlm_models import VisionLanguageModel, load_vlm
+from vtok.eval.vlm_models import REFERENCE_NEXT, VisionLanguageModel, load_vlm
 from vtok.patches import find_vlms
 
 TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -131,16 +132,30 @@ def fitted(setting: Setting, model: Any, calibration: Any, prompt: Mapping[str, 
     net = network(model)
     if net is None or setting.method is None:
         return setting
-    extra: dict[str, Any] = {}
-    if find_vlms(net):
+    budget, extra = "flops" in setting.params, {}
+    if not find_vlms(net):
+        extra = {"calibration": calibration} if budget and calibration is not None else {}
+    elif budget:
+        extra = _prompt_or_calibration(setting, net, calibration, prompt)
+    elif calibration is not None:
         methods = setting.method if isinstance(setting.method, list) else [setting.method]
-        if calibration is not None and any(getattr(config, "calibrates", False) for config in methods):
-            extra["calibration"] = calibration
-        if prompt is not None and "flops" in setting.params:
-            extra["prompt"] = dict(prompt)
-    elif calibration is not None and "flops" in setting.params:
-        extra["calibration"] = calibration
+        extra = {"calibration": calibration} if any(getattr(config, "calibrates", False) for config in methods) else {}
     return Setting(setting.method, {**setting.params, **extra})
+
+
+def _prompt_or_calibration(
+    setting: Setting, net: nn.Module, calibration: Any, prompt: Mapping[str, int] | None
+) -> dict[str, Any]:
+    """What a budget is solved for: a prompt where that is exact, calibration inputs where counts depend on image or text."""
+    stated: dict[str, Any] = {} if prompt is None else {"prompt": dict(prompt)}
+    if calibration is None:
+        return stated
+    params = {name: value for name, value in setting.params.items() if name != "flops"}
+    try:
+        exact = vtok.plan(net, setting.method or "", **params, **stated).estimate.exact
+    except VtokError:  # said when the model is patched
+        return stated
+    return stated if exact else {"calibration": calibration}
 
 
 def calibration_for(task: str, config: Any, model: Any, options: Any) -> Any:
@@ -165,13 +180,25 @@ def calibration_for(task: str, config: Any, model: Any, options: Any) -> Any:
 
 
 def _prompts(model: VisionLanguageModel, named: str | None) -> Any:
-    from vtok.eval.tasks.vqa_data import open_vqa
-    from vtok.eval.vqa_demo import calibration_pages
+    """Inputs of some questions, one a batch where they come from a run's own data."""
+    if named is not None:
+        from vtok.eval.tasks.vqa_data import open_vqa
 
-    if named is None:
-        return [calibration_pages(model)] if model.name == "reference-llava-next" else None
-    data = open_vqa(named).take(CALIBRATION_PROMPTS)
-    return [model.inputs([data.read(q.image)], [q.text + data.prompt]) for q in data.questions]
+        data = open_vqa(named).take(CALIBRATION_PROMPTS)
+        return [model.inputs([data.read(q.image)], [q.text + data.prompt]) for q in data.questions]
+    if model.name == REFERENCE_NEXT:
+        from vtok.eval.vqa_demo import calibration_pages
+
+        return [calibration_pages(model)]
+    from PIL import Image
+
+    from vtok.eval.reference_vlm import load_reference_questions
+
+    asked = load_reference_questions("calibration")
+    rows = [i * len(asked.texts) // CALIBRATION_PROMPTS for i in range(CALIBRATION_PROMPTS)]
+    pixels = asked.pictures.permute(0, 2, 3, 1).numpy()
+    pictures = [Image.fromarray(pixels[int(asked.rows[row])]) for row in rows]
+    return [model.inputs(pictures, [asked.texts[row] for row in rows])]
 
 
 def prompt_of(record: Mapping[str, Any], net: nn.Module | None) -> dict[str, int] | None:

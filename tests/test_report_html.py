@@ -260,6 +260,15 @@ def test_the_same_record_twice_counts_once(tmp_path, records):
     assert len(found.records) == 4 and "different results of one setting" in found.problems[0]
 
 
+def test_what_a_run_keeps_of_its_tasks_is_shown_once(tmp_path, records):
+    inner = [one | {"setting": one["method"], "key": f"task-{one['key']}"} for one in records]
+    lines(tmp_path / "results.jsonl", [one | {"setting": one["method"], "config": {"task": "vqa"}} for one in records[:3]])
+    lines(tmp_path / "vqa" / "net" / "results.jsonl", inner)
+    found = read([tmp_path])
+    assert [one["key"] for one in found.records] == ["unpatched-1.0", "tome-0.6", "random-0.6", "task-ats-0.6"]
+    assert len(read([tmp_path / "vqa"]).records) == 4
+
+
 def test_nothing_to_show_is_an_error(tmp_path, records):
     with pytest.raises(ConfigError, match="does not exist"):
         write_report([tmp_path / "nothing"])

@@ -89,6 +89,22 @@ def test_classes_of_bundled_images(reference):
         assert cell.sort == pytest.approx(100 * (hits - base)[labels == i].mean())
 
 
+def test_samples_of_runs_are_spaced_over_the_bundled_images(reference):
+    held = [one | {"dataset": "fashion-mnist"} for one in reference]
+    (section,) = sections.sections(held)
+    assert groups.images_of(section)[:3] == [0, 166, 333] and len(groups.images_of(section)) == N
+    labels = load_reference_images("test")[1][groups.images_of(section)].numpy()
+    (table,) = groups.group_tables(section)
+    assert [int(n) for _, n, _ in table.groups] == np.bincount(labels, minlength=10).tolist()
+    found = gallery.gallery(section, None, 2, ())
+    assert [item.title.split(":")[0] for item in found.items] == ["Image 0", "Image 5000"]
+    assert [item.tiles[0].verdict for item in found.items] == ["wrong", "right"]  # samples 0 and 30
+    named = gallery.gallery(section, None, 1, ("7",))
+    assert [tile.verdict for tile in named.items[0].tiles] == [""] * 3  # no sample of the record
+    skipped = [one | {"num_skipped": 1} for one in held]
+    assert groups.images_of(sections.sections(skipped)[0]) is None
+
+
 def test_groups_of_records_are_cut_to_those_that_change(reference):
     parts = {
         f"g{i}": {"n": 5, "top1": 50.0, "top1_difference": -float(i), "top1_difference_ci": [-i - 1, -i + 1]} for i in range(20)

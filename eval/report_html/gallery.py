@@ -15,7 +15,7 @@ import torch
 from vtok.config import MethodConfig
 from vtok.errors import ConfigError
 from vtok.eval.models import REFERENCE, REFERENCE_CLIP, load_model
-from vtok.eval.report_html.groups import labels_of
+from vtok.eval.report_html.groups import images_of, labels_of
 from vtok.eval.report_html.questions import Questions
 from vtok.eval.report_html.repeat import methods_of, model_name
 from vtok.eval.report_html.rows import Row
@@ -98,8 +98,8 @@ def gallery(section: Section, asked: Questions | None, count: int, images: Seque
         chosen = [str(one.doc_id) for one in asked.shown[:count]]
         found.choice = "questions on which most settings disagree with the unpatched model"
     else:
-        total = _count(section)
-        chosen = [str(i * total // count) for i in range(min(count, total))]
+        known = images_of(section) or range(_count(section))
+        chosen = [str(known[i * len(known) // count]) for i in range(min(count, len(known)))]
         found.choice = "evenly spaced over the data"
     settings = _settings(section, found.problems)
     for image in chosen:
@@ -192,11 +192,11 @@ def _item(
             continue
         if shown is None:
             title, shown = _title(name, section, image, maps), maps
-        tiles.append(_tile(row, maps, _verdict(name, row, image, maps)))
+        tiles.append(_tile(row, maps, _verdict(name, section, row, image, maps)))
     if shown is None:
         raise ConfigError("no setting could be drawn")
     base = section.base
-    verdict = _verdict(name, base, image, shown) if base is not None and name not in _VLMS else ""
+    verdict = _verdict(name, section, base, image, shown) if base is not None and name not in _VLMS else ""
     first = Tile(_uri(shown), "unpatched" if verdict else "image", f"{shown.patches} tokens", verdict, f"{title}, untouched")
     return Item(title, [first, *tiles])
 
@@ -232,16 +232,18 @@ def _asked(name: str, number: int) -> Any:
     return open_vqa(QUESTIONS[name]).questions[number]
 
 
-def _verdict(name: str, row: Row, image: str, maps: TokenMaps) -> str:
+def _verdict(name: str, section: Section, row: Row, image: str, maps: TokenMaps) -> str:
+    """ "right" or "wrong"; "" where it is not known which sample of the record an image is."""
     if not image.isdigit():
         return ""
     if name in _VLMS:
         from vtok.eval.tasks.vqa_metrics import exact_match
 
         return "right" if exact_match(maps.answer or "", _asked(name, int(image)).target) else "wrong"
-    if row.correct is None or int(image) >= len(row.correct):
+    known = images_of(section) or []
+    if row.correct is None or int(image) not in known or len(row.correct) != len(known):
         return ""
-    return "right" if row.correct[int(image)] else "wrong"
+    return "right" if row.correct[known.index(int(image))] else "wrong"
 
 
 def _tile(row: Row, maps: TokenMaps, verdict: str) -> Tile:

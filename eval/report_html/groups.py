@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -67,14 +68,11 @@ def _of_records(section: Section, grouping: str) -> GroupTable | None:
 
 def _of_labels(section: Section) -> GroupTable | None:
     """From what was right image by image, where the labels come with vtok."""
-    load = _LABELS.get(text(section.first.get("dataset")))
-    base = section.base
-    if load is None or base is None or base.correct is None:
+    base, shown = section.base, images_of(section)
+    if shown is None or base is None or base.correct is None:
         return None
-    labels, classes = load()
-    if len(base.correct) > len(labels):
-        return None
-    labels = labels[: len(base.correct)]
+    labels, classes = _fashion()
+    labels = labels[shown]
     told: dict[str, tuple[str, str]] = {}
     gaps: dict[tuple[int, str], Interval] = {}
     for i, name in enumerate(classes):
@@ -91,6 +89,7 @@ def _of_labels(section: Section) -> GroupTable | None:
     return _table(section, "class", list(classes), told, gaps)
 
 
+@cache
 def _fashion() -> tuple[np.ndarray, Sequence[str]]:
     from vtok.eval.data import FASHION_CLASSES
     from vtok.eval.reference import load_reference_images
@@ -98,16 +97,32 @@ def _fashion() -> tuple[np.ndarray, Sequence[str]]:
     return load_reference_images("test")[1].numpy(), FASHION_CLASSES
 
 
-# data set, in the order of its bundled test images -> (class of every image, names)
-_LABELS: dict[str, Callable[[], tuple[np.ndarray, Sequence[str]]]] = {"fashion-mnist/test": _fashion}
+def _first(count: int, total: int) -> list[int]:
+    return list(range(count))
+
+
+def _spaced(count: int, total: int) -> list[int]:
+    return [i * total // count for i in range(count)]
+
+
+# name of bundled images in records -> which of them `count` samples are: of the demo, of `vtok eval imagenet` and of runs
+_CHOICES: dict[str, Callable[[int, int], list[int]]] = {"fashion-mnist/test": _first, "fashion-mnist": _spaced}
+
+
+def images_of(section: Section) -> list[int] | None:
+    """Numbers of the bundled images that the samples of a section are, in their order; `None` for other data."""
+    choose, n = _CHOICES.get(text(section.first.get("dataset"))), section.first.get("n")
+    if choose is None or isinstance(n, bool) or not isinstance(n, int) or n < 1 or section.first.get("num_skipped"):
+        return None
+    total = len(_fashion()[0])
+    return choose(n, total) if n <= total else None
 
 
 def labels_of(section: Section, image: int) -> str:
     """Class of a bundled image, "" if it is not known."""
-    load = _LABELS.get(text(section.first.get("dataset")))
-    if load is None:
+    if text(section.first.get("dataset")) not in _CHOICES:
         return ""
-    labels, classes = load()
+    labels, classes = _fashion()
     return str(classes[int(labels[image])]) if image < len(labels) else ""
 
 

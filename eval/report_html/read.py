@@ -57,7 +57,7 @@ def read(paths: Sequence[str | Path]) -> Results:
             )
         for file in files:
             _read(file, found, by_key, asked=not path.is_dir())
-    found.records += by_key.values()
+    found.records = _without_copies([*found.records, *by_key.values()])
     if not found.records:
         told = "; ".join(found.problems[:3])
         raise ConfigError(
@@ -65,6 +65,23 @@ def read(paths: Sequence[str | Path]) -> Results:
             f"eval or bench{f' ({told})' if told else ''}"
         )
     return found
+
+
+def _without_copies(records: list[Record]) -> list[Record]:
+    """Runs keep the records of their tasks in folders of their own, under other keys: copies of what a run has itself."""
+    runs = {_same(record): Path(record["path"]).parent for record in records if mapping(record.get("config"))}
+
+    def copied(record: Record) -> bool:
+        home = runs.get(_same(record))
+        return home is not None and not mapping(record.get("config")) and home in Path(record["path"]).parents
+
+    return [record for record in records if not copied(record)]
+
+
+def _same(record: Record) -> str:
+    """Equal for a record of a run and that of its task."""
+    title = record.get("title") or record.get("setting")
+    return json.dumps([record.get(name) for name in ("model", "dataset", "n", "correct")] + [title], default=str)
 
 
 def _read(path: Path, found: Results, by_key: dict[str, Record], asked: bool) -> None:

@@ -1,5 +1,6 @@
 """The standard sets of questions end to end: tiny data in the public formats, the bundled LLaVA, records, samples, files."""
 
+import io
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ pytest.importorskip("transformers")
 
 from helpers_tasks import SUFFIX, WRITERS, asked, written, yes_no
 from helpers_vqa import words
+from rich.console import Console
 from typer.testing import CliRunner
 
 from vtok.eval.records import Records
@@ -17,6 +19,7 @@ from vtok.eval.tasks import QUESTION_TASKS, TASKS
 from vtok.eval.tasks.vqa_files import read_results
 from vtok.eval.tasks.vqa_task import Sources, VQAOptions
 from vtok.eval.vlm_models import REFERENCE_LLAVA, load_vlm
+from vtok.eval.vqa_command import print_records
 
 SETTINGS = [None, ("random", {"keep": 1 / 256})]
 METRICS = {
@@ -200,6 +203,37 @@ def test_answers_of_another_program(llava, tmp_path):
     options = VQAOptions(max_new_tokens=2, device="cpu", results=str(tmp_path / "theirs.json"))
     theirs = TASKS.get("gqa")(llava, str(folder), [None], options)[-1]
     assert theirs["metrics"]["exact_match"] == 1 and theirs["title"] == "theirs" and theirs["primary"] == "exact_match"
+
+
+def unlabelled(task, folder):
+    """The data of a task as a test split, without answers."""
+    written(task, folder)
+    if task == "vqav2":
+        (questions,) = folder.glob("*questions.json")
+        questions.rename(folder / "v2_OpenEnded_mscoco_test-dev2015_questions.json")
+        next(folder.glob("*annotations.json")).unlink()
+        return Sources(str(folder))
+    (path,) = [p for p in folder.glob("*val*.json") if "OCR" not in p.name]
+    content = json.loads(path.read_text())
+    for entry in content["data"]:
+        del entry["answers"]
+    path.with_name(path.name.replace("val", "test")).write_text(json.dumps(content))
+    path.unlink()
+    return Sources(str(folder), split="test")
+
+
+@pytest.mark.parametrize("task", ["docvqa", "textvqa", "vqav2"])
+def test_questions_whose_answers_are_secret(task, llava, tmp_path):
+    declared, sources = QUESTION_TASKS.get(task), unlabelled(task, tmp_path / "data")
+    assert all(q.answers == () and q.target == "" for q in declared.open(sources).questions)
+    options = VQAOptions(split=sources.split, prompt="", max_new_tokens=2, device="cpu", output=str(tmp_path / "out"))
+    base, patched = declared.evaluate(llava, sources.data, SETTINGS, options)
+    assert base["metrics"][declared.primary] is None and base["split"].startswith("test")
+    assert patched["metrics"][f"{declared.primary}_difference"] is None and 0 <= patched["metrics"]["loyalty"] <= 1
+    answers = json.loads((tmp_path / "out" / "answers_0-unpatched.json").read_text())
+    assert len(answers) == len(asked()) and {a["answer"] for a in answers} > {"yes", "no"}
+    print_records([base, patched], Console(file=(shown := io.StringIO()), width=160))
+    assert "unpatched" in shown.getvalue()
 
 
 def test_a_part_of_mme_is_whole_images(tmp_path):

@@ -70,7 +70,7 @@ def _only(folder: Path, name: str) -> Path:
     return found[0]
 
 
-def _from_row(row: Any, place: str, image: Any) -> Question:
+def _from_row(row: Any, place: str, image: Any, split: str) -> Question:
     kind, text, answer = fields(row, ("type", "question", "answer"), place, _HUB_FORM)
     part = PARTS[0] if str(kind).startswith("human") else PARTS[1]
     number = place.rpartition(" ")[2]

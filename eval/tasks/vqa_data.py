@@ -29,7 +29,8 @@ class Question(NamedTuple):
     Attributes:
         doc_id: number or name of the question.
         text: of the question, as it was asked.
-        answers: of everybody who was asked; the most frequent one is the target.
+        answers: of everybody who was asked, the most frequent one is the target; empty where the evaluation server alone knows
+            them.
         image: key of the image; `None` = a question without one.
         groups: what it is counted under besides, e.g. {"kind": "yes/no"}.
         facts: what else its score depends on, e.g. {"choices": 4}.
@@ -44,7 +45,7 @@ class Question(NamedTuple):
 
     @property
     def target(self) -> str:
-        return majority(self.answers)
+        return majority(self.answers) if self.answers else ""
 
 
 @dataclass(frozen=True)

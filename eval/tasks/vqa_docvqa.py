@@ -1,7 +1,9 @@
 """DocVQA (Mathew et al., WACV 2021): questions about scanned pages; quoted on validation, or on the server's test set.
 
 Files: `val_v1.0.json` (or `val_v1.0_withQT.json`), `{"data": [{"questionId", "question", "image", "answers"}]}`, and the pages.
-The score is ANLS: 1 - edit distance / length of the longer text, the best over the answers, and 0 below 0.5.
+The answers to `--split test` (`test_v1.0.json`) are the server's: nothing is scored but loyalty, and the list of answers is
+there to be handed in. The score is ANLS: 1 - edit distance / length of the longer text, the best over the answers, and 0
+below 0.5.
 
 | score | length of a text | exactly 0.5 |
 |---|---|---|
@@ -58,11 +60,11 @@ def anls_definition(prediction: str, answers: Sequence[str]) -> float:
     return 1 - nearest if nearest < THRESHOLD else 0.0
 
 
-def _question(entry: Any, place: str, image: Any) -> Question:
-    number, text, answers = fields(entry, ("questionId", "question", "answers"), place, _FORM)
+def _question(entry: Any, place: str, image: Any, split: str) -> Question:
+    number, text = fields(entry, ("questionId", "question"), place, _FORM)
     types = entry.get("question_types") or ()
     groups = {"type": str(types[0])} if types else {}
-    return Question(number, str(text), answer_list(answers, place), image, groups)
+    return Question(number, str(text), answer_list(entry, place, _FORM, split), image, groups)
 
 
 def _read(sources: Sources) -> VQAData:
@@ -72,7 +74,7 @@ def _read(sources: Sources) -> VQAData:
     for i, entry in enumerate(entries(load_json(path, _FORM), "data", path, _FORM)):
         number, image = fields(entry, ("questionId", "image"), f"{path}: entry {i}", _FORM)
         place = f"{path}: question {number}"
-        found.append(_question(entry, place, str(pictures.find(str(image), place))))
+        found.append(_question(entry, place, str(pictures.find(str(image), place)), split))
     return checked("docvqa", found, path, pictures.read, SHORT, split)
 
 

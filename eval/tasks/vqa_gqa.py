@@ -76,7 +76,7 @@ TASK = QuestionTask(
         "lmms-lab-encoder/GQA",
         "testdev_balanced_instructions",
         "testdev",
-        lambda row, place, image: _question(row.get("id", place), row, place, image),
+        lambda row, place, image, split: _question(row.get("id", place), row, place, image),
         SHORT,
         images="testdev_balanced_images",
         image_id="imageId",

@@ -36,7 +36,7 @@ class Hub(NamedTuple):
         path: of the data set on the hub.
         config: its configuration, `None` = the only one.
         split: that is asked.
-        question: (row without its image, place for messages, key of its image or `None` without one) -> question.
+        question: (row without its image, place for messages, key of its image or `None` without one, split) -> question.
         prompt: text behind every question.
         images: configuration that holds the images apart, "" = they stand in the rows.
         image_id: column that names a row's image there, whose rows have an `id`.
@@ -48,7 +48,7 @@ class Hub(NamedTuple):
     path: str
     config: str | None
     split: str
-    question: Callable[[Any, str, Any], Question]
+    question: Callable[[Any, str, Any, str], Question]
     prompt: str
     images: str = ""
     image_id: str = ""
@@ -99,7 +99,7 @@ def read(name: str, hub: Hub, sources: Sources) -> VQAData:
                 raise ConfigError(f"{place}: no image has the id {row.get(hub.image_id)!r} in {hub.images}")
         elif hub.same_image and row.get(hub.same_image) is not None:
             image = shared.setdefault(row[hub.same_image], i)
-        found.append(hub.question({**row, "ocr": bool(sources.ocr)}, place, image))
+        found.append(hub.question({**row, "ocr": bool(sources.ocr)}, place, image, split))
     data = checked(name, found, Path(sources.data), lambda key: pictures[int(key)]["image"].convert("RGB"), hub.prompt, split)
     return data if hub.check is None else hub.check(data, sources.data)
 

@@ -119,7 +119,7 @@ def _pair(path: Path, category: str, image: Path) -> list[Question]:
     ]
 
 
-def _from_row(row: Any, place: str, image: Any) -> Question:
+def _from_row(row: Any, place: str, image: Any, split: str) -> Question:
     number, category, text, answer = fields(row, ("question_id", "category", "question", "answer"), place, _HUB_FORM)
     if category not in CATEGORIES:
         raise ConfigError(f"{place}: {category!r} is none of MME's categories: {', '.join(CATEGORIES)}")

@@ -163,7 +163,7 @@ def _write(folder: Path, name: str, questions: Sequence[Question], answers: Sequ
         (folder / f"{name}{ending}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _from_row(row: Any, place: str, image: Any) -> Question:
+def _from_row(row: Any, place: str, image: Any, split: str) -> Question:
     number, text, label = fields(row, ("question_id", "question", "answer"), place, _HUB_FORM)
     variant = str(row.get("category") or "")
     key = f"{variant}/{number}" if variant else number

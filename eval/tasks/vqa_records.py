@@ -44,8 +44,8 @@ class Scored:
         images = [f"{i}/" if q.image is None else str(q.image) for i, q in enumerate(data.questions)]
         self.cluster = np.unique(images, return_inverse=True)[1]
         self.scores = {
-            name: np.array([score(said, q) for said, q in zip(predictions, data.questions)], float)
-            for name, score in task.scores.items()
+            name: np.array([task.score_one(name, said, q) for said, q in zip(predictions, data.questions)])
+            for name in task.scores
         }
         self.parts = {name: total.parts(predictions, data.questions) for name, total in task.totals.items()}
 

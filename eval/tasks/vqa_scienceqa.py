@@ -98,7 +98,7 @@ def _with_images(data: VQAData, place: str) -> VQAData:
     return VQAData("scienceqa_img", found, data.read, data.prompt, split=data.split)
 
 
-def _from_row(row: Any, place: str, image: Any) -> Question:
+def _from_row(row: Any, place: str, image: Any, split: str) -> Question:
     return _question(place.rpartition(" ")[2], row, place, image)
 
 

@@ -32,7 +32,8 @@ class VQAOptions:
         annotations: file with VQAv2's annotations; "" = find it.
         images: folder of the images; "" = the folder of the data.
         ocr: file with TextVQA's OCR tokens, which are then put into the prompt; "" = no tokens in the prompt.
-        split: part of the data; "" = the one that the task is quoted on.
+        split: part of the data; "" = the one that the task is quoted on. Of test splits whose answers are kept secret (vqav2,
+            textvqa, docvqa) the files for the evaluation server are written, and loyalty is measured.
         results: file with answers of another program, `[{"question_id", "answer"}]`, scored as one more record.
         prompt: text behind every question; `None` = what the task brings (VQAv2: "Answer the question using a single word or
             phrase." on a line of its own; easy-VQA: nothing).
@@ -145,8 +146,12 @@ class QuestionTask:
 
     def score_all(self, answer: str, question: Question) -> dict[str, float | None]:
         """Every score of one answer; `None` where it does not count."""
-        found = {name: float(score(answer, question)) for name, score in self.scores.items()}
+        found = {name: self.score_one(name, answer, question) for name in self.scores}
         return {name: value if value == value else None for name, value in found.items()}
+
+    def score_one(self, name: str, answer: str, question: Question) -> float:
+        """One score; not a number where it does not count, as nothing does for questions whose answers are not published."""
+        return float(self.scores[name](answer, question)) if question.answers else float("nan")
 
     def evaluate(
         self,

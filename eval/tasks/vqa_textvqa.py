@@ -35,9 +35,9 @@ def prompt_text(question: str, tokens: Sequence[str] | None) -> str:
     return question.capitalize() + reference
 
 
-def _question(entry: Any, place: str, image: Any, tokens: Sequence[str] | None) -> Question:
-    number, text, answers = fields(entry, ("question_id", "question", "answers"), place, _FORM)
-    return Question(number, prompt_text(str(text), tokens), answer_list(answers, place), image, {})
+def _question(entry: Any, place: str, image: Any, split: str, tokens: Sequence[str] | None) -> Question:
+    number, text = fields(entry, ("question_id", "question"), place, _FORM)
+    return Question(number, prompt_text(str(text), tokens), answer_list(entry, place, _FORM, split), image, {})
 
 
 def _read(sources: Sources) -> VQAData:
@@ -51,7 +51,7 @@ def _read(sources: Sources) -> VQAData:
         if known is not None and image not in known:
             raise ConfigError(f"{place}: {sources.ocr} has no tokens of image {image}; do both files belong to the same split?")
         tokens = None if known is None else known[image]
-        found.append(_question(entry, place, str(pictures.find(f"{image}.jpg", place)), tokens))
+        found.append(_question(entry, place, str(pictures.find(f"{image}.jpg", place)), split, tokens))
     name = "textvqa" if known is None else "textvqa with OCR tokens"
     return checked(name, found, path, pictures.read, SHORT, split)
 
@@ -65,11 +65,11 @@ def _ocr_tokens(path: Path) -> dict[Any, list[str]]:
     return found
 
 
-def _from_row(row: Any, place: str, image: Any) -> Question:
+def _from_row(row: Any, place: str, image: Any, split: str) -> Question:
     tokens = None
     if row["ocr"]:
         (tokens,) = fields(row, ("ocr_tokens",), place, '{"ocr_tokens"} beside the question')
-    return _question(row, place, image, tokens)
+    return _question(row, place, image, split, tokens)
 
 
 TASK = QuestionTask(

@@ -4,6 +4,8 @@ Files: questions `{"questions": [{"question_id", "image_id", "question"}]}`, ann
 "answers", "answer_type"}]}`, COCO's images, found by the number at the end of their names. `answers_*.json` are lists that
 the evaluation server takes. `soft_accuracy` has lmms-eval's normalisation, `_official` that of vqaEval.py, `_vlmeval`
 VLMEvalKit's with its corrected pattern for periods; see `vqa_metrics`.
+
+Test questions need no annotations: nothing is scored but loyalty, and the lists are there to be handed in.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from vtok.eval.tasks.vqa_data import Question, VQAData
 from vtok.eval.tasks.vqa_files import find_vqav2, write_answers
 from vtok.eval.tasks.vqa_hub import Hub
 from vtok.eval.tasks.vqa_metrics import soft_accuracy
-from vtok.eval.tasks.vqa_reading import SHORT, fields
+from vtok.eval.tasks.vqa_reading import SHORT, fields, secret
 from vtok.eval.tasks.vqa_task import QuestionTask, Sources
 
 _SPLIT = re.compile(r"(train|val|test)(-dev)?\d{4}")
@@ -32,10 +34,11 @@ def _read(sources: Sources) -> VQAData:
     return replace(data, name="vqav2", split=split.group() if split else "")
 
 
-def _from_row(row: Any, place: str, image: Any) -> Question:
-    number, text, answers = fields(row, ("question_id", "question", "answers"), place, _FORM)
+def _from_row(row: Any, place: str, image: Any, split: str) -> Question:
+    number, text = fields(row, ("question_id", "question"), place, _FORM)
+    answers = row.get("answers") or ()
     said = tuple(str(answer.get("answer")) for answer in answers if isinstance(answer, dict))
-    if not said:
+    if not said and not secret(split):
         raise ConfigError(f"{place}: question {number} has no answers; expected {_FORM}")
     return Question(number, str(text), said, image, {"kind": str(row.get("answer_type") or "")})
 

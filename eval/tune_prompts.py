@@ -1,4 +1,4 @@
-"""Tuning of methods on the prompts of vision-language models: what a search compares is the first token of the answer.
+"""Tuning of methods on vision-language models, on prompts or in the tower: by the first token of the answer.
 
 Costs are those of tower, connector and prefill, measured on calibration prompts: what a method drops inside the language model
 depends on the words and the image.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import vtok
 from vtok.budget import solve_prompt, within
-from vtok.config import MethodConfig
+from vtok.config import MethodConfig, ModelInfo
 from vtok.errors import UnsupportedModelError
 from vtok.eval.records import key_of
 from vtok.eval.settings import Setting, backend, twin
@@ -27,10 +27,12 @@ from vtok.eval.tune_score import class_values
 from vtok.eval.tune_subjects import Priced
 from vtok.eval.vlm_models import VisionLanguageModel
 from vtok.patches import find_vlms
+from vtok.patches.hf_vlm import VLM
 from vtok.prompt_cost import Prompt, PromptEstimate
 from vtok.prompt_plan import planned
 from vtok.space import Point, Space
 from vtok.vlm import POSITIONS, resolve
+from vtok.vlm_towers import in_tower, ladder
 
 PRICED = 16  # calibration prompts that say what a setting costs
 
@@ -44,35 +46,41 @@ class Prompts:
         calibration: prompts, the first `PRICED` of which say what a setting costs.
 
     Raises:
-        UnsupportedModelError: vtok does not know the model, or the method does not act on prompts.
+        UnsupportedModelError: vtok does not know the model, or the method acts neither on its prompts nor in its tower.
     """
 
     objective = "kl"
 
     def __init__(self, model: VisionLanguageModel, config: MethodConfig, calibration: Samples):
-        if not config.for_vlms():
-            raise UnsupportedModelError(
-                f"{config.name} acts inside vision encoders; {model.name} is tuned for methods that act on its prompts"
-            )
         self.patched: Any = twin(model.net)
         found = find_vlms(self.patched)
         if len(found) != 1:
             raise UnsupportedModelError(f"{model.name} is not one vision-language model that vtok knows, but {len(found)}")
         self.info, self.name, self.config = found[0].info, model.name, config
+        ladder(found[0], config)  # refuses a method that the model or its tower cannot have
         self.backend = backend(model.net)
         self.identity = {"model": model.name, "weights": fingerprint(model.net), "prompts": True}
         self._calibration, self._prices = calibration, dict[str, PromptEstimate]()
 
     def space(self) -> Space:
-        return self.config.search_space_vlm(self.info)
+        inside = self._inside()
+        return self.config.search_space_vlm(self.info) if inside is None else self.config.search_space(inside)
 
     def default(self, flops: float) -> Priced:
-        config, budget = solve_prompt(self.config, flops, self.info, self._price, "for the calibration prompts")
+        steps = ladder(self._vlm(), self.config)
+        config, budget = solve_prompt(self.config, flops, steps, self.info.name, self._price, "the calibration prompts")
         return config, budget.reached
 
     def at(self, point: Point, limit: float) -> Priced:
-        config, cost = within(self.config.ladder_at_vlm(self.info, point), limit, self._price)
+        inside = self._inside()
+        steps = self.config.ladder_at_vlm(self.info, point) if inside is None else self.config.ladder_at(inside, point)
+        config, cost = within(steps, limit, self._price)
         return config, cost.fraction
+
+    def _inside(self) -> ModelInfo | None:
+        """Of the vision tower, if that is where the method acts."""
+        tower = self._vlm().tower
+        return tower.info if in_tower(self.config) and tower is not None else None
 
     def _price(self, config: MethodConfig) -> PromptEstimate:
         key = json.dumps(config.to_dict())
@@ -90,8 +98,11 @@ class Prompts:
 
     def _planned(self, config: MethodConfig) -> PromptEstimate:
         """What a no-op costs, which leaves nothing to measure."""
-        (vlm,) = find_vlms(self.patched)
+        vlm = self._vlm()
         return planned(self.patched, vlm, resolve(vlm, (config,), POSITIONS[0]), Prompt())
+
+    def _vlm(self) -> VLM:
+        return find_vlms(self.patched)[0]
 
     def outputs(self, model: nn.Module, inputs: Any) -> Tensor:
         """[b, V]: scores of the first token of the answers."""

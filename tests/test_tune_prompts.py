@@ -87,10 +87,19 @@ def test_the_space_leaves_what_is_given(llava, cheap):
             config = subject.config.ladder_at_vlm(subject.info, draw(space, random.Random(seed)))[500]
             assert config.keep == 0.5 and all(config.to_dict()[name] == value for name, value in params.items())
             config.build_vlm(subject.info)
-    with pytest.raises(vtok.UnsupportedModelError, match="tome acts inside vision encoders"):
-        tune_prompts.Prompts(llava, METHODS.get("tome")(), calibration)
+    assert set(tune_prompts.Prompts(llava, METHODS.get("pitome")(), calibration).space()) == {"weights"}
     with pytest.raises(vtok.ConfigError, match="random has no schedule on vision-language models"):
         tune_prompts.Prompts(llava, METHODS.get("random")(), calibration).space()
+
+
+def test_methods_in_the_tower_are_tuned_on_questions_too(llava, cheap):
+    calibration, _ = tune_prompts.prompt_samples(llava, calibration_questions(), easy_vqa(), 4, 4, 0)
+    subject = tune_prompts.Prompts(llava, METHODS.get("pitome")(), calibration)
+    default, limit = subject.default(0.7)
+    found = candidate(subject, 1, 0, limit, [default])
+    assert found is not None
+    _, (config, fraction) = found
+    assert limit - 0.005 <= fraction <= limit and len(config.ratio.values) == llava.net.config.vision_config.num_hidden_layers
 
 
 def test_questions_end_to_end(tmp_path, cheap):

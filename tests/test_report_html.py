@@ -115,6 +115,7 @@ def test_what_is_significant_comes_first(tmp_path, records):
     assert title == "net on pictures"
     assert "1 of 2 settings beat random" in words and "tome at 60" in words
     assert "1 fall below it (ats" in words and "1 slower than unpatched (ats" in words
+    assert "Not apart from unpatched (the 95 % interval holds zero, 400 samples): tome" in shown.text
     assert shown.text.index("What is significant") < shown.text.index(words[:60]) < shown.text.index("All settings")
     gap = sections.sections(records)[0].rivals
     assert all(rival.paired for rival in gap.values()) and len(gap) == 2

@@ -170,6 +170,9 @@ def test_mme_adds_categories_up():
     full = better.metrics(scored)
     assert (full["total"], full["perception"], full["cognition"]) == (600, 400, 200) and len(CATEGORIES) == 14
     assert full["total_difference"] == pytest.approx(275) and full["cognition_difference"] == 0
+    # every category is in every resample: nothing varies where everything is right
+    assert (full["total_stderr"], full["total_ci"]) == (0, [600, 600])
+    assert full["total_difference_stderr"] == pytest.approx(found["total_stderr"]) and found["total_stderr"] > 0
     assert full["loyalty"] == pytest.approx(50)  # percent, as everything here; "Yes." and "N" are other texts
     assert json.loads(json.dumps(full, allow_nan=False)) == full
 

@@ -48,6 +48,7 @@ class Scored:
             for name in task.scores
         }
         self.parts = {name: total.parts(predictions, data.questions) for name, total in task.totals.items()}
+        self.strata = {name: total.strata_of(data.questions) for name, total in task.totals.items()}
 
     def metrics(self, base: Scored | None, rows: np.ndarray | None = None) -> dict[str, Any]:
         """Shares in [0, 1], or percent where the task has it so, of all questions or of some.
@@ -74,7 +75,7 @@ class Scored:
                 )
         for name, total in self.task.totals.items():
             before = None if base is None else base.parts[name][rows]
-            found |= total_fields(name, total, self.parts[name][rows], before, cluster, self.seed)
+            found |= total_fields(name, total, self.parts[name][rows], before, cluster, self.strata[name][rows], self.seed)
         if base is not None:
             found |= _mean("loyalty", scale * loyalty(self.predictions, base.predictions)[rows], cluster)
         return found

@@ -26,10 +26,17 @@ class Total(NamedTuple):
     Attributes:
         parts: (answers, questions), n each -> [n, K] what every question adds.
         combine: [..., K] sums -> [...] the metric; not a number where the questions say nothing about it.
+        strata: grouping whose groups are all in every resample, as many images of each as there are: what is a sum over
+            categories must not lack one by chance. "" = images are drawn from all.
     """
 
     parts: Callable[[Sequence[str], Sequence[Question]], np.ndarray]
     combine: Callable[[np.ndarray], np.ndarray]
+    strata: str = ""
+
+    def strata_of(self, questions: Sequence[Question]) -> np.ndarray:
+        """[n] int: which group each question belongs to."""
+        return np.unique([q.groups.get(self.strata, "") for q in questions], return_inverse=True)[1]
 
 
 def ratio(above: np.ndarray, below: np.ndarray, empty: float = 0.0) -> np.ndarray:
@@ -39,14 +46,24 @@ def ratio(above: np.ndarray, below: np.ndarray, empty: float = 0.0) -> np.ndarra
 
 
 @lru_cache(maxsize=4)
-def _draws(clusters: int, seed: int) -> np.ndarray:
-    """[R, C] how often each image is in each resample."""
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(clusters, np.full(clusters, 1 / clusters), RESAMPLES).astype(np.float32)
+def _draws(strata: tuple[int, ...], seed: int) -> np.ndarray:
+    """[R, C] how often each image is in each resample; `strata` has the group of each."""
+    rng, groups = np.random.default_rng(seed), np.array(strata)
+    found = np.empty((RESAMPLES, len(groups)), np.float32)
+    for group in np.unique(groups):
+        columns = np.flatnonzero(groups == group)
+        found[:, columns] = rng.multinomial(len(columns), np.full(len(columns), 1 / len(columns)), RESAMPLES)
+    return found
 
 
 def total_fields(
-    name: str, total: Total, parts: np.ndarray, base: np.ndarray | None, cluster: np.ndarray, seed: int = 0
+    name: str,
+    total: Total,
+    parts: np.ndarray,
+    base: np.ndarray | None,
+    cluster: np.ndarray,
+    strata: np.ndarray,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """A metric of a record: its value, `_stderr`, `_ci` and, against the unpatched model, `_difference` with both.
 
@@ -58,6 +75,7 @@ def total_fields(
         parts: [n, K] of the setting.
         base: [n, K] of the unpatched model to the same questions, or `None`.
         cluster: [n] int, the image of each question.
+        strata: [n] int, see `Total.strata_of`.
         seed: of the bootstrap.
 
     Returns:
@@ -67,22 +85,23 @@ def total_fields(
     if base is not None:
         before = _number(total.combine(base.sum(0)))
         found[f"{name}_difference"] = None if found[name] is None or before is None else found[name] - before
-    rows = np.unique(cluster, return_inverse=True)[1]
-    own = _resampled(total, parts, rows, seed)
+    first, rows = np.unique(cluster, return_index=True, return_inverse=True)[1:]
+    groups = tuple(strata[first].tolist())  # [C]
+    own = _resampled(total, parts, rows, groups, seed)
     found |= _spread(name, own)
     if base is not None:
-        other = _resampled(total, base, rows, seed)
+        other = _resampled(total, base, rows, groups, seed)
         found |= _spread(f"{name}_difference", None if own is None or other is None else own - other)
     return found
 
 
-def _resampled(total: Total, parts: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray | None:
+def _resampled(total: Total, parts: np.ndarray, rows: np.ndarray, groups: tuple[int, ...], seed: int) -> np.ndarray | None:
     """[R] the metric of every resample."""
-    count = int(rows.max()) + 1
+    count = len(groups)
     if count < 2:
         return None
     sums = np.stack([np.bincount(rows, weights=column, minlength=count) for column in parts.T], axis=1)  # [C, K]
-    return total.combine(_draws(count, seed) @ sums)
+    return total.combine(_draws(groups, seed) @ sums)
 
 
 def _spread(name: str, values: np.ndarray | None) -> dict[str, Any]:

@@ -11,7 +11,8 @@ On several GPUs every process holds the model and answers its share of the quest
 
     accelerate launch --num_processes 8 -m lmms_eval --model vtok_llava_hf --model_args ... --tasks ...
 
-On a CPU add `--device cpu`, and `device_map=cpu` to the arguments of the Qwen models.
+Without a GPU add `--device cpu`, and `device_map=cpu` to the arguments of the Qwen models and, if there are several processes
+(`accelerate launch --cpu --num_processes 2 ...`), to those of LLaVA.
 
 Arguments besides those of lmms-eval's class of the same name, which pass through:
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -189,38 +188,70 @@ def test_a_run_that_cannot_work_stops(at, error, home, harness, monkeypatch):
         harness.run("vtok_llava_hf", arguments(home, "todre,keep=0.1"), limit=5)
 
 
-def test_numbers_are_found_on_the_first_questions(tmp_path, monkeypatch):
-    """`calibration=`: LLaVA-NeXT cuts pages into crops, whose tokens `correlation` chooses among."""
-    data = open_vqa("easy-vqa-pages").take(6)
-    write_model(tmp_path / "model", "reference-llava-next")
-    harness = Harness(write_task(tmp_path / "task", data, 4))
-    own = load_vlm(str(tmp_path / "model"))
-    inputs = [own.inputs([data.read(q.image)], [q.text]) for q in data.questions[:3]]
-    vtok.patch(own.net, "correlation", calibration=[dict(i) for i in inputs])
-    method = "correlation,calibration=3"
-    found, samples = harness.run("vtok_llava_hf", f"pretrained={tmp_path / 'model'},method={method}")
-    for sample, question in zip(samples, data.questions):
-        batch = own.inputs([data.read(question.image)], [question.text])
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """(folder, data): LLaVA-NeXT, which cuts pages into crops, whose tokens `correlation` chooses among."""
+    folder, data = tmp_path_factory.mktemp("next"), open_vqa("easy-vqa-pages").take(6)
+    write_model(folder / "model", "reference-llava-next")
+    write_task(folder / "task", data, 4)
+    return folder, data
+
+
+def calibrated(pages, rows):
+    """(alpha, answers, tokens kept in the last layer): what vtok says with a number found on some of the questions."""
+    folder, data = pages
+    own = load_vlm(str(folder / "model"))
+    inputs = [dict(own.inputs([data.read(q.image)], [q.text])) for q in data.questions]
+    vtok.patch(own.net, "correlation", calibration=[inputs[row] for row in rows])
+    answers, kept = [], []
+    for batch in inputs:
         with torch.inference_mode():
             made = own.net.generate(**batch, max_new_tokens=4, do_sample=False)
-        kept = vtok.info(own.net).prompts[0].rows[-1].tokens_out
-        assert said([sample]) == own.texts(made[:, batch["input_ids"].shape[1] :])
-        assert counts([sample])[0]["kept_tokens"][-1] == kept[0] < counts([sample])[0]["visual_tokens"]
+        answers += own.texts(made[:, batch["input_ids"].shape[1] :])
+        kept.append(vtok.info(own.net).prompts[0].rows[-1].tokens_out[0])
+    return vtok.info(own.net).prompts[0].configs[0].alpha, answers, kept
+
+
+def test_numbers_are_found_on_the_first_questions(pages, tmp_path):
+    harness = Harness(pages[0] / "task")
+    found, samples = harness.run("vtok_llava_hf", arguments(pages[0], "correlation,calibration=3"))
+    _, answers, kept = calibrated(pages, [0, 1, 2])
+    assert said(samples) == answers
+    assert [c["kept_tokens"][-1] for c in counts(samples)] == kept
+    assert all(c["kept_tokens"][-1] < c["visual_tokens"] for c in counts(samples))
     assert found["throughput"]["total_gen_tokens"] == 2 * 6  # the calibration's prompts have no answers
     with pytest.raises(ConfigError, match="calibration=16"):
         harness.run("vtok_llava_hf", f"pretrained={tmp_path / 'nowhere'},method=correlation")
 
 
-def test_the_command_line(home, own, tmp_path):
-    command = [str(Path(sys.executable).parent / "lmms-eval"), "--model", "vtok_llava_hf", "--tasks", TASK, "--batch_size", "1"]
-    command += ["--model_args", arguments(home, "todre,keep=0.1"), "--include_path", str(home / "task"), "--device", "cpu"]
-    command += ["--log_samples", "--output_path", str(tmp_path)]
-    done = subprocess.run(command, env={**os.environ}, capture_output=True, text=True, timeout=500)
+def test_two_processes_share_the_questions_and_the_number_found(pages, tmp_path):
+    """Each has every other question; the number comes from those of the first process."""
+    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--cpu", "--num_processes", "2"]
+    command += ["--main_process_port", "0", "-m", "lmms_eval"]
+    lines, _ = called(command, pages[0], "correlation,calibration=1,device_map=cpu", tmp_path)
+    alpha, answers, kept = calibrated(pages, [0])
+    other, _, differently = calibrated(pages, [1])
+    assert alpha != other and kept != differently, "the second process's own number would be noticed"
+    assert [line["filtered_resps"].strip() for line in lines] == answers
+    assert [c["kept_tokens"][-1] for line in lines for c in line["token_counts"]] == kept
+
+
+def called(command, folder, method, output):
+    """(samples in the order of the questions, results) of a command line; its text is printed."""
+    command = [*command, "--model", "vtok_llava_hf", "--tasks", TASK, "--batch_size", "1", "--device", "cpu", "--log_samples"]
+    command += ["--model_args", arguments(folder, method), "--include_path", str(folder / "task"), "--output_path", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    print(done.stdout, done.stderr)
     assert done.returncode == 0, done.stderr
-    [samples], [results] = tmp_path.rglob(f"*_samples_{TASK}.jsonl"), tmp_path.rglob("*_results.json")
-    lines = sorted((json.loads(line) for line in samples.read_text().splitlines()), key=lambda line: line["doc_id"])
+    [samples], [results] = output.rglob(f"*_samples_{TASK}.jsonl"), output.rglob("*_results.json")
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    return sorted(lines, key=lambda line: line["doc_id"]), json.loads(results.read_text())
+
+
+def test_the_command_line(home, own, tmp_path, capsys):
+    lines, written = called([str(Path(sys.executable).parent / "lmms-eval")], home, "todre,keep=0.1", tmp_path)
     assert [line["filtered_resps"].strip() for line in lines] == [x["prediction"] for x in own["todre,keep=0.1"][1]]
     assert [c["kept_tokens"] for line in lines for c in line["token_counts"]] == [[26] * DEPTH] * COUNT
-    written = json.loads(results.read_text())
     assert written["throughput"]["avg_kept_tokens"] == 26 and written["config"]["model"] == "vtok_llava_hf"
-    assert "todre(keep=0.1" in done.stdout + done.stderr and "avg_kept_tokens" in done.stdout
+    text = capsys.readouterr().out
+    assert "todre(keep=0.1" in text and "avg_kept_tokens" in text

@@ -155,7 +155,7 @@ class Recorder:
         if len(history) > already:
             history[-1].update(figures)
             return
-        seconds, tokens = sum(c.elapsed_ms for c in self._batches) / 1000, sum(c.output_tokens for c in answered)
+        seconds, tokens = sum(c.elapsed_ms or 0.0 for c in self._batches) / 1000, sum(c.output_tokens or 0 for c in answered)
         log_metrics(seconds, tokens, tokens / seconds if seconds else 0.0, figures)
 
     def _add(self, about: Sequence[Document | None], counts: Sequence[PromptCounts]) -> None:

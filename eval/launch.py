@@ -48,8 +48,7 @@ def run_member(program: Callable[[], Any]) -> NoReturn:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
     try:
         code = _exit_code(program)
-        if code == 0:
-            leave()
+        leave()
     except VtokError as error:
         _speak(stderr, f"vtok: {_who()}: {error}")
         code = 2
@@ -96,11 +95,14 @@ def start(arguments: list[str]) -> NoReturn:
 
     What failed has been said by the process itself, without torchrun's traceback.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
     try:
         run(parse_args([*arguments, "-m", "vtok.eval", *sys.argv[1:]]))
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         sys.exit(code if code > 0 else 1)
@@ -151,7 +153,7 @@ def _asked_to_end(stderr: Any, pid: int) -> Callable[[int, Any], None]:
 
     def handle(number: int, frame: Any) -> None:
         if os.getpid() == pid:  # not a worker that reads images and has inherited the handler
-            lost = current().lost() if current.cache_info().currsize else "another process of this run died"
+            lost = current().lost() if current.cache_info().currsize else "a process of this run died, or the run was stopped"
             _speak(stderr, f"vtok: {lost}; the run ends here. What was finished is kept: start it again to go on")
         os._exit(ENDED)
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from vtok.errors import UnsupportedModelError
+from vtok.eval.processes import Processes
+from vtok.eval.rates import Timed, throughput
 from vtok.eval.settings import PassCost, towers
 from vtok.eval.throughput import compare, synchronise
 from vtok.probe import attention_kernels
@@ -38,12 +40,13 @@ class Memory(Generic[T]):
 
 
 class Step(NamedTuple):
-    """One timed batch of one model: its number, its images, seconds; cold if it was the model's first."""
+    """One timed batch of one model: its number, its images, seconds; cold if it was the model's first; its process."""
 
     number: int
     images: int
     seconds: float
     cold: bool
+    rank: int = 0
 
 
 class Pacer(Generic[T]):
@@ -52,12 +55,21 @@ class Pacer(Generic[T]):
     Args:
         models: all of them.
         unpatched: which one is the unpatched model; `None` = none.
-        batches: how many there will be.
+        batches: how many there will be in this process.
         memory: of the unpatched model; it is filled here.
+        processes: of the run; each paces its own batches.
     """
 
-    def __init__(self, models: Sequence[nn.Module], unpatched: int | None, batches: int, memory: Memory[T] | None = None):
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        unpatched: int | None,
+        batches: int,
+        memory: Memory[T] | None = None,
+        processes: Processes | None = None,
+    ):
         self.models, self.unpatched, self.memory = models, unpatched, memory
+        self.processes = processes or Processes()
         self.every = max(1, min(TIMED_EVERY, batches // FEWEST_PAIRS))
         self.steps: list[list[Step]] = [[] for _ in models]
         self.kernels: list[str | None] = [None for _ in models]
@@ -68,7 +80,7 @@ class Pacer(Generic[T]):
         """Results of all models for one batch.
 
         Args:
-            number: of the batch, from 0.
+            number: of the batch among those of all processes, from 0.
             images: [B, ...].
             forward: (model, images) -> output; this is timed.
             keep: output -> result; this is not.
@@ -76,7 +88,7 @@ class Pacer(Generic[T]):
         found: list[T] = []
         for i, model in enumerate(self.models):
             known = self.memory.outputs.get(number) if self.memory is not None and i == self.unpatched else None
-            if known is not None and len(self.models) > 1 and number % self.every:
+            if known is not None and len(self.models) > 1 and number // self.processes.world % self.every:
                 found.append(known)
                 continue
             if not self.steps[i]:
@@ -86,15 +98,22 @@ class Pacer(Generic[T]):
             output = forward(model, images)
             synchronise(images.device)
             seconds = time.perf_counter() - start
-            self.steps[i].append(Step(number, len(images), seconds, cold=not self.steps[i]))
+            self.steps[i].append(Step(number, len(images), seconds, not self.steps[i], self.processes.rank))
             found.append(keep(output) if known is None else known)
             if self.memory is not None and i == self.unpatched:
                 self.memory.outputs[number] = found[-1]
         return found
 
+    def join(self) -> None:
+        """Takes the times of all processes together; each must call it after its last batch."""
+        parts = self.processes.all((self.steps, self.kernels))
+        for i in range(len(self.models)):
+            self.steps[i] = sorted(step for steps, _ in parts for step in steps[i])
+            self.kernels[i] = next((kernels[i] for _, kernels in parts if kernels[i] is not None), None)
+
     def fields(self, i: int, cost: PassCost | None, seed: int = 0) -> dict[str, Any]:
-        """Timing fields of a model's record: `kernel`, `samples_per_sec` and `step_time_ms` (medians), and beside the unpatched
-        model `speedup`, `achieved`, their intervals, `pairs`.
+        """Timing fields of a model's record: `kernel`, `samples_per_sec` and `step_time_ms` (medians, of one process),
+        `throughput` (see `rates`), and beside the unpatched model `speedup`, `achieved`, their intervals, `pairs`.
 
         The first batch of each and smaller last ones are left out if there are others.
 
@@ -113,6 +132,7 @@ class Pacer(Generic[T]):
                 "kernel": {side: self.kernels[i]},
                 "samples_per_sec": {side: own[0][0].images / median},
                 "step_time_ms": {side: 1000 * median},
+                "throughput": self._throughput(i),
             }
         base = {step.number: step for step in self.steps[self.unpatched]}
         pairs = _usable([(base[step.number], step) for step in self.steps[i] if step.number in base])
@@ -122,7 +142,12 @@ class Pacer(Generic[T]):
         found = compare(*times, 1.0 if cost is None else cost.implied_speedup, pairs[0][1].images, seed)
         if cost is None:
             found = {name: value for name, value in found.items() if not name.startswith(("achieved", "verdict"))}
-        return found | {"kernel": {"base": self.kernels[self.unpatched], "patched": self.kernels[i]}, "pairs": len(pairs)}
+        kernels = {"base": self.kernels[self.unpatched], "patched": self.kernels[i]}
+        return found | {"kernel": kernels, "pairs": len(pairs), "throughput": self._throughput(i)}
+
+    def _throughput(self, i: int) -> dict[str, Any]:
+        timed = [Timed(step.rank, step.images, step.seconds, step.cold) for step in self.steps[i]]
+        return throughput(timed, self.processes.world)
 
 
 def kernels(model: nn.Module, forward: Callable[[], Any]) -> str | None:

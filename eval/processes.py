@@ -63,6 +63,7 @@ from vtok.errors import ConfigError, MissingExtraError, VtokError
 
 TIMEOUT = "VTOK_PROCESS_TIMEOUT"
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # as accelerate reads them
+_ERROR = "error"
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -137,25 +138,40 @@ class Processes:
             )
         return {key: found[key] for key in order}
 
-    def all(self, value: T) -> list[T]:
+    def all(self, value: T, kind: str = "value") -> list[T]:
         """The value of every process, by rank.
 
+        Args:
+            value: of this process.
+            kind: of the exchange, which must be the same in all of them.
+
         Raises:
-            ProcessError: a process is lost.
+            ProcessError: a process is lost, or is at another point of the program.
         """
         if self.group is None:
             return [value]
         found: list[Any] = [None] * self.world
         try:
-            torch.distributed.all_gather_object(found, value, group=self.group)
+            torch.distributed.all_gather_object(found, (kind, value), group=self.group)
         except RuntimeError as error:
             time.sleep(0.5)  # until the system knows that a process is gone
             raise ProcessError(f"{self.lost()} ({str(error).splitlines()[0]})") from error
-        return found
+        if any(other != kind for other, _ in found):
+            failed = [f"process {rank} failed: {value}" for rank, (other, value) in enumerate(found) if other == _ERROR]
+            raise ProcessError("; ".join(failed) or f"the processes are at different points: {[other for other, _ in found]}")
+        return [value for _, value in found]
 
     def agree(self, value: T) -> T:
         """The main process's value, in every process: for what depends on files that another process may have changed."""
         return self.all(value)[0]
+
+    def share_error(self, error: Exception) -> None:
+        """Returns if all processes have met an error, so that they can go on together.
+
+        Raises:
+            ProcessError: some have not; in these the next exchange raises, too.
+        """
+        self.all(str(error), _ERROR)
 
     def check_same(self, what: str, value: Any) -> None:
         """Raises unless the value is the same in every process.
@@ -174,14 +190,12 @@ class Processes:
     def lost(self) -> str:
         """A sentence that names the processes of this machine that are gone, or says that it was none of these."""
         host = socket.gethostname()
-        gone = [r for r, peer in enumerate(self.peers) if peer.host == host and not _alive(peer.pid)]
-        names = [f"process {r} of {self.world} (pid {self.peers[r].pid} on {host})" for r in gone]
-        if not names:
-            others = sorted({peer.host for peer in self.peers if peer.host != host})
-            where = f"on {' or '.join(others)}" if others else "of this run"
-            names = [f"a process {where}"]
-            return f"{names[0]} died or does not answer"
-        return f"{' and '.join(names)} died"
+        gone = [rank for rank, peer in enumerate(self.peers) if peer.host == host and not _alive(peer.pid)]
+        if gone:
+            names = [f"process {rank} of {self.world} (pid {self.peers[rank].pid} on {host})" for rank in gone]
+            return f"{' and '.join(names)} died"
+        others = sorted({peer.host for peer in self.peers if peer.host != host})
+        return f"a process {'on ' + ' or '.join(others) if others else 'of this run'} died, was stopped or does not answer"
 
     def device(self, asked: str | None = None) -> str | None:
         """Where this process computes: on a GPU of its own, if there are any and no certain device was asked for.
@@ -254,7 +268,7 @@ def current() -> Processes:
 def leave() -> None:
     """Disconnects the processes, if they were connected, once all of them have come here."""
     if current.cache_info().currsize and current().group is not None:
-        current().all(None)
+        current().all(None, "end")
         torch.distributed.destroy_process_group()
 
 

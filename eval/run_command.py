@@ -14,6 +14,7 @@ from rich.markup import escape
 from vtok.errors import ConfigError
 from vtok.eval import runs
 from vtok.eval.processes import is_main
+from vtok.eval.rates import throughput_line
 
 if TYPE_CHECKING:
     from vtok.eval.runner import Outcome
@@ -88,7 +89,9 @@ def _show(wanted: runs.RunConfig, outcome: Outcome, out: Path, into: Path | None
         into.write_text(json.dumps(records, indent=2, default=str), encoding="utf-8")
     for group in sweep_report.groups(records):
         console.print(sweep_report.table(group))
-        for line in (*sweep_report.findings(group), *(f"note: {note}" for note in group[0].get("notes", ()))):
+        speeds = [line for record in group if (line := throughput_line(record["setting"], record))]
+        notes = [f"note: {note}" for note in group[0].get("notes", ())]
+        for line in (*sweep_report.findings(group), *speeds, *notes):
             console.print(f"- {escape(line)}")
         if wanted.published:
             for record in group[1:]:

@@ -120,6 +120,8 @@ def run(
             raise ConfigError(f"{config.path} names no data; pass --data FOLDER (for task {task})")
     runs_models.check_options(config)
     groups = jobs_of(config, pretrained)
+    keys = current().agree([[job.key for job in group] for group in groups])  # they hold the times of files on this machine
+    groups = [[replace(job, key=key) for job, key in zip(*both)] for both in zip(groups, keys)]
     records, outcome = _opened(out or config.folder), Outcome()
     done = _known(records, console)
     every = [job for group in groups for job in group]
@@ -194,6 +196,7 @@ class _Group:
         except VtokError as error:
             if job.setting.method is None or isinstance(error, ProcessError):
                 raise
+            current().share_error(error)
             self.outcome.left_out[job.title] = str(error)
             if isinstance(error, BudgetError):
                 self.outcome.unmet.add(job.title)

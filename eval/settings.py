@@ -18,8 +18,11 @@ from vtok.api import Method, Size, run_of
 from vtok.config import MethodConfig
 from vtok.cost import Estimate, estimate
 from vtok.errors import ConfigError, UnsupportedModelError
+from vtok.eval.records import key_of
 from vtok.patches import find_adapters
 from vtok.patches.protocol import Adapter, Tower
+
+_FINGERPRINT = 64  # values of every parameter that identify weights
 
 
 @dataclass(frozen=True)
@@ -242,6 +245,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def fingerprint(net: nn.Module) -> str:
+    """Short hash of a few values of every parameter: equal weights give the same, trained further they do not."""
+    values = {name: p.detach().flatten()[:_FINGERPRINT].double().tolist() for name, p in net.named_parameters()}
+    return key_of(values)[:8]
 
 
 def versions() -> dict[str, str]:

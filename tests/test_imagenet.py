@@ -155,7 +155,7 @@ def test_unreadable_files_are_left_out_and_named(records):
 def test_workers_and_batches_change_nothing(records, model, folder):
     seen = []
     (r,) = evaluate(model, folder, [None], options(workers=2, batch_size=3), progress=lambda *p: seen.append(p))
-    differ = ("batch_size", "samples_per_sec", "step_time_ms")
+    differ = ("batch_size", "samples_per_sec", "step_time_ms", "throughput")
     assert {k: v for k, v in r.items() if k not in differ} == {k: v for k, v in records[0].items() if k not in differ}
     assert seen[-1] == (20, 20)  # unreadable files count as done
 

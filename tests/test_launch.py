@@ -135,7 +135,7 @@ def test_a_process_that_stops_answering_ends_the_run(tmp_path):
     code, _, err = finished(child, 150)
     assert code != 0
     assert "vtok: process 0 of 2" in err
-    assert "a process of this run died or does not answer" in err
+    assert "a process of this run died, was stopped or does not answer" in err
 
 
 @pytest.mark.slow

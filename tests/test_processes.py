@@ -70,7 +70,7 @@ def test_a_lost_process_is_named_if_it_lived_here(monkeypatch):
     monkeypatch.setattr(processes, "_alive", lambda pid: pid != 11)
     assert Processes(0, 2, peers=(Peer("here", 10), Peer("here", 11))).lost() == "process 1 of 2 (pid 11 on here) died"
     elsewhere = Processes(0, 2, peers=(Peer("here", 10), Peer("there", 11)))
-    assert elsewhere.lost() == "a process on there died or does not answer"
+    assert elsewhere.lost() == "a process on there died, was stopped or does not answer"
 
 
 @pytest.mark.parametrize(

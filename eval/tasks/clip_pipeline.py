@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import count
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from vtok.api import Size, run_of
 from vtok.errors import ConfigError, UnsupportedModelError
 from vtok.eval.clip_models import DualEncoder, load_clip
 from vtok.eval.pacing import Memory, Pacer
+from vtok.eval.processes import current
 from vtok.eval.settings import (
     PassCost,
     Setting,
@@ -33,7 +35,7 @@ from vtok.eval.settings import (
     twin,
     versions,
 )
-from vtok.eval.tasks.image_folder import CheckedImages, Unreadable, collate
+from vtok.eval.tasks.image_folder import CheckedImages, Unreadable, check_same_work, collate
 from vtok.eval.tasks.timm_pipeline import TYPES
 
 Progress = Callable[[int, int], None]
@@ -69,6 +71,15 @@ class ClipOptions:
     model_dtype: str | None = None
     language: str = "en"
     seed: int = 0
+
+
+class _Part(NamedTuple):
+    """What became of one batch: its labels, features and costs of each setting, and what was left out."""
+
+    labels: Tensor
+    features: list[Tensor]
+    costs: list[list[PassCost]]
+    skipped: list[Unreadable]
 
 
 class Embedded:
@@ -150,7 +161,8 @@ def run(
     if run_of(encoder.net) is not None:
         raise ConfigError("evaluate patches copies of the model itself; pass it unpatched (vtok.unpatch(model))")
     data.transform = encoder.preprocess
-    device = options.device or ("cuda" if torch.cuda.is_available() else None)
+    processes = current()
+    device = processes.device(options.device)
     with evaluating(encoder.net), torch.inference_mode():
         base = placed(encoder.net, _type(options.model_dtype) if options.model_dtype else None, device)
         encoder = replace(encoder, net=base)
@@ -160,7 +172,10 @@ def run(
         size = _size(data)
         embedded = [Embedded(setting.apply(twin(base), size)) for setting in chosen]
         unpatched = next((i for i, setting in enumerate(chosen) if setting.method is None), None)
-        pacer = Pacer([one.model for one in embedded], unpatched, -(-len(data) // options.batch_size), memory)
+        models = [one.model for one in embedded]
+        check_same_work(processes, data, models)
+        batches = -(-len(processes.rows(len(data), options.batch_size)) // options.batch_size)
+        pacer = Pacer(models, unpatched, batches, memory, processes)
         labels, skipped = _embed(encoder, embedded, pacer, data, size, options, progress)
     common = {
         "model": encoder.name,
@@ -195,24 +210,26 @@ def _embed(
 ) -> tuple[Tensor, list[Unreadable]]:
     """Shows every batch to every setting; returns the labels of what could be read, and what could not."""
     first = next(encoder.net.parameters())
-    labels: list[Tensor] = []
-    skipped: list[Unreadable] = []
-    done = 0
-    loader = DataLoader(data, options.batch_size, num_workers=options.workers, collate_fn=collate)
+    processes, own = pacer.processes, dict[int, _Part]()
+    mine = data.part(processes.rows(len(data), options.batch_size))
+    loader = DataLoader(mine, options.batch_size, num_workers=options.workers, collate_fn=collate)
     with _autocast(first.device, options):
-        for number, batch in enumerate(loader):
-            skipped += batch.skipped
-            done += len(batch.rows) + len(batch.skipped)
+        for number, batch in zip(count(processes.rank, processes.world), loader):
+            own[number] = _Part(batch.labels, [], [], batch.skipped)
             if batch.images is not None:
-                labels.append(batch.labels)
                 images = batch.images.to(first.device, first.dtype)
                 shown = pacer.show(number, images, encoder.encode_image, Tensor.cpu)
-                for one, features in zip(embedded, shown):
-                    one.parts.append(features)
-                    one.costs += _cost(one.model, size)
+                costs = [_cost(one.model, size) for one in embedded]
+                own[number] = _Part(batch.labels, shown, costs, batch.skipped)
             if progress is not None:
-                progress(done, len(data))
-    return torch.cat(labels), skipped
+                progress(min((number + 1) * options.batch_size, len(data)), len(data))
+    pacer.join()
+    parts = processes.gather(own, range(-(-len(data) // options.batch_size))).values()
+    for part in parts:
+        for one, features, costs in zip(embedded, part.features, part.costs):
+            one.parts.append(features)
+            one.costs += costs
+    return torch.cat([part.labels for part in parts]), [one for part in parts for one in part.skipped]
 
 
 def _cost(model: nn.Module, size: Size) -> list[PassCost]:

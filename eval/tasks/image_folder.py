@@ -8,15 +8,19 @@ Shapes: b readable images of a batch, C channels.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vtok.errors import ConfigError
+from vtok.eval.processes import Processes
+from vtok.eval.records import key_of
+from vtok.eval.settings import fingerprint, method_name, resolved_params
 
 _STREAMS = ("hfids", "tfds", "wds")  # timm's prefixes of datasets without an index
 
@@ -67,11 +71,19 @@ class CheckedImages(Dataset):
         count = len(inner)
         taken = count if num_samples is None else min(num_samples, count)
         self.indices = [i * count // taken for i in range(taken)]
+        self.rows: Sequence[int] = range(taken)
+
+    def part(self, rows: Sequence[int]) -> CheckedImages:
+        """Some of the images, which keep their numbers."""
+        found = copy.copy(self)
+        found.rows = rows
+        return found
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.rows)
 
-    def __getitem__(self, row: int) -> Sample | Unreadable:
+    def __getitem__(self, place: int) -> Sample | Unreadable:
+        row = self.rows[place]
         index = self.indices[row]
         try:
             image, label = self._decode(index)
@@ -109,6 +121,19 @@ def collate(items: Sequence[Sample | Unreadable]) -> Batch:
         [item.row for item in good],
         [item for item in items if isinstance(item, Unreadable)],
     )
+
+
+def check_same_work(processes: Processes, data: CheckedImages, models: Sequence[nn.Module]) -> None:
+    """Raises unless all processes have the same images, weights and settings.
+
+    Raises:
+        ConfigError: one has others.
+    """
+    if processes.world > 1:
+        rows = range(len(data))
+        processes.check_same("list of images", key_of({"files": [os.path.basename(data.filename(row)) for row in rows]}))
+        processes.check_same("model", fingerprint(models[0]))
+        processes.check_same("setting", key_of({"settings": [[method_name(m), resolved_params(m)] for m in models]}))
 
 
 def other_files(data: CheckedImages, class_map: str = "") -> list[Unreadable]:

@@ -10,7 +10,8 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from itertools import count
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from vtok.api import Size, run_of
 from vtok.errors import ConfigError
 from vtok.eval.intervals import mean_stderr
 from vtok.eval.pacing import Memory, Pacer
+from vtok.eval.processes import current
 from vtok.eval.settings import (
     PassCost,
     Setting,
@@ -35,11 +37,19 @@ from vtok.eval.settings import (
     versions,
 )
 from vtok.eval.tasks.fashion import FASHION, open_fashion
-from vtok.eval.tasks.image_folder import CheckedImages, Unreadable, open_dataset, other_files
+from vtok.eval.tasks.image_folder import CheckedImages, Unreadable, check_same_work, open_dataset, other_files
 from vtok.eval.tasks.scoring import Scorer, Scores
 from vtok.eval.tasks.timm_pipeline import Options, create_loader, create_model, data_config
 
 REFERENCE_VIT = "reference-vit"
+
+
+class _Part(NamedTuple):
+    """What became of one batch: scores and costs, one a setting (none if no file could be read), and what was left out."""
+
+    scores: list[Scores]
+    costs: list[PassCost | None]
+    skipped: list[Unreadable]
 
 
 class _Tally:
@@ -49,15 +59,23 @@ class _Tally:
         self.model, self.title = model, title
         run = run_of(model)
         self.adapts = run is not None and any(not reducer.exact for _, reducer in run.patch.steps.values())
+        self.known = False
         self.scores: list[Scores] = []
         self.costs: list[PassCost] = []
         self.images: list[int] = []
 
-    def add(self, scores: Scores, size: Size) -> None:
-        """Takes the scores of the batch that the model has just seen."""
+    def passed(self, size: Size) -> PassCost | None:
+        """What the pass cost that the model has just made; `None` where it is known already."""
+        if self.known and not self.adapts:
+            return None
+        self.known = True
+        return pass_cost(self.model, size)
+
+    def add(self, scores: Scores, cost: PassCost | None) -> None:
+        """Takes the scores of a batch, in the order of the data."""
         self.scores.append(scores)
-        if self.adapts or not self.costs:
-            self.costs.append(pass_cost(self.model, size))
+        if cost is not None and (self.adapts or not self.costs):
+            self.costs.append(cost)
             self.images.append(len(scores.prediction))
 
     @property
@@ -114,7 +132,8 @@ def evaluate(
     if run_of(net) is not None:
         raise ConfigError("evaluate patches copies of the model itself; pass it unpatched (vtok.unpatch(model))")
     scorer = Scorer.load(options.valid_labels, options.real_labels)
-    device = options.device or ("cuda" if torch.cuda.is_available() else None)
+    processes = current()
+    device = processes.device(options.device)
     with evaluating(net):
         base = placed(net, options.dtype(options.model_dtype) if options.model_dtype else None, device)
         if options.channels_last:
@@ -125,8 +144,9 @@ def evaluate(
         notes = _check_labels(data, scorer, base, options)
         tallies = [_Tally(setting.apply(twin(base), size), setting.title) for setting in chosen]
         first = next((i for i, setting in enumerate(chosen) if setting.method is None), None)
-        loader = create_loader(data, config, options)
-        pacer = Pacer([tally.model for tally in tallies], first, len(loader), memory)
+        check_same_work(processes, data, [tally.model for tally in tallies])
+        loader = create_loader(data.part(processes.rows(len(data), options.batch_size)), config, options)
+        pacer = Pacer([tally.model for tally in tallies], first, len(loader), memory, processes)
         skipped = _run(tallies, pacer, loader, data, scorer, config, options, progress)
     n = len(tallies[0].column("top1"))
     if not n:
@@ -220,22 +240,24 @@ def _run(
     """Shows every batch to every model; returns what could not be read."""
     first = next(tallies[0].model.parameters())
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
-    skipped: list[Unreadable] = []
-    done = 0
+    processes, own = pacer.processes, dict[int, _Part]()
     with torch.inference_mode(), _autocast(first.device, options):
-        for number, batch in enumerate(loader):
-            skipped += batch.skipped
-            done += len(batch.rows) + len(batch.skipped)
+        for number, batch in zip(count(processes.rank, processes.world), loader):
+            own[number] = _Part([], [], batch.skipped)
             if batch.images is not None:
                 images = batch.images.to(first.device, first.dtype, memory_format=layout)
                 names = [data.filename(row) for row in batch.rows]
                 keep = partial(scorer.score, labels=batch.labels, names=names)
                 shown = pacer.show(number, images, lambda model, x: model(x), keep)
-                for tally, scores in zip(tallies, shown):
-                    tally.add(scores, config["input_size"])
+                own[number] = _Part(shown, [tally.passed(config["input_size"]) for tally in tallies], batch.skipped)
             if progress is not None:
-                progress(done, len(data))
-    return skipped
+                progress(min((number + 1) * options.batch_size, len(data)), len(data))
+    pacer.join()
+    parts = processes.gather(own, range(-(-len(data) // options.batch_size))).values()
+    for part in parts:
+        for tally, scores, cost in zip(tallies, part.scores, part.costs):
+            tally.add(scores, cost)
+    return [one for part in parts for one in part.skipped]
 
 
 def _autocast(device: torch.device, options: Options) -> AbstractContextManager:

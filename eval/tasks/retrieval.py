@@ -20,6 +20,7 @@ from torch import Tensor
 from vtok.errors import ConfigError
 from vtok.eval.clip_models import DualEncoder
 from vtok.eval.pacing import Memory
+from vtok.eval.processes import current
 from vtok.eval.tasks.captions import open_captions
 from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, bits, finite, run
 from vtok.eval.tasks.image_folder import CheckedImages
@@ -106,8 +107,10 @@ def evaluate(
 
 
 def encode_texts(encoder: DualEncoder, texts: Sequence[str]) -> Tensor:
-    """[T, D] of unit length, in batches."""
-    return torch.cat([encoder.encode_text(texts[i : i + TEXT_BATCH]) for i in range(0, len(texts), TEXT_BATCH)])
+    """[T, D] of unit length, on the CPU; the processes share the batches."""
+    processes, starts = current(), range(0, len(texts), TEXT_BATCH)
+    own = {i: encoder.encode_text(texts[i : i + TEXT_BATCH]).cpu() for i in starts if processes.owns(i // TEXT_BATCH)}
+    return torch.cat(list(processes.gather(own, starts).values()))
 
 
 class _Gallery:

@@ -16,15 +16,13 @@ from vtok.config import MethodConfig
 from vtok.eval.processes import current
 from vtok.eval.records import Records, key_of
 from vtok.eval.report import FLOOR
-from vtok.eval.settings import Setting, twin, versions
+from vtok.eval.settings import Setting, fingerprint, twin, versions
 from vtok.eval.tasks.vqa_data import VQAData
 from vtok.eval.tasks.vqa_pipeline import Entry, Line, Progress, Samples, ask
 from vtok.eval.tasks.vqa_plain import TASK
 from vtok.eval.tasks.vqa_records import Scored, accuracy_fields, cost_fields, time_fields, token_fields
 from vtok.eval.tasks.vqa_task import QuestionTask
 from vtok.eval.vlm_models import VisionLanguageModel
-
-_FINGERPRINT = 64  # values of every parameter that identify weights
 
 
 class Job:
@@ -198,12 +196,6 @@ def configs_of(net: nn.Module) -> list[MethodConfig]:
     found = [config for tower in info.towers for config in tower.configs]
     found += [config for prompt in info.prompts for config in prompt.configs]
     return [config for i, config in enumerate(found) if config not in found[:i]]
-
-
-def fingerprint(net: nn.Module) -> str:
-    """Short hash of a few values of every parameter: equal weights give the same, trained further they do not."""
-    values = {name: p.detach().flatten()[:_FINGERPRINT].double().tolist() for name, p in net.named_parameters()}
-    return key_of(values)[:8]
 
 
 def _plain(configs: list[dict[str, Any]]) -> Any:

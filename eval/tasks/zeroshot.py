@@ -24,6 +24,7 @@ from vtok.eval.clip_models import DualEncoder
 from vtok.eval.easyvqa import CLASSES, TEMPLATES
 from vtok.eval.intervals import mean_stderr
 from vtok.eval.pacing import Memory
+from vtok.eval.processes import current
 from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, bits, finite, run
 from vtok.eval.tasks.image_folder import CheckedImages, open_dataset
 
@@ -109,12 +110,13 @@ def evaluate(
 
 
 def class_embeddings(encoder: DualEncoder, names: Sequence[str], prompts: Sequence[Template]) -> Tensor:
-    """[K, D] of unit length: the mean over all prompts of each class, as in CLIP."""
-    rows = []
-    for name in names:
-        texts = [prompt(name) if callable(prompt) else prompt.format(c=name) for prompt in prompts]
-        rows.append(F.normalize(encoder.encode_text(texts).mean(0), dim=0))
-    return torch.stack(rows)
+    """[K, D] of unit length, on the CPU: the mean over all prompts of each class, as in CLIP. Processes share the classes."""
+    processes, rows = current(), dict[int, Tensor]()
+    for i, name in enumerate(names):
+        if processes.owns(i):
+            texts = [prompt(name) if callable(prompt) else prompt.format(c=name) for prompt in prompts]
+            rows[i] = F.normalize(encoder.encode_text(texts).mean(0), dim=0).cpu()
+    return torch.stack(list(processes.gather(rows, range(len(names))).values()))
 
 
 def templates(given: Sequence[str]) -> list[Template]:

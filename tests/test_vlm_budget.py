@@ -1,6 +1,7 @@
 """FLOPs budgets and calibration on vision-language models: what is promised is what torch's counter finds."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from helpers_errors import message_of
 from vlm_zoo import Attended, Columns, build, inputs
 
 import vtok
-from vtok.budget import TOLERANCE
+from vtok.budget import TOLERANCE, solve_prompt
 from vtok.eval.flops import count_prompt_macs
 from vtok.resolve import run_of
 
@@ -146,6 +147,18 @@ def test_plans_with_a_threshold_that_calibration_finds():
     )
     assert bound.configs == plan.configs
     assert bound.measured == 0
+
+
+@pytest.mark.parametrize(
+    ("shares", "target", "taken"), [((1.0, 0.14), 0.6, 0.14), ((1.0, 0.64, 0.5), 0.6, 0.64), ((0.61,), 0.6, 0.61)]
+)
+def test_a_ladder_of_few_steps(shares, target, taken):
+    """The closest step is taken, but none that leaves most of what the budget wants saved."""
+    ladder = [vtok.RandomDrop(keep=share) for share in shares]
+    chosen, budget = solve_prompt(
+        vtok.RandomDrop(), target, ladder, "a model", lambda c: SimpleNamespace(fraction=c.keep, exact=True), "a prompt"
+    )
+    assert (chosen.keep, budget.reached) == (taken, taken)
 
 
 def test_budgets_that_make_no_sense():

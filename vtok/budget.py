@@ -15,6 +15,7 @@ from vtok.state import Site
 
 _Cost = TypeVar("_Cost", Estimate, PromptEstimate)
 TOLERANCE = 0.02  # how far above the budget the strongest setting may stay, as a share of the model's FLOPs
+OVERSHOOT = 0.1  # how far above it the closest setting may stay, where the steps of a ladder are coarse
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,8 @@ def _search(
             f"{strongest:.3f}{where}"
         )
     low = _first_within(at, len(ladder), target)
-    best = min((i for i in (low - 1, low) if i >= 0), key=lambda i: abs(at(i).fraction - target))
+    near = [i for i in (low - 1, low) if i == low or (i >= 0 and at(i).fraction <= target + OVERSHOOT)]
+    best = min(near, key=lambda i: abs(at(i).fraction - target))
     if target >= at(0).fraction:  # nothing to save: the mildest steps of some ladders cost more than they save
         best = 0
     return ladder[best], at(best)

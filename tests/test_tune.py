@@ -59,7 +59,7 @@ def data(model):
 def tuning(model, data, out, method="tome", flops=0.75, progress=None, params=None, **plan):
     config = METHODS.get(method)(**(params or {}))
     subject = Encoder(model, "tiny", config, data[0], SIZE)
-    plan = {"candidates": 6, "batch_size": 32, **plan}
+    plan = {"candidates": 4, "batch_size": 32, **plan}
     return Tuning(subject, Plan(flops, **plan), data[0], data[1], out, progress)
 
 
@@ -120,9 +120,9 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize(("method", "places"), [("tome", (0, 0.3, 0.9)), ("ats", (0.5,))])
+@pytest.mark.parametrize(("method", "places"), [("tome", (0, 0.3, 0.9)), pytest.param("ats", (0.5,), marks=pytest.mark.slow)])
 def test_resuming_after_a_kill_changes_nothing(model, data, tmp_path, method, places):
-    steps, plan = [], {"candidates": 3 if method == "ats" else 6}
+    steps, plan = [], {"candidates": 3 if method == "ats" else 5}
 
     def start(out, progress=None):
         return tuning(model, data, out, method, progress=progress, **plan)

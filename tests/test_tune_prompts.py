@@ -92,6 +92,7 @@ def test_the_space_leaves_what_is_given(llava, cheap):
         tune_prompts.Prompts(llava, METHODS.get("random")(), calibration).space()
 
 
+@pytest.mark.slow
 def test_methods_in_the_tower_are_tuned_on_questions_too(llava, cheap):
     calibration, _ = tune_prompts.prompt_samples(llava, calibration_questions(), easy_vqa(), 4, 4, 0)
     subject = tune_prompts.Prompts(llava, METHODS.get("pitome")(), calibration)

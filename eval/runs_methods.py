@@ -6,6 +6,7 @@ for the model. A list of mappings is patched together. On the command line the s
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -104,6 +105,17 @@ def _asset(value: Any) -> Any:
         return str(asset(value.removeprefix(ASSET)))
     except FileNotFoundError as error:
         raise ConfigError(f"{value}: {error}") from error
+
+
+def portable(value: Any) -> Any:
+    """Plain values with files that come with vtok named as run files name them, wherever vtok is installed."""
+    from vtok.eval.reference import VIT_WEIGHTS, asset
+
+    if isinstance(value, dict):
+        return {name: portable(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [portable(one) for one in value]
+    return value.replace(f"{asset(VIT_WEIGHTS).parent}{os.sep}", ASSET) if isinstance(value, str) else value
 
 
 class _Tuples(yaml.SafeLoader):

@@ -18,6 +18,7 @@ from vtok.config import MethodConfig
 from vtok.eval.intervals import Interval
 from vtok.eval.records import key_of
 from vtok.eval.runs import FIGURES, RunConfig
+from vtok.eval.runs_methods import portable
 from vtok.eval.settings import Setting, versions
 from vtok.eval.tasks.vqa_records import NORMAL_95
 from vtok.eval.throughput import device_name
@@ -39,7 +40,7 @@ def key(config: RunConfig, task: str, setting: Setting, pretrained: bool) -> str
         {
             "task": task,
             "model": [config.backend, config.model, config.pretrained, pretrained, _stamp(config)],
-            "setting": plain(setting),
+            "setting": portable(plain(setting)),
             "data": config.data.get(task),
             "calibration": config.calibration.get(task) if "flops" in setting.params else None,
             "options": config.options,
@@ -100,7 +101,8 @@ def complete(record: Record, config: RunConfig, task: str, setting: Setting, ext
         "model": config.model,
         "backend": config.backend,
         "method": setting.name,
-        "setting": setting.title,
+        "setting": portable(setting.title),
+        "params": portable(record["params"]),
         "budget": setting.params.get("flops"),
         "metrics": metrics,
         "primary": record.get("primary", first),

@@ -6,6 +6,7 @@ import pytest
 
 import vtok
 from vtok.eval import runs
+from vtok.eval.runs_methods import portable
 from vtok.eval.settings import Setting
 
 
@@ -84,6 +85,7 @@ def test_a_bundled_file_as_a_parameter(tmp_path):
     text = "model: {backend: reference, name: reference-llava}\ntask: vqa\nmethod: {name: atp, weights: %s}\n"
     found = runs.load(str(_file(tmp_path, text % "asset:easyvqa_llava_atp.safetensors"))).method.weights
     assert Path(found).is_file()
+    assert portable({"weights": found, "n": [1]}) == {"weights": "asset:easyvqa_llava_atp.safetensors", "n": [1]}
     with pytest.raises(vtok.ConfigError, match=r"no nothing\.bin"):
         runs.load(str(_file(tmp_path, text % "asset:nothing.bin")))
 

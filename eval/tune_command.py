@@ -106,6 +106,12 @@ def _report(result: Any, made: Any, plan: Plan, folder: Path, console: Console) 
         f"{last[0].samples} calibration samples: default {at_default.loss[0]:.4f}, best {last[0].loss[0]:.4f}"
     )
     console.print(f"- {verdict}", highlight=False)
+    tuned, default = (
+        sum(result.held_out[name].cost["gmacs"][part] for part in ("model", "pruner")) for name in ("tuned", "default")
+    )
+    console.print(
+        f"- on held-out samples the tuned schedule needs {100 * (tuned / default - 1):+.1f} % MACs against the default"
+    )
     for name, number in (("default", 0), ("tuned", result.best)):
         console.print(f"- {name}: {tune_report.schedule(result.candidates[number].config)}", highlight=False)
         console.print(f"  tokens, block by block: {tune_report.tokens(result.held_out[name])}", highlight=False)

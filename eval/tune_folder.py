@@ -88,6 +88,7 @@ def _subset(data: CheckedImages, rows: list[int]) -> CheckedImages:
     """The images of these numbers, in this order."""
     part = CheckedImages(data.inner, data.mode)
     part.indices = [data.indices[row] for row in rows]
+    part.rows = range(len(rows))
     return part
 
 

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all test-oldest test-lmms lint format install
+.PHONY: demo test test-all test-oldest test-lmms docs lint format install
 
 install: $(VENV)/.installed
 
@@ -21,7 +21,7 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow and not compile and not lmms"
 
 test-all: install lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "not lmms"
 
 # The lower bounds of torch and of the backends, pinned: what pyproject.toml promises of them is what passes here.
 OLDEST := .venv-oldest
@@ -34,7 +34,7 @@ $(OLDEST)/.installed: pyproject.toml
 	touch $@
 
 test-oldest: $(OLDEST)/.installed
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n auto --dist worksteal -m "not slow and not compile"
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n auto --dist worksteal -m "not slow and not compile and not lmms"
 
 # lmms-eval pins and adds far too much for the environment above. Its errors are often swallowed: the tests look at results.
 LMMS := .venv-lmms
@@ -46,6 +46,9 @@ $(LMMS)/.installed: pyproject.toml
 
 test-lmms: $(LMMS)/.installed
 	OMP_NUM_THREADS=1 $(LMMS)/bin/python -m pytest -q -m lmms tests/lmms
+
+docs: install
+	$(BIN)/python -m vtok.eval.docs docs-html
 
 lint: install
 	$(BIN)/ruff check .

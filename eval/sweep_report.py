@@ -14,6 +14,7 @@ from vtok.eval.runs_records import Record, difference
 if TYPE_CHECKING:
     from rich.table import Table
 
+FEWEST = 4  # pairs of batches from which on the interval of a speed-up says something
 UNPATCHED = "unpatched"
 HEADER = (
     "setting",
@@ -105,13 +106,20 @@ def table(records: Sequence[Record]) -> Table:
 
 
 def findings(records: Sequence[Record]) -> list[str]:
-    """Which settings of a group were slower than unpatched, and by how much at least."""
-    slow = [r for r in records if "speedup" in r and r["speedup"] < 1]
-    return [
+    """Which settings of a group were slower than unpatched, and by how much; how many were timed too seldom to tell."""
+    few = [r for r in records if r.get("pairs", FEWEST) < FEWEST]
+    slow = [r for r in records if r not in few and "speedup" in r and r["speedup"] < 1]
+    lines = [
         f"{r['setting']} was {'slower than unpatched' if r['speedup_ci'][1] < 1 else 'no faster than unpatched'}: "
         f"{r['speedup']:.2f}x{_interval(r['speedup_ci'], 1.0, '.2f')}"
         for r in slow
     ]
+    if few:
+        lines.append(
+            f"{len(few)} settings were timed in fewer than {FEWEST} pairs of batches: too few for an interval of their "
+            "speed-up; take more samples or smaller batches"
+        )
+    return lines
 
 
 def flat(record: Record, best: set[str]) -> dict[str, Any]:

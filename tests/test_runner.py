@@ -301,3 +301,13 @@ def test_keys_follow_what_decides_a_result(tmp_path):
         other = {job.setting.title: job.key for group in runner.jobs_of(load(tmp_path, VIT, **changes)) for job in group}
         assert other["tome(r=8)"] == first["tome(r=8)"], changes
     assert Setting("tome", {"flops": 0.5, "prompt": {"images": 1}}).title == "tome(flops=0.5)"
+
+
+def test_a_speed_up_from_a_few_pairs_is_no_verdict():
+    def timed(name, speed, pairs):
+        return {"setting": name, "speedup": speed, "speedup_ci": [speed - 0.01, speed + 0.01], "pairs": pairs}
+
+    lines = sweep_report.findings([timed("tome", 0.8, 1), timed("ats", 0.9, 12), timed("pitome", 1.5, 12)])
+    assert lines[0].startswith("ats was slower than unpatched: 0.90x")
+    assert len(lines) == 2
+    assert lines[1].startswith("1 settings were timed in fewer than 4 pairs")

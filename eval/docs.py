@@ -1,0 +1,49 @@
+"""Renders the docstrings, which hold the longer texts, as pages: `make docs`, or `python -m vtok.eval.docs FOLDER`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import vtok
+from vtok.errors import MissingExtraError
+
+WITHOUT = ("vtok.assets", "vtok.configs")  # data, no texts
+
+
+def modules(package: str = "vtok") -> Iterator[str]:
+    """Names of a package and of all modules in it, the package first."""
+    yield package
+    for found in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
+        if not found.name.startswith(WITHOUT) and not found.name.endswith("__main__"):
+            yield found.name
+
+
+def render(folder: Path) -> None:
+    """Writes one page a module.
+
+    Args:
+        folder: where to; made if it is not there.
+
+    Raises:
+        MissingExtraError: pdoc is not installed.
+    """
+    try:
+        import pdoc
+        import pdoc.render
+    except ImportError as error:
+        raise MissingExtraError("rendering the documentation needs pdoc; run: pip install pdoc") from error
+    for name in vtok.__all__:  # config classes are imported on first use, and pdoc looks at what is there
+        vars(vtok)[name] = getattr(vtok, name)
+    pdoc.render.configure(docformat="google", footer_text=f"vtok {vtok.__version__}")
+    with warnings.catch_warnings():  # types that modules import for checkers alone are shown as they are written
+        warnings.filterwarnings("ignore", "Error parsing type annotation")
+        pdoc.pdoc(*modules(), output_directory=folder)
+
+
+if __name__ == "__main__":
+    render(Path(sys.argv[1] if len(sys.argv) > 1 else "docs-html"))

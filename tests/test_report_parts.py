@@ -72,11 +72,12 @@ def test_chosen_images_are_drawn(tmp_path, reference):
     assert found.items[0].tiles[1].verdict == "" and found.items[1].tiles[1].verdict == "right"
 
 
-def test_weights_that_are_not_there_are_looked_for_among_the_bundled_ones():
-    held = {"method": "atp", "params": {"weights": "/nowhere/easyvqa_llava_atp.safetensors"}}
+@pytest.mark.parametrize("place", ["/nowhere/", "asset:"])
+def test_weights_that_are_not_there_are_looked_for_among_the_bundled_ones(place):
+    held = {"method": "atp", "params": {"weights": f"{place}easyvqa_llava_atp.safetensors"}}
     pytest.importorskip("transformers")
     (config,) = gallery.configs_of(held)
-    assert config.weights.endswith("assets/easyvqa_llava_atp.safetensors") and "/nowhere" not in config.weights
+    assert config.weights.endswith("assets/easyvqa_llava_atp.safetensors") and place not in config.weights
 
 
 def test_classes_of_bundled_images(reference):

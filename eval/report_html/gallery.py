@@ -21,6 +21,7 @@ from vtok.eval.report_html.repeat import methods_of, model_name
 from vtok.eval.report_html.rows import Row
 from vtok.eval.report_html.sections import Section
 from vtok.eval.report_html.values import text
+from vtok.eval.runs_methods import ASSET
 from vtok.eval.settings import Setting
 from vtok.eval.viz import bundled, encoder_maps
 from vtok.eval.viz_draw import TokenMaps
@@ -156,10 +157,10 @@ def configs_of(record: dict[str, Any]) -> list[MethodConfig]:
 def _file(value: Any) -> Any:
     from vtok.eval.reference import asset
 
-    if not isinstance(value, str) or "/" not in value or Path(value).exists():
+    if not isinstance(value, str) or not ("/" in value or value.startswith(ASSET)) or Path(value).exists():
         return value
     try:
-        return str(asset(Path(value).name))
+        return str(asset(Path(value.removeprefix(ASSET)).name))
     except FileNotFoundError:
         return value
 

@@ -36,7 +36,7 @@ def render(folder: Path) -> None:
         import pdoc
         import pdoc.render
     except ImportError as error:
-        raise MissingExtraError("rendering the documentation needs pdoc; run: pip install pdoc") from error
+        raise MissingExtraError("pdoc", "dev") from error
     for name in vtok.__all__:  # config classes are imported on first use, and pdoc looks at what is there
         vars(vtok)[name] = getattr(vtok, name)
     pdoc.render.configure(docformat="google", footer_text=f"vtok {vtok.__version__}")

@@ -226,9 +226,9 @@ def _embed(
     pacer.join()
     parts = processes.gather(own, range(-(-len(data) // options.batch_size))).values()
     for part in parts:
-        for one, features, costs in zip(embedded, part.features, part.costs):
+        for one, features, passes in zip(embedded, part.features, part.costs):
             one.parts.append(features)
-            one.costs += costs
+            one.costs += passes
     return torch.cat([part.labels for part in parts]), [one for part in parts for one in part.skipped]
 
 

@@ -23,7 +23,7 @@ correlate with held-out accuracy by 0.70 (KL), 0.55 (cross-entropy) and 0.45 (ac
 of Zero-TPrune by 0.88, 0.91 and 0.83, with 100 images by 0.79, 0.74 and 0.50. `vtok.eval.tune.tune` does it on tensors.
 
 `visualize` (`vtok viz`) draws the token map of an image, `write_report` (`vtok report`) makes one HTML page of results. The names of this package are imported when they are asked for.
-"""  # noqa: E501
+"""  # noqa: E501  # rows of tables, which cannot be broken
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ def plans(run: RunConfig, model: nn.Module | None = None, prompt: Mapping[str, A
     net = meta_model(run) if model is None else model
     extra: dict[str, Any] = {"prompt": dict(prompt or {})} if find_vlms(net) else {}
     patched = (setting for setting in run.settings if setting.method is not None)
-    return [vtok.plan(net, setting.method, **setting.params, **extra) for setting in patched]  # type: ignore[arg-type]
+    return [vtok.plan(net, setting.method, **setting.params, **extra) for setting in patched]  # type: ignore[arg-type]  # None was left out above
 
 
 def cost(run: RunConfig, model: nn.Module | None = None) -> Cost:

@@ -54,7 +54,7 @@ own places and token counts with the tokens drawn at random, and what is left is
 
 None of this contradicts the papers, which report models trained on ImageNet; the sampling and ranking themselves reproduce the
 authors' arrays. It says what to check before pruning a model of your own.
-"""  # noqa: E501
+"""  # noqa: E501  # rows of tables, which cannot be broken
 
 from __future__ import annotations
 

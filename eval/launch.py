@@ -45,14 +45,14 @@ def run_member(program: Callable[[], Any]) -> NoReturn:
     stderr = sys.stderr
     signal.signal(signal.SIGTERM, _asked_to_end(stderr, os.getpid()))
     if not is_main():
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # open as long as the process lives
     try:
         code = _exit_code(program)
         leave()
     except VtokError as error:
         _speak(stderr, f"vtok: {_who()}: {error}")
         code = 2
-    except Exception:
+    except Exception:  # the last line of defence: whatever failed is printed once and ends the run
         _speak(stderr, f"{traceback.format_exc()}vtok: {_who()} failed with the error above")
         code = 1
     for stream in (sys.stdout, stderr):

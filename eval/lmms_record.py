@@ -81,7 +81,7 @@ class Recorder:
         criteria = [*(kwargs.pop("stopping_criteria", None) or ()), clock]
         try:
             made = self._generate(*args, stopping_criteria=criteria, **kwargs)
-        except Exception as error:
+        except Exception as error:  # lmms-eval would make an empty answer of any failure: it is recorded, then raised again
             if isinstance(error, VtokError) or not self._batches:
                 raise _Stop(error) from error
             self._add(about, [PromptCounts(error=f"{type(error).__name__}: {error}") for _ in ids])

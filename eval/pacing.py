@@ -92,7 +92,7 @@ class Pacer(Generic[T]):
                 found.append(known)
                 continue
             if not self.steps[i]:
-                self.kernels[i] = kernels(model, lambda: forward(model, images[:_PROBED].clone()))  # noqa: B023
+                self.kernels[i] = kernels(model, lambda: forward(model, images[:_PROBED].clone()))  # noqa: B023  # called at once
             synchronise(images.device)
             start = time.perf_counter()
             output = forward(model, images)

@@ -30,7 +30,7 @@ average 6 on two cores, and the plain loop does not agree (1.10). The same run t
 (0.97), achieved 0.80 [0.61, 0.95], 0.90 [0.79, 1.10], 0.98 [0.90, 1.05] and 0.79 [0.72, 0.90] in this order, with selection at 1.30,
 3.31, 0.01 and 2.35 %. PiToMe's own step takes a quarter of the tower's CPU time here (62 of 244 ms a batch): the scaled tower is only
 96 wide, and what matching costs besides products does not shrink with the width.
-"""  # noqa: E501
+"""  # noqa: E501  # rows of tables, which cannot be broken
 
 from __future__ import annotations
 

@@ -277,5 +277,5 @@ def finished(records: Records, console: Console | None = None) -> dict[str, dict
         warnings.simplefilter("always")
         found = records.by_key()
     for warning in damaged if console is not None else ():
-        console.print(f"[yellow]{escape(str(warning.message))}[/yellow]")  # type: ignore[union-attr]
+        console.print(f"[yellow]{escape(str(warning.message))}[/yellow]")  # type: ignore[union-attr]  # no console: no loop
     return found

@@ -80,7 +80,7 @@ MACs imply because its unpatched attention does not run on the fused kernel and 
 
 Small gaps between runs are the machine's: with the default allocator, the unpatched DeiT-S pays for fresh pages in some runs
 and not in others, which moved ToMe's achieved fraction between 0.88 and 1.10 over the runs made. Compare within a table.
-"""  # noqa: E501
+"""  # noqa: E501  # rows of tables, which cannot be broken
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ for 200 steps on the frozen model, reaches its target of 36 tokens and gives pro
 2.0 ± 0.7 points when the prompts exchange their thresholds, so these hold something; yet its tokens are worth less than an even
 sample. Correlation does what it is for, filled crops keep twice to four times as many tokens as blank ones, without gaining from it
 at these counts. What to expect of models that read real pages these toys cannot say. Speed was measured on two CPU cores ("AMD EPYC").
-"""  # noqa: E501
+"""  # noqa: E501  # rows of tables, which cannot be broken
 
 from __future__ import annotations
 

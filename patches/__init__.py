@@ -75,7 +75,7 @@ short = vtok.prune_inputs(
 - `correlation` is for models that cut pages into crops; `vtok.patch(vlm, "correlation", calibration=[inputs, ...])` sets its
   threshold on a few of your pages.
 - `print(vtok.supports(vlm))` says what works on a model, and why something does not.
-"""  # noqa: E501
+"""  # noqa: E501  # rows of tables, which cannot be broken
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ def pareto(
         Line(name, look[name][0], _points(own), own, _shape(str(look[name][1]), 9, 7))
         for name, own in ((name, sorted(own, key=lambda m: m.x)) for name, own in marks.items())
     ]
-    on_front = sorted((to_x(xs[i]), to_y(rows[i].score.value)) for i in front if rows[i].score)  # type: ignore[union-attr]
+    on_front = sorted((to_x(xs[i]), to_y(rows[i].score.value)) for i in front if rows[i].score)  # type: ignore[union-attr]  # asked for
     best = [rows[i].label for i in sorted(front, key=lambda i: xs[i])]
     return Plot(
         f"{score.label} against {label}",

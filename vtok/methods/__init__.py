@@ -48,4 +48,4 @@ KV cache of the prompt, float16: MB 335.544 -> 63.963
 ```python
 vtok.patch(vlm, "todre", flops=0.3, prompt={"images": 1, "text_tokens": 64})  # the keep that leaves 30 % of it
 ```
-"""  # noqa: E501
+"""  # noqa: E501  # rows of tables, which cannot be broken

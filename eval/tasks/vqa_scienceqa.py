@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,13 +130,9 @@ TASK = QuestionTask(
     write=_write,
     hub=Hub(_PATH, "ScienceQA-FULL", SPLIT, _from_row, LETTER, optional=True, check=_sorted),
 )
-TASK_IMG = QuestionTask(
+TASK_IMG = replace(
+    TASK,
     name="scienceqa_img",
     read=lambda sources: _with_images(_read(sources), sources.data),
-    scores=_SCORES,
-    primary="exact_match",
-    correct="exact_match",
-    columns={"exact": "exact_match"},
-    write=_write,
     hub=Hub(_PATH, "ScienceQA-IMG", SPLIT, _from_row, LETTER, optional=True, check=_with_images),
 )

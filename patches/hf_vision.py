@@ -15,6 +15,7 @@ from vtok.patches.hf_heads import HeadEnds, HeadStarts, MeanInput, MeanOutput, N
 from vtok.patches.hf_tables import ATTENTIONS, BLOCKS, OWNERS, TOWERS, OwnerSpec, TowerSpec
 from vtok.patches.pooling import PoolBias
 from vtok.patches.protocol import Block, Example, Tower, look_up, qualified_name
+from vtok.patches.stems import ConvStem, StatedStem
 from vtok.run import Run
 
 
@@ -82,6 +83,11 @@ class HfAdapter:
         stepwise = tuple(i for i, block in enumerate(tower.blocks) if block.module.__dict__["_vtok"].stepwise)
         if stepwise:
             module.register_forward_pre_hook(WholeAttentions(stepwise), with_kwargs=True)
+        if spec.shapes:
+            embeddings = module.get_submodule(spec.embed.rpartition(".")[0])
+            embeddings.register_forward_pre_hook(StatedStem(run, spec.shapes, 1), with_kwargs=True)
+        elif _ratio(module.config) is None:
+            module.get_submodule(spec.embed).register_forward_hook(ConvStem(run))
         pool = getattr(module, spec.attn_pool, None) if spec.attn_pool else None
         if pool is not None:
             pool.register_forward_pre_hook(NoPoolMask(run), with_kwargs=True)
@@ -190,5 +196,10 @@ def _native_size(config: Any) -> tuple[int, int, int]:
 def _grid(config: Any, size: tuple[int, int, int], masked: bool = True) -> tuple[int, int]:
     """(rows, columns) of patches; of those that ViT-MAE keeps at random no grid is known: one row."""
     rows, columns = (side // patch for side, patch in zip(size[1:], _pair(config.patch_size)))
-    ratio = getattr(config, "mask_ratio", 0.0)
-    return (1, int(rows * columns * (1 - ratio))) if masked and ratio else (rows, columns)
+    ratio = _ratio(config)
+    return (rows, columns) if ratio is None or not masked else (1, int(rows * columns * (1 - ratio)))
+
+
+def _ratio(config: Any) -> float | None:
+    """The share of the patches that ViT-MAE leaves out; it puts the others in a random order. `None` = another model."""
+    return getattr(config, "mask_ratio", None)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtok.errors import StateError, UnsupportedModelError
+from vtok.errors import StateError
 from vtok.patches.swap import Hook, Mixin
 from vtok.run import Run
 from vtok.state import TokenState, at_least_fp32, log_size_bias
@@ -106,12 +106,7 @@ class DenseOutputs(Mixin):
 
 
 class PatchedTrunk(DenseOutputs):
-    """Mixin for timm trunks: average and maximum pooling over reduced tokens; packed inputs are refused."""
-
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(x, dict) or kwargs.get("patch_coord") is not None:
-            raise UnsupportedModelError("vtok patches image input [B, C, H, W]; packed NaFlex input is not supported")
-        return super().forward(x, *args, **kwargs)
+    """Mixin for timm trunks: average and maximum pooling over reduced tokens."""
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         upstream: Any = super()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vtok.errors import StateError
 from vtok.patches.block import Link, chain
-from vtok.patches.padded import key_padding
+from vtok.patches.padded import padding_of
 from vtok.patches.precision import as_now
 from vtok.patches.protocol import Attend, BlockSpec, Tower
 from vtok.patches.swap import Hook, Mixin, put_on
@@ -73,8 +73,10 @@ class Caught:
     def _state(self, rows: list[int]) -> TokenState:
         state = self.state
         if state is None:
-            n = self.x.shape[1]
-            state = TokenState(self.num_prefix, n, keep=key_padding(self.kwargs.get(self.spec.mask), n))
+            n, of = self.x.shape[1], self.spec.padding_mask
+            found = None if of is None else padding_of(of(self.block, self.kwargs), n, self.num_prefix)
+            keep = None if found is None else found.keep.expand(len(self.x), -1)
+            state = TokenState(self.num_prefix, n, keep=keep)
         index, size, keep = (None if t is None else t[rows] for t in (state.index, state.size, state.keep))
         return TokenState(self.num_prefix, state.length, index, size, keep)
 

@@ -30,6 +30,11 @@ class Patch:
     steps: dict[int, tuple[Site, Reducer]]
     budget: Budget | None
 
+    @property
+    def merges(self) -> bool:
+        """Whether some method folds tokens into others."""
+        return any(config.merges for config in self.configs)
+
 
 def put(adapter: Adapter, tower: Tower, made: Patch, trace: bool, spare: bool = False) -> Run:
     """Installs what `fit` resolved; `check` comes first. For `trace` and `spare` see `Run`, which is returned."""

@@ -72,7 +72,7 @@ def apply_plan(x: Tensor, state: TokenState, plan: Plan) -> tuple[Tensor, TokenS
     if keep is None and state.keep is not None:
         keep = state.keep.gather(1, plan.keep)
     group = None if state.group is None else _follow(state.group, plan, x.shape[1])
-    return out, TokenState(state.num_prefix, state.length, index, size, keep, group, state.real)
+    return out, state._replace(index=index, size=size, keep=keep, group=group)
 
 
 def _fold(x: Tensor, size: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor | None]:

@@ -39,6 +39,9 @@ class Site(NamedTuple):
         return f"block {self.index} {self.place.value}"
 
 
+Grid = tuple[int, int] | Tensor
+
+
 class TokenState(NamedTuple):
     """The N tokens at a block boundary. Immutable; `None` means trivial, so an unreduced stretch of blocks costs nothing.
 
@@ -49,7 +52,10 @@ class TokenState(NamedTuple):
         size: [B, N] fp32 or fp64, patches that a token stands for; `None` = ones.
         keep: [B, N] bool, False = padding; `None` = all real.
         group: [B, N0] int64, row where each original token now lives, -1 = dropped; kept only under `trace=True`.
-        real: [B, N0] bool, False = padding that images came with; the model's own mask then says no more than `keep`.
+        real: [B, N0] bool, False = padding that images came with.
+        masked: whether the mask that they came with says more than `real`, so that it goes on to be added.
+        grid: (rows, columns) of the patches that entered block 0; [B, 2] int64 where images differ; (1, N0 - P) where they fill
+            no grid; `None` = not known.
     """
 
     num_prefix: int
@@ -59,6 +65,8 @@ class TokenState(NamedTuple):
     keep: Tensor | None = None
     group: Tensor | None = None
     real: Tensor | None = None
+    masked: bool = False
+    grid: Grid | None = None
 
     @property
     def trivial(self) -> bool:

@@ -281,7 +281,8 @@ class ParityReducer(ATSReducer):
             q, k, v = (t * state.keep[:, None, :, None] for t in (q, k, v))
         logits = (q * view.scale) @ k.transpose(-2, -1)
         if view.bias is not None:  # a bias of the model's own; what masks padding is left to the softmax
-            logits = logits + view.bias.masked_fill(view.bias == float("-inf"), 0).to(logits.dtype)
+            bias = view.bias if state.keep is None else view.bias.masked_fill(~state.keep[:, None, None], 0)
+            logits = logits + bias.to(logits.dtype)
         return authors_softmax(logits, state.keep), v
 
     def macs(self, at: Site, n: int, num_prefix: int) -> int:

@@ -137,6 +137,6 @@ class ViewDrop(VLMReducer):
     def _rows(self, number: int, view: View, device: torch.device) -> Tensor:
         n = view.stop - view.start
         ranks = self.config.reducer((number,), n, (view.rows, view.columns)).rank(
-            n, TokenState(0, n), Site(Place.IMAGE_FEATURES, number), device
+            n, TokenState(0, n, grid=(view.rows, view.columns)), Site(Place.IMAGE_FEATURES, number), device
         )
         return view.start + ranks[0].argsort(stable=True)[: kept_count(n, self.config.keep)].sort().values

@@ -22,10 +22,20 @@ def square(model: Any, modality: str, number: int, first: int, x: Tensor, kwargs
     return (_grid(0, len(x)),)
 
 
+def patches(model: Any, modality: str, number: int, first: int, x: Tensor, kwargs: Kwargs) -> tuple[View, ...]:
+    """LLaVA: one token a patch: a square grid, or under a tower of variable resolution (Pixtral) that of the image itself."""
+    sizes, side = kwargs.get("image_sizes"), getattr(model.vision_tower, "patch_size", 0)
+    if sizes is not None and side:
+        rows, columns = (int(pixels) // side for pixels in sizes[number])
+        return (View(0, rows, columns),) if rows * columns == len(x) else (View(0, 1, len(x)),)
+    return (View(0, 1, len(x)),) if _varies(model) else (_grid(0, len(x)),)
+
+
 def tiles(model: Any, modality: str, number: int, first: int, x: Tensor, kwargs: Kwargs) -> tuple[View, ...]:
     """Idefics3 and SmolVLM: the tiles of all images of a row, one behind the other, each a square grid."""
-    config = model.config
-    side = config.vision_config.image_size // config.vision_config.patch_size
+    config, pixels = model.config, kwargs.get("pixel_values")  # which generate() has used up when the prompt is read
+    image = config.vision_config.image_size if pixels is None else pixels.shape[-1]
+    side = image // config.vision_config.patch_size
     size = side * side // config.scale_factor**2
     if len(x) % size:
         return (View(0, 1, len(x)),)
@@ -112,9 +122,8 @@ def crop_counts(model: Any, modality: str, images: Sequence[Tensor], total: int,
 
 def tower_grid(model: Any) -> tuple[int, int] | None:
     """LLaVA-1.5, PaliGemma: the patches of the vision tower, one token each, whatever the image."""
-    kind = model.config.vision_config.model_type
     full = getattr(model.config, "vision_feature_select_strategy", "default") == "full"
-    if kind == "pixtral" or (kind == "clip_vision_model" and full):  # variable resolution; a class token among the visual ones
+    if _varies(model) or (model.config.vision_config.model_type == "clip_vision_model" and full):  # a class token among the visual
         return None
     return _side(model), _side(model)
 
@@ -136,6 +145,11 @@ def shuffled_grid(model: Any) -> tuple[int, int] | None:
 def _grid(start: int, n: int) -> View:
     side = math.isqrt(n)
     return View(start, side, side) if side * side == n else View(start, 1, n)
+
+
+def _varies(model: Any) -> bool:
+    """Whether the vision tower takes images of any shape as they are."""
+    return model.config.vision_config.model_type == "pixtral"
 
 
 def _side(model: Any) -> int:

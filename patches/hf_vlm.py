@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -66,7 +66,7 @@ VLMS: dict[str, VLMSpec] = {
     _in("gemma3") + "Gemma3Model": VLMSpec(grid=hf_views.pooled_grid),
     _in("idefics3") + "Idefics3Model": _IDEFICS,
     _in("internvl") + "InternVLModel": VLMSpec(grid=hf_views.shuffled_grid, cuts=hf_cuts.tiles),
-    _in("llava") + "LlavaModel": _PROJECTED,
+    _in("llava") + "LlavaModel": replace(_PROJECTED, views=hf_views.patches),
     _in("llava_next") + "LlavaNextModel": _ANYRES,
     _in("llava_onevision") + "LlavaOnevisionModel": _ANYRES,
     _in("paligemma") + "PaliGemmaModel": _PROJECTED,

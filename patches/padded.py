@@ -22,7 +22,6 @@ from vtok.ops.rows import take_rows
 from vtok.reduction import Plan
 from vtok.state import AttentionView, Site, TokenState
 
-
 HIDDEN = -1e4  # an additive mask that low hides a key: its probability is zero in every precision
 
 
@@ -78,7 +77,8 @@ def padding_of(mask: Tensor | None, n: int, num_prefix: int = 0, merges: bool = 
         keep = torch.where(clear[:, None], seen, keep)
     if torch.compiler.is_compiling():  # no value can be asked for
         return Padding(keep, False)
-    partly = (sees ^ keep[:, None]) & (keep[:, :, None] if shown.shape[1] > 1 else True)  # real keys, hidden from some real queries
+    asking = keep[:, :, None] if shown.shape[1] > 1 else True
+    partly = (sees ^ keep[:, None]) & asking  # hidden from some real queries or heads, and not from others
     mixed = biased = partly.any()
     if mask.is_floating_point():
         biased = mixed | ((mask != 0) & sees.transpose(0, 1) & keep[:, None, None]).any()

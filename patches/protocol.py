@@ -117,8 +117,8 @@ class BlockSpec:
         own_mask: makes the mask that the block would build for the original length, from (block, kwargs); takes out of kwargs
             what the attention does not know.
         passes_mask: whether the block's forward hands a mask on as it is; otherwise a block that needs one is always split.
-        padding_mask: makes the mask that may mark padding, broadcastable to [B, H, N, N], from (block, kwargs); `None` = the block
-            takes none. What the first block gets seeds the token state.
+        padding_mask: makes the mask that may mark padding, broadcastable to [B, H, N, N], from (block, kwargs); `None` = the
+            block takes none. What the first block gets seeds the token state.
         seq_first: whether the block takes and returns [N, B, C].
     """
 

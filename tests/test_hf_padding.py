@@ -183,5 +183,11 @@ def test_which_masks_are_padding():
         assert torch.equal(padding_of(mask, 4, num_prefix=1).keep[0], lone)
     assert torch.equal(padding_of(lone & lone[:, None], 4).keep[0], lone)
     assert padding_of(itself, 4) is None  # every token for itself: which are padding cannot be told
-    for nothing in (None, torch.ones(2, 1, 1, 4), torch.zeros(1, 3, 4, 4), torch.ones(4, 4, dtype=torch.bool).tril(), keep[0, :3]):
+    for nothing in (
+        None,
+        torch.ones(2, 1, 1, 4),
+        torch.zeros(1, 3, 4, 4),
+        torch.ones(4, 4, dtype=torch.bool).tril(),
+        keep[0, :3],
+    ):
         assert padding_of(nothing, 4) is None

@@ -143,7 +143,7 @@ def test_hiding_patches_is_taking_them_out(method):
 
 @pytest.mark.parametrize(("name", "method"), [pair for pair in PAIRS if pair[0] in NAMES[:8]])
 def test_masks_between_patches(name, method):
-    """A mask that hides patches from some tokens alone: dropping under it is exact, merging would carry across and is refused."""
+    """A mask that hides patches from some tokens: dropping under it is exact; merging would carry across, and is refused."""
     model, x = attach(name, build(name, torch.float64), method, trace=True), images(name, dtype=torch.float64)
     n = tower(model).num_prefix + 64
     band = (torch.arange(n)[:, None] - torch.arange(n)).abs() < 40

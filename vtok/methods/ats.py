@@ -30,6 +30,7 @@ from vtok.config import (
 from vtok.errors import ConfigError
 from vtok.ops.rows import rows_where, with_prefix
 from vtok.ops.sampling import endpoint_samples, midpoint_samples
+from vtok.ops.selection import kept_tokens
 from vtok.reduction import Plan
 from vtok.space import Blocks, Point, Space
 from vtok.state import AttentionView, Place, Site, TokenState, at_least_fp32
@@ -47,8 +48,9 @@ class ATS(MethodConfig):
     Attributes:
         num_tokens: sample points per block (paper: K), an upper bound on the patches that survive; whole number >= 1. The paper
             stops at the number of patches; more points sample finer and so keep more, which is ours.
-        keep: the same as a share of the model's patches ((0, 1]; default 0.55, which is K = 108 at 196 patches); 1.0 is an
-            exact no-op. Give one of the two.
+        keep: the same as a share of the patches of the input size that the model is patched for ((0, 1]; default 0.55, which is
+            K = 108 at 196 patches), rounded to whole tokens, halves to the even number; 1.0 is an exact no-op. Give one of the
+            two.
         layers: 0-based blocks that sample (default: from a quarter of the depth on; blocks 3 to 11 of 12, as in the paper).
         mode: `"drop"` cuts the batch to its longest image (one host synchronisation a block), `"mask"` always leaves
             min(K, patches) rows (static shapes, for compilation). Both give the same result.
@@ -125,7 +127,7 @@ class ATS(MethodConfig):
         require_softmax(info, "ats")
         points = self.num_tokens or info.num_patches
         if self.keep is not None:
-            points = max(1, round(self.keep * info.num_patches))
+            points = kept_tokens(info.num_patches, self.keep)
         kind = ParityReducer if self.parity else ATSReducer
         return kind(
             points,

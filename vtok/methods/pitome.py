@@ -37,7 +37,8 @@ class PiToMe(MethodConfig):
 
     Attributes:
         ratio: share of the patches that each block keeps (paper: r; (0, 1], a number or one per block; default 0.925; authors
-            sweep 0.9 to 0.975). 1.0 is an exact no-op. No block merges more than half of its patches.
+            sweep 0.9 to 0.975). As in the authors' code, the number that merges is rounded down. 1.0 is an exact no-op. No
+            block merges more than half of its patches.
         r: number of patches that each block removes, instead of `ratio` (a number, one per block, or `(r, inflect)`).
         margin: similarity above which two tokens count as close (paper: m; [-1, 1], a number or one per block; default: the
             paper's 0.9 - 0.9 i / L for block i of L).

@@ -23,8 +23,9 @@ class RandomDrop(DropConfig):
     """Config of random pruning.
 
     Attributes:
-        keep: share of its patches that each block in `layers` keeps ((0, 1]; default 0.925); 1.0 is an exact no-op. On a
-            vision-language model: share of the visual tokens that enter the LLM, at least one of every view of an image.
+        keep: share of its patches that each block in `layers` keeps ((0, 1]; default 0.925), rounded to whole tokens, halves to
+            the even number, at least one; 1.0 is an exact no-op. On a vision-language model: share of the visual tokens that
+            enter the LLM, rounded for every view of an image by itself.
         layers: 0-based blocks that prune, between attention and MLP; default all. Not for vision-language models.
         seed: of the permutations, one per block (whole number; default 0).
     """

@@ -38,7 +38,8 @@ from vtok.methods.todre_relevance import (
     probe_layers,
     relevance,
 )
-from vtok.methods.todre_select import SELECTORS, k_center_select, kept_tokens, max_sum_select
+from vtok.methods.todre_select import SELECTORS, k_center_select, max_sum_select
+from vtok.ops.selection import kept_tokens
 from vtok.prompt import ImageFeatures, LayerAttention, Layout, TowerBlock, TowerFacts, View, VLMInfo, VLMReducer
 from vtok.reduction import Plan
 from vtok.space import Choice, Dimension, Point, Real, Space
@@ -59,7 +60,8 @@ class ToDRE(MethodConfig):
 
     Attributes:
         keep: share of the visual tokens of an image that enter the LLM ((0, 1]; default 0.1, the paper's 288 of 2880; it also
-            reports 0.25). At least one token of every image stays. 1.0 leaves stage 1 out.
+            reports 0.25). Rounded to whole tokens, halves to the even number (our reading: the paper states counts); at least
+            one of every image stays. 1.0 leaves stage 1 out.
         keep_tokens: the same as a count for every image, thumbnail and crops together (paper: k, 288 or 720); whole number
             >= 1. An image with fewer tokens keeps them all. Give one of the two.
         selector: `"max_sum"` (the paper's second version, eqs. 4 to 7) or `"k_center"` (which its first version's abstract

@@ -41,7 +41,8 @@ class ZeroTPrune(MethodConfig):
 
     Attributes:
         layers: 0-based blocks at whose end tokens are pruned (default: 0, 2, 5, 8, 10 of 12, scaled to the depth).
-        retain: share of the patches that the I-stage keeps ((0, 1], number or list; default 1, .9, .8, .7, 1).
+        retain: share of the patches that the I-stage keeps ((0, 1], number or list; default 1, .9, .8, .7, 1), rounded down as
+            in the authors' code, at least one.
         r: near duplicates that the S-stage prunes (tokens, number or list; default 10 per 196 patches).
         iters: votes of the I-stage (number or list; default, from the paper: 30 in the first three blocks, 1 in the last
             three, 5 between).

@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 
 
+def kept_tokens(n: int, keep: float | None = None, keep_tokens: int | None = None) -> int:
+    """How many of n tokens stay: max(1, round(n keep)), halves to the even number, or `keep_tokens` where there are as many."""
+    if keep_tokens is not None:
+        return min(n, keep_tokens)
+    return n if keep is None else min(n, max(1, round(n * keep)))
+
+
 def largest(score: Tensor, count: Tensor, valid: Tensor | None = None) -> Tensor:
     """The `count` [B] highest scores of each row [B, n], as a mask [B, n]; of equal scores the first."""
     if valid is not None:

@@ -17,10 +17,11 @@ import vtok
 from vtok.api import Method, Size, run_of
 from vtok.config import MethodConfig
 from vtok.cost import Estimate, estimate
-from vtok.errors import ConfigError, UnsupportedModelError
+from vtok.errors import ConfigError
 from vtok.eval.records import key_of
 from vtok.patches import find_adapters
 from vtok.patches.protocol import Adapter, Tower
+from vtok.resolve import towers as towers  # the same towers as those that are patched
 
 _FINGERPRINT = 64  # values of every parameter that identify weights
 
@@ -162,18 +163,6 @@ def mean_cost(costs: Sequence[PassCost], images: Sequence[int]) -> PassCost:
         ragged=any(c.ragged for c in costs),
         **{name: mean([getattr(c, name) for c in costs]) for name in numbers},
     )
-
-
-def towers(model: nn.Module, input_size: Size | None = None) -> list[tuple[Adapter, Tower]]:
-    """The towers of a model with their adapters.
-
-    Raises:
-        UnsupportedModelError: there is none.
-    """
-    found = [(adapter, tower) for _, adapter in find_adapters(model) for tower in adapter.towers(model, input_size)]
-    if not found:
-        raise UnsupportedModelError(f"{type(model).__name__} holds nothing that vtok can patch; see vtok.supports(model)")
-    return found
 
 
 def model_name(model: nn.Module) -> str:

@@ -179,8 +179,7 @@ def check(tower: Tower, steps: dict[int, tuple[Site, Reducer]]) -> None:
     """Raises whatever `install` and the adapter's `attach` would raise; changes nothing."""
     for i, block in enumerate(tower.blocks):
         _link(i, block, Run(0, 0, False, False), steps.get(i))
-        check_forward(block.module)
-    check_forward(tower.module)
+        check_forward(block.module, ReducingBlock)
 
 
 def install(blocks: tuple[Block, ...], run: Run, steps: dict[int, tuple[Site, Reducer]]) -> None:

@@ -8,6 +8,7 @@ that unpatching works on deep copies and on unpickled models, with no list of ha
 from __future__ import annotations
 
 import functools
+import inspect
 import reprlib
 import types
 from typing import TYPE_CHECKING, Any
@@ -23,11 +24,31 @@ else:
 
 
 class Mixin(_Base):
-    """Base of the classes that are put in front of a module's own class."""
+    """Base of the classes that are put in front of a module's own class.
+
+    Other tools keep bound methods of a module (a wrapped or compiled `forward`). Kept while the module was patched and called
+    when it no longer is, a method of a mixin does what the module's own class does.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        for name, method in list(vars(cls).items()):
+            if isinstance(method, types.FunctionType) and not name.startswith("__"):
+                setattr(cls, name, _or_own(method))
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # the class exists only here: rebuild it from its two parts
         mixin, base = parts(type(self))
         return _rebuild, (mixin, base), self.__dict__
+
+
+def _or_own(method: Any) -> Any:
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, Mixin):
+            return method(self, *args, **kwargs)
+        return getattr(type(self), method.__name__)(self, *args, **kwargs)
+
+    return call
 
 
 class Hook:
@@ -57,7 +78,7 @@ def _rebuild(mixin: type, base: type) -> Any:
 
 def put_on(module: nn.Module, mixin: type) -> None:
     """Gives the module the class `(mixin, its class)`."""
-    check_forward(module)
+    check_forward(module, mixin)
     _set_class(module, mixed_class(mixin, type(module)))
 
 
@@ -75,13 +96,20 @@ def check_class(module: nn.Module) -> None:
         )
 
 
-def check_forward(module: nn.Module) -> None:
-    """Raises if somebody replaced `forward` on the instance: a class swap would silently do nothing.
+def check_forward(module: nn.Module, mixin: type) -> None:
+    """Raises if somebody replaced `forward` on the instance, and the mixin has another: it would silently do nothing.
 
     accelerate's hooks do that too, but keep the class's own forward under `_old_forward`, and leave it bound to the instance
-    when they go: both are re-bound by `_set_class`.
+    when they go: both are re-bound by `_set_class`. What was wrapped around a mixin's forward leads to it again.
     """
-    if "forward" in module.__dict__ and not _is_own(module, "forward") and not _is_own(module, "_old_forward"):
+    theirs = module.__dict__.get("forward")
+    if theirs is None or getattr(mixin, "forward", nn.Module.forward) is nn.Module.forward:
+        return
+    inner: Any = inspect.unwrap(theirs, stop=lambda f: isinstance(f, types.MethodType))
+    own = parts(type(module))[1] if isinstance(module, Mixin) else type(module)
+    ours = mixed_class(mixin, own).forward  # type: ignore[attr-defined]
+    leads = isinstance(inner, types.MethodType) and inner.__self__ is module and inner.__func__ is ours
+    if not leads and not _is_own(module, "forward") and not _is_own(module, "_old_forward"):
         found = reprlib.repr(module.__dict__["forward"])  # cut short: a bound method prints its whole module
         raise StateError(
             f"forward of this {type(module).__name__} was replaced on the instance by {found}; "

@@ -199,8 +199,8 @@ def kept_patches(keep: float, grid: tuple[int, int]) -> set[tuple[int, int]]:
     patches = grid[0] * grid[1]
     reducer = vtok.UniformGrid(keep=keep).build(model_info(num_patches=patches, grid=grid))
     plan = decided(reducer, attention(0, 1, 1 + patches), TokenState(1, 1 + patches))
-    assert plan is not None
-    return {divmod(i - 1, grid[1]) for i in plan.keep[0, 1:].tolist()}
+    kept = range(1, 1 + patches) if plan is None else plan.keep[0, 1:].tolist()  # a large share of few is all of them
+    return {divmod(i - 1, grid[1]) for i in kept}
 
 
 def test_a_quarter_of_the_grid_is_every_second_row_and_column() -> None:

@@ -69,7 +69,7 @@ def configs(method: Method, params: dict[str, Any]) -> tuple[MethodConfig, ...]:
     raise unknown("method", str(method), METHODS.names())
 
 
-def towers(model: nn.Module, input_size: Size | None) -> list[tuple[Adapter, Tower]]:
+def towers(model: nn.Module, input_size: Size | None = None) -> list[tuple[Adapter, Tower]]:
     """Every supported tower of a model; raises if there is none."""
     require_module(model)
     if input_size is not None:

@@ -10,7 +10,7 @@ from torch import nn
 from vtok.cost import TowerCost
 from vtok.errors import UnsupportedModelError
 from vtok.patches import hf_vlm
-from vtok.patches.cost import block_cost, linear_macs
+from vtok.patches.cost import block_cost, linear_macs, position_macs
 from vtok.patches.hf_heads import HeadEnds, HeadStarts, MeanInput, MeanOutput, NoPoolMask, WholeAttentions
 from vtok.patches.hf_tables import ATTENTIONS, BLOCKS, OWNERS, TOWERS, OwnerSpec, TowerSpec
 from vtok.patches.pooling import PoolBias
@@ -111,9 +111,9 @@ class HfAdapter:
         head += linear_macs(getattr(module, "pooler", None))
         averages = tower.averaged_by is not None or _averages(module, spec)
         rows, columns = _grid(module.config, tower.input_size, masked=False)
-        per_patch = module.get_submodule(spec.embed).weight.numel()
+        per_patch = position_macs(module.get_submodule(spec.embed))
         if spec.positions and hf_vlm.release() >= spec.positions_since:
-            per_patch += module.get_submodule(spec.positions).weight.numel()
+            per_patch += position_macs(module.get_submodule(spec.positions))
         return TowerCost(
             rows * columns * per_patch,
             tuple(block_cost(b) for b in tower.blocks),

@@ -196,6 +196,11 @@ def _describe(path: str, module: Any, spec: VLMSpec) -> VLM:
     problem = _problem(text)
     if problem is not None:
         raise UnsupportedModelError(f"the LLM of {name}, {qualified_name(type(text))}, {problem}; supported: {SUPPORTED}")
+    if getattr(module.config, "vision_feature_layer", None) == 0:
+        raise UnsupportedModelError(
+            f"vision_feature_layer=0 of {name}: transformers takes 0 for no layer at all and fails when it encodes an image; "
+            "name the output of a block, such as -1 or -2"
+        )
     tokens = {m: getattr(module.config, f"{m}_token_id", None) for m in ("image", "video")}
     tower, facts, no_tower = _tower(module, text, spec)
     deep = getattr(getattr(module.config, "vision_config", None), "deepstack_visual_indexes", None) or ()

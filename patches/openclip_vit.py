@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vtok.cost import TowerCost
 from vtok.errors import UnsupportedModelError
 from vtok.patches import find_adapters
-from vtok.patches.cost import block_cost, linear_macs
+from vtok.patches.cost import block_cost, linear_macs, position_macs
 from vtok.patches.openclip_attention import OpenClipAttention, TorchAttention, added_mask, excluding_mask
 from vtok.patches.pooling import DenseOutputs, PoolBias, plain, weighted_mean
 from vtok.patches.protocol import Adapter, Attend, Block, BlockSpec, Example, Tower, look_up, qualified_name
@@ -105,7 +105,7 @@ class OpenClipAdapter:
             per_token += proj
         averages = visual.attn_pool is None and visual.pool_type == "avg"
         return TowerCost(
-            tower.grid[0] * tower.grid[1] * visual.conv1.weight.numel(),
+            tower.grid[0] * tower.grid[1] * position_macs(visual.conv1),
             tuple(block_cost(b) for b in tower.blocks),
             once + proj * (rows or 0),
             per_token,

@@ -12,7 +12,7 @@ from torch import nn
 
 from vtok.cost import TowerCost
 from vtok.errors import UnsupportedModelError
-from vtok.patches.cost import block_cost, linear_macs, shape_only_macs
+from vtok.patches.cost import block_cost, linear_macs, position_macs, shape_only_macs
 from vtok.patches.padded import by_pairs
 from vtok.patches.pooling import HeadPooledTrunk, PatchedTrunk, PoolBias
 from vtok.patches.protocol import Attend, Block, BlockSpec, Example, Tower, look_up, qualified_name
@@ -178,7 +178,7 @@ def _in_chans(embed: Any) -> int:
     if hasattr(embed, "backbone"):
         conv = next(m for m in embed.backbone.modules() if isinstance(m, nn.Conv2d))
         return conv.in_channels
-    if isinstance(embed.proj, nn.Linear):
+    if hasattr(embed.proj, "in_features"):
         return embed.proj.in_features // (embed.patch_size[0] * embed.patch_size[1])
     return embed.proj.in_channels
 
@@ -218,4 +218,4 @@ def _stem_macs(trunk: Any, tower: Tower, patches: int) -> int:
     embed = _patch_embed(trunk)
     if hasattr(embed, "backbone"):
         return shape_only_macs(embed, tower.input_size)  # a convolutional stem
-    return patches * embed.proj.weight.numel()
+    return patches * position_macs(embed.proj)

@@ -136,7 +136,7 @@ WRAPPED = [
     ("timm: ViT", "", _wrapped),
     ("timm: ViT", "", _compiled),
     ("timm: ViT", "blocks.1", _wrapped),
-    ("timm: ViT", "blocks.1", _compiled),
+    ("timm: ViT", "blocks.0", _compiled),
     ("timm: BEiT relative bias", "blocks.0", _wrapped),
     ("open_clip: ViT", "transformer.resblocks.2", _wrapped),
     ("transformers: ViT", "model.vit.layers.1", _wrapped),

@@ -195,3 +195,35 @@ def test_where_the_image_stands(place):
         assert "a prompt ends with a visual token that is dropped" in text
     long = generate(vtok.patch(model, "uniform", keep=0.3, positions=positions), one)
     assert (short[1] - long[1]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["LLaVA-1.5", "LLaVA-NeXT", "InternVL"])
+def test_features_of_no_block(name):
+    """transformers fails on them too, in words that say nothing."""
+    model = build(name)
+    model.config.vision_feature_layer = 0
+    with pytest.raises(TypeError), torch.no_grad():
+        model(**inputs(name))
+    for call in (vtok.patch, vtok.plan):
+        assert "vision_feature_layer=0 of" in message_of(vtok.UnsupportedModelError, call, model, "random")
+    assert "vision_feature_layer=0 of" in vtok.supports(model).reason
+
+
+def test_a_family_whose_cost_nobody_wrote_down(monkeypatch):
+    """Its prompts are shortened; what needs costs says what is missing."""
+    from vtok.patches import hf_vlm_cost
+
+    rows = {name: row for name, row in hf_vlm_cost.VISION.items() if not name.endswith(".LlavaModel")}
+    monkeypatch.setattr(hf_vlm_cost, "VISION", rows)
+    model = build("LLaVA-1.5")
+    words = "what LlavaModel costs is not known in closed form"
+    assert words in message_of(vtok.UnsupportedModelError, vtok.plan, model, "random", keep=0.5)
+    for method in ("random", "tome"):
+        assert words in message_of(vtok.UnsupportedModelError, vtok.patch, model, method, flops=0.8)
+    for method, knobs in (("random", {"keep": 0.5}), ("tome", {"r": 2})):
+        vtok.patch(model, method, **knobs)
+        with torch.no_grad():
+            model(**inputs("LLaVA-1.5"))
+        found = vtok.info(model).prompts[0]
+        assert found.rows and words in " ".join(found.notes)
+        assert words in str(vtok.info(model))

@@ -271,6 +271,14 @@ def info(model: nn.Module, probe: Any = None) -> Info:
 def supports(model: nn.Module) -> Support:
     """What `patch` would patch in a model, and which methods work on it, by default or on request; never raises."""
     try:
+        return _supports(model)
+    except Exception as error:  # whatever a model of unknown make does when it is looked at
+        what = f"{type(model).__name__} could not be examined: {type(error).__name__}: {error}"
+        return Support(reason=f"{what}; vtok patches models as timm, open_clip and transformers build them")
+
+
+def _supports(model: nn.Module) -> Support:
+    try:
         require_module(model)
         if vlms := find_vlms(model):
             from vtok import vlm

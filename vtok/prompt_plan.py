@@ -13,7 +13,7 @@ from vtok.inspection import tower_info
 from vtok.patches.decoder_pass import Counts, Pruner
 from vtok.patches.hf_vision import HfAdapter
 from vtok.patches.hf_vlm import VLM
-from vtok.patches.hf_vlm_cost import features_left, llm_cost, patches_left, stated_calls, stated_image, vision_cost
+from vtok.patches.hf_vlm_cost import features_left, llm_cost, patches_left, stated_calls, stated_image, tower_of, vision_cost
 from vtok.prompt import View
 from vtok.prompt_cost import Prompt, PromptEstimate, VisionCost, mean_estimate, prompt_estimate
 from vtok.resolve import run_of
@@ -113,7 +113,7 @@ def visual_left(visual: Tensor, column: Tensor) -> list[int]:
 def _vision(vlm: VLM, pruner: Pruner, counts: Counts) -> tuple[VisionCost | None, VisionCost | None, tuple[str, ...]]:
     """(the vision side per prompt, the same unpatched, what a user should know of it)."""
     missing = "note: the images were encoded before this prompt was read; tower and connector are not in these costs"
-    if not counts.calls:
+    if not counts.calls and tower_of(vlm) is not None:
         return None, None, (missing,)
     rows, seen = len(counts.visual), None
     if pruner.joint is not None:

@@ -11,6 +11,7 @@ import functools
 import inspect
 import reprlib
 import types
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -130,14 +131,21 @@ def _set_class(module: nn.Module, cls: Any) -> None:
         module.__dict__[name] = types.MethodType(cls.forward, module)
 
 
-def remove_hooks(module: nn.Module) -> None:
+def shared_by(module: nn.Module) -> list[Any]:
+    """What vtok left on a module: links of blocks and hooks."""
+    link = module.__dict__.get("_vtok")
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return [*([] if link is None else [link]), *(hook for hook in hooks if isinstance(hook, Hook))]
+
+
+def remove_hooks(module: nn.Module, ours: Callable[[Any], bool] = lambda hook: isinstance(hook, Hook)) -> None:
     """Removes every hook of ours, recognised by type."""
     forward = (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
     for hooks, extras in (
         (module._forward_hooks, forward),
         (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
     ):
-        for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
+        for key in [key for key, hook in hooks.items() if ours(hook)]:
             del hooks[key]
             for extra in extras:
                 extra.pop(key, None)

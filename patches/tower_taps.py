@@ -25,7 +25,8 @@ from vtok.patches.block import Link, chain
 from vtok.patches.padded import padding_of
 from vtok.patches.precision import as_now
 from vtok.patches.protocol import Attend, BlockSpec, Tower
-from vtok.patches.swap import Hook, Mixin, put_on
+from vtok.patches.swap import Hook, Mixin, put_on, remove_hooks
+from vtok.patches.transaction import to_the_end
 from vtok.prompt import TowerBlock
 from vtok.state import AttentionView, TokenState, gather_positions, log_size_bias
 
@@ -155,24 +156,26 @@ class TowerTaps:
         if self._stack:
             self._stack[-1][number] = caught()
 
-    def hook(self, tower: Tower) -> list[Any]:
-        """Hooks the blocks; returns handles."""
-        return [
-            tower.blocks[i].module.register_forward_pre_hook(
-                BlockTap(self, i, tower.blocks[i].spec, tower.blocks[i].attend, tower.num_prefix), with_kwargs=True
-            )
-            for i in self.blocks
-        ]
+    def hook(self, tower: Tower) -> None:
+        """Hooks the blocks."""
+        for i in self.blocks:
+            block = tower.blocks[i]
+            tap = BlockTap(self, i, block.spec, block.attend, tower.num_prefix)
+            block.module.register_forward_pre_hook(tap, with_kwargs=True)
 
     @contextmanager
     def on(self, tower: Tower | None) -> Iterator[None]:
         """The blocks are hooked for a while. Without blocks nothing is."""
-        handles = self.hook(tower) if tower is not None else []
         try:
+            if tower is not None:
+                self.hook(tower)
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            blocks = () if tower is None else tower.blocks
+            to_the_end(lambda: [remove_hooks(block.module, self._owns) for block in blocks])
+
+    def _owns(self, hook: Any) -> bool:
+        return isinstance(hook, BlockTap) and hook.taps is self
 
     def __getstate__(self) -> dict[str, Any]:  # what a thread holds is neither copied nor pickled
         return {"blocks": self.blocks}

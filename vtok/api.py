@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,8 @@ from vtok.fit import Patch, call, fit, foretell, measured, put
 from vtok.patches import find_vlms
 from vtok.patches.block import check
 from vtok.patches.protocol import Adapter, Tower
-from vtok.patches.swap import Mixin, check_class, remove_hooks, take_off
+from vtok.patches.swap import Mixin, check_class, remove_hooks, shared_by, take_off
+from vtok.patches.transaction import all_or_nothing, to_the_end
 from vtok.prompt_cost import Prompt
 from vtok.prompt_report import PromptPlan
 from vtok.registry import METHODS
@@ -77,8 +78,7 @@ def patch(
         configs_of, budgets = prompt_budget.budgeted(model, vlms, configs_of, flops, stated, calibration if free else None)
         pruners = vlm.resolve_all(vlms, configs_of, saved, positions, budgets, trace)
         vlm_towers.warn_of_grids(vlms, pruners)
-        unpatch(model)
-        vlm.put(model, vlms, pruners)
+        all_or_nothing(model, lambda: vlm.put(unpatch(model), vlms, pruners))
         return model
     for name, value in (("positions", positions), ("prompt", prompt)):
         if value is not None:
@@ -90,10 +90,14 @@ def patch(
         made = fit(adapter, tower, configs, flops, calibration)
         check(tower, made.steps)
         ready.append((adapter, tower, made))
-    unpatch(model)
-    for adapter, tower, made in ready:
-        put(adapter, tower, made, trace or (saved is not None and saved.trace))
+    traced = trace or (saved is not None and saved.trace)
+    all_or_nothing(model, lambda: _put_back(unpatch(model), [(*one, traced) for one in ready]))
     return model
+
+
+def _put_back(model: nn.Module, patches: Iterable[tuple[Adapter, Tower, Patch, bool]]) -> None:
+    for adapter, tower, made, traced in patches:
+        put(adapter, tower, made, traced)
 
 
 def unpatch(model: nn.Module) -> nn.Module:
@@ -106,13 +110,17 @@ def unpatch(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Mixin):
             check_class(module)
-    for module in model.modules():
-        if isinstance(module, Mixin):
-            take_off(module)
-        for name in ("_vtok", "_vtok_run", "_vtok_taps"):
-            module.__dict__.pop(name, None)
-        remove_hooks(module)
-    return model
+
+    def bare() -> nn.Module:
+        for module in model.modules():
+            if isinstance(module, Mixin):
+                take_off(module)
+            for name in ("_vtok", "_vtok_run", "_vtok_taps"):
+                module.__dict__.pop(name, None)
+            remove_hooks(module)
+        return model
+
+    return all_or_nothing(model, bare)
 
 
 @contextmanager
@@ -120,18 +128,28 @@ def patched(model: nn.Module, method: Method = "pitome", **kwargs: Any) -> Itera
     """`with vtok.patched(model, "tome", r=8): ...`; at the end, whatever happens inside, the model is as it was before:
     unpatched, or with the patch that it had."""
     require_module(model)
-    before, pruners = _installed(model), _pruners(model)
-    patch(model, method, **kwargs)
-    try:
-        yield model
-    finally:
+    before, pruners, marks = _installed(model), _pruners(model), _marks(model)
+
+    def restore() -> None:
+        if _marks(model) == marks:  # nothing has been patched
+            return
         unpatch(model)
-        for earlier in before:
-            put(*earlier)
+        _put_back(model, before)
         if pruners:
             from vtok import vlm
 
             vlm.put(model, [v for v, _ in pruners], [p for _, p in pruners])
+
+    try:
+        patch(model, method, **kwargs)
+        yield model
+    finally:
+        to_the_end(lambda: all_or_nothing(model, restore))
+
+
+def _marks(model: nn.Module) -> list[int]:
+    """What is patched, as far as it can be told from what is patched anew."""
+    return [id(shared) for module in model.modules() for shared in shared_by(module)]
 
 
 def _pruners(model: nn.Module) -> list[Any]:

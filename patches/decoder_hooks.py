@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,7 +42,9 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class PrunerHook(Hook):
-    """A hook of one patched model."""
+    """A hook of one patched model. The one that `leads` is on the model itself, the others on its parts."""
+
+    leads: ClassVar[bool] = False
 
     def __init__(self, pruner: Pruner):
         self.pruner = pruner
@@ -50,6 +52,8 @@ class PrunerHook(Hook):
 
 class BeforeModel(PrunerHook):
     """Opens a pass; if it reads a prompt with images, encodes them and chooses among their features."""
+
+    leads: ClassVar[bool] = True
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         running = self.pruner.open()
@@ -111,10 +115,12 @@ class BeforeTower(PrunerHook):
 
 
 class AfterModel(PrunerHook):
-    """Ends a pass, also one that failed."""
+    """Ends a pass, also one that failed, which has no output."""
+
+    leads: ClassVar[bool] = True
 
     def __call__(self, module: Any, args: Any, output: Any) -> None:
-        self.pruner.close()
+        self.pruner.close(failed=output is None)
 
 
 class BeforeText(PrunerHook):

@@ -196,14 +196,18 @@ class Pruner:
         self._stack.append(Pass())
         return self._stack[-1]
 
-    def close(self) -> None:
-        """Ends this thread's running pass."""
+    def close(self, failed: bool = False) -> None:
+        """Ends this thread's running pass. Of one that failed nothing is told: its counts are those of half a pass."""
         if not self._stack:
             return
         ended = self._stack.pop()
         state = ended.state
         if state is not None:
             state.inside = False
+        if failed:
+            self._calls.clear()
+            self._local.__dict__.pop("last", None)
+            return
         if not ended.prunes or state is None:
             return
         if ended.plan is not None and not ended.replays:

@@ -100,6 +100,9 @@ def calibration_inputs(inputs: Any) -> list[Mapping[str, Any]]:
             raise ConfigError(
                 f"calibration takes inputs as the processor returns them, input_ids and pixels, or a list of these; got {found}"
             )
+        for name, value in values.items():
+            if name.startswith("pixel_values") and isinstance(value, Tensor) and not bool(value.isfinite().all()):
+                raise ConfigError(f"calibration: {name} holds NaN or infinity; what it would measure is nothing")
     if not listed:
         raise ConfigError("calibration takes inputs as the processor returns them, or a list of these; the list is empty")
     return listed

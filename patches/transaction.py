@@ -1,4 +1,4 @@
-"""Changes to the modules of a model that happen as a whole or not at all, whatever interrupts them (Ctrl-C, a signal, an error)."""
+"""Changes to the modules of a model that happen as a whole or not at all, whatever ends them: Ctrl-C, a signal, an error."""
 
 from __future__ import annotations
 

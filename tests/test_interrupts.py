@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import functools
 import sys
 from pathlib import Path
@@ -33,7 +33,8 @@ def state(model: nn.Module) -> list:
 def anatomy(model: nn.Module) -> list:
     """The same for what was made anew: kinds, not objects."""
     return [
-        (type(m), sorted(m.__dict__), [[type(hook) for hook in m.__dict__[n].values()] for n in _HOOKS]) for m in model.modules()
+        (type(m), sorted(m.__dict__), [[type(hook) for hook in m.__dict__[n].values()] for n in _HOOKS])
+        for m in model.modules()
     ]
 
 
@@ -80,11 +81,8 @@ def interrupted(model: nn.Module, call, step: int, again: int | None = None) -> 
     assert state(model) == start
     at, times = 1, 0
     while True:
-        with Interrupts(at, again) as trap:
-            try:
-                call(model)
-            except KeyboardInterrupt:
-                pass
+        with Interrupts(at, again) as trap, contextlib.suppress(KeyboardInterrupt):
+            call(model)
         if not trap.hit:
             before.restore()
             return times
@@ -212,11 +210,8 @@ def test_vision_language_models(name, methods, again):
             if not trap.hit:
                 break
         for at in range(1, 30000, 997):
-            with Interrupts(at) as trap:
-                try:
-                    vtok.prune_inputs(copy.copy(model), values, methods[-1].replace() if name == "Qwen2-VL" else methods[0])
-                except (KeyboardInterrupt, vtok.VtokError):
-                    pass
+            with Interrupts(at) as trap, contextlib.suppress(KeyboardInterrupt, vtok.VtokError):
+                vtok.prune_inputs(model, values, methods[0])
             assert anatomy(model) == kinds
             if not trap.hit:
                 break

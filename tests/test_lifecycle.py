@@ -168,3 +168,18 @@ def test_a_wrapped_trunk_is_patched_as_it_is(wrap):
     found = _outputs(vtok.patch(model, "tome", r=4), x)
     assert torch.allclose(found, expected, atol=0.1 * expected.abs().max())
     assert run_of(model).current.tokens(4) == 64 - 16
+
+
+def test_a_model_of_which_one_tower_is_patched_is_saved_and_comes_back(tmp_path):
+    torch.manual_seed(0)
+    model, x = Pair().eval(), torch.randn(2, 3, 32, 32)
+    other = copy.deepcopy(model)
+    vtok.patch(model.b, "tome", r=2)
+    vtok.save_config(model, tmp_path)
+    vtok.patch(other, tmp_path)
+    assert run_of(other.a) is None
+    assert run_of(other.b).patch.configs == run_of(model.b).patch.configs
+    assert torch.equal(_outputs(model, x), _outputs(other, x))
+    vtok.patch(other.a, "random", keep=0.5)
+    vtok.patch(other, tmp_path)
+    assert run_of(other.a) is None, "an earlier patch is removed first"

@@ -72,11 +72,12 @@ def test_quantised_models_cost_what_they_cost_and_run(name, quantise):
             out = vtok.patch(model, config)(x)
             assert torch.isfinite(out).all() and not torch.equal(out, plain)
             assert torch.equal(vtok.unpatch(model)(x), plain)
-            later = vtok.patch(build(name), config)
-            try:
-                assert torch.equal(quantise(later)(x), out)
-            except vtok.StateError as error:  # a layer that the method looks at is another one now
-                assert "was replaced after vtok patched the model" in str(error)
+            later = quantise(vtok.patch(build(name), config))
+            if method == "tome" and quantise is packed and name.startswith("transformers"):  # it looks at what was replaced
+                with pytest.raises(vtok.StateError, match="was replaced after vtok patched the model"):
+                    later(x)
+            else:
+                assert torch.equal(later(x), out)
     assert count_macs(reference, x).model > 0
 
 

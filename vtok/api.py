@@ -69,6 +69,7 @@ def patch(
         UnsupportedModelError: nothing in the model can be patched, or not with this method; the model is left as it was.
     """
     require_module(model)
+    _check_whole(model)
     if vlms := find_vlms(model):
         from vtok import prompt_budget, vlm, vlm_towers
 
@@ -87,12 +88,25 @@ def patch(
     configs_of, saved = wanted([tower.info for _, tower in found], method, params, flops)
     ready = []
     for (adapter, tower), configs in zip(found, configs_of):
+        if not configs:  # saved from a model of which this tower was not patched
+            continue
         made = fit(adapter, tower, configs, flops, calibration)
         check(tower, made.steps)
         ready.append((adapter, tower, made))
     traced = trace or (saved is not None and saved.trace)
     all_or_nothing(model, lambda: _put_back(unpatch(model), [(*one, traced) for one in ready]))
     return model
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Raises if a module is part of a vision-language model that is patched."""
+    hooks = [hook for module in model.modules() for hook in shared_by(module) if hasattr(hook, "pruner")]
+    owned = {id(hook.pruner) for hook in hooks if hook.leads}
+    if any(id(hook.pruner) not in owned for hook in hooks):
+        raise StateError(
+            f"this {type(model).__name__} is part of a vision-language model that vtok patched; patch and unpatch that model: "
+            "what was patched into its parts belongs together"
+        )
 
 
 def _put_back(model: nn.Module, patches: Iterable[tuple[Adapter, Tower, Patch, bool]]) -> None:
@@ -104,9 +118,10 @@ def unpatch(model: nn.Module) -> nn.Module:
     """Restores a model bit for bit: classes, hooks and attributes. A model that is not patched is returned as it is.
 
     Raises:
-        StateError: another tool has wrapped a patched module since; nothing is changed.
+        StateError: another tool has wrapped a patched module since, or this is a part of what was patched; nothing is changed.
     """
     require_module(model)
+    _check_whole(model)
     for module in model.modules():
         if isinstance(module, Mixin):
             check_class(module)
@@ -345,10 +360,13 @@ def save_config(model: nn.Module, path: str | os.PathLike) -> None:
     `vtok.patch(other_model, path)` brings it back; numbers that a budget chose are written, not the budget.
     """
     if pruners := _pruners(model):
+        if len(pruners) < len(find_vlms(model)):
+            raise StateError("of several vision-language models only some are patched; save each of these by itself")
         saved = [(v.info, pruner.configs) for v, pruner in pruners]
         trace = any(pruner.trace for _, pruner in pruners)
         return files.save(path, saved, trace, "compact" if pruners[0][1].compact else "original")
-    found = _installed(model)
-    if not found:
+    found = [] if run_of(model) is None or find_vlms(model) else [(t, run_of(t.module)) for _, t in _towers(model)]
+    if not any(run is not None for _, run in found):
         raise StateError("the model is not patched; there is nothing to save")
-    files.save(path, [(tower.info, made.configs) for _, tower, made, _ in found], any(trace for *_, trace in found))
+    saved = [(tower.info, () if run is None else run.patch.configs) for tower, run in found]
+    files.save(path, saved, any(run is not None and run.trace for _, run in found))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +14,13 @@ from typing import Any
 
 from vtok._version import __version__
 from vtok.config import MethodConfig, ModelInfo
-from vtok.errors import ConfigError, UnknownNameError
-from vtok.prompt import VLMInfo
+from vtok.errors import ConfigError, UnknownNameError, unknown
+from vtok.prompt import POSITIONS, VLMInfo
 from vtok.registry import METHODS
 
 FILE_NAME = "vtok.json"
 FORMAT = 1
+_KEYS = ("format", "vtok", "trace", "towers", "positions")
 _IDENTITY = ("name", "depth", "num_patches", "num_prefix")
 
 
@@ -27,7 +30,8 @@ class Saved:
 
     Attributes:
         path: where it came from.
-        towers: for every tower its name, depth, num_patches and num_prefix when it was saved, and its methods.
+        towers: for every tower its name, depth, num_patches and num_prefix when it was saved, and its methods; none of a tower
+            that was not patched.
         trace: whether the token map was kept.
         positions: of the prompts of vision-language models, if it was saved from one.
     """
@@ -64,7 +68,7 @@ class Saved:
 
 def is_path(text: str) -> bool:
     """Whether a string that names no method is meant as a file."""
-    return text.endswith(".json") or os.sep in text or Path(text).exists()
+    return bool(text) and (text.endswith(".json") or os.sep in text or Path(text).exists())
 
 
 def save(
@@ -104,31 +108,58 @@ def load(path: str | os.PathLike) -> Saved:
     source = Path(path)
     if source.is_dir():
         source = source / FILE_NAME
+    if source.exists() and not source.is_file():
+        raise ConfigError(f"{source} is no file that could be read")
     try:
-        content = json.loads(source.read_text(encoding="utf-8"))
+        content = json.loads(source.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except FileNotFoundError:
         raise ConfigError(f"{source} does not exist; methods are: {', '.join(METHODS.names())}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{source} cannot be read: {error.strerror or error}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{source} is not a JSON file: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise ConfigError(f"{source}: expected a file of vtok.save_config with format {FORMAT}, found {found!r}")
     towers = content.get("towers")
     if not isinstance(towers, list) or not towers or not all(isinstance(tower, dict) for tower in towers):
-        raise ConfigError(f"{source}: 'towers' must be a list of mappings, found {towers!r}")
-    return Saved(
-        source,
-        tuple((tower, _methods(source, tower)) for tower in towers),
-        bool(content.get("trace", False)),
-        content.get("positions"),
-    )
+        raise ConfigError(f"{source}: 'towers' must be a list of mappings, found {reprlib.repr(towers)}")
+    _check_keys(source, content, _KEYS)
+    for tower in towers:
+        _check_keys(source, tower, (*_IDENTITY, "methods"))
+    trace, positions = content.get("trace", False), content.get("positions")
+    if not isinstance(trace, bool):
+        raise ConfigError(f"{source}: trace is true or false, found {trace!r}")
+    if positions is not None and positions not in POSITIONS:
+        raise ConfigError(f"{source}: positions is one of {', '.join(POSITIONS)}, found {reprlib.repr(positions)}")
+    saved = tuple((tower, _methods(source, tower)) for tower in towers)
+    if not any(methods for _, methods in saved):
+        raise ConfigError(f"{source}: 'methods' are empty for every tower, so that there is nothing to patch")
+    return Saved(source, saved, trace, positions)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of JSON, no key of which is written twice."""
+    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    if twice:
+        raise ConfigError(f"the key {twice[0]!r} is written twice in one mapping; which of the two is meant?")
+    return dict(pairs)
+
+
+def _check_keys(source: Path, found: dict[str, Any], known: Sequence[str]) -> None:
+    for key in found:
+        if key not in known:
+            raise ConfigError(f"{source}: {unknown('key', key, known)}")
 
 
 def _methods(source: Path, tower: dict[str, Any]) -> tuple[MethodConfig, ...]:
     methods = tower.get("methods")
-    listed = isinstance(methods, list) and methods
-    if not listed or not all(isinstance(m, dict) and isinstance(m.get("method"), str) for m in methods or ()):
-        raise ConfigError(f"{source}: 'methods' must be a list of mappings with a 'method' each, found {methods!r}")
+    if not isinstance(methods, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("method"), str) for m in methods or ()
+    ):
+        raise ConfigError(f"{source}: 'methods' must be a list of mappings with a 'method' each, found {reprlib.repr(methods)}")
     try:
         return tuple(METHODS.get(m["method"]).from_dict(m) for m in methods or ())
     except (UnknownNameError, ConfigError) as error:

@@ -18,6 +18,7 @@ from vtok.ops.crops import ViewMap
 from vtok.reduction import Plan
 from vtok.state import AttentionView, Site, at_least_fp32
 
+POSITIONS = ("original", "compact")  # of tokens behind dropped ones
 _ROWS_AT_ONCE = 64  # query rows whose probabilities are held at a time
 
 

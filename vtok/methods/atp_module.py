@@ -226,6 +226,12 @@ def load(
         modules.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         raise ConfigError(f"{path}: the parameters do not fit the header: {error}") from error
+    broken = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
+    if broken:
+        raise ConfigError(
+            f"{path}: {len(broken)} of {len(tensors)} parameters hold NaN or infinity ({broken[0]}), as after a training run "
+            "that diverged; train the modules again"
+        )
     return modules.to(device).eval()
 
 

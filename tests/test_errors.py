@@ -363,7 +363,7 @@ def test_files_with_keys_that_nobody_reads(model, tmp_path, monkeypatch):
         ({"positions": 5}, "positions is one of original, compact, found 5"),
         ({"positions": "orignal"}, "positions is one of original, compact, found 'orignal'"),
         ({"towers": [{**tower, "deph": 3}]}, "unknown key 'deph'; did you mean 'depth'?"),
-        ({"towers": [{**tower, "methods": []}]}, "nothing to patch"),
+        ({"towers": [{**tower, "methods": []}]}, "here all are empty"),
         ({"towers": [{**tower, "methods": {}}]}, "'methods' must be a list"),
         ({"towers": [{**tower, "methods": [{"method": "tome", "rr": 3}]}]}, "unknown parameter of tome 'rr'"),
     ):

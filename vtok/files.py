@@ -136,7 +136,9 @@ def load(path: str | os.PathLike) -> Saved:
         raise ConfigError(f"{source}: positions is one of {', '.join(POSITIONS)}, found {reprlib.repr(positions)}")
     saved = tuple((tower, _methods(source, tower)) for tower in towers)
     if not any(methods for _, methods in saved):
-        raise ConfigError(f"{source}: 'methods' are empty for every tower, so that there is nothing to patch")
+        raise ConfigError(
+            f"{source}: 'methods' must be a list of mappings with a 'method' each; those of every tower are empty"
+        )
     return Saved(source, saved, trace, positions)
 
 

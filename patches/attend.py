@@ -94,7 +94,7 @@ def sdpa(attend: Attend, attn: nn.Module, p: Projected, bias: Tensor | None, row
         q = q.gather(2, rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
         if bias is not None and bias.shape[-2] > 1:  # one row of bias a query
             bias = bias[(None,) * (4 - bias.ndim)]
-            bias = bias.expand(len(rows), *bias.shape[1:])
+            bias = bias.expand(rows.shape[0], *bias.shape[1:])
             bias = bias.gather(2, rows[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[3]))
     if k.shape[1] != q.shape[1]:  # grouped-query attention
         group = q.shape[1] // k.shape[1]

@@ -116,7 +116,7 @@ class ReducingBlock(Mixin):
         found = padding_of(link.spec.padding_mask(self, kwargs), x.shape[1], state.num_prefix, link.merges)
         if found is None:
             return state
-        keep = found.keep.expand(len(x), -1)
+        keep = found.keep.expand(x.shape[0], -1)
         return link.run.seed(state._replace(keep=keep, real=keep, masked=not found.alone))
 
     def _surroundings(self, x: Tensor, state: TokenState, kwargs: dict[str, Any]) -> dict[str, Any]:

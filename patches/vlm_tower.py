@@ -97,7 +97,7 @@ class Spread(Hook):
         count = state.length - skip
         if state.keep is not None:  # padding is written to a row of its own
             rows = rows.where(state.keep[:, skip:], count)
-        out = output.new_full((len(rows), count + 1, output.shape[2]), HOLE)
+        out = output.new_full((rows.shape[0], count + 1, output.shape[2]), HOLE)
         return out.scatter(1, rows[..., None].expand_as(output), output)[:, :count]
 
 

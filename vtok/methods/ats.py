@@ -206,7 +206,7 @@ class ATSReducer(Reducer):
     def _plan(self, kept: Tensor, real: Tensor | None, num_prefix: int) -> Plan:
         """The plan that keeps these patches [B, M], of which only `real` ones are no padding."""
         if real is not None:
-            real = torch.cat([real.new_ones(len(real), num_prefix), real], 1)
+            real = torch.cat([real.new_ones(real.shape[0], num_prefix), real], 1)
         return Plan(with_prefix(kept, num_prefix), valid=real)
 
     def _rows(self, hit: Tensor, most: int) -> tuple[Tensor, Tensor | None]:

@@ -254,7 +254,7 @@ def prune_plan(
     Returns:
         Plan with the prefix, then the kept patches in raster order.
     """
-    p, batch, n = num_prefix, len(attn), attn.shape[-1] - num_prefix
+    p, batch, n = num_prefix, attn.shape[0], attn.shape[-1] - num_prefix
     similar, kept = step.counts(n)
     alive = None
     if similar:

@@ -171,8 +171,11 @@ class TowerTaps:
                 self.hook(tower)
             yield
         finally:
-            blocks = () if tower is None else tower.blocks
-            to_the_end(lambda: [remove_hooks(block.module, self._owns) for block in blocks])
+            to_the_end(lambda: self._unhook(tower))
+
+    def _unhook(self, tower: Tower | None) -> None:
+        for block in () if tower is None else tower.blocks:
+            remove_hooks(block.module, self._owns)
 
     def _owns(self, hook: Any) -> bool:
         return isinstance(hook, BlockTap) and hook.taps is self

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from vtok.errors import StateError, UnsupportedModelError
 from vtok.patches import decoder_masks as masks
+from vtok.patches import decoder_outputs as outputs
+from vtok.patches import decoder_packed as packed
 from vtok.patches import hf_features as hf
 from vtok.patches.decoder_pass import Pass, Pruner, Recorded, TowerCall, recorded
 from vtok.patches.decoder_probe import layer_attention
@@ -29,7 +31,6 @@ from vtok.patches.decoder_state import (
     forget,
     remember,
     renumbered,
-    restore,
     state_of,
     stored,
     take,
@@ -63,21 +64,29 @@ class BeforeModel(PrunerHook):
         counts = pruner.acts and stored(cache) == 0 and kwargs.get("input_ids") is not None  # to be accounted for alone
         if (pruner.shortens or counts) and hf.carries_images(kwargs):
             kwargs = self._read(module, running, kwargs)
+        elif pruner.shortens and kwargs.get("input_ids") is None and stored(cache) == 0 and pruner.encoded:
+            raise UnsupportedModelError(
+                f"images were encoded ahead of this call, and {type(module).__name__} got a prompt as inputs_embeds without any: "
+                "if its caller puts features into the prompt itself, vtok cannot tell which columns are visual; pass "
+                "mm_encoder_outputs or pixels with the prompt, or call vtok.unpatch(model)"
+            )
         return (), kwargs
 
     def _read(self, module: Any, running: Pass, kwargs: dict[str, Any]) -> dict[str, Any]:
         pruner, ids, cache = self.pruner, kwargs.get("input_ids"), cache_in(kwargs)
+        prompt = kwargs["inputs_embeds"] if ids is None else ids  # by which a prompt is known again
         if ids is None:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} got images with inputs_embeds; pass input_ids, which say where the visual tokens are"
-            )
+            ids = hf.placeholders(module, prompt, pruner.tokens)
         if stored(cache) > 0:
             raise UnsupportedModelError(
                 "images were passed with a cache that holds text already; vtok shortens a prompt when it is read as a whole, "
                 "from an empty cache (chunked prefill and images in a later turn are not supported)"
             )
         visual = hf.visual_columns(ids, pruner.tokens)
-        if not bool(visual.any()):
+        sample = self._samples(module, kwargs, ids) if pruner.shortens else None
+        found = [visual.any()] if sample is None else [visual.any(), packed.several(sample)]
+        shown, *several = torch.stack(found).tolist()
+        if not shown:
             return kwargs
         if pruner.shortens:
             _check_text(getattr(module, pruner.spec.text))
@@ -92,13 +101,24 @@ class BeforeModel(PrunerHook):
         running.prunes, running.visual, running.given = True, visual & real, given
         running.state = PromptState(ids.shape[1], real)
         running.state.compact = pruner.compact
+        if sample is not None and any(several):
+            _check_packed(module, pruner, chosen, ids, sample)
+        if any(several) or packed.has_lengths(kwargs):  # lengths that the caller states have to follow the reduction
+            running.state.sample = sample
         running.features = keep if pruner.features is not None or pruner.holed else None
         running.alive = hf.kept_columns(ids, pruner.tokens, chosen.alive) if pruner.holed else None
         running.layouts = chosen.layouts
         earlier = recorded(given) if cache is None and not _caches(module, kwargs) else None
-        running.replays = earlier is not None and earlier.fits(pruner.configs, ids)
-        running.plan = earlier if running.replays else Recorded(pruner.configs, ids, {})
+        running.replays = earlier is not None and earlier.fits(pruner.configs, prompt)
+        running.plan = earlier if running.replays else Recorded(pruner.configs, prompt, {})
         return kwargs
+
+    def _samples(self, module: Any, kwargs: dict[str, Any], ids: Tensor) -> Tensor | None:
+        """Where the samples of packed rows are [B, L], as far as the LLM would look for them; see `packed.sample_of`."""
+        spec, text = self.pruner.spec, getattr(module, self.pruner.spec.text)
+        checkpoints = getattr(text, "gradient_checkpointing", False) and text.training and torch.is_grad_enabled()
+        cached = cache_in(kwargs) is not None or (_caches(module, kwargs) and not checkpoints)
+        return packed.sample_of(kwargs, *ids.shape, text.config._attn_implementation, cached, spec.flat_positions)
 
 
 class BeforeTower(PrunerHook):
@@ -148,7 +168,7 @@ class BeforeText(PrunerHook):
         elif 0 in self.pruner.layers:
             site, reducer = self.pruner.layers[0]
             with torch.no_grad(), full_precision(x.device.type):
-                more = reducer.keep(x.detach(), Layout.whole(visual, state.real), None, site)
+                more = reducer.keep(x.detach(), Layout.whole(visual, state.real, state.sample), None, site)
             keep = more if keep is None else (keep if more is None else keep & more)
         if keep is None or bool((keep | ~visual).all()):
             return None
@@ -168,7 +188,7 @@ class BeforeText(PrunerHook):
         if position is None:
             position = torch.arange(x.shape[1], device=x.device)[None]
         if state.compact:
-            position = renumbered(position, keep | ~state.real)
+            position = renumbered(position, keep | ~state.real, state.sample)
         changed: dict[str, Any] = {"inputs_embeds": take(x, rows, 1), "position_ids": take(position, rows, position.ndim - 1)}
         if isinstance(mask, Mapping):
             changed["attention_mask"] = {
@@ -177,9 +197,15 @@ class BeforeText(PrunerHook):
             }
         elif isinstance(mask, Tensor) and mask.ndim == 4:
             changed["attention_mask"] = masks.gather_mask(mask, stage, x, kind, _keys(cache, rows.shape[1], 0))
+        elif state.sample is not None and not masks.is_flash(kind):
+            allowed = packed.block_mask(packed.of_columns(state.sample, stage.column))
+            changed["attention_mask"] = masks.formed(allowed, x, kind, _keys(cache, rows.shape[1], 0), None)
+            running.slots_counted = True
         else:  # never None: gaps between positions would then be taken for the borders of packed sequences
             changed["attention_mask"] = (rows >= 0).long()
             running.slots_counted = True
+        if state.sample is not None and masks.is_flash(kind):
+            changed |= {"attention_mask": None, **packed.lengths(packed.of_columns(state.sample, stage.column))}
         visual = kwargs.get("visual_pos_masks")
         if visual is not None:  # features of deeper tower layers, added to the visual tokens inside the LLM
             stays = (keep & state.real)[visual]
@@ -209,13 +235,7 @@ class AfterText(PrunerHook):
             return None
         state = running.state
         state.inside = False
-        stage = state.at(len(module.layers) - 1)
-        if not running.prunes or stage is None:
-            return None
-        if isinstance(output, tuple):
-            return (restore(output[0], stage, state.length), *output[1:])
-        output.last_hidden_state = restore(output.last_hidden_state, stage, state.length)
-        return output
+        return outputs.whole(module, output, state, running.prunes, window_of)
 
 
 class BeforeLayer(PrunerHook):
@@ -262,7 +282,9 @@ class BeforeLayer(PrunerHook):
         else:
             attention = running.probes.get(reducer.probe(site)) if "attention" in reducer.needs else None
             with torch.no_grad(), full_precision(x.device.type):
-                keep = reducer.keep(x.detach(), Layout(visual, real, column, state.length, running.visual), attention, site)
+                sample = None if state.sample is None else packed.of_columns(state.sample, column)
+                layout = Layout(visual, real, column, state.length, running.visual, sample)
+                keep = reducer.keep(x.detach(), layout, attention, site)
         if keep is None or bool((keep | ~visual).all()):
             return None
         keep = keep | ~visual
@@ -288,13 +310,18 @@ def _prompt_kwargs(
     keys = _keys(cache, x.shape[1], index)
     kind = layer.self_attn.config._attn_implementation
     if recounted:
-        make: Any = functools.partial(masks.text_mask, stage.column, state.real, x.shape[1], x, kind, keys, 0, window)
+        make: Any = functools.partial(
+            masks.text_mask, stage.column, state.real, x.shape[1], x, kind, keys, 0, window, state.sample
+        )
     else:
         make = functools.partial(masks.gather_mask, mask, stage, x, kind, keys)
     shared = _once(running, ("mask", id(stage), id(mask), keys, window), mask, make)
     if stage is state.before:
         return {**kwargs, "attention_mask": shared}
     changed: dict[str, Any] = {"attention_mask": shared}
+    if state.sample is not None and masks.is_flash(kind):
+        slots = packed.of_columns(state.sample, stage.column)
+        changed = {"attention_mask": None, **_once(running, ("lengths", id(stage)), stage, lambda: packed.lengths(slots))}
     if tables is not None:
         changed["position_embeddings"] = _once(
             running, ("tables", id(stage), id(tables)), tables, lambda: tuple(take(t, stage.entry, t.ndim - 2) for t in tables)
@@ -375,6 +402,19 @@ def window_of(layer: Any, index: int) -> int | None:
     if kinds and kinds[index] != "sliding_attention":
         return None
     return getattr(config, "sliding_window", None)
+
+
+def _check_packed(module: Any, pruner: Pruner, chosen: hf.Chosen, ids: Tensor, sample: Tensor) -> None:
+    """Raises where rows hold several samples and something would decide for a whole row."""
+    flash = masks.is_flash(getattr(module, pruner.spec.text).config._attn_implementation)
+    for site, reducer in pruner.layers.values():
+        if not reducer.packs or (flash and "attention" in reducer.needs):
+            raise UnsupportedModelError(
+                f"{type(reducer).__name__} decides {site} once for a whole row of the batch, but rows hold several samples "
+                "(their positions start over); give every sample a row of its own, padded, with an attention_mask"
+            )
+    if pruner.features is not None:
+        packed.check_images(type(module).__name__, chosen.outputs, pruner.tokens, ids, sample)
 
 
 def _check_text(text: Any) -> None:

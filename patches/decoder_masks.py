@@ -82,7 +82,7 @@ def gather_mask(mask: Mask, stage: Stage, like: Tensor, implementation: str, key
         order = torch.arange(width, device=like.device)
         real = (rows >= 0)[:, None, None]
         allowed = (real | (order[:, None] == order)) & (order[:, None] >= order)
-        return _formed(allowed, like, implementation, keys, real[:, 0, 0])
+        return formed(allowed, like, implementation, keys, real[:, 0, 0])
     if mask.ndim == 2:
         return take(mask, rows, 1).bool() & (rows >= 0)
     mask = take(mask.expand(len(rows), *mask.shape[1:]).transpose(1, 2), rows, 1).transpose(1, 2)  # query rows
@@ -98,7 +98,15 @@ def gather_mask(mask: Mask, stage: Stage, like: Tensor, implementation: str, key
 
 
 def text_mask(
-    column: Tensor, real: Tensor, queries: int, like: Tensor, implementation: str, keys: int, offset: int, window: int | None
+    column: Tensor,
+    real: Tensor,
+    queries: int,
+    like: Tensor,
+    implementation: str,
+    keys: int,
+    offset: int,
+    window: int | None,
+    sample: Tensor | None = None,
 ) -> Tensor:
     """The causal mask of slots by the columns they hold: for text that follows a shortened prompt, and for windows.
 
@@ -111,6 +119,7 @@ def text_mask(
         keys: K slots that attention will see, those of a static cache that are still empty included.
         offset: slots that a sliding cache has let go.
         window: columns that a query may look back, itself included, or `None`.
+        sample: [B, columns of the prompt] int64, while a prompt is read whose rows hold several samples.
     """
     known = (column >= 0) & real.gather(1, column.clamp_min(0))
     if is_flash(implementation):
@@ -121,10 +130,13 @@ def text_mask(
     allowed = known[:, None] & (distance >= 0)
     if window is not None:
         allowed = allowed & (distance < window)
-    return _formed(allowed[:, None], like, implementation, keys, None)
+    if sample is not None:
+        of_key, of_query = (sample.to(column.device).gather(1, c.clamp_min(0)) for c in (column, asks))
+        allowed = allowed & (of_query[:, :, None] == of_key[:, None])
+    return formed(allowed[:, None], like, implementation, keys, None)
 
 
-def _formed(allowed: Tensor, like: Tensor, implementation: str, keys: int, real: Tensor | None) -> Tensor:
+def formed(allowed: Tensor, like: Tensor, implementation: str, keys: int, real: Tensor | None) -> Tensor:
     """A bool mask [B, 1, Q, <= K] in the form that attention takes; keys that are not there yet are hidden."""
     if is_flash(implementation):
         assert real is not None

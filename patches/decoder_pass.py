@@ -224,6 +224,11 @@ class Pruner:
         self._calls.append(call)
 
     @property
+    def encoded(self) -> bool:
+        """Whether this thread's vision tower has run since the last prompt with images was read."""
+        return bool(self._calls)
+
+    @property
     def last(self) -> Counts | None:
         """This thread's last prompt with images."""
         return self._local.__dict__.get("last")

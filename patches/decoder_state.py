@@ -64,6 +64,7 @@ class PromptState:
         self.between: dict[int, Stage] = {}  # decoder layer -> what was dropped in front of it
         self.compact = False  # whether the tokens behind those dropped before the LLM were renumbered
         self.inside = False  # whether the LLM is running: it counts what is stored, everybody else the whole prompt
+        self.sample: Tensor | None = None  # [B, L] int64, sample of each column, where a row holds several (decoder_packed)
 
     def at(self, layer: int) -> Stage | None:
         """The stage that holds in a layer."""
@@ -184,27 +185,41 @@ def take(x: Tensor, rows: Tensor, dim: int) -> Tensor:
     return x.gather(dim, rows.clamp_min(0).view(view).expand(target))
 
 
-def restore(x: Tensor, stage: Stage, length: int) -> Tensor:
+def restore(x: Tensor, stage: Stage, length: int, sample: Tensor | None = None) -> Tensor:
     """Hidden states at all L columns of the prompt: a dropped column gets those of the nearest kept one in front of it.
 
     What follows a dropped token is thereby predicted from the last token that stayed, as if the prompt had been short.
 
     Args:
-        x: [B, M, D].
+        x: [B, M, ...].
         stage: of the M slots.
         length: L.
+        sample: [B, L], if a row holds several samples: where none of its own stands in front, the first one behind is taken.
 
     Returns:
-        [B, L, D].
+        [B, L, ...].
     """
     filled = stage.column >= 0
     batch, width = stage.column.shape
     kept = torch.zeros(batch, length + 1, dtype=torch.int64, device=x.device)
     kept.scatter_(1, stage.column.where(filled, length), 1)  # padding is written to a column of its own
-    slot = kept[:, :length].cumsum(1) - 1 + (width - filled.sum(1, keepdim=True))
-    return take(x, slot.clamp(0, width - 1), 1)
+    count, padding = kept[:, :length].cumsum(1), width - filled.sum(1, keepdim=True)
+    slot = count - 1 if sample is None else torch.maximum(count - 1, in_front(sample.to(x.device), count))
+    return take(x, (slot + padding).clamp(0, width - 1), 1)
 
 
-def renumbered(position: Tensor, keep: Tensor) -> Tensor:
-    """Positions [B or 1, E] without gaps: every token moves down by the columns dropped in front of it. keep [B, E] bool."""
-    return position - (~keep).long().cumsum(1)
+def renumbered(position: Tensor, keep: Tensor, sample: Tensor | None = None) -> Tensor:
+    """Positions [B or 1, E] without gaps: every token moves down by the columns dropped in front of it. keep [B, E] bool.
+
+    sample [B, E]: if a row holds several samples, those dropped in front of it in its own sample.
+    """
+    gone = (~keep).long().cumsum(1)
+    return position - (gone if sample is None else gone - in_front(sample.to(gone.device), gone))
+
+
+def in_front(sample: Tensor, count: Tensor) -> Tensor:
+    """[B, L]: a rising count [B, L] as it was in front of the first column of each column's sample [B, L]."""
+    start = torch.ones_like(sample, dtype=torch.bool)
+    start[:, 1:] = sample[:, 1:] != sample[:, :-1]
+    before = torch.cat([torch.zeros_like(count[:, :1]), count[:, :-1]], 1)
+    return before.masked_fill(~start, 0).cummax(1).values

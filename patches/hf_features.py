@@ -261,6 +261,24 @@ def short_output(output: Any, rows: Tensor) -> Any:
     return type(output)(**values)
 
 
+def placeholders(model: Any, embeddings: Tensor, tokens: Mapping[str, int]) -> Tensor:
+    """[B, L] int64: the placeholders in a prompt given as embeddings [B, L, D], -1 elsewhere: as the models find them themselves.
+
+    Args:
+        model: the one without language head.
+        embeddings: of the prompt, features not yet in it.
+        tokens: modality -> id of its placeholder.
+    """
+    table = model.get_input_embeddings()
+    ids = torch.full(embeddings.shape[:2], -1, device=embeddings.device)
+    with torch.no_grad():
+        for token in tokens.values():
+            if token < table.num_embeddings:
+                row = table(torch.tensor(token, device=table.weight.device)).to(embeddings.device)
+                ids.masked_fill_((embeddings == row).all(-1), token)
+    return ids
+
+
 def visual_columns(ids: Tensor, tokens: Mapping[str, int]) -> Tensor:
     """[B, L] bool: columns that hold a placeholder of any modality. ids [B, L]."""
     visual = torch.zeros_like(ids, dtype=torch.bool)

@@ -61,7 +61,11 @@ def any_resolution(model: Any, modality: str, number: int, first: int, x: Tensor
 
 
 def frames(model: Any, modality: str, number: int, first: int, x: Tensor, kwargs: Kwargs) -> tuple[View, ...]:
-    """Qwen-VL: one grid for every frame of an image (one) or a video, read from the rotary positions of its columns."""
+    """Qwen-VL: one grid for every frame of an image (one) or a video.
+
+    generate() encodes images ahead and takes their sizes away: the grid is then read from the rotary positions of the columns,
+    of the first frame alone, as text may stand between frames (time stamps) and move the positions of the next.
+    """
     position, ids = kwargs.get("position_ids"), kwargs.get("input_ids")
     sizes = kwargs.get(f"{modality}_grid_thw")
     if sizes is not None:
@@ -69,14 +73,22 @@ def frames(model: Any, modality: str, number: int, first: int, x: Tensor, kwargs
         rows, columns = (int(side) // merge for side in sizes[number][1:].tolist())
     elif ids is not None and isinstance(position, Tensor) and position.ndim == 3 and position.shape[1:] == ids.shape:
         here = ids == getattr(model.config, f"{modality}_token_id")
-        spans = position[-2:, here][:, first : first + len(x)]
-        rows, columns = (spans.amax(1) - spans.amin(1) + 1).tolist()
+        rows, columns = _first_grid(*position[-2:, here][:, first : first + len(x)].tolist())
     else:
         return (View(0, 1, len(x)),)
     size = rows * columns
     if not size or len(x) % size:
         return (View(0, 1, len(x)),)
     return tuple(View(start, rows, columns) for start in range(0, len(x), size))
+
+
+def _first_grid(height: list[int], width: list[int]) -> tuple[int, int]:
+    """(rows, columns) of the grid that tokens in raster order begin with, from their positions in height and width."""
+    y, x, n = height[0], width[0], len(height)
+    columns = next((i for i in range(1, n) if (height[i], width[i]) != (y, x + i)), n)
+    starts = range(columns, n - columns + 1, columns)
+    rows = next((i for i, at in enumerate(starts, 1) if (height[at], width[at]) != (y + i, x)), len(starts) + 1)
+    return rows, columns
 
 
 def even_counts(model: Any, modality: str, images: Sequence[Tensor], total: int, kwargs: Kwargs) -> list[int] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -41,6 +41,8 @@ class VLMSpec:
         rotary_3d: whether positions are (time, height, width), which cannot be renumbered.
         connector: child between vision tower and LLM, if all there happens token by token; "" = the grid is needed.
         packed: whether the vision tower runs the patches of all images as one sequence.
+        flat_positions: whether the LLM finds the borders of packed samples in positions [rows, columns]; some look for them
+            only in a row of their own in front of time, height and width.
     """
 
     text: str = "language_model"
@@ -51,6 +53,7 @@ class VLMSpec:
     rotary_3d: bool = False
     connector: str = ""
     packed: bool = False
+    flat_positions: bool = True
 
 
 def _in(model: str) -> str:
@@ -59,6 +62,7 @@ def _in(model: str) -> str:
 
 _PROJECTED = VLMSpec(grid=hf_views.tower_grid, connector="multi_modal_projector")
 _QWEN = VLMSpec(views=hf_views.frames, rotary_3d=True, packed=True)
+_QWEN_2 = replace(_QWEN, flat_positions=False)
 _IDEFICS = VLMSpec("text_model", hf_views.tiles, cuts=hf_cuts.rows)
 _ANYRES = VLMSpec(views=hf_views.any_resolution, view_counts=hf_views.crop_counts, cuts=hf_cuts.packed)
 
@@ -70,8 +74,8 @@ VLMS: dict[str, VLMSpec] = {
     _in("llava_next") + "LlavaNextModel": _ANYRES,
     _in("llava_onevision") + "LlavaOnevisionModel": _ANYRES,
     _in("paligemma") + "PaliGemmaModel": _PROJECTED,
-    _in("qwen2_5_vl") + "Qwen2_5_VLModel": _QWEN,
-    _in("qwen2_vl") + "Qwen2VLModel": _QWEN,
+    _in("qwen2_5_vl") + "Qwen2_5_VLModel": _QWEN_2,
+    _in("qwen2_vl") + "Qwen2VLModel": _QWEN_2,
     _in("qwen3_vl") + "Qwen3VLModel": _QWEN,
     _in("smolvlm") + "SmolVLMModel": _IDEFICS,
 }

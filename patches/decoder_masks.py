@@ -49,6 +49,12 @@ def real_columns(mask: Mask, batch: int, length: int, device: torch.device) -> T
         raise ConfigError(f"attention_mask must be [rows, columns] or [rows, 1, queries, keys], got shape {list(mask.shape)}")
     if mask.ndim == 2:
         return mask[:, -length:].bool().to(device).expand(batch, length)
+    if mask.shape[-1] < length:
+        raise ConfigError(
+            f"attention_mask has {mask.shape[-1]} keys for a prompt of {length} columns; a static cache needs room for the prompt "
+            "as it is before vtok shortens it, because generate() makes masks for all of it: raise max_cache_len, or shorten the "
+            "prompt first with vtok.prune_inputs"
+        )
     diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)[:, :length]
     return (diagonal if diagonal.dtype == torch.bool else diagonal == 0).to(device).expand(batch, length)
 

@@ -29,7 +29,7 @@ def whole(text: Any, output: Any, state: PromptState, prunes: bool, window_of: C
         window_of: (layer, its number) -> columns that it looks back, `None` = all.
 
     Raises:
-        UnsupportedModelError: attention of layers that look back over a window was asked for.
+        UnsupportedModelError: attention of later text was asked for, in layers that look back over a window.
     """
     depth = len(text.layers)
     if state.at(depth - 1) is None:  # what a layer drops stays dropped
@@ -45,10 +45,10 @@ def whole(text: Any, output: Any, state: PromptState, prunes: bool, window_of: C
             first = depth - len(value)
             entries = enumerate(value, first)
             return tuple(x if x is None else long if x is last else _restored(x, max(i, 0), state, prunes) for i, x in entries)
-        if any(window_of(layer, i) is not None for i, layer in enumerate(text.layers)):
+        if not prunes and any(window_of(layer, i) is not None for i, layer in enumerate(text.layers)):
             raise UnsupportedModelError(
                 f"output_attentions: layers of {type(text).__name__} look back over a window of what is stored, whose columns "
-                "vtok cannot tell once a prompt has been shortened; leave output_attentions out, or unpatch the model"
+                "vtok cannot tell for text behind a shortened prompt; leave output_attentions out, or call vtok.unpatch(model)"
             )
         return tuple(_attention(x, i, state, prunes) for i, x in enumerate(value))
 

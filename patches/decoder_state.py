@@ -119,7 +119,7 @@ class _NoCrop:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         raise UnsupportedModelError(
-            "this cache holds a prompt that vtok shortened, by a different number of tokens in different layers, and cannot be "
+            "this cache holds fewer tokens than its caller counts, because vtok shortened the prompt in it, and cannot be "
             "cropped (assisted decoding does that); generate without an assistant, or shorten the prompt with vtok.prune_inputs"
         )
 
@@ -186,7 +186,8 @@ def take(x: Tensor, rows: Tensor, dim: int) -> Tensor:
 
 
 def restore(x: Tensor, stage: Stage, length: int, sample: Tensor | None = None) -> Tensor:
-    """Hidden states at all L columns of the prompt: a dropped column gets those of the nearest kept one in front of it.
+    """Hidden states at all L columns of the prompt: a dropped column gets those of the nearest kept one in front of it, or of the
+    first one kept.
 
     What follows a dropped token is thereby predicted from the last token that stayed, as if the prompt had been short.
 
@@ -194,7 +195,7 @@ def restore(x: Tensor, stage: Stage, length: int, sample: Tensor | None = None) 
         x: [B, M, ...].
         stage: of the M slots.
         length: L.
-        sample: [B, L], if a row holds several samples: where none of its own stands in front, the first one behind is taken.
+        sample: [B, L], if a row holds several samples: only columns of the same one count.
 
     Returns:
         [B, L, ...].
@@ -204,8 +205,9 @@ def restore(x: Tensor, stage: Stage, length: int, sample: Tensor | None = None) 
     kept = torch.zeros(batch, length + 1, dtype=torch.int64, device=x.device)
     kept.scatter_(1, stage.column.where(filled, length), 1)  # padding is written to a column of its own
     count, padding = kept[:, :length].cumsum(1), width - filled.sum(1, keepdim=True)
-    slot = count - 1 if sample is None else torch.maximum(count - 1, in_front(sample.to(x.device), count))
-    return take(x, (slot + padding).clamp(0, width - 1), 1)
+    first = 0 if sample is None else in_front(sample.to(x.device), count)  # where none stands in front, the first one behind
+    slot = torch.maximum(count - 1, torch.as_tensor(first, device=x.device))
+    return take(x, (slot + padding).clamp_max(width - 1), 1)
 
 
 def renumbered(position: Tensor, keep: Tensor, sample: Tensor | None = None) -> Tensor:

@@ -99,15 +99,18 @@ TEXT_MODELS = frozenset(
 _CROSS = "its LLM attends to the image by cross-attention: visual tokens are no part of the prompt that could be shortened"
 _SHARED = "later layers of its LLM share keys and values with earlier ones, which would have to hold the same tokens"
 _LINEAR = "its LLM has linear-attention layers, whose state cannot forget single tokens"
+_MERGED = "it puts image features into the prompt itself, so that vtok is not told which columns are visual"
 _CHUNKED = "its LLM attends within chunks of the prompt, whose borders dropped tokens would move"
 
 REFUSED: dict[str, str] = {
+    _in("colqwen2") + "ColQwen2ForRetrieval": _MERGED,
     _in("gemma3n") + "Gemma3nModel": _SHARED,
     _in("gemma4") + "Gemma4Model": _SHARED,
     _in("idefics") + "IdeficsModel": _CROSS,
     _in("lfm2_vl") + "Lfm2VlModel": _LINEAR,
     _in("llama4") + "Llama4ForConditionalGeneration": _CHUNKED,
     _in("mllama") + "MllamaModel": _CROSS,
+    _in("pi0") + "PI0Model": _MERGED,
     _in("qwen3_5") + "Qwen3_5Model": _LINEAR,
     _in("qwen3_5_moe") + "Qwen3_5MoeModel": _LINEAR,
 }

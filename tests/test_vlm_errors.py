@@ -134,7 +134,10 @@ def test_ways_to_generate_that_are_refused():
     model, values = vtok.patch(build("LLaVA-1.5"), "uniform", keep=0.5), inputs("LLaVA-1.5")
     one = {k: v[:1] if k != "pixel_values" else v[:2] for k, v in values.items()}
     text = message_of(vtok.UnsupportedModelError, generate, model, one, prompt_lookup_num_tokens=2)
-    assert "assisted decoding takes rejected tokens back" in text
+    assert "cannot be cropped (assisted decoding does that)" in text
+    decides = vtok.patch(build("LLaVA-1.5"), Columns(((2, 2),)))
+    text = message_of(vtok.UnsupportedModelError, generate, decides, one, prompt_lookup_num_tokens=2)
+    assert "would take part in what is decided in front of decoder layer 2" in text
     text = message_of(vtok.UnsupportedModelError, generate, model, values, prefill_chunk_size=8)
     assert "prefill_chunk_size reads a prompt in pieces" in text
     cache = generate(model, values, steps=2)[2].past_key_values
@@ -142,8 +145,6 @@ def test_ways_to_generate_that_are_refused():
     with torch.no_grad():
         text = message_of(vtok.UnsupportedModelError, model, **values, past_key_values=cache)
         assert "images were passed with a cache that holds text already" in text
-        embedded = {"inputs_embeds": model.get_input_embeddings()(values["input_ids"]), "pixel_values": values["pixel_values"]}
-        assert "pass input_ids" in message_of(vtok.UnsupportedModelError, model, **embedded)
         new = {"inputs_embeds": torch.zeros(2, 1, 64), "past_key_values": cache}
         text = message_of(vtok.StateError, text_model(model), **new)
         assert "was called on its own with a cache that holds a shortened prompt" in text

@@ -65,11 +65,7 @@ class BeforeModel(PrunerHook):
         if (pruner.shortens or counts) and hf.carries_images(kwargs):
             kwargs = self._read(module, running, kwargs)
         elif pruner.shortens and kwargs.get("input_ids") is None and stored(cache) == 0 and pruner.encoded:
-            raise UnsupportedModelError(
-                f"images were encoded ahead of this call, and {type(module).__name__} got a prompt as inputs_embeds without any: "
-                "if its caller puts features into the prompt itself, vtok cannot tell which columns are visual; pass "
-                "mm_encoder_outputs or pixels with the prompt, or call vtok.unpatch(model)"
-            )
+            hf.refuse_merged(module)
         return (), kwargs
 
     def _read(self, module: Any, running: Pass, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -83,13 +79,13 @@ class BeforeModel(PrunerHook):
                 "from an empty cache (chunked prefill and images in a later turn are not supported)"
             )
         visual = hf.visual_columns(ids, pruner.tokens)
-        sample = self._samples(module, kwargs, ids) if pruner.shortens else None
+        sample = packed.samples(module, pruner.spec, kwargs, *ids.shape) if pruner.shortens else None
         found = [visual.any()] if sample is None else [visual.any(), packed.several(sample)]
         shown, *several = torch.stack(found).tolist()
         if not shown:
             return kwargs
         if pruner.shortens:
-            _check_text(getattr(module, pruner.spec.text))
+            masks.check_text(getattr(module, pruner.spec.text))
         given = kwargs.get("mm_encoder_outputs")
         chosen = hf.choose(module, hf.encode(module, kwargs), pruner.features, pruner.spec, kwargs, pruner.holed)
         keep = hf.kept_columns(ids, pruner.tokens, chosen.rows)
@@ -101,24 +97,17 @@ class BeforeModel(PrunerHook):
         running.prunes, running.visual, running.given = True, visual & real, given
         running.state = PromptState(ids.shape[1], real)
         running.state.compact = pruner.compact
-        if sample is not None and any(several):
-            _check_packed(module, pruner, chosen, ids, sample)
+        if sample is not None and any(several) and pruner.features is not None:
+            packed.check_images(type(module).__name__, chosen.outputs, pruner.tokens, ids, sample)
         if any(several) or packed.has_lengths(kwargs):  # lengths that the caller states have to follow the reduction
             running.state.sample = sample
         running.features = keep if pruner.features is not None or pruner.holed else None
         running.alive = hf.kept_columns(ids, pruner.tokens, chosen.alive) if pruner.holed else None
         running.layouts = chosen.layouts
-        earlier = recorded(given) if cache is None and not _caches(module, kwargs) else None
+        earlier = recorded(given) if cache is None and not packed.caches(module, kwargs) else None
         running.replays = earlier is not None and earlier.fits(pruner.configs, prompt)
         running.plan = earlier if running.replays else Recorded(pruner.configs, prompt, {})
         return kwargs
-
-    def _samples(self, module: Any, kwargs: dict[str, Any], ids: Tensor) -> Tensor | None:
-        """Where the samples of packed rows are [B, L], as far as the LLM would look for them; see `packed.sample_of`."""
-        spec, text = self.pruner.spec, getattr(module, self.pruner.spec.text)
-        checkpoints = getattr(text, "gradient_checkpointing", False) and text.training and torch.is_grad_enabled()
-        cached = cache_in(kwargs) is not None or (_caches(module, kwargs) and not checkpoints)
-        return packed.sample_of(kwargs, *ids.shape, text.config._attn_implementation, cached, spec.flat_positions)
 
 
 class BeforeTower(PrunerHook):
@@ -168,7 +157,7 @@ class BeforeText(PrunerHook):
         elif 0 in self.pruner.layers:
             site, reducer = self.pruner.layers[0]
             with torch.no_grad(), full_precision(x.device.type):
-                more = reducer.keep(x.detach(), Layout.whole(visual, state.real, state.sample), None, site)
+                more = packed.keep_of(reducer, x.detach(), Layout.whole(visual, state.real), None, site, state.sample)
             keep = more if keep is None else (keep if more is None else keep & more)
         if keep is None or bool((keep | ~visual).all()):
             return None
@@ -235,7 +224,7 @@ class AfterText(PrunerHook):
             return None
         state = running.state
         state.inside = False
-        return outputs.whole(module, output, state, running.prunes, window_of)
+        return outputs.whole(module, output, state, running.prunes)
 
 
 class BeforeLayer(PrunerHook):
@@ -282,9 +271,8 @@ class BeforeLayer(PrunerHook):
         else:
             attention = running.probes.get(reducer.probe(site)) if "attention" in reducer.needs else None
             with torch.no_grad(), full_precision(x.device.type):
-                sample = None if state.sample is None else packed.of_columns(state.sample, column)
-                layout = Layout(visual, real, column, state.length, running.visual, sample)
-                keep = reducer.keep(x.detach(), layout, attention, site)
+                layout = Layout(visual, real, column, state.length, running.visual)
+                keep = packed.keep_of(reducer, x.detach(), layout, attention, site, state.sample)
         if keep is None or bool((keep | ~visual).all()):
             return None
         keep = keep | ~visual
@@ -302,7 +290,7 @@ def _prompt_kwargs(
     layer: Any, index: int, x: Tensor, kwargs: dict[str, Any], running: Pass, state: PromptState, cache: Any
 ) -> dict[str, Any]:
     """A layer's keywords while the prompt is read: mask, positions and rotary tables of the slots that are left."""
-    stage, window = state.at(index), window_of(layer, index)
+    stage, window = state.at(index), masks.window_of(layer, index)
     recounted = running.slots_counted and window is not None  # the LLM measured its windows in slots
     if stage is None or (stage is state.before and not recounted):
         return kwargs
@@ -336,7 +324,7 @@ def _later_kwargs(
 ) -> dict[str, Any]:
     """A layer's keywords for later text: the mask by the columns of the slots that this layer's cache holds."""
     stage = state.at(index)
-    window = window_of(layer, index)
+    window = masks.window_of(layer, index)
     sliding = window is not None
     if stage is None or (stage is state.before and not sliding):
         return kwargs
@@ -393,35 +381,3 @@ def _first_of(cache: Any, kind: str) -> int:
     sliding = [] if cache is None else list(cache.is_sliding)
     wanted = kind == "sliding_attention"
     return sliding.index(wanted) if wanted in sliding else 0
-
-
-def window_of(layer: Any, index: int) -> int | None:
-    """Columns that a decoder layer looks back, or `None` = all."""
-    config = layer.self_attn.config
-    kinds = getattr(config, "layer_types", None)
-    if kinds and kinds[index] != "sliding_attention":
-        return None
-    return getattr(config, "sliding_window", None)
-
-
-def _check_packed(module: Any, pruner: Pruner, chosen: hf.Chosen, ids: Tensor, sample: Tensor) -> None:
-    """Raises where rows hold several samples and something would decide for a whole row."""
-    flash = masks.is_flash(getattr(module, pruner.spec.text).config._attn_implementation)
-    for site, reducer in pruner.layers.values():
-        if not reducer.packs or (flash and "attention" in reducer.needs):
-            raise UnsupportedModelError(
-                f"{type(reducer).__name__} decides {site} once for a whole row of the batch, but rows hold several samples "
-                "(their positions start over); give every sample a row of its own, padded, with an attention_mask"
-            )
-    if pruner.features is not None:
-        packed.check_images(type(module).__name__, chosen.outputs, pruner.tokens, ids, sample)
-
-
-def _check_text(text: Any) -> None:
-    window = any(window_of(layer, i) is not None for i, layer in enumerate(text.layers))
-    masks.check_implementation(text.config._attn_implementation, window)
-
-
-def _caches(model: Any, kwargs: Mapping[str, Any]) -> bool:
-    use = kwargs.get("use_cache")
-    return bool(model.config.get_text_config().use_cache if use is None else use)

@@ -39,6 +39,21 @@ def check_implementation(implementation: str, window: bool) -> None:
         )
 
 
+def window_of(layer: Any, index: int) -> int | None:
+    """Columns that a decoder layer looks back, or `None` = all."""
+    config = layer.self_attn.config
+    kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[index] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def check_text(text: Any) -> None:
+    """Raises if masks of a shortened sequence cannot be expressed for an LLM."""
+    window = any(window_of(layer, i) is not None for i, layer in enumerate(text.layers))
+    check_implementation(text.config._attn_implementation, window)
+
+
 def real_columns(mask: Mask, batch: int, length: int, device: torch.device) -> Tensor:
     """[B, L] bool: False = padding, as far as the mask of a whole prompt says (2-D, 4-D, a mapping of these, or `None`)."""
     if isinstance(mask, Mapping):
@@ -51,9 +66,9 @@ def real_columns(mask: Mask, batch: int, length: int, device: torch.device) -> T
         return mask[:, -length:].bool().to(device).expand(batch, length)
     if mask.shape[-1] < length:
         raise ConfigError(
-            f"attention_mask has {mask.shape[-1]} keys for a prompt of {length} columns; a static cache needs room for the prompt "
-            "as it is before vtok shortens it, because generate() makes masks for all of it: raise max_cache_len, or shorten the "
-            "prompt first with vtok.prune_inputs"
+            f"attention_mask has {mask.shape[-1]} keys for a prompt of {length} columns; a static cache needs room for the "
+            "prompt as it is before vtok shortens it, because generate() makes masks for all of it: raise max_cache_len, or "
+            "shorten the prompt first with vtok.prune_inputs"
         )
     diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)[:, :length]
     return (diagonal if diagonal.dtype == torch.bool else diagonal == 0).to(device).expand(batch, length)

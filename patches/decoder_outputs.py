@@ -1,24 +1,24 @@
 """What a shortened LLM returns, brought back to the columns that its caller passed.
 
-Whoever reads hidden states or attention (embedding and reward models, pictures of attention) counts columns of the prompt; layers
-behind a reduction hold fewer. Only what was asked for is made longer.
+Whoever reads hidden states or attention (embedding and reward models, pictures of attention) counts columns of the prompt;
+layers behind a reduction hold fewer. Only what was asked for is made longer.
 
 Shapes: B rows, L columns of the prompt, M slots, H heads, Q queries, K keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtok.errors import UnsupportedModelError
+from vtok.patches.decoder_masks import window_of
 from vtok.patches.decoder_state import PromptState, restore
 
 
-def whole(text: Any, output: Any, state: PromptState, prunes: bool, window_of: Callable[[Any, int], int | None]) -> Any:
+def whole(text: Any, output: Any, state: PromptState, prunes: bool) -> Any:
     """The output of an LLM with everything at the prompt's length that has one entry a column.
 
     Args:
@@ -26,7 +26,6 @@ def whole(text: Any, output: Any, state: PromptState, prunes: bool, window_of: C
         output: of it, a mapping or a tuple.
         state: of the prompt.
         prunes: whether this pass read the prompt; in later ones keys of attention alone are short.
-        window_of: (layer, its number) -> columns that it looks back, `None` = all.
 
     Raises:
         UnsupportedModelError: attention of later text was asked for, in layers that look back over a window.

@@ -4,7 +4,7 @@ transformers tells the samples of a row apart by positions that start over, and 
 dropped, positions have gaps, which it would take for borders: borders are therefore read from the caller's positions, once, and
 kept as the number of each column's sample.
 
-Shapes: B rows, L columns of the prompt, M slots of a shortened sequence.
+Shapes: B rows, L columns of the prompt, M slots of a shortened sequence, S samples of a row at most.
 """
 
 from __future__ import annotations
@@ -17,9 +17,27 @@ from torch import Tensor
 
 from vtok.errors import UnsupportedModelError
 from vtok.patches.decoder_masks import is_flash
+from vtok.patches.decoder_state import cache_in
 from vtok.patches.hf_features import feature_list
+from vtok.patches.hf_vlm import VLMSpec
+from vtok.prompt import LayerAttention, Layout, VLMReducer
+from vtok.state import Site
 
 _VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def samples(model: Any, spec: VLMSpec, kwargs: Mapping[str, Any], batch: int, length: int) -> Tensor | None:
+    """`sample_of` a call of a model without language head, described by `spec`."""
+    text = getattr(model, spec.text)
+    checkpoints = getattr(text, "gradient_checkpointing", False) and text.training and torch.is_grad_enabled()
+    cached = cache_in(kwargs) is not None or (caches(model, kwargs) and not checkpoints)
+    return sample_of(kwargs, batch, length, text.config._attn_implementation, cached, spec.flat_positions)
+
+
+def caches(model: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call asks its LLM to fill a cache."""
+    use = kwargs.get("use_cache")
+    return bool(model.config.get_text_config().use_cache if use is None else use)
 
 
 def sample_of(
@@ -77,7 +95,7 @@ def of_columns(sample: Tensor, column: Tensor) -> Tensor:
 
 
 def block_mask(sample: Tensor) -> Tensor:
-    """[B, 1, M, M] bool: what every slot sees, itself and what stands in front of it in its sample [B, M]; padding sees padding."""
+    """[B, 1, M, M] bool: what every slot sees, itself and what stands in front of it in its sample [B, M]; padding, padding."""
     order = torch.arange(sample.shape[1], device=sample.device)
     return ((sample[:, :, None] == sample[:, None]) & (order[:, None] >= order))[:, None]
 
@@ -89,6 +107,57 @@ def lengths(sample: Tensor) -> dict[str, Any]:
     ends = torch.cat([first.flatten().nonzero()[:, 0], first.new_tensor([first.numel()], dtype=torch.int64)]).to(torch.int32)
     longest = int(ends.diff().max())
     return dict(zip(_VARLEN, (ends, ends, longest, longest)))
+
+
+def keep_of(
+    reducer: VLMReducer, x: Tensor, layout: Layout, attention: LayerAttention | None, at: Site, sample: Tensor | None
+) -> Tensor | None:
+    """`VLMReducer.keep`, which takes a row for one prompt, where rows may hold several: each sample is a row to it.
+
+    Args:
+        reducer: decides.
+        x: [B, M, D], see `VLMReducer.keep`.
+        layout: of these columns.
+        attention: see there.
+        at: the site.
+        sample: [B, L] of the prompt's columns; `None` = a row is one prompt.
+
+    Returns:
+        [B, M] bool, or `None` = all stay.
+    """
+    if sample is None:
+        return reducer.keep(x, layout, attention, at)
+    here, whole = of_columns(sample, layout.column), sample.to(x.device)
+    number = torch.arange(int(whole.max()) + 1, device=x.device)[:, None]  # [S, 1]; synchronises once
+    count, own = len(number), (here[:, None] == number).flatten(0, 1)  # [B S, M]
+    rows = [_spread(t, count) & own for t in (layout.visual, layout.real)]
+    column = _spread(layout.column, count).where(own, -1)
+    before = _spread(layout.before, count) & (whole[:, None] == number).flatten(0, 1)
+    apart = None if attention is None else _apart(attention, own, count)
+    keep = reducer.keep(_spread(x, count), Layout(*rows, column, layout.length, before), apart, at)
+    return None if keep is None else keep.unflatten(0, (-1, count)).gather(1, here.clamp_min(0)[:, None])[:, 0]
+
+
+def _spread(t: Tensor, count: int) -> Tensor:
+    """[B S, ...]: every row S times; of a single row nothing is copied."""
+    return t[:, None].expand(-1, count, *t.shape[1:]).flatten(0, 1)
+
+
+def _apart(attention: LayerAttention, own: Tensor, count: int) -> LayerAttention:
+    """Attention of B rows as that of their S samples each. own [B S, M] bool: columns of each sample."""
+
+    def project(rows: Tensor | None) -> Tensor:
+        if rows is None:
+            return _spread(attention.project(None), count)
+        found = attention.project(rows.unflatten(0, (-1, count)).flatten(1))  # [B, H, S R, D]
+        return found.unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1)
+
+    def bias(rows: Tensor) -> Tensor:
+        found = attention.bias(rows.unflatten(0, (-1, count)).flatten(1))  # [B, 1, S R, M]
+        found = found.unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1)
+        return found.masked_fill(~own[:, None, None], torch.finfo(found.dtype).min)
+
+    return LayerAttention(attention.layer, attention.scale, project, bias, attention.softcap)
 
 
 def check_images(name: str, outputs: Mapping[str, Any], tokens: Mapping[str, int], ids: Tensor, sample: Tensor) -> None:
@@ -105,6 +174,6 @@ def check_images(name: str, outputs: Mapping[str, Any], tokens: Mapping[str, int
         here = sample[ids == tokens[modality]].split([len(x) for x in feature_list(output)])
         if any(len(part) and bool(part[0] != part[-1]) for part in here):
             raise UnsupportedModelError(
-                f"{name} hands over the {modality}s of a whole row as one, but rows hold several samples (their positions start "
-                "over), which would compete for tokens; give every sample a row of its own, padded, with an attention_mask"
+                f"{name} hands over the {modality}s of a whole row as one, but rows hold several samples (their positions "
+                "start over), which would compete for tokens; give every sample a row of its own, with an attention_mask"
             )

@@ -186,8 +186,8 @@ def take(x: Tensor, rows: Tensor, dim: int) -> Tensor:
 
 
 def restore(x: Tensor, stage: Stage, length: int, sample: Tensor | None = None) -> Tensor:
-    """Hidden states at all L columns of the prompt: a dropped column gets those of the nearest kept one in front of it, or of the
-    first one kept.
+    """Hidden states at all L columns of the prompt: a dropped column gets those of the nearest kept one in front of it, or of
+    the first one kept.
 
     What follows a dropped token is thereby predicted from the last token that stayed, as if the prompt had been short.
 

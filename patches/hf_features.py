@@ -261,8 +261,17 @@ def short_output(output: Any, rows: Tensor) -> Any:
     return type(output)(**values)
 
 
+def refuse_merged(model: Any) -> None:
+    """Raises for a prompt of embeddings that came after images had been encoded, without these."""
+    raise UnsupportedModelError(
+        f"images were encoded ahead of this call, and {type(model).__name__} got a prompt as inputs_embeds without any: if its "
+        "caller puts features into the prompt itself, vtok cannot tell which columns are visual; pass mm_encoder_outputs or "
+        "pixels with the prompt, or call vtok.unpatch(model)"
+    )
+
+
 def placeholders(model: Any, embeddings: Tensor, tokens: Mapping[str, int]) -> Tensor:
-    """[B, L] int64: the placeholders in a prompt given as embeddings [B, L, D], -1 elsewhere: as the models find them themselves.
+    """[B, L] int64: placeholders in a prompt given as embeddings [B, L, D], -1 elsewhere, as the models find them themselves.
 
     Args:
         model: the one without language head.

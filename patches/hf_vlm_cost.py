@@ -17,7 +17,7 @@ from torch import nn
 from vtok.cost import Estimate, Row, estimate
 from vtok.errors import ConfigError, UnsupportedModelError
 from vtok.patches.cost import linear_macs
-from vtok.patches.decoder_hooks import window_of
+from vtok.patches.decoder_masks import window_of
 from vtok.patches.decoder_pass import TowerCall
 from vtok.patches.hf_tables import TOWERS
 from vtok.patches.hf_vlm import VLM

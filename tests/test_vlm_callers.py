@@ -238,9 +238,7 @@ def test_static_caches_without_room_for_the_long_prompt():
     model, values = vtok.patch(build("LLaVA-1.5"), "uniform", keep=0.3), inputs("LLaVA-1.5")
     expected = generate(model, values, steps=2)
     config, length = text_model(model).config, values["input_ids"].shape[1]
-    words = message_of(
-        vtok.ConfigError, generate, model, values, past_key_values=StaticCache(config=config, max_cache_len=30)
-    )
+    words = message_of(vtok.ConfigError, generate, model, values, past_key_values=StaticCache(config=config, max_cache_len=30))
     assert f"30 keys for a prompt of {length} columns" in words
     assert "raise max_cache_len" in words
     cache = StaticCache(config=config, max_cache_len=30)

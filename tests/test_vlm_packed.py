@@ -7,10 +7,11 @@ from typing import ClassVar
 import pytest
 import torch
 from helpers_errors import message_of
-from vlm_zoo import TOLERANCE, MaskOracle, _ColumnsReducer, build, feature_keeps, inputs, text_model, visual
+from vlm_zoo import TOLERANCE, AttendedReducer, MaskOracle, _ColumnsReducer, build, feature_keeps, inputs, text_model, visual
 
 import vtok
 from vtok.config import MethodConfig
+from vtok.methods import todre
 
 FAMILIES = ["LLaVA-1.5", "LLaVA, Mistral text, window 9", "LLaVA, Qwen2 text, window 9 first", "LLaVA-NeXT", "InternVL"]
 ROTARY = ["Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL"]
@@ -28,11 +29,26 @@ class Places(MethodConfig):
 
 
 class _PlacesReducer(_ColumnsReducer):
-    packs: ClassVar[bool] = True
-
     def keep(self, x, layout, attention, at):
-        assert layout.sample is not None
         return layout.column % dict(self.shares)[at.index] == 0
+
+
+@dataclass(frozen=True)
+class Watched(MethodConfig):
+    """Keeps the three visual tokens in front of a layer that the last token of a prompt attends to most in the layer before."""
+
+    name: ClassVar[str] = "watched"
+    layer: int = 3
+
+    def build_vlm(self, info):
+        return _WatchedReducer(self.layer, 3, 1)
+
+
+class _WatchedReducer(AttendedReducer):
+    def keep(self, x, layout, attention, at):
+        last = layout.real.cumsum(1).argmax(1, keepdim=True)
+        score = attention.probs(last).mean(1)[:, 0].masked_fill(~layout.visual, -1)
+        return torch.zeros_like(layout.visual).scatter(1, score.topk(self.count).indices, True)
 
 
 def alone(name):
@@ -139,7 +155,7 @@ def test_compact_positions_start_over(name):
 
 
 def test_what_the_model_itself_does_not_take_for_packed():
-    """With a cache, or positions in which Qwen2-VL looks for no borders, samples see each other unpatched, and so they do here."""
+    """With a cache, or positions in which Qwen2-VL looks for no borders, samples see each other, patched or not."""
     for name, options in (("LLaVA-1.5", {"use_cache": True}), ("Qwen2-VL", {"use_cache": False})):
         model, values = build(name), pack(alone(name))
         if name == "Qwen2-VL":
@@ -190,13 +206,34 @@ def test_lengths_for_flash_attention(name, stated, monkeypatch):
     assert_close(run(model, values, **lengths), expected)
 
 
-def test_methods_that_decide_for_a_whole_row():
-    values = pack(alone("LLaVA-1.5"))
-    model = vtok.patch(build("LLaVA-1.5"), "todre", keep=0.4, probe=1)
-    words = message_of(vtok.UnsupportedModelError, run, model, values)
-    assert "decides in front of decoder layer 2 once for a whole row" in words
-    assert "give every sample a row of its own" in words
-    assert run(vtok.patch(model, "todre", keep=0.4, probe=None), values).isfinite().all()
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("name", ["LLaVA-1.5", "Qwen2.5-VL", "Gemma3"])
+def test_methods_that_decide_for_each_prompt(name, flash, monkeypatch):
+    """Every sample is a prompt to them: the threshold lies between what the two of them ask for."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", _varlen)
+    if flash and name == "Gemma3":
+        pytest.skip("flash attention has no images that look ahead")
+    samples, found = alone(name), []
+    original = todre.layer_relevance
+    monkeypatch.setattr(todre, "layer_relevance", lambda *args: found.append(original(*args)) or found[-1])
+    model = build(name)
+    for sample in samples:
+        run(vtok.patch(model, "todre", keep=0.5, probe=1, tau=1.0), sample)
+    shares = [float(max(forth, back)) for forth, back in found]
+    tau = sum(shares) / 2
+    vtok.patch(model, [vtok.ToDRE(keep=0.5, probe=1, tau=tau), Watched()])
+    parts = [run(model, sample) for sample in samples]
+    (second,) = vtok.info(model).prompts
+    assert (second.rows[1].tokens_out == (0,)) == (shares[1] < tau)
+    if flash:
+        text_model(model).config._attn_implementation_internal = "flash_attention_2"
+    together = run(model, pack(samples)).split([s["input_ids"].shape[1] for s in samples], 1)
+    for i in range(2):
+        assert_close(found[-1][i], torch.cat([found[0][i], found[1][i]]))
+    for got, want in zip(together, parts):
+        assert_close(got, want)
 
 
 @pytest.mark.parametrize("name", ["Idefics3", "SmolVLM"])
@@ -235,5 +272,3 @@ def test_the_check_would_notice():
     assert_close(apart[:, -samples[1]["input_ids"].shape[1] :], run(model, samples[1]))
     together = run(model, {k: v for k, v in values.items() if k != "position_ids"})
     assert (together - apart).abs().max() > 1e-2
-
-

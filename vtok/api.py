@@ -219,7 +219,8 @@ def prune_inputs(
         Inputs for `generate()` or the model: shorter input_ids, attention_mask and position_ids, and the features that stay in
         place of the pixels. `generate()` returns this shorter prompt followed by the answer: slice at its length. Make them
         anew for every call: `generate()` with beams changes the features it is given. Sliding windows look back over the tokens
-        that are left.
+        that are left. `generate(use_cache=False)` of an unpadded prompt takes gaps between positions for borders of packed
+        samples; a warning says so, and `positions="compact"` leaves none.
 
     Raises:
         ConfigError, UnsupportedModelError, UnknownNameError: as `patch` does.

@@ -175,8 +175,6 @@ class Layout(NamedTuple):
         column: [B, L] int64, column of the prompt that stands here, -1 = padding that a reduction left.
         length: columns of the prompt.
         before: [B, length] bool, the visual tokens of the prompt, those included that have left since.
-        sample: [B, L] int64, -1 = padding: where a row holds several samples, which do not see each other, the number of each
-            column's sample; `None` = a row is one prompt. Only methods that say `packs` meet such rows.
     """
 
     visual: Tensor
@@ -184,13 +182,12 @@ class Layout(NamedTuple):
     column: Tensor
     length: int
     before: Tensor
-    sample: Tensor | None = None
 
     @classmethod
-    def whole(cls, visual: Tensor, real: Tensor, sample: Tensor | None = None) -> Layout:
-        """Of a prompt that nothing has left: [B, L] bool, and the sample of each column, if a row holds several."""
+    def whole(cls, visual: Tensor, real: Tensor) -> Layout:
+        """Of a prompt that nothing has left: both [B, L] bool."""
         batch, length = visual.shape
-        return cls(visual, real, torch.arange(length, device=visual.device).expand(batch, length), length, visual, sample)
+        return cls(visual, real, torch.arange(length, device=visual.device).expand(batch, length), length, visual)
 
     @property
     def text(self) -> Tensor:
@@ -280,10 +277,8 @@ class VLMReducer:
             that were merged or dropped in the tower before. Asked only of methods with `tower_blocks`.
         needs: {"attention"} if decisions in front of decoder layers look at attention probabilities, else empty.
         exact: whether the counts below are exact; False = upper bounds, the true numbers depend on the images or the text.
-        packs: whether `keep` can do with rows that hold several samples (`Layout.sample`); else a row must be one prompt.
     """
 
-    packs: ClassVar[bool] = False
     reads_reduced: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
     exact: ClassVar[bool] = False

@@ -130,11 +130,11 @@ def keep_of(
     here, whole = of_columns(sample, layout.column), sample.to(x.device)
     number = torch.arange(int(whole.max()) + 1, device=x.device)[:, None]  # [S, 1]; synchronises once
     count, own = len(number), (here[:, None] == number).flatten(0, 1)  # [B S, M]
-    rows = [_spread(t, count) & own for t in (layout.visual, layout.real)]
+    visual, real = _spread(layout.visual, count) & own, _spread(layout.real, count) & own
     column = _spread(layout.column, count).where(own, -1)
     before = _spread(layout.before, count) & (whole[:, None] == number).flatten(0, 1)
     apart = None if attention is None else _apart(attention, own, count)
-    keep = reducer.keep(_spread(x, count), Layout(*rows, column, layout.length, before), apart, at)
+    keep = reducer.keep(_spread(x, count), Layout(visual, real, column, layout.length, before), apart, at)
     return None if keep is None else keep.unflatten(0, (-1, count)).gather(1, here.clamp_min(0)[:, None])[:, 0]
 
 

@@ -41,7 +41,8 @@ class Guard(Mixin):
         return super()._prefill(input_ids, generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        found = (hook.pruner for hook in self.model._forward_pre_hooks.values() if isinstance(hook, hooks.BeforeModel))
+        model: Any = self.model
+        found = (hook.pruner for hook in model._forward_pre_hooks.values() if isinstance(hook, hooks.BeforeModel))
         decides = next((site for pruner in found for site, _ in pruner.layers.values()), None)
         if decides is not None and hf.carries_images(kwargs):
             raise UnsupportedModelError(
@@ -160,8 +161,8 @@ def short_inputs(model: Any, vlm: VLM, inputs: Mapping[str, Any], pruner: Pruner
         raise ConfigError(f"attention_mask must be [rows, columns], got shape {list(mask.shape)}")
     if not hf.carries_images(values):
         return values
-    kind = vlm.text.config._attn_implementation
-    sample = packed.sample_of(values, *ids.shape, kind, cached=False, flat=vlm.spec.flat_positions)
+    (batch, length), kind = ids.shape, vlm.text.config._attn_implementation
+    sample = packed.sample_of(values, batch, length, kind, cached=False, flat=vlm.spec.flat_positions)
     if sample is not None and not bool(packed.several(sample)):
         sample = None
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()

@@ -1,6 +1,7 @@
 """Callers that read more than logits, embed the prompt themselves, or generate in other ways than token by token."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from vlm_zoo import (
 
 import vtok
 from vtok.patches.decoder_state import cache_in
-from vtok.patches.hf_vlm import release
+from vtok.patches.hf_vlm import REFUSED, release
 
 MAIN = ["LLaVA-1.5", "Qwen2.5-VL", "Qwen3-VL", "Idefics3", "Gemma3"]
 EACH = [*MAIN, *(pytest.param(name, marks=pytest.mark.slow) for name in EXAMPLES if name not in MAIN and "window" not in name)]
@@ -201,14 +202,42 @@ def test_retrieval_models():
     model, values = transformers.ColPaliForRetrieval(config).eval(), inputs("PaliGemma")
     alive = feature_keeps(build("PaliGemma"), values, 0.4) & values["attention_mask"].bool()
     keeps = dict.fromkeys(range(4), alive)
-    whole = torch.nn.Module()
-    whole.vlm = model.vlm
-    with torch.no_grad(), MaskOracle(whole, keeps):
+    with torch.no_grad(), MaskOracle(model, keeps):
         expected = model(**copy.copy(values)).embeddings
     with torch.no_grad():
         found = vtok.patch(model, "uniform", keep=0.4)(**copy.copy(values)).embeddings
     close(found[alive], expected[alive])
     assert vtok.info(model).prompts[0].rows[0].tokens_out == (6, 6)
+
+
+def test_every_model_around_another_is_known():
+    """Models of the installed transformers around a whole vision-language model either hand it pixels or are refused."""
+    import transformers
+
+    around = {}
+    for path in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "from_config(config.vlm_config)" in text:
+            call = text.split("self.vlm(", 1)[1].split(")", 1)[0]
+            around[path.parent.name] = "pixel_values" in call
+    assert around["colpali"] and not around["colqwen2"]
+    refused = {name.split(".")[2] for name in REFUSED}
+    assert {name for name, hands_over in around.items() if not hands_over} <= refused
+
+
+def test_models_that_score_a_prompt():
+    """They read the last token of every row, wherever it stands."""
+    import transformers
+
+    config = copy.deepcopy(build("Gemma3").config)
+    config.num_labels = 3
+    torch.manual_seed(0)
+    model, values = transformers.Gemma3ForSequenceClassification(config).eval(), inputs("Gemma3")
+    alive = feature_keeps(model, values, 0.4)
+    with torch.no_grad(), MaskOracle(model, dict.fromkeys(range(4), alive)):
+        expected = model(**copy.copy(values)).logits
+    with torch.no_grad():
+        close(vtok.patch(model, "uniform", keep=0.4)(**copy.copy(values)).logits, expected)
 
 
 @pytest.mark.parametrize("method", ["uniform", "todre"])

@@ -200,10 +200,11 @@ def restore(x: Tensor, stage: Stage, length: int, sample: Tensor | None = None) 
     Returns:
         [B, L, ...].
     """
-    filled = stage.column >= 0
-    batch, width = stage.column.shape
+    column = stage.column.to(x.device)
+    filled = column >= 0
+    batch, width = column.shape
     kept = torch.zeros(batch, length + 1, dtype=torch.int64, device=x.device)
-    kept.scatter_(1, stage.column.where(filled, length), 1)  # padding is written to a column of its own
+    kept.scatter_(1, column.where(filled, length), 1)  # padding is written to a column of its own
     count, padding = kept[:, :length].cumsum(1), width - filled.sum(1, keepdim=True)
     first = 0 if sample is None else in_front(sample.to(x.device), count)  # where none stands in front, the first one behind
     slot = torch.maximum(count - 1, torch.as_tensor(first, device=x.device))

@@ -71,7 +71,7 @@ def _features(vlm: VLM, pruner: Pruner, values: Mapping[str, Any]) -> dict[str, 
     outputs = hf.encode(vlm.module, values)
     outputs = hf.choose(vlm.module, outputs, pruner.features, vlm.spec, values, pruner.holed).outputs
     for output in outputs.values():
-        whole = [x.masked_fill(x == vlm_tower.HOLE, 0.0) for x in output.pooler_output]
+        whole = [x.masked_fill(vlm_tower.holes(x)[:, None], 0.0) for x in output.pooler_output]
         output.pooler_output = torch.stack(whole) if isinstance(output.pooler_output, Tensor) else whole
     return outputs
 

@@ -17,14 +17,17 @@ import torch
 from torch import Tensor
 
 from vtok.errors import StateError, UnsupportedModelError
+from vtok.patches import decoder_embedded as embedded
 from vtok.patches import decoder_masks as masks
 from vtok.patches import hf_features as hf
-from vtok.patches.decoder_pass import Pass, Pruner, Recorded, TowerCall, recorded
+from vtok.patches.decoder_pass import Pass, Pruner, Recorded, TowerCall
 from vtok.patches.decoder_probe import layer_attention
 from vtok.patches.decoder_state import (
     PromptState,
     Stage,
     cache_in,
+    check_kind,
+    check_origin,
     compact,
     forget,
     remember,
@@ -33,7 +36,10 @@ from vtok.patches.decoder_state import (
     state_of,
     stored,
     take,
+    unknown,
+    vouch,
 )
+from vtok.patches.encoded import plain
 from vtok.patches.precision import full_precision
 from vtok.patches.swap import Hook
 from vtok.prompt import Layout
@@ -60,9 +66,14 @@ class BeforeModel(PrunerHook):
             forget(cache)
         running.state = state_of(cache)
         pruner = self.pruner
+        if pruner.shortens:
+            check_origin(kwargs, pruner.generates)
         counts = pruner.acts and stored(cache) == 0 and kwargs.get("input_ids") is not None  # to be accounted for alone
         if (pruner.shortens or counts) and hf.carries_images(kwargs):
             kwargs = self._read(module, running, kwargs)
+        elif pruner.holed and (holes := embedded.holes_in(kwargs)) is not None:
+            _check_text(getattr(module, pruner.spec.text))
+            embedded.read(module, pruner, running, kwargs, holes)
         return (), kwargs
 
     def _read(self, module: Any, running: Pass, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -82,20 +93,23 @@ class BeforeModel(PrunerHook):
         if pruner.shortens:
             _check_text(getattr(module, pruner.spec.text))
         given = kwargs.get("mm_encoder_outputs")
-        chosen = hf.choose(module, hf.encode(module, kwargs), pruner.features, pruner.spec, kwargs, pruner.holed)
+        check_kind(kwargs)
+        encoded = hf.encode(module, kwargs)
+        chosen = hf.choose(module, encoded, pruner.features, pruner.spec, kwargs, pruner.holed)
         keep = hf.kept_columns(ids, pruner.tokens, chosen.rows)
         kwargs = {name: value for name, value in kwargs.items() if name not in hf.PIXELS.values()}
-        kwargs["mm_encoder_outputs"] = chosen.outputs
+        kwargs["mm_encoder_outputs"] = {modality: plain(output) for modality, output in chosen.outputs.items()}
         if keep is None:
             return kwargs
         real = masks.real_columns(kwargs.get("attention_mask"), ids.shape[0], ids.shape[1], ids.device)
-        running.prunes, running.visual, running.given = True, visual & real, given
+        running.prunes, running.visual, running.given = True, visual & real, encoded if given is None else given
         running.state = PromptState(ids.shape[1], real)
         running.state.compact = pruner.compact
         running.features = keep if pruner.features is not None or pruner.holed else None
         running.alive = hf.kept_columns(ids, pruner.tokens, chosen.alive) if pruner.holed else None
         running.layouts = chosen.layouts
-        earlier = recorded(given) if cache is None and not _caches(module, kwargs) else None
+        running.lasts = cache is None and not _caches(module, kwargs)
+        earlier = pruner.recalled(running.given, ids) if running.lasts else None
         running.replays = earlier is not None and earlier.fits(pruner.configs, ids)
         running.plan = earlier if running.replays else Recorded(pruner.configs, ids, {})
         return kwargs
@@ -129,6 +143,8 @@ class BeforeText(PrunerHook):
                     f"{type(module).__name__} was called on its own with a cache that holds a shortened prompt; call the "
                     "vision-language model"
                 )
+            if self.pruner.holed:
+                embedded.check_alone(module, kwargs)
             return None
         state = running.state
         if state is None:
@@ -190,13 +206,13 @@ class BeforeText(PrunerHook):
     def _later(self, kwargs: dict[str, Any], running: Pass, state: PromptState, cache: Any) -> dict[str, Any]:
         x = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
         batch, queries = x.shape[:2]
-        column, total = _slots(running, state, 0, stored(cache), batch, queries, x.device)
-        known = (column >= 0) & _real(running, state, total, batch, x.device).gather(1, column.clamp_min(0))
+        column, total = running.slots(state, 0, stored(cache), batch, queries, x.device)
+        known = (column >= 0) & running.real_columns(state, total, batch, x.device).gather(1, column.clamp_min(0))
         position = kwargs.get("position_ids")
         if position is None:
             position = column[:1, -queries:]
         if state.compact:
-            position = position - state.dropped.to(x.device).repeat_interleave(batch // len(state.real), 0)
+            position = position - state.now(state.dropped, batch).to(x.device)
         return {**kwargs, "attention_mask": known.long(), "position_ids": position}
 
 
@@ -226,23 +242,26 @@ class BeforeLayer(PrunerHook):
         self.index = index
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        running = self.pruner.current
+        running, cache = self.pruner.current, cache_in(kwargs)
+        if self.index == 0 and running is not None and unknown(cache) and stored(cache) == 0:
+            vouch(cache)
         if running is None or running.state is None:  # text alone, or a checkpoint that computes the layer again
             return None
-        state, cache = running.state, cache_in(kwargs)
+        state = running.state
         x = args[0] if args else kwargs["hidden_states"]
         if not running.prunes:
             return args, _later_kwargs(module, self.index, x, kwargs, running, state, cache)
         fitting = _prompt_kwargs(module, self.index, x, kwargs, running, state, cache)
+        later = self.index in self.pruner.probed_later
         if self.index in self.pruner.probed:
-            running.probes[self.index] = layer_attention(self.index, module, x.detach(), fitting)
+            running.probes[self.index] = layer_attention(self.index, module, x.detach(), fitting, later)
         if self.index > 0 and self.index in self.pruner.layers:
             shorter = self._drop(x, running, state)
             if shorter is not None:
                 x = shorter
                 fitting = _prompt_kwargs(module, self.index, x, kwargs, running, state, cache)
                 if self.index in self.pruner.probed:  # for decisions in front of later layers
-                    running.probes[self.index] = layer_attention(self.index, module, x.detach(), fitting)
+                    running.probes[self.index] = layer_attention(self.index, module, x.detach(), fitting, later)
         if cache is not None and state_of(cache) is not state and (state.before is not None or state.between):
             remember(cache, state)
         return ((x, *args[1:]), fitting) if args else ((), {**fitting, "hidden_states": x})
@@ -322,38 +341,14 @@ def _later_kwargs(
     keys, offset = cache.get_mask_sizes(queries, index)
 
     def build() -> Tensor:
-        column, total = _slots(running, state, index, count, batch, queries, x.device)
-        real = _real(running, state, total, batch, x.device)
+        column, total = running.slots(state, index, count, batch, queries, x.device)
+        real = running.real_columns(state, total, batch, x.device)
         return masks.text_mask(column, real, queries, x, kind, int(keys), int(offset), window)
 
     return {**kwargs, "attention_mask": _once(running, ("text", id(stage), count, int(keys), int(offset), window), None, build)}
 
 
-def _once(running: Pass, key: Any, source: Any, make: Any) -> Any:
-    """What several layers share is made once a pass; the source is kept alive, so that its id stays its own."""
-    if key not in running.memo:
-        running.memo[key] = (make(), source)
-    return running.memo[key][0]
-
-
-def _slots(
-    running: Pass, state: PromptState, index: int, count: int, batch: int, queries: int, device: torch.device
-) -> tuple[Tensor, int]:
-    """(columns [B, count + Q] of a layer's slots, the queries last; how many columns prompt and text have together)."""
-    stage = state.at(index)
-    assert stage is not None
-    stage = _once(running, ("stage", id(stage), batch), stage, lambda: stage.to(batch, device))
-    total = state.length + count - stage.column.shape[1] + queries
-    text = torch.arange(state.length, total, device=device)
-    return torch.cat([stage.column, text.expand(batch, -1)], 1), total
-
-
-def _real(running: Pass, state: PromptState, total: int, batch: int, device: torch.device) -> Tensor:
-    """[B, total] bool, False = padding: by the caller's mask, or by what is known of the prompt, all text being real."""
-    if running.real is not None and running.real.shape[1] >= total:
-        return running.real[:, :total].to(device).expand(batch, -1)
-    prompt = state.real.to(device).repeat_interleave(batch // len(state.real), 0)
-    return torch.cat([prompt, prompt.new_ones(batch, total - state.length)], 1)
+_once = Pass.once  # what several layers share
 
 
 def _keys(cache: Any, queries: int, layer: int) -> int:

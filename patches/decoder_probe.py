@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vtok.patches.decoder_masks import Mask
 from vtok.patches.decoder_state import take
 from vtok.patches.precision import as_now
+from vtok.patches.swap import leaves
 from vtok.prompt import LayerAttention
 
 
@@ -33,14 +34,16 @@ def why_not(layer: nn.Module) -> str | None:
     return f"{type(attention).__name__} has no {', '.join(lacking)}" if lacking else None
 
 
-def layer_attention(index: int, layer: Any, hidden: Tensor, kwargs: Mapping[str, Any]) -> LayerAttention:
-    """Describes what a decoder layer is about to attend to.
+def layer_attention(index: int, layer: Any, hidden: Tensor, kwargs: Mapping[str, Any], later: bool = False) -> LayerAttention:
+    """Describes what a decoder layer is about to attend to. Called in that layer's own hook.
 
     Args:
         index: of the layer.
         layer: the module.
         hidden: [B, L, C], its input.
         kwargs: its keyword arguments: `attention_mask` and `position_embeddings` that fit these L columns.
+        later: whether it is looked at when the layer has run. Where the layer's weights are gone by then, queries and keys of
+            all columns are worked out now.
     """
     attention, mask, tables = layer.self_attn, kwargs.get("attention_mask"), kwargs["position_embeddings"]
 
@@ -59,7 +62,15 @@ def layer_attention(index: int, layer: Any, hidden: Tensor, kwargs: Mapping[str,
         return _bias(mask, rows, hidden.shape[1])
 
     softcap = getattr(attention, "attn_logit_softcapping", None)
-    return LayerAttention(index, attention.scaling, project, bias, softcap)
+    read = _settled(project, hidden) if later and leaves(layer) else project
+    return LayerAttention(index, attention.scaling, read, bias, softcap)
+
+
+def _settled(project: Callable[[Tensor | None], Tensor], hidden: Tensor) -> Callable[[Tensor | None], Tensor]:
+    """The same for when the weights are gone."""
+    every = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
+    q, k = project(every), project(None)
+    return lambda rows: k if rows is None else take(q.transpose(1, 2), rows, 1).transpose(1, 2)
 
 
 def _project(attention: Any, x: Tensor, tables: tuple[Tensor, Tensor], rows: Tensor | None) -> Tensor:

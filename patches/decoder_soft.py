@@ -153,7 +153,7 @@ class _BeforeLayer(Hook):
             run.bias = run.soft.bias(self.index, run.layout, run.attention, x.dtype)
         kwargs = {**kwargs, "attention_mask": run.masked(mask, x)}
         if self.index + 1 in layers:
-            run.attention = layer_attention(self.index, module, x.detach(), kwargs)
+            run.attention = layer_attention(self.index, module, x.detach(), kwargs, later=True)
         return args, kwargs
 
 

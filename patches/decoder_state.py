@@ -8,16 +8,24 @@ Shapes: B rows of a batch, L columns of the prompt, E columns that enter the LLM
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vtok.errors import StateError, UnsupportedModelError
+from vtok.patches.swap import mixed_class, rebuilt
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache as _Cache  # what `ShortCache` is put in front of
+else:
+    _Cache = object
 
 _NAME = "_vtok"
-_STAND_INS = ("get_seq_length", "get_mask_sizes", "crop")
+_WHOLE = "_vtok_whole"
+CACHES = ("cache", "past_key_values")  # the keyword since transformers 5.24, and before
 
 
 class Stage(NamedTuple):
@@ -34,20 +42,9 @@ class Stage(NamedTuple):
     entry: Tensor
     padded: bool
 
-    def to(self, batch: int, device: torch.device) -> Stage:
-        """The same on another device, for a batch in which every row stands `batch / B` times.
-
-        Raises:
-            StateError: the batch is no multiple of the one that the prompt had.
-        """
-        rows = len(self.column)
-        if batch % rows:
-            raise StateError(f"the cache was made for {rows} rows and is used for {batch}; vtok cannot tell which row is which")
-        stage = Stage(self.column.to(device), self.entry.to(device), self.padded)
-        if batch == rows:
-            return stage
-        repeat = batch // rows
-        return Stage(stage.column.repeat_interleave(repeat, 0), stage.entry.repeat_interleave(repeat, 0), stage.padded)
+    def to(self, device: torch.device) -> Stage:
+        """The same on another device."""
+        return Stage(self.column.to(device), self.entry.to(device), self.padded)
 
 
 class PromptState:
@@ -56,6 +53,10 @@ class PromptState:
     Args:
         length: L.
         real: [B, L] bool, False = padding of the prompt.
+
+    Attributes:
+        order: [rows of the cache] int64, the row of the prompt that each of them goes on with, as beams and others who reorder,
+            choose or repeat rows have left them; `None` = as the prompt was read.
     """
 
     def __init__(self, length: int, real: Tensor):
@@ -64,6 +65,29 @@ class PromptState:
         self.between: dict[int, Stage] = {}  # decoder layer -> what was dropped in front of it
         self.compact = False  # whether the tokens behind those dropped before the LLM were renumbered
         self.inside = False  # whether the LLM is running: it counts what is stored, everybody else the whole prompt
+        self.order: Tensor | None = None
+
+    def reorder(self, rows: Tensor) -> None:
+        """Rows of the cache were gathered: row i is what was row `rows[i]`; bool = those that stay."""
+        if self.order is None:
+            self.order = torch.arange(len(self.real), device=rows.device)
+        self.order = self.order.to(rows.device)[rows]
+
+    def repeat(self, times: int) -> None:
+        """Every row of the cache was repeated."""
+        rows = len(self.real) if self.order is None else len(self.order)
+        self.reorder(torch.arange(rows, device=self.real.device).repeat_interleave(times))
+
+    def now(self, x: Tensor, batch: int) -> Tensor:
+        """Something of every row of the prompt [B, ...], for the rows of the cache as they are now: [batch, ...].
+
+        Raises:
+            StateError: the cache has another number of rows.
+        """
+        rows = len(x) if self.order is None else len(self.order)
+        if rows != batch:
+            raise StateError(f"the cache was made for {rows} rows and is used for {batch}; vtok cannot tell which row is which")
+        return x if self.order is None else x[self.order.to(x.device)]
 
     def at(self, layer: int) -> Stage | None:
         """The stage that holds in a layer."""
@@ -86,47 +110,80 @@ class PromptState:
 
 
 class _Length:
-    """Stands in for a cache's `get_seq_length`: outside the LLM it counts dropped columns too, as its caller does."""
+    """`get_seq_length` of a cache counts dropped columns too, as its caller does; that of its class counts what is stored."""
 
-    def __init__(self, cache: Any):
-        self.cache = cache
+    def __get__(self, cache: ShortCache | None, owner: type) -> Any:
+        own = super(ShortCache, owner).get_seq_length  # type: ignore[misc]
+        return own if cache is None else functools.partial(self._whole, cache, own)
 
-    def __call__(self, layer_idx: int = 0) -> Any:
-        stored = type(self.cache).get_seq_length(self.cache, layer_idx)
-        state = state_of(self.cache)
-        if state is None or state.inside or int(stored) == 0:
-            return stored
-        return stored + state.missing(layer_idx)
+    @staticmethod
+    def _whole(cache: ShortCache, own: Any, layer_idx: int = 0) -> Any:
+        count, state = own(cache, layer_idx), cache.known
+        return count if state.inside or int(count) == 0 else count + state.missing(layer_idx)
 
 
-class _Sizes:
-    """Stands in for a cache's `get_mask_sizes`: outside the LLM, masks are made for the whole prompt, and replaced inside."""
+class ShortCache(_Cache):
+    """Put in front of the class of a cache that a shortened prompt filled, for as long as it holds one.
 
-    def __init__(self, cache: Any):
-        self.cache = cache
+    Outside the LLM it counts dropped columns too, and masks are made for the whole prompt; they are replaced inside. What is
+    known of the prompt follows the rows of the cache.
+    """
 
-    def __call__(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        keys, offset = type(self.cache).get_mask_sizes(self.cache, query_length, layer_idx)
-        state = state_of(self.cache)
-        if state is None or state.inside or state.at(layer_idx) is None or stored(self.cache, layer_idx) == 0:
+    get_seq_length: Any = _Length()
+
+    @property
+    def known(self) -> PromptState:
+        state: PromptState = self.__dict__[_NAME]
+        return state
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        keys, offset = super().get_mask_sizes(query_length, layer_idx)
+        state = self.known
+        if state.inside or state.at(layer_idx) is None or stored(self, layer_idx) == 0:
             return keys, offset
-        return max(int(keys), stored(self.cache, layer_idx) + state.missing(layer_idx) + query_length), 0
+        return max(int(keys), stored(self, layer_idx) + state.missing(layer_idx) + query_length), 0
 
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if not self.known.inside:
+            raise StateError(
+                "this cache holds a prompt that vtok shortened, and only the patched vision-language model that read it can go "
+                "on with it: masks and positions would not fit otherwise; call that model, or read the prompt anew"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-class _NoCrop:
-    """Stands in for a cache's `crop`."""
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.known.reorder(beam_idx)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.known.reorder(torch.as_tensor(indices))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.known.repeat(repeats)
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
         raise UnsupportedModelError(
             "this cache holds a prompt that vtok shortened, by a different number of tokens in different layers, and cannot be "
             "cropped (assisted decoding does that); generate without an assistant, or shorten the prompt with vtok.prune_inputs"
         )
 
+    def reset(self) -> None:
+        forget(self)
+        self.reset()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # the class exists only here: rebuild it from its two parts
+        return rebuilt(self)
+
 
 def cache_in(kwargs: Mapping[str, Any]) -> Any:
-    """The cache among the keywords of a call, or `None`: named `cache` since transformers 5.24, `past_key_values` before."""
-    cache = kwargs.get("cache")
-    return kwargs.get("past_key_values") if cache is None else cache
+    """The cache among the keywords of a call, or `None`.
+
+    The store of continuous batching, which holds pages of many requests at once, counts as none: no prompt in it is shortened.
+    """
+    cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+    return cache if hasattr(cache, "get_seq_length") else None
 
 
 def state_of(cache: Any) -> PromptState | None:
@@ -136,18 +193,74 @@ def state_of(cache: Any) -> PromptState | None:
 
 def remember(cache: Any, state: PromptState) -> None:
     """Puts the state on a cache."""
-    cache.__dict__.update({_NAME: state, **dict(zip(_STAND_INS, (_Length(cache), _Sizes(cache), _NoCrop())))})
+    forget(cache)
+    cache.__dict__[_NAME] = state
+    cache.__class__ = mixed_class(ShortCache, type(cache))
 
 
 def forget(cache: Any) -> None:
-    """Makes a cache an ordinary one again: `reset` empties it, but leaves attributes."""
-    for name in (_NAME, *_STAND_INS):
+    """Makes a cache an ordinary one again."""
+    for name in (_NAME, _WHOLE):
         cache.__dict__.pop(name, None)
+    if isinstance(cache, ShortCache):
+        cache.__class__ = type(cache).__bases__[1]
 
 
 def stored(cache: Any, layer: int = 0) -> int:
     """Slots that a layer of a cache holds."""
     return 0 if cache is None else int(type(cache).get_seq_length(cache, layer))
+
+
+def unknown(cache: Any) -> bool:
+    """Whether nothing is known of what a cache holds."""
+    return cache is not None and state_of(cache) is None and not cache.__dict__.get(_WHOLE)
+
+
+def vouch(cache: Any) -> None:
+    """Notes on a cache that nothing is missing from it."""
+    cache.__dict__[_WHOLE] = True
+
+
+def check_kind(kwargs: Mapping[str, Any]) -> None:
+    """Raises if a call that would shorten its prompt brings a store of tokens that cannot hold a shortened one."""
+    if cache_in(kwargs) is None and any(kwargs.get(name) is not None for name in CACHES):
+        raise UnsupportedModelError(
+            "images were passed with a store of tokens that is no transformers Cache (continuous batching keeps those of many "
+            "requests side by side) and cannot hold a shortened prompt; use generate(), or vtok.prune_inputs"
+        )
+
+
+def check_origin(kwargs: Mapping[str, Any], generating: bool) -> None:
+    """Raises if a cache that holds text may be one that a shortened prompt filled and that lost what was known of it.
+
+    Args:
+        kwargs: of a call of a patched model. A 2-D mask says how many tokens the caller knows of.
+        generating: whether generate() made the call: it counts what is stored, so that its mask is no evidence.
+
+    Raises:
+        StateError: it may be.
+    """
+    cache = cache_in(kwargs)
+    if not unknown(cache) or stored(cache) == 0:
+        return
+    mask, count, known = kwargs.get("attention_mask"), stored(cache), 0
+    x = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
+    if isinstance(mask, Tensor) and mask.ndim == 2 and x is not None:
+        known = mask.shape[1] - x.shape[1]
+    sliding, layers = list(getattr(cache, "is_sliding", ())), range(len(getattr(cache, "layers", ())))
+    lengths = sorted({stored(cache, i) for i in layers if not (i < len(sliding) and sliding[i])})
+    if len(lengths) > 1:
+        found = f"its layers hold {lengths[0]} to {lengths[-1]} tokens"
+    elif generating or known <= 0:
+        found = f"nothing says how many tokens its {count} stand for"
+    elif known > count and not getattr(cache, "is_compileable", False):
+        found = f"it holds {count} tokens where attention_mask has {known}"
+    else:
+        return vouch(cache)
+    raise StateError(
+        f"the cache was not filled by this patched model, or was rebuilt from its tensors, and {found}: visual tokens may have "
+        "been dropped from it; pass the cache that the model returned or a deep copy of it, or read the prompt anew"
+    )
 
 
 def compact(keep: Tensor) -> tuple[Tensor, bool]:

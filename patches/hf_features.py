@@ -17,7 +17,9 @@ from torch import Tensor
 from vtok.errors import StateError, UnsupportedModelError
 from vtok.ops.crops import Cut, ViewMap, view_map
 from vtok.patches import tower_taps, vlm_tower
+from vtok.patches.encoded import note_of, plain_class
 from vtok.patches.precision import full_precision
+from vtok.patches.swap import weights_of
 from vtok.prompt import ImageFeatures, TowerBlock, View, VLMReducer
 from vtok.reduction import Plan, apply_plan
 from vtok.state import TokenState
@@ -82,10 +84,11 @@ def encode(model: Any, kwargs: Mapping[str, Any], taps: tower_taps.TowerTaps | N
             continue
         if function is None:
             raise UnsupportedModelError(f"{type(model).__name__} has no get_{modality}_features, which vtok needs for {pixels}")
-        if taps is not None and taps.blocks:
-            function = tower_taps.watched(function, taps)
+        if taps is not None:
+            function = tower_taps.watched(model, function, taps)
         names = [name for name in inspect.signature(function).parameters if kwargs.get(name) is not None]
-        outputs[modality] = function(**{name: kwargs[name] for name in names if name != "kwargs"}, return_dict=True)
+        with weights_of(model):
+            outputs[modality] = function(**{name: kwargs[name] for name in names if name != "kwargs"}, return_dict=True)
     return outputs
 
 
@@ -118,13 +121,29 @@ def choose(
         StateError: the method keeps no token of an image, or looks at the tower, of which nothing is known; or images were
             encoded before the tower was patched.
     """
+    with weights_of(model):  # the ends of rows are told by a parameter
+        return _choose(model, outputs, reducer, anatomy, kwargs, holed)
+
+
+def _choose(
+    model: Any,
+    outputs: dict[str, Any],
+    reducer: VLMReducer | None,
+    anatomy: Anatomy,
+    kwargs: Mapping[str, Any],
+    holed: bool,
+) -> Chosen:
     outputs, rows, alive, layouts = dict(outputs), {}, {}, []
     for modality, output in outputs.items():
         images = feature_list(output)
         if holed:
-            _check_reduced(output)
             stay = [~vlm_tower.holes(x.detach()) for x in images]
             alive[modality] = torch.cat(stay)
+            if note_of(output) is None and bool(alive[modality].all()):
+                raise StateError(
+                    "mm_encoder_outputs was not encoded by the vision tower that vtok patched, and would not be shortened "
+                    "there; pass pixels, or encode the images with the patched model"
+                )
         else:
             stay = [torch.ones(len(x), dtype=torch.bool, device=x.device) for x in images]
         rows[modality] = stay
@@ -167,14 +186,6 @@ def choose(
     return Chosen(outputs, {modality: torch.cat(parts) for modality, parts in rows.items()}, tuple(layouts), alive)
 
 
-def _check_reduced(output: Any) -> None:
-    if not vlm_tower.reduced(output):
-        raise StateError(
-            "mm_encoder_outputs was not encoded by the vision tower that vtok patched, and would not be shortened there; pass "
-            "pixels, or encode the images with the patched model"
-        )
-
-
 class _Towers:
     """What the vision tower saw of every image: `views[i]` lists the views that image i is made of, `cuts[i]` says which."""
 
@@ -187,15 +198,17 @@ class _Towers:
         if not blocks:
             return
         self.seen = tower_taps.seen(output, blocks)
+        self.device = images[0].device
         call = tower_taps.merge_call(kwargs, self.seen)
-        found = anatomy.view_counts(model, modality, self.seen.images, self.seen.num_views, call)
+        count = next(caught.count for caught in self.seen.blocks.values())
+        found = anatomy.view_counts(model, modality, self.seen.images, count, call)
         if found is None:
             raise StateError(
-                f"which of the {self.seen.num_views} views that the vision tower saw belong to which of the "
+                f"which of the {count} views that the vision tower saw belong to which of the "
                 f"{len(self.seen.images)} {modality}s cannot be told from their features; pass pixels and image_sizes together"
             )
         ends = list(itertools.accumulate(found))
-        original = self.seen.original(images)
+        original = tower_taps.original(self.seen, images)
         self.views = [range(ends[i] - found[i], ends[i]) for i in original]
         if modality == "image":  # nobody crops videos
             self.cuts = anatomy.cuts(model, images, [found[i] for i in original], original, call)
@@ -203,7 +216,7 @@ class _Towers:
     def blocks(self, numbers: Sequence[int]) -> dict[int, TowerBlock]:
         """For some of the images."""
         rows = [row for i in numbers for row in self.views[i]]
-        return {name: self.seen.blocks[name].of(rows) for name in self.names}
+        return {name: self.seen.blocks[name].of(rows, self.device) for name in self.names}
 
     def source(self, numbers: Sequence[int], device: torch.device) -> ViewMap | None:
         """How patches became tokens, for some of the images, all cut alike."""
@@ -258,7 +271,7 @@ def short_output(output: Any, rows: Tensor) -> Any:
     deep = getattr(output, "deepstack_features", None)
     if deep is not None:
         values["deepstack_features"] = [kept(features) for features in deep]
-    return type(output)(**values)
+    return plain_class(output)(**values)
 
 
 def visual_columns(ids: Tensor, tokens: Mapping[str, int]) -> Tensor:

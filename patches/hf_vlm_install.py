@@ -13,7 +13,7 @@ from vtok.patches import decoder_hooks as hooks
 from vtok.patches import hf_features as hf
 from vtok.patches import tower_taps
 from vtok.patches.decoder_pass import Pruner
-from vtok.patches.decoder_state import compact, renumbered, take
+from vtok.patches.decoder_state import cache_in, compact, renumbered, stored, take, unknown, vouch
 from vtok.patches.hf_vlm import VLM
 from vtok.patches.hf_vlm_cost import tower_of
 from vtok.patches.swap import Mixin, put_on
@@ -25,13 +25,28 @@ PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 class Guard(Mixin):
     """Refuses ways to generate that read a prompt in pieces or take tokens back."""
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        with _installed(self.model).generating():  # what is decided for a prompt lasts until the answer ends
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
     def _prefill(self, input_ids: Tensor, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         if getattr(generation_config, "prefill_chunk_size", None) is not None:
             raise UnsupportedModelError(
                 "prefill_chunk_size reads a prompt in pieces, but which visual tokens stay is decided on the whole prompt; "
                 "leave it out, or shorten the prompt with vtok.prune_inputs"
             )
+        self._vouch(input_ids, next((a for a in (*args, *kwargs.values()) if isinstance(a, Mapping)), {}))
         return super()._prefill(input_ids, generation_config, *args, **kwargs)  # type: ignore[misc]
+
+    def _vouch(self, ids: Tensor, call: Mapping[str, Any]) -> None:
+        """Nothing can be missing from a cache that holds a conversation without images, whoever filled it."""
+        cache = cache_in(call)
+        if (
+            unknown(cache)
+            and 0 < stored(cache) < ids.shape[1]
+            and not bool(hf.visual_columns(ids, _installed(self.model).tokens).any())
+        ):
+            vouch(cache)
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
         raise UnsupportedModelError(
@@ -57,9 +72,8 @@ def install(model: nn.Module, vlm: VLM, pruner: Pruner) -> None:
     for owner in generators(model, vlm) if pruner.shortens else ():
         put_on(owner, Guard)
     blocks = () if pruner.features is None else pruner.features.tower_blocks
-    if blocks:
-        assert vlm.tower is not None
-        tower_taps.install(vlm.module, vlm.tower, blocks)
+    if blocks or pruner.layers or pruner.holed:
+        tower_taps.install(vlm.module, vlm.tower if blocks else None, blocks)
 
 
 def generators(model: nn.Module, vlm: VLM) -> list[Any]:
@@ -69,7 +83,11 @@ def generators(model: nn.Module, vlm: VLM) -> list[Any]:
 
 def pruner_of(vlm: VLM) -> Pruner | None:
     """What is installed on a model, or `None`."""
-    found = vlm.module._forward_pre_hooks.values()
+    return _installed(vlm.module)
+
+
+def _installed(module: Any) -> Any:
+    found = module._forward_pre_hooks.values()
     return next((hook.pruner for hook in found if isinstance(hook, hooks.BeforeModel)), None)
 
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import functools
 import reprlib
+import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -26,8 +29,7 @@ class Mixin(_Base):
     """Base of the classes that are put in front of a module's own class."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # the class exists only here: rebuild it from its two parts
-        mixin, base = parts(type(self))
-        return _rebuild, (mixin, base), self.__dict__
+        return rebuilt(self)
 
 
 class Hook:
@@ -48,6 +50,11 @@ def parts(cls: type) -> tuple[type, type]:
     """(mixin, original class) of a class made by `mixed_class`."""
     mixin, base = cls.__bases__
     return mixin, base
+
+
+def rebuilt(thing: Any) -> tuple[Any, ...]:
+    """What `__reduce_ex__` of an instance of a class made by `mixed_class` returns."""
+    return _rebuild, parts(type(thing)), thing.__dict__
 
 
 def _rebuild(mixin: type, base: type) -> Any:
@@ -113,3 +120,26 @@ def remove_hooks(module: nn.Module) -> None:
             del hooks[key]
             for extra in extras:
                 extra.pop(key, None)
+
+
+@contextmanager
+def weights_of(module: nn.Module) -> Iterator[None]:
+    """A module's own parameters are there, as while its forward runs: accelerate's hooks may keep them elsewhere in between."""
+    hook = module.__dict__.get("_hf_hook")
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
+
+
+def leaves(module: nn.Module) -> bool:
+    """Whether a module has its weights only while its forward runs: under FSDP2, unless its parent gathers them as well."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)

@@ -85,7 +85,7 @@ class ReducingBlock(Mixin):
         link = self._vtok
         run, spec = link.run, link.spec
         rows = x.transpose(0, 1) if spec.seq_first else x  # [B, N, C]
-        state = run.enter(link.index, rows, self.training)
+        state = run.enter(link.index, rows, self.training).on(x.device)
         if link.index == 0 and spec.padding_mask and state.real is None:
             state = self._padded(rows, state, {**dict(zip(spec.args, args)), **kwargs})
         idle = link.site is None and state.untouched

@@ -21,7 +21,7 @@ from vtok.patches import decoder_embedded as embedded
 from vtok.patches import decoder_masks as masks
 from vtok.patches import hf_features as hf
 from vtok.patches.decoder_pass import Pass, Pruner, Recorded, TowerCall
-from vtok.patches.decoder_probe import layer_attention
+from vtok.patches.decoder_probe import attention_on, layer_attention
 from vtok.patches.decoder_state import (
     PromptState,
     Stage,
@@ -41,7 +41,7 @@ from vtok.patches.decoder_state import (
 )
 from vtok.patches.encoded import plain
 from vtok.patches.precision import full_precision
-from vtok.patches.swap import Hook
+from vtok.patches.swap import Hook, brought
 from vtok.prompt import Layout
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -155,7 +155,9 @@ class BeforeText(PrunerHook):
         return (args, self._later(kwargs, running, state, cache)) if state.before is not None else None
 
     def _first(self, text: Any, args: Any, kwargs: dict[str, Any], running: Pass, state: PromptState) -> Call | None:
-        x, visual = kwargs["inputs_embeds"], running.visual
+        x = kwargs["inputs_embeds"]
+        running.move(x.device)
+        visual = running.visual
         assert visual is not None and running.plan is not None
         column = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         keep = running.features
@@ -181,8 +183,7 @@ class BeforeText(PrunerHook):
         assert stage is not None
         rows, kind = stage.entry, text.config._attn_implementation
         position = kwargs.get("position_ids")
-        if position is None:
-            position = torch.arange(x.shape[1], device=x.device)[None]
+        position = torch.arange(x.shape[1], device=x.device)[None] if position is None else position.to(x.device)
         if state.compact:
             position = renumbered(position, keep | ~state.real)
         changed: dict[str, Any] = {"inputs_embeds": take(x, rows, 1), "position_ids": take(position, rows, position.ndim - 1)}
@@ -198,9 +199,10 @@ class BeforeText(PrunerHook):
             running.slots_counted = True
         visual = kwargs.get("visual_pos_masks")
         if visual is not None:  # features of deeper tower layers, added to the visual tokens inside the LLM
+            visual = visual.to(x.device)
             stays = (keep & state.real)[visual]
             changed["visual_pos_masks"] = take(visual, rows, 1) & (rows >= 0)
-            changed["deepstack_visual_embeds"] = [deep[stays] for deep in kwargs["deepstack_visual_embeds"]]
+            changed["deepstack_visual_embeds"] = [deep[stays.to(deep.device)] for deep in kwargs["deepstack_visual_embeds"]]
         return {**kwargs, **changed}
 
     def _later(self, kwargs: dict[str, Any], running: Pass, state: PromptState, cache: Any) -> dict[str, Any]:
@@ -252,6 +254,8 @@ class BeforeLayer(PrunerHook):
         if not running.prunes:
             return args, _later_kwargs(module, self.index, x, kwargs, running, state, cache)
         fitting = _prompt_kwargs(module, self.index, x, kwargs, running, state, cache)
+        x = brought(module, x)
+        running.move(x.device)
         later = self.index in self.pruner.probed_later
         if self.index in self.pruner.probed:
             running.probes[self.index] = layer_attention(self.index, module, x.detach(), fitting, later)
@@ -279,7 +283,9 @@ class BeforeLayer(PrunerHook):
         if running.replays:
             keep = running.plan.at(self.index, column)
         else:
-            attention = running.probes.get(reducer.probe(site)) if "attention" in reducer.needs else None
+            attention = (
+                attention_on(running.probes.get(reducer.probe(site)), x.device) if "attention" in reducer.needs else None
+            )
             with torch.no_grad(), full_precision(x.device.type):
                 keep = reducer.keep(x.detach(), Layout(visual, real, column, state.length, running.visual), attention, site)
         if keep is None or bool((keep | ~visual).all()):

@@ -75,7 +75,7 @@ def gather_mask(mask: Mask, stage: Stage, like: Tensor, implementation: str, key
     """
     if isinstance(mask, Mapping):
         return {name: gather_mask(m, stage, like, implementation, keys) for name, m in mask.items()}
-    rows, width = stage.entry, stage.entry.shape[1]
+    rows, width, mask = stage.entry, stage.entry.shape[1], None if mask is None else mask.to(like.device)
     if mask is None:
         if not stage.padded and keys == width:
             return None

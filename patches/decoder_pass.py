@@ -55,7 +55,7 @@ class Recorded(NamedTuple):
         if keep is None:
             return None
         length = keep.shape[1]
-        return keep.gather(1, column.clamp(0, length - 1)) | (column >= length)
+        return keep.to(column.device).gather(1, column.clamp(0, length - 1)) | (column >= length)
 
 
 @dataclass
@@ -96,6 +96,16 @@ class Pass:
     probes: dict[int, LayerAttention] = field(default_factory=dict)
     layouts: tuple[Any, ...] = ()
     memo: dict[Any, Any] = field(default_factory=dict)
+
+    def move(self, device: torch.device) -> None:
+        """The layers of an LLM may be spread over devices: what is known of the prompt goes along with its hidden states."""
+        if self.state is None or self.visual is None or (self.visual.device == device == self.state.real.device):
+            return
+        self.state.move(device)
+        self.visual = self.visual.to(device)
+        self.features = None if self.features is None else self.features.to(device)
+        self.alive = None if self.alive is None else self.alive.to(device)
+        self.memo.clear()
 
     def once(self, key: Any, source: Any, make: Callable[[], Any]) -> Any:
         """What several layers share is made once a pass; the source is kept alive, so that its id stays its own."""

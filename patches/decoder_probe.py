@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,8 +46,11 @@ def layer_attention(index: int, layer: Any, hidden: Tensor, kwargs: Mapping[str,
         later: whether it is looked at when the layer has run. Where the layer's weights are gone by then, queries and keys of
             all columns are worked out now.
     """
-    attention, mask, tables = layer.self_attn, kwargs.get("attention_mask"), kwargs["position_embeddings"]
-
+    attention, device = layer.self_attn, hidden.device
+    mask = kwargs.get("attention_mask")
+    mask = mask.to(device) if isinstance(mask, Tensor) else mask
+    cos, sin = kwargs["position_embeddings"]
+    tables = cos.to(device), sin.to(device)
     autocast = as_now(hidden.device.type)
 
     @functools.cache
@@ -63,7 +67,19 @@ def layer_attention(index: int, layer: Any, hidden: Tensor, kwargs: Mapping[str,
 
     softcap = getattr(attention, "attn_logit_softcapping", None)
     read = _settled(project, hidden) if later and leaves(layer) else project
-    return LayerAttention(index, attention.scaling, read, bias, softcap)
+    return LayerAttention(index, attention.scaling, read, bias, softcap, device)
+
+
+def attention_on(attention: LayerAttention | None, device: torch.device) -> LayerAttention | None:
+    """Attention of a layer, for decisions on another device."""
+    if attention is None or attention.device in (None, device):
+        return attention
+    project, bias, there = attention.project, attention.bias, attention.device
+
+    def there_and_back(rows: Tensor | None) -> Tensor:
+        return project(None if rows is None else rows.to(there)).to(device)
+
+    return replace(attention, project=there_and_back, bias=lambda rows: bias(rows.to(there)).to(device), device=device)
 
 
 def _settled(project: Callable[[Tensor | None], Tensor], hidden: Tensor) -> Callable[[Tensor | None], Tensor]:

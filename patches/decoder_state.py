@@ -67,6 +67,12 @@ class PromptState:
         self.inside = False  # whether the LLM is running: it counts what is stored, everybody else the whole prompt
         self.order: Tensor | None = None
 
+    def move(self, device: torch.device) -> None:
+        """Goes where the LLM goes on."""
+        self.real = self.real.to(device)
+        self.before = None if self.before is None else self.before.to(device)
+        self.between = {layer: stage.to(device) for layer, stage in self.between.items()}
+
     def reorder(self, rows: Tensor) -> None:
         """Rows of the cache were gathered: row i is what was row `rows[i]`; bool = those that stay."""
         if self.order is None:
@@ -151,7 +157,7 @@ class ShortCache(_Cache):
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
         self.known.reorder(beam_idx)
 
@@ -294,7 +300,7 @@ def take(x: Tensor, rows: Tensor, dim: int) -> Tensor:
         x = x.expand(*x.shape[: dim - 1], batch, *x.shape[dim:])
     view, target = [1] * x.ndim, list(x.shape)
     view[dim - 1], view[dim], target[dim] = batch, width, width
-    return x.gather(dim, rows.clamp_min(0).view(view).expand(target))
+    return x.gather(dim, rows.to(x.device).clamp_min(0).view(view).expand(target))
 
 
 def restore(x: Tensor, stage: Stage, length: int) -> Tensor:
@@ -310,6 +316,7 @@ def restore(x: Tensor, stage: Stage, length: int) -> Tensor:
     Returns:
         [B, L, D].
     """
+    stage = stage.to(x.device)
     filled = stage.column >= 0
     batch, width = stage.column.shape
     kept = torch.zeros(batch, length + 1, dtype=torch.int64, device=x.device)

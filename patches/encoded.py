@@ -44,7 +44,7 @@ def note_of(output: Any) -> Note | None:
 def noted(output: Any, note: Note) -> Any:
     """A copy of an output that carries the note."""
     output = plain(output)
-    return _carrier(type(output))(**_values(output), **{_FIELD: note})
+    return _carrier(plain_class(output))(**_values(output), **{_FIELD: note})
 
 
 def plain(output: Any) -> Any:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from vtok.errors import StateError
@@ -143,3 +144,14 @@ def leaves(module: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(module, FSDPModule)
+
+
+def brought(module: nn.Module, x: Any) -> Any:
+    """What enters a module, where its weights are: accelerate's hooks bring it there only when its forward runs."""
+    hook = module.__dict__.get("_hf_hook")
+    device = None if hook is None else next((p.device for p in module.parameters()), None)
+    if device is None or device.type == "meta":
+        return x
+    if isinstance(x, tuple):
+        return tuple(brought(module, part) for part in x)
+    return x.to(device) if isinstance(x, torch.Tensor) else x

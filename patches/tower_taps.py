@@ -26,12 +26,11 @@ from vtok.patches.encoded import Note, note_of, noted
 from vtok.patches.padded import key_padding
 from vtok.patches.precision import as_now
 from vtok.patches.protocol import Attend, BlockSpec, Tower
-from vtok.patches.swap import Hook, Mixin, leaves, put_on, weights_of
+from vtok.patches.swap import Hook, Mixin, brought, leaves, put_on, weights_of
 from vtok.prompt import TowerBlock
 from vtok.state import AttentionView, TokenState, gather_positions, log_size_bias
 
 _TAPS = "_vtok_taps"
-_PER_VIEW = ("index", "size", "keep")
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class Caught:
         return TowerBlock(
             self.num_prefix,
             None if state.keep is None else state.keep.to(device),
-            lambda: AttentionView(*(t.to(device) if isinstance(t, Tensor) else t for t in self._view(list(rows), state))),
+            lambda: _each(self._view(list(rows), state), lambda t: t.to(device)),
             lambda views: self.of([rows[i] for i in views], device),
             None if state.index is None else state.index.to(device),
             state.length,
@@ -102,21 +101,23 @@ class Caught:
         return replace(self, source=self.source.view(slice(None), self.state))
 
     def _rows(self, rows: list[int]) -> TokenState:
-        state = self.state
-        return state._replace(
-            **{n: None if t is None else t[rows] for n, t in zip(_PER_VIEW, (state.index, state.size, state.keep))}
-        )
+        index, size, keep = (None if t is None else t[rows] for t in (self.state.index, self.state.size, self.state.keep))
+        return TokenState(self.num_prefix, self.state.length, index, size, keep)
 
     def _view(self, rows: list[int], state: TokenState) -> AttentionView:
         if isinstance(self.source, Entered):
             return self.source.view(rows, state)
-        bias = self.source.bias
-        whole = (t if t is None else t[rows] for t in (self.source.q, self.source.k, self.source.k_rot, self.source.v))
-        return AttentionView(*whole, self.source.scale, bias if bias is None or len(bias) == 1 else bias[rows])
+        return _each(self.source, lambda t: t[rows] if len(t) == self.count else t)
 
     def __reduce__(self) -> Any:  # neither copied nor pickled with the tower
         settled = self.settled()
         return Caught, (settled.num_prefix, settled.count, settled.state, settled.source)
+
+
+def _each(view: AttentionView, change: Callable[[Tensor], Tensor]) -> AttentionView:
+    """A view with each of its tensors changed."""
+    q, k, k_rot, v, bias = (t if t is None else change(t) for t in (view.q, view.k, view.k_rot, view.v, view.bias))
+    return AttentionView(q, k, k_rot, v, view.scale, bias)
 
 
 class TowerTaps:
@@ -181,14 +182,15 @@ class BlockTap(Hook):
     def _caught(self, module: nn.Module, x: Any = None, *args: Any, **kwargs: Any) -> Caught:
         kwargs = {**dict(zip(self.spec.args, args)), **kwargs}
         x = kwargs.pop("hidden_states") if x is None else x
-        x = x.transpose(0, 1) if self.spec.seq_first else x
+        x = brought(module, x.transpose(0, 1) if self.spec.seq_first else x)
+        kwargs = {name: brought(module, value) for name, value in kwargs.items()}
         link: Any = module.__dict__.get("_vtok")  # of a method inside the tower
         state, prop, n = None, False, x.shape[1]
         if isinstance(link, Link) and link.index > 0:
             state, prop = link.run.current.states[link.index], link.run.prop_attn
         if state is None:
             state = TokenState(self.num_prefix, n, keep=key_padding(kwargs.get(self.spec.mask), n))
-        state = TokenState(self.num_prefix, state.length, state.index, state.size, state.keep)
+        state = TokenState(self.num_prefix, state.length, state.index, state.size, state.keep).on(x.device)
         entered = Entered(module, self.spec, self.attend, x.detach(), kwargs, as_now(x.device.type), prop)
         caught = Caught(self.num_prefix, len(x), state, entered)
         return caught.settled() if leaves(module) else caught

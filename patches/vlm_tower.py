@@ -74,6 +74,7 @@ class Spread(Hook):
         state, skip = self.run.current.states[self.joint.state], self.joint.skip
         if state is None or state.index is None:
             return None
+        state = state.on(output.device)
         rows = state.index[:, skip:] - skip
         if output.shape[:2] != rows.shape:
             raise StateError(
@@ -107,6 +108,7 @@ def on_grid(x: Tensor | None, state: TokenState | None) -> Tensor | None:
     """Tokens [V, N, C] -> [V, N0, C]. Patches that are padding all get the one padding row that is kept for them."""
     if x is None or state is None or state.index is None:
         return x
+    state = state.on(x.device)
     if state.real is not None:
         assert state.group is not None
         state = state._replace(group=state.group.where(state.real | (state.group >= 0), x.shape[1] - 1))

@@ -215,6 +215,7 @@ class LayerAttention:
         project: rows [B, R] of queries, or `None` for the keys -> [B, H, R, D] or [B, Hk, L, D], normalised and rotated.
         bias: rows [B, R] -> additive mask [B, 1, R, L], as the layer applies it.
         softcap: logits are squeezed to (-softcap, softcap) by a tanh, if given.
+        device: where rows are taken and all is worked out; `None` = where the layer is.
     """
 
     layer: int
@@ -222,6 +223,7 @@ class LayerAttention:
     project: Callable[[Tensor | None], Tensor]
     bias: Callable[[Tensor], Tensor]
     softcap: float | None = None
+    device: torch.device | None = None
 
     def q(self, rows: Tensor) -> Tensor:
         """[B, H, R, D]: queries of rows [B, R]."""

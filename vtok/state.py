@@ -60,6 +60,12 @@ class TokenState(NamedTuple):
     group: Tensor | None = None
     real: Tensor | None = None
 
+    def on(self, device: torch.device) -> TokenState:
+        """The same on another device: the blocks of a tower may be spread over several."""
+        if all(not isinstance(t, Tensor) or t.device == device for t in self):
+            return self
+        return self._make(t.to(device) if isinstance(t, Tensor) else t for t in self)
+
     @property
     def trivial(self) -> bool:
         """True while nothing has been merged, moved, dropped or padded."""

@@ -75,6 +75,7 @@ class Spread(Hook):
         if state is None or state.index is None:
             return None
         state = state.on(output.device)
+        assert state.index is not None
         rows = state.index[:, skip:] - skip
         if output.shape[:2] != rows.shape:
             raise StateError(

@@ -6,10 +6,13 @@ import logging
 
 import pytest
 import torch
+from atp_vlm import modules, prompts
 from helpers_towers import METHODS, TOKENWISE, deep
 from vlm_zoo import Attended, Columns, assert_same, build, generate, inputs
 
 import vtok
+from vtok.methods.atp_reducer import SoftATP
+from vtok.patches.decoder_soft import softened
 from vtok.patches.encoded import note_of
 
 READS = vtok.ToDRE(keep=0.4, pivot="cls", probe=None)
@@ -188,6 +191,18 @@ def test_weights_that_are_gathered_for_each_layer(method, mesh):
             vtok.patch(_sharded(deep("LLaVA-1.5"), mesh), method),
         ):
             assert (model(**values, use_cache=False).logits - expected).abs().max() <= 1e-6
+
+
+def test_training_form_with_gathered_weights(mesh):
+    """Each gate reads the attention of the layer in front of it."""
+    values, made = prompts(2, 4), modules(4)
+    expected, found = (_softened(model, values, made) for model in (build("LLaVA-1.5"), _sharded(build("LLaVA-1.5"), mesh)))
+    assert (found - expected).abs().max() <= 1e-6
+
+
+def _softened(model, values, made):
+    with torch.no_grad(), softened(model, SoftATP(made, 10.0)):
+        return model(**values, use_cache=False).logits
 
 
 @pytest.mark.parametrize("method", [vtok.UniformGrid(keep=0.5), METHODS["tome"], Attended()], ids=str)

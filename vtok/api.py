@@ -60,7 +60,8 @@ def patch(
         **params: parameters of the method, if it was given by name.
 
     Returns:
-        The same model.
+        The same model. Where fewer tokens leave its vision tower, `get_image_features` still returns a row for each that there
+        were; rows of those that are gone hold 2**-10 throughout, by which they are known and left out wherever features go.
 
     Raises:
         UnknownNameError: no such method or parameter.

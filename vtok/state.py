@@ -6,7 +6,7 @@ Shapes: B batch, N tokens now (prefix included), N0 tokens that entered block 0,
 from __future__ import annotations
 
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,7 +64,8 @@ class TokenState(NamedTuple):
         """The same on another device: the blocks of a tower may be spread over several."""
         if all(not isinstance(t, Tensor) or t.device == device for t in self):
             return self
-        return self._make(t.to(device) if isinstance(t, Tensor) else t for t in self)
+        moved: dict[str, Any] = {name: t.to(device) for name, t in zip(self._fields, self) if isinstance(t, Tensor)}
+        return self._replace(**moved)
 
     @property
     def trivial(self) -> bool:

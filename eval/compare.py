@@ -22,6 +22,7 @@ from vtok.eval.intervals import mean_stderr, paired_ratio
 from vtok.eval.records import Records, key_of
 from vtok.eval.report import correctness
 from vtok.eval.settings import PassCost, Setting, backend, mean_cost, pass_cost, resolved_params, twin, versions
+from vtok.eval.tune_samples import digest
 
 TIMED_EVERY = 4  # every fourth batch runs through the unpatched model too
 
@@ -81,6 +82,7 @@ class Comparison:
         self.patched = twin(model)
         channels, height, width = data.images.shape[1:]
         self.size = (channels, height, width)
+        self._content = key_of({"images": digest(data.images), "labels": digest(data.labels)})
 
     def key(self, case: Case) -> str:
         """What identifies a configuration: everything but the machine."""
@@ -93,6 +95,7 @@ class Comparison:
                 "budget": case.budget,
                 "data": self.data.name,
                 "n": len(self.data),
+                "content": self._content,
                 "batch_size": self.batch_size,
                 "dtype": str(self.data.images.dtype),
                 "vtok": versions()["vtok"],

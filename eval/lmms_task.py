@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from vtok.eval.pictures import open_picture
 from vtok.eval.reference_vlm import save_folder
 from vtok.eval.tasks.vqa_data import EASY_VQA, VQAData, open_vqa
 from vtok.eval.tasks.vqa_metrics import exact_match
@@ -84,7 +85,7 @@ def write_task(folder: Path, data: VQAData, max_new_tokens: int = 16) -> Path:
 
 def doc_to_visual(doc: Mapping[str, Any]) -> list[Any]:
     """The image of a question."""
-    return [doc["image"].convert("RGB")]
+    return [open_picture(doc["image"])]
 
 
 def doc_to_text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Any = None) -> str:

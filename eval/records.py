@@ -23,6 +23,41 @@ def key_of(identity: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def stamp(path: str | os.PathLike, without: str | os.PathLike | None = None) -> str | None:
+    """Hash of the names, sizes and times of a file, or of all files below a folder; `None` if there is nothing there.
+
+    What is copied or written anew is something else, until its content is looked at. Hidden files do not count.
+
+    Args:
+        path: of the file or folder.
+        without: a folder below it that does not count either, such as that of the results.
+    """
+    root = os.fspath(path)
+    if os.path.isfile(root):
+        return key_of({"file": _signs(root)})
+    if not os.path.isdir(root):
+        return None
+    found, seen = [], set[str]() if without is None else {os.path.realpath(without)}
+    for folder, below, names in os.walk(root, followlinks=True):
+        below[:] = [name for name in below if not name.startswith(".")]
+        if (real := os.path.realpath(folder)) in seen:  # or a link that leads back
+            below.clear()
+            continue
+        seen.add(real)
+        shown = [os.path.join(folder, name) for name in names if not name.startswith(".")]
+        found += [[os.path.relpath(place, root), *_signs(place)] for place in shown]
+    return key_of({"files": sorted(found)})
+
+
+def _signs(path: str) -> list[int]:
+    """Size and time; none of a link that leads nowhere."""
+    try:
+        about = os.stat(path)
+    except OSError:
+        return []
+    return [about.st_size, about.st_mtime_ns]
+
+
 class Records:
     """An append-only file of results.
 

@@ -16,7 +16,7 @@ import torch
 
 from vtok.config import MethodConfig
 from vtok.eval.intervals import Interval
-from vtok.eval.records import key_of
+from vtok.eval.records import key_of, stamp
 from vtok.eval.runs import FIGURES, RunConfig
 from vtok.eval.runs_methods import portable
 from vtok.eval.settings import Setting, versions
@@ -27,7 +27,20 @@ Record = dict[str, Any]
 _PERCENT = ("imagenet",)  # tasks whose metrics are percent already
 
 
-def key(config: RunConfig, task: str, setting: Setting, pretrained: bool) -> str:
+def content(config: RunConfig, task: str, out: Path) -> dict[str, str | None]:
+    """Stamps of the files that a task of a run reads: its data, those for calibration, and what its options name.
+
+    Args:
+        config: the run.
+        task: one of its tasks.
+        out: folder of the results, which may lie in that of the data.
+    """
+    options = [one for value in config.options.values() for one in (value if isinstance(value, (list, tuple)) else [value])]
+    named = [config.data.get(task), config.calibration.get(task), *(one for one in options if isinstance(one, str))]
+    return {path: found for path in named if path and (found := stamp(path, out)) is not None}
+
+
+def key(config: RunConfig, task: str, setting: Setting, pretrained: bool, there: Mapping[str, str | None]) -> str:
     """What identifies a configuration: everything that decides a result, but the machine.
 
     Args:
@@ -35,13 +48,14 @@ def key(config: RunConfig, task: str, setting: Setting, pretrained: bool) -> str
         task: one of its tasks.
         setting: one of its settings, or the unpatched one.
         pretrained: whether weights were loaded.
+        there: `content` of the task.
     """
     return key_of(
         {
             "task": task,
             "model": [config.backend, config.model, config.pretrained, pretrained, _stamp(config)],
             "setting": portable(plain(setting)),
-            "data": config.data.get(task),
+            "data": [config.data.get(task), dict(there)],
             "calibration": config.calibration.get(task) if "flops" in setting.params else None,
             "options": config.options,
             "num_samples": config.num_samples,

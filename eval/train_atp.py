@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vtok.errors import ConfigError
 from vtok.eval.data import cache_dir
+from vtok.eval.pictures import open_picture
 from vtok.eval.train_vit import save_atomically
 from vtok.methods.atp_losses import ATPLosses
 from vtok.methods.atp_module import ATPModules
@@ -143,9 +144,7 @@ class Host(NamedTuple):
 
 
 def _opened(image: Any) -> Any:
-    from PIL import Image
-
-    return Image.open(image).convert("RGB") if isinstance(image, (str, Path)) else image
+    return open_picture(image) if isinstance(image, (str, Path)) else image
 
 
 def load_host(folder: Path | None) -> Host:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vtok.errors import ConfigError
-from vtok.eval.records import key_of
+from vtok.eval.records import key_of, stamp
 from vtok.eval.tasks.image_folder import CheckedImages, open_dataset
 from vtok.eval.tasks.timm_pipeline import Options, create_loader
 from vtok.eval.tune_samples import CALIBRATION, Batch, Samples, calibration_count, enough, in_memory, shuffled
@@ -93,7 +93,8 @@ def _subset(data: CheckedImages, rows: list[int]) -> CheckedImages:
 
 
 def _files(data: CheckedImages) -> str:
-    return key_of({"files": [data.filename(row) for row in range(len(data))]})
+    root = getattr(getattr(data.inner, "reader", None), "root", None)
+    return key_of({"files": [data.filename(row) for row in range(len(data))], "there": None if root is None else stamp(root)})
 
 
 def _loaded(data: CheckedImages, config: dict[str, Any], options: Options) -> tuple[Tensor, Tensor, int]:

@@ -90,7 +90,7 @@ def _read(path: Path, found: Results, by_key: dict[str, Record], asked: bool) ->
     held = False
     for where, value in _values(path, found.problems):
         if _is_sample(value):
-            key, _, _ = str(value["key"]).rpartition("/")
+            key, _, _ = str(value["key"]).partition("/")  # names of questions may hold more
             found.samples.setdefault(key, []).append({**value, "path": str(path)})
         elif _is_record(value):
             _add({**value, "path": str(path)}, found, by_key)

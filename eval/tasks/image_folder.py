@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vtok.errors import ConfigError
+from vtok.eval.pictures import open_picture
 from vtok.eval.processes import Processes
 from vtok.eval.records import key_of
 from vtok.eval.settings import fingerprint, method_name, resolved_params
@@ -87,19 +88,19 @@ class CheckedImages(Dataset):
         index = self.indices[row]
         try:
             image, label = self._decode(index)
-        except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, struct.error, ...
+        except ConfigError as error:
+            return Unreadable(self.filename(row), str(error))
+        except Exception as error:  # data sets of other packages raise whatever they like
             return Unreadable(self.filename(row), f"{type(error).__name__}: {error}")
         return Sample(self.transform(image), -1 if label is None else int(label), row)
 
     def _decode(self, index: int) -> tuple[Any, Any]:
-        from PIL import Image
-
         if not hasattr(self.inner, "reader"):
             image, label = self.inner[index]
-            return image.convert(self.mode), label
+            return open_picture(image, self.mode), label
         file, label, *_ = self.inner.reader[index]
-        with file, Image.open(file) as image:
-            return image.convert(self.mode), label  # reads all pixels: a truncated file fails here
+        with file:
+            return open_picture(file, self.mode), label
 
     def filename(self, row: int) -> str:
         """Path of an image inside the dataset, as far as it has one."""

@@ -52,7 +52,7 @@ class Job:
         self.batch_size, self.max_new_tokens, self.seed = batch_size, max_new_tokens, seed
         self.samples = Samples(None if folder is None else folder / "samples.jsonl")
         self.entries: list[Entry] = []
-        self.weights = fingerprint(model.net)
+        self.weights, self.asked = fingerprint(model.net), data.identity()
 
     def entry(self, setting: Setting) -> Entry:
         """A setting with the model patched so; errors are those of `vtok.patch`."""
@@ -65,7 +65,7 @@ class Job:
             "methods": [config.to_dict() for config in configs_of(net)],
             "params": {k: v for k, v in setting.params.items() if k != "calibration"},
             "data": self.data.name,
-            "n": len(self.data.questions),
+            "questions": self.asked,
             "prompt": self.data.prompt,
             "max_new_tokens": self.max_new_tokens,
             "batch_size": self.batch_size,
@@ -79,6 +79,7 @@ class Job:
         """Asks with new entries, beside the unpatched one."""
         self.entries += entries
         base = [e for e in self.entries if e.unpatched and e not in entries]
+        self.samples.check(entries, self.data.questions)
         limits = (self.batch_size, self.max_new_tokens, self.seed)
         ask(self.model, self.data, [*base, *entries], self.samples, *limits, progress, self.task)
 

@@ -97,6 +97,8 @@ def print_records(records: Sequence[dict[str, Any]], console: Console) -> None:
         text = ", ".join(f"{_label(name)} {signed(record['metrics'], name)}" for name in changes)
         if text:
             console.print(f"- {record['method']} against unpatched, paired: {text}")
+    for note in first.get("notes", ()):
+        console.print(f"- {note}", highlight=False)
     if first["num_skipped"]:
         console.print(f"- {first['num_skipped']} files were skipped:")
         for one in first["skipped"]:

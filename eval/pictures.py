@@ -85,9 +85,14 @@ def _words(error: Exception) -> str:
     return str(error) if isinstance(error, (ConfigError, OSError)) else f"{type(error).__name__}: {error}"
 
 
+def hidden(name: str) -> bool:
+    """Whether a file or folder of this name was left behind by a system or an archiver."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def visible(path: Path, root: Path) -> bool:
-    """Whether a file below a folder is one that somebody put there: no part of its path is hidden or macOS's."""
-    return not any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(root).parts)
+    """Whether a file below a folder is one that somebody put there: no part of its path is hidden."""
+    return not any(hidden(part) for part in path.relative_to(root).parts)
 
 
 def find_files(root: Path, pattern: str = "*", deep: bool = True) -> list[Path]:
@@ -119,10 +124,10 @@ def within(root: Path, path: Path) -> bool:
 
 
 def digest(source: Any) -> str:
-    """Hash of what a picture is: of the bytes of a file, or of the pixels of a PIL image.
+    """Hash of what a picture is: of the bytes of a file, or of pixels.
 
     Args:
-        source: path, bytes, or PIL image.
+        source: path, bytes, PIL image or array.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -138,6 +143,8 @@ def digest(source: Any) -> str:
         except OSError as error:
             raise ConfigError(f"{source} cannot be read: {error.strerror or error}") from error
     else:
-        found.update(f"{source.mode} {source.size} ".encode())
-        found.update(source.tobytes())
+        pixels = np.asarray(source)
+        palette = source.getpalette() if hasattr(source, "getpalette") else None
+        found.update(repr((pixels.dtype, pixels.shape, getattr(source, "mode", ""), palette)).encode())
+        found.update(pixels.tobytes())
     return found.hexdigest()

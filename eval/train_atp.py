@@ -24,6 +24,7 @@ from vtok.errors import ConfigError
 from vtok.eval.data import cache_dir
 from vtok.eval.pictures import open_picture
 from vtok.eval.train_vit import save_atomically
+from vtok.eval.vlm_models import BeginsOnce
 from vtok.methods.atp_losses import ATPLosses
 from vtok.methods.atp_module import ATPModules
 from vtok.methods.atp_reducer import SoftATP
@@ -125,7 +126,9 @@ class Host(NamedTuple):
     def inputs(self, images: Sequence[Any], texts: Sequence[str]) -> dict[str, Tensor]:
         """One batch, padded on the left."""
         self.processor.tokenizer.padding_side = "left"
-        made = self.processor(images=[_opened(image) for image in images], text=list(texts), padding=True, return_tensors="pt")
+        made = BeginsOnce(self.processor)(
+            images=[_opened(image) for image in images], text=list(texts), padding=True, return_tensors="pt"
+        )
         weight = next(self.model.parameters())
         return dict(made.to(weight.device, weight.dtype))
 

@@ -56,6 +56,7 @@ def model():
     with torch.no_grad():
         for block in model.blocks:
             block.attn.qkv.weight.mul_(6)  # attention sharp enough that images keep different numbers of tokens
+    model.pretrained_cfg["label_names"] = [*CLASSES, "dog", "elk", "fox", "gnu"]
     return model
 
 
@@ -148,7 +149,7 @@ def test_unreadable_files_are_left_out_and_named(records):
         assert set(skipped) == BROKEN | {"cat/notes.txt"}
         assert r["num_skipped"] == 3
         assert "truncated" in skipped["bee/truncated.jpg"]
-        assert "UnidentifiedImageError" in skipped["cat/text.jpg"]
+        assert "cannot identify" in skipped["cat/text.jpg"]
         assert skipped["cat/notes.txt"] == "not an image extension: .txt"
 
 
@@ -161,9 +162,9 @@ def test_workers_and_batches_change_nothing(records, model, folder):
 
 
 def test_a_folder_without_a_readable_image(model, tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "x.jpg").write_text("nothing")
-    with pytest.raises(vtok.ConfigError, match=r"none of the 1 files .* a/x.jpg: UnidentifiedImageError"):
+    (tmp_path / "ant").mkdir()
+    (tmp_path / "ant" / "x.jpg").write_text("nothing")
+    with pytest.raises(vtok.ConfigError, match=r"none of the 1 files .* ant/x.jpg: the picture cannot be read .* identify"):
         evaluate(model, tmp_path, [None], options())
 
 
@@ -182,7 +183,7 @@ def test_class_map_by_name(records, model, folder, tmp_path):
     assert r["top1"] == round(100 * (predictions == np.array([-1, 1, 0])[labels])[kept].mean(), 4)
     reasons = {one["file"]: one["reason"] for one in r["skipped"]}
     assert reasons["ant/ILSVRC2012_val_00000001.JPEG"] == "its folder is not in the class map"
-    assert "3 classes, the model 7" in records[0]["notes"][0]
+    assert records[0]["notes"] == ["its 3 classes are some of the model's 7 outputs that count, found by name"]
 
 
 def test_real_labels(model, folder, tmp_path):
@@ -246,6 +247,8 @@ def test_label_files_that_do_not_fit(model, folder, tmp_path, extra, message):
         ({"valid_labels": "nowhere"}, "cannot read labels"),
         ({"model_dtype": "int4"}, "unknown type 'int4'"),
         ({"dataset": "tfds/x"}, "tfds/x is a stream"),
+        ({"dataset": "nope"}, "unknown data set 'nope'; write TYPE/NAME with a TYPE of hfds, torch"),
+        ({"dataset": "nope/imagenet"}, "unknown data set 'nope/imagenet'; write TYPE/NAME"),
         ({"dataset": "torch/nonsense"}, "timm cannot open torch/nonsense: Unknown torchvision dataset"),
     ],
 )
@@ -280,10 +283,12 @@ def test_a_model_by_name_with_its_flags(folder):
     assert second["tokens"]["in"] == 17 and second["metrics"]["agreement"] <= 100
 
 
-def test_grey_images_half_precision_and_autocast(folder):
+def test_grey_images_half_precision_and_autocast(folder, tmp_path):
     model = FashionViT(depth=2).build().train()
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
+    shared = {"num_samples": 4, "channels_last": True, "class_map": str(tmp_path / "classes.txt")}
     bf16, amp = (
-        evaluate(model, folder, [None, ("tome", {"r": 8})], options(num_samples=4, channels_last=True, **extra))[1]
+        evaluate(model, folder, [None, ("tome", {"r": 8})], options(**shared, **extra))[1]
         for extra in ({"model_dtype": "bfloat16"}, {"amp": True, "amp_dtype": "bfloat16"})
     )
     assert (bf16["dtype"], amp["dtype"]) == ("bfloat16", "bfloat16 autocast")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vtok.errors import ConfigError
-from vtok.eval.pictures import open_picture
+from vtok.eval.pictures import open_picture, visible
 from vtok.eval.processes import Processes
 from vtok.eval.records import key_of
 from vtok.eval.settings import fingerprint, method_name, resolved_params
+from vtok.eval.tasks.class_folders import open_folder, read_class_map
 
+_INDEXED = ("hfds", "torch")  # timm's prefixes of datasets with one
 _STREAMS = ("hfids", "tfds", "wds")  # timm's prefixes of datasets without an index
 
 
@@ -73,6 +76,7 @@ class CheckedImages(Dataset):
         taken = count if num_samples is None else min(num_samples, count)
         self.indices = [i * count // taken for i in range(taken)]
         self.rows: Sequence[int] = range(taken)
+        self.relabel: dict[int, int] = {}  # label of the data -> that of whoever is asked, where they differ
 
     def part(self, rows: Sequence[int]) -> CheckedImages:
         """Some of the images, which keep their numbers."""
@@ -92,7 +96,8 @@ class CheckedImages(Dataset):
             return Unreadable(self.filename(row), str(error))
         except Exception as error:  # data sets of other packages raise whatever they like
             return Unreadable(self.filename(row), f"{type(error).__name__}: {error}")
-        return Sample(self.transform(image), -1 if label is None else int(label), row)
+        label = -1 if label is None else int(label)
+        return Sample(self.transform(image), self.relabel.get(label, label), row)
 
     def _decode(self, index: int) -> tuple[Any, Any]:
         if not hasattr(self.inner, "reader"):
@@ -111,6 +116,11 @@ class CheckedImages(Dataset):
     def class_to_idx(self) -> dict[str, int] | None:
         """Class name -> label, `None` if the dataset does not say."""
         return getattr(getattr(self.inner, "reader", self.inner), "class_to_idx", None)
+
+    @property
+    def empty(self) -> Sequence[str]:
+        """Names of classes without images, as far as the data has them."""
+        return getattr(self.inner, "empty", ())
 
 
 def collate(items: Sequence[Sample | Unreadable]) -> Batch:
@@ -151,11 +161,12 @@ def other_files(data: CheckedImages, class_map: str = "") -> list[Unreadable]:
     for folder, _, names in os.walk(root, followlinks=True):
         for name in sorted(names):
             path = os.path.abspath(os.path.join(folder, name))
-            if name.startswith(".") or path in known or path in ours:
+            if not visible(Path(path), Path(os.path.abspath(root))) or path in known or path in ours:
                 continue
             extension = os.path.splitext(name)[1].lower()
             is_image = extension in get_img_extensions(as_set=True)
-            reason = "its folder is not in the class map" if is_image else f"not an image extension: {extension or 'none'}"
+            left_out = "its folder is not in the class map" if class_map else "it lies beside the folders of the classes"
+            reason = left_out if is_image else f"not an image extension: {extension or 'none'}"
             found.append(Unreadable(os.path.relpath(path, root), reason))
     return sorted(found)
 
@@ -182,11 +193,22 @@ def open_dataset(root: str, name: str, split: str, class_map: str, mode: str, nu
         raise ConfigError(f"class map {class_map} is neither a file nor a file in {root}")
     if name.partition("/")[0].lower() in _STREAMS:
         raise ConfigError(f"{name} is a stream; paired evaluation needs an index: a folder, a .tar file, hfds/... or torch/...")
+    if name and ("/" not in name or name.partition("/")[0].lower() not in _INDEXED):  # timm would take the folder all the same
+        raise ConfigError(
+            f"unknown data set {name!r}; write TYPE/NAME with a TYPE of {', '.join(_INDEXED)}, or leave it out for an image folder "
+            "or a .tar file"
+        )
+    if not name and os.path.isdir(root):
+        return _some(open_folder(root, split, class_map), root, mode, num_samples)
     try:
-        labelled: Any = class_map  # a file name, which timm's annotation forgets
+        labelled: Any = read_class_map(class_map, root) if class_map else ""  # text, which timm's annotation forgets
         data = create_dataset(name, root=root, split=split, class_map=labelled, input_img_mode=mode)
     except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"timm cannot open {name or root}: {error}") from error
+    return _some(data, root, mode, num_samples)
+
+
+def _some(data: Any, root: str, mode: str, num_samples: int | None) -> CheckedImages:
     checked = CheckedImages(data, mode, num_samples)
     if not len(checked):
         raise ConfigError(f"{root} holds no images")

@@ -36,6 +36,7 @@ from vtok.eval.settings import (
     twin,
     versions,
 )
+from vtok.eval.tasks.class_folders import are_ids, labels_for, wordnet_ids
 from vtok.eval.tasks.fashion import FASHION, open_fashion
 from vtok.eval.tasks.image_folder import CheckedImages, Unreadable, check_same_work, open_dataset, other_files
 from vtok.eval.tasks.scoring import Scorer, Scores
@@ -278,14 +279,48 @@ def _check_labels(data: CheckedImages, scorer: Scorer, model: nn.Module, options
     labels = scorer.num_labels(outputs)
     if scorer.real is not None or not classes:
         return []
-    if max(classes.values()) >= labels:
+    if max(classes.values()) >= labels and (options.class_map or len(set(classes.values())) > labels):
         raise ConfigError(
             f"the data has label {max(classes.values())} (of {len(classes)} classes), but only {labels} outputs of the model "
             "count; pass class_map, valid_labels or num_classes"
         )
-    if len(classes) < labels and not options.class_map:
-        return [
-            f"the data has {len(classes)} classes, the model {labels}: folders are numbered 0 to {len(classes) - 1} in their "
-            "natural order. Pass class_map (or valid_labels) if the model numbers them otherwise"
-        ]
-    return []
+    if options.class_map:
+        return []
+    data.relabel, note = labels_for(classes, data.empty, labels, _names(model, scorer), *_asked(labels))
+    if note and are_ids(list(classes)) and labels > len(classes):
+        note += "; predictions are among all of them: pass valid_labels where papers take the data's alone"
+    return [note] if note else []
+
+
+def folder_labels(data: CheckedImages, model: nn.Module) -> bool:
+    """Whether the classes of data are those of a model, or some of them; the data then has the model's labels.
+
+    Args:
+        data: whose labels are made the model's.
+        model: with `num_classes`.
+    """
+    outputs, classes = getattr(model, "num_classes", 0) or 0, data.class_to_idx
+    if not classes or outputs < 1:
+        return False
+    try:
+        data.relabel, _ = labels_for(classes, data.empty, outputs, _names(model, Scorer()), *_asked(outputs))
+    except ConfigError:
+        return False
+    return True
+
+
+def _asked(labels: int) -> tuple[str, str]:
+    """What has the labels, and what to do where nothing says which is which."""
+    remedy = (
+        "pass class_map, a file with a folder's name a line in the order of the outputs, valid_labels, the outputs that the "
+        "folders are, or num_classes"
+    )
+    return f"the model's {labels} outputs that count", remedy
+
+
+def _names(model: nn.Module, scorer: Scorer) -> list[Sequence[str]]:
+    """Names of a model's classes in the order of its outputs, as far as they are known: WordNet ids, its own."""
+    own = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
+    known = [wordnet_ids(int(getattr(model, "num_classes", 0))), own]
+    chosen = [[names[i] for i in scorer.valid] if scorer.valid is not None else names for names in known if names]
+    return [[str(name) for name in names] for names in chosen]

@@ -118,7 +118,7 @@ def _text(path: str | os.PathLike) -> str:
     if path == BUNDLED:
         return (files("timm.data") / "_info" / "imagenet_real_labels.json").read_text()
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8-sig") as file:
             return file.read()
     except OSError as error:
         raise ConfigError(f"cannot read labels: {error}") from error

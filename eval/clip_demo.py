@@ -160,6 +160,7 @@ def _measure(todo: Sequence[Case], counts: tuple[int | None, int | None], consol
             "dataset": f"{a['dataset']} + {b['dataset']}",
             "n": {"pictures": a["n"], "pages": b["n"]},
             "metrics": b["metrics"] | a["metrics"],
+            "command": ["vtok", "demo", *([] if counts[0] is not None else ["--full"]), "--no-vqa"],
         }
         for a, b in zip(accuracy, recall)
     ]

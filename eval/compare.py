@@ -75,9 +75,19 @@ class Comparison:
         data: what to classify.
         records: where finished configurations go; those already there are not run again.
         batch_size: B.
+        command: that a record is measured again with, word by word.
     """
 
-    def __init__(self, model: nn.Module, name: str, data: Data, records: Records, batch_size: int = 100):
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        data: Data,
+        records: Records,
+        batch_size: int = 100,
+        command: Sequence[str] = (),
+    ):
+        self.command = list(command)
         self.model, self.name, self.data, self.records, self.batch_size = model, name, data, records, batch_size
         self.patched = twin(model)
         channels, height, width = data.images.shape[1:]
@@ -161,6 +171,7 @@ class Comparison:
             "threads": torch.get_num_threads(),
             "batch_size": self.batch_size,
             "versions": versions(),
+            "command": self.command,
             "correct": np.packbits(correct).tobytes().hex(),
         }
         if case.setting.method is None:

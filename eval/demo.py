@@ -121,7 +121,12 @@ def run_demo(
     """
     console = console or Console()
     data, records = reference_data(count), Records(out / "results.jsonl")
-    comparison = Comparison(load_reference_vit(), model_name(), data, records, batch_size)
+    shown = [
+        *(["--full"] if count is None else ["--images", str(count)]),
+        *(["--budgets", ",".join(f"{budget:g}" for budget in budgets)] if tuple(budgets) != BUDGETS else []),
+    ]
+    command = ["vtok", "demo", *shown, "-b", str(batch_size), *(["--control"] if control else []), "--no-clip", "--no-vqa"]
+    comparison = Comparison(load_reference_vit(), model_name(), data, records, batch_size, command)
     wanted = cases(sorted(methods or encoder_methods()), budgets)
     with warnings.catch_warnings(record=True) as damaged:
         warnings.simplefilter("always")

@@ -19,6 +19,7 @@ from vtok.errors import ConfigError, VtokError, unknown
 from vtok.eval.clip_models import DualEncoder, load_clip
 from vtok.eval.pacing import named_kernels
 from vtok.eval.processes import current
+from vtok.eval.runs_again import ELSEWHERE
 from vtok.eval.runs_schema import REFERENCE
 from vtok.eval.settings import Setting, placed
 from vtok.eval.tasks import TASKS
@@ -69,7 +70,7 @@ def check_options(config: Any) -> None:
         ConfigError: it is not.
     """
     known = {field.name for task in config.tasks for field in dataclasses.fields(options_class(task))}
-    known -= {"batch_size", "model_dtype", "pretrained", "seed", "num_samples", "workers", "output", "backend"}
+    known -= set(ELSEWHERE)
     for name in config.options:
         if name not in known:
             raise ConfigError(f"{config.path}: {unknown('key', f'options.{name}', (f'options.{k}' for k in known))}")

@@ -69,11 +69,13 @@ def read(paths: Sequence[str | Path]) -> Results:
 
 def _without_copies(records: list[Record]) -> list[Record]:
     """Runs keep the records of their tasks in folders of their own, under other keys: copies of what a run has itself."""
-    runs = {_same(record): Path(record["path"]).parent for record in records if mapping(record.get("config"))}
+    homes: dict[str, set[Path]] = {}
+    for record in records:
+        if mapping(record.get("config")):
+            homes.setdefault(_same(record), set()).add(Path(record["path"]).parent)
 
     def copied(record: Record) -> bool:
-        home = runs.get(_same(record))
-        return home is not None and not mapping(record.get("config")) and home in Path(record["path"]).parents
+        return not homes.get(_same(record), set()).isdisjoint(Path(record["path"]).parent.parents)
 
     return [record for record in records if not copied(record)]
 

@@ -23,6 +23,7 @@ from vtok.errors import ConfigError, UnsupportedModelError
 from vtok.eval.clip_models import DualEncoder, load_clip
 from vtok.eval.pacing import Memory, Pacer
 from vtok.eval.processes import current
+from vtok.eval.runs_again import run_file
 from vtok.eval.settings import (
     PassCost,
     Setting,
@@ -85,8 +86,8 @@ class _Part(NamedTuple):
 class Embedded:
     """What one setting made of the images, and what its passes cost."""
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, model: nn.Module, setting: Setting):
+        self.model, self.setting = model, setting
         self.parts: list[Tensor] = []
         self.costs: list[PassCost] = []
         self.times: dict[str, Any] = {}
@@ -170,7 +171,7 @@ def run(
         with _autocast(first.device, options):
             found = texts(encoder).cpu()
         size = _size(data)
-        embedded = [Embedded(setting.apply(twin(base), size)) for setting in chosen]
+        embedded = [Embedded(setting.apply(twin(base), size), setting) for setting in chosen]
         unpatched = next((i for i, setting in enumerate(chosen) if setting.method is None), None)
         models = [one.model for one in embedded]
         check_same_work(processes, data, models)
@@ -197,6 +198,22 @@ def run(
     for i, one in enumerate(embedded):
         one.times = pacer.fields(i, one.cost, options.seed)
     return Features(encoder, embedded, None if unpatched is None else embedded[unpatched], labels, common), found
+
+
+def repeated(task: str, features: Features, one: Embedded, data: Any, options: ClipOptions) -> dict[str, Any]:
+    """`config` of a record: the run file that repeats it, if names say it all.
+
+    Args:
+        task: name.
+        features: of the evaluation.
+        one: setting of the record.
+        data: as it was named.
+        options: of the task.
+    """
+    encoder = features.encoder
+    dtype = str(next(encoder.net.parameters()).dtype).removeprefix("torch.")
+    found = run_file(task, encoder.name, encoder.backend, data, one.setting, options, dtype)
+    return {} if found is None else {"config": found}
 
 
 def _embed(

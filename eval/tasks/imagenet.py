@@ -22,6 +22,7 @@ from vtok.errors import ConfigError
 from vtok.eval.intervals import mean_stderr
 from vtok.eval.pacing import Memory, Pacer
 from vtok.eval.processes import current
+from vtok.eval.runs_again import run_file
 from vtok.eval.settings import (
     PassCost,
     Setting,
@@ -162,9 +163,19 @@ def evaluate(
         "notes": notes,
     }
     unpatched = None if first is None else tallies[first]
+    own = {"pretrained": options.pretrained} if isinstance(model, str) and model != REFERENCE_VIT else {}
+    dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
+    again = [run_file("imagenet", model, common["backend"], data_dir, setting, options, dtype) for setting in chosen]
     return [
-        {"model": name, **_score(tally, unpatched), **common, **pacer.fields(i, tally.cost, options.seed)}
-        for i, tally in enumerate(tallies)
+        {
+            "model": name,
+            **_score(tally, unpatched),
+            **common,
+            **own,
+            **pacer.fields(i, tally.cost, options.seed),
+            **({} if content is None else {"config": content}),
+        }
+        for i, (tally, content) in enumerate(zip(tallies, again))
     ]
 
 

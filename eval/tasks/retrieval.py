@@ -22,7 +22,7 @@ from vtok.eval.clip_models import DualEncoder
 from vtok.eval.pacing import Memory
 from vtok.eval.processes import current
 from vtok.eval.tasks.captions import open_captions
-from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, bits, finite, run
+from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, bits, finite, repeated, run
 from vtok.eval.tasks.image_folder import CheckedImages
 from vtok.eval.tasks.recall import Positives, clustered_mean_stderr, first_ranks, text_groups
 
@@ -101,6 +101,7 @@ def evaluate(
                 **features.common,
                 "num_texts": len(gallery.owner),
                 "equal_captions": options.equal_captions,
+                **repeated("retrieval", features, one, data, options),
             }
         )
     return records

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Job:
         max_new_tokens: length of an answer at most.
         seed: of methods that draw, and of the bootstrap.
         task: whose scores are taken.
+        again: setting -> the run file that repeats it, `None` where there is none.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class Job:
         max_new_tokens: int,
         seed: int = 0,
         task: QuestionTask = TASK,
+        again: Callable[[Setting], dict[str, Any] | None] = lambda setting: None,
     ):
-        self.model, self.data, self.folder, self.task = model, data, folder, task
+        self.model, self.data, self.folder, self.task, self.again = model, data, folder, task, again
         self.batch_size, self.max_new_tokens, self.seed = batch_size, max_new_tokens, seed
         self.samples = Samples(None if folder is None else folder / "samples.jsonl")
         self.entries: list[Entry] = []
@@ -153,6 +155,7 @@ class Job:
             **token_fields(lines, unpatched, self.visual(entry)),
             **cost,
             **timed,
+            **({} if (content := self.again(entry.setting)) is None else {"config": content}),
         }
 
     def _cost(self, entry: Entry) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from vtok.eval.intervals import mean_stderr
 from vtok.eval.pacing import Memory
 from vtok.eval.processes import current
 from vtok.eval.tasks.class_folders import are_ids, labels_for, wordnet_ids
-from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, bits, finite, run
+from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, bits, finite, repeated, run
 from vtok.eval.tasks.image_folder import CheckedImages, open_dataset
 
 PICTURES = "reference-pictures"
@@ -107,6 +107,7 @@ def evaluate(
                 "num_classes": len(names),
                 "num_templates": len(prompts),
                 "notes": notes,
+                **repeated("zeroshot", features, one, data, options),
             }
         )
     return records

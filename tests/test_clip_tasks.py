@@ -325,7 +325,10 @@ def test_models_that_are_no_dual_encoders():
 
 def test_too_few_class_names(folder, tmp_path):
     (tmp_path / "names.txt").write_text("one\ntwo\n")
-    with pytest.raises(vtok.ConfigError, match="the data has label 5, but there are only 2 class names"):
+    with pytest.raises(
+        vtok.ConfigError,
+        match=r"the data has 6 classes \(ant, bee, cat, ...\), which of the 2 class names they are is not known; pass",
+    ):
         zeroshot(tiny_native(), folder, [None], options(ZeroshotOptions, classnames=str(tmp_path / "names.txt")))
 
 

@@ -115,7 +115,8 @@ class CheckedImages(Dataset):
     @property
     def class_to_idx(self) -> dict[str, int] | None:
         """Class name -> label, `None` if the dataset does not say."""
-        return getattr(getattr(self.inner, "reader", self.inner), "class_to_idx", None)
+        inner = getattr(self.inner, "reader", self.inner)
+        return getattr(inner, "class_to_idx", None) or getattr(inner, "class_name_to_idx", None)  # of timm's for .tar files
 
     @property
     def empty(self) -> Sequence[str]:

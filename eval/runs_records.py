@@ -36,8 +36,9 @@ def content(config: RunConfig, task: str, out: Path) -> dict[str, str | None]:
         out: folder of the results, which may lie in that of the data.
     """
     options = [one for value in config.options.values() for one in (value if isinstance(value, (list, tuple)) else [value])]
-    named = [config.data.get(task), config.calibration.get(task), *(one for one in options if isinstance(one, str))]
-    return {path: found for path in named if path and (found := stamp(path, out)) is not None}
+    named = {"data": config.data.get(task), "calibration": config.calibration.get(task)}
+    named |= {f"options: {one}": one for one in options if isinstance(one, str)}
+    return {what: found for what, path in named.items() if path and (found := stamp(path, out)) is not None}
 
 
 def key(config: RunConfig, task: str, setting: Setting, pretrained: bool, there: Mapping[str, str | None]) -> str:
@@ -55,8 +56,8 @@ def key(config: RunConfig, task: str, setting: Setting, pretrained: bool, there:
             "task": task,
             "model": [config.backend, config.model, config.pretrained, pretrained, _stamp(config)],
             "setting": portable(plain(setting)),
-            "data": [config.data.get(task), dict(there)],
-            "calibration": config.calibration.get(task) if "flops" in setting.params else None,
+            "data": [config.data.get(task), {what: one for what, one in there.items() if what != "calibration"}],
+            "calibration": [config.calibration.get(task), there.get("calibration")] if "flops" in setting.params else None,
             "options": config.options,
             "num_samples": config.num_samples,
             "batch_size": config.batch_size,

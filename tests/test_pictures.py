@@ -138,7 +138,7 @@ def test_damaged_pictures_are_named(way, damage, tmp_path):
 
 
 def test_no_picture_there(tmp_path):
-    with pytest.raises(vtok.ConfigError, match="nowhere.png does not exist; name an image file"):
+    with pytest.raises(vtok.ConfigError, match=r"nowhere\.png does not exist; name an image file"):
         pictures.open_picture(tmp_path / "nowhere.png")
     with pytest.raises(vtok.ConfigError, match="is no file"):
         pictures.open_picture(tmp_path)

@@ -13,8 +13,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import vtok
-from vtok.eval import runs
+from vtok.eval import runner, runs
 from vtok.eval.clip_models import BACKENDS, hugging_face_encoder, load_clip
+from vtok.eval.report_html.repeat import repeat
+from vtok.eval.report_html.sections import sections
 from vtok.eval.tasks import TASKS
 from vtok.eval.tasks.captions import open_captions
 from vtok.eval.tasks.retrieval import RetrievalOptions
@@ -363,3 +365,23 @@ def test_the_bundled_pages_and_pictures():
 def test_tables_know_the_tasks():
     assert TASKS.get("retrieval") is retrieval and TASKS.get("zeroshot") is zeroshot
     assert {backend for task in ("retrieval", "zeroshot") for backend in runs.BACKENDS[task]} == {*BACKENDS, "reference"}
+
+
+@pytest.mark.parametrize("task", ["zeroshot", "retrieval"])
+def test_every_record_says_how_it_was_made(task, clip_folder, folder, karpathy, tmp_path):
+    evaluate, kind, data = (
+        (zeroshot, ZeroshotOptions, folder) if task == "zeroshot" else (retrieval, RetrievalOptions, karpathy)
+    )
+    own = {"templates": ("my {c}",)} if task == "zeroshot" else {"recall_k": (1, 3)}
+    records = evaluate(str(clip_folder), str(data), [None, ("random", {"keep": 0.5})], options(kind, num_samples=8, **own))
+    page = repeat(sections([{**record, "path": "results.jsonl"} for record in records])[0], 1)
+    assert page.commands == ["vtok run run-1.yaml"] and page.notes == []
+    ((name, content),) = page.files
+    (tmp_path / name).write_text(content)
+    again = runs.load(str(tmp_path / name))
+    assert again.num_samples == 8 and again.options == {key: list(value) for key, value in own.items()}
+    found = runner.run(again, tmp_path / "again", workers=0).records
+    for one, other in zip(found, records):
+        shared = set(one["metrics"]) & set(other["metrics"])
+        assert {key: one["metrics"][key] for key in shared} == {key: other["metrics"][key] for key in shared}
+    assert [one["correct"] for one in found] == [one["correct"] for one in records]

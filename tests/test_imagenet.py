@@ -11,7 +11,10 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 import vtok
+from vtok.eval import runner, runs
 from vtok.eval.reference import FashionViT
+from vtok.eval.report_html.repeat import repeat
+from vtok.eval.report_html.sections import sections
 from vtok.eval.settings import Setting
 from vtok.eval.tasks import TASKS
 from vtok.eval.tasks.image_folder import CheckedImages, Unreadable, collate
@@ -281,6 +284,32 @@ def test_a_model_by_name_with_its_flags(folder):
     assert first["model"] == "vit_tiny_patch16_224"
     assert (first["img_size"], first["crop_pct"], first["n"] + first["num_skipped"] - 1) == (32, 1.0, 5)
     assert second["tokens"]["in"] == 17 and second["metrics"]["agreement"] <= 100
+
+
+def test_every_record_says_how_it_was_made(folder, tmp_path):
+    kwargs = {"img_size": 32, "patch_size": 8, "depth": 2}
+    flags = options(pretrained=False, num_classes=3, model_kwargs=kwargs, num_samples=7, crop_pct=1.0, seed=3)
+    records = evaluate("vit_tiny_patch16_224", folder, [None, ("tome", {"r": 2}), ("random", {"flops": 0.7})], flags)
+    page = repeat(sections([{**record, "path": "results.jsonl"} for record in records])[0], 1)
+    assert page.commands == ["vtok run run-1.yaml --no-pretrained"] and page.notes == []
+    ((name, content),) = page.files
+    (tmp_path / name).write_text(content)
+    again = runs.load(str(tmp_path / name))
+    assert [setting.title for setting in again.settings] == ["tome(r=2)", "random(flops=0.7)"] and again.num_samples == 7
+    found = runner.run(again, tmp_path / "again", pretrained=False, workers=0).records
+    assert [one["metrics"]["top1"] for one in found] == [one["metrics"]["top1"] for one in records]
+    assert [one["correct"] for one in found] == [one["correct"] for one in records]
+    alone = repeat(sections([{**records[0], "path": "results.jsonl"}])[0], 1)
+    assert "keeps all tokens" in alone.notes[0]
+    (tmp_path / "alone.yaml").write_text(alone.files[0][1])
+    assert runs.load(str(tmp_path / "alone.yaml")).settings[0].title == "uniform"
+
+
+def test_a_model_that_has_no_name_cannot_be_named(records):
+    assert all("config" not in record for record in records)
+    old = [{name: value for name, value in record.items() if name != "backend"} for record in records]
+    page = repeat(sections([{**record, "path": "results.jsonl"} for record in old])[0], 1)
+    assert page.commands == [] and page.notes[-1] == "the records do not say how they were made"
 
 
 def test_grey_images_half_precision_and_autocast(folder, tmp_path):

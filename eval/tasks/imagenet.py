@@ -1,6 +1,7 @@
 """ImageNet-style accuracy of a timm model on a folder of images, with the pipeline, flags and fields of timm's validate.py.
 
 Patched and unpatched models see the very same batches: what a method costs is a paired difference with its standard error.
+Pictures are turned as their EXIF data say, which timm leaves out, and folders are matched with the model's classes.
 """
 
 from __future__ import annotations

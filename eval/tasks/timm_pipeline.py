@@ -27,7 +27,8 @@ class Options:
     Attributes:
         dataset: timm's name of a dataset ("hfds/...", "torch/..."); "" = image folder or .tar.
         split: of the dataset; a folder of that name inside the data folder is used if there is one.
-        class_map: file that maps folder names to classes; "" = natural order of the folders.
+        class_map: file that maps folder names to classes; "" = by WordNet ids, names or numbers of the folders, or
+            by their natural order where there are as many as outputs.
         num_samples: evenly spaced images to take; `None` = all.
         pretrained: load pretrained weights (for a model given by name, without checkpoint).
         checkpoint: file with weights, for a model given by name.

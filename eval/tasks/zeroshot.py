@@ -44,7 +44,7 @@ class ZeroshotOptions(ClipOptions):
             found in it by name where they can be. "" = the folders' names, underscores as spaces, for WordNet ids those of
             ImageNet's classes.
         dataset: timm's name of a data set ("torch/cifar10", "hfds/..."); "" = a folder with one sub-folder a class.
-        class_map: file that maps folders to classes; "" = natural order of the folders.
+        class_map: file that maps folders to classes; "" = as the class names say, or natural order of the folders.
     """
 
     templates: tuple[str, ...] = ()

@@ -12,9 +12,11 @@ from typing import Any
 
 from vtok._version import __version__
 from vtok.config import MethodConfig, ModelInfo
-from vtok.errors import ConfigError, UnknownNameError
+from vtok.errors import ConfigError, UnknownNameError, brief, shown
 from vtok.prompt import VLMInfo
+from vtok.reading import exists, is_folder, read_text
 from vtok.registry import METHODS
+from vtok.writing import write
 
 FILE_NAME = "vtok.json"
 FORMAT = 1
@@ -64,7 +66,7 @@ class Saved:
 
 def is_path(text: str) -> bool:
     """Whether a string that names no method is meant as a file."""
-    return text.endswith(".json") or os.sep in text or Path(text).exists()
+    return text.endswith(".json") or os.sep in text or exists(text)
 
 
 def save(
@@ -73,7 +75,11 @@ def save(
     trace: bool,
     positions: str | None = None,
 ) -> None:
-    """Writes the methods of every tower or vision-language model; a folder receives `vtok.json`."""
+    """Writes the methods of every tower or vision-language model; a folder receives `vtok.json`.
+
+    Raises:
+        ConfigError: the file cannot be written there.
+    """
     target = Path(path)
     if target.is_dir():
         target = target / FILE_NAME
@@ -92,7 +98,7 @@ def save(
         ],
         **({} if positions is None else {"positions": positions}),
     }
-    target.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write(target, json.dumps(content, indent=2) + "\n")
 
 
 def load(path: str | os.PathLike) -> Saved:
@@ -102,20 +108,22 @@ def load(path: str | os.PathLike) -> Saved:
         ConfigError: missing, not JSON, of another format, or with a value that makes no sense; the message names the file.
     """
     source = Path(path)
-    if source.is_dir():
+    if is_folder(source):
         source = source / FILE_NAME
+    if not exists(source):
+        raise ConfigError(f"{brief(source)} does not exist; methods are: {', '.join(METHODS.names())}")
     try:
-        content = json.loads(source.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{source} does not exist; methods are: {', '.join(METHODS.names())}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{source} is not a JSON file: {error}") from error
+        content = json.loads(read_text(source))
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of endless digits
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{source} is not a JSON file: {brief(error)}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise ConfigError(f"{source}: expected a file of vtok.save_config with format {FORMAT}, found {found!r}")
+        kind = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise ConfigError(f"{source}: expected a file of vtok.save_config with format {FORMAT}, found {shown(kind)}")
     towers = content.get("towers")
     if not isinstance(towers, list) or not towers or not all(isinstance(tower, dict) for tower in towers):
-        raise ConfigError(f"{source}: 'towers' must be a list of mappings, found {towers!r}")
+        raise ConfigError(f"{source}: 'towers' must be a list of mappings, found {shown(towers)}")
     return Saved(
         source,
         tuple((tower, _methods(source, tower)) for tower in towers),
@@ -128,7 +136,7 @@ def _methods(source: Path, tower: dict[str, Any]) -> tuple[MethodConfig, ...]:
     methods = tower.get("methods")
     listed = isinstance(methods, list) and methods
     if not listed or not all(isinstance(m, dict) and isinstance(m.get("method"), str) for m in methods or ()):
-        raise ConfigError(f"{source}: 'methods' must be a list of mappings with a 'method' each, found {methods!r}")
+        raise ConfigError(f"{source}: 'methods' must be a list of mappings with a 'method' each, found {shown(methods)}")
     try:
         return tuple(METHODS.get(m["method"]).from_dict(m) for m in methods or ())
     except (UnknownNameError, ConfigError) as error:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtok import writing
 from vtok.errors import ConfigError
 from vtok.eval.tasks.vqa_data import Question, VQAData, kind_of
 
@@ -131,7 +132,7 @@ def write_answers(number: str = "question_id", answer: str = "answer", said: Cal
 
     def write(folder: Path, name: str, questions: Sequence[Question], answers: Sequence[str]) -> None:
         content = [{number: q.doc_id, answer: said(text)} for q, text in zip(questions, answers)]
-        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+        writing.write(folder / f"{name}.json", json.dumps(content))
 
     return write
 

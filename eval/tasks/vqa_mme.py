@@ -25,6 +25,7 @@ from vtok.eval.tasks.vqa_hub import Hub
 from vtok.eval.tasks.vqa_reading import SHORT, fields, yes_no
 from vtok.eval.tasks.vqa_task import QuestionTask, Sources
 from vtok.eval.tasks.vqa_totals import Total, ratio
+from vtok.writing import write
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
@@ -141,9 +142,8 @@ def _write(folder: Path, name: str, questions: Sequence[Question], answers: Sequ
     for q, said in zip(questions, answers):
         cells = (q.facts["file"], q.facts["line"], q.target.capitalize(), " ".join(said.split()))
         lines[q.groups["category"]].append("\t".join(cells))
-    (folder / name).mkdir(exist_ok=True)
     for category, rows in lines.items():
-        (folder / name / f"{category}.txt").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        write(folder / name / f"{category}.txt", "\n".join(rows) + "\n")
 
 
 TASK = QuestionTask(

@@ -32,6 +32,7 @@ from vtok.eval.tasks.vqa_metrics import without_punctuation
 from vtok.eval.tasks.vqa_reading import SHORT, Pictures, fields, load_lines, yes_no
 from vtok.eval.tasks.vqa_task import QuestionTask, Score, Sources
 from vtok.eval.tasks.vqa_totals import Total, ratio
+from vtok.writing import write
 
 VARIANTS = ("adversarial", "popular", "random")
 _FORM = '{"question_id", "image", "text", "label"}'
@@ -160,7 +161,7 @@ def _write(folder: Path, name: str, questions: Sequence[Question], answers: Sequ
             if q.groups.get("variant", "") == variant
         ]
         ending = f"-{variant}" if variant else ""
-        (folder / f"{name}{ending}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write(folder / f"{name}{ending}.jsonl", "\n".join(lines) + "\n")
 
 
 def _from_row(row: Any, place: str, image: Any, split: str) -> Question:

@@ -25,6 +25,7 @@ from vtok.eval.tasks.vqa_files import checked
 from vtok.eval.tasks.vqa_hub import Hub
 from vtok.eval.tasks.vqa_reading import Pictures, fields, load_json, located
 from vtok.eval.tasks.vqa_task import QuestionTask, Sources
+from vtok.writing import write
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 SPLIT = "test"
@@ -108,7 +109,7 @@ def _write(folder: Path, name: str, questions: Sequence[Question], answers: Sequ
     letters = {q.doc_id: parse_llava(said) for q, said in zip(questions, answers)}
     results = {number: LETTERS.index(letter) if letter else -1 for number, letter in letters.items()}
     content = {"results": results, "outputs": {q.doc_id: said for q, said in zip(questions, answers)}}
-    (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    write(folder / f"{name}.json", json.dumps(content))
 
 
 def _sorted(data: VQAData, place: str) -> VQAData:

@@ -19,6 +19,7 @@ from vtok.patches import find_vlms
 from vtok.patches.block import check
 from vtok.patches.protocol import Adapter, Tower
 from vtok.patches.swap import Mixin, check_class, remove_hooks, take_off
+from vtok.plain import native
 from vtok.prompt_cost import Prompt
 from vtok.prompt_report import PromptPlan
 from vtok.registry import METHODS
@@ -68,6 +69,7 @@ def patch(
         UnsupportedModelError: nothing in the model can be patched, or not with this method; the model is left as it was.
     """
     require_module(model)
+    flops, input_size, prompt = native(flops), native(input_size), native(prompt)
     if vlms := find_vlms(model):
         from vtok import prompt_budget, vlm, vlm_towers
 
@@ -173,6 +175,7 @@ def plan(
     the images is an upper bound, and called so, unless `calibration` inputs are given and no prompt: then it is their mean.
     """
     require_module(model)
+    flops, input_size, prompt = native(flops), native(input_size), native(prompt)
     if vlms := find_vlms(model):
         from vtok import prompt_budget, vlm
 

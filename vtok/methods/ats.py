@@ -27,7 +27,7 @@ from vtok.config import (
     require_cls,
     require_softmax,
 )
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, shown
 from vtok.ops.rows import rows_where, with_prefix
 from vtok.ops.sampling import endpoint_samples, midpoint_samples
 from vtok.reduction import Plan
@@ -76,6 +76,7 @@ class ATS(MethodConfig):
     parity: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_tokens is not None and self.keep is not None:
             raise ConfigError(f"give num_tokens or keep, not both (got {self.num_tokens} and {self.keep})")
         if self.parity and (self.num_tokens is not None or self.keep is not None):
@@ -86,10 +87,10 @@ class ATS(MethodConfig):
             fraction(self.keep, "keep")
         k = self.num_tokens
         if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
-            raise ConfigError(f"num_tokens must be a whole number >= 1, got {k!r}")
+            raise ConfigError(f"num_tokens must be a whole number >= 1, got {shown(k)}")
         for name, allowed in (("mode", ("drop", "mask")), ("score", ("sum_attention", "per_head")), ("query", ("cls", "mean"))):
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {shown(getattr(self, name))}")
         if self.layers is not None:
             object.__setattr__(self, "layers", block_numbers(self.layers))
         flag(self.parity, "parity")

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, shown
 from vtok.methods.correlation_merge import compress_features
 from vtok.methods.correlation_scores import select_tokens
 from vtok.methods.correlation_views import feature_metric, feature_scores
@@ -217,7 +217,7 @@ def compress_docowl(
         ConfigError: unknown design, or a bad value of another parameter.
     """
     if design not in ("group", "strip"):
-        raise ConfigError(f"design must be group or strip, got {design!r}")
+        raise ConfigError(f"design must be group or strip, got {shown(design)}")
     views, n = hidden.shape[0], hidden.shape[1] - 1
     groups = None
     x = hidden[:, 1:]

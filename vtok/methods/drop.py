@@ -43,6 +43,7 @@ class DropConfig(MethodConfig):
     layers: Iterable[int] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         fraction(self.keep, "keep")
         if self.layers is not None:
             object.__setattr__(self, "layers", block_numbers(self.layers))

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, shown
 from vtok.methods.drop import DropConfig, DropReducer
 from vtok.ops.hashing import splitmix
 from vtok.state import Site, TokenState
@@ -36,7 +36,7 @@ class RandomDrop(DropConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ConfigError(f"seed must be a whole number, got {self.seed!r}")
+            raise ConfigError(f"seed must be a whole number, got {shown(self.seed)}")
 
     def reducer(self, layers: tuple[int, ...], num_patches: int, grid: tuple[int, int]) -> RandomReducer:
         return RandomReducer(self.keep, layers, self.seed)

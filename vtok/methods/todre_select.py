@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, shown
 from vtok.ops.diversity import greedy_diverse
 
 
@@ -92,7 +92,7 @@ def _counts(k: int | Sequence[int] | Tensor, batch: int, n: int, device: torch.d
     try:
         counts = [operator.index(c) for c in values] if isinstance(values, Sequence) else [operator.index(values)] * batch
     except TypeError:
-        raise ConfigError(f"k counts tokens: a whole number, or one per image; got {k!r}") from None
+        raise ConfigError(f"k counts tokens: a whole number, or one per image; got {shown(k)}") from None
     if len(counts) != batch:
         raise ConfigError(f"k lists {len(counts)} counts for {batch} images; pass one number, or one per image")
     least, most = min(counts, default=1), max(counts, default=1)

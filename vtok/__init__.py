@@ -5,6 +5,7 @@
 Importing vtok needs torch alone; a backend is imported only when a model of it is patched.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from vtok._version import __version__
@@ -45,6 +46,8 @@ _CONFIGS = {
     "ZeroTPrune": "zero_tprune",
 }
 
+_PACKAGES = ("eval", "methods", "ops", "patches")
+
 __all__ = [
     "ADAPTERS",
     "ATP",
@@ -81,6 +84,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _CONFIGS:
         return METHODS.get(_CONFIGS[name])
+    if name in _PACKAGES:  # imported by being named: help(vtok.eval.demo)
+        return import_module(f"vtok.{name}")
     raise AttributeError(f"module 'vtok' has no attribute {name!r}")
 
 

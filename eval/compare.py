@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vtok.config import MethodConfig
-from vtok.eval.intervals import mean_stderr, paired_ratio
+from vtok.eval.intervals import mean_stderr, paired_difference, paired_ratio, share
 from vtok.eval.records import Records, key_of
 from vtok.eval.report import correctness
 from vtok.eval.settings import PassCost, Setting, backend, mean_cost, pass_cost, resolved_params, twin, versions
@@ -151,7 +151,7 @@ class Comparison:
             "params": resolved_params(self.patched),
             "dataset": self.data.name,
             "n": n,
-            "metrics": {"top1": 100 * accuracy, "top1_stderr": 100 * stderr},
+            "metrics": {"top1": 100 * accuracy, "top1_stderr": 100 * stderr, "top1_ci": share(correct).scaled(100).ends},
             **cost.fields(),
             "dtype": str(self.data.images.dtype).removeprefix("torch."),
             "device": str(self.data.images.device),
@@ -163,13 +163,19 @@ class Comparison:
         if case.setting.method is None:
             return record
         base = correctness(self.records.by_key()[self.key(Case(Setting(), 1.0))])
-        difference, error = mean_stderr(correct.astype(float) - base.astype(float))
-        record["metrics"] |= {"difference": 100 * difference, "difference_stderr": 100 * error}
+        change = correct.astype(float) - base.astype(float)
+        difference, error = mean_stderr(change)
+        record["metrics"] |= {
+            "difference": 100 * difference,
+            "difference_stderr": 100 * error,
+            "difference_ci": paired_difference(change).scaled(100).ends,
+        }
         if pairs:
             speed = paired_ratio([unpatched for unpatched, _ in pairs], [patched for _, patched in pairs])
             record |= {
                 "speedup": speed.point,
-                "speedup_ci": [speed.low, speed.high],
+                "speedup_ci": speed.ends,
+                "pairs": len(pairs),
                 "achieved": speed.point / cost.implied_speedup,
             }
         return record

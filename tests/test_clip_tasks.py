@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import vtok
 from vtok.eval import runs
 from vtok.eval.clip_models import BACKENDS, hugging_face_encoder, load_clip
+from vtok.eval.intervals import paired_difference
 from vtok.eval.tasks import TASKS
 from vtok.eval.tasks.captions import open_captions
 from vtok.eval.tasks.retrieval import RetrievalOptions
@@ -149,7 +150,9 @@ def test_zeroshot_differences_are_paired(encoder, folder):
     assert metrics["difference_stderr"] == pytest.approx(difference.std(ddof=1) / 18**0.5)
     assert metrics["agreement"] == pytest.approx(float((before == after).double().mean()))
     assert "difference" not in records[0]["metrics"]
-    assert records[2]["metrics"] == {**records[0]["metrics"], "difference": 0, "difference_stderr": 0, "agreement": 1}
+    ends = paired_difference(np.zeros(18)).ends  # nothing changed: as far as 18 images can tell
+    unchanged = {"difference": 0, "difference_stderr": 0, "difference_ci": ends, "agreement": 1}
+    assert records[2]["metrics"] == {**records[0]["metrics"], **unchanged}
     assert records[1]["tokens"]["in"] == 197 and records[1]["tokens"]["out"] == 41
     assert records[1]["implied_speedup"] > 1.4 > records[0]["implied_speedup"] == 1
     assert [r["method"] for r in records] == ["unpatched", "tome", "tome"] and records[1]["params"]["r"] == 13

@@ -11,6 +11,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 import vtok
+from vtok.eval.intervals import paired_difference
 from vtok.eval.reference import FashionViT
 from vtok.eval.settings import Setting
 from vtok.eval.tasks import TASKS
@@ -108,8 +109,11 @@ def test_differences_are_paired(records, model, folder):
     assert paired["difference"] == pytest.approx(100 * difference.mean())
     assert paired["difference_stderr"] == pytest.approx(100 * difference.std(ddof=1) / 18**0.5)
     assert paired["agreement"] == pytest.approx(100 * (before == after).mean())
-    assert set(records[0]["metrics"]) == {"top1", "top1_stderr", "top5"}
-    same = {"difference": 0, "difference_stderr": 0, "agreement": 100}
+    low, high = paired["difference_ci"]
+    assert low < paired["difference"] < high
+    assert set(records[0]["metrics"]) == {"top1", "top1_stderr", "top1_ci", "top5"}
+    ends = paired_difference(np.zeros(18)).scaled(100).ends  # nothing changed: as far as 18 images can tell
+    same = {"difference": 0, "difference_stderr": 0, "difference_ci": ends, "agreement": 100}
     assert records[3]["metrics"] == {**records[0]["metrics"], **same}
 
 
@@ -243,7 +247,7 @@ def test_label_files_that_do_not_fit(model, folder, tmp_path, extra, message):
     [
         ({"img_size": 32}, "was built for \\(3, 64, 64\\), the flags ask for \\(3, 32, 32\\)"),
         ({"class_map": "nowhere.txt"}, "neither a file nor"),
-        ({"valid_labels": "nowhere"}, "cannot read labels"),
+        ({"valid_labels": "nowhere"}, "labels nowhere does not exist"),
         ({"model_dtype": "int4"}, "unknown type 'int4'"),
         ({"dataset": "tfds/x"}, "tfds/x is a stream"),
         ({"dataset": "torch/nonsense"}, "timm cannot open torch/nonsense: Unknown torchvision dataset"),

@@ -80,8 +80,9 @@ def test_records_of_every_task(evaluated, task):
         values = [patched["metrics"][f"{name}{end}"] for end in ("", "_stderr", "_difference", "_difference_stderr")]
         assert values[2] == pytest.approx(values[0] - base["metrics"][name], abs=1e-6)
         assert all(v is not None and v >= 0 for v in (values[1], values[3]))
-        low, high = patched["metrics"][f"{name}_difference_ci"]
-        assert low <= values[2] + 1e-6 and high >= values[2] - 1e-6
+        ends = patched["metrics"][f"{name}_difference_ci"]
+        assert base["n_images"] >= 5 or ends is None  # too few images for an interval
+        assert ends is None or (ends[0] <= values[2] + 1e-6 and ends[1] >= values[2] - 1e-6)
     assert {g: set(parts) for g, parts in base["groups"].items()} == GROUPS.get(task, {})
     right = [declared.scores[declared.correct](line["prediction"], q) >= 0.5 for q, line in lines(evaluated[task], base)]
     assert np.array_equal(correctness(base), right)

@@ -52,9 +52,11 @@ def check_shape(records):
         change, error, low_high = difference(record)
         base = next(r for r in records if r["method"] == "unpatched" and r["task"] == record["task"])
         assert change == pytest.approx(record["metrics"][first] - base["metrics"][first])
-        assert low_high == pytest.approx([change - 1.96 * error, change + 1.96 * error])
+        assert low_high is None if record["n"] < 5 else low_high[0] < change < low_high[1]
+        assert error is None or low_high is None or low_high[1] - low_high[0] > 0
         assert record["achieved"] == pytest.approx(record["speedup"] / record["implied_speedup"])
-        assert record["speedup_ci"][0] <= record["speedup"] <= record["speedup_ci"][1]
+        low_high = record["speedup_ci"]
+        assert low_high is None if record["pairs"] < 5 else low_high[0] <= record["speedup"] <= low_high[1]
         assert set(record["samples_per_sec"]) == set(record["kernel"]) == {"base", "patched"}
         assert record["tokens"]["out"] < record["tokens"]["in"]
         assert record["gmacs"]["model"] < record["gmacs"]["base"] == pytest.approx(base["gmacs"]["model"])
@@ -310,4 +312,4 @@ def test_a_speed_up_from_a_few_pairs_is_no_verdict():
     lines = sweep_report.findings([timed("tome", 0.8, 1), timed("ats", 0.9, 12), timed("pitome", 1.5, 12)])
     assert lines[0].startswith("ats was slower than unpatched: 0.90x")
     assert len(lines) == 2
-    assert lines[1].startswith("1 settings were timed in fewer than 4 pairs")
+    assert lines[1].startswith("1 settings were timed in fewer than 5 pairs")

@@ -170,7 +170,7 @@ def test_times_are_paired_within_batches():
     lines = [line(0, 100, 100, True), line(4, 1, 2), line(4, 1, 2), line(8, 2, 8), line(12, 1, 3)]
     found = time_fields(lines, True)
     assert found["ttft_ms"] == {"patched": 1, "base": 3} and found["speedup"] == 3
-    assert found["speedup_ci"][0] >= 2 and found["speedup_ci"][1] <= 4
+    assert found["speedup_ci"] is None and found["pairs"] == 3  # too few for an interval
     assert found["decode_ms_per_token"] == {"patched": None, "base": 2}
     assert "speedup" not in time_fields(lines, False)
     assert time_fields(lines[:1], True)["speedup"] == 1  # the only batch there is

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, brief
 from vtok.eval.report_html.values import mapping
+from vtok.reading import exists, regular
 
 Record = dict[str, Any]
 _BIGGEST = 1 << 30  # bytes of one file
@@ -46,15 +47,15 @@ def read(paths: Sequence[str | Path]) -> Results:
     """
     found, by_key = Results(), dict[str, Record]()
     for path in map(Path, paths):
+        if not exists(path):
+            raise ConfigError(
+                f"{brief(path)} does not exist; name files or folders with results of vtok run, sweep, eval, bench or demo"
+            )
         if path.is_dir():
             files = [p for p in path.rglob("*") if p.suffix in (".json", ".jsonl") and p.is_file()]
             files.sort(key=lambda p: (len(p.parts), p))  # what lies on top comes first
-        elif path.is_file():
-            files = [path]
         else:
-            raise ConfigError(
-                f"{path} does not exist; name files or folders with results of vtok run, sweep, eval, bench or demo"
-            )
+            files = [regular(path)]
         for file in files:
             _read(file, found, by_key, asked=not path.is_dir())
     found.records = _without_copies([*found.records, *by_key.values()])

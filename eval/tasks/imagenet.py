@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vtok.api import Size, run_of
 from vtok.errors import ConfigError
-from vtok.eval.intervals import mean_stderr
+from vtok.eval.intervals import mean_stderr, paired_difference, share
 from vtok.eval.pacing import Memory, Pacer
 from vtok.eval.processes import current
 from vtok.eval.settings import (
@@ -111,8 +111,8 @@ def evaluate(
 
     Returns:
         One record a setting: timm's fields (`model, top1, top1_err, top5, top5_err, param_count` in M, `img_size, crop_pct,
-        interpolation`; accuracies in percent, rounded as timm does); `metrics` unrounded: `top1`, its `top1_stderr`, `top5`,
-        and against the unpatched setting, if there is one, the paired `difference` of top-1 with its `difference_stderr`
+        interpolation`; accuracies in percent, rounded as timm does); `metrics` unrounded: `top1`, its `top1_stderr` and
+        `top1_ci` (95 %), `top5`, and against the unpatched setting, if there is one, the paired `difference` of top-1 with both
         and the `agreement` of predictions, all in percent; `n` images scored; `method, setting, params, tokens, gmacs, gflops,
         implied_speedup`; `samples_per_sec`, `speedup` and `achieved` with intervals, from the passes of the evaluation itself;
         `correct`, one bit an image (see `report.correctness`); `skipped` (file and reason) and `num_skipped`; `notes`; and what
@@ -208,11 +208,18 @@ def _score(tally: _Tally, unpatched: _Tally | None) -> dict[str, Any]:
     hits = tally.column("top1").double()
     top1, stderr = (100 * value for value in mean_stderr(hits.numpy()))
     top5 = 100 * float(tally.column("top5").double().mean())
-    metrics = {"top1": top1, "top1_stderr": stderr, "top5": top5}
+    ends = share(hits.numpy()).scaled(100).ends
+    metrics: dict[str, Any] = {"top1": top1, "top1_stderr": stderr, "top1_ci": ends, "top5": top5}
     if unpatched is not None and tally is not unpatched:
-        difference, error = mean_stderr((hits - unpatched.column("top1").double()).numpy())
+        change = (hits - unpatched.column("top1").double()).numpy()
+        difference, error = mean_stderr(change)
         same = (tally.column("prediction") == unpatched.column("prediction")).double().mean()
-        metrics |= {"difference": 100 * difference, "difference_stderr": 100 * error, "agreement": 100 * float(same)}
+        metrics |= {
+            "difference": 100 * difference,
+            "difference_stderr": 100 * error,
+            "difference_ci": paired_difference(change).scaled(100).ends,
+            "agreement": 100 * float(same),
+        }
     return {
         "method": method_name(tally.model),
         "setting": tally.title,

@@ -22,7 +22,7 @@ from torch import Tensor
 from vtok.errors import ConfigError
 from vtok.eval.clip_models import DualEncoder
 from vtok.eval.easyvqa import CLASSES, TEMPLATES
-from vtok.eval.intervals import mean_stderr
+from vtok.eval.intervals import mean_stderr, paired_difference, share
 from vtok.eval.pacing import Memory
 from vtok.eval.processes import current
 from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, bits, finite, run
@@ -73,8 +73,8 @@ def evaluate(
         One record a setting: clip_benchmark's fields (`dataset, model, pretrained, task, metrics, language`), where `metrics`
         holds shares in [0, 1]: `acc1`, `acc5` (`None` below five classes), `mean_per_class_recall`, the standard errors
         `acc1_stderr` and `mean_per_class_recall_stderr`, and against the unpatched setting, if there is one, the paired
-        `difference` of acc1, `difference_stderr` and `agreement`; then `n, method, params, tokens, gmacs, gflops,
-        implied_speedup` (of the image tower, if vtok knows it), `skipped`, `notes`, and what describes the run.
+        `difference` of acc1, `difference_stderr`, `difference_ci` (95 %) and `agreement`; then `n, method, params, tokens,
+        gmacs, gflops, implied_speedup` (of the image tower, if vtok knows it), `skipped`, `notes`, and what describes the run.
 
     Raises:
         ConfigError: nothing to read, or labels, names and prompts that do not fit together.
@@ -156,20 +156,22 @@ class _Scored:
         self.top1 = (self.prediction == labels).double().numpy()
         self.top5 = (ranked == labels[:, None]).any(1).double().numpy()
 
-    def metrics(self, base: _Scored | None) -> dict[str, float | None]:
+    def metrics(self, base: _Scored | None) -> dict[str, Any]:
         acc1, stderr = mean_stderr(self.top1)
         recall, recall_stderr = mean_per_class(self.top1, self.labels.numpy())
-        found: dict[str, float | None] = {
+        found: dict[str, Any] = {
             "acc1": acc1,
             "acc5": float(self.top5.mean()) if self.classes >= 5 else None,
             "mean_per_class_recall": recall,
             "acc1_stderr": stderr,
+            "acc1_ci": share(self.top1).ends,
             "mean_per_class_recall_stderr": recall_stderr,
         }
         if base is not None:
             difference, error = mean_stderr(self.top1 - base.top1)
             same = float((self.prediction == base.prediction).double().mean())
-            found |= {"difference": difference, "difference_stderr": error, "agreement": same}
+            ends = paired_difference(self.top1 - base.top1).ends
+            found |= {"difference": difference, "difference_stderr": error, "difference_ci": ends, "agreement": same}
         return found
 
 

@@ -19,11 +19,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from vtok.errors import BudgetError, ConfigError, VtokError
-from vtok.eval import runs_models, runs_records
+from vtok.eval import runs_models, runs_records, terminal
 from vtok.eval.pacing import Memory
 from vtok.eval.processes import ProcessError, current
 from vtok.eval.records import Records
@@ -32,6 +31,7 @@ from vtok.eval.settings import Setting
 from vtok.eval.sweep import points
 from vtok.eval.tasks import TASKS
 from vtok.eval.vlm_models import VisionLanguageModel
+from vtok.writing import reason, writable
 
 RESULTS = "results.jsonl"
 _WAIT = 1.0  # seconds between looks at a configuration that another start is at
@@ -128,8 +128,7 @@ def run(
     outcome.resumed = sum(job.key in done for job in every)
     if outcome.resumed:
         console.print(f"{outcome.resumed} of {len(every)} configurations are in {records.path}; running the rest")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with terminal.progress(console) as progress:
         bar = progress.add_task(config.name, total=len(every), completed=outcome.resumed)
         for group in groups:
             if any(job.key not in done for job in group):
@@ -182,7 +181,7 @@ class _Group:
         try:
             if current().rank == 0:
                 try:
-                    lock.acquire(blocking=False)
+                    _acquire(lock)
                     state = _DONE if job.key in finished(self.records) else _MINE
                 except Timeout:
                     state = _HELD
@@ -246,6 +245,13 @@ class _Group:
         return None if base is None else runs_models.prompt_of(base, runs_models.network(self.model))
 
 
+def _acquire(lock: FileLock) -> None:
+    try:
+        lock.acquire(blocking=False)
+    except OSError as error:
+        raise ConfigError(f"{lock.lock_file} cannot be written: {reason(error)}") from error
+
+
 def slug(name: str) -> str:
     """A model's name as the name of a folder."""
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip("-.") or "model"
@@ -259,10 +265,9 @@ def with_data(config: RunConfig, data: Path | None) -> RunConfig:
 def _opened(out: Path) -> Records:
     try:
         (out / ".running").mkdir(parents=True, exist_ok=True)
-        with open(out / RESULTS, "ab"):
-            pass
     except OSError as error:
-        raise ConfigError(f"results cannot be written to {out}: {error}") from error
+        raise ConfigError(f"results cannot be written to {out}: {reason(error)}") from error
+    writable(out / RESULTS)
     return Records(out / RESULTS)
 
 
@@ -275,7 +280,7 @@ def finished(records: Records, console: Console | None = None) -> dict[str, dict
     """key -> newest record; damaged lines are reported on a console, if there is one."""
     with warnings.catch_warnings(record=True) as damaged:
         warnings.simplefilter("always")
-        found = records.by_key()
+        found = {key: record for key, record in records.by_key().items() if runs_records.whole(record)}
     for warning in damaged if console is not None else ():
-        console.print(f"[yellow]{escape(str(warning.message))}[/yellow]")  # type: ignore[union-attr]  # no console: no loop
+        console.print(str(warning.message), style=terminal.WARNING)  # type: ignore[union-attr]  # no console: no loop
     return found

@@ -56,6 +56,8 @@ def task_options(config: Any, task: str, pretrained: bool, workers: int, folder:
     if config.backend != "timm":  # weights go by tag there, and names need a backend
         backend = None if config.backend == REFERENCE else config.backend
         wanted |= {"pretrained": (config.pretrained or "") if pretrained else "", "backend": backend}
+    if get_type_hints(kind).get("pretrained") is bool:  # of classifiers: whether, not which
+        wanted["pretrained"] = pretrained
     own = {name: tuple(value) if isinstance(value, list) else value for name, value in config.options.items()}
     known = {field.name for field in dataclasses.fields(kind)}
     made: Any = kind

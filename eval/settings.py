@@ -219,6 +219,8 @@ def usable_device(device: str | torch.device) -> torch.device:
     Raises:
         ConfigError: torch knows no such device, or this machine has none.
     """
+    if str(device).split(":")[0] == "meta":
+        raise ConfigError("device 'meta' holds no values and computes nothing; name one that does, such as cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vtok.errors import ConfigError
 from vtok.eval.data import FASHION_MEAN, FASHION_STD, normalise
+from vtok.eval.picture_shape import check_shape
 from vtok.eval.settings import towers
 
 _GUESS = 0.5  # mean and deviation where the model does not say
@@ -80,6 +81,7 @@ def prepared(model: nn.Module, image: Any, transform: Callable[[Any], Tensor] | 
         return Prepared(_placed(model, pixels), _stretched(pixels[0]))
     size = towers(model)[0][1].input_size
     opened = open_image(image)
+    check_shape(opened, "" if hasattr(image, "size") else str(image))
     own, mean, std = _own(model, size, home or home_of(model))
     if transform is not None:
         pixels = transform(opened)

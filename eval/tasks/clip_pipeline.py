@@ -5,7 +5,6 @@ Shapes: n readable images, D width of the common space.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vtok.api import Size, run_of
-from vtok.errors import ConfigError, UnsupportedModelError
-from vtok.eval.clip_models import DualEncoder, load_clip
+from vtok.errors import ConfigError, UnsupportedModelError, shown
+from vtok.eval.checked import check_fields, check_range
+from vtok.eval.clip_models import BACKENDS, DualEncoder, load_clip
 from vtok.eval.pacing import Memory, Pacer
 from vtok.eval.processes import current
 from vtok.eval.settings import (
@@ -71,6 +71,15 @@ class ClipOptions:
     model_dtype: str | None = None
     language: str = "en"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for kind, value, known in (
+            ("backend", self.backend, BACKENDS), ("type", self.amp_dtype, TYPES), ("type", self.model_dtype, TYPES)
+        ):  # fmt: skip
+            if value is not None and value not in known:
+                raise ConfigError(f"unknown {kind} {shown(value)}; known: {', '.join(known)}")
+        check_range(self, {"batch_size": (1, float("inf")), "workers": (0, float("inf")), "num_samples": (1, float("inf"))})
 
 
 class _Part(NamedTuple):
@@ -260,9 +269,9 @@ def _type(name: str) -> torch.dtype:
     return TYPES[name]
 
 
-def finite(metrics: dict[str, float | None]) -> dict[str, float | None]:
+def finite(metrics: dict[str, Any]) -> dict[str, Any]:
     """The same with `None` for what is not a number: strict JSON knows no NaN."""
-    return {name: None if value is None or math.isnan(value) else value for name, value in copy.copy(metrics).items()}
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in metrics.items()}
 
 
 def bits(hits: np.ndarray) -> str:

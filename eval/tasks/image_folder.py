@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, VtokError, brief
+from vtok.eval.picture_shape import check_shape
 from vtok.eval.processes import Processes
 from vtok.eval.records import key_of
 from vtok.eval.settings import fingerprint, method_name, resolved_params
+from vtok.reading import exists, regular
 
 _STREAMS = ("hfids", "tfds", "wds")  # timm's prefixes of datasets without an index
 
@@ -86,10 +88,15 @@ class CheckedImages(Dataset):
         row = self.rows[place]
         index = self.indices[row]
         try:
-            image, label = self._decode(index)
+            image, label = self._shown(index)
         except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, struct.error, ...
             return Unreadable(self.filename(row), f"{type(error).__name__}: {error}")
         return Sample(self.transform(image), -1 if label is None else int(label), row)
+
+    def _shown(self, index: int) -> tuple[Any, Any]:
+        image, label = self._decode(index)
+        check_shape(image)
+        return image, label
 
     def _decode(self, index: int) -> tuple[Any, Any]:
         from PIL import Image
@@ -175,8 +182,10 @@ def open_dataset(root: str, name: str, split: str, class_map: str, mode: str, nu
     """
     from timm.data import create_dataset
 
-    if not name and not os.path.exists(root):
-        raise ConfigError(f"{root} does not exist; name a folder with one sub-folder of images a class")
+    if not name and not exists(root):
+        raise ConfigError(f"{brief(root)} does not exist; name a folder with one sub-folder of images a class")
+    if not name and not os.path.isdir(root):
+        regular(root)
     if class_map and not any(os.path.isfile(path) for path in (class_map, os.path.join(root, class_map))):
         raise ConfigError(f"class map {class_map} is neither a file nor a file in {root}")
     if name.partition("/")[0].lower() in _STREAMS:
@@ -184,8 +193,10 @@ def open_dataset(root: str, name: str, split: str, class_map: str, mode: str, nu
     try:
         labelled: Any = class_map  # a file name, which timm's annotation forgets
         data = create_dataset(name, root=root, split=split, class_map=labelled, input_img_mode=mode)
-    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"timm cannot open {name or root}: {error}") from error
+    except VtokError:
+        raise
+    except Exception as error:  # readers of archives, of pickles and of data sets raise whatever they like
+        raise ConfigError(f"timm cannot open {name or root}: {brief(error)}") from error
     checked = CheckedImages(data, mode, num_samples)
     if not len(checked):
         raise ConfigError(f"{root} holds no images")

@@ -75,6 +75,9 @@ def evaluate(
     data = data.take(options.num_samples)
     if options.prompt is not None:
         data = data.with_prompt(options.prompt)
+    data, skipped = data.readable()
+    if not data.questions:
+        raise ConfigError(f"none of the pictures of {data.name} can be read; the first: {skipped[0][0]}: {skipped[0][1]}")
     outside = None if not options.results else _foreign(Path(options.results), data)
     vlm = load_vlm(model) if isinstance(model, str) else model
     if vtok.info(vlm.net).patched:
@@ -85,7 +88,7 @@ def evaluate(
         base = placed(vlm.net, _type(options.model_dtype), device)
         model = VisionLanguageModel(base, vlm.processor, vlm.name)
         longest = task.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
-        job = Job(model, data, folder, options.batch_size, longest, options.seed, task)
+        job = Job(model, data, folder, options.batch_size, longest, options.seed, task, skipped)
         job.run([job.entry(setting) for setting in chosen], progress)
         if options.floors:
             job.run(job.floors(), progress)

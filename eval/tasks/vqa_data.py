@@ -13,7 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, brief
+from vtok.eval.picture_shape import check_shape
 from vtok.eval.tasks.vqa_metrics import majority
 
 EASY_VQA, PAGES = "easy-vqa", "easy-vqa-pages"
@@ -84,6 +85,19 @@ class VQAData:
         images = list(dict.fromkeys(q.image for q in self.questions))
         chosen = {images[row] for row in _stretches(len(images), math.ceil(count * len(images) / total))}
         return replace(self, questions=[q for q in self.questions if q.image in chosen])
+
+    def readable(self) -> tuple[VQAData, list[tuple[str, str]]]:
+        """(The questions whose picture can be read, (picture, why not) of the others). Every picture is read once."""
+        skipped: dict[Any, str] = {}
+        for image in dict.fromkeys(q.image for q in self.questions if q.image is not None):
+            try:
+                check_shape(self.read(image))
+            except Exception as error:  # decoders raise whatever they like
+                skipped[image] = brief(error)
+        if not skipped:
+            return self, []
+        kept = [q for q in self.questions if q.image not in skipped]
+        return replace(self, questions=kept), [(str(image), why) for image, why in skipped.items()]
 
     def with_prompt(self, prompt: str) -> VQAData:
         """The same questions with another text behind them."""

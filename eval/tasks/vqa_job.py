@@ -36,6 +36,7 @@ class Job:
         max_new_tokens: length of an answer at most.
         seed: of methods that draw, and of the bootstrap.
         task: whose scores are taken.
+        skipped: pictures that could not be read, whose questions are left out, and why.
     """
 
     def __init__(
@@ -47,9 +48,11 @@ class Job:
         max_new_tokens: int,
         seed: int = 0,
         task: QuestionTask = TASK,
+        skipped: Sequence[tuple[str, str]] = (),
     ):
         self.model, self.data, self.folder, self.task = model, data, folder, task
         self.batch_size, self.max_new_tokens, self.seed = batch_size, max_new_tokens, seed
+        self.skipped = [{"file": file, "reason": why} for file, why in skipped]
         self.samples = Samples(None if folder is None else folder / "samples.jsonl")
         self.entries: list[Entry] = []
         self.weights = fingerprint(model.net)
@@ -185,8 +188,8 @@ class Job:
             "threads": torch.get_num_threads(),
             "seed": self.seed,
             "versions": versions(),
-            "num_skipped": 0,
-            "skipped": [],
+            "num_skipped": len(self.skipped),
+            "skipped": self.skipped,
         }
 
 

@@ -112,7 +112,7 @@ def test_findings_compare_with_the_nearest_random():
     assert vqa_report.findings(records) == [
         "todre with 50 visual tokens is clearly above random with 50: +50.0 [+21.0, +72.0] points",
         "atp with 52 visual tokens is not clearly apart from random with 50: +0.0 [-23.9, +23.9] points",
-        "a with 11 visual tokens is clearly below random with 10: -50.0 ± ERR points",
+        "a with 11 visual tokens is clearly below random with 10: -50.0 [-72.0, -21.0] points",
     ]
     assert vqa_demo.shares_without_floor(records) == []
     assert vqa_demo.shares_without_floor([records[0], records[1], records[2], records[3]]) == [0.5, 0.11]

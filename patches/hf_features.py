@@ -66,14 +66,18 @@ def carries_images(kwargs: Mapping[str, Any]) -> bool:
     return given or (isinstance(outputs, Mapping) and any(value is not None for value in outputs.values()))
 
 
-def encode(model: Any, kwargs: Mapping[str, Any], taps: tower_taps.TowerTaps | None = None) -> dict[str, Any]:
+def encode(
+    model: Any, kwargs: Mapping[str, Any], taps: tower_taps.TowerTaps | None = None, hands_on: bool = False
+) -> dict[str, Any]:
     """Runs the vision side as generate() does: modality -> its output. What is encoded already is taken as it is.
 
     Args:
         model: the one without language head.
         kwargs: of the call.
         taps: which blocks of the tower to watch, if the model is not patched to do so.
+        hands_on: whether the vision side also gets the keywords that the model's forward does not name, as in a call of it.
     """
+    unnamed = _unnamed(model, kwargs) if hands_on else {}
     given = kwargs.get("mm_encoder_outputs")
     outputs = {name: value for name, value in (given or {}).items() if value is not None}
     for modality, pixels in PIXELS.items():
@@ -85,8 +89,15 @@ def encode(model: Any, kwargs: Mapping[str, Any], taps: tower_taps.TowerTaps | N
         if taps is not None and taps.blocks:
             function = tower_taps.watched(function, taps)
         names = [name for name in inspect.signature(function).parameters if kwargs.get(name) is not None]
-        outputs[modality] = function(**{name: kwargs[name] for name in names if name != "kwargs"}, return_dict=True)
+        named = {name: kwargs[name] for name in names if name != "kwargs"}
+        outputs[modality] = function(**{**unnamed, **named, "return_dict": True})
     return outputs
+
+
+def _unnamed(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords such as output_attentions or interpolate_pos_encoding."""
+    named = {*inspect.signature(model.forward).parameters, "past_key_values"}  # the last is an old name of the cache
+    return {name: value for name, value in kwargs.items() if name not in named}
 
 
 def feature_list(output: Any) -> list[Tensor]:

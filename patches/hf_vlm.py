@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -41,6 +41,7 @@ class VLMSpec:
         rotary_3d: whether positions are (time, height, width), which cannot be renumbered.
         connector: child between vision tower and LLM, if all there happens token by token; "" = the grid is needed.
         packed: whether the vision tower runs the patches of all images as one sequence.
+        hands_on: whether forward gives the vision tower the keywords that it does not name itself.
     """
 
     text: str = "language_model"
@@ -51,6 +52,12 @@ class VLMSpec:
     rotary_3d: bool = False
     connector: str = ""
     packed: bool = False
+    hands_on: bool = False
+
+
+def release() -> tuple[int, ...]:
+    """The release of transformers that is installed: (major, minor)."""
+    return tuple(int(part) for part in version("transformers").split(".")[:2])
 
 
 def _in(model: str) -> str:
@@ -58,7 +65,7 @@ def _in(model: str) -> str:
 
 
 _PROJECTED = VLMSpec(grid=hf_views.tower_grid, connector="multi_modal_projector")
-_QWEN = VLMSpec(views=hf_views.frames, rotary_3d=True, packed=True)
+_QWEN = VLMSpec(views=hf_views.frames, rotary_3d=True, packed=True, hands_on=True)
 _IDEFICS = VLMSpec("text_model", hf_views.tiles, cuts=hf_cuts.rows)
 _ANYRES = VLMSpec(views=hf_views.any_resolution, view_counts=hf_views.crop_counts, cuts=hf_cuts.packed)
 
@@ -66,7 +73,7 @@ VLMS: dict[str, VLMSpec] = {
     _in("gemma3") + "Gemma3Model": VLMSpec(grid=hf_views.pooled_grid),
     _in("idefics3") + "Idefics3Model": _IDEFICS,
     _in("internvl") + "InternVLModel": VLMSpec(grid=hf_views.shuffled_grid, cuts=hf_cuts.tiles),
-    _in("llava") + "LlavaModel": _PROJECTED,
+    _in("llava") + "LlavaModel": replace(_PROJECTED, hands_on=release() >= (5, 24)),
     _in("llava_next") + "LlavaNextModel": _ANYRES,
     _in("llava_onevision") + "LlavaOnevisionModel": _ANYRES,
     _in("paligemma") + "PaliGemmaModel": _PROJECTED,
@@ -155,11 +162,6 @@ class VLM:
                 "no class token: once patches are merged or dropped, the first is not always the same"
             )
         return Joint(self.spec.connector, self.info.tower.feature_block + 1, skip)
-
-
-def release() -> tuple[int, ...]:
-    """The release of transformers that is installed: (major, minor)."""
-    return tuple(int(part) for part in version("transformers").split(".")[:2])
 
 
 def _check_release() -> None:

@@ -95,7 +95,7 @@ class Failure(NamedTuple):
         part: of the test; "" = all of it.
         errors: names of the exception's classes, its causes' included.
         message: of the exception.
-        line: of the test that was running.
+        statement: of the test that was running.
         trace: the frames around.
     """
 
@@ -103,11 +103,11 @@ class Failure(NamedTuple):
     part: str
     errors: tuple[str, ...]
     message: str
-    line: str
+    statement: str
     trace: str
 
     def __str__(self) -> str:
-        return f"{self.test} {self.part}: {self.errors[0]}: {self.message}\n{self.line}\n{self.trace}"
+        return f"{self.test} {self.part}: {self.errors[0]}: {self.message}\n{self.statement}\n{self.trace}"
 
     @property
     def kind(self) -> str:
@@ -117,8 +117,9 @@ class Failure(NamedTuple):
             return "refusal"
         if any(name.startswith("torch._dynamo.exc.") for name in self.errors):
             return "recompilation"
-        compares = self.errors[0] == "builtins.AssertionError" and "shape" in self.line
-        return "shape" if compares and ("attentions" in self.line or "cache" in self.line) else "fault"
+        said = f"{self.statement} {self.message.splitlines()[-1:]}"
+        compares = self.errors[0] == "builtins.AssertionError" and "shape" in said
+        return "shape" if compares and ("attentions" in said or "cache" in said) else "fault"
 
 
 class Outcome(NamedTuple):

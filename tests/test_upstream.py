@@ -38,9 +38,8 @@ def test_nothing_new_fails(name, tests, tmp_path):
     for way in WAYS[1:]:
         assert found[way].skipped == plain.skipped, way
         assert found[way].ran == plain.ran, way
-    assert not found["kept"].tokens
+    assert not found["kept"].tokens and not found["live"].tokens
     assert found["live"].asked > 100
-    assert all(before == after for before, after in found["live"].tokens)
     assert any(after < before for before, after in found["half"].tokens)
 
     kept = list(found["kept"].beyond(plain))
@@ -52,7 +51,7 @@ def test_nothing_new_fails(name, tests, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("errors", "line", "kind"),
+    ("errors", "statement", "kind"),
     [
         (["vtok.errors.StateError", "vtok.errors.VtokError", "builtins.RuntimeError"], "model(**inputs)", "refusal"),
         (["builtins.AssertionError"], "self.assertListEqual(list(attentions[0].shape[-3:]), [4, 28, 28])", "shape"),
@@ -63,5 +62,5 @@ def test_nothing_new_fails(name, tests, tmp_path):
         (["builtins.RuntimeError"], "attentions = model(**inputs).attentions[0].shape", "fault"),
     ],
 )
-def test_kinds_of_failures(errors, line, kind):
-    assert Failure("test", "", tuple(errors), "", line, "").kind == kind
+def test_kinds_of_failures(errors, statement, kind):
+    assert Failure("test", "", tuple(errors), "", statement, "").kind == kind

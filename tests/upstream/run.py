@@ -5,13 +5,15 @@
 The package `tests` of transformers' source distribution must be importable.
 """
 
+import ast
 import functools
 import json
 import linecache
 import sys
+import textwrap
 import traceback
 import unittest
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -53,7 +55,7 @@ class _KeepAllReducer(VLMReducer):
         return torch.ones_like(layout.visual)
 
 
-OWN = "test_modeling_common.py"
+OWN = ("test_modeling_common.py", "suites.py")
 PATCHES = {
     "none": lambda model: model,
     "kept": functools.partial(vtok.patch, method="uniform", keep=1.0),
@@ -79,6 +81,17 @@ def patching(classes, patch):
     finally:
         for cls, made in before.items():
             cls.__init__ = made
+
+
+def statement(frame):
+    """The source of what ran in a frame of a traceback, all lines of it."""
+    text = ""
+    for i in range(20):
+        text += linecache.getline(frame.filename, frame.lineno + i)
+        with suppress(SyntaxError):
+            ast.parse(textwrap.dedent(text))
+            break
+    return " ".join(text.split())
 
 
 class Result(unittest.TestResult):
@@ -112,14 +125,13 @@ class Result(unittest.TestResult):
             error = error.__cause__ or error.__context__
         frames = traceback.extract_tb(err[2])
         own = next((frame for frame in reversed(frames) if frame.filename.endswith(OWN)), None)
-        lines = [] if own is None else [linecache.getline(own.filename, own.lineno + i).strip() for i in range(4)]
         self.found.append(
             {
                 "test": test._testMethodName,
                 "part": part,
                 "errors": errors,
                 "message": str(err[1])[:1000],
-                "line": " ".join(lines),
+                "statement": "" if own is None else statement(own),
                 "trace": "".join(traceback.format_list(frames[-8:])),
             }
         )
@@ -137,7 +149,7 @@ def tokens(cls):
 def main(name, *ways):
     cls, report = suite(name), {}
     for way in ways:
-        result, _KeepAllReducer.asked = Result(), 0
+        result, _KeepAllReducer.asked, cls.drops = Result(), 0, way == "half"
         with patching(cls.all_model_classes, PATCHES[way]):
             unittest.defaultTestLoader.loadTestsFromTestCase(cls).run(result)
             report[way] = {"ran": result.ran, "skipped": result.skips, "failed": result.found, "tokens": tokens(cls)}

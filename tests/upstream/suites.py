@@ -5,6 +5,7 @@ Imported by `run.py`, beside the package `tests` that the source distribution of
 """
 
 import copy
+import inspect
 import random
 import unittest
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from tests.test_modeling_common import GenerationTesterMixin, ModelTesterMixin
 
+import vtok
 from vtok.patches.hf_vlm_examples import EXAMPLES
 
 ROWS = 7  # to which some tests fill a batch up, with rows that have no image
@@ -87,12 +89,135 @@ class Tester:
         return self.get_config(), inputs
 
 
+# Ways to generate, beside those that the common tests know.
+GENERATE = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "temperature": 0.7},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "several": {"do_sample": True, "num_return_sequences": 2},
+    "uncached": {"use_cache": False},
+    "static": {"cache_implementation": "static"},
+    "chunked": {"prefill_chunk_size": 8},
+    "guided": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    "told": {"output_attentions": True, "output_hidden_states": True},
+}
+
+
+class Same:
+    """Whatever a patched model is asked for is what a copy without the patch says. A patch that drops tokens may answer
+    otherwise, but in tensors of the same shape."""
+
+    drops = False
+
+    def _pair(self, kernel="sdpa"):
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        config._attn_implementation = kernel
+        model = self.all_model_classes[-1](config).eval()
+        model.generation_config.eos_token_id = None
+        model.generation_config.pad_token_id = 0
+        model.generation_config.suppress_tokens = list(TOKENS.values())  # no image stands behind them
+        return model, vtok.unpatch(copy.deepcopy(model)), inputs
+
+    def _check(self, found, expected, what="output"):
+        if isinstance(expected, torch.Tensor):
+            assert found.shape == expected.shape, f"shape of {what}: {found.shape}, not {expected.shape}"
+            if not self.drops:
+                torch.testing.assert_close(found, expected, rtol=0, atol=0, msg=lambda text: f"{what}: {text}")
+        elif isinstance(expected, dict):
+            assert list(found) == list(expected), f"{what} has {list(found)}, not {list(expected)}"
+            for name, value in expected.items():
+                self._check(found[name], value, f"{what}.{name}")
+        elif isinstance(expected, (tuple, list)):
+            assert len(found) == len(expected), f"{what} has {len(found)} parts, not {len(expected)}"
+            for i, value in enumerate(expected):
+                self._check(found[i], value, f"{what}[{i}]")
+
+    def _call(self, change=lambda inputs, model: inputs, kernel="sdpa", **options):
+        model, plain, inputs = self._pair(kernel)
+        with torch.no_grad():
+            answers = [one(**change(dict(inputs), one), **options) for one in (model, plain)]
+        self._check(*answers)
+
+    def test_call_without_cache(self):
+        self._call(use_cache=False)
+
+    def test_call_without_mask(self):
+        self._call(lambda inputs, _: {k: v for k, v in inputs.items() if k != "attention_mask"}, use_cache=False)
+
+    def test_call_padded(self):
+        def pad(side):
+            def change(inputs, _):
+                mask = inputs["attention_mask"].clone()
+                mask[1, slice(None, 2) if side == "left" else slice(-2, None)] = 0
+                return {**inputs, "attention_mask": mask}
+
+            return change
+
+        for side in ("left", "right"):
+            self._call(pad(side))
+
+    def test_call_positional(self):
+        model, plain, inputs = self._pair()
+        names = list(inspect.signature(plain.forward).parameters)
+        first = names[: max(names.index(name) for name in ("input_ids", "pixel_values", "attention_mask")) + 1]
+        rest = {name: value for name, value in inputs.items() if name not in first}
+        with torch.no_grad():
+            self._check(*(one(*[inputs.get(name) for name in first], **rest) for one in (model, plain)))
+
+    def test_call_everything(self):
+        self._call(kernel="eager", output_hidden_states=True, output_attentions=True)
+
+    def test_call_text(self):
+        def change(inputs, _):
+            ids = inputs["input_ids"]
+            return {"input_ids": ids.masked_fill(ids == IMAGE, 11), "attention_mask": inputs["attention_mask"]}
+
+        self._call(change)
+
+    def test_call_again_with_cache(self):
+        """A prompt, then more text behind it, by hand."""
+        model, plain, inputs = self._pair()
+        more, answers = torch.arange(10, 13).expand(ROWS, -1), []
+        with torch.no_grad():
+            for one in (model, plain):
+                cache = one(**inputs, use_cache=True).past_key_values
+                answers.append(one(input_ids=more, past_key_values=cache).logits)
+        self._check(*answers)
+
+    def test_gradients(self):
+        model, plain, inputs = self._pair()
+        labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
+        grads = []
+        for one in (model, plain):
+            one(**inputs, labels=labels).loss.backward()
+            grads.append([p.grad for p in one.parameters() if p.grad is not None])
+        assert len(grads[1]) > 10
+        self._check(*grads)
+
+
+def _add_generation(name, options):
+    def test(self):
+        model, plain, inputs = self._pair("eager" if "output_attentions" in options else "sdpa")
+        answers = []
+        for one in (model, plain):
+            torch.manual_seed(0)
+            told = {"return_dict_in_generate": True, "output_logits": True, **options}
+            answers.append(one.generate(**copy.deepcopy(inputs), max_new_tokens=4, **told))
+        self._check(*answers)
+
+    setattr(Same, f"test_generate_{name}", test)
+
+
+for _name, _options in GENERATE.items():
+    _add_generation(_name, _options)
+
+
 def suite(name: str) -> type[unittest.TestCase]:
     """The tests, for one of `EXAMPLES`."""
     tester = Tester(name)
     packed = "image_grid_thw" in tester.picture  # as many rows of pixels as patches: no batch to be cut
 
-    class Suite(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
+    class Suite(Same, ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
         all_model_classes = tester.classes
         model_tester = tester
         _is_composite = True
@@ -100,7 +225,8 @@ def suite(name: str) -> type[unittest.TestCase]:
         skip_test_image_features_output_shape = skip_test_video_features_output_shape = (
             packed or "image_sizes" in tester.picture
         )
-        test_all_params_have_gradient = tester.vision_config["model_type"] != "clip_vision_model"  # LLaVA skips its last norm
+        # What follows the last block of a stock tower is not used.
+        test_all_params_have_gradient = tester.vision_config["model_type"] not in ("clip_vision_model", "siglip_vision_model")
 
         def setUp(self):
             random.seed(0)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -39,47 +40,46 @@ def release_tests(cache: Path) -> Path:
         folder = cache / name
         if not (folder / "tests" / COMMON).is_file():
             shutil.rmtree(folder, ignore_errors=True)
-            _unpack(_download(name.replace("-", "==", 1), cache), folder / "new")
-            _fill_in(folder / "new" / "tests")
-            (folder / "new" / "tests").rename(folder / "tests")
+            with tempfile.TemporaryDirectory(dir=cache) as new:
+                archive = _download(name.replace("-", "==", 1), Path(new))
+                _fill_in(_unpack(archive, Path(new) / "tests"))
+                folder.mkdir()
+                (Path(new) / "tests").rename(folder / "tests")
     return folder
 
 
-def _download(what: str, cache: Path) -> Path:
+def _download(what: str, folder: Path) -> Path:
     """The archive. Its metadata is built by the setuptools that is here: nothing else has to be fetched."""
-    target = cache / "sdist"
-    shutil.rmtree(target, ignore_errors=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
-    done = subprocess.run([*command, "--dest", str(target), what], capture_output=True, text=True)
+    done = subprocess.run([*command, "--dest", str(folder), what], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"pip cannot get the source distribution of {what}: {done.stderr.strip()[-1000:]}")
-    (archive,) = target.glob("*.tar.gz")
+    (archive,) = folder.glob("*.tar.gz")
     return archive
 
 
-def _unpack(archive: Path, folder: Path) -> None:
+def _unpack(archive: Path, folder: Path) -> Path:
     """The files tests/*.py of a source distribution."""
-    (folder / "tests").mkdir(parents=True)
+    folder.mkdir()
     with tarfile.open(archive) as files:
         for member in files:
             parts = Path(member.name).parts
             content = files.extractfile(member) if parts[1:2] == ("tests",) and len(parts) == 3 else None
             if content is not None:
-                (folder / "tests" / parts[2]).write_bytes(content.read())
-    archive.unlink()
-    if not (folder / "tests" / COMMON).is_file():
+                (folder / parts[2]).write_bytes(content.read())
+    if not (folder / COMMON).is_file():
         raise RuntimeError(f"{archive.name} holds no tests/{COMMON}")
+    return folder
 
 
 def _fill_in(tests: Path) -> None:
     """Makes the modules of `tests` that the common ones import and the source distribution lacks, with empty classes."""
     wanted: dict[Path, set[str]] = {}
-    for path in (tests / COMMON,):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
-                module = tests.joinpath(*node.module.split(".")).with_suffix(".py")
-                if not module.exists():
-                    wanted.setdefault(module, set()).update(name.name for name in node.names)
+    for node in ast.walk(ast.parse((tests / COMMON).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
+            module = tests.joinpath(*node.module.split(".")).with_suffix(".py")
+            if not module.exists():
+                wanted.setdefault(module, set()).update(name.name for name in node.names)
     for module, names in wanted.items():
         module.parent.mkdir(exist_ok=True, parents=True)
         module.write_text("".join(f"class {name}:\n    pass\n\n\n" for name in sorted(names)))
@@ -111,15 +111,15 @@ class Failure(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What a failure under dropped tokens is: a "refusal", another "shape" of attentions or caches, a "recompilation"; else
-        a "fault"."""
+        """What a failure under dropped tokens is: a "refusal", another "shape" of attentions, caches or what the vision tower
+        told of an image, a "recompilation"; else a "fault"."""
         if "vtok.errors.VtokError" in self.errors:
             return "refusal"
         if any(name.startswith("torch._dynamo.exc.") for name in self.errors):
             return "recompilation"
         said = f"{self.statement} {self.message.splitlines()[-1:]}"
         compares = self.errors[0] == "builtins.AssertionError" and "shape" in said
-        return "shape" if compares and ("attentions" in said or "cache" in said) else "fault"
+        return "shape" if compares and any(name in said for name in ("attentions", "cache", "image_outputs")) else "fault"
 
 
 class Outcome(NamedTuple):
@@ -158,7 +158,7 @@ def outcomes(tests: Path, name: str, ways: tuple[str, ...], folder: Path) -> dic
         RuntimeError: the process ended early.
     """
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
-    path = os.pathsep.join([str(tests), str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(tests), str(ROOT), str(ROOT / "tests"), *filter(None, [env.get("PYTHONPATH")])])
     env |= {
         "PYTHONPATH": path,
         "OMP_NUM_THREADS": "1",

@@ -19,6 +19,7 @@ from typing import ClassVar
 
 import torch
 from suites import suite
+from vlm_zoo import Attended, Columns
 
 import vtok
 from vtok.config import MethodConfig
@@ -60,8 +61,11 @@ PATCHES = {
     "none": lambda model: model,
     "kept": functools.partial(vtok.patch, method="uniform", keep=1.0),
     "live": functools.partial(vtok.patch, method=KeepAll()),
-    "half": functools.partial(vtok.patch, method="uniform", keep=0.5),
+    "half": functools.partial(vtok.patch, method="uniform", keep=0.5),  # what enters the LLM
+    "layers": functools.partial(vtok.patch, method=[Columns(((0, 2),)), Attended(layer=1, count=3)]),  # and between its layers
+    "merged": functools.partial(vtok.patch, method="tome", r=4),  # in the vision tower
 }
+DROPS = ("half", "layers", "merged")
 
 
 @contextmanager
@@ -149,7 +153,7 @@ def tokens(cls):
 def main(name, *ways):
     cls, report = suite(name), {}
     for way in ways:
-        result, _KeepAllReducer.asked, cls.drops = Result(), 0, way == "half"
+        result, _KeepAllReducer.asked, cls.drops = Result(), 0, way in DROPS
         with patching(cls.all_model_classes, PATCHES[way]):
             unittest.defaultTestLoader.loadTestsFromTestCase(cls).run(result)
             report[way] = {"ran": result.ran, "skipped": result.skips, "failed": result.found, "tokens": tokens(cls)}

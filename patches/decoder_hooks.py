@@ -82,8 +82,8 @@ class BeforeModel(PrunerHook):
         if pruner.shortens:
             _check_text(getattr(module, pruner.spec.text))
         given = kwargs.get("mm_encoder_outputs")
-        outputs = hf.encode(module, kwargs, hands_on=pruner.spec.hands_on)
-        chosen = hf.choose(module, outputs, pruner.features, pruner.spec, kwargs, pruner.holed)
+        encoded = hf.encode(module, kwargs, hands_on=pruner.spec.hands_on)
+        chosen = hf.choose(module, encoded, pruner.features, pruner.spec, kwargs, pruner.holed)
         keep = hf.kept_columns(ids, pruner.tokens, chosen.rows)
         kwargs = {name: value for name, value in kwargs.items() if name not in hf.PIXELS.values()}
         kwargs["mm_encoder_outputs"] = chosen.outputs

@@ -111,15 +111,21 @@ class Failure(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What a failure under dropped tokens is: a "refusal", another "shape" of attentions, caches or what the vision tower
-        told of an image, a "recompilation"; else a "fault"."""
+        """What a failure is where tokens are dropped.
+
+        A "refusal"; another "shape" of attentions, caches or what the vision tower told; a "recompilation"; a missing "gradient"
+        of hidden states, those returned being copies at the prompt's length; else a "fault".
+        """
         if "vtok.errors.VtokError" in self.errors:
             return "refusal"
         if any(name.startswith("torch._dynamo.exc.") for name in self.errors):
             return "recompilation"
         said = f"{self.statement} {self.message.splitlines()[-1:]}"
-        compares = self.errors[0] == "builtins.AssertionError" and "shape" in said
-        return "shape" if compares and any(name in said for name in ("attentions", "cache", "image_outputs")) else "fault"
+        if self.errors[0] != "builtins.AssertionError":
+            return "fault"
+        if "shape" in said and any(name in said for name in ("attentions", "cache", "image_outputs")):
+            return "shape"
+        return "gradient" if "assertIsNotNone(hidden_states.grad)" in said else "fault"
 
 
 class Outcome(NamedTuple):
@@ -129,7 +135,7 @@ class Outcome(NamedTuple):
         ran: tests that were run, those that were skipped left out.
         skipped: tests that were skipped.
         failed: what failed.
-        tokens: visual tokens of an image in front of each place where a model drops some, and behind it.
+        tokens: in front of each place where a model drops or merges some, and behind it.
         asked: how often a method was asked what to keep.
     """
 

@@ -142,12 +142,14 @@ class Result(unittest.TestResult):
 
 
 def tokens(cls):
-    """Visual tokens of an image in front of each place where a patched model drops some, and behind it."""
+    """Tokens in front of each place where a patched model drops or merges some, and behind it; none of an unpatched one."""
     config, inputs = cls.model_tester.prepare_config_and_inputs_for_common()
     model = cls.all_model_classes[-1](config).eval()
     with torch.no_grad():
         model(**inputs)
-    return [(row.tokens_in[0], row.tokens_out[0]) for prompt in vtok.info(model).prompts for row in prompt.rows]
+    info = vtok.info(model)
+    prompts = [(row.tokens_in[0], row.tokens_out[0]) for prompt in info.prompts for row in prompt.rows]
+    return prompts + [(block.tokens_in, block.tokens_out) for tower in info.towers for block in tower.blocks]
 
 
 def main(name, *ways):

@@ -113,8 +113,8 @@ class Failure(NamedTuple):
     def kind(self) -> str:
         """What a failure is where tokens are dropped.
 
-        A "refusal"; another "shape" of attentions, caches or what the vision tower told; a "recompilation"; a missing "gradient"
-        of hidden states, those returned being copies at the prompt's length; else a "fault".
+        A "refusal"; another "shape" of attentions, caches or what the vision tower told; a "recompilation"; no "gradient" of
+        hidden states, those returned being copies at the prompt's length; else a "fault".
         """
         if "vtok.errors.VtokError" in self.errors:
             return "refusal"

@@ -79,7 +79,9 @@ class HfAdapter:
     def attach(self, tower: Tower, run: Run) -> None:
         module: Any = tower.module
         spec = _spec(tower)
-        stepwise = tuple(i for i, block in enumerate(tower.blocks) if block.module.__dict__["_vtok"].stepwise)
+        links = [block.module.__dict__["_vtok"] for block in tower.blocks]
+        first = next((link.index for link in links if link.site is not None), len(links))  # blocks in front run their own code
+        stepwise = tuple(link.index for link in links if link.stepwise and link.index >= first)
         if stepwise:
             module.register_forward_pre_hook(WholeAttentions(stepwise), with_kwargs=True)
         pool = getattr(module, spec.attn_pool, None) if spec.attn_pool else None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from vtok.errors import StateError
+from vtok.errors import StateError, UnsupportedModelError
 
 if TYPE_CHECKING:
     _Base = nn.Module  # a mixin is always in front of a module
@@ -28,6 +28,12 @@ class Mixin(_Base):
     def __reduce_ex__(self, protocol: Any) -> Any:  # the class exists only here: rebuild it from its two parts
         mixin, base = parts(type(self))
         return _rebuild, (mixin, base), self.__dict__
+
+    def __prepare_scriptable__(self) -> Any:
+        raise UnsupportedModelError(
+            f"torch.jit.script cannot compile {type(self).__name__} as vtok patched it; use torch.compile, torch.export or "
+            "torch.jit.trace, or call vtok.unpatch(model) first"
+        )
 
 
 class Hook:

@@ -329,3 +329,22 @@ def test_vision_language_models_need_a_younger_transformers_than_encoders(monkey
     assert "need transformers 99.0 or newer, found 5." in text
     assert "patch the model's vision tower by itself" in text
     vtok.patch(model.model.vision_tower, "tome", r=2)
+
+
+@pytest.mark.parametrize("name", ["timm: ViT", "timm: NaFlexViT"])
+def test_compilers_that_read_source(name):
+    """What torch says of a patched block, or a made-up reason, helps nobody."""
+    model = vtok.patch(build(name), "random", keep=1.0, input_size=(3, 64, 64))
+    text = message_of(vtok.UnsupportedModelError, torch.jit.script, model)
+    assert "torch.jit.script cannot compile" in text
+    assert "torch.jit.trace, or call vtok.unpatch(model) first" in text
+    text = message_of(vtok.UnsupportedModelError, torch.fx.symbolic_trace, model)
+    assert "symbolic tracing cannot follow" in text
+    vtok.unpatch(model)
+
+
+def test_scripting_of_one_block(model):
+    vtok.patch(model, "tome", r=4)
+    assert "cannot compile Block" in message_of(vtok.UnsupportedModelError, torch.jit.script, model.blocks[1])
+    vtok.unpatch(model)
+    assert torch.jit.script(model.blocks[1]) is not None

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vtok.methods.atp import ATP
     from vtok.methods.ats import ATS
     from vtok.methods.correlation import Correlation
+    from vtok.methods.divprune import DivPrune
     from vtok.methods.pitome import PiToMe
     from vtok.methods.random_drop import RandomDrop
     from vtok.methods.todre import ToDRE
@@ -37,6 +38,7 @@ _CONFIGS = {
     "ATP": "atp",
     "ATS": "ats",
     "Correlation": "correlation",
+    "DivPrune": "divprune",
     "PiToMe": "pitome",
     "RandomDrop": "random",
     "ToDRE": "todre",
@@ -53,6 +55,7 @@ __all__ = [
     "BudgetError",
     "ConfigError",
     "Correlation",
+    "DivPrune",
     "MissingExtraError",
     "PiToMe",
     "Prompt",

@@ -95,6 +95,7 @@ METHODS: Registry[Any] = Registry(
         "atp": "vtok.methods.atp:ATP",
         "ats": "vtok.methods.ats:ATS",
         "correlation": "vtok.methods.correlation:Correlation",
+        "divprune": "vtok.methods.divprune:DivPrune",
         "pitome": "vtok.methods.pitome:PiToMe",
         "random": "vtok.methods.random_drop:RandomDrop",
         "todre": "vtok.methods.todre:ToDRE",

@@ -1,0 +1,125 @@
+"""Every method that chooses among visual tokens by itself, on tiny vision-language models: what is dropped is exactly gone,
+with a cache, padding, several images and beams; a batch is its rows; counts are as planned; configs survive a file. One pass
+over every family of models is checked with the support matrix."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from helpers_todre import kernel_of, row_of
+from torch import Tensor
+from vlm_zoo import MaskOracle, assert_same, build, generate, inputs
+
+import vtok
+from vtok.eval import vlm_oracle
+from vtok.patches.hf_vlm import find
+from vtok.patches.hf_vlm_install import pruner_of
+
+METHODS: dict[str, dict[str, Any]] = {
+    "divprune": {"keep": 0.4},
+}
+# Where a batch can be taken apart: each prompt with its own images.
+ROWS = ["LLaVA-1.5", "LLaVA-NeXT", "Qwen2.5-VL", "InternVL", "Gemma3", "PaliGemma"]
+
+
+def patched(name: str, method: str, **params: Any) -> Any:
+    return vtok.patch(build(name, kernel_of(name)), method, **{**METHODS[method], **params})
+
+
+def alive(model: Any, values: dict[str, Tensor]) -> dict[int, Tensor]:
+    """What a patched model let into every decoder layer of these prompts, read off its last pass."""
+    with torch.no_grad():
+        model(**values)
+    (vlm,) = find(model)
+    last = pruner_of(vlm).last
+    return vlm_oracle._alive(last, len(vlm.text.layers))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["LLaVA-1.5", "Qwen2.5-VL", "PaliGemma"])
+def test_generation(name: str, method: str) -> None:
+    """With a cache, without one, and with beams: the masked whole prompt says what comes out."""
+    values, model = inputs(name), patched(name, method)
+    layers = alive(model, values)
+    assert not all(bool(rows.all()) for rows in layers.values())
+
+    def beams(asked: Any) -> Tensor:
+        return asked.generate(**copy.copy(values), max_new_tokens=4, num_beams=2, do_sample=False)
+
+    with MaskOracle(build(name, kernel_of(name)), layers) as oracle:
+        expected, ranked = generate(oracle.model, values, steps=5), beams(oracle.model)
+    assert_same(generate(model, values, steps=5), expected)
+    assert_same(generate(model, values, steps=5, use_cache=False), expected)
+    assert torch.equal(beams(model), ranked)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ROWS)
+def test_a_batch_is_its_rows(name: str, method: str) -> None:
+    values, model = inputs(name), patched(name, method)
+    together = generate(model, values, steps=3)
+    rows = vtok.info(model).prompts[0].rows
+    for b in range(2):
+        alone = generate(model, row_of(name, values, b), steps=3)
+        assert (alone[1][0] - together[1][b]).abs().max() <= 1e-5 * max(1.0, float(together[1].abs().max()))
+        assert [row.tokens_out[0] for row in vtok.info(model).prompts[0].rows] == [row.tokens_out[b] for row in rows]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_counts_are_those_of_the_plan(method: str) -> None:
+    """One image of 16 visual tokens and 24 other tokens; the bits are back afterwards."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.tensor([[5, *[119] * 16, *torch.randint(3, 110, (23,), generator=generator).tolist()]])
+    values = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 16, 16)}
+    model = build("LLaVA-1.5")
+    with torch.no_grad():
+        before = model(**values).logits
+        planned = vtok.plan(model, method, **METHODS[method], prompt={"images": 1, "text_tokens": 24}).estimate
+        vtok.patch(model, method, **METHODS[method])
+        model(**values)
+        found = vtok.info(model).prompts[0].estimate
+        assert planned.exact
+        assert [row.visual for row in planned.layers] == [row.visual for row in found.layers]
+        assert planned.reduction_macs == found.reduction_macs > 0
+        vtok.unpatch(model)
+        assert torch.equal(model(**values).logits, before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_counter_finds_what_the_closed_form_says(method: str) -> None:
+    from vtok.eval.flops import count_prompt_macs
+
+    values = row_of("LLaVA-1.5", inputs("LLaVA-1.5"), 1)
+    model = patched("LLaVA-1.5", method)
+    counted = count_prompt_macs(model, values)
+    found = vtok.info(model).prompts[0].estimate
+    assert abs(counted.reduction - found.reduction_macs) <= 0.02 * found.reduction_macs
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_budgets_and_files(method: str, tmp_path: Any) -> None:
+    prompt, model = {"images": 3, "text_tokens": 10}, build("LLaVA-1.5")
+    vtok.patch(model, method, flops=1.0, prompt=prompt)
+    assert vtok.info(model).prompts[0].budget.reached == 1.0
+    vtok.patch(model, method, flops=0.85, prompt=prompt)
+    assert abs(vtok.info(model).prompts[0].budget.reached - 0.85) <= 0.05
+    vtok.patch(model, method, **METHODS[method])
+    (config,) = vtok.info(model).prompts[0].configs
+    vtok.save_config(model, tmp_path / "run.json")
+    other, values = vtok.patch(build("LLaVA-1.5"), tmp_path / "run.json"), inputs("LLaVA-1.5")
+    assert vtok.info(other).prompts[0].configs == (config,)
+    assert torch.equal(generate(other, values, steps=2)[1], generate(model, values, steps=2)[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision(method: str, dtype: torch.dtype) -> None:
+    values = inputs("LLaVA-1.5")
+    half = {k: v.to(dtype) if v.is_floating_point() else v for k, v in values.items()}
+    model = vtok.patch(build("LLaVA-1.5").to(dtype), method, **METHODS[method])
+    assert generate(model, half, steps=2)[1].isfinite().all()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert generate(patched("LLaVA-1.5", method), values, steps=2)[1].isfinite().all()

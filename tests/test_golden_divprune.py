@@ -47,7 +47,7 @@ def test_the_first_token_by_a_loop_and_ties() -> None:
     x = torch.randn(2, 300, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)  # more than one block of rows
     unit = x / x.norm(dim=2, keepdim=True)
     for b in range(2):
-        nearest = [max(float(unit[b, i] @ unit[b, j]) for j in range(300) if j != i) for i in range(0, 300)]
+        nearest = [float((unit[b, torch.arange(300) != i] @ unit[b, i]).max()) for i in range(300)]
         assert int(most_isolated(x)[b]) == min(range(300), key=nearest.__getitem__)
     assert max_min_select(torch.eye(5)[None], 5).tolist() == [[0, 1, 2, 3, 4]]  # all equally far: the lowest number first
     assert most_isolated(torch.randn(2, 1, 4)).tolist() == [0, 0]

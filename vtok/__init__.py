@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vtok.methods.ats import ATS
     from vtok.methods.correlation import Correlation
     from vtok.methods.divprune import DivPrune
+    from vtok.methods.fastv import FastV
     from vtok.methods.pitome import PiToMe
     from vtok.methods.random_drop import RandomDrop
     from vtok.methods.todre import ToDRE
@@ -39,6 +40,7 @@ _CONFIGS = {
     "ATS": "ats",
     "Correlation": "correlation",
     "DivPrune": "divprune",
+    "FastV": "fastv",
     "PiToMe": "pitome",
     "RandomDrop": "random",
     "ToDRE": "todre",
@@ -56,6 +58,7 @@ __all__ = [
     "ConfigError",
     "Correlation",
     "DivPrune",
+    "FastV",
     "MissingExtraError",
     "PiToMe",
     "Prompt",

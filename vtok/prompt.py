@@ -200,6 +200,12 @@ class Layout(NamedTuple):
         return self.text & (self.visual.cumsum(1) > 0)
 
     @property
+    def last(self) -> Tensor:
+        """[B] int64: where the last real token of each row stands (0 .. L-1)."""
+        order = torch.arange(self.real.shape[1], device=self.real.device)
+        return order.where(self.real, 0).amax(1)
+
+    @property
     def number(self) -> Tensor:
         """[B, L] int64: visual tokens that stood in front of a visual token in its row, dropped ones included; -1 elsewhere."""
         return (self.before.cumsum(1) - 1).gather(1, self.column.clamp_min(0)).where(self.visual, -1)

@@ -96,6 +96,7 @@ METHODS: Registry[Any] = Registry(
         "ats": "vtok.methods.ats:ATS",
         "correlation": "vtok.methods.correlation:Correlation",
         "divprune": "vtok.methods.divprune:DivPrune",
+        "fastv": "vtok.methods.fastv:FastV",
         "pitome": "vtok.methods.pitome:PiToMe",
         "random": "vtok.methods.random_drop:RandomDrop",
         "todre": "vtok.methods.todre:ToDRE",

@@ -19,6 +19,7 @@ from torch import Tensor
 from vtok.errors import StateError, UnsupportedModelError
 from vtok.patches import decoder_masks as masks
 from vtok.patches import hf_features as hf
+from vtok.patches.decoder_layout import in_order, layout_of
 from vtok.patches.decoder_pass import Pass, Pruner, Recorded, TowerCall, recorded
 from vtok.patches.decoder_probe import layer_attention
 from vtok.patches.decoder_state import (
@@ -33,10 +34,11 @@ from vtok.patches.decoder_state import (
     state_of,
     stored,
     take,
+    to_columns,
 )
 from vtok.patches.precision import full_precision
 from vtok.patches.swap import Hook
-from vtok.prompt import Layout
+from vtok.prompt import Entry, Fold, Layout, folded
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -97,7 +99,7 @@ class BeforeModel(PrunerHook):
         running.layouts = chosen.layouts
         earlier = recorded(given) if cache is None and not _caches(module, kwargs) else None
         running.replays = earlier is not None and earlier.fits(pruner.configs, ids)
-        running.plan = earlier if running.replays else Recorded(pruner.configs, ids, {})
+        running.plan = earlier if running.replays else Recorded(pruner.configs, ids, {}, {})
         return kwargs
 
 
@@ -134,6 +136,7 @@ class BeforeText(PrunerHook):
         if state is None:
             return None
         state.inside = True
+        running.final_norm = getattr(module, "norm", None)
         if running.prunes:
             return self._first(module, args, kwargs, running, state)
         return (args, self._later(kwargs, running, state, cache)) if state.before is not None else None
@@ -149,6 +152,7 @@ class BeforeText(PrunerHook):
             site, reducer = self.pruner.layers[0]
             with torch.no_grad(), full_precision(x.device.type):
                 more = reducer.keep(x.detach(), Layout.whole(visual, state.real), None, site)
+            assert not isinstance(more, Fold)  # nothing has been computed yet that could be averaged
             keep = more if keep is None else (keep if more is None else keep & more)
         if keep is None or bool((keep | ~visual).all()):
             return None
@@ -234,45 +238,54 @@ class BeforeLayer(PrunerHook):
         if not running.prunes:
             return args, _later_kwargs(module, self.index, x, kwargs, running, state, cache)
         fitting = _prompt_kwargs(module, self.index, x, kwargs, running, state, cache)
-        if self.index in self.pruner.probed:
-            running.probes[self.index] = layer_attention(self.index, module, x.detach(), fitting)
+        if self.index == 0 and self.pruner.reads_entry:
+            running.entry = Entry(x.detach(), layout_of(x, running, state, state.before))
+        self._probe(module, x, fitting, running)
         if self.index > 0 and self.index in self.pruner.layers:
             shorter = self._drop(x, running, state)
             if shorter is not None:
                 x = shorter
                 fitting = _prompt_kwargs(module, self.index, x, kwargs, running, state, cache)
-                if self.index in self.pruner.probed:  # for decisions in front of later layers
-                    running.probes[self.index] = layer_attention(self.index, module, x.detach(), fitting)
+                self._probe(module, x, fitting, running)  # for decisions in front of later layers
         if cache is not None and state_of(cache) is not state and (state.before is not None or state.between):
             remember(cache, state)
         return ((x, *args[1:]), fitting) if args else ((), {**fitting, "hidden_states": x})
+
+    def _probe(self, module: Any, x: Tensor, kwargs: dict[str, Any], running: Pass) -> None:
+        if self.index in self.pruner.probed:
+            running.probes[self.index] = layer_attention(
+                self.index, module, x.detach(), kwargs, running.final_norm, running.entry
+            )
 
     def _drop(self, x: Tensor, running: Pass, state: PromptState) -> Tensor | None:
         """The tokens that go on [B, M, D]; `None` = all."""
         site, reducer = self.pruner.layers[self.index]
         stage = state.at(self.index)
-        order = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-        column = order if stage is None else stage.column
-        entry = order if stage is None or stage is state.before else stage.entry
-        assert running.visual is not None and running.plan is not None
-        real = take(state.real, column, 1) & (column >= 0)
-        visual = take(running.visual, column, 1) & real
+        layout = layout_of(x, running, state, stage)
+        column, visual, real = layout.column, layout.visual, layout.real
+        entry = stage.entry if stage is not None and stage is not state.before else in_order(x)
+        assert running.plan is not None
         if running.replays:
-            keep = running.plan.at(self.index, column)
+            keep, into = running.plan.at(self.index, column), running.plan.folds(self.index, column)
         else:
             attention = running.probes.get(reducer.probe(site)) if "attention" in reducer.needs else None
             with torch.no_grad(), full_precision(x.device.type):
-                keep = reducer.keep(x.detach(), Layout(visual, real, column, state.length, running.visual), attention, site)
+                found = reducer.keep(x.detach(), layout, attention, site)
+            keep, into = found if isinstance(found, Fold) else (found, None)
         if keep is None or bool((keep | ~visual).all()):
             return None
-        keep = keep | ~visual
+        keep, length, gone = keep | ~visual, state.length, None
+        if into is not None:
+            gone = to_columns(into, column, length)
+            x = folded(x, into)
         if not running.replays:
-            length = state.length
             whole = torch.ones(len(x), length + 1, dtype=torch.bool, device=x.device)
             running.plan.keep[self.index] = whole.scatter(1, column.where(column >= 0, length), keep)[:, :length]
+            if gone is not None:
+                running.plan.into[self.index] = gone
         rows, padded = compact(keep & real)
         left = [t.gather(1, rows.clamp_min(0)).masked_fill(rows < 0, -1) for t in (column, entry)]
-        state.between[self.index] = Stage(left[0], left[1], padded)
+        state.between[self.index] = Stage(left[0], left[1], padded, gone)
         return take(x, rows, 1)
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from vtok.config import MethodConfig
-from vtok.patches.decoder_state import PromptState, Stage
+from vtok.patches.decoder_state import PromptState, Stage, to_places
 from vtok.patches.hf_vlm import VLMSpec
 from vtok.patches.vlm_tower import Joint
-from vtok.prompt import LayerAttention, VLMReducer
+from vtok.prompt import Entry, LayerAttention, VLMReducer
 from vtok.state import Site
 
 _PLAN = "_vtok_plan"
@@ -32,11 +32,13 @@ class Recorded(NamedTuple):
         configs: of the methods that made it.
         ids: [B, L] token ids of the prompt.
         keep: decoder layer -> [B, L] bool; 0 = before the LLM.
+        into: decoder layer -> [B, L] int64, column that each column was folded into, where a method folds (see `Stage`).
     """
 
     configs: tuple[MethodConfig, ...]
     ids: Tensor
     keep: dict[int, Tensor]
+    into: dict[int, Tensor]
 
     def fits(self, configs: tuple[MethodConfig, ...], ids: Tensor) -> bool:
         """Whether `ids` [B, >= L] goes on with the prompt."""
@@ -50,6 +52,11 @@ class Recorded(NamedTuple):
             return None
         length = keep.shape[1]
         return keep.gather(1, column.clamp(0, length - 1)) | (column >= length)
+
+    def folds(self, layer: int, column: Tensor) -> Tensor | None:
+        """[B, M] int64, places that columns [B, M] are folded into, -1 = none; `None` = nothing is folded there."""
+        into = self.into.get(layer)
+        return None if into is None else to_places(into, column)
 
 
 def recorded(outputs: Mapping[str, Any] | None) -> Recorded | None:
@@ -83,6 +90,8 @@ class Pass:
         probes: decoder layer -> its attention.
         layouts: of the images among whose features a method chose (see `Chosen`).
         memo: masks and tables that several layers share.
+        final_norm: the last norm of the LLM.
+        entry: what entered the LLM, if a method looks at it.
     """
 
     prunes: bool = False
@@ -98,6 +107,8 @@ class Pass:
     probes: dict[int, LayerAttention] = field(default_factory=dict)
     layouts: tuple[Any, ...] = ()
     memo: dict[Any, Any] = field(default_factory=dict)
+    final_norm: Any = None
+    entry: Entry | None = None
 
 
 class Counts(NamedTuple):
@@ -165,6 +176,7 @@ class Pruner:
         self.compact, self.configs, self.path = compact, configs, path
         self.tower, self.joint, self.trace = tower, joint, trace
         self.probed = frozenset(r.probe(site) for site, r in layers.values() if "attention" in r.needs)
+        self.reads_entry = any("embeddings" in r.needs for _, r in layers.values())
         self.budget: Any = None  # what a FLOPs budget was turned into (vtok.budget.Budget)
         self._local = threading.local()
 

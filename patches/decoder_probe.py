@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vtok.patches.decoder_masks import Mask
 from vtok.patches.decoder_state import take
 from vtok.patches.precision import as_now
-from vtok.prompt import LayerAttention
+from vtok.prompt import Entry, LayerAttention
 
 
 def why_not(layer: nn.Module) -> str | None:
@@ -33,7 +33,14 @@ def why_not(layer: nn.Module) -> str | None:
     return f"{type(attention).__name__} has no {', '.join(lacking)}" if lacking else None
 
 
-def layer_attention(index: int, layer: Any, hidden: Tensor, kwargs: Mapping[str, Any]) -> LayerAttention:
+def layer_attention(
+    index: int,
+    layer: Any,
+    hidden: Tensor,
+    kwargs: Mapping[str, Any],
+    final_norm: nn.Module | None = None,
+    entry: Entry | None = None,
+) -> LayerAttention:
     """Describes what a decoder layer is about to attend to.
 
     Args:
@@ -41,6 +48,8 @@ def layer_attention(index: int, layer: Any, hidden: Tensor, kwargs: Mapping[str,
         layer: the module.
         hidden: [B, L, C], its input.
         kwargs: its keyword arguments: `attention_mask` and `position_embeddings` that fit these L columns.
+        final_norm: the last norm of the LLM.
+        entry: what entered the LLM.
     """
     attention, mask, tables = layer.self_attn, kwargs.get("attention_mask"), kwargs["position_embeddings"]
 
@@ -58,8 +67,14 @@ def layer_attention(index: int, layer: Any, hidden: Tensor, kwargs: Mapping[str,
     def bias(rows: Tensor) -> Tensor:
         return _bias(mask, rows, hidden.shape[1])
 
+    def norm(x: Tensor) -> Tensor:
+        assert final_norm is not None
+        with torch.no_grad(), autocast():
+            return final_norm(x)
+
     softcap = getattr(attention, "attn_logit_softcapping", None)
-    return LayerAttention(index, attention.scaling, project, bias, softcap)
+    last = None if final_norm is None else norm
+    return LayerAttention(index, attention.scaling, project, bias, softcap, last, entry)
 
 
 def _project(attention: Any, x: Tensor, tables: tuple[Tensor, Tensor], rows: Tensor | None) -> Tensor:

@@ -28,11 +28,14 @@ class Stage(NamedTuple):
         entry: [B, M] int64, the same as a column of the masks and rotary tables that the model makes: of the prompt for what is
             dropped before the LLM, of what enters the LLM (E columns) for what is dropped later.
         padded: whether some slot is padding.
+        into: [B, L] int64, column of the prompt that each column was averaged into, itself included, -1 = none; `None` =
+            nothing was (see `vtok.prompt.Fold`).
     """
 
     column: Tensor
     entry: Tensor
     padded: bool
+    into: Tensor | None = None
 
     def to(self, batch: int, device: torch.device) -> Stage:
         """The same on another device, for a batch in which every row stands `batch / B` times.
@@ -166,6 +169,31 @@ def compact(keep: Tensor) -> tuple[Tensor, bool]:
     slot = torch.arange(width, device=keep.device)
     rows = order.masked_fill(slot < (width - count)[:, None], -1)
     return rows, least != width
+
+
+def to_columns(into: Tensor, column: Tensor, length: int) -> Tensor:
+    """Places that tokens are folded into [B, M] -> the same as columns of the prompt [B, length], -1 = not folded.
+
+    Args:
+        into: [B, M] int64, see `vtok.prompt.Fold`.
+        column: [B, M] int64, of each place, -1 = padding.
+        length: columns of the prompt.
+    """
+    found = into.new_full((len(into), length + 1), -1)
+    target = column.gather(1, into.clamp_min(0)).where(into >= 0, -1)
+    return found.scatter(1, column.where(column >= 0, length), target)[:, :length]
+
+
+def to_places(into: Tensor, column: Tensor) -> Tensor:
+    """The way back, for the places [B, M] whose columns are given; columns behind the prompt [B, length] are not folded."""
+    length = into.shape[1]
+    inside = (column >= 0) & (column < length)
+    place = torch.arange(column.shape[1], device=column.device).expand_as(column)
+    place = torch.zeros(len(into), length + 1, dtype=torch.int64, device=into.device).scatter(
+        1, column.where(inside, length), place
+    )
+    target = into.gather(1, column.clamp(0, length - 1)).where(inside, -1)
+    return place.gather(1, target.clamp_min(0)).where(target >= 0, -1)
 
 
 def take(x: Tensor, rows: Tensor, dim: int) -> Tensor:

@@ -37,7 +37,7 @@ def test_what_stays(key: str, drop: float, dtype: torch.dtype) -> None:
         chosen = keep[1].nonzero()[:, 0]
         own = g["batch_item_1_own_choice_r50"].sort().values
         assert_equal(chosen, own if int(own.max()) >= g["image_length"] else own + g["image_start"])
-    assert keep.sum(1).tolist() == [reducer.layer_count(AT, g["image_length"])] * 2
+    assert keep.sum(1).tolist() == [reducer.layer_count(AT, g["image_length"], g["image_length"])] * 2
 
 
 def test_the_last_query_is_the_last_token_that_is_no_padding() -> None:

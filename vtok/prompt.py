@@ -175,6 +175,7 @@ class Layout(NamedTuple):
         column: [B, L] int64, column of the prompt that stands here, -1 = padding that a reduction left.
         length: columns of the prompt.
         before: [B, length] bool, the visual tokens of the prompt, those included that have left since.
+        entered: [B, length] bool, those of them that entered the LLM; `None` = all.
     """
 
     visual: Tensor
@@ -182,6 +183,7 @@ class Layout(NamedTuple):
     column: Tensor
     length: int
     before: Tensor
+    entered: Tensor | None = None
 
     @classmethod
     def whole(cls, visual: Tensor, real: Tensor) -> Layout:
@@ -206,9 +208,49 @@ class Layout(NamedTuple):
         return order.where(self.real, 0).amax(1)
 
     @property
+    def num_entered(self) -> Tensor:
+        """[B] int64: visual tokens of each row that entered the LLM."""
+        return (self.before if self.entered is None else self.entered).sum(1)
+
+    @property
     def number(self) -> Tensor:
         """[B, L] int64: visual tokens that stood in front of a visual token in its row, dropped ones included; -1 elsewhere."""
         return (self.before.cumsum(1) - 1).gather(1, self.column.clamp_min(0)).where(self.visual, -1)
+
+
+class Entry(NamedTuple):
+    """What entered the LLM.
+
+    Attributes:
+        x: [B, E, D], in front of layer 0: embeddings of the text, features of the images.
+        layout: of these E columns.
+    """
+
+    x: Tensor
+    layout: Layout
+
+
+class Fold(NamedTuple):
+    """What `VLMReducer.keep` returns if some of the tokens that leave are to go on inside ones that stay.
+
+    Attributes:
+        keep: [B, L] bool, as without folding.
+        into: [B, L] int64, the place (0 .. L-1) of a token that stays, whose hidden state becomes the plain mean of all tokens
+            that name it, itself being one of them; -1 = not folded.
+    """
+
+    keep: Tensor
+    into: Tensor
+
+
+def folded(x: Tensor, into: Tensor) -> Tensor:
+    """[B, L, D]: x with every token that others are folded into replaced by the mean, taken in at least fp32; see `Fold`."""
+    named = into >= 0
+    place = into.clamp_min(0)
+    wide = at_least_fp32(x)
+    count = torch.zeros_like(into).scatter_add(1, place, named.long())
+    total = torch.zeros_like(wide).scatter_add(1, place[..., None].expand_as(wide), wide * named[..., None])
+    return torch.where((count > 0)[..., None], (total / count.clamp_min(1)[..., None]).to(x.dtype), x)
 
 
 @dataclass(frozen=True)
@@ -221,6 +263,8 @@ class LayerAttention:
         project: rows [B, R] of queries, or `None` for the keys -> [B, H, R, D] or [B, Hk, L, D], normalised and rotated.
         bias: rows [B, R] -> additive mask [B, 1, R, L], as the layer applies it.
         softcap: logits are squeezed to (-softcap, softcap) by a tanh, if given.
+        final_norm: the LLM's last norm, [.., D] -> [.., D], which makes hidden states what its head reads.
+        entry: what entered the LLM, if the method's `needs` ask for "embeddings".
     """
 
     layer: int
@@ -228,6 +272,8 @@ class LayerAttention:
     project: Callable[[Tensor | None], Tensor]
     bias: Callable[[Tensor], Tensor]
     softcap: float | None = None
+    final_norm: Callable[[Tensor], Tensor] | None = None
+    entry: Entry | None = None
 
     def q(self, rows: Tensor) -> Tensor:
         """[B, H, R, D]: queries of rows [B, R]."""
@@ -281,7 +327,8 @@ class VLMReducer:
     Attributes:
         reads_reduced: whether `features` can do with blocks of the vision tower, and with features, where tokens are missing
             that were merged or dropped in the tower before. Asked only of methods with `tower_blocks`.
-        needs: {"attention"} if decisions in front of decoder layers look at attention probabilities, else empty.
+        needs: "attention" if decisions in front of decoder layers look at a layer's attention; also "embeddings" if they look
+            at what entered the LLM.
         exact: whether the counts below are exact; False = upper bounds, the true numbers depend on the images or the text.
     """
 
@@ -311,7 +358,7 @@ class VLMReducer:
         """
         raise NotImplementedError
 
-    def keep(self, x: Tensor, layout: Layout, attention: LayerAttention | None, at: Site) -> Tensor | None:
+    def keep(self, x: Tensor, layout: Layout, attention: LayerAttention | None, at: Site) -> Tensor | Fold | None:
         """Decides in front of a decoder layer, while the prompt is read; `None` = all tokens stay.
 
         Args:
@@ -322,6 +369,7 @@ class VLMReducer:
 
         Returns:
             [B, L] bool; only the values at visual tokens count, text always stays. Rows may keep different numbers, also none.
+            A `Fold` (not in front of layer 0) averages tokens that leave into ones that stay.
         """
         raise NotImplementedError
 
@@ -333,8 +381,8 @@ class VLMReducer:
         """Multiply-accumulates of the matrix products that `features` makes for an image (or video) of n tokens."""
         return 0
 
-    def layer_count(self, at: Site, visual: int) -> int:
-        """Visual tokens of a prompt that go on at a decoder site when so many arrive."""
+    def layer_count(self, at: Site, visual: int, entered: int) -> int:
+        """Visual tokens of a prompt that go on at a decoder site when so many arrive, of those that entered the LLM."""
         return visual
 
     def layer_macs(self, at: Site, visual: int, text: int) -> int:

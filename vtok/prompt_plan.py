@@ -43,11 +43,13 @@ def planned(model: nn.Module, vlm: VLM, pruner: Pruner, prompt: Prompt) -> Promp
         selection, exact = chooser.feature_macs(stays, layout), chooser.exact
         stays = chooser.feature_count(stays, layout)
     visual, tokens, reductions = prompt.images * stays, [], {}
+    entered = visual
     for layer in range(vlm.info.depth):
         if layer in pruner.layers:
             site, reducer = pruner.layers[layer]
             reductions[layer] = float(reducer.layer_macs(site, visual, prompt.text_tokens))
-            visual, exact = reducer.layer_count(site, visual), exact and reducer.exact
+            visual, exact = reducer.layer_count(site, visual, entered), exact and reducer.exact
+        entered = visual if layer == 0 else entered
         tokens.append((float(visual + prompt.text_tokens), float(visual)))
     whole = float(prompt.images * image.tokens + prompt.text_tokens)
     return prompt_estimate(

@@ -118,7 +118,7 @@ class FastVReducer(VLMReducer):
         config = self.config
         return attended(last_query_attention(attention, layout), layout.visual, config.keep, config.keep_tokens)
 
-    def layer_count(self, at: Site, visual: int) -> int:
+    def layer_count(self, at: Site, visual: int, entered: int) -> int:
         return self.config.count(visual)
 
     def layer_macs(self, at: Site, visual: int, text: int) -> int:

@@ -21,6 +21,7 @@ from vtok.patches.hf_vlm_install import pruner_of
 METHODS: dict[str, dict[str, Any]] = {
     "divprune": {"keep": 0.4},
     "fastv": {"keep": 0.4},
+    "pyramiddrop": {},
 }
 # Where a batch can be taken apart: each prompt with its own images.
 ROWS = ["LLaVA-1.5", "LLaVA-NeXT", "Qwen2.5-VL", "InternVL", "Gemma3", "PaliGemma"]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vtok.methods.divprune import DivPrune
     from vtok.methods.fastv import FastV
     from vtok.methods.pitome import PiToMe
+    from vtok.methods.pyramiddrop import PyramidDrop
     from vtok.methods.random_drop import RandomDrop
     from vtok.methods.todre import ToDRE
     from vtok.methods.tome import ToMe
@@ -42,6 +43,7 @@ _CONFIGS = {
     "DivPrune": "divprune",
     "FastV": "fastv",
     "PiToMe": "pitome",
+    "PyramidDrop": "pyramiddrop",
     "RandomDrop": "random",
     "ToDRE": "todre",
     "ToMe": "tome",
@@ -62,6 +64,7 @@ __all__ = [
     "MissingExtraError",
     "PiToMe",
     "Prompt",
+    "PyramidDrop",
     "RandomDrop",
     "StateError",
     "ToDRE",

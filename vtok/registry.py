@@ -98,6 +98,7 @@ METHODS: Registry[Any] = Registry(
         "divprune": "vtok.methods.divprune:DivPrune",
         "fastv": "vtok.methods.fastv:FastV",
         "pitome": "vtok.methods.pitome:PiToMe",
+        "pyramiddrop": "vtok.methods.pyramiddrop:PyramidDrop",
         "random": "vtok.methods.random_drop:RandomDrop",
         "todre": "vtok.methods.todre:ToDRE",
         "tome": "vtok.methods.tome:ToMe",

@@ -21,8 +21,12 @@ from vtok.patches.hf_vlm_install import pruner_of
 METHODS: dict[str, dict[str, Any]] = {
     "divprune": {"keep": 0.4},
     "fastv": {"keep": 0.4},
+    "dart": {"keep": 0.6, "visual_pivots": 2, "text_pivots": 1},
+    "sparsevlm": {},
     "pyramiddrop": {},
 }
+# Least share of the stated MACs of deciding that a counter finds: SparseVLM's are a bound, as if all text rated.
+FOUND = {"sparsevlm": 0.3}
 # Where a batch can be taken apart: each prompt with its own images.
 ROWS = ["LLaVA-1.5", "LLaVA-NeXT", "Qwen2.5-VL", "InternVL", "Gemma3", "PaliGemma"]
 
@@ -31,13 +35,12 @@ def patched(name: str, method: str, **params: Any) -> Any:
     return vtok.patch(build(name, kernel_of(name)), method, **{**METHODS[method], **params})
 
 
-def alive(model: Any, values: dict[str, Tensor]) -> dict[int, Tensor]:
-    """What a patched model let into every decoder layer of these prompts, read off its last pass."""
-    with torch.no_grad():
-        model(**values)
+def alive(model: Any, values: dict[str, Tensor]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """What a patched model let into every decoder layer of these prompts, and what it averaged in front of it."""
+    generate(model, values, steps=1)
     (vlm,) = find(model)
     last = pruner_of(vlm).last
-    return vlm_oracle._alive(last, len(vlm.text.layers))
+    return vlm_oracle._alive(last, len(vlm.text.layers)), vlm_oracle.folds(last)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -45,13 +48,13 @@ def alive(model: Any, values: dict[str, Tensor]) -> dict[int, Tensor]:
 def test_generation(name: str, method: str) -> None:
     """With a cache, without one, and with beams: the masked whole prompt says what comes out."""
     values, model = inputs(name), patched(name, method)
-    layers = alive(model, values)
+    layers, into = alive(model, values)
     assert not all(bool(rows.all()) for rows in layers.values())
 
     def beams(asked: Any) -> Tensor:
         return asked.generate(**copy.copy(values), max_new_tokens=4, num_beams=2, do_sample=False)
 
-    with MaskOracle(build(name, kernel_of(name)), layers) as oracle:
+    with MaskOracle(build(name, kernel_of(name)), layers, into) as oracle:
         expected, ranked = generate(oracle.model, values, steps=5), beams(oracle.model)
     assert_same(generate(model, values, steps=5), expected)
     assert_same(generate(model, values, steps=5, use_cache=False), expected)
@@ -98,7 +101,8 @@ def test_the_counter_finds_what_the_closed_form_says(method: str) -> None:
     model = patched("LLaVA-1.5", method)
     counted = count_prompt_macs(model, values)
     found = vtok.info(model).prompts[0].estimate
-    assert abs(counted.reduction - found.reduction_macs) <= 0.02 * found.reduction_macs
+    assert counted.reduction <= 1.02 * found.reduction_macs
+    assert counted.reduction >= FOUND.get(method, 0.98) * found.reduction_macs
 
 
 @pytest.mark.parametrize("method", METHODS)

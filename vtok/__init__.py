@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from vtok.methods.atp import ATP
     from vtok.methods.ats import ATS
     from vtok.methods.correlation import Correlation
+    from vtok.methods.dart import DART
     from vtok.methods.divprune import DivPrune
     from vtok.methods.fastv import FastV
     from vtok.methods.pitome import PiToMe
     from vtok.methods.pyramiddrop import PyramidDrop
     from vtok.methods.random_drop import RandomDrop
+    from vtok.methods.sparsevlm import SparseVLM
     from vtok.methods.todre import ToDRE
     from vtok.methods.tome import ToMe
     from vtok.methods.uniform_grid import UniformGrid
@@ -40,11 +42,13 @@ _CONFIGS = {
     "ATP": "atp",
     "ATS": "ats",
     "Correlation": "correlation",
+    "DART": "dart",
     "DivPrune": "divprune",
     "FastV": "fastv",
     "PiToMe": "pitome",
     "PyramidDrop": "pyramiddrop",
     "RandomDrop": "random",
+    "SparseVLM": "sparsevlm",
     "ToDRE": "todre",
     "ToMe": "tome",
     "UniformGrid": "uniform",
@@ -55,6 +59,7 @@ __all__ = [
     "ADAPTERS",
     "ATP",
     "ATS",
+    "DART",
     "METHODS",
     "BudgetError",
     "ConfigError",
@@ -66,6 +71,7 @@ __all__ = [
     "Prompt",
     "PyramidDrop",
     "RandomDrop",
+    "SparseVLM",
     "StateError",
     "ToDRE",
     "ToMe",

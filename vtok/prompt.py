@@ -385,6 +385,9 @@ class VLMReducer:
         """Visual tokens of a prompt that go on at a decoder site when so many arrive, of those that entered the LLM."""
         return visual
 
-    def layer_macs(self, at: Site, visual: int, text: int) -> int:
-        """Multiply-accumulates that deciding at a decoder site costs for a prompt of so many tokens, the probe's included."""
+    def layer_macs(self, at: Site, visual: int, text: int, entered: int) -> int:
+        """Multiply-accumulates that deciding at a decoder site costs for a prompt of so many tokens, the probe's included.
+
+        entered: visual tokens that entered the LLM.
+        """
         return 0

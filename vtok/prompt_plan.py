@@ -47,7 +47,7 @@ def planned(model: nn.Module, vlm: VLM, pruner: Pruner, prompt: Prompt) -> Promp
     for layer in range(vlm.info.depth):
         if layer in pruner.layers:
             site, reducer = pruner.layers[layer]
-            reductions[layer] = float(reducer.layer_macs(site, visual, prompt.text_tokens))
+            reductions[layer] = float(reducer.layer_macs(site, visual, prompt.text_tokens, entered))
             visual, exact = reducer.layer_count(site, visual, entered), exact and reducer.exact
         entered = visual if layer == 0 else entered
         tokens.append((float(visual + prompt.text_tokens), float(visual)))
@@ -81,7 +81,7 @@ def measured(
     def cost(total: list[int], visual: list[int]) -> PromptEstimate:
         """Of the whole prompt (first), then of what enters each layer."""
         reductions = {
-            layer: float(reducer.layer_macs(site, visual[layer], total[layer] - visual[layer]))
+            layer: float(reducer.layer_macs(site, visual[layer], total[layer] - visual[layer], visual[1]))
             for layer, (site, reducer) in pruner.layers.items()
         }
         tokens = [(float(n), float(v)) for n, v in zip(total[1:], visual[1:])]

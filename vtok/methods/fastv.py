@@ -121,5 +121,5 @@ class FastVReducer(VLMReducer):
     def layer_count(self, at: Site, visual: int, entered: int) -> int:
         return self.config.count(visual)
 
-    def layer_macs(self, at: Site, visual: int, text: int) -> int:
+    def layer_macs(self, at: Site, visual: int, text: int, entered: int) -> int:
         return self.info.probe_macs(1, visual + text)

@@ -140,5 +140,5 @@ class PyramidDropReducer(VLMReducer):
     def layer_count(self, at: Site, visual: int, entered: int) -> int:
         return min(visual, max(1, math.floor(entered * dict(self.stages)[at.index])))
 
-    def layer_macs(self, at: Site, visual: int, text: int) -> int:
+    def layer_macs(self, at: Site, visual: int, text: int, entered: int) -> int:
         return self.info.probe_macs(1, visual + text)

@@ -244,7 +244,7 @@ class ToDREReducer(VLMReducer):
         looked = 0 if facts is None else _class_macs(facts) * len(_candidates(views))
         return (count - 1) * n * self.info.width + looked
 
-    def layer_macs(self, at: Site, visual: int, text: int) -> int:
+    def layer_macs(self, at: Site, visual: int, text: int, entered: int) -> int:
         """Of a prompt whose text stands behind one image; where images see text, their rows are asked as well."""
         summed = text * self.info.num_heads * (visual + text)  # over the visual keys
         return self.info.probe_macs(text, visual + text) + summed

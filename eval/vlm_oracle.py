@@ -21,7 +21,7 @@ from vtok.patches import vlm_tower
 from vtok.patches.decoder_pass import Counts, Pruner
 from vtok.patches.hf_vlm import VLM, find
 from vtok.patches.hf_vlm_install import pruner_of
-from vtok.prompt import folded
+from vtok.reduction import folded
 
 TOLERANCE = 1e-5  # of the largest logit, in float32
 NOTHING = "no token was taken away"

@@ -19,7 +19,7 @@ from torch import Tensor
 from vtok.errors import StateError, UnsupportedModelError
 from vtok.patches import decoder_masks as masks
 from vtok.patches import hf_features as hf
-from vtok.patches.decoder_layout import in_order, layout_of
+from vtok.patches.decoder_layout import decided, in_order, layout_of
 from vtok.patches.decoder_pass import Pass, Pruner, Recorded, TowerCall, recorded
 from vtok.patches.decoder_probe import layer_attention
 from vtok.patches.decoder_state import (
@@ -38,7 +38,8 @@ from vtok.patches.decoder_state import (
 )
 from vtok.patches.precision import full_precision
 from vtok.patches.swap import Hook
-from vtok.prompt import Entry, Fold, Layout, folded
+from vtok.prompt import Entry, Layout
+from vtok.reduction import Fold, folded
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -259,34 +260,17 @@ class BeforeLayer(PrunerHook):
 
     def _drop(self, x: Tensor, running: Pass, state: PromptState) -> Tensor | None:
         """The tokens that go on [B, M, D]; `None` = all."""
-        site, reducer = self.pruner.layers[self.index]
         stage = state.at(self.index)
         layout = layout_of(x, running, state, stage)
-        column, visual, real = layout.column, layout.visual, layout.real
         entry = stage.entry if stage is not None and stage is not state.before else in_order(x)
-        assert running.plan is not None
-        if running.replays:
-            keep, into = running.plan.at(self.index, column), running.plan.folds(self.index, column)
-        else:
-            attention = running.probes.get(reducer.probe(site)) if "attention" in reducer.needs else None
-            with torch.no_grad(), full_precision(x.device.type):
-                found = reducer.keep(x.detach(), layout, attention, site)
-            keep, into = found if isinstance(found, Fold) else (found, None)
-        if keep is None or bool((keep | ~visual).all()):
+        keep, into = decided(x, layout, *self.pruner.layers[self.index], running)
+        if keep is None or bool((keep | ~layout.visual).all()):
             return None
-        keep, length, gone = keep | ~visual, state.length, None
-        if into is not None:
-            gone = to_columns(into, column, length)
-            x = folded(x, into)
-        if not running.replays:
-            whole = torch.ones(len(x), length + 1, dtype=torch.bool, device=x.device)
-            running.plan.keep[self.index] = whole.scatter(1, column.where(column >= 0, length), keep)[:, :length]
-            if gone is not None:
-                running.plan.into[self.index] = gone
-        rows, padded = compact(keep & real)
-        left = [t.gather(1, rows.clamp_min(0)).masked_fill(rows < 0, -1) for t in (column, entry)]
+        gone = None if into is None else to_columns(into, layout.column, state.length)
+        rows, padded = compact((keep | ~layout.visual) & layout.real)
+        left = [t.gather(1, rows.clamp_min(0)).masked_fill(rows < 0, -1) for t in (layout.column, entry)]
         state.between[self.index] = Stage(left[0], left[1], padded, gone)
-        return take(x, rows, 1)
+        return take(x if into is None else folded(x, into), rows, 1)
 
 
 def _prompt_kwargs(

@@ -1,4 +1,4 @@
-"""What the columns of a sequence inside the LLM are, for the methods that decide which of them go on.
+"""What the columns of a sequence inside the LLM are, and what methods decide about them in front of a layer.
 
 Shapes: B rows, L columns of the sequence.
 """
@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from vtok.patches.decoder_pass import Pass
-from vtok.patches.decoder_state import PromptState, Stage, take
-from vtok.prompt import Layout
+from vtok.patches.decoder_state import PromptState, Stage, take, to_columns
+from vtok.patches.precision import full_precision
+from vtok.prompt import Layout, VLMReducer
+from vtok.reduction import Fold
+from vtok.state import Site
 
 
 def in_order(x: Tensor) -> Tensor:
@@ -25,6 +28,37 @@ def layout_of(x: Tensor, running: Pass, state: PromptState, stage: Stage | None)
     real = take(state.real, column, 1) & (column >= 0)
     visual = take(running.visual, column, 1) & real
     return Layout(visual, real, column, state.length, running.visual, entered=_entered(running, state))
+
+
+def decided(x: Tensor, layout: Layout, site: Site, reducer: VLMReducer, running: Pass) -> tuple[Tensor | None, Tensor | None]:
+    """What a method, or the record of an earlier pass, says in front of a decoder layer; a new decision is recorded.
+
+    Args:
+        x: [B, L, D], what enters the layer.
+        layout: of its columns.
+        site: in front of the layer.
+        reducer: of the method.
+        running: the pass.
+
+    Returns:
+        (keep [B, L] bool or `None` = all stay; into [B, L] as in `Fold`, or `None`).
+    """
+    plan, layer = running.plan, site.index
+    assert plan is not None
+    if running.replays:
+        return plan.at(layer, layout.column), plan.folds(layer, layout.column)
+    attention = running.probes.get(reducer.probe(site)) if "attention" in reducer.needs else None
+    with torch.no_grad(), full_precision(x.device.type):
+        found = reducer.keep(x.detach(), layout, attention, site)
+    keep, into = found if isinstance(found, Fold) else (found, None)
+    if keep is not None:
+        length, column = layout.length, layout.column
+        whole = torch.ones(len(x), length + 1, dtype=torch.bool, device=x.device)
+        stays = keep | ~layout.visual
+        plan.keep[layer] = whole.scatter(1, column.where(column >= 0, length), stays)[:, :length]
+    if into is not None:
+        plan.into[layer] = to_columns(into, layout.column, layout.length)
+    return keep, into
 
 
 def _entered(running: Pass, state: PromptState) -> Tensor | None:

@@ -29,7 +29,7 @@ class Stage(NamedTuple):
             dropped before the LLM, of what enters the LLM (E columns) for what is dropped later.
         padded: whether some slot is padding.
         into: [B, L] int64, column of the prompt that each column was averaged into, itself included, -1 = none; `None` =
-            nothing was (see `vtok.prompt.Fold`).
+            nothing was (see `vtok.reduction.Fold`).
     """
 
     column: Tensor
@@ -175,7 +175,7 @@ def to_columns(into: Tensor, column: Tensor, length: int) -> Tensor:
     """Places that tokens are folded into [B, M] -> the same as columns of the prompt [B, length], -1 = not folded.
 
     Args:
-        into: [B, M] int64, see `vtok.prompt.Fold`.
+        into: [B, M] int64, see `vtok.reduction.Fold`.
         column: [B, M] int64, of each place, -1 = padding.
         length: columns of the prompt.
     """

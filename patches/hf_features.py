@@ -17,6 +17,7 @@ from torch import Tensor
 from vtok.errors import StateError, UnsupportedModelError
 from vtok.ops.crops import Cut, ViewMap, view_map
 from vtok.patches import tower_taps, vlm_tower
+from vtok.patches.hf_text import PromptTexts
 from vtok.patches.precision import full_precision
 from vtok.prompt import ImageFeatures, TowerBlock, View, VLMReducer
 from vtok.reduction import Plan, apply_plan
@@ -119,6 +120,7 @@ def choose(
             encoded before the tower was patched.
     """
     outputs, rows, alive, layouts = dict(outputs), {}, {}, []
+    texts = PromptTexts(model, kwargs) if reducer is not None and reducer.reads_text and outputs else None
     for modality, output in outputs.items():
         images = feature_list(output)
         if holed:
@@ -148,7 +150,10 @@ def choose(
             patches = None if whole else torch.stack([left[i] for i in numbers])
             source = tower.source(numbers, tokens.device) if whole else None
             unreduced = 0 if whole else len(images[numbers[0]])
-            seen = ImageFeatures(tokens.detach(), parts, modality, tower.blocks(numbers), number, source, patches, unreduced)
+            text = None if texts is None else texts.of(modality, [len(x) for x in images], numbers)
+            seen = ImageFeatures(
+                tokens.detach(), parts, modality, tower.blocks(numbers), number, source, patches, unreduced, text
+            )
             with torch.no_grad(), full_precision(tokens.device.type):
                 plan = reducer.features(seen)
             if plan is None:

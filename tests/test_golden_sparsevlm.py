@@ -11,7 +11,8 @@ from torch import Tensor
 import vtok
 from vtok.methods import sparsevlm
 from vtok.ops.density_peaks import density_peaks
-from vtok.prompt import Entry, Fold, LayerAttention, Layout, folded
+from vtok.prompt import Entry, LayerAttention, Layout
+from vtok.reduction import Fold, folded
 from vtok.state import Place, Site
 
 

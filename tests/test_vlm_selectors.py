@@ -21,6 +21,7 @@ from vtok.patches.hf_vlm_install import pruner_of
 METHODS: dict[str, dict[str, Any]] = {
     "divprune": {"keep": 0.4},
     "fastv": {"keep": 0.4},
+    "cdpruner": {"keep": 0.4},
     "dart": {"keep": 0.6, "visual_pivots": 2, "text_pivots": 1},
     "sparsevlm": {},
     "pyramiddrop": {},

@@ -24,6 +24,7 @@ from vtok.registry import ADAPTERS, METHODS
 if TYPE_CHECKING:
     from vtok.methods.atp import ATP
     from vtok.methods.ats import ATS
+    from vtok.methods.cdpruner import CDPruner
     from vtok.methods.correlation import Correlation
     from vtok.methods.dart import DART
     from vtok.methods.divprune import DivPrune
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _CONFIGS = {
     "ATP": "atp",
     "ATS": "ats",
+    "CDPruner": "cdpruner",
     "Correlation": "correlation",
     "DART": "dart",
     "DivPrune": "divprune",
@@ -62,6 +64,7 @@ __all__ = [
     "DART",
     "METHODS",
     "BudgetError",
+    "CDPruner",
     "ConfigError",
     "Correlation",
     "DivPrune",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vtok.ops.crops import ViewMap
-from vtok.reduction import Plan
+from vtok.reduction import Fold, Plan
 from vtok.state import AttentionView, Site, at_least_fp32
 
 _ROWS_AT_ONCE = 64  # query rows whose probabilities are held at a time
@@ -138,6 +138,19 @@ class TowerBlock:
         return self.project()
 
 
+class PromptText(NamedTuple):
+    """The text that is asked about B images, as the LLM embeds it.
+
+    Attributes:
+        embeds: [B, T, D], embeddings of the text behind the first visual token of the prompt that an image belongs to, words of
+            a chat template included; of all text where none is behind it.
+        real: [B, T] bool, False = padding.
+    """
+
+    embeds: Tensor
+    real: Tensor
+
+
 class ImageFeatures(NamedTuple):
     """Visual tokens of B images that are laid out alike, as the model's own `get_image_features` returns them.
 
@@ -154,6 +167,7 @@ class ImageFeatures(NamedTuple):
             no token is missing.
         unreduced: how many these are (a class token among them, where the model keeps it); 0 = no token is missing.
         source: how patches of these views became visual tokens, where the model's adapter knows; else `None`.
+        text: of the prompts that the images belong to, for a method that `reads_text`; `None` = not asked for, or not known.
     """
 
     tokens: Tensor
@@ -164,6 +178,7 @@ class ImageFeatures(NamedTuple):
     source: ViewMap | None = None
     patches: Tensor | None = None
     unreduced: int = 0
+    text: PromptText | None = None
 
 
 class Layout(NamedTuple):
@@ -228,29 +243,6 @@ class Entry(NamedTuple):
 
     x: Tensor
     layout: Layout
-
-
-class Fold(NamedTuple):
-    """What `VLMReducer.keep` returns if some of the tokens that leave are to go on inside ones that stay.
-
-    Attributes:
-        keep: [B, L] bool, as without folding.
-        into: [B, L] int64, the place (0 .. L-1) of a token that stays, whose hidden state becomes the plain mean of all tokens
-            that name it, itself being one of them; -1 = not folded.
-    """
-
-    keep: Tensor
-    into: Tensor
-
-
-def folded(x: Tensor, into: Tensor) -> Tensor:
-    """[B, L, D]: x with every token that others are folded into replaced by the mean, taken in at least fp32; see `Fold`."""
-    named = into >= 0
-    place = into.clamp_min(0)
-    wide = at_least_fp32(x)
-    count = torch.zeros_like(into).scatter_add(1, place, named.long())
-    total = torch.zeros_like(wide).scatter_add(1, place[..., None].expand_as(wide), wide * named[..., None])
-    return torch.where((count > 0)[..., None], (total / count.clamp_min(1)[..., None]).to(x.dtype), x)
 
 
 @dataclass(frozen=True)
@@ -340,6 +332,11 @@ class VLMReducer:
     def tower_blocks(self) -> tuple[int, ...]:
         """0-based blocks of the vision tower whose attention `features` looks at; nothing is kept of others."""
         return ()
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether `features` looks at the text of the prompts."""
+        return False
 
     @property
     def sites(self) -> tuple[Site, ...]:

@@ -46,6 +46,29 @@ class Plan(NamedTuple):
         return self.src is not None or self.near is not None
 
 
+class Fold(NamedTuple):
+    """Which tokens stay in front of a layer of an LLM, where some of those that leave go on inside ones that stay.
+
+    Attributes:
+        keep: [B, L] bool.
+        into: [B, L] int64, the place (0 .. L-1) of a token that stays, whose hidden state becomes the plain mean of all tokens
+            that name it, itself being one of them; -1 = not folded.
+    """
+
+    keep: Tensor
+    into: Tensor
+
+
+def folded(x: Tensor, into: Tensor) -> Tensor:
+    """[B, L, D]: x [B, L, D] with every token that others are folded into replaced by the mean, taken in at least fp32."""
+    named = into >= 0
+    place = into.clamp_min(0)
+    wide = at_least_fp32(x)
+    count = torch.zeros_like(into).scatter_add(1, place, named.long())
+    total = torch.zeros_like(wide).scatter_add(1, place[..., None].expand_as(wide), wide * named[..., None])
+    return torch.where((count > 0)[..., None], (total / count.clamp_min(1)[..., None]).to(x.dtype), x)
+
+
 def apply_plan(x: Tensor, state: TokenState, plan: Plan) -> tuple[Tensor, TokenState]:
     """Moves the tokens and everything known about them.
 

@@ -94,6 +94,7 @@ METHODS: Registry[Any] = Registry(
     {
         "atp": "vtok.methods.atp:ATP",
         "ats": "vtok.methods.ats:ATS",
+        "cdpruner": "vtok.methods.cdpruner:CDPruner",
         "correlation": "vtok.methods.correlation:Correlation",
         "dart": "vtok.methods.dart:DART",
         "divprune": "vtok.methods.divprune:DivPrune",

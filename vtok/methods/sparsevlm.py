@@ -35,7 +35,8 @@ from vtok.methods.stages import check_stages, shares
 from vtok.ops.density_peaks import density_peaks
 from vtok.ops.rows import rows_where, take_rows
 from vtok.ops.selection import kept_counts, kept_tokens, largest
-from vtok.prompt import Entry, Fold, LayerAttention, Layout, VLMInfo, VLMReducer
+from vtok.prompt import Entry, LayerAttention, Layout, VLMInfo, VLMReducer
+from vtok.reduction import Fold
 from vtok.space import Blocks, Ladder, Point, Space
 from vtok.state import Place, Site, at_least_fp32
 

@@ -70,4 +70,4 @@ def _entered(running: Pass, state: PromptState) -> Tensor | None:
         there = torch.zeros(len(visual), state.length + 1, dtype=torch.bool, device=visual.device)
         there = there.scatter(1, before.column.where(before.column >= 0, state.length), True)
         running.memo[key] = there[:, : state.length] & visual
-    return running.memo[key]  # type: ignore[no-any-return]
+    return running.memo[key]

@@ -54,7 +54,9 @@ class PromptTexts:
             counts: features of every image, in the order of the placeholders.
             numbers: which images.
         """
-        row = (self.ids == self.tokens[modality]).nonzero()[:, 0]
+        token = self.tokens[modality]
+        assert token is not None
+        row = torch.eq(self.ids, token).nonzero()[:, 0]
         first = [0, *itertools.accumulate(counts)]
         if first[-1] != len(row):
             return None

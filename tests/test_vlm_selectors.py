@@ -5,6 +5,9 @@ over every family of models is checked with the support matrix."""
 from __future__ import annotations
 
 import copy
+import dataclasses
+import itertools
+import random
 from typing import Any
 
 import pytest
@@ -17,6 +20,9 @@ import vtok
 from vtok.eval import vlm_oracle
 from vtok.patches.hf_vlm import find
 from vtok.patches.hf_vlm_install import pruner_of
+from vtok.prompt import View
+from vtok.space import draw
+from vtok.state import Place
 
 METHODS: dict[str, dict[str, Any]] = {
     "divprune": {"keep": 0.4},
@@ -119,6 +125,71 @@ def test_budgets_and_files(method: str, tmp_path: Any) -> None:
     other, values = vtok.patch(build("LLaVA-1.5"), tmp_path / "run.json"), inputs("LLaVA-1.5")
     assert vtok.info(other).prompts[0].configs == (config,)
     assert torch.equal(generate(other, values, steps=2)[1], generate(model, values, steps=2)[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ladders_start_with_a_no_op_and_never_ease(method: str) -> None:
+    """A FLOPs budget is found by bisection over this order; so it is for every schedule that a search may draw."""
+    (vlm,) = find(build("LLaVA-1.5"))
+    info, config = dataclasses.replace(vlm.info, depth=32), vtok.METHODS.get(method)()
+    steps = [config.ladder_vlm(info)]
+    try:
+        space = config.search_space_vlm(info)
+    except vtok.ConfigError:
+        assert method in ("cdpruner", "divprune")  # they act once, in one place
+        space = {}
+    if space:
+        points = [draw(space, random.Random(seed)) for seed in range(3)]
+        steps += [config.ladder_at_vlm(info, point) for point in points]
+        assert len({repr(ladder[1].build_vlm(info).sites) for ladder in steps}) > 1
+    for ladder in steps:
+        before = None
+        for config in ladder[:: max(1, len(ladder) // 200)]:
+            reducer, visual = config.build_vlm(info), 576
+            assert before is not None or reducer.sites == ()
+            left = []
+            for site in reducer.sites:
+                if site.place is Place.IMAGE_FEATURES:
+                    visual = reducer.feature_count(visual, (View(0, 24, 24),))
+                else:
+                    visual = reducer.layer_count(site, visual, 576)
+                left.append(visual)
+            assert not before or all(a >= b for a, b in zip(before, left))
+            before = left
+        assert before is not None and before[-1] < 30
+
+
+@pytest.mark.parametrize("name", ["LLaVA-1.5", "Qwen2.5-VL"])
+@pytest.mark.parametrize(
+    "methods",
+    [
+        ("divprune", "pyramiddrop"),
+        ("cdpruner", "fastv"),
+        ("divprune", "sparsevlm"),
+        ("fastv", "todre"),
+        pytest.param(("tome", "dart"), marks=pytest.mark.slow),
+    ],
+)
+def test_together(name: str, methods: tuple[str, str]) -> None:
+    """What one leaves is what the next sees; counts are those of the plan."""
+    values, params = inputs(name), {"todre": {"keep": 1.0, "tau": 1.0}, "tome": {"r": 2}, **METHODS}
+    if name == "Qwen2.5-VL" and "tome" in methods:
+        pytest.skip("its tower runs all images as one sequence")
+    configs = [vtok.METHODS.get(method).create(**params[method]) for method in methods]
+    model = vtok.patch(build(name), configs)
+    one = row_of(name, values, 1)
+    with torch.no_grad():
+        model(**one)
+    rows = vtok.info(model).prompts[0].rows
+    assert len(rows) >= 2 and all(a.tokens_out[0] > b.tokens_out[0] for a, b in itertools.pairwise(rows))
+    if name == "LLaVA-1.5":
+        text = int((one["input_ids"] != 119).sum())
+        planned = vtok.plan(build(name), configs, prompt={"images": 1, "text_tokens": text}).estimate
+        found = vtok.info(model).prompts[0].estimate
+        pairs = [(a.visual, b.visual) for a, b in zip(planned.layers, found.layers)]
+        assert all(a == b if planned.exact else a >= b for a, b in pairs), pairs
+    evidence = vlm_oracle.check_prompts(model, values)
+    assert evidence.fault is None, evidence
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -80,6 +80,37 @@ def test_a_batch_is_its_rows(name: str, method: str) -> None:
         assert [row.tokens_out[0] for row in vtok.info(model).prompts[0].rows] == [row.tokens_out[b] for row in rows]
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_without_an_image_and_padding_on_either_side(method: str, side: str) -> None:
+    """Also a prompt of nothing but two images and a word, and one of two words."""
+    generator = torch.Generator().manual_seed(0)
+
+    def words(count: int) -> list[int]:
+        return torch.randint(3, 110, (count,), generator=generator).tolist()
+
+    pixels = torch.randn(3, 3, 16, 16, generator=generator)
+    rows = [[1, *words(3), *[119] * 16, *words(7)], [1, *words(5)], [*[119] * 16, *words(1), *[119] * 16], words(2)]
+    shown = [pixels[:1], None, pixels[1:], None]
+    longest = max(map(len, rows))
+    left = side == "left"
+    ids = torch.tensor([[0] * (longest - len(r)) + r if left else r + [0] * (longest - len(r)) for r in rows])
+    gaps = [[False] * (longest - len(r)) for r in rows]
+    real = torch.tensor([gap + [True] * len(r) if left else [True] * len(r) + gap for gap, r in zip(gaps, rows)])
+    model = patched("LLaVA-1.5", method)
+    with torch.no_grad():
+        together = model(input_ids=ids, attention_mask=real.long(), pixel_values=pixels).logits
+        for b, row in enumerate(rows):
+            pictures = {} if shown[b] is None else {"pixel_values": shown[b]}
+            alone = model(input_ids=torch.tensor([row]), attention_mask=torch.ones(1, len(row), dtype=torch.long), **pictures)
+            first = 0
+            if pictures:  # what is dropped in front of the first token that stays has no output of its own
+                (vlm,) = find(model)
+                first = int(vlm_oracle._alive(pruner_of(vlm).last, 4)[3][0].int().argmax())
+            found, expected = together[b][real[b]][first:], alone.logits[0, first:]
+            assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_counts_are_those_of_the_plan(method: str) -> None:
     """One image of 16 visual tokens and 24 other tokens; the bits are back afterwards."""

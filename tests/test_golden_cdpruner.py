@@ -111,7 +111,7 @@ def test_what_a_model_keeps() -> None:
     text = PromptText(words, torch.ones(2, 6, dtype=torch.bool))
     images = ImageFeatures(tokens, (View(0, 5, 8),), text=text)
     chosen = []
-    for params in ({}, {"relevance": "none"}, {"sign": -1}, {"theta": 0.9}):
+    for params in ({}, {"relevance": "none"}, {"sign": 1}, {"theta": 0.9}):
         reducer = vtok.CDPruner(keep_tokens=10, **params).build_vlm(info(32))
         plan = reducer.features(images)
         assert plan is not None and plan.keep.shape == (2, 10)

@@ -15,7 +15,9 @@ Further differences:
 * Relevance is scaled within each image. The program scales over the whole batch, so that an image keeps other tokens in other
   company (`clip_relevance(joint=True)`).
 * The program keeps tokens of **low** similarity, although the paper says high: raw similarities of CLIP's patches are inverted,
-  as its authors answer (`sign=-1`). Embeddings are not CLIP's: the default here is `sign=1`.
+  as its authors answer. `sign=-1` does the same and is the default: of 800 test questions of easy-VQA the reference LLaVA, with
+  32 of its 256 visual tokens, answers 95.0 % with it, 91.1 % without relevance, 85.9 % with `sign=1` (all tokens: 97.5 %). That
+  is one small model; try both on yours.
 * Once the tokens taken span the rest, the program divides by zero and returns fewer; here the rest follows by relevance.
 * The program keeps k tokens of every crop of a fixed canvas; here all tokens of an image are one pool, newline tokens included.
 
@@ -54,7 +56,7 @@ class CDPruner(KeptShare):
         keep_tokens: the same as a count for every image, thumbnail and crops together (program: visual_token_num, 128, 64 or
             32; whole number >= 1); an image with fewer tokens keeps them all. Give one of the two.
         relevance: `"embeddings"` of the prompt's text behind the image (default; a reading of ours, see above), or `"none"`.
-        sign: 1, similar tokens are relevant (default); -1, unlike ones.
+        sign: -1, tokens unlike the text are relevant (default, see above); 1, similar ones.
         theta: weight of relevance against diversity in [0, 1); relevance r becomes exp(theta r / (2 (1 - theta))). Default
             `None` leaves r as it is, as the program does.
     """
@@ -63,7 +65,7 @@ class CDPruner(KeptShare):
     default_keep: ClassVar[float] = 1 / 9
 
     relevance: str = RELEVANCE[0]
-    sign: int = 1
+    sign: int = -1
     theta: float | None = None
 
     def __post_init__(self) -> None:

@@ -70,7 +70,8 @@ def layer_attention(
     def norm(x: Tensor) -> Tensor:
         assert final_norm is not None
         with torch.no_grad(), autocast():
-            return final_norm(x)
+            found: Tensor = final_norm(x)
+        return found.to(x.device)  # the layers of an LLM may be spread over devices
 
     softcap = getattr(attention, "attn_logit_softcapping", None)
     last = None if final_norm is None else norm

@@ -150,7 +150,7 @@ def choose(
             patches = None if whole else torch.stack([left[i] for i in numbers])
             source = tower.source(numbers, tokens.device) if whole else None
             unreduced = 0 if whole else len(images[numbers[0]])
-            text = None if texts is None else texts.of(modality, [len(x) for x in images], numbers)
+            text = None if texts is None else texts.of(modality, [len(x) for x in images], numbers, tokens.device)
             seen = ImageFeatures(
                 tokens.detach(), parts, modality, tower.blocks(numbers), number, source, patches, unreduced, text
             )

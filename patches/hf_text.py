@@ -45,7 +45,7 @@ class PromptTexts:
         columns, self.real = rows_where(chosen, max(1, int(chosen.sum(1).max())))
         self.embeds = model.get_input_embeddings()(ids.gather(1, columns)).detach()
 
-    def of(self, modality: str, counts: Sequence[int], numbers: Sequence[int]) -> PromptText | None:
+    def of(self, modality: str, counts: Sequence[int], numbers: Sequence[int], device: torch.device) -> PromptText | None:
         """For some of the images of a modality; `None` if placeholders and features differ in number, which the model says
         better.
 
@@ -53,6 +53,7 @@ class PromptTexts:
             modality: "image" or "video".
             counts: features of every image, in the order of the placeholders.
             numbers: which images.
+            device: where it is wanted.
         """
         token = self.tokens[modality]
         assert token is not None
@@ -61,4 +62,4 @@ class PromptTexts:
         if first[-1] != len(row):
             return None
         rows = row[torch.tensor([first[i] for i in numbers], device=row.device)]
-        return PromptText(self.embeds[rows], self.real[rows])
+        return PromptText(self.embeds[rows].to(device), self.real[rows].to(device))

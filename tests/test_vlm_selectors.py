@@ -190,22 +190,16 @@ def test_ladders_start_with_a_no_op_and_never_ease(method: str) -> None:
         assert before is not None and before[-1] < 30
 
 
-@pytest.mark.parametrize("name", ["LLaVA-1.5", "Qwen2.5-VL"])
+PAIRS = [("divprune", "pyramiddrop"), ("cdpruner", "fastv"), ("divprune", "sparsevlm"), ("fastv", "todre")]
+
+
 @pytest.mark.parametrize(
-    "methods",
-    [
-        ("divprune", "pyramiddrop"),
-        ("cdpruner", "fastv"),
-        ("divprune", "sparsevlm"),
-        ("fastv", "todre"),
-        pytest.param(("tome", "dart"), marks=pytest.mark.slow),
-    ],
+    ("name", "methods"),
+    [*itertools.product(["LLaVA-1.5", "Qwen2.5-VL"], PAIRS), ("LLaVA-1.5", ("tome", "dart"))],
 )
 def test_together(name: str, methods: tuple[str, str]) -> None:
     """What one leaves is what the next sees; counts are those of the plan."""
     values, params = inputs(name), {"todre": {"keep": 1.0, "tau": 1.0}, "tome": {"r": 2}, **METHODS}
-    if name == "Qwen2.5-VL" and "tome" in methods:
-        pytest.skip("its tower runs all images as one sequence")
     configs = [vtok.METHODS.get(method).create(**params[method]) for method in methods]
     model = vtok.patch(build(name), configs)
     one = row_of(name, values, 1)

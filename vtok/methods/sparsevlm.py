@@ -281,7 +281,7 @@ class SparseVLMReducer(VLMReducer):
 
 def _now(chosen: Tensor, then: Layout, layout: Layout) -> Tensor:
     """[B, L] bool: columns chosen among the E that entered the LLM [B, E], where they stand in front of a layer."""
-    length = then.length
+    length, device = then.length, layout.real.device  # layers may be spread over devices
     columns = torch.zeros(len(chosen), length + 1, dtype=torch.bool, device=chosen.device)
-    columns = columns.scatter(1, then.column.where(then.column >= 0, length), chosen)
+    columns = columns.scatter(1, then.column.where(then.column >= 0, length), chosen).to(device)
     return columns.gather(1, layout.column.where(layout.column >= 0, length)) & layout.real

@@ -43,7 +43,8 @@ class PromptTexts:
         behind = text & (visual.cumsum(1) > 0)
         chosen = torch.where(behind.any(1, keepdim=True), behind, text)
         columns, self.real = rows_where(chosen, max(1, int(chosen.sum(1).max())))
-        self.embeds = model.get_input_embeddings()(ids.gather(1, columns)).detach()
+        words = ids.gather(1, columns).masked_fill(~self.real, 0)  # a placeholder may lie outside the table of embeddings
+        self.embeds = model.get_input_embeddings()(words).detach()
 
     def of(self, modality: str, counts: Sequence[int], numbers: Sequence[int], device: torch.device) -> PromptText | None:
         """For some of the images of a modality; `None` if placeholders and features differ in number, which the model says

@@ -111,6 +111,16 @@ def test_clusters_by_a_loop_in_batches_of_unequal_rows() -> None:
         assert home[b, : points[b]].tolist() == homes
 
 
+def test_clusters_of_points_far_apart() -> None:
+    """Their densities are all 0 in float32, and still the choice is that of float64."""
+    x = 12 * torch.randn(2, 30, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    valid, three = torch.ones(2, 30, dtype=torch.bool), torch.tensor([3, 3])
+    for found, expected in zip(density_peaks(x.float(), three, 3, valid), density_peaks(x, three, 3, valid)):
+        assert_equal(found, expected)
+    near = torch.cdist(x[0], x[0]).topk(3, largest=False).values.square().sum(1) / 6 / 3
+    assert not (-near.float()).exp().gt(1e-30).all()
+
+
 def test_raters_where_no_text_follows() -> None:
     """Rows without an image, and with the image at the end: the last token rates; scores stay finite."""
     real = torch.ones(2, 8, dtype=torch.bool)

@@ -9,7 +9,9 @@ clusters (`tests/golden`). What differs:
 * The average of a cluster stands where its centre stood; in the program it follows on all kept tokens of the image.
 * Positions are kept. The program numbers the columns of each layer from 0 on, so that in decoding one token has another
   position in every layer.
-* Where densities are equal the first token counts as denser; the program adds noise, so that two runs may differ.
+* Where densities are equal the first token counts as denser. The program adds noise of up to 1e-6, so that two runs may differ:
+  with two clusters, tokens that are nearest to each other have equal densities, and noise chooses (it does in the golden
+  file). Densities too small for a float are told apart by their logarithms here.
 * Attention is worked out for the raters' rows alone; the program runs every layer with the full matrix.
 * A prompt without text behind its image is rated by its last token. All images of a prompt compete together.
 

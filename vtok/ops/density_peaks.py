@@ -34,15 +34,16 @@ def density_peaks(x: Tensor, clusters: Tensor, most: int, valid: Tensor, noise: 
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[2] ** 0.5
     near = distance.masked_fill(~both, float("inf")).topk(most, dim=2, largest=False).values.square().cumsum(2)
     last = (clusters - 1).clamp_min(0)[:, None, None].expand(-1, x.shape[1], 1)
-    density = (-near.gather(2, last)[..., 0] / clusters.clamp_min(1)[:, None]).exp()
+    density = -near.gather(2, last)[..., 0] / clusters.clamp_min(1)[:, None]  # its logarithm: it is soon too small for a float
     if noise is not None:
-        density = density + noise
+        density = (density.exp() + noise).log()
     first = torch.ones_like(both[0]).tril(-1)  # [i, j]: j stands in front of i
     mine, theirs = density[:, :, None], density[:, None]
     denser = ((theirs > mine) | ((theirs == mine) & first)) & both
     farthest = distance.masked_fill(~both, 0).amax((1, 2), keepdim=True)
     gap = torch.where(denser, distance, farthest).amin(2)
-    centre = (gap * density).masked_fill(~valid, float("-inf")).argsort(dim=1, descending=True, stable=True)[:, :most]
+    score = (gap.log() + density).clamp_min(torch.finfo(x.dtype).min).masked_fill(~valid, float("-inf"))
+    centre = score.argsort(dim=1, descending=True, stable=True)[:, :most]
     rank = torch.arange(most, device=x.device).expand_as(centre)
     real = rank < clusters[:, None]
     to_centre = distance.gather(1, centre[..., None].expand(-1, -1, x.shape[1]))  # [B, M, T]

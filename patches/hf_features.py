@@ -40,6 +40,8 @@ class Anatomy(Protocol):
     def view_counts(self) -> ViewCounts: ...
     @property
     def cuts(self) -> Cuts: ...
+    @property
+    def projector(self) -> str: ...
 
 
 class Chosen(NamedTuple):
@@ -148,7 +150,8 @@ def choose(
             patches = None if whole else torch.stack([left[i] for i in numbers])
             source = tower.source(numbers, tokens.device) if whole else None
             unreduced = 0 if whole else len(images[numbers[0]])
-            seen = ImageFeatures(tokens.detach(), parts, modality, tower.blocks(numbers), number, source, patches, unreduced)
+            blocks, connector = tower.blocks(numbers), projecting(model, anatomy.projector) if whole else None
+            seen = ImageFeatures(tokens.detach(), parts, modality, blocks, number, source, patches, unreduced, connector)
             with torch.no_grad(), full_precision(tokens.device.type):
                 plan = reducer.features(seen)
             if plan is None:
@@ -209,6 +212,16 @@ class _Towers:
         """How patches became tokens, for some of the images, all cut alike."""
         cuts = [cut for i in numbers if (cut := self.cuts[i]) is not None]
         return view_map(cuts, device) if cuts else None
+
+
+def projecting(model: Any, projector: str) -> Callable[[Tensor], Tensor] | None:
+    """What `ImageFeatures.connector` is on a model; `None` if it takes the tokens of several tower layers side by side."""
+    layers = getattr(model.config, "vision_feature_layer", -1)
+    if not projector or (isinstance(layers, Sequence) and len(set(layers)) > 1):
+        return None
+    child = getattr(model, projector)
+    kind = next((p.dtype for p in child.parameters() if p.is_floating_point()), None)
+    return lambda x: child(x if kind is None else x.to(kind))
 
 
 def _masks(plan: Plan, tokens: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from vtok.errors import UnsupportedModelError
 from vtok.patches import decoder_probe, hf_cuts, hf_views
+from vtok.patches.cost import linear_macs
 from vtok.patches.hf_features import Cuts, ViewCounts, Views
 from vtok.patches.hf_tables import TOWERS
 from vtok.patches.protocol import Tower, look_up, qualified_name
@@ -40,6 +41,8 @@ class VLMSpec:
         cuts: says how images were cut into these views.
         rotary_3d: whether positions are (time, height, width), which cannot be renumbered.
         connector: child between vision tower and LLM, if all there happens token by token; "" = the grid is needed.
+        projector: child that takes what leaves the tower's feature block, token by token, whatever joins its output afterwards; ""
+            = there is none.
         packed: whether the vision tower runs the patches of all images as one sequence.
     """
 
@@ -50,6 +53,7 @@ class VLMSpec:
     cuts: Cuts = hf_cuts.lone
     rotary_3d: bool = False
     connector: str = ""
+    projector: str = ""
     packed: bool = False
 
 
@@ -58,15 +62,18 @@ def _in(model: str) -> str:
 
 
 _PROJECTED = VLMSpec(grid=hf_views.tower_grid, connector="multi_modal_projector")
+_LLAVA = replace(_PROJECTED, projector="multi_modal_projector")
 _QWEN = VLMSpec(views=hf_views.frames, rotary_3d=True, packed=True)
 _IDEFICS = VLMSpec("text_model", hf_views.tiles, cuts=hf_cuts.rows)
-_ANYRES = VLMSpec(views=hf_views.any_resolution, view_counts=hf_views.crop_counts, cuts=hf_cuts.packed)
+_ANYRES = VLMSpec(
+    views=hf_views.any_resolution, view_counts=hf_views.crop_counts, cuts=hf_cuts.packed, projector="multi_modal_projector"
+)
 
 VLMS: dict[str, VLMSpec] = {
     _in("gemma3") + "Gemma3Model": VLMSpec(grid=hf_views.pooled_grid),
     _in("idefics3") + "Idefics3Model": _IDEFICS,
     _in("internvl") + "InternVLModel": VLMSpec(grid=hf_views.shuffled_grid, cuts=hf_cuts.tiles),
-    _in("llava") + "LlavaModel": _PROJECTED,
+    _in("llava") + "LlavaModel": _LLAVA,
     _in("llava_next") + "LlavaNextModel": _ANYRES,
     _in("llava_onevision") + "LlavaOnevisionModel": _ANYRES,
     _in("paligemma") + "PaliGemmaModel": _PROJECTED,
@@ -212,6 +219,7 @@ def _describe(path: str, module: Any, spec: VLMSpec) -> VLM:
         no_tower=no_tower,
         grid=spec.grid(module),
         crops=spec.cuts is not hf_cuts.lone,
+        connector_macs=linear_macs(getattr(module, spec.projector)) if spec.projector else 0,
     )
     return VLM(path, module, spec, info, {m: token for m, token in tokens.items() if token is not None}, tower)
 

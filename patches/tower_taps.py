@@ -14,7 +14,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +46,7 @@ class Caught:
         autocast: as it was when the block ran.
         state: of the tokens, if the tower is patched itself.
         prop_attn: whether attention sees the sizes of merged tokens then.
+        output: [V, N, C], what left the block.
     """
 
     block: Any
@@ -57,6 +58,7 @@ class Caught:
     autocast: Callable[[], AbstractContextManager]
     state: TokenState | None = None
     prop_attn: bool = False
+    output: Tensor | None = None
 
     def of(self, rows: Sequence[int]) -> TowerBlock:
         """For some of the views."""
@@ -68,6 +70,7 @@ class Caught:
             lambda views: self.of([rows[i] for i in views]),
             state.index,
             state.length,
+            None if self.output is None else functools.partial(self.output.__getitem__, list(rows)),
         )
 
     def _state(self, rows: list[int]) -> TokenState:
@@ -153,14 +156,19 @@ class TowerTaps:
         if self._stack:
             self._stack[-1][number] = caught()
 
+    def catch_output(self, number: int, output: Tensor) -> None:
+        if self._stack and number in self._stack[-1]:
+            self._stack[-1][number] = replace(self._stack[-1][number], output=output.detach())
+
     def hook(self, tower: Tower) -> list[Any]:
         """Hooks the blocks; returns handles."""
-        return [
-            tower.blocks[i].module.register_forward_pre_hook(
-                BlockTap(self, i, tower.blocks[i].spec, tower.blocks[i].attend, tower.num_prefix), with_kwargs=True
-            )
-            for i in self.blocks
-        ]
+        handles: list[Any] = []
+        for i in self.blocks:
+            block = tower.blocks[i]
+            tap = BlockTap(self, i, block.spec, block.attend, tower.num_prefix)
+            handles.append(block.module.register_forward_pre_hook(tap, with_kwargs=True))
+            handles.append(block.module.register_forward_hook(OutputTap(self, i, block.spec.seq_first)))
+        return handles
 
     @contextmanager
     def on(self, tower: Tower | None) -> Iterator[None]:
@@ -197,6 +205,17 @@ class BlockTap(Hook):
         if isinstance(link, Link) and link.index > 0:
             state, prop = link.run.current.states[link.index], link.run.prop_attn
         return Caught(module, self.spec, self.attend, self.num_prefix, x.detach(), kwargs, as_now(x.device.type), state, prop)
+
+
+class OutputTap(Hook):
+    """Hands what leaves a block to `TowerTaps`."""
+
+    def __init__(self, taps: TowerTaps, number: int, seq_first: bool):
+        self.taps, self.number, self.seq_first = taps, number, seq_first
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        x = output[0] if isinstance(output, tuple) else output
+        self.taps.catch_output(self.number, x.transpose(0, 1) if self.seq_first else x)
 
 
 class WatchedModel(Mixin):

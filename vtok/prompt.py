@@ -63,6 +63,7 @@ class VLMInfo:
         no_tower: see `tower`; empty if there is one.
         grid: rows and columns of visual tokens, the same for every image; `None` = they depend on the image.
         crops: whether it may cut an image into crops beside a view of the whole.
+        connector_macs: multiply-accumulates of `ImageFeatures.connector` for one token; 0 = there is none.
     """
 
     name: str
@@ -77,6 +78,7 @@ class VLMInfo:
     no_tower: str = "it has no vision tower"
     grid: tuple[int, int] | None = None
     crops: bool = False
+    connector_macs: int = 0
 
     def probe_macs(self, rows: int, length: int) -> int:
         """Multiply-accumulates of `LayerAttention.probs` for so many query rows over so many columns: keys of all columns,
@@ -120,6 +122,7 @@ class TowerBlock:
         index: [V, N] int64, where each token stood among the `length` that entered the tower, prefix included; `None` = none
             has been merged, moved or dropped.
         length: tokens that entered the tower, prefix included; 0 = N.
+        leaves: makes `output`; `None` = it was not kept.
     """
 
     num_prefix: int
@@ -128,6 +131,13 @@ class TowerBlock:
     only: Callable[[Sequence[int]], TowerBlock]
     index: Tensor | None = None
     length: int = 0
+    leaves: Callable[[], Tensor] | None = None
+
+    @property
+    def output(self) -> Tensor:
+        """[V, N, C]: what left the block, prefix included."""
+        assert self.leaves is not None
+        return self.leaves()
 
     @cached_property
     def view(self) -> AttentionView:
@@ -153,6 +163,8 @@ class ImageFeatures(NamedTuple):
         patches: [B, n] int64, rising: the patch that each token stands for, among those that an unreduced image has; `None` =
             no token is missing.
         unreduced: how many these are (a class token among them, where the model keeps it); 0 = no token is missing.
+        connector: tokens that left the tower's feature block [.., C] -> [.., D], where that happens token by token, whatever joins
+            them afterwards; for methods that merge in front of it. `None` where it does not.
         source: how patches of these views became visual tokens, where the model's adapter knows; else `None`.
     """
 
@@ -164,6 +176,7 @@ class ImageFeatures(NamedTuple):
     source: ViewMap | None = None
     patches: Tensor | None = None
     unreduced: int = 0
+    connector: Callable[[Tensor], Tensor] | None = None
 
 
 class Layout(NamedTuple):

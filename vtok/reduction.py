@@ -5,6 +5,7 @@ Shapes: B batch, N tokens in, M tokens out, R tokens folded away, C width, N0 to
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,8 @@ class Plan(NamedTuple):
         folds: [B, R] bool, False = this `src` row fills up an image that folds fewer, and goes nowhere; `None` = all real.
         near: [B, M, K] int64, input rows that every kept row takes in on top of itself, undivided; `None` = none.
         near_weight: [B, M, K], weight of each of them; 0 = it is not taken in.
+        remake: from the N tokens [B, N, C] what the kept rows become [B, M, C], for methods that make tokens in another way than
+            the above, which is then left out; `None` = they follow from the above.
     """
 
     keep: Tensor
@@ -39,11 +42,12 @@ class Plan(NamedTuple):
     folds: Tensor | None = None
     near: Tensor | None = None
     near_weight: Tensor | None = None
+    remake: Callable[[Tensor], Tensor] | None = None
 
     @property
     def changes(self) -> bool:
         """Whether kept rows become something else than copies."""
-        return self.src is not None or self.near is not None
+        return self.src is not None or self.near is not None or self.remake is not None
 
 
 def apply_plan(x: Tensor, state: TokenState, plan: Plan) -> tuple[Tensor, TokenState]:
@@ -62,7 +66,10 @@ def apply_plan(x: Tensor, state: TokenState, plan: Plan) -> tuple[Tensor, TokenS
         (x [B, M, C], state of the M tokens).
     """
     size = state.size
-    if plan.src is None:
+    if plan.remake is not None:
+        out = plan.remake(x).to(x.dtype)
+        size = None if size is None else size.gather(1, plan.keep)
+    elif plan.src is None:
         out = take_rows(x, plan.keep) if plan.near is None else _taken_in(x, plan)
         size = None if size is None else size.gather(1, plan.keep)
     else:

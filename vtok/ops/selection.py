@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 
+def top(score: Tensor, count: int) -> Tensor:
+    """Places of the `count` highest scores of each row, [.., n] -> [.., count] int64, highest first; of equal scores the first."""
+    return score.argsort(dim=-1, descending=True, stable=True)[..., :count]
+
+
 def largest(score: Tensor, count: Tensor, valid: Tensor | None = None) -> Tensor:
     """The `count` [B] highest scores of each row [B, n], as a mask [B, n]; of equal scores the first."""
     if valid is not None:

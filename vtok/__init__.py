@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vtok.methods.todre import ToDRE
     from vtok.methods.tome import ToMe
     from vtok.methods.uniform_grid import UniformGrid
+    from vtok.methods.visionzip import VisionZip
     from vtok.methods.zero_tprune import ZeroTPrune
 
 # Config classes, imported on first use: class name -> method name.
@@ -42,6 +43,7 @@ _CONFIGS = {
     "ToDRE": "todre",
     "ToMe": "tome",
     "UniformGrid": "uniform",
+    "VisionZip": "visionzip",
     "ZeroTPrune": "zero_tprune",
 }
 
@@ -63,6 +65,7 @@ __all__ = [
     "UniformGrid",
     "UnknownNameError",
     "UnsupportedModelError",
+    "VisionZip",
     "VtokError",
     "ZeroTPrune",
     "__version__",

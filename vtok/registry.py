@@ -100,6 +100,7 @@ METHODS: Registry[Any] = Registry(
         "todre": "vtok.methods.todre:ToDRE",
         "tome": "vtok.methods.tome:ToMe",
         "uniform": "vtok.methods.uniform_grid:UniformGrid",
+        "visionzip": "vtok.methods.visionzip:VisionZip",
         "zero_tprune": "vtok.methods.zero_tprune:ZeroTPrune",
     },
     group="vtok.methods",

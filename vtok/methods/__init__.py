@@ -9,6 +9,7 @@
 | `atp` | [ATP-LLaVA](https://arxiv.org/abs/2412.00447): in front of some decoder layers of a vision-language model, learned thresholds decide for each prompt which visual tokens stay; a reading of ours, as paper and code are not public | `weights` | refuses without trained modules: `python -m vtok.eval.train_atp` |
 | `todre` | [ToDRE](https://arxiv.org/abs/2505.18757), vision-language models: keeps visual tokens that are unlike each other, and drops them all at 7/8 of the LLM once the text has stopped looking | `keep` (or `keep_tokens`), `probe`, `tau` | `keep=0.1`, `probe=7/8`, `tau=0.1` |
 | `correlation` | [Token-level correlation-guided compression](https://arxiv.org/abs/2407.14439): every crop of a page keeps as many visual tokens as its patches differ, those the class token attends to; the view of the whole page stays. LLaVA-NeXT, LLaVA-OneVision, InternVL, Idefics3, SmolVLM; a reading of ours, as code and numbers are not public | `alpha` | none: pass it, or `calibration=[inputs, ...]`, a few pages on which 0.66 of the tokens of crops are to stay |
+| `visionzip` | [VisionZip](https://arxiv.org/abs/2412.04467), vision-language models: of every view the tokens that the class token attends to most, and means of the others merged in front of the connector | `keep` (or `dominant`, `contextual`) | `keep=1/9` |
 | `random`, `uniform` | the floor: a random, a regular subset in every block | `keep` | `keep=0.925` |
 
 Every knob is documented on its config class (`help(vtok.PiToMe)`), with the paper's symbol, unit and range, and with what is a

@@ -1,0 +1,195 @@
+"""Methods on image features inside tiny vision-language models: against masking, image by image, against plans and budgets."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from helpers_features import Chosen, encoded, row_of
+from helpers_todre import kernel_of
+from vlm_zoo import EXAMPLES, MaskOracle, assert_same, build, generate, inputs, tower_probs
+
+import vtok
+from vtok.eval.flops import count_prompt_macs
+from vtok.patches.hf_vlm import find
+
+METHODS = [vtok.VisionZip(keep=0.5), vtok.VisionZip(dominant=2, contextual=1, preset="official")]
+TOWERS = [name for name in EXAMPLES if not name.startswith("Qwen")]
+MAIN = ["LLaVA-1.5", "LLaVA-NeXT", "LLaVA-OneVision", "InternVL", "Idefics3", "Gemma3", "PaliGemma"]
+EACH = [*MAIN, *(pytest.param(name, marks=pytest.mark.slow) for name in TOWERS if name not in MAIN)]
+
+
+def _id(config):
+    return f"{config.name}({', '.join(f'{k}={v}' for k, v in config.given().items())})"
+
+
+@pytest.mark.parametrize("config", METHODS, ids=_id)
+@pytest.mark.parametrize("name", EACH)
+def test_removing_is_masking(name, config):
+    """generate() equals the whole prompt with the chosen features, under a mask; with beams; prune_inputs equals both."""
+    values, kernel = inputs(name), kernel_of(name)
+    reference = build(name, kernel)
+    chosen = Chosen(reference, values, config)
+    assert all(0 < int(stays.sum()) < len(stays) for stays in chosen.stays)
+    with MaskOracle(reference, dict.fromkeys(range(4), chosen.columns)):
+        expected = generate(reference, encoded(values, chosen))
+    model = vtok.patch(build(name, kernel), config)
+    assert_same(generate(model, values), expected)
+    assert_same(generate(model, values, use_cache=False), expected)
+    (row,) = vtok.info(model).prompts[0].rows
+    assert list(row.tokens_out) == [a - int(b) for a, b in zip(row.tokens_in, (~chosen.columns).sum(1))]
+    vtok.unpatch(model)
+    if "window" not in name:
+        assert_same(generate(model, vtok.prune_inputs(model, values, config)), expected)
+
+
+@pytest.mark.parametrize("config", METHODS, ids=_id)
+def test_beams(config):
+    values, reference = inputs("LLaVA-1.5"), build("LLaVA-1.5")
+    chosen = Chosen(reference, values, config)
+
+    def beams(model, given):
+        given = {k: copy.copy(v) for k, v in given.items()}
+        return model.generate(**given, max_new_tokens=4, num_beams=2, do_sample=False)
+
+    with MaskOracle(reference, dict.fromkeys(range(4), chosen.columns)):
+        expected = beams(reference, encoded(values, chosen))
+    assert torch.equal(beams(vtok.patch(build("LLaVA-1.5"), config), values), expected)
+
+
+@pytest.mark.parametrize("config", METHODS, ids=_id)
+@pytest.mark.parametrize("name", ["LLaVA-1.5", "LLaVA-NeXT", "InternVL", "Idefics3"])
+def test_a_batch_is_its_rows(name, config):
+    values, model = inputs(name), build(name)
+    together, images = Chosen(model, values, config), 0
+    for b in range(2):
+        alone = Chosen(model, row_of(name, values, b), config)
+        for stays, features in zip(alone.stays, alone.features):
+            assert stays.tolist() == together.stays[images].tolist()
+            assert (features[stays] - together.features[images][stays]).abs().max() <= 1e-5
+            images += 1
+    assert images == len(together.stays)
+
+
+@pytest.mark.parametrize("config", METHODS, ids=_id)
+@pytest.mark.parametrize("name", ["LLaVA-1.5", "InternVL", "Gemma3", "PaliGemma"])
+def test_plans_and_counters_agree(name, config):
+    """Tokens, and multiply-accumulates of the choice itself."""
+    model = build(name)
+    values = {k: v[1:] if k != "pixel_values" else v[-1:] for k, v in inputs(name).items()}  # one image
+    real = values["attention_mask"][0].bool()
+    values = {k: v[:, real] if v.shape[-1] == len(real) and v.ndim == 2 else v for k, v in values.items()}
+    text = int((values["input_ids"] < 118).sum())
+    plan = vtok.plan(model, config, prompt={"text_tokens": text})
+    vtok.patch(model, config)
+    counted = count_prompt_macs(model, values)
+    (found,) = vtok.info(model).prompts
+    assert plan.estimate.exact == config.build_vlm(find(model)[0].info).exact
+    assert plan.tokens[0] >= text + found.rows[0].tokens_out[0]
+    assert (found.estimate.macs, found.estimate.reduction_macs) == (counted.model, counted.reduction)
+    if plan.estimate.exact:
+        assert plan.tokens[0] == text + found.rows[0].tokens_out[0]
+        assert plan.estimate.reduction_macs == counted.reduction
+
+
+@pytest.mark.parametrize("config", METHODS, ids=_id)
+def test_budgets_and_saved_configs(tmp_path, config):
+    model, values = build("LLaVA-1.5"), inputs("LLaVA-1.5")
+    for share in (0.9, 0.7):
+        vtok.patch(model, type(config)(**_choices(config)), flops=share, prompt={"images": 1, "text_tokens": 8})
+        found = vtok.info(model).prompts[0]
+        assert vtok.plan(model, found.configs[0], prompt={"text_tokens": 8}).estimate.fraction <= share + 0.02
+    vtok.patch(model, config)
+    vtok.save_config(model, tmp_path / "run.json")
+    other = vtok.patch(build("LLaVA-1.5"), tmp_path / "run.json")
+    assert vtok.info(other).prompts[0].configs == (config,)
+    assert torch.equal(generate(other, values, steps=2)[1], generate(model, values, steps=2)[1])
+    assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def _choices(config):
+    """Parameters besides those that a budget sets."""
+    return {k: v for k, v in config.given().items() if k not in config.set_by_budget}
+
+
+@pytest.mark.parametrize("config", METHODS, ids=_id)
+@pytest.mark.parametrize("name", MAIN)
+def test_keeping_everything_changes_no_bit(name, config):
+    model, values = build(name, kernel_of(name)), inputs(name)
+    before = generate(model, values, steps=2)[1]
+    for changes in ({"keep": 1.0}, {"keep": None, "keep_tokens": 10_000}):
+        whole = type(config)(**{**_choices(config), **changes})
+        assert torch.equal(generate(vtok.patch(model, whole), values, steps=2)[1], before)
+    vtok.patch(model, config)
+    assert not torch.equal(generate(model, values, steps=2)[1], before)
+    assert torch.equal(generate(vtok.unpatch(model), values, steps=2)[1], before)
+
+
+@pytest.mark.parametrize("config", METHODS, ids=_id)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_runs(dtype, config):
+    model, values = vtok.patch(build("LLaVA-1.5").to(dtype), config), inputs("LLaVA-1.5")
+    half = {k: v.to(dtype) if v.is_floating_point() else v for k, v in values.items()}
+    assert generate(model, half, steps=2)[1].isfinite().all()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert generate(vtok.patch(build("LLaVA-1.5"), config), values, steps=2)[1].isfinite().all()
+
+
+@pytest.mark.parametrize("config", METHODS, ids=_id)
+def test_the_connector_gets_gradients(config):
+    """Tuning a connector behind the method: only what is kept, or merged into what is kept, reaches the loss."""
+    model, values = vtok.patch(build("LLaVA-1.5").train(), config), inputs("LLaVA-1.5")
+    model(**values, labels=values["input_ids"].masked_fill(values["input_ids"] > 110, -100)).loss.backward()
+    grads = [p.grad for p in model.model.multi_modal_projector.parameters()]
+    assert all(g is not None and g.isfinite().all() and g.any() for g in grads)
+
+
+def _hidden(name, values):
+    """[V, N, C]: what leaves the last block of the unpatched tower, and the connector."""
+    model = build(name, "eager")
+    (vlm,) = find(model)
+    with torch.no_grad():
+        out = vlm.module.vision_tower(values["pixel_values"], output_hidden_states=True)
+    return out.hidden_states[-1], vlm.module.multi_modal_projector
+
+
+# Each method by its definition, from the unpatched tower's own attention and hidden states.
+@pytest.mark.parametrize("preset", [None, "official"])
+def test_visionzip_by_hand(preset):
+    """LLaVA-1.5: class token, dominant tokens, contextual tokens merged in front of the connector."""
+    name, values = "LLaVA-1.5", inputs("LLaVA-1.5")
+    config = vtok.VisionZip(dominant=5, contextual=3, preset=preset)
+    chosen = Chosen(build(name), values, config)
+    probs = tower_probs(name, values)["image"][1]
+    hidden, connector = _hidden(name, values)
+    eager = build(name, "eager").model.vision_tower.encoder.layers[1].self_attn
+    for i in range(3):
+        order = sorted(range(16), key=lambda j: (-float(probs[i, :, 0, 1 + j].sum()), j))
+        dominant, rest = sorted(order[:4]), sorted(order[4:])
+        step = len(rest) // 3
+        targets = [rest[step * j] for j in range(3)]
+        others = [j for j in rest if j not in targets]
+        with torch.no_grad():
+            x = build(name).model.vision_tower(values["pixel_values"], output_hidden_states=True).hidden_states[0 + 1][i]
+            block = build(name).model.vision_tower.encoder.layers[1]
+            keys = eager.k_proj(block.layer_norm1(x)).view(17, 2, 16).mean(1)[1:]
+            unit = keys / keys.norm(dim=1, keepdim=True)
+            merged = {t: [] for t in targets}
+            for j in others:
+                merged[max(targets, key=lambda t: float(unit[j] @ unit[t]))].append(j)
+            patch = hidden[i][1:]
+            made = [patch[t] + sum(patch[j] for j in merged[t]) / max(len(merged[t]), 1) for t in targets]
+            new = connector(torch.stack([hidden[i][0], *made]))
+        stays = chosen.stays[i].nonzero()[:, 0].tolist()
+        assert stays == sorted([*dominant, *targets, others[0]])
+        program = [new[0], *(chosen.whole[i][j] for j in dominant), *new[1:]]
+        if preset == "official":
+            expected = torch.stack(program)
+        else:
+            at = dict(zip([others[0], *dominant, *targets], program))
+            expected = torch.stack([at[j] for j in stays])
+        assert (chosen.features[i][chosen.stays[i]] - expected).abs().max() <= 1e-5
+        assert math.isclose(
+            float(chosen.features[i][~chosen.stays[i]].abs().sum()), float(chosen.whole[i][~chosen.stays[i]].abs().sum())
+        )

@@ -41,8 +41,8 @@ class VLMSpec:
         cuts: says how images were cut into these views.
         rotary_3d: whether positions are (time, height, width), which cannot be renumbered.
         connector: child between vision tower and LLM, if all there happens token by token; "" = the grid is needed.
-        projector: child that takes what leaves the tower's feature block, token by token, whatever joins its output afterwards; ""
-            = there is none.
+        projector: child that takes what leaves the tower's feature block, token by token, whatever joins its output afterwards;
+            "" = there is none.
         packed: whether the vision tower runs the patches of all images as one sequence.
     """
 

@@ -2,21 +2,23 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from helpers_golden import assert_close, assert_equal, load
+from helpers_golden import FOLDER, assert_close, assert_equal, convert, load
 
+from vtok.methods.fastervlm import most_attended
 from vtok.methods.visionzip import contextual_tokens, zip_tokens
+from vtok.methods.vispruner import prune_views
 
 
 def cases(name: str, dtype: torch.dtype = torch.float64) -> list[tuple[str, dict[str, Any]]]:
     """(case, its arrays) of a file with several cases."""
-    g = load(name, dtype)
     found: dict[str, dict[str, Any]] = {}
-    for key, value in g.items():
-        case, mark, field = key.partition("__")
-        if mark:
-            found.setdefault(case, {})[field] = value
+    with np.load(FOLDER / f"{name}.npz") as arrays:
+        for case in arrays["cases"].tolist():
+            keys = [key for key in arrays if key.startswith(f"{case}__")]
+            found[case] = {key.removeprefix(f"{case}__"): convert(arrays[key], dtype) for key in keys}
     assert found
     return list(found.items())
 
@@ -33,3 +35,21 @@ def test_visionzip(dtype: torch.dtype, tolerance: float) -> None:
     kept = [hidden[:, :1], hidden.gather(1, rows)]
     assert_close(torch.cat([*kept, contextual_tokens(hidden[:, 1:], zipped)], 1), g["out_tokens"], tolerance)
     assert contextual_tokens(hidden[:, 1:], zipped).dtype == dtype
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+
+
+@DTYPES
+def test_fastervlm(dtype: torch.dtype) -> None:
+    for _, g in cases("baseline2_fastervlm", dtype):
+        assert_equal(most_attended(g["attention"].mean(1), int(g["k"])), g["kept"])
+
+
+@DTYPES
+@pytest.mark.parametrize("name", ["", "_576", "_extension"])
+def test_vispruner(name: str, dtype: torch.dtype) -> None:
+    """In the cases of the extension the program raises an error."""
+    for case, g in cases(f"baseline2_vispruner{name}", dtype):
+        found = prune_views(g["attention"].mean(1), g["features"], int(g["k"]), float(g["ratio"]))
+        assert found.tolist() == g["kept"].tolist(), case

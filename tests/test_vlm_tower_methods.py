@@ -14,7 +14,12 @@ import vtok
 from vtok.eval.flops import count_prompt_macs
 from vtok.patches.hf_vlm import find
 
-METHODS = [vtok.VisionZip(keep=0.5), vtok.VisionZip(dominant=2, contextual=1, preset="official")]
+METHODS = [
+    vtok.VisionZip(keep=0.5),
+    vtok.VisionZip(dominant=2, contextual=1, preset="official"),
+    vtok.FasterVLM(keep=0.4),
+    vtok.VisPruner(keep_tokens=3, important=0.4),
+]
 TOWERS = [name for name in EXAMPLES if not name.startswith("Qwen")]
 MAIN = ["LLaVA-1.5", "LLaVA-NeXT", "LLaVA-OneVision", "InternVL", "Idefics3", "Gemma3", "PaliGemma"]
 EACH = [*MAIN, *(pytest.param(name, marks=pytest.mark.slow) for name in TOWERS if name not in MAIN)]
@@ -193,3 +198,44 @@ def test_visionzip_by_hand(preset):
         assert math.isclose(
             float(chosen.features[i][~chosen.stays[i]].abs().sum()), float(chosen.whole[i][~chosen.stays[i]].abs().sum())
         )
+
+
+def test_fastervlm_by_hand():
+    values = inputs("LLaVA-NeXT")
+    chosen, probs = (
+        Chosen(build("LLaVA-NeXT"), values, vtok.FasterVLM(keep_tokens=4)),
+        tower_probs("LLaVA-NeXT", values)["image"][1],
+    )
+    for i in range(2):
+        score = probs[3 * i, :, 0, 1:].mean(0)
+        expected = sorted(range(16), key=lambda j: (-float(score[j]), j))[:4]
+        assert chosen.stays[i][:16].nonzero()[:, 0].tolist() == sorted(expected)
+        newline = build("LLaVA-NeXT").model.image_newline
+        assert not chosen.stays[i][(chosen.whole[i] == newline).all(-1)].any()
+        assert int(chosen.stays[i].sum()) == 12
+
+
+def test_a_tower_without_a_class_token():
+    """PaliGemma: what a patch receives, averaged over heads and queries."""
+    values = inputs("PaliGemma")
+    chosen = Chosen(build("PaliGemma"), values, vtok.FasterVLM(keep_tokens=4))
+    for i, probs in enumerate(tower_probs("PaliGemma", values)["image"][1]):
+        score = probs.mean((0, 1))
+        assert set(chosen.stays[i].nonzero()[:, 0].tolist()) == set(score.topk(4).indices.tolist())
+
+
+def test_vispruner_compares_what_leaves_the_tower():
+    name, values = "LLaVA-1.5", inputs("LLaVA-1.5")
+    hidden, _ = _hidden(name, values)
+    attention = tower_probs(name, values)["image"][1][:, :, 0, 1:].mean(1)
+    chosen = Chosen(build(name), values, vtok.VisPruner(keep_tokens=6))
+    for i in range(3):
+        order = sorted(range(16), key=lambda j: (-float(attention[i, j]), j))
+        kept, rest = order[:3], order[3:]
+        unit = hidden[i, 1:] / hidden[i, 1:].norm(dim=1, keepdim=True)
+        while len(rest) > 3:
+            even, odd = rest[0::2], rest[1::2]
+            alike = {a: max(float(unit[a] @ unit[b]) for b in odd) for a in even}
+            gone = min(8, len(rest) - 3, len(rest) // 2)
+            rest = sorted(even, key=lambda a: -alike[a])[gone:] + odd
+        assert chosen.stays[i].nonzero()[:, 0].tolist() == sorted(kept + rest)

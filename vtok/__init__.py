@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from vtok.methods.atp import ATP
     from vtok.methods.ats import ATS
     from vtok.methods.correlation import Correlation
+    from vtok.methods.fastervlm import FasterVLM
     from vtok.methods.pitome import PiToMe
     from vtok.methods.random_drop import RandomDrop
     from vtok.methods.todre import ToDRE
     from vtok.methods.tome import ToMe
     from vtok.methods.uniform_grid import UniformGrid
     from vtok.methods.visionzip import VisionZip
+    from vtok.methods.vispruner import VisPruner
     from vtok.methods.zero_tprune import ZeroTPrune
 
 # Config classes, imported on first use: class name -> method name.
@@ -38,11 +40,13 @@ _CONFIGS = {
     "ATP": "atp",
     "ATS": "ats",
     "Correlation": "correlation",
+    "FasterVLM": "fastervlm",
     "PiToMe": "pitome",
     "RandomDrop": "random",
     "ToDRE": "todre",
     "ToMe": "tome",
     "UniformGrid": "uniform",
+    "VisPruner": "vispruner",
     "VisionZip": "visionzip",
     "ZeroTPrune": "zero_tprune",
 }
@@ -55,6 +59,7 @@ __all__ = [
     "BudgetError",
     "ConfigError",
     "Correlation",
+    "FasterVLM",
     "MissingExtraError",
     "PiToMe",
     "Prompt",
@@ -65,6 +70,7 @@ __all__ = [
     "UniformGrid",
     "UnknownNameError",
     "UnsupportedModelError",
+    "VisPruner",
     "VisionZip",
     "VtokError",
     "ZeroTPrune",

@@ -163,8 +163,8 @@ class ImageFeatures(NamedTuple):
         patches: [B, n] int64, rising: the patch that each token stands for, among those that an unreduced image has; `None` =
             no token is missing.
         unreduced: how many these are (a class token among them, where the model keeps it); 0 = no token is missing.
-        connector: tokens that left the tower's feature block [.., C] -> [.., D], where that happens token by token, whatever joins
-            them afterwards; for methods that merge in front of it. `None` where it does not.
+        connector: makes [.., D] of tokens that left the tower's feature block [.., C], token by token, whatever joins them
+            afterwards; for methods that merge in front of it. `None` where it is not so.
         source: how patches of these views became visual tokens, where the model's adapter knows; else `None`.
     """
 

@@ -29,8 +29,8 @@ class Plan(NamedTuple):
         folds: [B, R] bool, False = this `src` row fills up an image that folds fewer, and goes nowhere; `None` = all real.
         near: [B, M, K] int64, input rows that every kept row takes in on top of itself, undivided; `None` = none.
         near_weight: [B, M, K], weight of each of them; 0 = it is not taken in.
-        remake: from the N tokens [B, N, C] what the kept rows become [B, M, C], for methods that make tokens in another way than
-            the above, which is then left out; `None` = they follow from the above.
+        remake: makes what the kept rows become [B, M, C] of the N tokens [B, N, C], for methods that do it in another way than
+            the above, which is then left out; `None` = it follows from the above.
     """
 
     keep: Tensor

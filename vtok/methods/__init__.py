@@ -10,6 +10,8 @@
 | `todre` | [ToDRE](https://arxiv.org/abs/2505.18757), vision-language models: keeps visual tokens that are unlike each other, and drops them all at 7/8 of the LLM once the text has stopped looking | `keep` (or `keep_tokens`), `probe`, `tau` | `keep=0.1`, `probe=7/8`, `tau=0.1` |
 | `correlation` | [Token-level correlation-guided compression](https://arxiv.org/abs/2407.14439): every crop of a page keeps as many visual tokens as its patches differ, those the class token attends to; the view of the whole page stays. LLaVA-NeXT, LLaVA-OneVision, InternVL, Idefics3, SmolVLM; a reading of ours, as code and numbers are not public | `alpha` | none: pass it, or `calibration=[inputs, ...]`, a few pages on which 0.66 of the tokens of crops are to stay |
 | `visionzip` | [VisionZip](https://arxiv.org/abs/2412.04467), vision-language models: of every view the tokens that the class token attends to most, and means of the others merged in front of the connector | `keep` (or `dominant`, `contextual`) | `keep=1/9` |
+| `fastervlm` | [FasterVLM](https://arxiv.org/abs/2412.01818v1), vision-language models: of every view the tokens that the class token attends to most | `keep` (or `keep_tokens`) | `keep=1/9` |
+| `vispruner` | [VisPruner](https://arxiv.org/abs/2412.01818), vision-language models: half of them by the class token's attention, half by dropping near duplicates of the rest in rounds | `keep` (or `keep_tokens`), `important` | `keep=1/9`, `important=0.5` |
 | `random`, `uniform` | the floor: a random, a regular subset in every block | `keep` | `keep=0.925` |
 
 Every knob is documented on its config class (`help(vtok.PiToMe)`), with the paper's symbol, unit and range, and with what is a

@@ -28,7 +28,6 @@ from vtok.methods.todre_select import kept_tokens
 from vtok.ops.attention import received_attention
 from vtok.ops.crops import packed_layout, square_groups
 from vtok.ops.packing import Packing
-
 from vtok.prompt import ImageFeatures, TowerBlock, TowerFacts, View, VLMInfo, VLMReducer
 from vtok.state import Place, Site
 
@@ -83,6 +82,12 @@ class ViewTokens(NamedTuple):
         if len(group.views) < self.views:
             x = x[:, list(group.views)]
         return x[:, :, : group.size].flatten(0, 1)
+
+    def hidden(self, block: TowerBlock) -> Tensor | None:
+        """What left a block, for tokens of all views [B V, M, C] (see `of`), where every token is one patch; else `None`."""
+        if block.leaves is None or block.output.shape[1] - block.num_prefix != self.patches:
+            return None
+        return self.fit(block.output[:, block.num_prefix :])
 
     def tokens(self, x: Tensor, group: Group) -> Tensor:
         """[B, n, D] -> [B G, m, D]."""
@@ -175,13 +180,6 @@ def _regroup(x: Tensor, tokens: int, method: str) -> Tensor:
         ) from None
     assert groups is not None
     return x[:, groups.to(x.device)].mean(2)
-
-
-def connector_of(images: ImageFeatures, held: ViewTokens, block: TowerBlock) -> Callable[[Tensor], Tensor] | None:
-    """The model's connector, where every visual token is what it made of one of the patches that left a block; else `None`."""
-    if images.connector is None or block.leaves is None or block.output.shape[1] - block.num_prefix != held.patches:
-        return None
-    return images.connector
 
 
 # What the tower attends to.

@@ -1,6 +1,6 @@
-"""VisionZip: Longer is Better but Not Necessary in Vision Language Models (Yang et al., CVPR 2025, arXiv:2412.04467). Of every view
-(image, crop, tile, frame) the tokens that the class token attends to most stay; of the others, every few one becomes the mean of
-those that are most like it.
+"""VisionZip: Longer is Better but Not Necessary in Vision Language Models (Yang et al., CVPR 2025, arXiv:2412.04467). Of every
+view (image, crop, tile, frame) the tokens that the class token attends to most stay; of the others, some that are evenly spread
+take in those that are most like them.
 
 Written from a description of the authors' program (dvlab-research/VisionZip at 3151f6d) and arrays that it made.
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vtok.config import flag, whole
 from vtok.errors import ConfigError, unknown
-from vtok.methods.view_tokens import Group, KeepConfig, ViewReducer, ViewTokens, connector_of, looked_at, view_sizes
+from vtok.methods.view_tokens import Group, KeepConfig, ViewReducer, ViewTokens, looked_at, view_sizes
 from vtok.ops.matching import unit
 from vtok.ops.rows import rows_where, take_rows
 from vtok.ops.selection import top
@@ -36,8 +36,8 @@ class VisionZip(KeepConfig):
     """Config of VisionZip.
 
     The program merges in front of the connector. So does vtok where that connector works token by token (LLaVA-1.5, LLaVA-NeXT,
-    LLaVA-OneVision without shrunk crops); elsewhere (InternVL, Idefics3, SmolVLM, Gemma3, PaliGemma, frames that are pooled)
-    tokens are merged behind it, by keys and attention averaged over the patches that a token is made of. Towers without a class
+    LLaVA-OneVision without shrunk crops); elsewhere (InternVL, Idefics3, SmolVLM, Gemma3, PaliGemma, pooled frames) tokens are
+    merged behind it, by keys and attention averaged over the patches that a token is made of. Towers without a class
     token (SigLIP) rank a patch by the attention that it receives on average. Newline tokens between rows are dropped, as the
     program has none.
 
@@ -55,8 +55,8 @@ class VisionZip(KeepConfig):
             tower has one, the connector can take it, and two dominant tokens are left.
         layer: 0-based block of the vision tower whose attention and keys count, negative from the end; default: the one that
             the model takes its features from.
-        preset: `"official"`: in the prompt the class token, then the dominant tokens, then the contextual ones, at the places of
-            those that stay; with `positions="compact"` this is the program's sequence.
+        preset: `"official"`: in the prompt the class token, then dominant tokens, then contextual ones, at the places of those
+            that stay; with `positions="compact"` this is the program's sequence.
     """
 
     name: ClassVar[str] = "visionzip"
@@ -183,8 +183,8 @@ class VisionZipReducer(ViewReducer):
         attention, keys = self.scores(images, held), seen.view.k
         assert keys is not None
         metric = held.fit(at_least_fp32(keys[:, :, seen.num_prefix :]).mean(1))
-        connector = connector_of(images, held, left)
-        hidden = None if connector is None else held.fit(left.output[:, left.num_prefix :])
+        hidden = None if images.connector is None else held.hidden(left)
+        connector = None if hidden is None else images.connector
         rows: list[Tensor] = []
         makers: list[Callable[[Tensor], Tensor]] = []
         for group in held.groups:

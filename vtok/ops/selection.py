@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def top(score: Tensor, count: int) -> Tensor:
-    """Places of the `count` highest scores of each row, [.., n] -> [.., count] int64, highest first; of equal scores the first."""
+    """Places of the `count` highest scores of each row, [.., n] -> [.., count], highest first; of equals the first."""
     return score.argsort(dim=-1, descending=True, stable=True)[..., :count]
 
 

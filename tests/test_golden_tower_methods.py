@@ -8,8 +8,10 @@ import torch
 from helpers_golden import FOLDER, assert_close, assert_equal, convert, load
 
 from vtok.methods.fastervlm import most_attended
+from vtok.methods.prumerge import adaptive_tokens, fixed_tokens, merge_neighbours, official_fixed_tokens
 from vtok.methods.visionzip import contextual_tokens, zip_tokens
 from vtok.methods.vispruner import prune_views
+from vtok.ops.attention import cls_attention
 
 
 def cases(name: str, dtype: torch.dtype = torch.float64) -> list[tuple[str, dict[str, Any]]]:
@@ -53,3 +55,45 @@ def test_vispruner(name: str, dtype: torch.dtype) -> None:
     for case, g in cases(f"baseline2_vispruner{name}", dtype):
         found = prune_views(g["attention"].mean(1), g["features"], int(g["k"]), float(g["ratio"]))
         assert found.tolist() == g["kept"].tolist(), case
+
+
+@DTYPES
+@pytest.mark.parametrize("name", ["", "_plus_576", "_plus_fixed_576"])
+def test_prumerge(name: str, dtype: torch.dtype) -> None:
+    for case, g in cases(f"baseline2_prumerge{name}", dtype):
+        attention = cls_attention(g["q"][:, 0, None], g["k"][:, None], 1, joint=True)
+        assert_close(attention, g["cls_attention"], 1e-6)
+        plus, width = bool(g["plus"]), g["index"].shape[1]
+        if g["adaptive"]:
+            ranked = adaptive_tokens(attention, plus=plus, joint=True)
+            assert isinstance(ranked.count, torch.Tensor) and set(ranked.count.tolist()) == {width}
+        else:
+            ranked = official_fixed_tokens(attention, float(g["ratio"]), plus)
+            assert ranked.count == width
+        assert ranked.order[:, :width].tolist() == g["index"].tolist(), case
+        made = torch.cat(merge_neighbours(g["hidden"][:, 1:], g["k"][:, 1:], attention, ranked, width), 1)
+        assert made.dtype == dtype
+        assert_close(made, g["out_tokens"], 2e-6 * max(1.0, float(g["out_tokens"].abs().max())))
+
+
+def test_prumerge_of_a_batch_is_that_of_its_images() -> None:
+    """The program takes one share of outliers for both."""
+    g = dict(cases("baseline2_prumerge"))["adaptive_batch2_joint_ratio"]
+    attention = g["cls_attention"]
+    alone = [adaptive_tokens(attention[b : b + 1]) for b in range(2)]
+    together = adaptive_tokens(attention)
+    assert_equal(together.order, torch.cat([one.order for one in alone]))
+    assert_equal(together.count, torch.cat([one.count for one in alone]))  # type: ignore[arg-type]
+    assert len(set(together.count.tolist())) == 2  # type: ignore[union-attr]
+    joint = adaptive_tokens(attention, joint=True)
+    assert int(joint.count[0]) == 11  # type: ignore[index]
+
+
+def test_prumerge_plus_under_a_budget() -> None:
+    """A quarter by attention, the others evenly spread; no token twice."""
+    attention = dict(cases("baseline2_prumerge_plus_576"))["plus_576"]["cls_attention"]
+    order, count = fixed_tokens(attention, 127, plus=True)
+    assert count == 127 and sorted(order[0].tolist()) == list(range(576))
+    assert order[0, :32].tolist() == attention[0].sort(descending=True, stable=True).indices[:32].tolist()
+    gaps = order[0, 32:127].sort().values.diff()
+    assert gaps.min() >= 5 and gaps.max() <= 12

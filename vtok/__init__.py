@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vtok.methods.correlation import Correlation
     from vtok.methods.fastervlm import FasterVLM
     from vtok.methods.pitome import PiToMe
+    from vtok.methods.prumerge import PruMerge
     from vtok.methods.random_drop import RandomDrop
     from vtok.methods.todre import ToDRE
     from vtok.methods.tome import ToMe
@@ -42,6 +43,7 @@ _CONFIGS = {
     "Correlation": "correlation",
     "FasterVLM": "fastervlm",
     "PiToMe": "pitome",
+    "PruMerge": "prumerge",
     "RandomDrop": "random",
     "ToDRE": "todre",
     "ToMe": "tome",
@@ -63,6 +65,7 @@ __all__ = [
     "MissingExtraError",
     "PiToMe",
     "Prompt",
+    "PruMerge",
     "RandomDrop",
     "StateError",
     "ToDRE",

@@ -97,6 +97,7 @@ METHODS: Registry[Any] = Registry(
         "correlation": "vtok.methods.correlation:Correlation",
         "fastervlm": "vtok.methods.fastervlm:FasterVLM",
         "pitome": "vtok.methods.pitome:PiToMe",
+        "prumerge": "vtok.methods.prumerge:PruMerge",
         "random": "vtok.methods.random_drop:RandomDrop",
         "todre": "vtok.methods.todre:ToDRE",
         "tome": "vtok.methods.tome:ToMe",

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers_golden import FOLDER, assert_close, assert_equal, convert, load
 
+from vtok.methods.downsample import pool_grid, smaller_grid
 from vtok.methods.fastervlm import most_attended
 from vtok.methods.prumerge import adaptive_tokens, fixed_tokens, merge_neighbours, official_fixed_tokens
 from vtok.methods.visionzip import contextual_tokens, zip_tokens
@@ -97,3 +98,32 @@ def test_prumerge_plus_under_a_budget() -> None:
     assert order[0, :32].tolist() == attention[0].sort(descending=True, stable=True).indices[:32].tolist()
     gaps = order[0, 32:127].sort().values.diff()
     assert gaps.min() >= 5 and gaps.max() <= 12
+
+
+@DTYPES
+def test_downsampling(dtype: torch.dtype) -> None:
+    kinds = set()
+    for _, g in cases("baseline2_downsample", dtype):
+        if g["kind"] not in ("avg", "max", "bilinear"):
+            continue
+        grid, out = ((int(a), int(b)) for a, b in (g["grid"], g["out"]))
+        found = pool_grid(g["tokens"], grid, out, g["kind"])
+        assert_close(
+            found, g["pooled"].to(dtype), (1e-6 if dtype == torch.float64 else 3e-6) * max(1.0, float(g["pooled"].abs().max()))
+        )
+        kinds.add(g["kind"])
+    assert kinds == {"avg", "max", "bilinear"}
+
+
+def test_grids_of_a_budget() -> None:
+    """Published counts of LLaVA-1.5; frames of LLaVA-OneVision; a grid that is one row."""
+    square = (24, 24)
+    assert [smaller_grid(square, k) for k in (192, 128, 64, 576, 1)] == [(12, 16), (8, 16), (8, 8), square, (1, 1)]
+    assert [smaller_grid(square, k, "square") for k in (192, 128, 64)] == [(13, 13), (11, 11), (8, 8)]
+    assert smaller_grid((1, 60), 7) == (1, 7) and smaller_grid((14, 14), 49) == (7, 7)
+    for high in range(1, 9):
+        for wide in range(1, 9):
+            for count in range(1, high * wide + 1):
+                for shape in ("rectangle", "square"):
+                    rows, columns = smaller_grid((high, wide), count, shape)
+                    assert 1 <= rows * columns <= count and rows <= high and columns <= wide, (high, wide, count, shape)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vtok.methods.atp import ATP
     from vtok.methods.ats import ATS
     from vtok.methods.correlation import Correlation
+    from vtok.methods.downsample import Downsample
     from vtok.methods.fastervlm import FasterVLM
     from vtok.methods.pitome import PiToMe
     from vtok.methods.prumerge import PruMerge
@@ -41,6 +42,7 @@ _CONFIGS = {
     "ATP": "atp",
     "ATS": "ats",
     "Correlation": "correlation",
+    "Downsample": "downsample",
     "FasterVLM": "fastervlm",
     "PiToMe": "pitome",
     "PruMerge": "prumerge",
@@ -61,6 +63,7 @@ __all__ = [
     "BudgetError",
     "ConfigError",
     "Correlation",
+    "Downsample",
     "FasterVLM",
     "MissingExtraError",
     "PiToMe",

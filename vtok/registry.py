@@ -95,6 +95,7 @@ METHODS: Registry[Any] = Registry(
         "atp": "vtok.methods.atp:ATP",
         "ats": "vtok.methods.ats:ATS",
         "correlation": "vtok.methods.correlation:Correlation",
+        "downsample": "vtok.methods.downsample:Downsample",
         "fastervlm": "vtok.methods.fastervlm:FasterVLM",
         "pitome": "vtok.methods.pitome:PiToMe",
         "prumerge": "vtok.methods.prumerge:PruMerge",

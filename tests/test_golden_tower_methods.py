@@ -9,6 +9,7 @@ from helpers_golden import FOLDER, assert_close, assert_equal, convert, load
 
 from vtok.methods.downsample import pool_grid, smaller_grid
 from vtok.methods.fastervlm import most_attended
+from vtok.methods.holov import consecutive, program_weights, run_quotas, run_tokens, run_weights, windows
 from vtok.methods.prumerge import adaptive_tokens, fixed_tokens, merge_neighbours, official_fixed_tokens
 from vtok.methods.visionzip import contextual_tokens, zip_tokens
 from vtok.methods.vispruner import prune_views
@@ -127,3 +128,39 @@ def test_grids_of_a_budget() -> None:
                 for shape in ("rectangle", "square"):
                     rows, columns = smaller_grid((high, wide), count, shape)
                     assert 1 <= rows * columns <= count and rows <= high and columns <= wide, (high, wide, count, shape)
+
+
+@DTYPES
+@pytest.mark.parametrize("name", ["", "_576"])
+def test_holov(name: str, dtype: torch.dtype) -> None:
+    for case, g in cases(f"baseline2_holov{name}", dtype):
+        features, attention, k = g["features"], g["attention"], int(g["k"])
+        members, valid = consecutive(attention.shape[1], int(g["crops"]))
+        sizes = valid.sum(-1)
+        quota = run_quotas(program_weights(attention, features, members, valid), sizes, k, hand_on=False)
+        assert quota.tolist() == g["quota"].tolist(), case
+        found = run_tokens(attention, members, valid, quota, k)
+        if "ties" in g:
+            rows = [torch.cat([features, features[:, :1] * 0], 1)[0][i[0]].sort(0).values for i in (found, g["out_index"])]
+            assert_equal(rows[0], rows[1])
+        else:
+            assert found.tolist() == g["out_index"].tolist(), case
+        ours = run_quotas(run_weights(attention, members, valid), sizes, k)
+        if (sizes > 1).all() and (g["out_index"] >= 0).all():  # else the program has scales of its own, or zero vectors
+            assert_equal(ours, quota)
+        assert (
+            (ours.sum(1) == k).all() and (ours <= sizes).all() and (run_tokens(attention, members, valid, ours, k) >= 0).all()
+        )
+
+
+def test_the_variance_of_holovs_program_has_no_effect() -> None:
+    (_, g), *_ = cases("baseline2_holov_576")
+    members, valid = consecutive(576, 16)
+    weights = [program_weights(g["attention"], g["features"], members, valid, alpha) for alpha in (0.0, 0.09, 1.0)]
+    assert all(torch.allclose(weight, weights[0], rtol=1e-5) for weight in weights)
+
+
+def test_windows_cover_grids() -> None:
+    members, valid = windows(((5, 4), (2, 7)), 3)
+    assert sorted(members[valid].tolist()) == list(range(34)) and len(members) == 9 + 6
+    assert members[0][valid[0]].tolist() == [0, 1, 4, 5]

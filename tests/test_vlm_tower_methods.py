@@ -22,6 +22,9 @@ METHODS = [
     vtok.PruMerge(keep=0.5, neighbours=5),
     vtok.PruMerge(plus=True),
     vtok.PruMerge(keep=0.25, preset="official"),
+    vtok.HoloV(keep=0.5, runs=5),
+    vtok.HoloV(keep=0.4, variant="paper"),
+    vtok.HoloV(keep=0.7, preset="official"),
     vtok.Downsample(keep=0.5),
     vtok.Downsample(keep_tokens=3, mode="bilinear", shape="square"),
 ]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vtok.methods.correlation import Correlation
     from vtok.methods.downsample import Downsample
     from vtok.methods.fastervlm import FasterVLM
+    from vtok.methods.holov import HoloV
     from vtok.methods.pitome import PiToMe
     from vtok.methods.prumerge import PruMerge
     from vtok.methods.random_drop import RandomDrop
@@ -44,6 +45,7 @@ _CONFIGS = {
     "Correlation": "correlation",
     "Downsample": "downsample",
     "FasterVLM": "fastervlm",
+    "HoloV": "holov",
     "PiToMe": "pitome",
     "PruMerge": "prumerge",
     "RandomDrop": "random",
@@ -65,6 +67,7 @@ __all__ = [
     "Correlation",
     "Downsample",
     "FasterVLM",
+    "HoloV",
     "MissingExtraError",
     "PiToMe",
     "Prompt",

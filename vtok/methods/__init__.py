@@ -14,6 +14,7 @@
 | `vispruner` | [VisPruner](https://arxiv.org/abs/2412.01818), vision-language models: half of them by the class token's attention, half by dropping near duplicates of the rest in rounds | `keep` (or `keep_tokens`), `important` | `keep=1/9`, `important=0.5` |
 | `prumerge` | [LLaVA-PruMerge](https://arxiv.org/abs/2403.15388) and PruMerge+ (`plus=True`), vision-language models: tokens of outstanding class attention take in their neighbours, one more takes in the rest | `keep`, `plus` | adaptive, as many as are outliers |
 | `downsample` | the third floor: every grid of visual tokens is pooled to a smaller one; vision-language models, videos too | `keep`, `mode` | `keep=1/9`, `mode="avg"` |
+| `holov` | [HoloV](https://arxiv.org/abs/2510.02912), vision-language models: runs of tokens get shares of the budget by their class attention, and spend them on their most attended tokens | `keep`, `runs`, `variant` | `keep=1/9`, `runs=16` |
 | `random`, `uniform` | the floor: a random, a regular subset in every block | `keep` | `keep=0.925` |
 
 Every knob is documented on its config class (`help(vtok.PiToMe)`), with the paper's symbol, unit and range, and with what is a

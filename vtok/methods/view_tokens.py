@@ -63,6 +63,7 @@ class ViewTokens(NamedTuple):
     Attributes:
         images: B.
         views: V.
+        length: n.
         groups: all views that have tokens.
         stays: [r] int64, rows of no view that stay: the newline behind a video.
         fit: what belongs to patches [B V, P, C] -> to tokens [B V, >= m, C]: the mean of the patches that a connector merges.
@@ -71,6 +72,7 @@ class ViewTokens(NamedTuple):
 
     images: int
     views: int
+    length: int
     groups: tuple[Group, ...]
     stays: Tensor
     fit: Callable[[Tensor], Tensor]
@@ -97,6 +99,18 @@ class ViewTokens(NamedTuple):
         """Token numbers within views [B G, k] -> places in the image [B, G k]."""
         return group.rows.repeat(self.images, 1).gather(1, chosen).view(self.images, -1)
 
+    @property
+    def pool(self) -> Tensor:
+        """[n'] int64, rising: rows of the tokens of all views."""
+        return torch.cat([group.rows.flatten() for group in self.groups]).sort().values
+
+    def by_row(self, x: Tensor) -> Tensor:
+        """Numbers of tokens of all views (from `fit`) [B V, M] -> of the rows of an image [B, n]; 0 at rows of no view."""
+        out = x.new_zeros(self.images, self.length)
+        for group in self.groups:
+            out = out.index_copy(1, group.rows.flatten(), self.of(x, group).reshape(self.images, -1))
+        return out
+
     def kept(self, parts: Sequence[Tensor]) -> Tensor:
         """[B, K], rising: all rows that stay, from those of every group."""
         return torch.cat([*parts, self.stays.expand(self.images, -1)], 1).sort(1).values
@@ -117,11 +131,11 @@ def view_tokens(images: ImageFeatures, method: str) -> ViewTokens:
             layout = source.layout
             groups = _packed_groups(how, device)
             patches = 0 if how.shrunk else how.side**2
-            return ViewTokens(batch, source.views, groups, _none(device), lambda x: to_features(layout, x), patches)
+            return ViewTokens(batch, source.views, n, groups, _none(device), lambda x: to_features(layout, x), patches)
         size = source.layout.rows.shape[1]
         group = Group(tuple(range(source.views)), source.layout.rows)
         fit = functools.partial(_regroup, tokens=size, method=method)
-        return ViewTokens(batch, source.views, (group,), _none(device), fit, size)
+        return ViewTokens(batch, source.views, n, (group,), _none(device), fit, size)
     shown = [view for view in images.views if not view.newline]
     joint = [view for view in images.views if view.newline and view.columns > 1]
     sizes = {view.rows * view.columns for view in shown}
@@ -134,7 +148,7 @@ def view_tokens(images: ImageFeatures, method: str) -> ViewTokens:
     groups, stays = _raster_groups(images.views, images.modality == "video", device)
     size = max(sizes)
     fit = functools.partial(_regroup, tokens=size, method=method)
-    return ViewTokens(batch, len(shown), groups, stays, fit, size)
+    return ViewTokens(batch, len(shown), n, groups, stays, fit, size)
 
 
 def _none(device: torch.device) -> Tensor:

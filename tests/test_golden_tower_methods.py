@@ -9,6 +9,7 @@ from helpers_golden import FOLDER, assert_close, assert_equal, convert, load
 
 from vtok.methods.downsample import pool_grid, smaller_grid
 from vtok.methods.fastervlm import most_attended
+from vtok.methods.hired import part_mask
 from vtok.methods.holov import consecutive, program_weights, run_quotas, run_tokens, run_weights, windows
 from vtok.methods.prumerge import adaptive_tokens, fixed_tokens, merge_neighbours, official_fixed_tokens
 from vtok.methods.visionzip import contextual_tokens, zip_tokens
@@ -164,3 +165,17 @@ def test_windows_cover_grids() -> None:
     members, valid = windows(((5, 4), (2, 7)), 3)
     assert sorted(members[valid].tolist()) == list(range(34)) and len(members) == 9 + 6
     assert members[0][valid[0]].tolist() == [0, 1, 4, 5]
+
+
+@DTYPES
+def test_hired(dtype: torch.dtype) -> None:
+    """Sums over heads; the whole view of every image first."""
+    for case, g in cases("baseline2_hired", dtype):
+        first, late, at = g["first_layer"].sum(1), g["late_layer"].sum(1), 0
+        for parts in g["parts"].tolist():
+            here = slice(at, at + parts)
+            total = int(parts * first.shape[1] * float(g["rate"]))
+            found = part_mask(first[at : at + 1], late[None, here], total, float(g["alpha"]))
+            assert_equal(found[0], g["mask"][here].bool()), case
+            at += parts
+        assert at == len(late)

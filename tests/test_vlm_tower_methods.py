@@ -25,6 +25,8 @@ METHODS = [
     vtok.HoloV(keep=0.5, runs=5),
     vtok.HoloV(keep=0.4, variant="paper"),
     vtok.HoloV(keep=0.7, preset="official"),
+    vtok.HiRED(keep=0.4),
+    vtok.HiRED(keep_tokens=5, alpha=0.3, preset="official"),
     vtok.Downsample(keep=0.5),
     vtok.Downsample(keep_tokens=3, mode="bilinear", shape="square"),
 ]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vtok.methods.correlation import Correlation
     from vtok.methods.downsample import Downsample
     from vtok.methods.fastervlm import FasterVLM
+    from vtok.methods.hired import HiRED
     from vtok.methods.holov import HoloV
     from vtok.methods.pitome import PiToMe
     from vtok.methods.prumerge import PruMerge
@@ -45,6 +46,7 @@ _CONFIGS = {
     "Correlation": "correlation",
     "Downsample": "downsample",
     "FasterVLM": "fastervlm",
+    "HiRED": "hired",
     "HoloV": "holov",
     "PiToMe": "pitome",
     "PruMerge": "prumerge",
@@ -67,6 +69,7 @@ __all__ = [
     "Correlation",
     "Downsample",
     "FasterVLM",
+    "HiRED",
     "HoloV",
     "MissingExtraError",
     "PiToMe",

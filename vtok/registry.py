@@ -97,6 +97,7 @@ METHODS: Registry[Any] = Registry(
         "correlation": "vtok.methods.correlation:Correlation",
         "downsample": "vtok.methods.downsample:Downsample",
         "fastervlm": "vtok.methods.fastervlm:FasterVLM",
+        "hired": "vtok.methods.hired:HiRED",
         "holov": "vtok.methods.holov:HoloV",
         "pitome": "vtok.methods.pitome:PiToMe",
         "prumerge": "vtok.methods.prumerge:PruMerge",

@@ -15,6 +15,7 @@
 | `prumerge` | [LLaVA-PruMerge](https://arxiv.org/abs/2403.15388) and PruMerge+ (`plus=True`), vision-language models: tokens of outstanding class attention take in their neighbours, one more takes in the rest | `keep`, `plus` | adaptive, as many as are outliers |
 | `downsample` | the third floor: every grid of visual tokens is pooled to a smaller one; vision-language models, videos too | `keep`, `mode` | `keep=1/9`, `mode="avg"` |
 | `holov` | [HoloV](https://arxiv.org/abs/2510.02912), vision-language models: runs of tokens get shares of the budget by their class attention, and spend them on their most attended tokens | `keep`, `runs`, `variant` | `keep=1/9`, `runs=16` |
+| `hired` | [HiRED](https://arxiv.org/abs/2408.10945), vision-language models: the whole view and the crops of an image share one budget by class attention | `keep`, `alpha` | `keep=0.2`, `alpha=0.5` |
 | `random`, `uniform` | the floor: a random, a regular subset in every block | `keep` | `keep=0.925` |
 
 Every knob is documented on its config class (`help(vtok.PiToMe)`), with the paper's symbol, unit and range, and with what is a

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vtok.prompt import View
@@ -69,14 +70,21 @@ def frames(model: Any, modality: str, number: int, first: int, x: Tensor, kwargs
         rows, columns = (int(side) // merge for side in sizes[number][1:].tolist())
     elif ids is not None and isinstance(position, Tensor) and position.ndim == 3 and position.shape[1:] == ids.shape:
         here = ids == getattr(model.config, f"{modality}_token_id")
-        spans = position[-2:, here][:, first : first + len(x)]
-        rows, columns = (spans.amax(1) - spans.amin(1) + 1).tolist()
+        high, wide = position[-2:, here][:, first : first + len(x)]
+        columns = _run(wide)
+        rows = _run(high[::columns]) if columns else 0  # of the first frame: text may stand in front of every one
     else:
         return (View(0, 1, len(x)),)
     size = rows * columns
     if not size or len(x) % size:
         return (View(0, 1, len(x)),)
     return tuple(View(start, rows, columns) for start in range(0, len(x), size))
+
+
+def _run(position: Tensor) -> int:
+    """How many of the first positions [n] rise by one each."""
+    step = torch.arange(len(position), device=position.device)
+    return int((position == position[:1] + step).cumprod(0).sum())
 
 
 def even_counts(model: Any, modality: str, images: Sequence[Tensor], total: int, kwargs: Kwargs) -> list[int] | None:

@@ -219,6 +219,7 @@ def _describe(path: str, module: Any, spec: VLMSpec) -> VLM:
         no_tower=no_tower,
         grid=spec.grid(module),
         crops=spec.cuts is not hf_cuts.lone,
+        videos=hasattr(module, "get_video_features"),
         connector_macs=linear_macs(getattr(module, spec.projector)) if spec.projector else 0,
     )
     return VLM(path, module, spec, info, {m: token for m, token in tokens.items() if token is not None}, tower)

@@ -64,6 +64,7 @@ class VLMInfo:
         grid: rows and columns of visual tokens, the same for every image; `None` = they depend on the image.
         crops: whether it may cut an image into crops beside a view of the whole.
         connector_macs: multiply-accumulates of `ImageFeatures.connector` for one token; 0 = there is none.
+        videos: whether it reads videos.
     """
 
     name: str
@@ -79,6 +80,7 @@ class VLMInfo:
     grid: tuple[int, int] | None = None
     crops: bool = False
     connector_macs: int = 0
+    videos: bool = False
 
     def probe_macs(self, rows: int, length: int) -> int:
         """Multiply-accumulates of `LayerAttention.probs` for so many query rows over so many columns: keys of all columns,

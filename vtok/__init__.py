@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from vtok.methods.ats import ATS
     from vtok.methods.correlation import Correlation
     from vtok.methods.downsample import Downsample
+    from vtok.methods.evs import EVS
     from vtok.methods.fastervlm import FasterVLM
+    from vtok.methods.fastvid import FastVID
     from vtok.methods.hired import HiRED
     from vtok.methods.holov import HoloV
     from vtok.methods.pitome import PiToMe
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from vtok.methods.todre import ToDRE
     from vtok.methods.tome import ToMe
     from vtok.methods.uniform_grid import UniformGrid
+    from vtok.methods.vidcom2 import VidCom2
     from vtok.methods.visionzip import VisionZip
     from vtok.methods.vispruner import VisPruner
     from vtok.methods.zero_tprune import ZeroTPrune
@@ -45,7 +48,9 @@ _CONFIGS = {
     "ATS": "ats",
     "Correlation": "correlation",
     "Downsample": "downsample",
+    "EVS": "evs",
     "FasterVLM": "fastervlm",
+    "FastVID": "fastvid",
     "HiRED": "hired",
     "HoloV": "holov",
     "PiToMe": "pitome",
@@ -54,6 +59,7 @@ _CONFIGS = {
     "ToDRE": "todre",
     "ToMe": "tome",
     "UniformGrid": "uniform",
+    "VidCom2": "vidcom2",
     "VisPruner": "vispruner",
     "VisionZip": "visionzip",
     "ZeroTPrune": "zero_tprune",
@@ -63,11 +69,13 @@ __all__ = [
     "ADAPTERS",
     "ATP",
     "ATS",
+    "EVS",
     "METHODS",
     "BudgetError",
     "ConfigError",
     "Correlation",
     "Downsample",
+    "FastVID",
     "FasterVLM",
     "HiRED",
     "HoloV",
@@ -82,6 +90,7 @@ __all__ = [
     "UniformGrid",
     "UnknownNameError",
     "UnsupportedModelError",
+    "VidCom2",
     "VisPruner",
     "VisionZip",
     "VtokError",

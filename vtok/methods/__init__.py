@@ -16,6 +16,9 @@
 | `downsample` | the third floor: every grid of visual tokens is pooled to a smaller one; vision-language models, videos too | `keep`, `mode` | `keep=1/9`, `mode="avg"` |
 | `holov` | [HoloV](https://arxiv.org/abs/2510.02912), vision-language models: runs of tokens get shares of the budget by their class attention, and spend them on their most attended tokens | `keep`, `runs`, `variant` | `keep=1/9`, `runs=16` |
 | `hired` | [HiRED](https://arxiv.org/abs/2408.10945), vision-language models: the whole view and the crops of an image share one budget by class attention | `keep`, `alpha` | `keep=0.2`, `alpha=0.5` |
+| `evs` | [EVS](https://arxiv.org/abs/2510.14624), videos: the tokens that changed most since the frame before, the first frame whole | `keep` | `keep=0.25` |
+| `vidcom2` | [VidCom2](https://arxiv.org/abs/2505.14454), videos: frames unlike the video get more of the budget, tokens unlike the means of video and frame stay | `keep` | `keep=0.25` |
+| `fastvid` | [FastVID](https://arxiv.org/abs/2503.11187), videos: attended tokens of every frame, and density peaks of a segment that take in what is like them | `keep`, `segments`, `threshold` | `keep=0.1` |
 | `random`, `uniform` | the floor: a random, a regular subset in every block | `keep` | `keep=0.925` |
 
 Every knob is documented on its config class (`help(vtok.PiToMe)`), with the paper's symbol, unit and range, and with what is a

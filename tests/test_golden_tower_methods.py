@@ -40,6 +40,10 @@ def test_visionzip(dtype: torch.dtype, tolerance: float) -> None:
     kept = [hidden[:, :1], hidden.gather(1, rows)]
     assert_close(torch.cat([*kept, contextual_tokens(hidden[:, 1:], zipped)], 1), g["out_tokens"], tolerance)
     assert contextual_tokens(hidden[:, 1:], zipped).dtype == dtype
+    none = zip_tokens(attention, g["metric"][:, 1:], 5, 0)
+    assert contextual_tokens(hidden[:, 1:], none).shape == (2, 0, 16) and none.free.shape == (2, 1)
+    every = zip_tokens(attention, g["metric"][:, 1:], 60, 4)
+    assert_equal(contextual_tokens(hidden[:, 1:], every), hidden[:, 1:].gather(1, every.rest[..., None].expand(-1, -1, 16)))
 
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

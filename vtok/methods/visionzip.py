@@ -159,8 +159,8 @@ def zip_tokens(attention: Tensor, metric: Tensor, dominant: int, contextual: int
     places = range(0, left, step)[:contextual]
     target = torch.tensor(list(places), dtype=torch.int64, device=kept.device)
     other = torch.tensor(sorted(set(range(left)) - set(places)), dtype=torch.int64, device=kept.device)
-    if not contextual or not len(other):
-        return Zipped(kept, rest, target, other[:0], rest[:, :0])
+    if not contextual:
+        return Zipped(kept, rest, target, other, torch.zeros_like(rest))  # nobody joins anybody
     z = take_rows(unit(metric), rest)
     return Zipped(kept, rest, target, other, (z[:, other] @ z[:, target].transpose(1, 2)).argmax(-1))
 

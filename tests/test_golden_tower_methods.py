@@ -73,10 +73,10 @@ def test_prumerge(name: str, dtype: torch.dtype) -> None:
         plus, width = bool(g["plus"]), g["index"].shape[1]
         if g["adaptive"]:
             ranked = adaptive_tokens(attention, plus=plus, joint=True)
-            assert isinstance(ranked.count, torch.Tensor) and set(ranked.count.tolist()) == {width}
+            assert isinstance(ranked.stay, torch.Tensor) and set(ranked.stay.tolist()) == {width}
         else:
             ranked = official_fixed_tokens(attention, float(g["ratio"]), plus)
-            assert ranked.count == width
+            assert ranked.stay == width
         assert ranked.order[:, :width].tolist() == g["index"].tolist(), case
         made = torch.cat(merge_neighbours(g["hidden"][:, 1:], g["k"][:, 1:], attention, ranked, width), 1)
         assert made.dtype == dtype
@@ -90,10 +90,10 @@ def test_prumerge_of_a_batch_is_that_of_its_images() -> None:
     alone = [adaptive_tokens(attention[b : b + 1]) for b in range(2)]
     together = adaptive_tokens(attention)
     assert_equal(together.order, torch.cat([one.order for one in alone]))
-    assert_equal(together.count, torch.cat([one.count for one in alone]))  # type: ignore[arg-type]
-    assert len(set(together.count.tolist())) == 2  # type: ignore[union-attr]
+    assert_equal(together.stay, torch.cat([one.stay for one in alone]))  # type: ignore[arg-type]
+    assert len(set(together.stay.tolist())) == 2  # type: ignore[union-attr]
     joint = adaptive_tokens(attention, joint=True)
-    assert int(joint.count[0]) == 11  # type: ignore[index]
+    assert int(joint.stay[0]) == 11  # type: ignore[index]
 
 
 def test_prumerge_plus_under_a_budget() -> None:

@@ -114,7 +114,7 @@ class DownsampleReducer(VLMReducer):
         if all(_grid(view) == out for view, out in zip(images.views, outs)):
             return None
         device = images.tokens.device
-        keep = torch.tensor(_centres(images.views, outs), device=device).expand(batch, -1)
+        keep = _centres(images.views, outs, device).expand(batch, -1)
         return Plan(keep, remake=functools.partial(_pooled, images.views, outs, self.config.mode, keep))
 
     def _outs(self, views: tuple[View, ...]) -> tuple[tuple[int, int], ...]:
@@ -141,7 +141,8 @@ def _grid(view: View) -> tuple[int, int]:
     return view.rows, view.columns - view.newline
 
 
-def _centres(views: tuple[View, ...], outs: tuple[tuple[int, int], ...]) -> list[int]:
+@functools.lru_cache(maxsize=64)
+def _centres(views: tuple[View, ...], outs: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """Where the pooled tokens stand: at the middle of what they show; newlines behind the middle row."""
     found: list[int] = []
     for view, (rows, columns) in zip(views, outs):
@@ -150,7 +151,7 @@ def _centres(views: tuple[View, ...], outs: tuple[tuple[int, int], ...]) -> list
             line = view.start + (2 * i + 1) * high // (2 * rows) * view.columns
             found += [line + (2 * j + 1) * wide // (2 * columns) for j in range(columns)]
             found += [line + wide] if view.newline else []
-    return found
+    return torch.tensor(found, dtype=torch.int64, device=device)
 
 
 def _pooled(views: tuple[View, ...], outs: tuple[tuple[int, int], ...], mode: str, keep: Tensor, x: Tensor) -> Tensor:

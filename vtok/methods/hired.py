@@ -141,7 +141,7 @@ class HiREDReducer(ViewReducer):
     """HiRED for one model; the first of `blocks` chooses, the last parts the budget."""
 
     @property
-    def exact(self) -> bool:  # type: ignore[override]
+    def exact(self) -> bool:
         return not self.info.crops
 
     def features(self, images: ImageFeatures) -> Plan | None:

@@ -206,7 +206,7 @@ def run_tokens(score: Tensor, members: Tensor, valid: Tensor, quota: Tensor, k: 
 class HoloVReducer(ViewReducer):
     """HoloV for one model."""
 
-    exact: ClassVar[bool] = True  # type: ignore[misc, assignment]
+    exact: ClassVar[bool] = True
 
     def features(self, images: ImageFeatures) -> Plan | None:
         held = view_tokens(images, self.config.name)

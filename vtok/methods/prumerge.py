@@ -110,11 +110,11 @@ class Ranked(NamedTuple):
 
     Attributes:
         order: [V, n] int64, token numbers: those that stay, then the others, rising.
-        count: [V] int64, how many stay; one number, if it is the same for all.
+        stay: [V] int64, how many stay; one number, if it is the same for all.
     """
 
     order: Tensor
-    count: Tensor | int
+    stay: Tensor | int
 
 
 def adaptive_tokens(attention: Tensor, factor: float = 1.5, plus: bool = False, joint: bool = False) -> Ranked:
@@ -154,9 +154,15 @@ def fixed_tokens(attention: Tensor, k: int, plus: bool = False) -> Ranked:
     order = top(attention, n)
     chosen, rest = order[:, :first], order[:, first:].sort(1).values
     more, left = k - first, n - first
-    places = [(2 * i + 1) * left // (2 * more) for i in range(more)]
-    others = sorted(set(range(left)) - set(places))
-    return Ranked(torch.cat([chosen, rest[:, places], rest[:, others]], 1), k)
+    spread = _spread_first(left, more, rest.device)
+    return Ranked(torch.cat([chosen, rest[:, spread]], 1), k)
+
+
+@functools.lru_cache(maxsize=256)
+def _spread_first(n: int, count: int, device: torch.device) -> Tensor:
+    """[n] int64: 0 .. n-1, so many evenly spread ones in front."""
+    places = [(2 * i + 1) * n // (2 * count) for i in range(count)]
+    return torch.tensor([*places, *sorted(set(range(n)) - set(places))], dtype=torch.int64, device=device)
 
 
 def official_fixed_tokens(attention: Tensor, ratio: float, plus: bool = False) -> Ranked:
@@ -166,7 +172,7 @@ def official_fixed_tokens(attention: Tensor, ratio: float, plus: bool = False) -
     first = int(n * ratio)
     chosen = top(attention, first)
     if plus and first:
-        chosen = torch.cat([chosen, torch.tensor(_every(n, ratio), device=chosen.device).expand(views, -1)], 1)
+        chosen = torch.cat([chosen, _every_row(n, ratio, chosen.device).expand(views, -1)], 1)
     taken = torch.zeros(attention.shape, dtype=torch.bool, device=chosen.device).scatter(1, chosen, True)
     place = torch.arange(n, device=chosen.device).expand(views, n)
     rest = torch.where(taken, -1, place).sort(1).values  # those that stay come first: as many as are repeated go with them
@@ -176,6 +182,11 @@ def official_fixed_tokens(attention: Tensor, ratio: float, plus: bool = False) -
 def _every(n: int, ratio: float) -> list[int]:
     step = int(1 / ratio)
     return list(range(step // 2, n - 1, step))
+
+
+@functools.lru_cache(maxsize=256)
+def _every_row(n: int, ratio: float, device: torch.device) -> Tensor:
+    return torch.tensor(_every(n, ratio), device=device)
 
 
 def merge_neighbours(
@@ -204,7 +215,7 @@ def merge_neighbours(
     share = weight[:, None].expand(-1, width, -1).gather(2, token)
     joins = x.new_zeros(len(x), width, n).scatter_add(2, token, share)
     place = torch.arange(n, device=x.device)
-    count = ranked.count if isinstance(ranked.count, int) else ranked.count[:, None]
+    count = ranked.stay if isinstance(ranked.stay, int) else ranked.stay[:, None]
     lost = weight.gather(1, order) * (place >= count)
     extra = torch.zeros_like(weight).scatter_add(1, order, lost)
     sums = torch.cat([joins, extra[:, None]], 1) @ x
@@ -248,14 +259,14 @@ class PruMergeReducer(ViewReducer):
             )
             makers.append(functools.partial(maker, config.neighbours))
         stays = held.stays.expand(held.images, -1)
-        ragged = any(isinstance(found.count, Tensor) for found in ranked)
+        ragged = any(isinstance(found.stay, Tensor) for found in ranked)
 
         def remake(x: Tensor) -> Tensor:
             parts = [make(x).reshape(held.images, -1, x.shape[-1]) for make in makers]
             return torch.cat([*parts, take_rows(x, stays)], 1)
 
-        real = torch.cat([*valid, torch.ones_like(stays, dtype=torch.bool)], 1) if ragged else None
-        return Plan(torch.cat([*rows, stays], 1), valid=real, remake=remake)
+        all_real = torch.cat([*valid, torch.ones_like(stays, dtype=torch.bool)], 1) if ragged else None
+        return Plan(torch.cat([*rows, stays], 1), valid=all_real, remake=remake)
 
     def _ranked(self, attention: Tensor) -> Ranked:
         config, n = self.config, attention.shape[1]
@@ -279,7 +290,7 @@ class PruMergeReducer(ViewReducer):
 class AdaptiveReducer(PruMergeReducer):
     """The image decides how many tokens stay."""
 
-    exact: ClassVar[bool] = False  # type: ignore[misc, assignment]
+    exact: ClassVar[bool] = False
 
     def features(self, images: ImageFeatures) -> Plan:
         return self.choose(images, view_tokens(images, self.config.name))
@@ -291,7 +302,7 @@ class AdaptiveReducer(PruMergeReducer):
 
 def _widths(ranked: Sequence[Ranked]) -> list[int]:
     """Largest count of every group, by one host synchronisation if they depend on the image."""
-    found: list[Any] = [one.count if isinstance(one.count, int) else one.count.amax() for one in ranked]
+    found: list[Any] = [one.stay if isinstance(one.stay, int) else one.stay.amax() for one in ranked]
     late = [count for count in found if isinstance(count, Tensor)]
     counts = iter(torch.stack(late).tolist() if late else ())
     return [next(counts) if isinstance(count, Tensor) else count for count in found]
@@ -299,7 +310,7 @@ def _widths(ranked: Sequence[Ranked]) -> list[int]:
 
 def _places(ranked: Ranked, width: int, extra: int, official: bool) -> tuple[Tensor, Tensor]:
     """Where the kept tokens and the extra one stand [V, W + extra], and which of these are real."""
-    order, count = ranked.order, ranked.count
+    order, count = ranked.order, ranked.stay
     views, n = order.shape
     place = torch.arange(width + extra, device=order.device).expand(views, -1)
     count = torch.full((views,), count, device=order.device) if isinstance(count, int) else count

@@ -8,6 +8,7 @@ Shapes: B videos that are laid out alike, F frames, m tokens of each, D width.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -56,11 +57,18 @@ def frames_of(images: ImageFeatures, method: str) -> Frames:
             f"{method} must know which of the {images.tokens.shape[1]} visual tokens of this video belong to which frame, and "
             "the inputs do not say: pass them as the processor returns them, video_grid_thw and input_ids included"
         )
-    device = images.tokens.device
-    rows = torch.tensor([view.start for view in shown], device=device)[:, None] + torch.arange(next(iter(sizes)), device=device)
-    behind = [row for view in images.views if view.newline for row in range(view.start, view.stop)]
-    tokens = at_least_fp32(images.tokens[:, rows.flatten()]).unflatten(1, rows.shape)
-    return Frames(tokens, rows, torch.tensor(behind, dtype=torch.int64, device=device))
+    rows, behind = _places(images.views, images.tokens.device)
+    return Frames(at_least_fp32(images.tokens[:, rows.flatten()]).unflatten(1, rows.shape), rows, behind)
+
+
+@functools.lru_cache(maxsize=64)
+def _places(views: tuple[View, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of the frames [F, m], and of what stands behind them."""
+    shown = [view for view in views if not view.newline]
+    size = shown[0].stop - shown[0].start
+    rows = torch.tensor([view.start for view in shown], device=device)[:, None] + torch.arange(size, device=device)
+    behind = [row for view in views if view.newline for row in range(view.start, view.stop)]
+    return rows, torch.tensor(behind, dtype=torch.int64, device=device)
 
 
 def shape_of(views: tuple[View, ...]) -> tuple[int, int, int]:

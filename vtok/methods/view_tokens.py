@@ -46,10 +46,16 @@ class Group(NamedTuple):
     Attributes:
         views: their numbers, in the order of the prompt.
         rows: [G, m] int64, place of every token among the n of its image.
+        index: [G] int64, `views` on the device of `rows`.
     """
 
     views: tuple[int, ...]
     rows: Tensor
+    index: Tensor  # type: ignore[assignment]  # shadows tuple.index on purpose
+
+    @classmethod
+    def of(cls, views: Sequence[int], rows: Tensor) -> Group:
+        return cls(tuple(views), rows, torch.tensor(views, dtype=torch.int64, device=rows.device))
 
     @property
     def size(self) -> int:
@@ -82,7 +88,7 @@ class ViewTokens(NamedTuple):
         """What belongs to tokens of all views (from `fit`), for a group: [B V, M, C] -> [B G, m, C]."""
         x = x.unflatten(0, (self.images, self.views))
         if len(group.views) < self.views:
-            x = x[:, list(group.views)]
+            x = x.index_select(1, group.index)
         return x[:, :, : group.size].flatten(0, 1)
 
     def hidden(self, block: TowerBlock) -> Tensor | None:
@@ -133,7 +139,7 @@ def view_tokens(images: ImageFeatures, method: str) -> ViewTokens:
             patches = 0 if how.shrunk else how.side**2
             return ViewTokens(batch, source.views, n, groups, _none(device), lambda x: to_features(layout, x), patches)
         size = source.layout.rows.shape[1]
-        group = Group(tuple(range(source.views)), source.layout.rows)
+        group = _plain_group(source.views, size, device)
         fit = functools.partial(_regroup, tokens=size, method=method)
         return ViewTokens(batch, source.views, n, (group,), _none(device), fit, size)
     shown = [view for view in images.views if not view.newline]
@@ -151,8 +157,14 @@ def view_tokens(images: ImageFeatures, method: str) -> ViewTokens:
     return ViewTokens(batch, len(shown), n, groups, stays, fit, size)
 
 
+@functools.lru_cache(maxsize=16)
 def _none(device: torch.device) -> Tensor:
     return torch.zeros(0, dtype=torch.int64, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _plain_group(views: int, size: int, device: torch.device) -> Group:
+    return Group.of(range(views), torch.arange(views * size, device=device).view(views, size))
 
 
 @functools.lru_cache(maxsize=64)
@@ -161,7 +173,7 @@ def _packed_groups(how: Packing, device: torch.device) -> tuple[Group, ...]:
     counts = layout.valid.sum(-1).tolist()
     sizes = dict.fromkeys(count for count in counts if count)
     alike = [(size, [i for i, count in enumerate(counts) if count == size]) for size in sizes]
-    return tuple(Group(tuple(views), layout.rows[views, :size].to(device)) for size, views in alike)
+    return tuple(Group.of(views, layout.rows[views, :size].to(device)) for size, views in alike)
 
 
 @functools.lru_cache(maxsize=64)
@@ -172,7 +184,7 @@ def _raster_groups(views: tuple[View, ...], video: bool, device: torch.device) -
     for size in sizes:
         numbers = [i for i, view in enumerate(shown) if view.stop - view.start == size]
         starts = torch.tensor([shown[i].start for i in numbers], device=device)
-        groups.append(Group(tuple(numbers), starts[:, None] + torch.arange(size, device=device)))
+        groups.append(Group.of(numbers, starts[:, None] + torch.arange(size, device=device)))
     behind = [row for view in views if view.newline for row in range(view.start, view.stop)] if video else []
     return tuple(groups), torch.tensor(behind, dtype=torch.int64, device=device)
 
@@ -193,7 +205,7 @@ def _regroup(x: Tensor, tokens: int, method: str) -> Tensor:
             f"{method} must know which patches a visual token is made of, but {error}; is the class token among the features?"
         ) from None
     assert groups is not None
-    return x[:, groups.to(x.device)].mean(2)
+    return x[:, groups.to(x.device, non_blocking=True)].mean(2)
 
 
 # What the tower attends to.
@@ -292,7 +304,7 @@ class ViewReducer(VLMReducer):
     blocks: tuple[int, ...] = ()
 
     @property
-    def exact(self) -> bool:  # type: ignore[override]
+    def exact(self) -> bool:
         """Of a crop that lost rows as padding a plan knows the number of tokens approximately."""
         return self.info.grid is not None or not self.info.crops
 

@@ -154,15 +154,20 @@ def zip_tokens(attention: Tensor, metric: Tensor, dominant: int, contextual: int
     kept = top(attention, dominant).sort(1).values
     stays = torch.zeros(attention.shape, dtype=torch.bool, device=attention.device).scatter(1, kept, True)
     rest, _ = rows_where(~stays, n - dominant)
-    left = n - dominant
-    step = max(1, left // max(contextual, 1))
-    places = range(0, left, step)[:contextual]
-    target = torch.tensor(list(places), dtype=torch.int64, device=kept.device)
-    other = torch.tensor(sorted(set(range(left)) - set(places)), dtype=torch.int64, device=kept.device)
+    target, other = _targets(n - dominant, contextual, kept.device)
     if not contextual:
         return Zipped(kept, rest, target, other, torch.zeros_like(rest))  # nobody joins anybody
     z = take_rows(unit(metric), rest)
     return Zipped(kept, rest, target, other, (z[:, other] @ z[:, target].transpose(1, 2)).argmax(-1))
+
+
+@functools.lru_cache(maxsize=256)
+def _targets(left: int, contextual: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Places among so many tokens of the targets, at an even step from the first, and of the others."""
+    places = range(0, left, max(1, left // max(contextual, 1)))[:contextual]
+    others = sorted(set(range(left)) - set(places))
+    target, other = (torch.tensor(one, dtype=torch.int64, device=device) for one in (list(places), others))
+    return target, other
 
 
 def contextual_tokens(x: Tensor, zipped: Zipped) -> Tensor:

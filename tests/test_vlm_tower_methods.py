@@ -2,16 +2,18 @@
 
 import copy
 import json
+import random
 
 import pytest
 import torch
 from helpers_features import Chosen, encoded, row_of
 from helpers_todre import kernel_of
-from vlm_zoo import EXAMPLES, MaskOracle, assert_same, build, generate, inputs, tower_probs
+from vlm_zoo import EXAMPLES, Columns, MaskOracle, assert_same, build, column_keeps, generate, inputs, tower_probs
 
 import vtok
 from vtok.eval.flops import count_prompt_macs
 from vtok.patches.hf_vlm import find
+from vtok.space import draw
 
 METHODS = [
     vtok.VisionZip(keep=0.5),
@@ -310,3 +312,86 @@ def test_downsampling_needs_no_tower(name):
     with MaskOracle(reference, dict.fromkeys(range(4), chosen.columns)):
         expected = generate(reference, encoded(values, chosen))
     assert_same(generate(vtok.patch(build(name), config), values), expected)
+
+
+@pytest.mark.parametrize("config", METHODS, ids=_id)
+def test_methods_before_and_inside_the_llm(config):
+    """The oracle hides what either dropped."""
+    name, values = "LLaVA-1.5", inputs("LLaVA-1.5")
+    inside = Columns(((2, 2),))
+    reference = build(name)
+    chosen = Chosen(reference, values, config)
+    layers = {i: chosen.columns & alive for i, alive in column_keeps(reference, values, inside.shares).items()}
+    with MaskOracle(reference, layers):
+        expected = generate(reference, encoded(values, chosen))
+    model = vtok.patch(build(name), [config, inside])
+    assert_same(generate(model, values), expected)
+    assert len(vtok.info(model).prompts[0].rows) == 2
+    with pytest.raises(vtok.ConfigError, match="two methods drop visual tokens at one place"):
+        vtok.patch(build(name), [config, vtok.UniformGrid(keep=0.5)])
+
+
+@pytest.mark.parametrize("config", VARIANTS, ids=_id)
+def test_compact_positions(config):
+    """Numbered anew: the prompt of a program that never knew of the other tokens."""
+    values, model = inputs("LLaVA-1.5"), build("LLaVA-1.5")
+    short = vtok.prune_inputs(model, values, config, positions="compact")
+    mask = short["attention_mask"]
+    expected = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
+    assert torch.equal(short["position_ids"].masked_fill(mask == 0, 0), expected)
+    found = generate(vtok.patch(build("LLaVA-1.5"), config, positions="compact"), values)
+    assert_same(found, generate(model, short))
+
+
+@pytest.mark.parametrize("config", METHODS, ids=_id)
+def test_what_a_search_varies(config):
+    """Points are drawn, written into the config, and resolve; what was given is left alone."""
+    info = find(build("LLaVA-1.5"))[0].info
+    if config.name == "downsample":
+        with pytest.raises(vtok.ConfigError, match="downsample has no schedule on vision-language models"):
+            config.search_space_vlm(info)
+        return
+    space = type(config)().search_space_vlm(info)
+    assert space and not set(space) & set(config.set_by_budget)
+    for seed in range(5):
+        drawn = draw(space, random.Random(seed))
+        found = type(config)().ladder_at_vlm(info, drawn)[500]
+        assert found.keep == 0.5
+        found.build_vlm(info)
+        assert not set(found.replace(keep=None).search_space_vlm(info)) - {
+            k for k, v in drawn.items() if v == found.to_dict()[k]
+        }
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "words"),
+    [
+        ("visionzip", {"dominant": 5}, "dominant and contextual are given together"),
+        ("visionzip", {"keep": 0.5, "keep_tokens": 3}, "give keep or keep_tokens, not both"),
+        ("visionzip", {"dominant": 5, "contextual": -1}, "contextual must be a whole number >= 0, got -1"),
+        ("fastervlm", {"keep": 1.5}, r"keep is a fraction in \(0, 1\], got 1.5"),
+        ("fastervlm", {"keep_tokens": 0}, "keep_tokens must be a whole number >= 1, got 0"),
+        ("vispruner", {"important": 2}, r"important is a share of the tokens that stay, in \[0, 1\]; got 2"),
+        ("prumerge", {"neighbours": 0}, "neighbours must be a whole number >= 1, got 0"),
+        ("prumerge", {"iqr_factor": -1}, "iqr_factor is a number >= 0, got -1"),
+        ("holov", {"runs": 0}, "runs must be a whole number >= 1, got 0"),
+        ("holov", {"variant": "book"}, "unknown variant 'book'"),
+        ("holov", {"variant": "paper", "preset": "official"}, "preset='official' is the program"),
+        ("hired", {"alpha": 1.5}, r"alpha is a share of the budget in \[0, 1\], got 1.5"),
+        ("downsample", {"mode": "sum"}, "unknown mode 'sum'"),
+        ("fastvid", {"context": 1}, r"context lies in \[0, 1\), got 1"),
+        ("vidcom2", {"preset": "ours"}, "unknown preset 'ours'"),
+    ],
+)
+def test_values_that_make_no_sense(method, params, words):
+    with pytest.raises(vtok.VtokError, match=words):
+        vtok.METHODS.get(method)(**params)
+
+
+@pytest.mark.parametrize("method", ["visionzip", "fastervlm", "vispruner", "prumerge", "holov", "hired"])
+def test_towers_that_cannot_be_read(method):
+    with pytest.raises(vtok.UnsupportedModelError, match=f"{method} looks at the attention of Qwen2VLModel's vision tower"):
+        vtok.patch(build("Qwen2-VL"), method)
+    layer = "late_layer" if method == "hired" else "layer"
+    with pytest.raises(vtok.ConfigError, match=f"{layer}=7 names no block of the vision tower of LlavaModel, which has 2"):
+        vtok.patch(build("LLaVA-1.5"), method, **{layer: 7})

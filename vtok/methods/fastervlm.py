@@ -37,6 +37,7 @@ class FasterVLM(KeepConfig):
     """
 
     name: ClassVar[str] = "fastervlm"
+    searched_layer: ClassVar[str] = "layer"
 
     layer: int | None = None
 

@@ -10,7 +10,7 @@ Shapes: B images, V views of each, the whole first, m tokens of a view at most, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,6 +33,7 @@ from vtok.ops.rows import rows_where
 from vtok.ops.selection import top
 from vtok.prompt import ImageFeatures, View, VLMInfo
 from vtok.reduction import Plan
+from vtok.space import Dimension, Real
 
 PRESETS = ("official",)
 
@@ -61,6 +62,8 @@ class HiRED(KeepConfig):
     """
 
     name: ClassVar[str] = "hired"
+    searched: ClassVar[Mapping[str, Dimension]] = {"alpha": Real(0.1, 0.9)}
+    searched_layer: ClassVar[str] = "late_layer"
     default_keep: ClassVar[float | None] = 0.2
 
     alpha: float = 0.5

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,6 +25,7 @@ from vtok.ops.rows import take_rows
 from vtok.ops.selection import top
 from vtok.prompt import ImageFeatures, View, VLMInfo
 from vtok.reduction import Plan
+from vtok.space import Choice, Dimension
 from vtok.state import at_least_fp32
 
 VARIANTS, PRESETS = ("code", "paper"), ("official",)
@@ -62,6 +63,8 @@ class HoloV(KeepConfig):
     """
 
     name: ClassVar[str] = "holov"
+    searched: ClassVar[Mapping[str, Dimension]] = {"runs": Choice((1, 4, 9, 16, 25, 36))}
+    searched_layer: ClassVar[str] = "layer"
 
     runs: int = 16
     variant: str = "code"

@@ -10,7 +10,7 @@ Shapes: V views, n tokens of each view, W that stay at most, C width of a token,
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,6 +26,7 @@ from vtok.ops.rows import take_rows
 from vtok.ops.selection import top, upper_outliers
 from vtok.prompt import ImageFeatures, TowerBlock, View, VLMInfo
 from vtok.reduction import Plan
+from vtok.space import Choice, Dimension
 from vtok.state import at_least_fp32
 
 PRESETS = ("official",)
@@ -63,6 +64,8 @@ class PruMerge(KeepConfig):
     """
 
     name: ClassVar[str] = "prumerge"
+    searched: ClassVar[Mapping[str, Dimension]] = {"plus": Choice((False, True)), "neighbours": Choice((8, 16, 32, 64))}
+    searched_layer: ClassVar[str] = "layer"
     default_keep: ClassVar[float | None] = None
 
     plus: bool = False

@@ -29,6 +29,7 @@ from vtok.ops.attention import received_attention
 from vtok.ops.crops import packed_layout, square_groups
 from vtok.ops.packing import Packing
 from vtok.prompt import ImageFeatures, TowerBlock, TowerFacts, View, VLMInfo, VLMReducer
+from vtok.space import Choice, Dimension, Point, Space
 from vtok.state import Place, Site
 
 if TYPE_CHECKING:
@@ -264,6 +265,8 @@ class KeepConfig(MethodConfig):
     set_by_budget: ClassVar[tuple[str, ...]] = ("keep", "keep_tokens")
     trial_vlm: ClassVar[Mapping[str, Any]] = {"keep": 0.5}
     default_keep: ClassVar[float | None] = DEFAULT_KEEP
+    searched: ClassVar[Mapping[str, Dimension]] = {}  # what a search may vary beside `keep`, if it is left at its default
+    searched_layer: ClassVar[str] = ""  # the parameter that names a block of the vision tower; "" = there is none
 
     keep: float | None = None
     keep_tokens: int | None = None
@@ -283,6 +286,16 @@ class KeepConfig(MethodConfig):
 
     def ladder_vlm(self, info: VLMInfo) -> Sequence[Self]:
         return [self.replace(keep=(1000 - step) / 1000, keep_tokens=None) for step in range(1000)]
+
+    def search_space_vlm(self, info: VLMInfo) -> Space:
+        given = self.given()
+        space = {name: dimension for name, dimension in self.searched.items() if name not in given}
+        if self.searched_layer and info.tower is not None and getattr(self, self.searched_layer) is None:
+            space[self.searched_layer] = Choice(tuple(range(info.tower.depth)))
+        return space if space or self.searched or self.searched_layer else super().search_space_vlm(info)
+
+    def ladder_at_vlm(self, info: VLMInfo, point: Point) -> Sequence[Self]:
+        return self.replace(**{k: round(v, 3) if isinstance(v, float) else v for k, v in point.items()}).ladder_vlm(info)
 
     def count(self, n: int) -> int:
         """Tokens that stay of n."""

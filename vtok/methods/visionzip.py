@@ -60,6 +60,7 @@ class VisionZip(KeepConfig):
     """
 
     name: ClassVar[str] = "visionzip"
+    searched_layer: ClassVar[str] = "layer"
     set_by_budget: ClassVar[tuple[str, ...]] = ("keep", "keep_tokens", "dominant", "contextual")
 
     dominant: int | None = None

@@ -9,6 +9,7 @@ Shapes: V views, n tokens of each view, k that stay, C width of what is compared
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,6 +24,7 @@ from vtok.ops.rows import take_rows
 from vtok.ops.selection import top
 from vtok.prompt import ImageFeatures, View, VLMInfo
 from vtok.reduction import Plan
+from vtok.space import Dimension, Real
 
 _ROUND = 8  # tokens that go in one round
 
@@ -48,6 +50,8 @@ class VisPruner(KeepConfig):
     """
 
     name: ClassVar[str] = "vispruner"
+    searched: ClassVar[Mapping[str, Dimension]] = {"important": Real(0, 1)}
+    searched_layer: ClassVar[str] = "layer"
 
     important: float = 0.5
     layer: int | None = None

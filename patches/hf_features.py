@@ -136,6 +136,7 @@ def choose(
         left = [mask.nonzero()[:, 0] for mask in stay] if holed else []  # rows of the tokens that the tower left
         alike: dict[tuple[int, tuple[View, ...], int, int, Any], list[int]] = {}
         first, folded = 0, False
+        deep = [list(features) for features in getattr(output, "deepstack_features", None) or ()]  # of other tower layers
         for i, x in enumerate(images):
             if not len(x):  # a prompt without images, where a model returns the features of a prompt as one
                 continue
@@ -159,6 +160,9 @@ def choose(
             if plan.keep.shape[1] == 0 or (plan.valid is not None and not bool(plan.valid.any(1).all())):
                 raise StateError(f"{type(reducer).__name__} keeps no token of an image; at least one must stay")
             folded = folded or plan.changes
+            for features in deep if plan.changes and whole else ():  # they are added to the same tokens inside the LLM
+                for i, x in zip(numbers, _folded(plan, torch.stack([features[i] for i in numbers]))):
+                    features[i] = x
             for i, kept, x in zip(numbers, _masks(plan, tokens), _folded(plan, tokens)):
                 if whole:
                     stay[i], images[i] = kept, x
@@ -166,7 +170,7 @@ def choose(
                     stay[i] = stay[i].index_copy(0, left[i], kept)
                     images[i] = images[i].index_copy(0, left[i], x) if plan.changes else images[i]
         if folded:
-            outputs[modality] = _with_features(output, images)
+            outputs[modality] = _with_features(output, images, deep)
     return Chosen(outputs, {modality: torch.cat(parts) for modality, parts in rows.items()}, tuple(layouts), alive)
 
 
@@ -243,9 +247,11 @@ def _folded(plan: Plan, tokens: Tensor) -> Tensor:
     return tokens.scatter(1, plan.keep[..., None].expand_as(out), out)
 
 
-def _with_features(output: Any, images: list[Tensor]) -> Any:
-    """A copy of a model output that holds other features of the same shapes."""
+def _with_features(output: Any, images: list[Tensor], deep: Sequence[list[Tensor]] = ()) -> Any:
+    """A copy of a model output that holds other features of the same shapes, and other ones of deeper layers if it has any."""
     changed = copy.copy(output)
+    if deep:
+        changed.deepstack_features = list(deep)
     changed.pooler_output = torch.stack(images) if isinstance(output.pooler_output, Tensor) else images
     return changed
 

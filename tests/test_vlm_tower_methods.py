@@ -395,3 +395,20 @@ def test_towers_that_cannot_be_read(method):
     layer = "late_layer" if method == "hired" else "layer"
     with pytest.raises(vtok.ConfigError, match=f"{layer}=7 names no block of the vision tower of LlavaModel, which has 2"):
         vtok.patch(build("LLaVA-1.5"), method, **{layer: 7})
+
+
+def test_features_that_are_added_inside_the_llm_are_pooled_likewise():
+    """Qwen3-VL adds features of two tower layers to the visual tokens between decoder layers."""
+    from vtok.methods.downsample import pool_grid
+
+    values, model = inputs("Qwen3-VL"), build("Qwen3-VL")
+    chosen = Chosen(model, values, vtok.Downsample(keep=0.25))
+    with torch.no_grad():
+        whole = model.model.get_image_features(values["pixel_values"], values["image_grid_thw"], return_dict=True)
+    changed = chosen.outputs["image"]
+    for before, after in zip(
+        (whole.pooler_output, *whole.deepstack_features), (changed.pooler_output, *changed.deepstack_features)
+    ):
+        for x, y, stays, grid in zip(before, after, chosen.stays, ((4, 4), (2, 4), (2, 4))):
+            expected = pool_grid(x[None], grid, (grid[0] // 2, 2))[0]
+            assert (y[stays] - expected).abs().max() <= 1e-6

@@ -149,14 +149,30 @@ def density_peaks(x: Tensor, noise: Tensor | None = None) -> Tensor:
     return torch.where(denser, distance, farthest).amin(-1) * density
 
 
-def merge_into(pool: Tensor, anchors: Tensor, weight: float) -> Tensor:
-    """Every token of a pool [P, D] joins the anchor [A, D] that is most like it; an anchor becomes the mean of itself and
-    theirs, with at least `weight` for itself."""
-    home = (unit(pool) @ unit(anchors).T).argmax(-1)
-    joins = (home == torch.arange(len(anchors), device=home.device)[:, None]).to(pool.dtype)
+class Merge(NamedTuple):
+    """Anchors of a frame, and the tokens that they take in.
+
+    Attributes:
+        rows: [A] int64, the anchors, numbered over all frames.
+        pool: [P] int64, the tokens.
+        shares: [A, P], weight of every token in an anchor.
+        own: [A, 1], weight of the anchor itself.
+    """
+
+    rows: Tensor
+    pool: Tensor
+    shares: Tensor
+    own: Tensor
+
+
+def merge_into(x: Tensor, rows: Tensor, pool: Tensor, weight: float) -> Merge:
+    """Every token of a pool joins the anchor that it is most like; an anchor becomes the mean of itself and of theirs, with at
+    least `weight` for itself. x [F m, D]; rows [A], pool [P]."""
+    home = (unit(x[pool]) @ unit(x[rows]).T).argmax(-1)
+    joins = (home == torch.arange(len(rows), device=home.device)[:, None]).to(x.dtype)
     count = joins.sum(-1, keepdim=True)
     own = (1 / (count + 1)).clamp_min(weight)
-    return own * anchors + (1 - own) * (joins @ pool) / count.clamp_min(1)
+    return Merge(rows, pool, (1 - own) / count.clamp_min(1) * joins, own)
 
 
 class Compressed(NamedTuple):
@@ -196,31 +212,27 @@ def compress(
     rest, _ = rows_where(~taken, m - budget.salient)
     counts = anchor_counts(segments, budget.context, every)
     first = torch.arange(0, frames * m, m, device=x.device)[:, None]
-    rows = [(salient + first).flatten()]
-    pools: list[tuple[range, int, Tensor]] = []  # frames whose tokens are merged, frame of the anchors, places of these
+    kept, others, flat = (salient + first).flatten(), rest + first, x.flatten(0, 1)
+    merges: list[Merge] = []
     if any(counts):
         peaks = density_peaks(take_rows(x, rest), noise)
         start = 0
         for length in segments:
-            here = range(start, start + length)
-            for t in here:
+            whole_segment = others[start : start + length].flatten()
+            for t in range(start, start + length):
                 if counts[t]:
-                    chosen = rest[t].gather(0, top(peaks[t], counts[t]))
-                    pools.append((range(t, t + 1) if counts[t] == budget.context else here, t, chosen))
-                    rows.append(chosen + t * m)
+                    pool = others[t] if counts[t] == budget.context else whole_segment
+                    merges.append(merge_into(flat, others[t].gather(0, top(peaks[t], counts[t])), pool, weight))
             start += length
-    every_row = torch.cat(rows)
-    order = every_row.argsort()
+    rows = torch.cat([kept, *(merge.rows for merge in merges)])
+    order = rows.argsort()
 
     def remake(tokens: Tensor) -> Tensor:
-        y = at_least_fp32(tokens)
-        parts = [take_rows(y, salient).flatten(0, 1)]
-        for pool, t, chosen in pools:
-            others = torch.cat([y[u].index_select(0, rest[u]) for u in pool])
-            parts.append(merge_into(others, y[t].index_select(0, chosen), weight))
-        return torch.cat(parts)[order]
+        y = at_least_fp32(tokens).flatten(0, 1)
+        made = [merge.own * y[merge.rows] + merge.shares.to(y.dtype) @ y[merge.pool] for merge in merges]
+        return torch.cat([y[kept], *made])[order]
 
-    return Compressed(every_row[order], remake)
+    return Compressed(rows[order], remake)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,10 @@ from vlm_zoo import EXAMPLES, Columns, MaskOracle, assert_same, build, column_ke
 import vtok
 from vtok.eval.flops import count_prompt_macs
 from vtok.patches.hf_vlm import find
+from vtok.prompt import ImageFeatures, TowerBlock, TowerFacts, View, VLMInfo
+from vtok.reduction import apply_plan
 from vtok.space import draw
+from vtok.state import AttentionView, TokenState
 
 METHODS = [
     vtok.VisionZip(keep=0.5),
@@ -412,3 +415,32 @@ def test_features_that_are_added_inside_the_llm_are_pooled_likewise():
         for x, y, stays, grid in zip(before, after, chosen.stays, ((4, 4), (2, 4), (2, 4))):
             expected = pool_grid(x[None], grid, (grid[0] // 2, 2))[0]
             assert (y[stays] - expected).abs().max() <= 1e-6
+
+
+STATIC = [config for config in [*METHODS, *VARIANTS] if config.name != "hired" and config != vtok.PruMerge(plus=True)]
+
+
+@pytest.mark.parametrize("config", [*STATIC, vtok.HiRED(keep=0.4), vtok.EVS(keep=0.5), vtok.VidCom2(keep=0.5)], ids=_id)
+def test_nothing_waits_for_the_host_where_counts_are_static(config):
+    """On the meta device there are no values that could be read."""
+    meta = {"device": "meta"}
+    facts = TowerFacts(2, True, 1, 1, 32, 2, 16, 16)
+    info = VLMInfo("Meta", 4, 64, 4, tower=facts, grid=(4, 4), videos=True)
+    q = torch.empty(4, 2, 17, 16, **meta)
+    view = AttentionView(q, q, q, q, 0.25, None)
+    hidden = torch.empty(4, 17, 32, **meta)
+
+    def block(views=range(4)):
+        return TowerBlock(1, None, lambda: view, block, leaves=lambda: hidden)
+
+    video = config.name in ("evs", "vidcom2")
+    views = tuple(View(16 * i, 4, 4) for i in range(2 if video else 1))
+    tokens = torch.empty(2 if video else 4, 16 * len(views), 64, **meta)
+    linear = torch.nn.Linear(32, 64, **meta)
+    images = ImageFeatures(tokens, views, "video" if video else "image", {0: block(), 1: block()}, 1, connector=linear)
+    reducer = config.build_vlm(info)
+    plan = reducer.features(images)
+    assert plan.keep.device.type == "meta" and plan.valid is None
+    assert plan.keep.shape[1] == reducer.feature_count(tokens.shape[1], views, images.modality)
+    out, _ = apply_plan(tokens, TokenState(0, tokens.shape[1]), plan)
+    assert out.shape == (*plan.keep.shape, 64)

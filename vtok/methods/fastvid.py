@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vtok.config import whole
 from vtok.errors import ConfigError, UnsupportedModelError, unknown
-from vtok.methods.video_tokens import Frames, VideoConfig, VideoReducer
+from vtok.methods.video_tokens import Frames, VideoConfig, VideoReducer, shape_of
 from vtok.methods.view_tokens import attention_macs, patch_attention, view_tokens
 from vtok.ops.matching import unit
 from vtok.ops.rows import rows_where, take_rows
@@ -139,7 +139,9 @@ def anchor_counts(segments: list[int], context: int, every: int) -> list[int]:
 
 def density_peaks(x: Tensor, noise: Tensor | None = None) -> Tensor:
     """Density times distance to the next denser token: [F, r, D] -> [F, r]; `noise` [F, r] is added to the density in 1e-6."""
-    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[2] ** 0.5
+    x = x - x.mean(1, keepdim=True)  # what tokens have in common would cost digits in the products
+    distance = torch.cdist(x, x, compute_mode="use_mm_for_euclid_dist") / x.shape[2] ** 0.5
+    distance.diagonal(dim1=1, dim2=2).zero_()
     near = distance.topk(min(_NEAREST, x.shape[1]), largest=False).values
     density = (-near.square().mean(-1)).exp()
     if noise is not None:
@@ -293,8 +295,12 @@ class FastVIDReducer(VideoReducer):
         return frames * self.config.frame_budget(frames, tokens)
 
     def feature_macs(self, n: int, views: tuple[View, ...], modality: str = "image") -> int:
-        """Attention of the tower; what anchors take in depends on the video and is left out."""
-        shown = sum(not view.newline for view in views)
-        if modality != "video" or self.block is None or self.info.tower is None:
+        """Attention of the tower, and distances within frames; what anchors take in depends on the video and is left out."""
+        if modality != "video":
             return 0
-        return shown * attention_macs(self.info.tower, self.info.tower.has_cls)
+        frames, tokens, _ = shape_of(views)
+        rest = tokens - Budget.of(self.config.frame_budget(frames, tokens), self.config.context).salient
+        macs = frames * rest**2 * self.info.width
+        if self.block is None or self.info.tower is None:
+            return macs
+        return macs + frames * attention_macs(self.info.tower, self.info.tower.has_cls)

@@ -97,8 +97,8 @@ def prune_views(attention: Tensor, features: Tensor, k: int, important: float = 
     while (count := left.shape[1]) > other:
         gone = min(_ROUND, count - other, count // 2)
         even, odd = left[:, 0::2], left[:, 1::2]
-        pairs = cosine.gather(1, even[..., None].expand(-1, -1, cosine.shape[2]))
-        alike = pairs.gather(2, odd[:, None].expand(-1, even.shape[1], -1)).amax(2)
+        pair = even[..., None] * cosine.shape[2] + odd[:, None]
+        alike = cosine.flatten(1).gather(1, pair.flatten(1)).view(pair.shape).amax(2)
         left = torch.cat([even.gather(1, top(alike, even.shape[1])[:, gone:]), odd], 1)
     return torch.cat([kept, rest.gather(1, left)], 1).sort(1).values
 

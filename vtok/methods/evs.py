@@ -63,8 +63,6 @@ def changed_tokens(x: Tensor, count: int) -> Tensor:
 class EVSReducer(VideoReducer):
     """EVS for one model."""
 
-    exact: ClassVar[bool] = True
-
     def choose(self, frames: Frames, images: ImageFeatures) -> Plan:
         return frames.plan(changed_tokens(frames.tokens, self.video_count(*frames.rows.shape)))
 

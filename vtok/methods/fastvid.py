@@ -241,8 +241,6 @@ def compress(
 class FastVIDReducer(VideoReducer):
     """FastVID for one model; `block` of the vision tower says what is salient, or the features do."""
 
-    exact: ClassVar[bool] = False
-
     block: int | None
 
     @property

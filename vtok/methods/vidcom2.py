@@ -118,8 +118,6 @@ def exact_tokens(ranked: Ranked, count: int) -> Tensor:
 class VidCom2Reducer(VideoReducer):
     """VidCom2 with an exact count."""
 
-    exact: ClassVar[bool] = True
-
     def choose(self, frames: Frames, images: ImageFeatures) -> Plan:
         count = self.video_count(*frames.rows.shape)
         return frames.plan(exact_tokens(rank_frames(frames.tokens, self._share(frames)), count))
@@ -135,8 +133,6 @@ class VidCom2Reducer(VideoReducer):
 @dataclass(frozen=True)
 class OfficialReducer(VidCom2Reducer):
     """VidCom2 as its authors count; how many stay costs one host synchronisation."""
-
-    exact: ClassVar[bool] = False
 
     def choose(self, frames: Frames, images: ImageFeatures) -> Plan:
         stays = frame_tokens(rank_frames(frames.tokens, self._share(frames))).flatten(1)

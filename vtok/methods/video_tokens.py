@@ -99,7 +99,12 @@ class VideoConfig(KeepConfig):
 
 @dataclass(frozen=True)
 class VideoReducer(VLMReducer):
-    """Chooses among the frames of videos; subclasses say how."""
+    """Chooses among the frames of videos; subclasses say how.
+
+    A stated prompt holds images, of which nothing leaves: costs are measured on videos (`calibration=`), hence not `exact`.
+    """
+
+    exact: ClassVar[bool] = False
 
     config: Any
     info: VLMInfo

@@ -22,12 +22,13 @@ other images better than accuracy does: over 20 schedules of ToMe at 0.4 of the 
 correlate with held-out accuracy by 0.70 (KL), 0.55 (cross-entropy) and 0.45 (accuracy), with 100 images by 0.52, 0.40 and 0.19; over 17
 of Zero-TPrune by 0.88, 0.91 and 0.83, with 100 images by 0.79, 0.74 and 0.50. `vtok.eval.tune.tune` does it on tensors.
 
-`visualize` (`vtok viz`) draws the token map of an image, `write_report` (`vtok report`) makes one HTML page of results. The names of this package are imported when they are asked for.
+`visualize` (`vtok viz`) draws the token map of an image, `write_report` (`vtok report`) makes one HTML page of results. The names and modules of this package are imported when they are asked for.
 """  # noqa: E501  # rows of tables, which cannot be broken
 
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 _NAMES = {"TokenMaps": "viz_draw", "visualize": "viz", "write_report": "report_html"}
@@ -35,6 +36,8 @@ __all__ = sorted(_NAMES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
-        raise AttributeError(f"module 'vtok.eval' has no attribute {name!r}")
-    return getattr(import_module(f"vtok.eval.{_NAMES[name]}"), name)
+    if name in _NAMES:
+        return getattr(import_module(f"vtok.eval.{_NAMES[name]}"), name)
+    if not name.startswith("_") and find_spec(f"vtok.eval.{name}") is not None:
+        return import_module(f"vtok.eval.{name}")
+    raise AttributeError(f"module 'vtok.eval' has no attribute {name!r}")

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 import vtok
-from vtok.errors import ConfigError, MissingExtraError
-from vtok.eval import runs
+from vtok.errors import ConfigError, MissingExtraError, brief
+from vtok.eval import runs, terminal
 from vtok.eval.book_command import list_configs, run_book
+from vtok.eval.checked import MOST
 from vtok.eval.clip_command import evaluate_retrieval, evaluate_zeroshot
 from vtok.eval.imagenet_command import evaluate_imagenet
 from vtok.eval.launch import check_command
@@ -26,6 +25,7 @@ from vtok.eval.viz_command import draw_tokens
 from vtok.eval.vqa_command import evaluate_vqa
 from vtok.patches import find_vlms
 from vtok.registry import METHODS
+from vtok.writing import write
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=vtok.__doc__)
 evaluate = typer.Typer(no_args_is_help=True, help="Accuracy of patched models on standard tasks.")
@@ -42,9 +42,7 @@ app.command("sweep")(sweep)
 app.command("tune")(tune)
 app.command("report")(write_page)
 app.command("viz")(draw_tokens)
-console = Console()
-if not console.is_terminal:  # piped into a file or a log: tables keep their columns
-    console = Console(width=132)
+console = terminal.output()
 
 Methods = Annotated[
     list[str], typer.Argument(help="name or name:key=value,..., e.g. tome:r=13 or pitome:flops=0.6; several together: A+B")
@@ -52,6 +50,7 @@ Methods = Annotated[
 Model = Annotated[str, typer.Argument(help="a timm name, open_clip:NAME, transformers:NAME, reference or reference-clip")]
 Images = Annotated[int, typer.Option(min=1, help="vision-language models: images in a prompt")]
 TextTokens = Annotated[int, typer.Option(min=1, help="vision-language models: other tokens of a prompt")]
+Seed = Annotated[int, typer.Option(min=0, max=MOST, help="of whatever is random")]
 Pretrained = Annotated[bool, typer.Option(help="load pretrained weights (they change what data-dependent methods keep)")]
 
 
@@ -123,7 +122,7 @@ def bench(
     profile: Annotated[bool, typer.Option(help="profile the share of the reduction step")] = True,
     output: Annotated[Path | None, typer.Option("--json", help="file for the results")] = None,
     markdown: Annotated[bool, typer.Option(help="print the table as GitHub markdown")] = False,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Seed = 0,
     images: Images = 1,
     text_tokens: TextTokens = 64,
     new_tokens: Annotated[int, typer.Option(min=2, help="vision-language models: tokens of an answer")] = 16,
@@ -138,13 +137,13 @@ def bench(
     from vtok.eval.prompts import sample_prompts
     from vtok.eval.throughput import measure
 
-    runs.prepared(output)
+    runs.prepared(output, [model, *method])
     net = load_model(model, pretrained, img_size, seed)
     common: dict[str, Any] = {"pairs": pairs, "dtype": dtype, "device": device, "threads": threads, "name": model, "seed": seed}
     settings = [runs.parse_setting(text) for text in method]
     shown: Any = bench_result
     results: Any
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with terminal.progress(transient=True) as progress:
         bar = progress.add_task("timing", total=None)
         common["progress"] = lambda done, total: progress.update(bar, completed=done, total=total)
         if find_vlms(net):
@@ -154,7 +153,7 @@ def bench(
             pictures = sample_images(model, net, batch_size, seed)
             results = measure(net, pictures, settings, memory=memory, profile=profile, **common)
     if output is not None:
-        output.write_text(shown.to_json(results), encoding="utf-8")
+        write(output, shown.to_json(results))
     if markdown:
         print(shown.markdown(results))
     else:
@@ -166,9 +165,9 @@ def bench_select(
     tokens: Annotated[int, typer.Option(min=2, help="visual tokens of an image")] = 2880,
     keep: Annotated[int, typer.Option(min=1, help="how many stay")] = 288,
     width: Annotated[int, typer.Option(min=1, help="of a token")] = 1024,
-    pairs: Annotated[int, typer.Option(min=1, help="pairs of a call and a loop")] = 3,
+    pairs: Annotated[int, typer.Option(min=1, help="pairs of a call and a loop; 5 or more for an interval")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: torch's)")] = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Times the choice of diverse tokens (todre) against a loop that looks at all chosen tokens again in every step."""
     import torch
@@ -179,7 +178,7 @@ def bench_select(
         raise ConfigError(f"--keep {keep} of --tokens {tokens}: at most all of them can stay")
     if threads is not None:
         torch.set_num_threads(threads)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with terminal.progress(transient=True) as progress:
         bar = progress.add_task("timing", total=None)
         results = select_bench.measure(
             tokens, keep, width, pairs, seed, lambda done, total: progress.update(bar, completed=done, total=total)
@@ -208,16 +207,18 @@ def demo(
         shares = tuple(float(b) for b in budgets.split(","))
     except ValueError:
         raise ConfigError(f"--budgets takes numbers such as 0.8,0.6,0.4, got {budgets!r}") from None
+    if not all(0 < share <= 1 for share in shares):
+        raise ConfigError(f"--budgets takes shares of the FLOPs in (0, 1], got {brief(budgets)}")
     run_demo(out, None if full else images, shares, batch_size=batch_size, control=control, console=console)
     if clip:
         pictures, pages = (None if full else min(images, count) for count in (clip_demo.PICTURES, clip_demo.PAGES))
         try:
             clip_demo.run_clip_demo(out, pictures, pages, console=console)
         except MissingExtraError as error:
-            console.print(f"[yellow]the CLIP part was left out: {error}[/yellow]")
+            console.print(f"the CLIP part was left out: {error}", style=terminal.WARNING)
     if vqa:
         asked, on_pages = (None if full else min(images, n) for n in (vqa_demo.QUESTIONS, vqa_demo.PAGE_QUESTIONS))
         try:
             vqa_demo.run_vqa_demo(out, asked, on_pages, console=console)
         except MissingExtraError as error:
-            console.print(f"[yellow]the part on vision-language models was left out: {error}[/yellow]")
+            console.print(f"the part on vision-language models was left out: {error}", style=terminal.WARNING)

@@ -10,7 +10,7 @@ Shapes: B prompts of a batch, n questions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from torch import Tensor
 
 import vtok
 from vtok.config import MethodConfig
-from vtok.eval.intervals import mean_stderr
+from vtok.eval.intervals import Interval, mean_interval, mean_stderr, paired_difference, share, with_error
 from vtok.methods.atp import ATP, Slots
 from vtok.methods.atp_losses import average_tokens
 from vtok.methods.atp_module import ATPModules, load
@@ -177,9 +177,11 @@ def measure(host: Host, weights: Path, asked: Asked, count: int | None = None, b
     return ATPReport(spec.sites, spec.num_slots, spec.target_tokens, unpruned, pruned, exchanged)
 
 
-def _pm(values: Tensor, scale: float = 1.0, digits: int = 2) -> str:
-    mean, error = mean_stderr((values * scale).tolist())
-    return f"{mean:.{digits}f} ± {error:.{digits}f}"
+def _pm(values: Tensor, scale: float = 1.0, digits: int = 2, interval: Callable[[Any], Interval] = mean_interval) -> str:
+    numbers = values.double().numpy()
+    mean, error = mean_stderr(numbers)
+    known = {"mean": mean, "mean_stderr": error, "mean_ci": interval(numbers).ends}
+    return with_error(known, "mean", scale, digits)
 
 
 def table(report: ATPReport) -> str:
@@ -198,8 +200,10 @@ def table(report: ATPReport) -> str:
             f"{quarter[0]} / {quarter[1]} / {quarter[2]}, {len(c.unique())} different counts"
         )
     for name, a in (("unpruned", u), ("atp", p), ("atp, exchanged", x)):
-        lines.append(f"{name}: first answer token right {_pm(a.right, 100)} %, loss {_pm(a.loss, digits=4)}")
+        lines.append(f"{name}: first answer token right {_pm(a.right, 100, interval=share)} %, loss {_pm(a.loss, digits=4)}")
     for name, a in (("atp - unpruned", p), ("exchanged - atp", x)):
         b = u if a is p else p
-        lines.append(f"{name}: {_pm(a.right - b.right, 100)} points, loss {_pm(a.loss - b.loss, digits=4)}")
+        lines.append(
+            f"{name}: {_pm(a.right - b.right, 100, interval=paired_difference)} points, loss {_pm(a.loss - b.loss, digits=4)}"
+        )
     return "\n".join(lines)

@@ -73,9 +73,9 @@ class Result:
     step_time_ms: dict[str, float]
     spread: dict[str, float]
     speedup: float
-    speedup_ci: list[float]
+    speedup_ci: list[float] | None
     achieved: float
-    achieved_ci: list[float]
+    achieved_ci: list[float] | None
     slower: bool
     verdict: str
     kernel: dict[str, str]

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vtok.errors import MissingExtraError
+from vtok.eval.intervals import in_brackets
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,7 +19,7 @@ class Timed(Protocol):
 
     Attributes:
         setting: what was asked for, e.g. "tome(r=13)".
-        speedup_ci: 95 % interval of unpatched / patched time.
+        speedup_ci: 95 % interval of unpatched / patched time; `None` = from too few pairs for one.
         verdict: what the interval supports, in words.
         versions: of python, torch, vtok and the backends.
         baseline_check: `plain_ms` (median of a plain loop), `ratio` (interleaved / plain), `ok` (within 3 %).
@@ -27,7 +28,7 @@ class Timed(Protocol):
     @property
     def setting(self) -> str: ...
     @property
-    def speedup_ci(self) -> list[float]: ...
+    def speedup_ci(self) -> list[float] | None: ...
     @property
     def verdict(self) -> str: ...
     @property
@@ -67,7 +68,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], results: Sequ
 
 def slower(result: Timed) -> bool:
     """Whether the whole interval of the speed-up lies below 1."""
-    return result.speedup_ci[1] < 1
+    return result.speedup_ci is not None and result.speedup_ci[1] < 1
 
 
 def speed(point: float, result: Timed) -> str:
@@ -75,9 +76,9 @@ def speed(point: float, result: Timed) -> str:
     return interval(point, result.speedup_ci) + (" SLOWER" if slower(result) else "")
 
 
-def interval(point: float, ends: Sequence[float], unit: str = "x") -> str:
-    """ "1.52x [1.48, 1.55]"."""
-    return f"{point:.2f}{unit} [{ends[0]:.2f}, {ends[1]:.2f}]"
+def interval(point: float, ends: Sequence[float] | None, unit: str = "x") -> str:
+    """ "1.52x [1.48, 1.55]", or "1.52x" where no interval is known."""
+    return f"{point:.2f}{unit}{in_brackets(ends)}"
 
 
 def arrow(values: dict[str, float], digits: int, ends: tuple[str, str] = ("base", "patched")) -> str:

@@ -20,6 +20,7 @@ from vtok.errors import ConfigError, unknown
 from vtok.eval import runs
 from vtok.eval.runs import RunConfig
 from vtok.eval.tasks.timm_pipeline import Options
+from vtok.reading import is_folder
 
 TOLERANCE = 0.03  # a larger difference between GMACs and published GFLOPs needs a reason
 _MODEL_OPTIONS = ("num_classes", "gp", "model_kwargs", "img_size")  # options of a task that change what timm builds
@@ -99,7 +100,7 @@ def table_of(name: str, overrides: Sequence[str] = ()) -> tuple[str, list[RunCon
         UnknownNameError: there is none.
         ConfigError: the folder holds no run file, or a file or override that cannot be read.
     """
-    if os.sep in name or Path(name).is_dir():
+    if os.sep in name or is_folder(name):
         paths = sorted(Path(name).glob("*.yaml"))
         if not paths:
             raise ConfigError(f"{name} is no folder with run files (*.yaml)")

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
-from vtok.eval import book, book_report, runs
+from vtok.eval import book, book_report, runs, terminal
 from vtok.eval.runs import RunConfig
 
 Data = Annotated[
@@ -19,8 +18,7 @@ Data = Annotated[
 
 def console() -> Console:
     """To the terminal; tables that go into a file or a log keep their columns."""
-    found = Console()
-    return found if found.is_terminal else Console(width=160)
+    return terminal.output(160)
 
 
 def list_configs(
@@ -90,12 +88,12 @@ def run_book(
     tasks = list(dict.fromkeys(task for run in found for task in run.tasks))
     folder = output or Path("results") / "book" / book.slug(name)
     result = book_run.run_table(
-        found, book_run.read_data(data or (), tasks), folder, pretrained, workers, weights, Console(stderr=True)
+        found, book_run.read_data(data or (), tasks), folder, pretrained, workers, weights, terminal.errors()
     )
     out.print(book_report.beside(name, result.rows))
     out.print(book_report.footnotes(found), highlight=False)
     out.print(f"results.jsonl is in {folder}", highlight=False)
     for what, why in result.left_out.items():
-        out.print(f"- left out: {escape(what)}: {escape(why)}", highlight=False)
+        out.print(f"- left out: {what}: {why}", highlight=False)
     if not any(records for _, records in result.rows):
         raise typer.Exit(2)

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vtok.eval.book import TOLERANCE, Cost, Missing, slug
+from vtok.eval.intervals import with_error
 from vtok.eval.published import AVERAGE, Figure, figures
 from vtok.eval.runs import RunConfig
 
@@ -161,8 +162,7 @@ def _cells(run: RunConfig, figure: Figure, records: Mapping[str, Mapping[str, An
     value, before = scaled(patched, figure.name), scaled(base, figure.name)
     if value is None or before is None:
         return name, published, "-", change, "-"
-    error = scaled(patched, f"{figure.name}_stderr")
-    text = f"{value:.2f}" + ("" if error is None else f" ± {error:.2f}") + f" of {before:.2f}"
+    text = f"{with_error(patched['metrics'], figure.name, _factor(patched), 2)} of {before:.2f}"
     return name, published, text, change, f"{value - before:+.2f}{_interval(patched, figure.name)}"
 
 

@@ -7,10 +7,13 @@ each word into one token. Any other text is still spelled in bytes.
 from __future__ import annotations
 
 import gzip
+import io
 from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
+
+from vtok.writing import write
 
 BYTES = 256  # entries for bytes, and as many again for bytes that end a word
 SPECIALS = 2  # start and end of text
@@ -48,5 +51,7 @@ def vocabulary_size(merges: list[tuple[str, str]]) -> int:
 def write_merges(path: Path, merges: list[tuple[str, str]]) -> None:
     """Writes a merges file, the same bytes every time; `SimpleTokenizer` skips its first line."""
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    with open(path, "wb") as raw, gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as file:
+    packed = io.BytesIO()
+    with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as file:
         file.write("\n".join(lines).encode())
+    write(path, packed.getvalue())

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 
 def main() -> None:
     """Runs the command line; exit code 2 for errors that vtok explains."""
     from vtok.errors import MissingExtraError, VtokError
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be text
 
     try:
         from vtok.eval.app import app

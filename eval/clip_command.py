@@ -12,15 +12,17 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
+from vtok.eval import terminal
 from vtok.eval.flags import METHOD_HELP, options_from, signature
+from vtok.eval.intervals import with_error
 from vtok.eval.processes import is_main
 from vtok.eval.rates import throughput_line
 from vtok.eval.runs import parse_method
 from vtok.eval.tasks.retrieval import RetrievalOptions
 from vtok.eval.tasks.zeroshot import ZeroshotOptions
+from vtok.writing import apart, writable, write
 
 
 def evaluate_zeroshot(**flags: Any) -> None:
@@ -38,39 +40,45 @@ def evaluate_retrieval(**flags: Any) -> None:
 
 
 def _evaluate(task: Any, kind: type, flags: dict[str, Any]) -> None:
-    console = Console() if sys.stdout.isatty() else Console(width=132)
+    console = terminal.output()
     model, data, methods, output = (flags.pop(name) for name in ("model", "data", "method", "output"))
     settings = [None, *(parse_method(text) for text in methods or ())]
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    options = options_from(kind, flags)
+    if output is not None:
+        writable(output / "record.json")
+    with terminal.progress(transient=True) as progress:
         bar = progress.add_task(model, total=None)
         records = task(
             model,
             data,
             settings,
-            options_from(kind, flags),
+            options,
             lambda done, total: progress.update(bar, completed=done, total=total),
         )
     if output is not None and is_main():
-        for path in write_records(records, output):
+        for path in write_records(records, output, [data, model]):
             print(path, file=sys.stderr)
     print_records(records, console)
 
 
-def write_records(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """One JSON file a record, so that `clip_benchmark build FOLDER` makes one table of them; returns the files."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_records(records: Sequence[dict[str, Any]], folder: Path, inputs: Sequence[str] = ()) -> list[Path]:
+    """One JSON file a record, so that `clip_benchmark build FOLDER` makes one table of them; returns the files.
+
+    Raises:
+        ConfigError: one of them cannot be written, or is one of the inputs.
+    """
     paths = []
     for number, record in enumerate(records):
         parts = [record["dataset"], record["model"], record["pretrained"], record["task"], f"{number}-{record['method']}"]
         name = "_".join(re.sub(r"[^\w.@-]+", "-", part) for part in parts if part)
-        paths.append(folder / f"{name}.json")
-        paths[-1].write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
+        apart([folder / f"{name}.json"], inputs)
+        paths.append(write(folder / f"{name}.json", json.dumps(record, allow_nan=False)))
     return paths
 
 
 def shown(record: dict[str, Any]) -> list[str]:
     """Metrics of a record that a table has room for: those that are neither errors nor differences."""
-    ends = ("_stderr", "difference", "agreement")
+    ends = ("_stderr", "_ci", "difference", "agreement")
     return [name for name in record["metrics"] if not name.endswith(ends)]
 
 
@@ -79,7 +87,10 @@ def print_records(records: Sequence[dict[str, Any]], console: Console) -> None:
     first = records[0]
     names = shown(first)
     title = f"{first['model']} {first['pretrained']}".rstrip()
-    table = Table(title=f"{title} on {first['dataset']}, {first['n']} images", caption="%, ± standard error")
+    table = Table(
+        title=f"{title} on {first['dataset']}, {first['n']} images",
+        caption="%, ± standard error, or [95 %] where no image differs",
+    )
     table.add_column("method")
     for name in names:
         table.add_column(name.replace("_retrieval_recall@", " R@").replace("_", " "), justify="right")
@@ -87,34 +98,22 @@ def print_records(records: Sequence[dict[str, Any]], console: Console) -> None:
         table.add_column(column, justify="right")
     for record in records:
         cost = [f"{record['tokens']['out']:.1f}", f"{record['implied_speedup']:.2f}x"] if "tokens" in record else ["-", "-"]
-        table.add_row(record["method"], *(percent(record["metrics"], name) for name in names), *cost)
+        table.add_row(record["method"], *(with_error(record["metrics"], name, 100, 2) for name in names), *cost)
     console.print(table)
     for record in records:
         if line := throughput_line(record["method"], record):
             console.print(f"- {line}", highlight=False)
     for record in records[1:]:
         changes = {name: value for name, value in record["metrics"].items() if name.endswith("difference")}
-        text = ", ".join(f"{_label(name)} {signed(record['metrics'], name)}" for name in changes)
+        text = ", ".join(f"{_label(name)} {with_error(record['metrics'], name, 100, 2, '+')}" for name in changes)
         if text:
             console.print(f"- {record['method']} against unpatched, paired: {text}")
+    for note in first.get("notes", ()):
+        console.print(f"- {note}", highlight=False)
     if first["num_skipped"]:
         console.print(f"- {first['num_skipped']} files were skipped:")
         for one in first["skipped"]:
             console.print(f"  {one['file']}: {one['reason']}")
-
-
-def percent(metrics: dict[str, Any], name: str) -> str:
-    """ "82.40 ± 1.20", or "-" for a metric that does not exist."""
-    value, error = metrics.get(name), metrics.get(f"{name}_stderr")
-    if value is None:
-        return "-"
-    return f"{100 * value:.2f}" + (f" ± {100 * error:.2f}" if error is not None else "")
-
-
-def signed(metrics: dict[str, Any], name: str) -> str:
-    """ "-0.40 ± 0.10": a difference in points."""
-    value, error = metrics[name], metrics.get(f"{name}_stderr")
-    return "-" if value is None else f"{100 * value:+.2f}" + (f" ± {100 * error:.2f}" if error is not None else "")
 
 
 def _label(name: str) -> str:

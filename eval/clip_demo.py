@@ -39,12 +39,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from vtok.api import run_of
 from vtok.config import MethodConfig
+from vtok.eval import terminal
 from vtok.eval.compare import Case, cases, given
+from vtok.eval.intervals import with_error
 from vtok.eval.records import Records, key_of
 from vtok.eval.reference import (
     CLIP_FOLDER,
@@ -97,7 +98,7 @@ def run_clip_demo(
     Raises:
         MissingExtraError: open_clip is not installed.
     """
-    console = console or Console()
+    console = console or terminal.output()
     counts = (pictures, pages)
     records = Records(out / "results.jsonl")
     wanted = cases(sorted(methods or encoder_methods()), budgets)
@@ -139,7 +140,7 @@ def _measure(todo: Sequence[Case], counts: tuple[int | None, int | None], consol
     encoder = load_reference_clip()
     calibration = normalise_page(load_reference_pages("calibration").images[:CALIBRATION_PAGES])
     settings = [_resolved(case, encoder.net, calibration) for case in todo]
-    with Progress(console=console) as progress:
+    with terminal.progress(console) as progress:
         bar = progress.add_task("reference CLIP", total=None)
 
         def advance(before: int, rest: int | None, done: int, total: int) -> None:
@@ -160,6 +161,7 @@ def _measure(todo: Sequence[Case], counts: tuple[int | None, int | None], consol
             "dataset": f"{a['dataset']} + {b['dataset']}",
             "n": {"pictures": a["n"], "pages": b["n"]},
             "metrics": b["metrics"] | a["metrics"],
+            "command": ["vtok", "demo", *([] if counts[0] is not None else ["--full"]), "--no-vqa"],
         }
         for a, b in zip(accuracy, recall)
     ]
@@ -188,8 +190,8 @@ def row(record: Record) -> tuple[str, ...]:
         "-" if unpatched else f"{record['implied_speedup']:.2f}x",
     ]
     for name, change in (_ACCURACY, *((recall, f"{recall}_difference") for recall in _RECALLS)):
-        cells.append(f"{100 * m[name]:.1f} ± {100 * m[f'{name}_stderr']:.1f}")
-        cells.append("-" if unpatched else f"{100 * m[change]:+.1f} ± {100 * m[f'{change}_stderr']:.1f}")
+        cells.append(with_error(m, name, 100))
+        cells.append("-" if unpatched else with_error(m, change, 100, sign="+"))
     return tuple(cells)
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok.errors import ConfigError, MissingExtraError, UnsupportedModelError
+from vtok.reading import is_folder
 
 BACKENDS = ("open_clip", "transformers")
 REFERENCE = "reference-clip"
@@ -116,7 +117,7 @@ def load_clip(name: str, pretrained: str = "", backend: str | None = None, seed:
 def _backend_of(name: str) -> str:
     if name.startswith(_SCHEMES) or (Path(name) / "open_clip_config.json").is_file():
         return "open_clip"
-    if Path(name).is_dir() or "/" in name:  # open_clip writes its names with dashes
+    if is_folder(name) or "/" in name:  # open_clip writes its names with dashes
         return "transformers"
     return "open_clip"
 

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from vtok.config import MethodConfig
-from vtok.eval.intervals import mean_stderr, paired_ratio
+from vtok.eval.intervals import mean_stderr, paired_difference, paired_ratio, share
 from vtok.eval.records import Records, key_of
 from vtok.eval.report import correctness
 from vtok.eval.settings import PassCost, Setting, backend, mean_cost, pass_cost, resolved_params, twin, versions
+from vtok.eval.tune_samples import digest
 
 TIMED_EVERY = 4  # every fourth batch runs through the unpatched model too
 
@@ -74,13 +75,24 @@ class Comparison:
         data: what to classify.
         records: where finished configurations go; those already there are not run again.
         batch_size: B.
+        command: that a record is measured again with, word by word.
     """
 
-    def __init__(self, model: nn.Module, name: str, data: Data, records: Records, batch_size: int = 100):
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        data: Data,
+        records: Records,
+        batch_size: int = 100,
+        command: Sequence[str] = (),
+    ):
+        self.command = list(command)
         self.model, self.name, self.data, self.records, self.batch_size = model, name, data, records, batch_size
         self.patched = twin(model)
         channels, height, width = data.images.shape[1:]
         self.size = (channels, height, width)
+        self._content = key_of({"images": digest(data.images), "labels": digest(data.labels)})
 
     def key(self, case: Case) -> str:
         """What identifies a configuration: everything but the machine."""
@@ -93,6 +105,7 @@ class Comparison:
                 "budget": case.budget,
                 "data": self.data.name,
                 "n": len(self.data),
+                "content": self._content,
                 "batch_size": self.batch_size,
                 "dtype": str(self.data.images.dtype),
                 "vtok": versions()["vtok"],
@@ -151,25 +164,32 @@ class Comparison:
             "params": resolved_params(self.patched),
             "dataset": self.data.name,
             "n": n,
-            "metrics": {"top1": 100 * accuracy, "top1_stderr": 100 * stderr},
+            "metrics": {"top1": 100 * accuracy, "top1_stderr": 100 * stderr, "top1_ci": share(correct).scaled(100).ends},
             **cost.fields(),
             "dtype": str(self.data.images.dtype).removeprefix("torch."),
             "device": str(self.data.images.device),
             "threads": torch.get_num_threads(),
             "batch_size": self.batch_size,
             "versions": versions(),
+            "command": self.command,
             "correct": np.packbits(correct).tobytes().hex(),
         }
         if case.setting.method is None:
             return record
         base = correctness(self.records.by_key()[self.key(Case(Setting(), 1.0))])
-        difference, error = mean_stderr(correct.astype(float) - base.astype(float))
-        record["metrics"] |= {"difference": 100 * difference, "difference_stderr": 100 * error}
+        change = correct.astype(float) - base.astype(float)
+        difference, error = mean_stderr(change)
+        record["metrics"] |= {
+            "difference": 100 * difference,
+            "difference_stderr": 100 * error,
+            "difference_ci": paired_difference(change).scaled(100).ends,
+        }
         if pairs:
             speed = paired_ratio([unpatched for unpatched, _ in pairs], [patched for _, patched in pairs])
             record |= {
                 "speedup": speed.point,
-                "speedup_ci": [speed.low, speed.high],
+                "speedup_ci": speed.ends,
+                "pairs": len(pairs),
                 "achieved": speed.point / cost.implied_speedup,
             }
         return record

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vtok.api import patched
 from vtok.config import MethodConfig, ModelInfo, Reducer, require_cls
-from vtok.eval.intervals import mean_stderr
+from vtok.eval.intervals import mean_stderr, paired_difference, with_error
 from vtok.eval.report import FLOOR, Record, correctness, ordered
 from vtok.ops.hashing import splitmix
 from vtok.ops.rows import with_prefix
@@ -164,12 +164,14 @@ def table(records: Sequence[Record]) -> Table:
         result.add_column(header, justify="left" if i == 0 else "right")
     for record in ordered([r for r in records if (r["method"] + SUFFIX, r["budget"]) in by_name]):
         control = by_name[record["method"] + SUFFIX, record["budget"]]
-        gain, error = mean_stderr(correctness(record).astype(float) - correctness(control))
+        change = correctness(record).astype(float) - correctness(control)
+        gain, error = mean_stderr(change)
+        worth = {"gain": gain, "gain_stderr": error, "gain_ci": paired_difference(change).ends}
         result.add_row(
             record["method"],
             f"{record['budget']:g}",
             f"{record['metrics']['top1']:.2f}",
             f"{control['metrics']['top1']:.2f}",
-            f"{100 * gain:+.2f} ± {100 * error:.2f}",
+            with_error(worth, "gain", 100, 2, "+"),
         )
     return result

@@ -6,11 +6,14 @@ Shapes: S images, `images [S, 1, 28, 28]` uint8, `labels [S]` int64.
 from __future__ import annotations
 
 import gzip
+import io
 import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from vtok.writing import write
 
 # Mean and standard deviation of the 60,000 training images, pixels scaled to [0, 1].
 FASHION_MEAN, FASHION_STD = 0.2860, 0.3530
@@ -67,8 +70,10 @@ def read_idx(path: Path) -> Tensor:
 def write_idx(path: Path, data: Tensor) -> None:
     """Writes a uint8 tensor as a gzipped IDX file (the inverse of `read_idx`), the same bytes every time."""
     header = bytes([0, 0, _IDX_UINT8, data.ndim]) + b"".join(int(n).to_bytes(4, "big") for n in data.shape)
-    with open(path, "wb") as raw, gzip.GzipFile(filename="", mode="wb", fileobj=raw, compresslevel=9, mtime=0) as file:
+    packed = io.BytesIO()
+    with gzip.GzipFile(filename="", mode="wb", fileobj=packed, compresslevel=9, mtime=0) as file:
         file.write(header + data.contiguous().numpy().tobytes())
+    write(path, packed.getvalue())
 
 
 def load_fashion_mnist(split: str, folder: Path | None = None) -> tuple[Tensor, Tensor]:

@@ -64,9 +64,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from vtok.eval import report
+from vtok.eval import report, terminal
 from vtok.eval.compare import Case, Comparison, Data, cases
 from vtok.eval.control import attention_kept, controls
 from vtok.eval.control import table as value_of_choice
@@ -119,15 +118,20 @@ def run_demo(
     Returns:
         The records, unpatched first.
     """
-    console = console or Console()
+    console = console or terminal.output()
     data, records = reference_data(count), Records(out / "results.jsonl")
-    comparison = Comparison(load_reference_vit(), model_name(), data, records, batch_size)
+    shown = [
+        *(["--full"] if count is None else ["--images", str(count)]),
+        *(["--budgets", ",".join(f"{budget:g}" for budget in budgets)] if tuple(budgets) != BUDGETS else []),
+    ]
+    command = ["vtok", "demo", *shown, "-b", str(batch_size), *(["--control"] if control else []), "--no-clip", "--no-vqa"]
+    comparison = Comparison(load_reference_vit(), model_name(), data, records, batch_size, command)
     wanted = cases(sorted(methods or encoder_methods()), budgets)
     with warnings.catch_warnings(record=True) as damaged:
         warnings.simplefilter("always")
         todo = comparison.pending(wanted)
     for warning in damaged:
-        console.print(f"[yellow]{warning.message}[/yellow]")
+        console.print(str(warning.message), style=terminal.WARNING)
     if len(todo) < len(wanted):
         console.print(f"{len(wanted) - len(todo)} of {len(wanted)} configurations are in {records.path}; running the rest")
     _run(comparison, todo, console)
@@ -155,8 +159,7 @@ def run_demo(
 
 
 def _run(comparison: Comparison, todo: Sequence[Case], console: Console) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with terminal.progress(console) as progress:
         bar = progress.add_task("", total=len(todo) * len(comparison.data))
         for case in todo:
             progress.update(bar, description=f"{case.title:<36}")

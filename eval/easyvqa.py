@@ -90,9 +90,9 @@ def load_easyvqa(split: str, folder: Path | None = None) -> tuple[Tensor, Tensor
 
 def read_pictures(folder: Path, numbers: Sequence[int]) -> Tensor:
     """The pictures of these numbers, [n, 3, 64, 64] uint8; `folder` holds `images/`."""
-    from PIL import Image
+    from vtok.eval.pictures import open_picture
 
-    pictures = [np.asarray(Image.open(folder / "images" / f"{number}.png").convert("RGB")) for number in numbers]
+    pictures = [np.asarray(open_picture(folder / "images" / f"{number}.png")) for number in numbers]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from vtok.errors import ConfigError
+from vtok.eval import yaml_text
 
 METHOD_HELP = "name or name:key=value,...; repeatable"
 SETTING_HELP = "name or name:key=value,...; several patched together joined by +; repeatable"
@@ -39,11 +39,11 @@ def value_of(options: type, name: str, value: Any) -> Any:
             number = float if "float" in kind else int
             return tuple(number(part) for part in value.replace(",", " ").split())
         if "Mapping" in kind:
-            parsed = yaml.safe_load("{" + value.replace("=", ": ") + "}")
+            parsed = yaml_text.parse("{" + value.replace("=", ": ") + "}", f"--{name.replace('_', '-')}")
             if not isinstance(parsed, dict):
                 raise ValueError("not key=value")
             return parsed
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise ConfigError(f"--{name.replace('_', '-')} cannot be read: {value!r} ({error})") from error
     return value
 

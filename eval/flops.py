@@ -178,7 +178,16 @@ class _Watched:
 
     def features(self, *args: Any) -> Any:
         with self._around():
-            return self._reducer.features(*args)
+            plan = self._reducer.features(*args)
+        make = None if plan is None else plan.remake
+        if make is None:
+            return plan
+
+        def remake(x: Tensor) -> Tensor:  # what kept rows become is worked out later
+            with self._around():
+                return make(x)
+
+        return plan._replace(remake=remake)
 
     def keep(self, *args: Any) -> Any:
         with self._around():

@@ -4,45 +4,50 @@ from __future__ import annotations
 
 import inspect
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
+from vtok.eval import terminal
 from vtok.eval.flags import METHOD_HELP, options_from, signature
+from vtok.eval.intervals import with_error
 from vtok.eval.processes import is_main
 from vtok.eval.rates import throughput_line
 from vtok.eval.runs import parse_method, prepared
 from vtok.eval.tasks.timm_pipeline import Options
+from vtok.writing import write
 
 
 def evaluate_imagenet(**flags: Any) -> None:
     """Accuracy on an ImageNet-style folder with timm's own pipeline, unpatched and patched on the same batches."""
     from vtok.eval.tasks.imagenet import evaluate
 
-    console = Console() if sys.stdout.isatty() else Console(width=132)
+    console = terminal.output()
     model, data, methods, output = (flags.pop(name) for name in ("model", "data", "method", "results_file"))
-    prepared(output)
     settings = [None, *(parse_method(text) for text in methods or ())]
     options = options_from(Options, flags)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    files = (options.class_map, options.valid_labels, options.real_labels, options.checkpoint)
+    prepared(output, [data, model, *(methods or ()), *files])
+    with terminal.progress(transient=True) as progress:
         bar = progress.add_task(model, total=None)
         records = evaluate(
             model, data, settings, options, lambda done, total: progress.update(bar, completed=done, total=total)
         )
     if output is not None and is_main():
-        output.write_text(json.dumps(records, indent=2), encoding="utf-8")
+        write(output, json.dumps(records, indent=2))
     print_records(records, console)
 
 
 def print_records(records: list[dict[str, Any]], console: Console) -> None:
     """A table of accuracies, and what was skipped."""
     first = records[0]
-    table = Table(title=f"{first['model']}, {first['n']} images, {first['img_size']} px", caption="± standard error, paired")
+    table = Table(
+        title=f"{first['model']}, {first['n']} images, {first['img_size']} px",
+        caption="± standard error, or [95 %] where no image differs; paired",
+    )
     for i, column in enumerate(
         ("method", "top-1 %", "top-5 %", "vs unpatched", "agreement", "tokens out", "GMACs", "GFLOPs", "implied")
     ):
@@ -51,9 +56,9 @@ def print_records(records: list[dict[str, Any]], console: Console) -> None:
         m = record["metrics"]
         table.add_row(
             record["setting"],
-            f"{m['top1']:.3f} ± {m['top1_stderr']:.3f}",
+            with_error(m, "top1", digits=3),
             f"{m['top5']:.3f}",
-            f"{m['difference']:+.3f} ± {m['difference_stderr']:.3f}" if "difference" in m else "-",
+            with_error(m, "difference", digits=3, sign="+"),
             f"{m['agreement']:.1f} %" if "agreement" in m else "-",
             f"{record['tokens']['out']:.1f}",
             f"{record['gmacs']['model']:.3f}",

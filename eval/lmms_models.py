@@ -20,12 +20,14 @@ from lmms_eval.models.model_utils.gen_metrics import get_logged_metrics_history
 from lmms_eval.models.simple import llava_hf, qwen2_5_vl, qwen3_vl
 from loguru import logger
 from torch import Tensor
+from transformers import ProcessorMixin
 
 import vtok
 from vtok.errors import ConfigError, VtokError
 from vtok.eval.lmms_args import NONE, Wish, read_args
 from vtok.eval.lmms_record import Recorder
 from vtok.eval.tasks.vqa_job import configs_of
+from vtok.eval.vlm_models import BeginsOnce
 
 
 class Patched(lmms):
@@ -43,6 +45,9 @@ class Patched(lmms):
         accepted = [p.name for p in inspect.signature(super().__init__).parameters.values() if p.kind is not p.VAR_KEYWORD]
         self._wish, rest = read_args(args, accepted)
         super().__init__(**self._prepared(rest))
+        for name, value in list(vars(self).items()):
+            if isinstance(value, ProcessorMixin):  # lmms-eval's classes hand it what a chat template made
+                setattr(self, name, BeginsOnce(value))
         self._ready = False
         if not self._wish.calibration:
             self._patch(self._wish)

@@ -16,10 +16,12 @@ from typing import Any
 
 import yaml
 
+from vtok.eval.pictures import open_picture
 from vtok.eval.reference_vlm import save_folder
 from vtok.eval.tasks.vqa_data import EASY_VQA, VQAData, open_vqa
 from vtok.eval.tasks.vqa_metrics import exact_match
 from vtok.eval.vlm_models import REFERENCE_LLAVA, load_vlm
+from vtok.writing import write
 
 TASK = "vtok_easy_vqa"
 MODEL_FOLDER, TASK_FOLDER = "model", "task"
@@ -65,9 +67,7 @@ def write_task(folder: Path, data: VQAData, max_new_tokens: int = 16) -> Path:
     text = datasets.Value("string")
     features = datasets.Features({**dict.fromkeys(columns, text), "image": datasets.Image()})
     datasets.Dataset.from_dict(columns, features=features).to_parquet(str(file))
-    (folder / "utils.py").write_text(
-        f"from vtok.eval.lmms_task import {', '.join(_FUNCTIONS)}  # noqa: F401\n", encoding="utf-8"
-    )
+    write(folder / "utils.py", f"from vtok.eval.lmms_task import {', '.join(_FUNCTIONS)}  # noqa: F401\n")
     settings = {
         "task": TASK,
         "dataset_path": "parquet",
@@ -78,13 +78,13 @@ def write_task(folder: Path, data: VQAData, max_new_tokens: int = 16) -> Path:
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
     functions = "".join(f"{name}: !function utils.{name}\n" for name in _FUNCTIONS)
-    (folder / f"{TASK}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False) + functions, encoding="utf-8")
+    write(folder / f"{TASK}.yaml", yaml.safe_dump(settings, sort_keys=False) + functions)
     return folder
 
 
 def doc_to_visual(doc: Mapping[str, Any]) -> list[Any]:
     """The image of a question."""
-    return [doc["image"].convert("RGB")]
+    return [open_picture(doc["image"])]
 
 
 def doc_to_text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Any = None) -> str:

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from vtok.errors import ConfigError
-from vtok.eval import matrix, matrix_report, runs, tiny, vlm_matrix
+from vtok.eval import matrix, matrix_report, runs, terminal, tiny, vlm_matrix
 from vtok.eval.settings import versions
 from vtok.registry import METHODS, encoder_methods
+from vtok.writing import write
 
 
 def print_matrix(
@@ -27,17 +26,15 @@ def print_matrix(
 
     Ends with code 1 if some method is neither right nor refused.
     """
-    runs.prepared(output)
+    runs.prepared(output, [into])
     page = None if into is None else _read(into)
     for name in method or ():
         METHODS.get(name)
     examples, too_new = tiny.examples(backend)
     vlms = tiny.vlm_examples(backend)
     inside = [name for name in method or encoder_methods() if METHODS.get(name).for_encoders()]
-    console, errors = Console(), Console(stderr=True)
-    if not console.is_terminal:
-        console = Console(width=160)
-    with Progress(console=errors, transient=True) as progress:
+    console, errors = terminal.output(160), terminal.errors()
+    with terminal.progress(errors, transient=True) as progress:
         bar = progress.add_task("models", total=len(examples) * len(inside) + len(vlms) * len(method or METHODS.names()))
         found = []
         for cell in itertools.chain(matrix.cells(examples, inside), vlm_matrix.cells(vlms, method)):
@@ -46,9 +43,9 @@ def print_matrix(
     for name, example in too_new.items():
         errors.print(f"left out: {name} (needs release {example.since})", highlight=False)
     if output is not None:
-        output.write_text(matrix.to_json(found), encoding="utf-8")
+        write(output, matrix.to_json(found))
     if into is not None and page is not None:
-        into.write_text(matrix_report.put_into(page, matrix_report.markdown(found)), encoding="utf-8")
+        write(into, matrix_report.put_into(page, matrix_report.markdown(found)))
     if markdown:
         print(matrix_report.markdown(found))
     else:

@@ -26,8 +26,9 @@ VLM_LEGEND = (
     "Yes: both prompts of a batch, the shorter one padded on the left, lose visual tokens on every tiny model of the row, and "
     "the logits are those of the unpatched model that reads the whole prompts, the features of the patched pass in them, under "
     "a mask in every decoder layer that hides what was dropped. Tower: the same, but tokens go down in the vision tower alone. "
-    "On request: the same, with the parameters of the note. No: refused. Prompts hold several images; a method that needs "
-    f"pages cut into crops, or one image a prompt, got those. Checked in float32, to {PROMPT_TOLERANCE:g} of the largest logit."
+    "On request: the same, with the parameters of the note. No: refused. Prompts hold several images; a method for videos, "
+    "or one that needs pages cut into crops or one image a prompt, got those. "
+    f"Checked in float32, to {PROMPT_TOLERANCE:g} of the largest logit."
 )
 
 

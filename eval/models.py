@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from vtok.eval.reference import (
 )
 from vtok.eval.settings import towers
 from vtok.eval.tasks.timm_pipeline import Options, create_model
+from vtok.reading import is_folder
 
 REFERENCE = "reference"
 _OPEN_CLIP, _TRANSFORMERS = "open_clip:", "transformers:"
@@ -132,7 +132,7 @@ def _hugging_face(name: str, pretrained: bool, img_size: int | None, seed: int, 
             return cls(cls.config_class(**changes, **size)).eval()
     if meta and name in PUBLISHED and img_size is None:
         return build_published(name)
-    if "/" not in name and not Path(name).is_dir():
+    if "/" not in name and not is_folder(name):
         raise unknown("architecture", name, [*HUGGING_FACE, *ARCHITECTURES])
     try:
         if pretrained and not meta:

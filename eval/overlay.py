@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import vtok
 from vtok.api import run_of
 from vtok.errors import StateError
+from vtok.writing import replacing
 
 
 def token_groups(model: nn.Module, images: Tensor) -> np.ndarray:
@@ -127,5 +128,6 @@ def overlay_sheet(
             left = len(np.unique(groups[r][groups[r] >= 0]))
             axis.set_xlabel(f"{left} of {groups.shape[1]} patches", fontsize=7)
     figure.suptitle(heading, fontsize=11)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as scratch:
+        figure.savefig(scratch, dpi=110)
     plt.close(figure)

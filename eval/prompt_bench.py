@@ -48,7 +48,7 @@ from torch import Tensor, nn
 import vtok
 from vtok.errors import ConfigError, UnsupportedModelError
 from vtok.eval.flops import watched_prompt, watched_reduction
-from vtok.eval.intervals import Interval, paired_ratio, spread
+from vtok.eval.intervals import paired_ratio, spread
 from vtok.eval.prompt_bench_result import PromptResult
 from vtok.eval.settings import Setting, evaluating, placed, twin, versions
 from vtok.eval.throughput import DTYPES, FEWEST_PAIRS, PAIRS, _baseline_check, _threads, device_name, synchronise, verdict
@@ -185,17 +185,13 @@ def compare(base: Times, patched: Times, implied: float, seed: int = 0) -> dict[
         "decode_ms": milliseconds("decode"),
         "prefill_spread": {"base": spread(base.prefill), "patched": spread(patched.prefill)},
         "speedup": speedup.point,
-        "speedup_ci": _ends(speedup),
+        "speedup_ci": speedup.ends,
         "achieved": achieved.point,
-        "achieved_ci": _ends(achieved),
+        "achieved_ci": achieved.ends,
         "decode_ratio": decode.point,
-        "decode_ratio_ci": _ends(decode),
+        "decode_ratio_ci": decode.ends,
         "verdict": verdict(speedup, achieved),
     }
-
-
-def _ends(interval: Interval) -> list[float]:
-    return [interval.low, interval.high]
 
 
 def selection_seconds(model: nn.Module, inputs: Inputs) -> float:

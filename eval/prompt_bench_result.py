@@ -72,15 +72,15 @@ class PromptResult:
     implied_speedup: float
     prefill_ms: dict[str, float]
     speedup: float
-    speedup_ci: list[float]
+    speedup_ci: list[float] | None
     achieved: float
-    achieved_ci: list[float]
+    achieved_ci: list[float] | None
     selection_ms: float
     selection_share: float
     first_token_ms: dict[str, float]
     decode_ms: dict[str, float]
     decode_ratio: float
-    decode_ratio_ci: list[float]
+    decode_ratio_ci: list[float] | None
     kv_mb: dict[str, float]
     prefill_spread: dict[str, float]
     new_tokens: int

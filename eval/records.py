@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+
+from vtok.errors import ConfigError
+from vtok.writing import reason
 
 
 def key_of(identity: dict[str, Any]) -> str:
@@ -23,32 +28,83 @@ def key_of(identity: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def stamp(path: str | os.PathLike, without: str | os.PathLike | None = None) -> str | None:
+    """Hash of the names, sizes and times of a file, or of all files below a folder; `None` if there is nothing there.
+
+    What is copied or written anew is something else, until its content is looked at. Hidden files do not count.
+
+    Args:
+        path: of the file or folder.
+        without: a folder below it that does not count either, such as that of the results.
+    """
+    root = os.fspath(path)
+    if os.path.isfile(root):
+        return key_of({"file": _signs(root)})
+    if not os.path.isdir(root):
+        return None
+    found, seen = [], set[str]() if without is None else {os.path.realpath(without)}
+    for folder, below, names in os.walk(root, followlinks=True):
+        below[:] = [name for name in below if not name.startswith(".")]
+        if (real := os.path.realpath(folder)) in seen:  # or a link that leads back
+            below.clear()
+            continue
+        seen.add(real)
+        shown = [os.path.join(folder, name) for name in names if not name.startswith(".")]
+        found += [[os.path.relpath(place, root), *_signs(place)] for place in shown]
+    return key_of({"files": sorted(found)})
+
+
+def _signs(path: str) -> list[int]:
+    """Size and time; none of a link that leads nowhere."""
+    try:
+        about = os.stat(path)
+    except OSError:
+        return []
+    return [about.st_size, about.st_mtime_ns]
+
+
 class Records:
     """An append-only file of results.
 
     Args:
         path: of the JSON lines file; its folder is created.
+
+    Raises:
+        ConfigError: its folder cannot be made, or what stands under its name is no file.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"results cannot be written to {self.path.parent}: {reason(error)}") from error
+        if self.path.exists() and not self.path.is_file():
+            raise ConfigError(f"results cannot be kept in {self.path}: it is no file")
         self._lock = FileLock(f"{self.path}.lock")
 
     def load(self) -> list[dict[str, Any]]:
-        """All readable records, oldest first; damaged lines raise a warning that names them."""
+        """All readable records, oldest first; damaged lines raise a warning that names them.
+
+        Raises:
+            ConfigError: the file cannot be read.
+        """
         if not self.path.is_file():
             return []
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"results cannot be read from {self.path}: {reason(error)}") from error
         records = []
-        for number, line in enumerate(self.path.read_bytes().split(b"\n"), 1):
+        for number, line in enumerate(data.split(b"\n"), 1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                warnings.warn(f"{self.path}:{number}: damaged line skipped ({error})", stacklevel=2)
+                record = json.loads(line, parse_constant=_no_number, parse_float=_finite)
+            except (ValueError, RecursionError) as error:  # ValueError: no JSON, no text, or a number of too many digits
+                warnings.warn(f"{self.path}:{number}: damaged line skipped ({_short(error)})", stacklevel=2)
                 continue
-            if isinstance(record, dict) and "key" in record:
+            if isinstance(record, dict) and isinstance(record.get("key"), str):
                 records.append(record)
             else:
                 warnings.warn(f"{self.path}:{number}: not a record, skipped", stacklevel=2)
@@ -63,14 +119,45 @@ class Records:
         self.extend([record])
 
     def extend(self, records: Iterable[dict[str, Any]]) -> None:
-        """Adds records that have a `key`, with one write."""
+        """Adds records that have a `key`, with one write: all of them or, where the disk is full, none.
+
+        Raises:
+            ConfigError: they cannot be written; the file is as it was.
+        """
         lines = b"".join(json.dumps(record, sort_keys=True, allow_nan=False).encode() + b"\n" for record in records)
-        with self._lock, open(self.path, "ab+") as file:
-            if file.tell() and not _ends_with_newline(file):
-                lines = b"\n" + lines  # a killed writer left half a line: keep it apart
-            file.write(lines)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self._lock, open(self.path, "ab+", buffering=0) as file:
+                end = file.seek(0, os.SEEK_END)
+                if end and not _ends_with_newline(file):
+                    lines = b"\n" + lines  # a killed writer left half a line: keep it apart
+                try:
+                    if file.write(lines) != len(lines):
+                        raise OSError("the disk is full")
+                    os.fsync(file.fileno())
+                except OSError:
+                    with suppress(OSError):
+                        file.truncate(end)
+                    raise
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path} cannot be written: {reason(error)}; what it held is still there, and the next start goes on"
+            ) from error
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is beyond any number")
+    return value
+
+
+def _short(error: BaseException) -> str:
+    """An error of a damaged line in a few words."""
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
 
 
 def _ends_with_newline(file: Any) -> bool:

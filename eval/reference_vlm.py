@@ -21,6 +21,7 @@ from torch import Tensor
 from vtok.eval.data import read_idx
 from vtok.eval.easyvqa import COLOURS, PICTURE_SIZE, PLACES, SHAPES
 from vtok.eval.reference import DATA_FOLDER, MEAN, STD, asset, load_reference_pictures
+from vtok.writing import write
 
 LLAVA_FOLDER = "easyvqa_llava"
 LLAVA_WEIGHTS = "model.safetensors"
@@ -203,11 +204,11 @@ def processor_of(kind: Any, image_kind: Any, anatomy: ReferenceLLaVA, **images: 
 
 def save_folder(folder: Path, model: Any, processor: Any) -> None:
     """Writes a folder for `from_pretrained`: weights in fp16 that load as fp32, configuration, tokenizer, preprocessing."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     save_settings(folder, model, processor)
     weights = {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}
-    save_file(weights, folder / LLAVA_WEIGHTS, metadata={"format": "pt"})
+    write(folder / LLAVA_WEIGHTS, save(weights, metadata={"format": "pt"}))
 
 
 def save_settings(folder: Path, model: Any, processor: Any) -> None:
@@ -308,7 +309,7 @@ def write_questions(path: Path, asked: Sequence[tuple[str, str, int]]) -> None:
 
 def write_packed(path: Path, values: Any) -> None:
     """Writes plain values as compressed JSON; the same values give the same bytes."""
-    path.write_bytes(gzip.compress(json.dumps(values, separators=(",", ":")).encode(), 9, mtime=0))
+    write(path, gzip.compress(json.dumps(values, separators=(",", ":")).encode(), 9, mtime=0))
 
 
 def read_packed(name: str) -> Any:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from vtok.eval.intervals import mean_stderr
+from vtok.eval.intervals import in_brackets, mean_stderr, paired_difference, with_error
+from vtok.writing import replacing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,7 +20,10 @@ Record = dict[str, Any]
 FLOOR = ("random", "uniform")
 HEADER = ("method", "budget", "tokens", "GMACs", "GFLOPs", "top-1 %", "vs unpatched", "implied", "measured [95 %]", "achieved")
 
-CAPTION = "± standard error; vs unpatched: paired; tokens: mean over blocks; measured: median of pairs [95 %]"
+CAPTION = (
+    "± standard error, or [95 %] where no image differs; vs unpatched: paired; tokens: mean over blocks; measured: median of "
+    "pairs [95 %]"
+)
 
 
 def is_unpatched(record: Record) -> bool:
@@ -35,11 +39,7 @@ def ordered(records: Sequence[Record]) -> list[Record]:
 def row(record: Record) -> tuple[str, ...]:
     """The cells of one configuration, as `HEADER` names them."""
     m, unpatched = record["metrics"], is_unpatched(record)
-    measured = (
-        f"{record['speedup']:.2f}x [{record['speedup_ci'][0]:.2f}, {record['speedup_ci'][1]:.2f}]"
-        if "speedup" in record
-        else "-"
-    )
+    measured = f"{record['speedup']:.2f}x{in_brackets(record['speedup_ci'])}" if "speedup" in record else "-"
     mean_tokens = sum(record["tokens"]["mean_per_layer"]) / len(record["tokens"]["mean_per_layer"])
     return (
         record["method"],
@@ -47,8 +47,8 @@ def row(record: Record) -> tuple[str, ...]:
         f"{mean_tokens:.0f}",
         f"{record['gmacs']['model']:.3f}",
         f"{record['gflops']['model']:.3f}",
-        f"{m['top1']:.2f} ± {m['top1_stderr']:.2f}",
-        "-" if unpatched else f"{m['difference']:+.2f} ± {m['difference_stderr']:.2f}",
+        with_error(m, "top1", digits=2),
+        "-" if unpatched else with_error(m, "difference", digits=2, sign="+"),
         "-" if unpatched else f"{record['implied_speedup']:.2f}x",
         measured,
         f"{100 * record['achieved']:.0f} %" if "achieved" in record else "-",
@@ -84,21 +84,30 @@ def findings(records: Sequence[Record]) -> list[str]:
     lines = []
     if random:
         lowest = random[min(random)]
-        loss, error = -lowest["metrics"]["difference"], max(lowest["metrics"]["difference_stderr"], 1e-9)
-        enough = "enough" if loss >= 3 * error else "too little"
-        lines.append(
-            f"random at {lowest['budget']:g} of the FLOPs loses {loss:.2f} points, {loss / error:.1f} standard errors: "
-            f"{enough} to rank methods"
-        )
+        loss, error = -lowest["metrics"]["difference"], lowest["metrics"]["difference_stderr"]
+        enough = "enough" if error > 0 and loss >= 3 * error else "too little"
+        errors = f", {loss / error:.1f} standard errors" if error > 0 else ""
+        lines.append(f"random at {lowest['budget']:g} of the FLOPs loses {loss:.2f} points{errors}: {enough} to rank methods")
     for r in patched:
         if r["method"] in FLOOR or r["budget"] not in random:
             continue
-        gap, error = mean_stderr(correctness(r).astype(float) - correctness(random[r["budget"]]))
-        if gap <= 2 * error:
+        change = correctness(r).astype(float) - correctness(random[r["budget"]])
+        gap, error = mean_stderr(change)
+        found = paired_difference(change).scaled(100)
+        if gap <= 2 * error or found.sign <= 0:
             where = f"{r['budget']:g} of the FLOPs"
-            lines.append(f"{r['method']} does not clearly beat random at {where}: {100 * gap:+.2f} ± {100 * error:.2f}")
-    lines += [f"{r['method']} at {r['budget']:g} was slower than unpatched" for r in patched if r.get("speedup", 1) < 1]
-    return lines
+            lines.append(
+                f"{r['method']} does not clearly beat random at {where}: {100 * gap:+.2f}{in_brackets(found.ends, '+.2f')}"
+            )
+    lines += [f"{r['method']} at {r['budget']:g} was slower than unpatched" for r in patched if _slower(r)]
+    few = sum("speedup" in r and r["speedup_ci"] is None for r in patched)
+    return [*lines, f"{few} settings were timed too few times for an interval of their speed-up"] if few else lines
+
+
+def _slower(record: Record) -> bool:
+    """Whether the whole interval of a measured speed-up lies below 1."""
+    ends = record.get("speedup_ci")
+    return ends is not None and ends[1] < 1
 
 
 def correctness(record: Record) -> np.ndarray:
@@ -108,7 +117,7 @@ def correctness(record: Record) -> np.ndarray:
 
 def flat(record: Record, best: set[str]) -> dict[str, Any]:
     """One row of `sweep.csv`; `best` holds the keys of the Pareto front."""
-    metrics, low_high = record["metrics"], record.get("speedup_ci", ("", ""))
+    metrics, low_high = record["metrics"], record.get("speedup_ci") or ("", "")
     return {
         "model": record["model"],
         "method": record["method"],
@@ -135,7 +144,7 @@ def flat(record: Record, best: set[str]) -> dict[str, Any]:
 def write_csv(records: Sequence[Record], path: Path) -> None:
     """One flat row a configuration, `model` first; `pareto` marks those that no other beats in both top-1 and GMACs."""
     rows = [flat(record, pareto(records)) for record in ordered(records)]
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as scratch, open(scratch, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -209,5 +218,6 @@ def plot_panels(records: Sequence[Record], panels: Sequence[Panel], path: Path, 
             axis.set_ylabel(panel.y_label)
     axes[0].legend(frameon=False, fontsize=9)
     figure.suptitle(title)
-    figure.savefig(path, dpi=130)
+    with replacing(path) as scratch:
+        figure.savefig(scratch, dpi=130)
     plt.close(figure)

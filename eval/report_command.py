@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
+
+from vtok.eval import terminal
 
 
 def write_page(
@@ -28,8 +31,8 @@ def write_page(
     from vtok.eval.report_html import ReportOptions, write_report
 
     options = ReportOptions(title, gallery, tuple(image or ()), questions)
-    with Console(stderr=True).status("reading") as status:
-        report = write_report(results, output, options, lambda words: status.update(words))
+    with terminal.errors().status("reading") as status:
+        report = write_report(results, output, options, lambda words: status.update(Text(words)))
     console = Console(markup=False, highlight=False, soft_wrap=True)
     for name, words in report.headlines:
         console.print(f"- {name}: {words}")

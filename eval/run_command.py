@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from vtok.errors import ConfigError
-from vtok.eval import runs
+from vtok.eval import runs, terminal
 from vtok.eval.processes import is_main
 from vtok.eval.rates import throughput_line
+from vtok.writing import apart, write
 
 if TYPE_CHECKING:
     from vtok.eval.runner import Outcome
@@ -26,6 +24,9 @@ Pretrained = Annotated[bool, typer.Option(help="load pretrained weights")]
 Workers = Annotated[int, typer.Option("--workers", "-j", min=0, help="processes that read images")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="folder of the results (default: what the file says)")]
 Json = Annotated[Path | None, typer.Option("--json", help="file for the records of this run, besides")]
+
+
+WRITTEN = ("results.jsonl", "sweep.csv", "sweep.png")  # into the folder of the results
 
 
 def run(
@@ -69,9 +70,10 @@ def _run(
 ) -> None:
     from vtok.eval import runner
 
-    runs.prepared(into)
     wanted, out = runner.with_data(wanted, data), output or wanted.folder
-    outcome = runner.run(wanted, out, pretrained, workers, Console(stderr=True, quiet=not is_main()))
+    runs.prepared(into, [*runs.texts(wanted.content), wanted.file, data, *(out / name for name in WRITTEN)])
+    apart([out / name for name in WRITTEN], [*runs.texts(wanted.content), wanted.file, *([] if data is None else [data])])
+    outcome = runner.run(wanted, out, pretrained, workers, terminal.errors(quiet=not is_main()))
     if is_main():
         _show(wanted, outcome, out, into)
     if set(outcome.left_out) - outcome.unmet:  # a budget that no setting meets is a finding
@@ -83,16 +85,16 @@ def _show(wanted: runs.RunConfig, outcome: Outcome, out: Path, into: Path | None
     from vtok.eval import runner, sweep_plot, sweep_report
     from vtok.eval.runs_published import published_beside_measured
 
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console = terminal.output(160)
     records = outcome.records
     if into is not None:
-        into.write_text(json.dumps(records, indent=2, default=str), encoding="utf-8")
+        write(into, json.dumps(records, indent=2, default=str))
     for group in sweep_report.groups(records):
         console.print(sweep_report.table(group))
         speeds = [line for record in group if (line := throughput_line(record["setting"], record))]
         notes = [f"note: {note}" for note in group[0].get("notes", ())]
         for line in (*sweep_report.findings(group), *speeds, *notes):
-            console.print(f"- {escape(line)}")
+            console.print(f"- {line}")
         if wanted.published:
             for record in group[1:]:
                 console.print(published_beside_measured(wanted, [group[0], record]))
@@ -100,4 +102,4 @@ def _show(wanted: runs.RunConfig, outcome: Outcome, out: Path, into: Path | None
     sweep_plot.plot(records, out / "sweep.png")
     console.print(f"{runner.RESULTS}, sweep.csv and sweep.png are in {out}")
     for name, why in outcome.left_out.items():
-        console.print(f"- left out: {escape(name)}: {escape(why)}")
+        console.print(f"- left out: {name}: {why}")

@@ -19,19 +19,19 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from vtok.errors import BudgetError, ConfigError, VtokError
-from vtok.eval import runs_models, runs_records
+from vtok.eval import runs_models, runs_records, terminal
 from vtok.eval.pacing import Memory
 from vtok.eval.processes import ProcessError, current
-from vtok.eval.records import Records
+from vtok.eval.records import Records, key_of
 from vtok.eval.runs import RunConfig
 from vtok.eval.settings import Setting
 from vtok.eval.sweep import points
 from vtok.eval.tasks import TASKS
 from vtok.eval.vlm_models import VisionLanguageModel
+from vtok.writing import reason, writable
 
 RESULTS = "results.jsonl"
 _WAIT = 1.0  # seconds between looks at a configuration that another start is at
@@ -78,13 +78,24 @@ class Outcome:
     resumed: int = 0
 
 
-def jobs_of(config: RunConfig, pretrained: bool = True) -> list[list[Job]]:
-    """All configurations of a run, those that differ in nothing but the setting together, the unpatched model first."""
+def jobs_of(config: RunConfig, pretrained: bool = True, out: Path | None = None) -> list[list[Job]]:
+    """All configurations of a run, those that differ in nothing but the setting together, the unpatched model first.
+
+    Args:
+        config: the run.
+        pretrained: whether weights are loaded.
+        out: folder of the results; `None` = as the run says.
+    """
     groups: dict[str, dict[str, Job]] = {}
+    there: dict[str, Mapping[str, str | None]] = {}  # what points have in common is looked at once
     for point in points(config):
         for task in point.tasks:
+            place = key_of({"data": point.data.get(task), "of": point.calibration.get(task), "options": point.options})
+            if place not in there:
+                there[place] = runs_records.content(point, task, out or config.folder)
             whole = [(Setting(), None), *zip(point.settings, point.specs)]
-            found = [Job(point, task, one, spec, runs_records.key(point, task, one, pretrained)) for one, spec in whole]
+            keys = [runs_records.key(point, task, one, pretrained, there[place]) for one, _ in whole]
+            found = [Job(point, task, one, spec, key) for (one, spec), key in zip(whole, keys)]
             group = groups.setdefault(found[0].key, {})
             for job in found:
                 group.setdefault(job.key, job)
@@ -119,17 +130,22 @@ def run(
         if task not in config.data:
             raise ConfigError(f"{config.path} names no data; pass --data FOLDER (for task {task})")
     runs_models.check_options(config)
-    groups = jobs_of(config, pretrained)
+    groups = jobs_of(config, pretrained, out)
     keys = current().agree([[job.key for job in group] for group in groups])  # they hold the times of files on this machine
     groups = [[replace(job, key=key) for job, key in zip(*both)] for both in zip(groups, keys)]
     records, outcome = _opened(out or config.folder), Outcome()
     done = _known(records, console)
     every = [job for group in groups for job in group]
     outcome.resumed = sum(job.key in done for job in every)
+    others = [] if current().rank else _others(records, every, done)
+    if others:
+        console.print(
+            f"{len(others)} configurations in {records.path} were measured on other data or weights, elsewhere, or by another "
+            "release: they are measured again"
+        )
     if outcome.resumed:
         console.print(f"{outcome.resumed} of {len(every)} configurations are in {records.path}; running the rest")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with terminal.progress(console) as progress:
         bar = progress.add_task(config.name, total=len(every), completed=outcome.resumed)
         for group in groups:
             if any(job.key not in done for job in group):
@@ -182,7 +198,7 @@ class _Group:
         try:
             if current().rank == 0:
                 try:
-                    lock.acquire(blocking=False)
+                    _acquire(lock)
                     state = _DONE if job.key in finished(self.records) else _MINE
                 except Timeout:
                     state = _HELD
@@ -246,6 +262,19 @@ class _Group:
         return None if base is None else runs_models.prompt_of(base, runs_models.network(self.model))
 
 
+def _others(records: Records, jobs: Sequence[Job], done: Mapping[str, Any]) -> list[str]:
+    """Titles of configurations without a record that the file has one of under another key: what they read has changed."""
+    held = [record.get("config") for key, record in finished(records).items()]
+    return [job.title for job in jobs if job.key not in done and runs_records.resolved(job.config, job.task, job.spec) in held]
+
+
+def _acquire(lock: FileLock) -> None:
+    try:
+        lock.acquire(blocking=False)
+    except OSError as error:
+        raise ConfigError(f"{lock.lock_file} cannot be written: {reason(error)}") from error
+
+
 def slug(name: str) -> str:
     """A model's name as the name of a folder."""
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip("-.") or "model"
@@ -259,10 +288,9 @@ def with_data(config: RunConfig, data: Path | None) -> RunConfig:
 def _opened(out: Path) -> Records:
     try:
         (out / ".running").mkdir(parents=True, exist_ok=True)
-        with open(out / RESULTS, "ab"):
-            pass
     except OSError as error:
-        raise ConfigError(f"results cannot be written to {out}: {error}") from error
+        raise ConfigError(f"results cannot be written to {out}: {reason(error)}") from error
+    writable(out / RESULTS)
     return Records(out / RESULTS)
 
 
@@ -275,7 +303,7 @@ def finished(records: Records, console: Console | None = None) -> dict[str, dict
     """key -> newest record; damaged lines are reported on a console, if there is one."""
     with warnings.catch_warnings(record=True) as damaged:
         warnings.simplefilter("always")
-        found = records.by_key()
+        found = {key: record for key, record in records.by_key().items() if runs_records.whole(record)}
     for warning in damaged if console is not None else ():
-        console.print(f"[yellow]{escape(str(warning.message))}[/yellow]")  # type: ignore[union-attr]  # no console: no loop
+        console.print(str(warning.message), style=terminal.WARNING)  # type: ignore[union-attr]  # no console: no loop
     return found

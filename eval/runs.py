@@ -17,16 +17,16 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vtok.config import MethodConfig
-from vtok.errors import ConfigError, unknown
+from vtok.errors import ConfigError, brief, shown, unknown
+from vtok.eval import yaml_text
+from vtok.eval.checked import check_seed
 from vtok.eval.published import check as check_published
 from vtok.eval.runs_methods import parse_method, parse_setting, read_setting
 from vtok.eval.runs_schema import (
@@ -45,6 +45,8 @@ from vtok.eval.runs_schema import (
 )
 from vtok.eval.settings import Setting
 from vtok.eval.tasks import TASKS
+from vtok.reading import exists, regular
+from vtok.writing import apart, writable
 
 __all__ = ["BACKENDS", "FIGURES", "REFERENCE", "RunConfig", "bundled", "find", "load", "parse_method", "parse_setting"]
 NOT_REPRODUCIBLE = "not_reproducible"  # a table in the folder of the runs, which vtok.eval.book reads
@@ -74,7 +76,8 @@ class RunConfig:
         published: figures to compare with, see `vtok.eval.published`.
         tables: of the reproduction book that the run belongs to.
         content: all of this as plain values, as the file says it.
-        path: of the file.
+        path: of the file, as messages name it.
+        file: the file itself.
     """
 
     name: str
@@ -96,6 +99,7 @@ class RunConfig:
     tables: tuple[str, ...] = ()
     content: Mapping[str, Any] = field(default_factory=dict, compare=False)
     path: str = field(default="", compare=False)
+    file: str = field(default="", compare=False)
 
     @property
     def task(self) -> str:
@@ -144,9 +148,9 @@ def find(name: str) -> Path:
         UnknownNameError: neither a file nor a bundled run.
     """
     if name.endswith((".yaml", ".yml")) or os.sep in name:
-        if not Path(name).is_file():
-            raise ConfigError(f"{name} does not exist; `vtok configs` lists the runs that come with vtok")
-        return Path(name)
+        if not exists(name):
+            raise ConfigError(f"{brief(name)} does not exist; `vtok configs` lists the runs that come with vtok")
+        return regular(name)
     if name not in bundled():
         raise unknown("run", name, bundled())
     return Path(str(files("vtok.configs") / f"{name}.yaml"))
@@ -163,22 +167,25 @@ def load(name: str, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: not YAML, a key that is missing, unknown or of the wrong type, a value that is not allowed.
     """
     path = find(name)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a YAML file: {error}") from error
+    content = yaml_text.read(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping with the keys {', '.join(KEYS)}, found {type(content).__name__}")
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--set takes key=value, got {text!r}")
-        try:
-            put(content, key, yaml.safe_load(value), f"--set {text}")
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {text}: the value is not YAML: {error}") from error
+        put(content, key, yaml_text.parse(value, f"--set {text}", kind="the value is not YAML"), f"--set {text}")
     given = f" with --set {' --set '.join(overrides)}" if overrides else ""
-    return checked(f"{path}{given}", path.stem, content)
+    return replace(checked(f"{path}{given}", path.stem, content), file=str(path))
+
+
+def texts(value: Any) -> list[str]:
+    """Every text in plain values: among them are the files that a run reads."""
+    if isinstance(value, Mapping):
+        return [text for one in value.values() for text in texts(one)]
+    if isinstance(value, (list, tuple)):
+        return [text for one in value for text in texts(one)]
+    return [value] if isinstance(value, str) else []
 
 
 def put(content: dict[str, Any], key: str, value: Any, where: str) -> None:
@@ -226,8 +233,10 @@ def checked(where: str, name: str, content: Mapping[str, Any]) -> RunConfig:
     check_model(where, model, tasks)
     published = content.get("published") or {}
     check_published(where, tasks, published)
-    check_choice(where, "dtype", content.get("dtype") or "fp32", DTYPES)
+    check_choice(where, "dtype", "fp32" if content.get("dtype") is None else content["dtype"], DTYPES)
     check_positive(where, content, ("batch_size", "num_samples"))
+    if content.get("seed") is not None:
+        check_seed(content["seed"], f"{where}: seed")
     several = content.get("methods") is not None
     settings = tuple(
         read_setting(where, f"methods.{i}" if several else "method", spec) for i, spec in enumerate(copy.deepcopy(specs))
@@ -265,7 +274,7 @@ def _tables(where: str, value: Any) -> tuple[str, ...]:
     found = tuple([value] if isinstance(value, str) else value or ())
     for name in found:
         if not isinstance(name, str) or not name.strip():
-            raise ConfigError(f"{where}: table must be the name of a table or a list of names, got {name!r}")
+            raise ConfigError(f"{where}: table must be the name of a table or a list of names, got {shown(name)}")
     return found
 
 
@@ -282,21 +291,21 @@ def _sweep(where: str, value: Any) -> dict[str, list[Any]]:
             known = ["sweep.flops", *(f"sweep.{k}" for k in varied)]
             raise ConfigError(f"{where}: {unknown('key', f'sweep.{key}', known)}")
         if not isinstance(values, list) or not values:
-            raise ConfigError(f"{where}: sweep.{key} must be a list of values, got {values!r}")
+            raise ConfigError(f"{where}: sweep.{key} must be a list of values, got {shown(values)}")
     return {str(key): list(values) for key, values in grid.items()}
 
 
-def prepared(output: Path | None) -> Path | None:
+def prepared(output: Path | None, inputs: Iterable[Any] = ()) -> Path | None:
     """The file for results, its folder made now: not after hours of measuring.
 
+    Args:
+        output: the file; `None` = there will be none.
+        inputs: files that are read, which it must not be; `None`s and words that name no file are passed over.
+
     Raises:
-        ConfigError: nothing can be written there.
+        ConfigError: nothing can be written there, or it is one of the inputs.
     """
     if output is not None:
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"results cannot be written to {output}: {error}") from error
-        if output.is_dir():
-            raise ConfigError(f"results cannot be written to {output}: it is a folder")
+        apart([output], [one for one in inputs if one is not None])
+        writable(output)
     return output

@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from vtok.config import MethodConfig
-from vtok.errors import ConfigError, UnknownNameError, VtokError
+from vtok.errors import ConfigError, UnknownNameError, VtokError, shown
+from vtok.eval import yaml_text
 from vtok.eval.settings import Setting
 from vtok.registry import METHODS
 
@@ -40,7 +41,7 @@ def read_setting(where: str, key: str, value: Any) -> Setting:
     for part in parts:
         if not isinstance(part, Mapping):
             raise ConfigError(
-                f"{where}: {key} must be a mapping such as {{name: tome, r: 13}}, or a list of these, got {part!r}"
+                f"{where}: {key} must be a mapping such as {{name: tome, r: 13}}, or a list of these, got {shown(part)}"
             )
     if len(parts) == 1:
         config, flops = _read(where, key, parts[0])
@@ -78,7 +79,7 @@ def _read(where: str, key: str, value: Mapping[str, Any]) -> tuple[MethodConfig,
         raise ConfigError(f"{where}: {key}.name is missing; known methods: {', '.join(METHODS.names())}")
     flops = value.get("flops")
     if flops is not None and (isinstance(flops, bool) or not isinstance(flops, (int, float)) or not 0 < flops <= 1):
-        raise ConfigError(f"{where}: {key}.flops is a share of the model's FLOPs in (0, 1], got {flops!r}")
+        raise ConfigError(f"{where}: {key}.flops is a share of the model's FLOPs in (0, 1], got {shown(flops)}")
     try:
         config = METHODS.get(str(value["name"])).create(**_parameters(value))
     except UnknownNameError as error:
@@ -118,7 +119,10 @@ def portable(value: Any) -> Any:
     return value.replace(f"{asset(VIT_WEIGHTS).parent}{os.sep}", ASSET) if isinstance(value, str) else value
 
 
-class _Tuples(yaml.SafeLoader):
+_FORM = "name or name:key=value,key=value, e.g. tome:r=13"
+
+
+class _Tuples(yaml_text.Loader):
     """Plain values and, besides, tuples of them."""
 
 
@@ -127,6 +131,10 @@ def _tuple(loader: yaml.SafeLoader, node: yaml.SequenceNode) -> tuple[Any, ...]:
 
 
 _Tuples.add_constructor("!tuple", _tuple)
+
+
+def _first(error: Exception) -> str:
+    return str(error).splitlines()[0][-100:]
 
 
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:
@@ -143,11 +151,12 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
         return name, {}
     try:
         text_in_yaml = re.sub(r"\(([^()]*)\)", r"!tuple [\1]", rest.replace("=", ": "))
-        params = yaml.load("{" + text_in_yaml + "}", _Tuples)
-    except yaml.YAMLError:
-        params = None
-    if not isinstance(params, dict) or any(value is None and f"{key}=null" not in rest for key, value in params.items()):
-        raise ConfigError(f"cannot read {text!r}; write a method as name or name:key=value,key=value, e.g. tome:r=13")
+        params = yaml_text.parse("{" + text_in_yaml + "}", text, _Tuples)
+    except ConfigError as error:
+        raise ConfigError(f"cannot read {shown(text)}; write a method as {_FORM} ({_first(error)})") from error
+    unset = isinstance(params, dict) and any(value is None and f"{key}=null" not in rest for key, value in params.items())
+    if not isinstance(params, dict) or not params or unset:
+        raise ConfigError(f"cannot read {shown(text)}; write a method as {_FORM}")
     for key in params:
         if key in _NOT_PARAMETERS:
             raise ConfigError(f"{text!r}: {key} is no parameter of a method")

@@ -19,6 +19,7 @@ from vtok.errors import ConfigError, VtokError, unknown
 from vtok.eval.clip_models import DualEncoder, load_clip
 from vtok.eval.pacing import named_kernels
 from vtok.eval.processes import current
+from vtok.eval.runs_again import ELSEWHERE
 from vtok.eval.runs_schema import REFERENCE
 from vtok.eval.settings import Setting, placed
 from vtok.eval.tasks import TASKS
@@ -56,6 +57,8 @@ def task_options(config: Any, task: str, pretrained: bool, workers: int, folder:
     if config.backend != "timm":  # weights go by tag there, and names need a backend
         backend = None if config.backend == REFERENCE else config.backend
         wanted |= {"pretrained": (config.pretrained or "") if pretrained else "", "backend": backend}
+    if get_type_hints(kind).get("pretrained") is bool:  # of classifiers: whether, not which
+        wanted["pretrained"] = pretrained
     own = {name: tuple(value) if isinstance(value, list) else value for name, value in config.options.items()}
     known = {field.name for field in dataclasses.fields(kind)}
     made: Any = kind
@@ -69,7 +72,7 @@ def check_options(config: Any) -> None:
         ConfigError: it is not.
     """
     known = {field.name for task in config.tasks for field in dataclasses.fields(options_class(task))}
-    known -= {"batch_size", "model_dtype", "pretrained", "seed", "num_samples", "workers", "output", "backend"}
+    known -= set(ELSEWHERE)
     for name in config.options:
         if name not in known:
             raise ConfigError(f"{config.path}: {unknown('key', f'options.{name}', (f'options.{k}' for k in known))}")

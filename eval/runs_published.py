@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from vtok.eval.intervals import with_error
 from vtok.eval.runs import FIGURES, RunConfig
 
 
@@ -47,19 +48,15 @@ def _percent(record: dict[str, Any]) -> float:
     return 1.0 if record["percent"] else 100.0
 
 
-def _with_error(text: str, error: float | None, scale: float) -> str:
-    return text if error is None else f"{text} ± {scale * error:.3f}"
-
-
 def _measured(record: dict[str, Any], name: str) -> str:
-    scale, metrics = _percent(record), record["metrics"]
-    return _with_error(f"{scale * metrics[name]:.3f}", metrics.get(f"{name}_stderr"), scale)
+    return with_error(record["metrics"], name, _percent(record), 3)
 
 
 def _measured_difference(base: dict[str, Any], patched: dict[str, Any], name: str) -> str:
-    scale, metrics = _percent(patched), patched["metrics"]
-    error = metrics.get(f"{name}_difference_stderr", metrics.get("difference_stderr"))
-    return _with_error(f"{scale * (metrics[name] - base['metrics'][name]):+.3f}", error, scale)
+    metrics = patched["metrics"]
+    own = f"{name}_difference" if f"{name}_difference_stderr" in metrics else "difference"
+    known = {f"change{end}": metrics[f"{own}{end}"] for end in ("_stderr", "_ci") if f"{own}{end}" in metrics}
+    return with_error({"change": metrics[name] - base["metrics"][name], **known}, "change", _percent(patched), 3, "+")
 
 
 def _difference(published: Any, name: str) -> str | None:

@@ -15,19 +15,32 @@ from typing import Any
 import torch
 
 from vtok.config import MethodConfig
-from vtok.eval.intervals import Interval
-from vtok.eval.records import key_of
+from vtok.eval.intervals import FEWEST, Z95, Interval
+from vtok.eval.records import key_of, stamp
 from vtok.eval.runs import FIGURES, RunConfig
 from vtok.eval.runs_methods import portable
 from vtok.eval.settings import Setting, versions
-from vtok.eval.tasks.vqa_records import NORMAL_95
 from vtok.eval.throughput import device_name
 
 Record = dict[str, Any]
 _PERCENT = ("imagenet",)  # tasks whose metrics are percent already
 
 
-def key(config: RunConfig, task: str, setting: Setting, pretrained: bool) -> str:
+def content(config: RunConfig, task: str, out: Path) -> dict[str, str | None]:
+    """Stamps of the files that a task of a run reads: its data, those for calibration, and what its options name.
+
+    Args:
+        config: the run.
+        task: one of its tasks.
+        out: folder of the results, which may lie in that of the data.
+    """
+    options = [one for value in config.options.values() for one in (value if isinstance(value, (list, tuple)) else [value])]
+    named = {"data": config.data.get(task), "calibration": config.calibration.get(task)}
+    named |= {f"options: {one}": one for one in options if isinstance(one, str)}
+    return {what: found for what, path in named.items() if path and (found := stamp(path, out)) is not None}
+
+
+def key(config: RunConfig, task: str, setting: Setting, pretrained: bool, there: Mapping[str, str | None]) -> str:
     """What identifies a configuration: everything that decides a result, but the machine.
 
     Args:
@@ -35,14 +48,15 @@ def key(config: RunConfig, task: str, setting: Setting, pretrained: bool) -> str
         task: one of its tasks.
         setting: one of its settings, or the unpatched one.
         pretrained: whether weights were loaded.
+        there: `content` of the task.
     """
     return key_of(
         {
             "task": task,
             "model": [config.backend, config.model, config.pretrained, pretrained, _stamp(config)],
             "setting": portable(plain(setting)),
-            "data": config.data.get(task),
-            "calibration": config.calibration.get(task) if "flops" in setting.params else None,
+            "data": [config.data.get(task), {what: one for what, one in there.items() if what != "calibration"}],
+            "calibration": [config.calibration.get(task), there.get("calibration")] if "flops" in setting.params else None,
             "options": config.options,
             "num_samples": config.num_samples,
             "batch_size": config.batch_size,
@@ -92,7 +106,8 @@ def complete(record: Record, config: RunConfig, task: str, setting: Setting, ext
     metrics = dict(record["metrics"])
     for name in [name for name in metrics if name.endswith("difference_stderr")]:
         middle, error = metrics[name.removesuffix("_stderr")], metrics[name]
-        low_high = None if error is None or math.isnan(error) else [middle - NORMAL_95 * error, middle + NORMAL_95 * error]
+        known = error is not None and error > 0 and record["n"] >= FEWEST
+        low_high = [middle - Z95 * error, middle + Z95 * error] if known else None
         metrics.setdefault(f"{name.removesuffix('_stderr')}_ci", low_high)
     first = next((name for name in FIGURES.get(task, ()) if name in metrics), next(iter(metrics)))
     found = {
@@ -115,6 +130,20 @@ def complete(record: Record, config: RunConfig, task: str, setting: Setting, ext
     return _finite(found | _times(found))
 
 
+def whole(record: Record) -> bool:
+    """Whether a record has what tables and pictures are made of; one that somebody has edited may lack it."""
+    metrics, primary = record.get("metrics"), record.get("primary")
+    texts = ("task", "model", "method", "setting", "dtype", "device")
+    return (
+        all(isinstance(record.get(name), str) for name in texts)
+        and isinstance(metrics, dict)
+        and isinstance(primary, str)
+        and isinstance(metrics.get(primary), (int, float))
+        and isinstance(record.get("n"), int)
+        and {"params", "budget", "dataset", "percent", "backend", "seed", "threads", "batch_size"} <= set(record)
+    )
+
+
 def _times(record: Record) -> dict[str, Any]:
     """Fields of speed that a task gives in another form or leaves out; of questions they are those up to the first token."""
     found: dict[str, Any] = {}
@@ -123,8 +152,8 @@ def _times(record: Record) -> dict[str, Any]:
         sides = {"base": first["patched"]} if record["method"] == "unpatched" else first
         found["samples_per_sec"] = {side: 1000 * record["batch_size"] / ms for side, ms in sides.items() if ms}
     if "speedup" in record and "implied_speedup" in record:
-        speed = Interval(record["speedup"], *record["speedup_ci"]).scaled(1 / record["implied_speedup"])
-        found |= {"achieved": speed.point, "achieved_ci": [speed.low, speed.high]}
+        speed = Interval(record["speedup"], *(record["speedup_ci"] or ())).scaled(1 / record["implied_speedup"])
+        found |= {"achieved": speed.point, "achieved_ci": speed.ends}
     return found
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from vtok.errors import ConfigError, unknown
+from vtok.errors import ConfigError, shown, unknown
 
 Keys = dict[str, tuple[Any, bool]]  # key -> (type, whether it must be there)
 KEYS: Keys = {
@@ -80,11 +80,12 @@ def check_keys(where: str, prefix: str, content: Mapping[str, Any], keys: Keys) 
     """
     for key, value in content.items():
         if key not in keys:
-            raise ConfigError(f"{where}: {unknown('key', f'{prefix}{key}', (prefix + k for k in keys))}")
+            name = key if isinstance(key, str) else shown(key)
+            raise ConfigError(f"{where}: {unknown('key', f'{prefix}{name}', (prefix + k for k in keys))}")
         kind, needed = keys[key]
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
-            raise ConfigError(f"{where}: {prefix}{key} must be {' or '.join(_KINDS[k] for k in kinds)}, got {value!r}")
+            raise ConfigError(f"{where}: {prefix}{key} must be {' or '.join(_KINDS[k] for k in kinds)}, got {shown(value)}")
     for key, (_, needed) in keys.items():
         if needed and content.get(key) is None:
             raise ConfigError(f"{where}: {prefix}{key} is missing")
@@ -93,7 +94,7 @@ def check_keys(where: str, prefix: str, content: Mapping[str, Any], keys: Keys) 
 def check_choice(where: str, key: str, value: Any, allowed: Sequence[str]) -> None:
     """Raises unless a value is one of those allowed."""
     if value not in allowed:
-        raise ConfigError(f"{where}: {key} must be one of {', '.join(allowed)}, got {value!r}")
+        raise ConfigError(f"{where}: {key} must be one of {', '.join(allowed)}, got {shown(value)}")
 
 
 def check_positive(where: str, content: Mapping[str, Any], names: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from vtok.eval.intervals import Interval, paired_ratio
+from vtok.eval.intervals import Interval, in_brackets, paired_ratio
 from vtok.methods.todre_select import SELECTORS
 
 GROWN = ("tokens", "keep", "width")
@@ -123,7 +123,7 @@ def table(results: Sequence[Timed], tokens: int, keep: int, width: int) -> Table
             r.selector,
             f"{1000 * r.seconds:.0f}",
             f"{1000 * r.loop_seconds:.0f}",
-            f"{r.faster.point:.1f}x [{r.faster.low:.1f}, {r.faster.high:.1f}]",
+            f"{r.faster.point:.1f}x{in_brackets(r.faster.ends, '.1f')}",
             "yes" if r.same else "no",
             *(f"{r.scaling[what]:.2f}x" for what in GROWN),
         )

@@ -17,10 +17,11 @@ import vtok
 from vtok.api import Method, Size, run_of
 from vtok.config import MethodConfig
 from vtok.cost import Estimate, estimate
-from vtok.errors import ConfigError, UnsupportedModelError
+from vtok.errors import ConfigError
 from vtok.eval.records import key_of
 from vtok.patches import find_adapters
 from vtok.patches.protocol import Adapter, Tower
+from vtok.resolve import towers as towers  # the same towers as those that are patched
 
 _FINGERPRINT = 64  # values of every parameter that identify weights
 
@@ -164,18 +165,6 @@ def mean_cost(costs: Sequence[PassCost], images: Sequence[int]) -> PassCost:
     )
 
 
-def towers(model: nn.Module, input_size: Size | None = None) -> list[tuple[Adapter, Tower]]:
-    """The towers of a model with their adapters.
-
-    Raises:
-        UnsupportedModelError: there is none.
-    """
-    found = [(adapter, tower) for _, adapter in find_adapters(model) for tower in adapter.towers(model, input_size)]
-    if not found:
-        raise UnsupportedModelError(f"{type(model).__name__} holds nothing that vtok can patch; see vtok.supports(model)")
-    return found
-
-
 def model_name(model: nn.Module) -> str:
     """timm's name of an architecture, else the class name."""
     config = getattr(model, "pretrained_cfg", None)
@@ -219,6 +208,8 @@ def usable_device(device: str | torch.device) -> torch.device:
     Raises:
         ConfigError: torch knows no such device, or this machine has none.
     """
+    if str(device).split(":")[0] == "meta":
+        raise ConfigError("device 'meta' holds no values and computes nothing; name one that does, such as cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA

@@ -9,6 +9,7 @@ from typing import Any
 from vtok.eval.report import FLOOR
 from vtok.eval.runs_records import Record
 from vtok.eval.sweep_report import UNPATCHED, groups, pareto, score, score_error, title, total_gmacs
+from vtok.writing import replacing
 
 WIDTH, HEIGHT = 11.5, 4.4  # inches of a row
 
@@ -39,7 +40,8 @@ def plot(records: Sequence[Record], path: Path) -> None:
         left.set_ylabel(f"{group[0]['primary']} (%)")
         right.sharey(left)
         right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, dpi=130)
+    with replacing(path) as scratch:
+        figure.savefig(scratch, dpi=130)
     plt.close(figure)
 
 
@@ -77,5 +79,5 @@ def _panel(axis: Any, group: Sequence[Record], x: Callable[[Record], float | Non
 
 
 def _bars(rows: Sequence[Record], points: Sequence[float], name: str) -> list[list[float]]:
-    ends = [r[name] for r in rows]
+    ends = [r.get(name) or (p, p) for r, p in zip(rows, points)]
     return [[p - low for p, (low, _) in zip(points, ends)], [high - p for p, (_, high) in zip(points, ends)]]

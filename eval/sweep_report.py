@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtok.eval.intervals import FEWEST, in_brackets, with_error
 from vtok.eval.report import FLOOR
 from vtok.eval.runs_records import Record, difference
+from vtok.writing import replacing
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-FEWEST = 4  # pairs of batches from which on the interval of a speed-up says something
 UNPATCHED = "unpatched"
 HEADER = (
     "setting",
@@ -83,10 +84,10 @@ def row(record: Record, best: set[str]) -> tuple[str, ...]:
         f"{sum(layers) / len(layers):.1f}" if layers else "-",
         f"{macs['model']:.3f}" if macs else "-",
         f"{macs['pruner']:.4f}" if macs else "-",
-        f"{score(record):.2f} ± {score_error(record):.2f}",
-        "-" if change is None else f"{scale * change:+.2f}" + _interval(low_high, scale, "+.2f"),
+        with_error(record["metrics"], record["primary"], scale, 2),
+        "-" if change is None else f"{scale * change:+.2f}" + _interval(low_high, scale),
         f"{record['implied_speedup']:.2f}x" if change is not None and "implied_speedup" in record else "-",
-        f"{record['speedup']:.2f}x" + _interval(record.get("speedup_ci"), 1.0, ".2f") if "speedup" in record else "-",
+        f"{record['speedup']:.2f}x" + in_brackets(speed_ends(record)) if "speedup" in record else "-",
         f"{100 * record['achieved']:.0f} %" if record.get("achieved") is not None else "-",
     )
 
@@ -107,12 +108,12 @@ def table(records: Sequence[Record]) -> Table:
 
 def findings(records: Sequence[Record]) -> list[str]:
     """Which settings of a group were slower than unpatched, and by how much; how many were timed too seldom to tell."""
-    few = [r for r in records if r.get("pairs", FEWEST) < FEWEST]
-    slow = [r for r in records if r not in few and "speedup" in r and r["speedup"] < 1]
+    few = [r for r in records if "speedup" in r and speed_ends(r) is None]
+    slow = [(r, ends) for r in records if (ends := speed_ends(r)) is not None and r["speedup"] < 1]
     lines = [
-        f"{r['setting']} was {'slower than unpatched' if r['speedup_ci'][1] < 1 else 'no faster than unpatched'}: "
-        f"{r['speedup']:.2f}x{_interval(r['speedup_ci'], 1.0, '.2f')}"
-        for r in slow
+        f"{r['setting']} was {'slower than unpatched' if ends[1] < 1 else 'no faster than unpatched'}: "
+        f"{r['speedup']:.2f}x{in_brackets(ends)}"
+        for r, ends in slow
     ]
     if few:
         lines.append(
@@ -122,10 +123,16 @@ def findings(records: Sequence[Record]) -> list[str]:
     return lines
 
 
+def speed_ends(record: Record) -> list[float] | None:
+    """The 95 % interval of a speed-up; `None` where there is none, or where it is from too few pairs."""
+    return record.get("speedup_ci") if record.get("pairs", FEWEST) >= FEWEST else None
+
+
 def flat(record: Record, best: set[str]) -> dict[str, Any]:
     """One row of `sweep.csv`: `model` first; metrics as the task has them, percent or shares."""
     change, error, low_high = difference(record)
     macs, speeds, kernels = record.get("gmacs", {}), record.get("samples_per_sec", {}), record.get("kernel") or {}
+    low, high = speed_ends(record) or ("", "")
     return {
         "model": record["model"],
         "backend": record["backend"],
@@ -152,8 +159,8 @@ def flat(record: Record, best: set[str]) -> dict[str, Any]:
         "samples_per_sec_base": speeds.get("base", ""),
         "samples_per_sec": speeds.get("patched", ""),
         "speedup": record.get("speedup", ""),
-        "speedup_low": record.get("speedup_ci", [""])[0],
-        "speedup_high": record.get("speedup_ci", [""])[-1],
+        "speedup_low": low,
+        "speedup_high": high,
         "achieved": _or_empty(record.get("achieved")),
         "kernel": kernels.get("patched", kernels.get("base", "")),
         "dtype": record["dtype"],
@@ -169,7 +176,7 @@ def flat(record: Record, best: set[str]) -> dict[str, Any]:
 def write_csv(records: Sequence[Record], path: Path) -> None:
     """One flat row a configuration; `pareto` marks those that no other of the same model and data beats in both."""
     rows = [flat(record, pareto(group)) for group in groups(records) for record in group]
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as scratch, open(scratch, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -179,8 +186,8 @@ def _scale(record: Record) -> float:
     return 1.0 if record["percent"] else 100.0
 
 
-def _interval(low_high: Sequence[float] | None, scale: float, form: str) -> str:
-    return "" if low_high is None else f" [{scale * low_high[0]:{form}}, {scale * low_high[1]:{form}}]"
+def _interval(low_high: Sequence[float] | None, scale: float) -> str:
+    return in_brackets(None if low_high is None else [scale * end for end in low_high], "+.2f")
 
 
 def _or_empty(value: Any) -> Any:

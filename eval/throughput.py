@@ -100,7 +100,7 @@ from vtok.api import run_of
 from vtok.errors import ConfigError
 from vtok.eval.bench_result import Result
 from vtok.eval.flops import watched_reduction
-from vtok.eval.intervals import Interval, paired_ratio, spread
+from vtok.eval.intervals import FEWEST, Interval, paired_ratio, spread
 from vtok.eval.memory import peak_memory
 from vtok.eval.settings import (
     Setting,
@@ -115,7 +115,7 @@ from vtok.eval.settings import (
     versions,
 )
 
-PAIRS, FEWEST_PAIRS, WARMUP = 20, 5, 3
+PAIRS, FEWEST_PAIRS, WARMUP = 20, FEWEST, 3
 BASELINE_TOLERANCE = 0.03
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PLAIN_BLOCKS = 4  # the plain loop runs in as many stretches, spread over the run
@@ -226,21 +226,23 @@ def compare(base: Sequence[float], patched: Sequence[float], implied: float, bat
         "step_time_ms": {key: 1000 * value for key, value in step.items()},
         "spread": {"base": spread(base), "patched": spread(patched)},
         "speedup": speedup.point,
-        "speedup_ci": [speedup.low, speedup.high],
+        "speedup_ci": speedup.ends,
         "achieved": achieved.point,
-        "achieved_ci": [achieved.low, achieved.high],
-        "slower": speedup.high < 1,
+        "achieved_ci": achieved.ends,
+        "slower": speedup.high is not None and speedup.high < 1,
         "verdict": verdict(speedup, achieved),
     }
 
 
 def verdict(speedup: Interval, achieved: Interval) -> str:
     """What the interval supports, in words. More than the MACs imply is possible (memory traffic), but wants an explanation."""
+    if speedup.low is None or speedup.high is None:
+        return f"timed in fewer than {FEWEST} pairs, too few to tell ({speedup.point:.2f}x)"
     if speedup.high < 1:
         return f"SLOWER than unpatched ({speedup.point:.2f}x)"
     if speedup.low <= 1:
         return f"no measurable difference to unpatched ({speedup.point:.2f}x)"
-    beyond = "; more than its MACs imply" if achieved.low > 1 else ""
+    beyond = "; more than its MACs imply" if achieved.low is not None and achieved.low > 1 else ""
     return f"faster than unpatched ({speedup.point:.2f}x){beyond}"
 
 

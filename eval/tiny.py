@@ -101,10 +101,12 @@ def build_vlm(example: VLMExample) -> Any:
 
 
 def vlm_prompts(example: VLMExample, model: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(kind, batch of two prompts, the second padded on the left): as the example makes them; pages cut into crops, where the
-    family has them; one image each, for methods that take no others."""
+    """(kind, batch of two prompts, the second padded on the left): as the example makes them; videos alone and pages cut into
+    crops, where the family has them; one image each, for methods that take no others."""
     values = example.inputs(model, torch.Generator().manual_seed(0))
     yield "several images", values
+    if example.videos is not None:
+        yield "videos", example.videos(model, torch.Generator().manual_seed(0))
     if example.pages is not None:
         yield "cropped pages", example.pages(model, torch.Generator().manual_seed(0))
     yield "one image each", one_image_each(values)

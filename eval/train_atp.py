@@ -22,7 +22,10 @@ from torch import Tensor, nn
 
 from vtok.errors import ConfigError
 from vtok.eval.data import cache_dir
+from vtok.eval.pictures import open_picture
+from vtok.eval.tasks.vqa_reading import text_of
 from vtok.eval.train_vit import save_atomically
+from vtok.eval.vlm_models import BeginsOnce
 from vtok.methods.atp_losses import ATPLosses
 from vtok.methods.atp_module import ATPModules
 from vtok.methods.atp_reducer import SoftATP
@@ -124,7 +127,9 @@ class Host(NamedTuple):
     def inputs(self, images: Sequence[Any], texts: Sequence[str]) -> dict[str, Tensor]:
         """One batch, padded on the left."""
         self.processor.tokenizer.padding_side = "left"
-        made = self.processor(images=[_opened(image) for image in images], text=list(texts), padding=True, return_tensors="pt")
+        made = BeginsOnce(self.processor)(
+            images=[_opened(image) for image in images], text=list(texts), padding=True, return_tensors="pt"
+        )
         weight = next(self.model.parameters())
         return dict(made.to(weight.device, weight.dtype))
 
@@ -143,9 +148,7 @@ class Host(NamedTuple):
 
 
 def _opened(image: Any) -> Any:
-    from PIL import Image
-
-    return Image.open(image).convert("RGB") if isinstance(image, (str, Path)) else image
+    return open_picture(image) if isinstance(image, (str, Path)) else image
 
 
 def load_host(folder: Path | None) -> Host:
@@ -178,15 +181,16 @@ def load_questions_file(path: Path) -> Asked:
         raise ConfigError(f"{path} does not exist; pass JSON lines with image, question and answer")
     images: dict[str, int] = {}
     questions, answers, rows = [], [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
         try:
             entry = json.loads(line)
             image, question, answer = entry["image"], entry["question"], entry["answer"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}:{number}: expected an object with image, question and answer ({error})") from error
-        rows.append(images.setdefault(str(path.parent / image), len(images)))
-        questions.append(str(question))
-        answers.append(str(answer))
+        file = str(path.parent / text_of(image, "'image'", f"{path}:{number}"))
+        rows.append(images.setdefault(file, len(images)))
+        questions.append(text_of(question, "'question'", f"{path}:{number}"))
+        answers.append(text_of(answer, "'answer'", f"{path}:{number}"))
     if not questions:
         raise ConfigError(f"{path} holds no questions")
     return Asked(list(images), questions, answers, rows)

@@ -44,6 +44,7 @@ from vtok.eval.reference import (
     preprocess_config,
 )
 from vtok.eval.train_vit import Stage, make_optimizer, save_atomically
+from vtok.writing import write
 
 TEST_GROUPS, TEST_SEED = 250, 1
 CALIBRATION_GROUPS, CALIBRATION_SEED = 25, 2
@@ -259,13 +260,13 @@ class _StageRun:
 
 def export(model: nn.Module, recipe: Recipe, folder: Path, data: Path | None = None) -> None:
     """Writes model, test pages and calibration pages into `folder` (vtok's `assets/`)."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     target = folder / CLIP_FOLDER
     make_tokenizer(target, recipe.model.context_length)
-    save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, target / WEIGHTS_FILE)
+    write(target / WEIGHTS_FILE, save({k: v.half().contiguous() for k, v in model.state_dict().items()}))
     config = {"model_cfg": recipe.model.model_config(), "preprocess_cfg": preprocess_config()}
-    (target / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write(target / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
     export_data(folder, recipe, data)
 
 
@@ -285,7 +286,7 @@ def _write_pages(folder: Path, name: str, pictures: Tensor, classes: Tensor, gro
         folder / f"{name}-pictures-idx4-ubyte.gz", pictures.permute(0, 2, 3, 1)
     )  # nearly half of what [n, 3, 64, 64] takes
     write_idx(folder / f"{name}-classes-idx1-ubyte.gz", classes.to(torch.uint8))
-    (folder / f"{name}-pages.json").write_text(json.dumps(rows.tolist(), separators=(",", ":")) + "\n", encoding="utf-8")
+    write(folder / f"{name}-pages.json", json.dumps(rows.tolist(), separators=(",", ":")) + "\n")
 
 
 def main() -> None:

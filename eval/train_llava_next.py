@@ -40,6 +40,7 @@ from vtok.eval.train_llava import ANSWER_TOKENS, augment, stage_file
 from vtok.eval.train_run import StageRun, stage_seed
 from vtok.eval.train_vit import Stage
 from vtok.eval.turns import IGNORED, Turn, answer_logits, pack
+from vtok.writing import write
 
 STEPS_PER_EPOCH = 100
 TEST_PAGES, TEST_SEED = 600, 3
@@ -260,11 +261,11 @@ def train(
 
 def export(model: Any, recipe: Recipe, folder: Path, data: Path | None = None) -> None:
     """Writes the model, as differences from the LLaVA in `folder`, and the test questions into `folder` (vtok's `assets/`)."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     save_settings(folder / NEXT_FOLDER, model, make_next_processor(recipe.model))
     base = load_reference_llava(folder / LLAVA_FOLDER).state_dict()
-    save_file(differences(model.state_dict(), base), folder / NEXT_FOLDER / DIFFERENCES, metadata={"format": "pt"})
+    write(folder / NEXT_FOLDER / DIFFERENCES, save(differences(model.state_dict(), base), metadata={"format": "pt"}))
     export_questions(folder / DATA_FOLDER, data)
 
 

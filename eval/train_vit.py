@@ -7,7 +7,6 @@ dropout would be as cheap, but teaches a model to do without random tokens, and 
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from vtok.eval.data import cache_dir, load_fashion_mnist, normalise, write_idx
 from vtok.eval.reference import VIT_WEIGHTS, FashionViT, top1
+from vtok.writing import replacing, write
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,8 @@ def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.Optimiz
 
 def save_atomically(payload: dict, path: Path) -> None:
     """A stop at any moment leaves the old checkpoint or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    torch.save(payload, scratch)
-    os.replace(scratch, path)
+    with replacing(path) as scratch:
+        torch.save(payload, scratch)
 
 
 def train(recipe: Recipe, checkpoint: Path, data: Path | None = None, log_every: int = 50, save_every: int = 200) -> nn.Module:
@@ -173,9 +171,9 @@ def _run_stage(
 
 def export(model: nn.Module, folder: Path, held_out: int, data: Path | None = None) -> None:
     """Writes the fp16 weights, the 10,000 test images and the calibration images into `folder` (vtok's `assets/`)."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, folder / VIT_WEIGHTS)
+    write(folder / VIT_WEIGHTS, save({k: v.half().contiguous() for k, v in model.state_dict().items()}))
     target = folder / "fashion_mnist"
     target.mkdir(parents=True, exist_ok=True)
     train_images, train_labels = load_fashion_mnist("train", data)

@@ -10,17 +10,18 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import vtok
 from vtok.errors import ConfigError
-from vtok.eval import runs, tune_report
+from vtok.eval import runs, terminal, tune_report
+from vtok.eval.checked import MOST
 from vtok.eval.tune import Tuning
 from vtok.eval.tune_models import BUNDLED, Source, prepared_subject
 from vtok.eval.tune_result import Plan
 from vtok.eval.tune_score import OBJECTIVES
 from vtok.eval.tune_search import SEARCHES
 from vtok.registry import METHODS
+from vtok.writing import write
 
 
 def tune(
@@ -38,7 +39,7 @@ def tune(
     objective: Annotated[str | None, typer.Option(help=f"{', '.join(OBJECTIVES)}; default: kl, of embeddings distance")] = None,
     eta: Annotated[int, typer.Option(min=2, help="halving: the best 1 / eta go on")] = 3,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = 100,
-    seed: Annotated[int, typer.Option(help="of candidates and of the choice of images")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST, help="of candidates and of the choice of images")] = 0,
     out: Annotated[Path | None, typer.Option(help="folder for results; a second run goes on where the first stopped")] = None,
     pretrained: Annotated[bool, typer.Option(help="load pretrained weights")] = True,
     checkpoint: Annotated[str, typer.Option(help="file with weights of a timm model")] = "",
@@ -52,7 +53,7 @@ def tune(
     Every candidate costs what the default costs. No label is needed: by default candidates are ranked by how far the model's
     probabilities move (KL divergence to the unpatched model); of vision-language models those of the answer's first token.
     """
-    console = Console() if sys.stdout.isatty() else Console(width=132)
+    console = terminal.output()
     name, params = runs.parse_method(method)
     if "flops" in params:
         raise ConfigError(f"{method!r}: give the budget as --flops {params['flops']}")
@@ -74,8 +75,7 @@ def tune(
     )
     made = prepared_subject(model, config, source)
     plan = Plan(flops, search, candidates, eta, objective or made.subject.objective, seed, batch_size)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with terminal.progress(transient=True) as progress:
         bar = progress.add_task("", total=None)
 
         def advance(what: str, done: int, total: int) -> None:
@@ -85,7 +85,7 @@ def tune(
             warnings.simplefilter("always")
             tuning = Tuning(made.subject, plan, made.calibration, made.held_out, folder, advance)
         for warning in damaged:
-            progress.console.print(f"[yellow]{warning.message}[/yellow]")
+            progress.console.print(str(warning.message), style=terminal.WARNING)
         if tuning.known:
             progress.console.print(f"{tuning.records.path} holds {len(tuning.known)} steps; none is repeated")
         result = tuning.run()
@@ -121,7 +121,7 @@ def _report(result: Any, made: Any, plan: Plan, folder: Path, console: Console) 
         f"On {made.held_out.name}: {verdict}."
     )
     path = folder / "tuned.yaml"
-    tune_report.write(path, tune_report.run_file(result, made, plan, about, str(folder / "run")))
+    write(path, tune_report.run_file(result, made, plan, about, str(folder / "run")))
     tune_report.keep_records(folder / "results.jsonl", tune_report.records_of(result, made.subject, plan, made.held_out))
     made.subject.apply(winner.config)
     vtok.save_config(made.subject.patched, folder / "tuned.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from vtok.errors import ConfigError
-from vtok.eval.records import key_of
+from vtok.eval.records import key_of, stamp
 from vtok.eval.tasks.image_folder import CheckedImages, open_dataset
+from vtok.eval.tasks.imagenet import folder_labels
 from vtok.eval.tasks.timm_pipeline import Options, create_loader
 from vtok.eval.tune_samples import CALIBRATION, Batch, Samples, calibration_count, enough, in_memory, shuffled
 
@@ -32,7 +34,7 @@ def folder_samples(
     Calibration images are kept in memory, preprocessed; held-out ones are read when they are needed.
 
     Args:
-        model: with `num_classes`; labels are used if the folder has as many classes as the model.
+        model: with `num_classes`; labels are used if the folders are classes of the model.
         config: preprocessing, from `data_config`.
         data: folder to take calibration images from.
         held_out: another folder; `None` = take the held-out images from `data`, too.
@@ -66,7 +68,7 @@ def folder_samples(
             "take fewer, or name other images with --held-out"
         )
     rest = rest[: enough(held_out_images, len(rest), "--held-out-images", "images not used for calibration")]
-    labelled = _labelled(model, first) and _labelled(model, left)
+    labelled = folder_labels(first, model) and folder_labels(left, model)
     chosen = _subset(first, order[:count])
     pictures, labels, skipped = _loaded(chosen, config, options)
     notes = [f"{skipped} calibration images could not be read"] if skipped else []
@@ -79,21 +81,17 @@ def folder_samples(
     return calibration, compared
 
 
-def _labelled(model: nn.Module, data: CheckedImages) -> bool:
-    classes = data.class_to_idx
-    return bool(classes) and len(classes or ()) == getattr(model, "num_classes", None)
-
-
 def _subset(data: CheckedImages, rows: list[int]) -> CheckedImages:
     """The images of these numbers, in this order."""
-    part = CheckedImages(data.inner, data.mode)
+    part = copy.copy(data)
     part.indices = [data.indices[row] for row in rows]
     part.rows = range(len(rows))
     return part
 
 
 def _files(data: CheckedImages) -> str:
-    return key_of({"files": [data.filename(row) for row in range(len(data))]})
+    root = getattr(getattr(data.inner, "reader", None), "root", None)
+    return key_of({"files": [data.filename(row) for row in range(len(data))], "there": None if root is None else stamp(root)})
 
 
 def _loaded(data: CheckedImages, config: dict[str, Any], options: Options) -> tuple[Tensor, Tensor, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -196,7 +197,8 @@ def _asked(model: VisionLanguageModel, data: VQAData, questions: Sequence[Questi
             inputs = model.inputs([data.read(q.image) for q in batch], [q.text + data.prompt for q in batch])
             yield inputs, torch.tensor([_token(model, q.target) for q in batch]) if labelled else None
 
-    identity = key_of({"data": data.name, "prompt": data.prompt, "questions": [str(q.doc_id) for q in questions]})
+    asked = replace(data, questions=questions).identity()
+    identity = key_of({"data": data.name, "prompt": data.prompt, "questions": asked})
     return Samples(name, identity, len(questions), read, labelled, dataset=data.name, task="vqa")
 
 

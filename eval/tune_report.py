@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import yaml
 from rich.table import Table
 
 from vtok.config import MethodConfig
-from vtok.eval.intervals import Interval, mean_stderr
+from vtok.eval.intervals import Interval, in_brackets, mean_interval, mean_stderr, paired_difference, share, with_error
 from vtok.eval.records import Records, key_of
 from vtok.eval.settings import versions
 from vtok.eval.tune_models import Prepared
@@ -21,7 +20,6 @@ from vtok.eval.tune_result import Held, Plan, Tuned
 from vtok.eval.tune_samples import Samples
 from vtok.eval.tune_subjects import Subject
 
-Z95 = 1.959964  # two-sided 95 % of a normal distribution
 # measure -> (title, factor to the unit shown, digits, whether more is better)
 MEASURES: dict[str, tuple[str, float, int, bool]] = {
     "top1": ("top-1 %", 100.0, 2, True),
@@ -34,9 +32,9 @@ _PRIMARY = ("top1", "agreement", "distance")
 
 
 def paired(a: np.ndarray, b: np.ndarray) -> Interval:
-    """Mean of a - b with its 95 % interval, from the spread of the differences of single samples."""
-    mean, error = mean_stderr(a - b)
-    return Interval(mean, mean - Z95 * error, mean + Z95 * error)
+    """Mean of a - b with its 95 % interval, a score interval where both are shares."""
+    shares = all(np.isin(values, (0, 1)).all() for values in (a, b))
+    return paired_difference(a - b) if shares else mean_interval(a - b)
 
 
 def primary(tuned: Tuned) -> str:
@@ -58,18 +56,24 @@ def table(tuned: Tuned, subject: Subject, held_out: Samples) -> Table:
         cells = _costs(held.cost, tuned.held_out["default"].cost)
         for measure in measures:
             _, scale, digits, _ = MEASURES[measure]
-            mean, error = (scale * value for value in mean_stderr(held.values[measure]))
             trivial = name == "unpatched" and measure not in ("top1", "cross_entropy")
-            cells.append("-" if trivial else f"{mean:.{digits}f} ± {error:.{digits}f}")
+            cells.append("-" if trivial else with_error(_mean(measure, held.values[measure]), measure, scale, digits))
         shown.add_row(name, *cells)
     if tuned.best:
         cells = []
         for measure in measures:
             _, scale, digits, _ = MEASURES[measure]
             found = paired(tuned.held_out["tuned"].values[measure], values[measure]).scaled(scale)
-            cells.append(f"{found.point:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]")
+            cells.append(f"{found.point:+.{digits}f}{in_brackets(found.ends, f'+.{digits}f')}")
         shown.add_row("tuned - default", "", "", "", *cells, end_section=True)
     return shown
+
+
+def _mean(measure: str, values: np.ndarray, scale: float = 1.0) -> dict[str, Any]:
+    """A measure with its standard error and its 95 % interval, under the names that records have."""
+    mean, error = mean_stderr(values)
+    ends = (share if np.isin(values, (0, 1)).all() else mean_interval)(values).scaled(scale).ends
+    return {measure: scale * mean, f"{measure}_stderr": scale * error, f"{measure}_ci": ends}
 
 
 def _costs(cost: Mapping[str, Any], of_default: Mapping[str, Any]) -> list[str]:
@@ -86,8 +90,8 @@ def finding(tuned: Tuned) -> str:
     title, scale, digits, more = MEASURES[measure]
     values = [tuned.held_out[name].values[measure] for name in ("tuned", "default")]
     found = paired(*values).scaled(scale)
-    text = f"{title}: {found.point:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}] against the default"
-    if found.low <= 0 <= found.high:
+    text = f"{title}: {found.point:+.{digits}f}{in_brackets(found.ends, f'+.{digits}f')} against the default"
+    if not found.sign:
         return f"{text}: no difference that {len(values[0])} held-out samples could show"
     better = (found.point > 0) == more
     return f"{text}: the tuned schedule is {'better' if better else 'worse'} on held-out samples"
@@ -112,18 +116,16 @@ def records_of(tuned: Tuned, subject: Subject, plan: Plan, held_out: Samples) ->
         one = None if number is None else tuned.candidates[number]
         metrics: dict[str, Any] = {}
         for measure, column in held.values.items():
-            scale = MEASURES[measure][1]
-            mean, error = mean_stderr(column)
-            metrics |= {measure: scale * mean, f"{measure}_stderr": scale * error}
+            metrics |= _mean(measure, column, MEASURES[measure][1])
         if one is not None and "top1" in metrics:
             gap = paired(held.values["top1"], base["top1"]).scaled(100)
             error = 100 * mean_stderr(held.values["top1"] - base["top1"])[1]
-            metrics |= {"difference": gap.point, "difference_stderr": error, "difference_ci": [gap.low, gap.high]}
+            metrics |= {"difference": gap.point, "difference_stderr": error, "difference_ci": gap.ends}
         if name == "tuned":
             for measure in held.values:
                 gap = paired(held.values[measure], tuned.held_out["default"].values[measure]).scaled(MEASURES[measure][1])
                 metrics[f"{measure}_against_default"] = gap.point
-                metrics[f"{measure}_against_default_ci"] = [gap.low, gap.high]
+                metrics[f"{measure}_against_default_ci"] = gap.ends
         n = len(next(iter(held.values.values())))
         record = {
             "task": held_out.task,
@@ -182,13 +184,6 @@ def run_file(tuned: Tuned, made: Prepared, plan: Plan, about: str, output: str =
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file as a whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def keep_records(path: Path, records: list[dict[str, Any]]) -> None:

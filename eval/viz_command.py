@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from vtok.errors import ConfigError
+from vtok.eval import terminal
 from vtok.eval.flags import SETTING_HELP
 from vtok.eval.runs import parse_setting
 from vtok.eval.viz_draw import FORMATS
+from vtok.writing import apart, writable
 
 
 def draw_tokens(
@@ -37,11 +38,14 @@ def draw_tokens(
     for path in files:  # not after the model has run
         if path.suffix.lower() not in FORMATS:
             raise ConfigError(f"--output takes files that end in {' or '.join(FORMATS)}, got {str(path)!r}")
+    apart(files, [image, model, method])
+    for path in files:
+        writable(path)
     setting = parse_setting(method)
     chosen: Any
     chosen, params = setting if isinstance(setting, tuple) else (setting, {})
     maps = visualize(model, chosen, image, question=question, pretrained=pretrained, **params)
-    console = Console()
+    console = terminal.output(80)
     table = Table(title=maps.title)
     table.add_column("")
     table.add_column("tokens", justify="right")

@@ -17,6 +17,7 @@ import numpy as np
 
 from vtok.errors import ConfigError
 from vtok.eval.overlay import outlines, paint
+from vtok.writing import write
 
 SIDE = 256  # pixels of the longer side of a drawn view, at least
 FORMATS = (".png", ".gif")
@@ -132,12 +133,7 @@ class TokenMaps:
         if target.suffix.lower() not in FORMATS:
             raise ConfigError(f"token maps are written as {' or '.join(FORMATS)}, got {str(path)!r}")
         data = self.png() if target.suffix.lower() == ".png" else self.gif()
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
-        except OSError as error:
-            raise ConfigError(f"token maps cannot be written to {target}: {error}") from error
-        return target
+        return write(target, data)
 
     def png(self) -> bytes:
         """The sheet: the image, then every stage, six a line."""

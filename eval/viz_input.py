@@ -5,9 +5,7 @@ Shapes: [C, H, W] for the model, [H, W, 3] in [0, 1] to look at.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from vtok.errors import ConfigError
 from vtok.eval.data import FASHION_MEAN, FASHION_STD, normalise
+from vtok.eval.pictures import open_picture
 from vtok.eval.settings import towers
 
 _GUESS = 0.5  # mean and deviation where the model does not say
@@ -33,26 +32,6 @@ class Prepared(NamedTuple):
     pixels: Tensor
     picture: np.ndarray
     note: str = ""
-
-
-def open_image(image: Any) -> Any:
-    """A PIL image in RGB, from a path or an image.
-
-    Raises:
-        ConfigError: there is no such file, or it is no image.
-    """
-    from PIL import Image
-
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    path = Path(os.fspath(image))
-    try:
-        with Image.open(path) as opened:
-            return opened.convert("RGB")
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; name an image file") from None
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"{path} cannot be read as an image: {error}") from error
 
 
 def home_of(model: Any) -> str:
@@ -79,7 +58,7 @@ def prepared(model: nn.Module, image: Any, transform: Callable[[Any], Tensor] | 
             raise ConfigError(f"one image is drawn at a time: a tensor [C, H, W] or [1, C, H, W], got {list(image.shape)}")
         return Prepared(_placed(model, pixels), _stretched(pixels[0]))
     size = towers(model)[0][1].input_size
-    opened = open_image(image)
+    opened = open_picture(image)
     own, mean, std = _own(model, size, home or home_of(model))
     if transform is not None:
         pixels = transform(opened)
@@ -94,7 +73,7 @@ def prepared(model: nn.Module, image: Any, transform: Callable[[Any], Tensor] | 
 
 def reference_pixels(image: Any) -> Prepared:
     """An image for the reference ViT: a path, a PIL image, or a tensor [28, 28] uint8."""
-    gray = image if isinstance(image, Tensor) else torch.tensor(np.array(open_image(image).convert("L").resize((28, 28))))
+    gray = image if isinstance(image, Tensor) else torch.tensor(np.array(open_picture(image).convert("L").resize((28, 28))))
     pixels = normalise(gray[None, None])
     return Prepared(pixels, _shown(pixels[0], [FASHION_MEAN], [FASHION_STD]))
 

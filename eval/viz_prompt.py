@@ -16,11 +16,11 @@ import vtok
 from vtok import prompt as prompts
 from vtok.api import run_of
 from vtok.errors import ConfigError, StateError
+from vtok.eval.pictures import open_picture
 from vtok.eval.settings import Setting, twin
 from vtok.eval.tasks.vqa_data import EASY_VQA, PAGES, open_vqa
 from vtok.eval.tasks.vqa_pipeline import answer
 from vtok.eval.viz_draw import Stage, TokenMaps, View
-from vtok.eval.viz_input import open_image
 from vtok.eval.vlm_models import REFERENCE_LLAVA, REFERENCE_NEXT, VisionLanguageModel
 from vtok.eval.vqa_overlay import kept_by_layer
 from vtok.patches import find_vlms
@@ -78,7 +78,7 @@ def _asked(model: VisionLanguageModel, image: Any, question: str | None) -> tupl
     """(picture, question); a number is that of a bundled question."""
     number = image if isinstance(image, int) else int(image) if isinstance(image, str) and image.isdigit() else None
     if number is None:
-        return open_image(image), question or DEFAULT_QUESTION
+        return open_picture(image), question or DEFAULT_QUESTION
     if model.name not in QUESTIONS:
         raise ConfigError(f"{model.name} comes without images; name an image file instead of {number}")
     data = open_vqa(QUESTIONS[model.name])

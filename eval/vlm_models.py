@@ -13,6 +13,32 @@ from vtok.errors import ConfigError, MissingExtraError
 REFERENCE_LLAVA, REFERENCE_NEXT = "reference-llava", "reference-llava-next"
 
 
+class BeginsOnce:
+    """A processor for prompts that may begin with the token that begins a sequence, as some chat templates make them.
+
+    Its tokenizer would put that token in front of them once more: a prompt is taken as it is then, as transformers' own
+    `apply_chat_template(tokenize=True)` does. Everything else is the processor's.
+
+    Args:
+        processor: images and prompts -> inputs of a model.
+    """
+
+    def __init__(self, processor: Any):
+        self._processor = processor
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_processor":  # of a copy that is being made
+            raise AttributeError(name)
+        return getattr(self._processor, name)
+
+    def __call__(self, *args: Any, text: Any = None, **kwargs: Any) -> Any:
+        begin = getattr(getattr(self._processor, "tokenizer", None), "bos_token", None)
+        texts = [text] if isinstance(text, str) else text
+        if begin and texts and all(isinstance(one, str) and one.startswith(begin) for one in texts):
+            kwargs.setdefault("add_special_tokens", False)
+        return self._processor(*args, text=text, **kwargs)
+
+
 @dataclass(frozen=True)
 class VisionLanguageModel:
     """A model that answers questions about images.
@@ -51,7 +77,7 @@ class VisionLanguageModel:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         try:
-            made = self.processor(
+            made = BeginsOnce(self.processor)(
                 images=[[image] for image in images] if seen else None,
                 text=[self.prompt(question, seen) for question in questions],
                 padding=True,

@@ -21,6 +21,7 @@ from vtok.patches import vlm_tower
 from vtok.patches.decoder_pass import Counts, Pruner
 from vtok.patches.hf_vlm import VLM, find
 from vtok.patches.hf_vlm_install import pruner_of
+from vtok.reduction import folded
 
 TOLERANCE = 1e-5  # of the largest logit, in float32
 NOTHING = "no token was taken away"
@@ -48,7 +49,7 @@ def check_prompts(model: Any, values: dict[str, Tensor]) -> Evidence:
         features, alive = _features(vlm, pruner, values), _alive(last, len(vlm.text.layers))
         vtok.unpatch(model)
         rest = {name: value for name, value in values.items() if name not in GONE}
-        with Masked(vlm, alive):
+        with Masked(vlm, alive, folds(last)):
             expected = model(**rest, mm_encoder_outputs=features, use_cache=False).logits
     stays = alive[len(vlm.text.layers) - 1] & last.real  # a dropped column has no output of its own
     difference = float((found - expected)[stays].abs().max() / expected[stays].abs().max())
@@ -71,7 +72,7 @@ def _features(vlm: VLM, pruner: Pruner, values: Mapping[str, Any]) -> dict[str, 
     outputs = hf.encode(vlm.module, values)
     outputs = hf.choose(vlm.module, outputs, pruner.features, vlm.spec, values, pruner.holed).outputs
     for output in outputs.values():
-        whole = [x.masked_fill(x == vlm_tower.HOLE, 0.0) for x in output.pooler_output]
+        whole = [x.masked_fill(vlm_tower.holes(x)[:, None], 0.0) for x in output.pooler_output]
         output.pooler_output = torch.stack(whole) if isinstance(output.pooler_output, Tensor) else whole
     return outputs
 
@@ -90,11 +91,22 @@ def _alive(last: Counts, depth: int) -> dict[int, Tensor]:
     return result
 
 
-class Masked:
-    """Hides columns from the decoder layers of an unpatched model, for passes without a cache. alive: layer -> [B, L] bool."""
+def folds(last: Counts) -> dict[int, Tensor]:
+    """Decoder layer -> [B, L] int64: the column that each column was averaged into in front of it, -1 = none."""
+    return {layer: stage.into for layer, stage in last.stages.items() if stage.into is not None}
 
-    def __init__(self, vlm: VLM, alive: Mapping[int, Tensor]):
-        self.layers, self.alive = vlm.text.layers, alive
+
+class Masked:
+    """Hides columns from the decoder layers of an unpatched model, for passes without a cache; what was folded is averaged.
+
+    Args:
+        vlm: the model.
+        alive: decoder layer -> [B, L] bool.
+        into: see `folds`.
+    """
+
+    def __init__(self, vlm: VLM, alive: Mapping[int, Tensor], into: Mapping[int, Tensor]):
+        self.layers, self.alive, self.into = vlm.text.layers, alive, into
 
     def __enter__(self) -> None:
         hook = functools.partial
@@ -108,6 +120,9 @@ class Masked:
 
     def _hide(self, i: int, layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         x = args[0] if args else kwargs["hidden_states"]
+        if i in self.into:
+            x = folded(x, self.into[i])
+            args, kwargs = ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
         mask, length = kwargs.get("attention_mask"), x.shape[1]
         if mask is None:
             mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
+from vtok.eval import terminal
 from vtok.eval.flags import SETTING_HELP, options_from, signature
+from vtok.eval.intervals import in_brackets, with_error
 from vtok.eval.rates import throughput_line
 from vtok.eval.runs import parse_setting
 from vtok.eval.tasks import QUESTION_TASKS
 from vtok.eval.tasks.vqa_task import QuestionTask, VQAOptions
+from vtok.writing import apart, writable
 
 Record = dict[str, Any]
 HEADER = ("method", "visual tokens", "vs", "loyalty", "KV MB", "TTFT ms", "measured", "bound")  # scores stand in between
@@ -26,11 +28,16 @@ def evaluate_vqa(**flags: Any) -> None:
     """Answers of a vision-language model to questions about images, unpatched and patched on the same batches."""
     from vtok.eval.tasks.vqa import evaluate
 
-    console = Console() if sys.stdout.isatty() else Console(width=132)
+    console = terminal.output()
     model, data, methods = (flags.pop(name) for name in ("model", "data", "method"))
     settings = [None, *(parse_setting(text) for text in methods or ())]
     options = options_from(VQAOptions, flags)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    if options.output:
+        kept = [Path(options.output) / name for name in ("samples.jsonl", "results.jsonl")]
+        apart(kept, [data, model, options.questions, options.annotations, options.ocr, options.results])
+        for path in kept:
+            writable(path)
+    with terminal.progress(transient=True) as progress:
         bar = progress.add_task("asking", total=None)
         records = evaluate(
             model, data, settings, options, lambda done, total: progress.update(bar, completed=done, total=total)
@@ -64,6 +71,10 @@ def print_records(records: Sequence[Record], console: Console) -> None:
             heading = f"{grouping} {name}, {part['n']} questions{_blind(part)}"
             own = [record["groups"][grouping][name] for record in records]
             _print_line(console, heading, records, [share(one, task.primary, percent=task.percent) for one in own])
+    if first["num_skipped"]:
+        console.print(f"- {first['num_skipped']} pictures could not be read, and questions about them were left out:")
+        for one in first["skipped"]:
+            console.print(f"  {one['file']}: {one['reason']}")
     if first["blind"] is not None:
         console.print(
             f"- without the image, from the question alone, {100 * first['blind']:.1f} % are answered", highlight=False
@@ -105,18 +116,14 @@ def share(metrics: Record, name: str = "exact_match", sign: str = "", percent: b
         sign: "+" for a difference.
         percent: whether it is in percent already.
     """
-    if metrics.get(name) is None:
-        return "-"
-    error, scale = metrics.get(f"{name}_stderr"), 1 if percent else 100
-    return f"{scale * metrics[name]:{sign}.1f}" + (f" ± {scale * error:.1f}" if error is not None else "")
+    return with_error(metrics, name, 1 if percent else 100, 1, sign)
 
 
 def measured(record: Record) -> str:
     """ "2.10x [2.00, 2.20]": paired speed-up of the first token."""
     if "speedup" not in record:
         return "-"
-    low, high = record["speedup_ci"]
-    return f"{record['speedup']:.2f}x [{low:.2f}, {high:.2f}]"
+    return f"{record['speedup']:.2f}x{in_brackets(record['speedup_ci'])}"
 
 
 def _blind(part: Record) -> str:

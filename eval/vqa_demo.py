@@ -53,9 +53,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 
 from vtok.errors import ConfigError
+from vtok.eval import terminal
 from vtok.eval.records import Records
 from vtok.eval.reference import asset
 from vtok.eval.report import FLOOR
@@ -102,7 +102,7 @@ def run_vqa_demo(
     Raises:
         MissingExtraError: transformers is not installed.
     """
-    console = console or Console()
+    console = console or terminal.output()
     models = models or {}
     llava = models.get(REFERENCE_LLAVA) or load_vlm(REFERENCE_LLAVA)
     picture_runs = picture_settings(llava, shares)
@@ -173,7 +173,7 @@ def _ask(
     """Records of the unpatched model, the settings, and floors with as many tokens as settings that have none yet."""
     size = BATCH if data == EASY_VQA else PAGE_BATCH
     options = VQAOptions(num_samples=count, batch_size=size, max_new_tokens=ANSWER, device="cpu", output=str(out / data))
-    with Progress(console=console) as progress:
+    with terminal.progress(console) as progress:
         bar = progress.add_task(f"{model.name}, {data}", total=None)
         records = evaluate(
             model, data, [None, *settings], options, lambda done, total: progress.update(bar, completed=done, total=total)

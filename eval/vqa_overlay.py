@@ -22,6 +22,7 @@ from vtok.eval.vlm_models import VisionLanguageModel
 from vtok.patches import find_vlms
 from vtok.patches.decoder_pass import Counts
 from vtok.patches.hf_vlm_install import pruner_of
+from vtok.writing import replacing
 
 
 class Survivors(NamedTuple):
@@ -147,7 +148,8 @@ def write_sheet(
             axes[r, c].imshow(paint(picture, groups, (side, side)), interpolation="nearest")
             axes[r, c].set_xlabel(f"{int(grids[r].sum())} of {side * side} tokens\nsays: {found.texts[r]}", fontsize=7)
     figure.suptitle(heading, fontsize=10)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as scratch:
+        figure.savefig(scratch, dpi=110)
     plt.close(figure)
 
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtok.eval.intervals import mean_stderr
+from vtok.eval.intervals import in_brackets, paired_difference
 from vtok.eval.report import FLOOR, correctness
 from vtok.eval.vqa_command import measured, share
+from vtok.writing import replacing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -113,18 +114,18 @@ def markdown(records: Sequence[Record], header: Sequence[str], cells: Callable[[
 
 
 def findings(records: Sequence[Record]) -> list[str]:
-    """How every method stands to the random one with as many tokens: paired, in points with the standard error."""
+    """How every method stands to the random one with as many tokens: paired, in points with the 95 % interval."""
     lines = []
     floors = [r for r in records if r["method"] == "random"]
     for record in records[1:]:
         if record["method"] in FLOOR or not floors:
             continue
         random = min(floors, key=lambda r: abs(kept_tokens(r) - kept_tokens(record)))
-        gap, error = (100 * x for x in mean_stderr(correctness(record).astype(float) - correctness(random)))
-        word = "clearly above" if gap > 2 * error else "clearly below" if gap < -2 * error else "not clearly apart from"
+        gap = paired_difference(correctness(record).astype(float) - correctness(random)).scaled(100)
+        word = {1: "clearly above", -1: "clearly below", 0: "not clearly apart from"}[gap.sign]
         lines.append(
             f"{record['method']} with {kept_tokens(record):.0f} visual tokens is {word} random with {kept_tokens(random):.0f}: "
-            f"{gap:+.1f} ± {error:.1f} points"
+            f"{gap.point:+.1f}{in_brackets(gap.ends, '+.1f')} points"
         )
     return lines
 
@@ -173,5 +174,6 @@ def plot(pictures: Sequence[Record], pages: Sequence[Record], path: Path) -> Non
         axis.grid(alpha=0.25)
         axis.legend(frameon=False, fontsize=8)
     figure.suptitle(f"reference LLaVA, {pictures[0]['n']} questions, and LLaVA-NeXT, {pages[0]['n']} questions")
-    figure.savefig(path, dpi=130)
+    with replacing(path) as scratch:
+        figure.savefig(scratch, dpi=130)
     plt.close(figure)

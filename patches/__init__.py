@@ -67,6 +67,9 @@ short = vtok.prune_inputs(
 - A choice equals hiding what was dropped: 8 greedy steps under an explicit mask in every layer, within 1e-5, for every model above.
   Tokens keep the positions that they had (`positions="compact"` numbers them anew); what a prompt dropped is kept on its KV cache,
   so that later turns and interleaved calls are right.
+- Packed rows (positions that start over, no mask) stay packed: no sample sees another, each is a prompt of its own to methods.
+  `output_hidden_states` and `output_attentions` have a place for every column of the prompt; a dropped one repeats the nearest
+  kept one in front of it, and gets no attention.
 - Vision encoder methods act in the tower. Their tokens leave the prompt too in LLaVA-1.5 and PaliGemma, whose connectors work token
   by token. The others need every patch at its place: methods that merge are put back on the grid, which saves work in the tower
   alone and is said, methods that drop are refused; so is every method in the towers of Qwen-VL, which run all images as one

@@ -15,7 +15,7 @@ from vtok.errors import StateError
 from vtok.patches.protocol import Attend, Projected, TapSpec
 from vtok.patches.swap import Hook
 from vtok.run import Run
-from vtok.state import AttentionView, Rope
+from vtok.state import AttentionView, Rope, add_bias
 
 
 class Tap(Hook):
@@ -61,7 +61,15 @@ def tapped_view(
     if q is not None and rope is not None:  # taps lie before the rotation; probabilities need it after
         q = attend.rotate(attn, q, rope)
         k_rot = None if k is None else attend.rotate(attn, k, rope)
-    return AttentionView(q, k, k_rot, v, attend.scale(attn), bias)
+    return AttentionView(q, k, k_rot, v, attend.scale(attn), _added(bias, q))
+
+
+def _added(bias: Tensor | None, q: Tensor | None) -> Tensor | None:
+    """A mask as it is added to logits, four axes of it: methods that look at queries need not know the forms it may have."""
+    if bias is None or q is None:
+        return bias
+    bias = bias[(None,) * (4 - bias.ndim)]
+    return add_bias(bias, q.new_zeros(())) if bias.dtype == torch.bool else bias
 
 
 def _check_taps(attend: Attend, attn: nn.Module, needs: frozenset[str]) -> None:
@@ -76,7 +84,7 @@ def _check_taps(attend: Attend, attn: nn.Module, needs: frozenset[str]) -> None:
 
 def projected_view(attend: Attend, attn: nn.Module, p: Projected, bias: Tensor | None) -> AttentionView:
     """The view of a block that is computed step by step."""
-    return AttentionView(p.q, p.k, p.k_rot, p.v, attend.scale(attn), bias)
+    return AttentionView(p.q, p.k, p.k_rot, p.v, attend.scale(attn), _added(bias, p.q))
 
 
 def sdpa(attend: Attend, attn: nn.Module, p: Projected, bias: Tensor | None, rows: Tensor | None) -> Tensor:
@@ -86,7 +94,7 @@ def sdpa(attend: Attend, attn: nn.Module, p: Projected, bias: Tensor | None, row
         q = q.gather(2, rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
         if bias is not None and bias.shape[-2] > 1:  # one row of bias a query
             bias = bias[(None,) * (4 - bias.ndim)]
-            bias = bias.expand(len(rows), *bias.shape[1:])
+            bias = bias.expand(rows.shape[0], *bias.shape[1:])
             bias = bias.gather(2, rows[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[3]))
     if k.shape[1] != q.shape[1]:  # grouped-query attention
         group = q.shape[1] // k.shape[1]

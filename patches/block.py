@@ -15,7 +15,7 @@ from vtok.config import Reducer
 from vtok.errors import UnsupportedModelError
 from vtok.ops.rows import take_rows
 from vtok.patches.attend import place_taps, projected_view, sdpa, tapped_view
-from vtok.patches.padded import key_padding, plan_without_padding
+from vtok.patches.padded import padding_of, plan_without_padding
 from vtok.patches.precision import autocasts, full_precision
 from vtok.patches.protocol import Attend, Block, BlockSpec, Tower
 from vtok.patches.swap import Mixin, check_forward, put_on
@@ -36,6 +36,8 @@ class Link:
         site: where this block reduces, `None` = it does not.
         reducer: what decides there.
         stepwise: compute attention step by step (only some queries attend, or the module takes no mask).
+        seeds: whether a mask that marks padding is looked at here: in the first block of a tower that reduces somewhere.
+        merges: whether the tower merges tokens somewhere.
     """
 
     run: Run
@@ -45,6 +47,8 @@ class Link:
     site: Site | None = None
     reducer: Reducer | None = None
     stepwise: bool = False
+    seeds: bool = False
+    merges: bool = False
 
     @property
     def needs(self) -> frozenset[str]:
@@ -85,8 +89,8 @@ class ReducingBlock(Mixin):
         link = self._vtok
         run, spec = link.run, link.spec
         rows = x.transpose(0, 1) if spec.seq_first else x  # [B, N, C]
-        state = run.enter(link.index, rows, self.training)
-        if link.index == 0 and spec.padding_mask and state.real is None:
+        state = run.enter(link.index, rows, self.training).on(x.device)
+        if link.seeds and state.real is None:
             state = self._padded(rows, state, {**dict(zip(spec.args, args)), **kwargs})
         idle = link.site is None and state.untouched
         if idle or len(args) > len(spec.args):  # upstream's code, upstream's bits; and its error, if it is called wrongly
@@ -107,15 +111,20 @@ class ReducingBlock(Mixin):
 
     def _padded(self, x: Tensor, state: TokenState, kwargs: dict[str, Any]) -> TokenState:
         """The state that enters the first block, with what the mask says of padding."""
-        keep = key_padding(kwargs.get(self._vtok.spec.mask), x.shape[1])
-        return state if keep is None else self._vtok.run.seed(state._replace(keep=keep, real=keep))
+        link = self._vtok
+        assert link.spec.padding_mask is not None
+        found = padding_of(link.spec.padding_mask(self, kwargs), x.shape[1], state.num_prefix, link.merges)
+        if found is None:
+            return state
+        keep = found.keep.expand(x.shape[0], -1)
+        return link.run.seed(state._replace(keep=keep, real=keep, masked=not found.alone))
 
     def _surroundings(self, x: Tensor, state: TokenState, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Mask and rotary table for the tokens that are left, sizes and padding added to the mask."""
         spec = self._vtok.spec
         if kwargs.get("is_causal"):
             raise UnsupportedModelError("is_causal=True has no meaning once tokens are merged or moved; vtok patches encoders")
-        if state.real is not None:  # as good as upstream's mask, and N times smaller
+        if state.real is not None and not state.masked:  # as good as upstream's mask, and N times smaller
             kwargs[spec.mask] = None
         mask = kwargs.get(spec.mask) if spec.own_mask is None else spec.own_mask(self, kwargs)
         device = x.device.type
@@ -126,7 +135,10 @@ class ReducingBlock(Mixin):
             raise UnsupportedModelError(
                 f"{type(self).__name__} must see the sizes of merged tokens and which rows are padding: {why}"
             )
-        mask = add_bias(gather_mask(mask, state), bias)
+        mask = gather_mask(mask, state)
+        if state.masked and mask is not None and state.keep is not None and mask.shape[-2] > 1:
+            mask = mask.masked_fill(~state.keep[:, None, :, None], mask.dtype == torch.bool)  # no row may lose all its keys
+        mask = add_bias(mask, bias)
         if mask is not None or spec.mask in kwargs:
             kwargs[spec.mask] = mask
         if spec.rope is not None:
@@ -167,14 +179,15 @@ def check(tower: Tower, steps: dict[int, tuple[Site, Reducer]]) -> None:
     """Raises whatever `install` and the adapter's `attach` would raise; changes nothing."""
     for i, block in enumerate(tower.blocks):
         _link(i, block, Run(0, 0, False, False), steps.get(i))
-        check_forward(block.module)
-    check_forward(tower.module)
+        check_forward(block.module, ReducingBlock)
 
 
 def install(blocks: tuple[Block, ...], run: Run, steps: dict[int, tuple[Site, Reducer]]) -> None:
     """Swaps the classes of a tower's blocks and hooks what their methods need. `check` comes first."""
+    merges = any(reducer.sizes for _, reducer in steps.values()) or (run.patch is not None and run.patch.merges)
     for i, block in enumerate(blocks):
         link = _link(i, block, run, steps.get(i))
+        link.seeds, link.merges = i == 0 and bool(steps) and block.spec.padding_mask is not None, merges
         block.module.__dict__["_vtok"] = link
         put_on(block.module, ReducingBlock)
         if link.reducer is not None and not link.stepwise:

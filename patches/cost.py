@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,6 +19,16 @@ def linear_macs(module: nn.Module | None) -> int:
     layers: list[Any] = [m for m in module.modules() if _is_linear(m)]
     outer = [m for m in layers if any(_is_linear(inner) for inner in m.modules() if inner is not m)]  # adapters around a layer
     return sum(layer.in_features * layer.out_features for layer in layers if layer not in outer)
+
+
+def position_macs(layer: Any) -> int:
+    """MACs of a linear layer, convolution or table for one row or position that it returns, from its sizes: the weight itself
+    may be packed (quantised)."""
+    if _is_linear(layer):
+        return layer.in_features * layer.out_features
+    if hasattr(layer, "kernel_size"):
+        return layer.out_channels * layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+    return layer.weight.numel()
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -44,7 +55,7 @@ def shape_only_macs(module: nn.Module, input_size: tuple[int, int, int]) -> int:
 
     def count(layer: Any, args: tuple, output: torch.Tensor) -> None:
         nonlocal total
-        total += layer.weight.numel() * (output.numel() // output.shape[1 if isinstance(layer, nn.Conv2d) else -1])
+        total += position_macs(layer) * (output.numel() // output.shape[1 if isinstance(layer, nn.Conv2d) else -1])
 
     layers = [m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     handles = [layer.register_forward_hook(count) for layer in layers]

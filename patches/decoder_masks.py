@@ -39,6 +39,21 @@ def check_implementation(implementation: str, window: bool) -> None:
         )
 
 
+def window_of(layer: Any, index: int) -> int | None:
+    """Columns that a decoder layer looks back, or `None` = all."""
+    config = layer.self_attn.config
+    kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[index] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def check_text(text: Any) -> None:
+    """Raises if masks of a shortened sequence cannot be expressed for an LLM."""
+    window = any(window_of(layer, i) is not None for i, layer in enumerate(text.layers))
+    check_implementation(text.config._attn_implementation, window)
+
+
 def real_columns(mask: Mask, batch: int, length: int, device: torch.device) -> Tensor:
     """[B, L] bool: False = padding, as far as the mask of a whole prompt says (2-D, 4-D, a mapping of these, or `None`)."""
     if isinstance(mask, Mapping):
@@ -49,6 +64,12 @@ def real_columns(mask: Mask, batch: int, length: int, device: torch.device) -> T
         raise ConfigError(f"attention_mask must be [rows, columns] or [rows, 1, queries, keys], got shape {list(mask.shape)}")
     if mask.ndim == 2:
         return mask[:, -length:].bool().to(device).expand(batch, length)
+    if mask.shape[-1] < length:
+        raise ConfigError(
+            f"attention_mask has {mask.shape[-1]} keys for a prompt of {length} columns; a static cache needs room for the "
+            "prompt as it is before vtok shortens it, because generate() makes masks for all of it: raise max_cache_len, or "
+            "shorten the prompt first with vtok.prune_inputs"
+        )
     diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)[:, :length]
     return (diagonal if diagonal.dtype == torch.bool else diagonal == 0).to(device).expand(batch, length)
 
@@ -75,14 +96,14 @@ def gather_mask(mask: Mask, stage: Stage, like: Tensor, implementation: str, key
     """
     if isinstance(mask, Mapping):
         return {name: gather_mask(m, stage, like, implementation, keys) for name, m in mask.items()}
-    rows, width = stage.entry, stage.entry.shape[1]
+    rows, width, mask = stage.entry, stage.entry.shape[1], None if mask is None else mask.to(like.device)
     if mask is None:
         if not stage.padded and keys == width:
             return None
         order = torch.arange(width, device=like.device)
         real = (rows >= 0)[:, None, None]
         allowed = (real | (order[:, None] == order)) & (order[:, None] >= order)
-        return _formed(allowed, like, implementation, keys, real[:, 0, 0])
+        return formed(allowed, like, implementation, keys, real[:, 0, 0])
     if mask.ndim == 2:
         return take(mask, rows, 1).bool() & (rows >= 0)
     mask = take(mask.expand(len(rows), *mask.shape[1:]).transpose(1, 2), rows, 1).transpose(1, 2)  # query rows
@@ -98,7 +119,15 @@ def gather_mask(mask: Mask, stage: Stage, like: Tensor, implementation: str, key
 
 
 def text_mask(
-    column: Tensor, real: Tensor, queries: int, like: Tensor, implementation: str, keys: int, offset: int, window: int | None
+    column: Tensor,
+    real: Tensor,
+    queries: int,
+    like: Tensor,
+    implementation: str,
+    keys: int,
+    offset: int,
+    window: int | None,
+    sample: Tensor | None = None,
 ) -> Tensor:
     """The causal mask of slots by the columns they hold: for text that follows a shortened prompt, and for windows.
 
@@ -111,6 +140,7 @@ def text_mask(
         keys: K slots that attention will see, those of a static cache that are still empty included.
         offset: slots that a sliding cache has let go.
         window: columns that a query may look back, itself included, or `None`.
+        sample: [B, columns of the prompt] int64, while a prompt is read whose rows hold several samples.
     """
     known = (column >= 0) & real.gather(1, column.clamp_min(0))
     if is_flash(implementation):
@@ -121,10 +151,13 @@ def text_mask(
     allowed = known[:, None] & (distance >= 0)
     if window is not None:
         allowed = allowed & (distance < window)
-    return _formed(allowed[:, None], like, implementation, keys, None)
+    if sample is not None:
+        of_key, of_query = (sample.to(column.device).gather(1, c.clamp_min(0)) for c in (column, asks))
+        allowed = allowed & (of_query[:, :, None] == of_key[:, None])
+    return formed(allowed[:, None], like, implementation, keys, None)
 
 
-def _formed(allowed: Tensor, like: Tensor, implementation: str, keys: int, real: Tensor | None) -> Tensor:
+def formed(allowed: Tensor, like: Tensor, implementation: str, keys: int, real: Tensor | None) -> Tensor:
     """A bool mask [B, 1, Q, <= K] in the form that attention takes; keys that are not there yet are hidden."""
     if is_flash(implementation):
         assert real is not None

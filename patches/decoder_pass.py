@@ -1,5 +1,8 @@
 """What a patched vision-language model knows during one forward pass, and the plan that outlives it where there is no cache.
 
+A plan lies with the images that it was made for (`vtok.patches.encoded`), or, where somebody else encoded them, with this
+thread's call of generate(): neither is lost when others take outputs apart and rebuild them, and both end by themselves.
+
 Shapes: B rows, L columns of the prompt.
 """
 
@@ -7,7 +10,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,14 +19,16 @@ import torch
 from torch import Tensor
 
 from vtok.config import MethodConfig
-from vtok.patches.decoder_state import PromptState, Stage
+from vtok.errors import StateError
+from vtok.patches.decoder_state import PromptState, Stage, to_places
+from vtok.patches.encoded import note_of
 from vtok.patches.hf_vlm import VLMSpec
 from vtok.patches.vlm_tower import Joint
-from vtok.prompt import LayerAttention, VLMReducer
+from vtok.prompt import Entry, LayerAttention, VLMReducer
 from vtok.state import Site
 
-_PLAN = "_vtok_plan"
 _CALLS = 64  # of a vision tower that are remembered for the next prompt
+_PLANS = 8  # prompts of one call of generate() that are remembered at a time
 
 
 class Recorded(NamedTuple):
@@ -32,16 +38,19 @@ class Recorded(NamedTuple):
         configs: of the methods that made it.
         ids: [B, L] token ids of the prompt.
         keep: decoder layer -> [B, L] bool; 0 = before the LLM.
+        into: decoder layer -> [B, L] int64, column that each column was folded into, where a method folds (see `Stage`).
     """
 
     configs: tuple[MethodConfig, ...]
     ids: Tensor
     keep: dict[int, Tensor]
+    into: dict[int, Tensor]
 
     def fits(self, configs: tuple[MethodConfig, ...], ids: Tensor) -> bool:
         """Whether `ids` [B, >= L] goes on with the prompt."""
-        (batch, length), shape = self.ids.shape, ids.shape
-        return configs == self.configs and shape[0] == batch and shape[1] > length and torch.equal(ids[:, :length], self.ids)
+        (batch, length), shape = self.ids.shape[:2], ids.shape
+        goes_on = ids.ndim == self.ids.ndim and shape[0] == batch and shape[1] > length
+        return configs == self.configs and goes_on and torch.equal(ids[:, :length], self.ids)
 
     def at(self, layer: int, column: Tensor) -> Tensor | None:
         """[B, M] bool for columns [B, M]; what came behind the prompt stays."""
@@ -49,19 +58,12 @@ class Recorded(NamedTuple):
         if keep is None:
             return None
         length = keep.shape[1]
-        return keep.gather(1, column.clamp(0, length - 1)) | (column >= length)
+        return keep.to(column.device).gather(1, column.clamp(0, length - 1)) | (column >= length)
 
-
-def recorded(outputs: Mapping[str, Any] | None) -> Recorded | None:
-    """The plan that encoded images carry."""
-    return next((o.__dict__[_PLAN] for o in (outputs or {}).values() if _PLAN in getattr(o, "__dict__", {})), None)
-
-
-def record(outputs: Mapping[str, Any] | None, plan: Recorded) -> None:
-    """Leaves a plan on encoded images that the caller holds."""
-    for output in (outputs or {}).values():
-        if output is not None:
-            output.__dict__[_PLAN] = plan
+    def folds(self, layer: int, column: Tensor) -> Tensor | None:
+        """[B, M] int64, places that columns [B, M] are folded into, -1 = none; `None` = nothing is folded there."""
+        into = self.into.get(layer)
+        return None if into is None else to_places(into, column)
 
 
 @dataclass
@@ -76,13 +78,17 @@ class Pass:
         features: [B, L] bool, False = left by the choice among image features, or merged or dropped in the vision tower before;
             `None` = all stay.
         alive: [B, L] bool, False = merged or dropped in the vision tower; `None` = all left it.
-        given: encoded images of the caller, which carry the plan where there is no cache.
+        given: encoded images, those of the caller as they are.
+        lasts: whether the plan must last until the prompt is read again, because there is no cache.
         plan: what to record, or what was recorded.
         replays: whether `plan` was made by an earlier pass.
+        embedded: whether the prompt came as embeddings, of which only the columns that leave are known to be visual.
         slots_counted: whether the LLM made its masks for the shortened sequence, so that it measures windows in slots.
         probes: decoder layer -> its attention.
         layouts: of the images among whose features a method chose (see `Chosen`).
         memo: masks and tables that several layers share.
+        final_norm: the last norm of the LLM.
+        entry: what entered the LLM, if a method looks at it.
     """
 
     prunes: bool = False
@@ -92,12 +98,61 @@ class Pass:
     features: Tensor | None = None
     alive: Tensor | None = None
     given: Mapping[str, Any] | None = None
+    lasts: bool = False
     plan: Recorded | None = None
     replays: bool = False
+    embedded: bool = False
     slots_counted: bool = False
     probes: dict[int, LayerAttention] = field(default_factory=dict)
     layouts: tuple[Any, ...] = ()
     memo: dict[Any, Any] = field(default_factory=dict)
+    final_norm: Any = None
+    entry: Entry | None = None
+
+    def move(self, device: torch.device) -> None:
+        """The layers of an LLM may be spread over devices: what is known of the prompt goes along with its hidden states."""
+        if self.state is None or self.visual is None or (self.visual.device == device == self.state.real.device):
+            return
+        self.state.move(device)
+        self.visual = self.visual.to(device)
+        self.features = None if self.features is None else self.features.to(device)
+        self.alive = None if self.alive is None else self.alive.to(device)
+        self.memo.clear()
+
+    def once(self, key: Any, source: Any, make: Callable[[], Any]) -> Any:
+        """What several layers share is made once a pass; the source is kept alive, so that its id stays its own."""
+        if key not in self.memo:
+            self.memo[key] = (make(), source)
+        return self.memo[key][0]
+
+    def slots(
+        self, state: PromptState, index: int, count: int, batch: int, queries: int, device: torch.device
+    ) -> tuple[Tensor, int]:
+        """For text behind a shortened prompt: (columns [B, count + Q] of the slots of a layer, the queries last; how many
+        columns prompt and text have together).
+
+        Raises:
+            StateError: the cache has other rows than it had, or somebody changed single layers of it.
+        """
+        stage = state.at(index)
+        assert stage is not None
+        behind = count - stage.column.shape[1]
+        if behind < 0 or behind != self.once("behind", None, lambda: behind):
+            raise StateError(
+                f"decoder layer {index} of the cache holds {count} tokens, which is not what vtok left of the prompt and as "
+                "many more as in earlier layers; somebody changed layers of the cache: read the prompt anew"
+            )
+        column = self.once(("column", id(stage), device), stage, lambda: state.now(stage.column, batch).to(device))
+        total = state.length + behind + queries
+        text = torch.arange(state.length, total, device=device)
+        return torch.cat([column, text.expand(batch, -1)], 1), total
+
+    def real_columns(self, state: PromptState, total: int, batch: int, device: torch.device) -> Tensor:
+        """[B, total] bool, False = padding: by the caller's mask, or by what is known of the prompt, all text being real."""
+        if self.real is not None and self.real.shape[1] >= total:
+            return self.real[:, :total].to(device).expand(batch, -1)
+        prompt = state.now(state.real, batch).to(device)
+        return torch.cat([prompt, prompt.new_ones(batch, total - state.length)], 1)
 
 
 class Counts(NamedTuple):
@@ -164,7 +219,10 @@ class Pruner:
         self.spec, self.tokens, self.features, self.layers = spec, tokens, features, layers
         self.compact, self.configs, self.path = compact, configs, path
         self.tower, self.joint, self.trace = tower, joint, trace
-        self.probed = frozenset(r.probe(site) for site, r in layers.values() if "attention" in r.needs)
+        probed = [(r.probe(site), site.index) for site, r in layers.values() if "attention" in r.needs]
+        self.probed = frozenset(layer for layer, _ in probed)
+        self.probed_later = frozenset(layer for layer, index in probed if layer != index)  # read when that layer has run
+        self.reads_entry = any("embeddings" in r.needs for _, r in layers.values())
         self.budget: Any = None  # what a FLOPs budget was turned into (vtok.budget.Budget)
         self._local = threading.local()
 
@@ -196,24 +254,61 @@ class Pruner:
         self._stack.append(Pass())
         return self._stack[-1]
 
-    def close(self) -> None:
-        """Ends this thread's running pass."""
+    def close(self, failed: bool = False) -> None:
+        """Ends this thread's running pass. Of one that failed nothing is told: its counts are those of half a pass."""
         if not self._stack:
             return
         ended = self._stack.pop()
         state = ended.state
         if state is not None:
             state.inside = False
+        if failed:
+            self._calls.clear()
+            self._local.__dict__.pop("last", None)
+            return
         if not ended.prunes or state is None:
             return
-        if ended.plan is not None and not ended.replays:
-            record(ended.given, ended.plan)
+        if ended.plan is not None and ended.lasts and not ended.replays:
+            self._record(ended.given, ended.plan)
         assert ended.visual is not None
         before = {} if state.before is None else {0: state.before}
         calls = tuple(self._calls)
         self._calls.clear()
+        if ended.embedded:
+            return
         stages = {**before, **state.between}
         self._local.__dict__["last"] = Counts(ended.visual, state.real, stages, ended.layouts, calls, ended.alive)
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """This thread generates an answer: plans of its prompts last until that is done."""
+        self._answers.append(deque(maxlen=_PLANS))
+        try:
+            yield
+        finally:
+            self._answers.pop()
+
+    @property
+    def generates(self) -> bool:
+        """Whether generate() runs in this thread."""
+        return bool(self._answers)
+
+    @property
+    def _answers(self) -> list[deque[Recorded]]:
+        return self._local.__dict__.setdefault("answers", [])
+
+    def _plans(self, outputs: Mapping[str, Any] | None) -> list[deque[Recorded]]:
+        """Where plans lie: with encoded images, and with the running call of generate()."""
+        notes = (note_of(output) for output in (outputs or {}).values())
+        return [note.plans for note in notes if note is not None] + self._answers[-1:]
+
+    def recalled(self, outputs: Mapping[str, Any] | None, ids: Tensor) -> Recorded | None:
+        """The plan of an earlier pass over the prompt that `ids` goes on with, or `None`."""
+        return next((plan for plans in self._plans(outputs) for plan in plans if plan.fits(self.configs, ids)), None)
+
+    def _record(self, outputs: Mapping[str, Any] | None, plan: Recorded) -> None:
+        for plans in self._plans(outputs)[:1]:
+            plans.append(plan)
 
     @property
     def _calls(self) -> deque[TowerCall]:
@@ -222,6 +317,11 @@ class Pruner:
     def watch(self, call: TowerCall) -> None:
         """Remembers what this thread's vision tower was given, until the prompt that it belongs to has been read."""
         self._calls.append(call)
+
+    @property
+    def encoded(self) -> bool:
+        """Whether this thread's vision tower has run since the last prompt with images was read."""
+        return bool(self._calls)
 
     @property
     def last(self) -> Counts | None:

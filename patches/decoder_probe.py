@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from vtok.patches.decoder_masks import Mask
 from vtok.patches.decoder_state import take
 from vtok.patches.precision import as_now
-from vtok.prompt import LayerAttention
+from vtok.patches.swap import leaves
+from vtok.prompt import Entry, LayerAttention
 
 
 def why_not(layer: nn.Module) -> str | None:
@@ -33,17 +35,32 @@ def why_not(layer: nn.Module) -> str | None:
     return f"{type(attention).__name__} has no {', '.join(lacking)}" if lacking else None
 
 
-def layer_attention(index: int, layer: Any, hidden: Tensor, kwargs: Mapping[str, Any]) -> LayerAttention:
-    """Describes what a decoder layer is about to attend to.
+def layer_attention(
+    index: int,
+    layer: Any,
+    hidden: Tensor,
+    kwargs: Mapping[str, Any],
+    later: bool = False,
+    final_norm: nn.Module | None = None,
+    entry: Entry | None = None,
+) -> LayerAttention:
+    """Describes what a decoder layer is about to attend to. Called in that layer's own hook.
 
     Args:
         index: of the layer.
         layer: the module.
         hidden: [B, L, C], its input.
         kwargs: its keyword arguments: `attention_mask` and `position_embeddings` that fit these L columns.
+        later: whether it is looked at when the layer has run. Where the layer's weights are gone by then, queries and keys of
+            all columns are worked out now.
+        final_norm: the last norm of the LLM.
+        entry: what entered the LLM.
     """
-    attention, mask, tables = layer.self_attn, kwargs.get("attention_mask"), kwargs["position_embeddings"]
-
+    attention, device = layer.self_attn, hidden.device
+    mask = kwargs.get("attention_mask")
+    mask = mask.to(device) if isinstance(mask, Tensor) else mask
+    cos, sin = kwargs["position_embeddings"]
+    tables = cos.to(device), sin.to(device)
     autocast = as_now(hidden.device.type)
 
     @functools.cache
@@ -58,8 +75,42 @@ def layer_attention(index: int, layer: Any, hidden: Tensor, kwargs: Mapping[str,
     def bias(rows: Tensor) -> Tensor:
         return _bias(mask, rows, hidden.shape[1])
 
+    def norm(x: Tensor) -> Tensor:
+        assert final_norm is not None
+        with torch.no_grad(), autocast():
+            found: Tensor = final_norm(x)
+        return found.to(x.device)  # the layers of an LLM may be spread over devices
+
     softcap = getattr(attention, "attn_logit_softcapping", None)
-    return LayerAttention(index, attention.scaling, project, bias, softcap)
+    read = _settled(project, hidden) if later and leaves(layer) else project
+    last = None if final_norm is None else norm
+    return LayerAttention(index, attention.scaling, read, bias, softcap, last, entry, device)
+
+
+def attention_on(attention: LayerAttention | None, device: torch.device) -> LayerAttention | None:
+    """Attention of a layer, for decisions on another device."""
+    if attention is None or attention.device in (None, device):
+        return attention
+    project, bias, norm, there = attention.project, attention.bias, attention.final_norm, attention.device
+
+    def there_and_back(rows: Tensor | None) -> Tensor:
+        return project(None if rows is None else rows.to(there)).to(device)
+
+    return replace(
+        attention,
+        project=there_and_back,
+        bias=lambda rows: bias(rows.to(there)).to(device),
+        final_norm=None if norm is None else lambda x: norm(x).to(device),
+        entry=None if attention.entry is None else attention.entry.to(device),
+        device=device,
+    )
+
+
+def _settled(project: Callable[[Tensor | None], Tensor], hidden: Tensor) -> Callable[[Tensor | None], Tensor]:
+    """The same for when the weights are gone."""
+    every = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
+    q, k = project(every), project(None)
+    return lambda rows: k if rows is None else take(q.transpose(1, 2), rows, 1).transpose(1, 2)
 
 
 def _project(attention: Any, x: Tensor, tables: tuple[Tensor, Tensor], rows: Tensor | None) -> Tensor:

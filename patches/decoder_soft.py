@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vtok.errors import ConfigError, StateError, UnsupportedModelError
 from vtok.patches import decoder_masks as masks
+from vtok.patches import decoder_packed as packed
 from vtok.patches import find_vlms
 from vtok.patches import hf_features as hf
 from vtok.patches.decoder_probe import layer_attention
@@ -133,6 +134,12 @@ class _BeforeModel(Hook):
         ids = kwargs.get("input_ids")
         if ids is None or stored(cache_in(kwargs)) > 0:
             raise StateError("the training form reads whole prompts: pass input_ids and no cache that holds text already")
+        sample = packed.samples(run.vlm.module, run.vlm.spec, kwargs, *ids.shape)
+        if sample is not None and bool(packed.several(sample)):
+            raise StateError(
+                "the training form takes a row for one prompt, but rows hold several samples (their positions start over); "
+                "give every sample a row of its own, with an attention_mask"
+            )
         visual = hf.visual_columns(ids, run.vlm.tokens)
         real = masks.real_columns(kwargs.get("attention_mask"), len(ids), ids.shape[1], ids.device)
         run.layout = Layout.whole(visual & real, real)
@@ -153,7 +160,7 @@ class _BeforeLayer(Hook):
             run.bias = run.soft.bias(self.index, run.layout, run.attention, x.dtype)
         kwargs = {**kwargs, "attention_mask": run.masked(mask, x)}
         if self.index + 1 in layers:
-            run.attention = layer_attention(self.index, module, x.detach(), kwargs)
+            run.attention = layer_attention(self.index, module, x.detach(), kwargs, later=True)
         return args, kwargs
 
 

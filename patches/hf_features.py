@@ -17,7 +17,10 @@ from torch import Tensor
 from vtok.errors import StateError, UnsupportedModelError
 from vtok.ops.crops import Cut, ViewMap, view_map
 from vtok.patches import tower_taps, vlm_tower
+from vtok.patches.encoded import note_of, plain_class
+from vtok.patches.hf_text import PromptTexts
 from vtok.patches.precision import full_precision
+from vtok.patches.swap import weights_of
 from vtok.prompt import ImageFeatures, TowerBlock, View, VLMReducer
 from vtok.reduction import Plan, apply_plan
 from vtok.state import TokenState
@@ -40,6 +43,8 @@ class Anatomy(Protocol):
     def view_counts(self) -> ViewCounts: ...
     @property
     def cuts(self) -> Cuts: ...
+    @property
+    def projector(self) -> str: ...
 
 
 class Chosen(NamedTuple):
@@ -66,14 +71,18 @@ def carries_images(kwargs: Mapping[str, Any]) -> bool:
     return given or (isinstance(outputs, Mapping) and any(value is not None for value in outputs.values()))
 
 
-def encode(model: Any, kwargs: Mapping[str, Any], taps: tower_taps.TowerTaps | None = None) -> dict[str, Any]:
+def encode(
+    model: Any, kwargs: Mapping[str, Any], taps: tower_taps.TowerTaps | None = None, hands_on: bool = False
+) -> dict[str, Any]:
     """Runs the vision side as generate() does: modality -> its output. What is encoded already is taken as it is.
 
     Args:
         model: the one without language head.
         kwargs: of the call.
         taps: which blocks of the tower to watch, if the model is not patched to do so.
+        hands_on: whether the vision side also gets the keywords that the model's forward does not name, as in a call of it.
     """
+    unnamed = _unnamed(model, kwargs) if hands_on else {}
     given = kwargs.get("mm_encoder_outputs")
     outputs = {name: value for name, value in (given or {}).items() if value is not None}
     for modality, pixels in PIXELS.items():
@@ -82,11 +91,19 @@ def encode(model: Any, kwargs: Mapping[str, Any], taps: tower_taps.TowerTaps | N
             continue
         if function is None:
             raise UnsupportedModelError(f"{type(model).__name__} has no get_{modality}_features, which vtok needs for {pixels}")
-        if taps is not None and taps.blocks:
-            function = tower_taps.watched(function, taps)
+        if taps is not None:
+            function = tower_taps.watched(model, function, taps)
         names = [name for name in inspect.signature(function).parameters if kwargs.get(name) is not None]
-        outputs[modality] = function(**{name: kwargs[name] for name in names if name != "kwargs"}, return_dict=True)
+        named = {name: kwargs[name] for name in names if name != "kwargs"}
+        with weights_of(model):
+            outputs[modality] = function(**{**unnamed, **named, "return_dict": True})
     return outputs
+
+
+def _unnamed(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords such as output_attentions or interpolate_pos_encoding."""
+    named = {*inspect.signature(model.forward).parameters, "past_key_values"}  # the last is an old name of the cache
+    return {name: value for name, value in kwargs.items() if name not in named}
 
 
 def feature_list(output: Any) -> list[Tensor]:
@@ -118,13 +135,30 @@ def choose(
         StateError: the method keeps no token of an image, or looks at the tower, of which nothing is known; or images were
             encoded before the tower was patched.
     """
+    with weights_of(model):  # the ends of rows are told by a parameter
+        return _choose(model, outputs, reducer, anatomy, kwargs, holed)
+
+
+def _choose(
+    model: Any,
+    outputs: dict[str, Any],
+    reducer: VLMReducer | None,
+    anatomy: Anatomy,
+    kwargs: Mapping[str, Any],
+    holed: bool,
+) -> Chosen:
     outputs, rows, alive, layouts = dict(outputs), {}, {}, []
+    texts = PromptTexts(model, kwargs) if reducer is not None and reducer.reads_text and outputs else None
     for modality, output in outputs.items():
         images = feature_list(output)
         if holed:
-            _check_reduced(output)
             stay = [~vlm_tower.holes(x.detach()) for x in images]
             alive[modality] = torch.cat(stay)
+            if note_of(output) is None and bool(alive[modality].all()):
+                raise StateError(
+                    "mm_encoder_outputs was not encoded by the vision tower that vtok patched, and would not be shortened "
+                    "there; pass pixels, or encode the images with the patched model"
+                )
         else:
             stay = [torch.ones(len(x), dtype=torch.bool, device=x.device) for x in images]
         rows[modality] = stay
@@ -134,6 +168,7 @@ def choose(
         left = [mask.nonzero()[:, 0] for mask in stay] if holed else []  # rows of the tokens that the tower left
         alike: dict[tuple[int, tuple[View, ...], int, int, Any], list[int]] = {}
         first, folded = 0, False
+        deep = [list(features) for features in getattr(output, "deepstack_features", None) or ()]  # of other tower layers
         for i, x in enumerate(images):
             if not len(x):  # a prompt without images, where a model returns the features of a prompt as one
                 continue
@@ -148,7 +183,9 @@ def choose(
             patches = None if whole else torch.stack([left[i] for i in numbers])
             source = tower.source(numbers, tokens.device) if whole else None
             unreduced = 0 if whole else len(images[numbers[0]])
-            seen = ImageFeatures(tokens.detach(), parts, modality, tower.blocks(numbers), number, source, patches, unreduced)
+            text = None if texts is None else texts.of(modality, [len(x) for x in images], numbers, tokens.device)
+            blocks, connector = tower.blocks(numbers), projecting(model, anatomy.projector) if whole else None
+            seen = ImageFeatures(tokens.detach(), parts, modality, blocks, number, source, patches, unreduced, text, connector)
             with torch.no_grad(), full_precision(tokens.device.type):
                 plan = reducer.features(seen)
             if plan is None:
@@ -156,6 +193,9 @@ def choose(
             if plan.keep.shape[1] == 0 or (plan.valid is not None and not bool(plan.valid.any(1).all())):
                 raise StateError(f"{type(reducer).__name__} keeps no token of an image; at least one must stay")
             folded = folded or plan.changes
+            for features in deep if plan.changes and whole else ():  # they are added to the same tokens inside the LLM
+                for i, x in zip(numbers, _folded(plan, torch.stack([features[i] for i in numbers]))):
+                    features[i] = x
             for i, kept, x in zip(numbers, _masks(plan, tokens), _folded(plan, tokens)):
                 if whole:
                     stay[i], images[i] = kept, x
@@ -163,16 +203,8 @@ def choose(
                     stay[i] = stay[i].index_copy(0, left[i], kept)
                     images[i] = images[i].index_copy(0, left[i], x) if plan.changes else images[i]
         if folded:
-            outputs[modality] = _with_features(output, images)
+            outputs[modality] = _with_features(output, images, deep)
     return Chosen(outputs, {modality: torch.cat(parts) for modality, parts in rows.items()}, tuple(layouts), alive)
-
-
-def _check_reduced(output: Any) -> None:
-    if not vlm_tower.reduced(output):
-        raise StateError(
-            "mm_encoder_outputs was not encoded by the vision tower that vtok patched, and would not be shortened there; pass "
-            "pixels, or encode the images with the patched model"
-        )
 
 
 class _Towers:
@@ -187,15 +219,17 @@ class _Towers:
         if not blocks:
             return
         self.seen = tower_taps.seen(output, blocks)
+        self.device = images[0].device
         call = tower_taps.merge_call(kwargs, self.seen)
-        found = anatomy.view_counts(model, modality, self.seen.images, self.seen.num_views, call)
+        count = next(caught.count for caught in self.seen.blocks.values())
+        found = anatomy.view_counts(model, modality, self.seen.images, count, call)
         if found is None:
             raise StateError(
-                f"which of the {self.seen.num_views} views that the vision tower saw belong to which of the "
+                f"which of the {count} views that the vision tower saw belong to which of the "
                 f"{len(self.seen.images)} {modality}s cannot be told from their features; pass pixels and image_sizes together"
             )
         ends = list(itertools.accumulate(found))
-        original = self.seen.original(images)
+        original = tower_taps.original(self.seen, images)
         self.views = [range(ends[i] - found[i], ends[i]) for i in original]
         if modality == "image":  # nobody crops videos
             self.cuts = anatomy.cuts(model, images, [found[i] for i in original], original, call)
@@ -203,12 +237,22 @@ class _Towers:
     def blocks(self, numbers: Sequence[int]) -> dict[int, TowerBlock]:
         """For some of the images."""
         rows = [row for i in numbers for row in self.views[i]]
-        return {name: self.seen.blocks[name].of(rows) for name in self.names}
+        return {name: self.seen.blocks[name].of(rows, self.device) for name in self.names}
 
     def source(self, numbers: Sequence[int], device: torch.device) -> ViewMap | None:
         """How patches became tokens, for some of the images, all cut alike."""
         cuts = [cut for i in numbers if (cut := self.cuts[i]) is not None]
         return view_map(cuts, device) if cuts else None
+
+
+def projecting(model: Any, projector: str) -> Callable[[Tensor], Tensor] | None:
+    """What `ImageFeatures.connector` is on a model; `None` if it takes the tokens of several tower layers side by side."""
+    layers = getattr(model.config, "vision_feature_layer", -1)
+    if not projector or (isinstance(layers, Sequence) and len(set(layers)) > 1):
+        return None
+    child = getattr(model, projector)
+    kind = next((p.dtype for p in child.parameters() if p.is_floating_point()), None)
+    return lambda x: child(x if kind is None else x.to(kind))
 
 
 def _masks(plan: Plan, tokens: Tensor) -> Tensor:
@@ -230,9 +274,11 @@ def _folded(plan: Plan, tokens: Tensor) -> Tensor:
     return tokens.scatter(1, plan.keep[..., None].expand_as(out), out)
 
 
-def _with_features(output: Any, images: list[Tensor]) -> Any:
-    """A copy of a model output that holds other features of the same shapes."""
+def _with_features(output: Any, images: list[Tensor], deep: Sequence[list[Tensor]] = ()) -> Any:
+    """A copy of a model output that holds other features of the same shapes, and other ones of deeper layers if it has any."""
     changed = copy.copy(output)
+    if deep:
+        changed.deepstack_features = list(deep)
     changed.pooler_output = torch.stack(images) if isinstance(output.pooler_output, Tensor) else images
     return changed
 
@@ -258,7 +304,34 @@ def short_output(output: Any, rows: Tensor) -> Any:
     deep = getattr(output, "deepstack_features", None)
     if deep is not None:
         values["deepstack_features"] = [kept(features) for features in deep]
-    return type(output)(**values)
+    return plain_class(output)(**values)
+
+
+def refuse_merged(model: Any) -> None:
+    """Raises for a prompt of embeddings that came after images had been encoded, without these."""
+    raise UnsupportedModelError(
+        f"images were encoded ahead of this call, and {type(model).__name__} got a prompt as inputs_embeds without any: if its "
+        "caller puts features into the prompt itself, vtok cannot tell which columns are visual; pass mm_encoder_outputs or "
+        "pixels with the prompt, or call vtok.unpatch(model)"
+    )
+
+
+def placeholders(model: Any, embeddings: Tensor, tokens: Mapping[str, int]) -> Tensor:
+    """[B, L] int64: placeholders in a prompt given as embeddings [B, L, D], -1 elsewhere, as the models find them themselves.
+
+    Args:
+        model: the one without language head.
+        embeddings: of the prompt, features not yet in it.
+        tokens: modality -> id of its placeholder.
+    """
+    table = model.get_input_embeddings()
+    ids = torch.full(embeddings.shape[:2], -1, device=embeddings.device)
+    with torch.no_grad():
+        for token in tokens.values():
+            if token < table.num_embeddings:
+                row = table(torch.tensor(token, device=table.weight.device)).to(embeddings.device)
+                ids.masked_fill_((embeddings == row).all(-1), token)
+    return ids
 
 
 def visual_columns(ids: Tensor, tokens: Mapping[str, int]) -> Tensor:

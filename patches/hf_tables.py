@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vtok.patches.hf_attention import BlipAttention, HfAttention, InternVLAttention, beit_mask
+from vtok.patches.padded import by_rows
 from vtok.patches.protocol import Attend, BlockSpec
 
-_MASK: dict[str, Any] = {"args": ("attention_mask",), "mask": "attention_mask", "padding_mask": True}
+_MASK: dict[str, Any] = {"args": ("attention_mask",), "mask": "attention_mask", "padding_mask": by_rows}
 _CLIP = BlockSpec(attn="self_attn", pre1=("layer_norm1",), pre2=("layer_norm2",), **_MASK)
 _NORMS: dict[str, Any] = {"attn": "attention", "pre1": ("layernorm_before",), "pre2": ("layernorm_after",)}
 _VIT = BlockSpec(**_NORMS, post1=("dropout",), post2=("dropout",), **_MASK)
@@ -92,6 +93,7 @@ class TowerSpec:
         attn_pool: path of a child that attends over the tokens with one query.
         positions: path of the position embeddings if they are fitted to every image by a matrix product.
         positions_since: release of transformers from which on they are; earlier ones interpolate.
+        shapes: second parameter of the embeddings, if it tells the rows and columns of every image's patches.
     """
 
     layers: str = "encoder.layers"
@@ -101,6 +103,7 @@ class TowerSpec:
     attn_pool: str = ""
     positions: str = ""
     positions_since: tuple[int, int] = (0, 0)
+    shapes: str = ""
 
 
 _PROJECTION = "embeddings.patch_embeddings.projection"
@@ -121,7 +124,9 @@ TOWERS: dict[str, TowerSpec] = {
     _in("idefics3") + "Idefics3VisionTransformer": _IDEFICS,
     _in("internvl") + "InternVLVisionModel": _STACKED,
     _in("siglip") + "SiglipVisionModel": _SIGLIP,
-    _in("siglip2") + "Siglip2VisionModel": replace(_SIGLIP, positions="embeddings.position_embedding", positions_since=(5, 24)),
+    _in("siglip2") + "Siglip2VisionModel": replace(
+        _SIGLIP, positions="embeddings.position_embedding", positions_since=(5, 24), shapes="spatial_shapes"
+    ),
     _in("smolvlm") + "SmolVLMVisionTransformer": _IDEFICS,
     _in("vit") + "ViTModel": _FLAT,
     _in("vit_mae") + "ViTMAEModel": _FLAT,

@@ -22,10 +22,20 @@ def square(model: Any, modality: str, number: int, first: int, x: Tensor, kwargs
     return (_grid(0, len(x)),)
 
 
+def patches(model: Any, modality: str, number: int, first: int, x: Tensor, kwargs: Kwargs) -> tuple[View, ...]:
+    """LLaVA: one token a patch: a square grid, or under a tower of variable resolution (Pixtral) that of the image itself."""
+    sizes, side = kwargs.get("image_sizes"), getattr(model.vision_tower, "patch_size", 0)
+    if sizes is not None and side:
+        rows, columns = (int(pixels) // side for pixels in sizes[number])
+        return (View(0, rows, columns),) if rows * columns == len(x) else (View(0, 1, len(x)),)
+    return (View(0, 1, len(x)),) if _varies(model) else (_grid(0, len(x)),)
+
+
 def tiles(model: Any, modality: str, number: int, first: int, x: Tensor, kwargs: Kwargs) -> tuple[View, ...]:
     """Idefics3 and SmolVLM: the tiles of all images of a row, one behind the other, each a square grid."""
-    config = model.config
-    side = config.vision_config.image_size // config.vision_config.patch_size
+    config, pixels = model.config, kwargs.get("pixel_values")  # which generate() has used up when the prompt is read
+    image = config.vision_config.image_size if pixels is None else pixels.shape[-1]
+    side = image // config.vision_config.patch_size
     size = side * side // config.scale_factor**2
     if len(x) % size:
         return (View(0, 1, len(x)),)
@@ -61,7 +71,11 @@ def any_resolution(model: Any, modality: str, number: int, first: int, x: Tensor
 
 
 def frames(model: Any, modality: str, number: int, first: int, x: Tensor, kwargs: Kwargs) -> tuple[View, ...]:
-    """Qwen-VL: one grid for every frame of an image (one) or a video, read from the rotary positions of its columns."""
+    """Qwen-VL: one grid for every frame of an image (one) or a video.
+
+    generate() encodes images ahead and takes their sizes away: the grid is then read from the rotary positions of the columns,
+    of the first frame alone, as text may stand between frames (time stamps) and move the positions of the next.
+    """
     position, ids = kwargs.get("position_ids"), kwargs.get("input_ids")
     sizes = kwargs.get(f"{modality}_grid_thw")
     if sizes is not None:
@@ -69,14 +83,22 @@ def frames(model: Any, modality: str, number: int, first: int, x: Tensor, kwargs
         rows, columns = (int(side) // merge for side in sizes[number][1:].tolist())
     elif ids is not None and isinstance(position, Tensor) and position.ndim == 3 and position.shape[1:] == ids.shape:
         here = ids == getattr(model.config, f"{modality}_token_id")
-        spans = position[-2:, here][:, first : first + len(x)]
-        rows, columns = (spans.amax(1) - spans.amin(1) + 1).tolist()
+        rows, columns = _first_grid(*position[-2:, here][:, first : first + len(x)].tolist())
     else:
         return (View(0, 1, len(x)),)
     size = rows * columns
     if not size or len(x) % size:
         return (View(0, 1, len(x)),)
     return tuple(View(start, rows, columns) for start in range(0, len(x), size))
+
+
+def _first_grid(height: list[int], width: list[int]) -> tuple[int, int]:
+    """(rows, columns) of the grid that tokens in raster order begin with, from their positions in height and width."""
+    y, x, n = height[0], width[0], len(height)
+    columns = next((i for i in range(1, n) if (height[i], width[i]) != (y, x + i)), n)
+    starts = range(columns, n - columns + 1, columns)
+    rows = next((i for i, at in enumerate(starts, 1) if (height[at], width[at]) != (y + i, x)), len(starts) + 1)
+    return rows, columns
 
 
 def even_counts(model: Any, modality: str, images: Sequence[Tensor], total: int, kwargs: Kwargs) -> list[int] | None:
@@ -112,9 +134,9 @@ def crop_counts(model: Any, modality: str, images: Sequence[Tensor], total: int,
 
 def tower_grid(model: Any) -> tuple[int, int] | None:
     """LLaVA-1.5, PaliGemma: the patches of the vision tower, one token each, whatever the image."""
-    kind = model.config.vision_config.model_type
     full = getattr(model.config, "vision_feature_select_strategy", "default") == "full"
-    if kind == "pixtral" or (kind == "clip_vision_model" and full):  # variable resolution; a class token among the visual ones
+    prefixed = model.config.vision_config.model_type == "clip_vision_model" and full  # a class token among the visual ones
+    if _varies(model) or prefixed:
         return None
     return _side(model), _side(model)
 
@@ -136,6 +158,11 @@ def shuffled_grid(model: Any) -> tuple[int, int] | None:
 def _grid(start: int, n: int) -> View:
     side = math.isqrt(n)
     return View(start, side, side) if side * side == n else View(start, 1, n)
+
+
+def _varies(model: Any) -> bool:
+    """Whether the vision tower takes images of any shape as they are."""
+    return model.config.vision_config.model_type == "pixtral"
 
 
 def _side(model: Any) -> int:

@@ -10,11 +10,12 @@ from torch import nn
 from vtok.cost import TowerCost
 from vtok.errors import UnsupportedModelError
 from vtok.patches import hf_vlm
-from vtok.patches.cost import block_cost, linear_macs
+from vtok.patches.cost import block_cost, linear_macs, position_macs
 from vtok.patches.hf_heads import HeadEnds, HeadStarts, MeanInput, MeanOutput, NoPoolMask, WholeAttentions
 from vtok.patches.hf_tables import ATTENTIONS, BLOCKS, OWNERS, TOWERS, OwnerSpec, TowerSpec
 from vtok.patches.pooling import PoolBias
 from vtok.patches.protocol import Block, Example, Tower, look_up, qualified_name
+from vtok.patches.stems import ConvStem, StatedStem
 from vtok.run import Run
 
 
@@ -79,9 +80,16 @@ class HfAdapter:
     def attach(self, tower: Tower, run: Run) -> None:
         module: Any = tower.module
         spec = _spec(tower)
-        stepwise = tuple(i for i, block in enumerate(tower.blocks) if block.module.__dict__["_vtok"].stepwise)
+        links = [block.module.__dict__["_vtok"] for block in tower.blocks]
+        first = next((link.index for link in links if link.site is not None), len(links))  # blocks in front run their own code
+        stepwise = tuple(link.index for link in links if link.stepwise and link.index >= first)
         if stepwise:
             module.register_forward_pre_hook(WholeAttentions(stepwise), with_kwargs=True)
+        if spec.shapes:
+            embeddings = module.get_submodule(spec.embed.rpartition(".")[0])
+            embeddings.register_forward_pre_hook(StatedStem(run, spec.shapes, 1), with_kwargs=True)
+        elif _ratio(module.config) is None:
+            module.get_submodule(spec.embed).register_forward_hook(ConvStem(run))
         pool = getattr(module, spec.attn_pool, None) if spec.attn_pool else None
         if pool is not None:
             pool.register_forward_pre_hook(NoPoolMask(run), with_kwargs=True)
@@ -105,9 +113,9 @@ class HfAdapter:
         head += linear_macs(getattr(module, "pooler", None))
         averages = tower.averaged_by is not None or _averages(module, spec)
         rows, columns = _grid(module.config, tower.input_size, masked=False)
-        per_patch = module.get_submodule(spec.embed).weight.numel()
+        per_patch = position_macs(module.get_submodule(spec.embed))
         if spec.positions and hf_vlm.release() >= spec.positions_since:
-            per_patch += module.get_submodule(spec.positions).weight.numel()
+            per_patch += position_macs(module.get_submodule(spec.positions))
         return TowerCost(
             rows * columns * per_patch,
             tuple(block_cost(b) for b in tower.blocks),
@@ -190,5 +198,10 @@ def _native_size(config: Any) -> tuple[int, int, int]:
 def _grid(config: Any, size: tuple[int, int, int], masked: bool = True) -> tuple[int, int]:
     """(rows, columns) of patches; of those that ViT-MAE keeps at random no grid is known: one row."""
     rows, columns = (side // patch for side, patch in zip(size[1:], _pair(config.patch_size)))
-    ratio = getattr(config, "mask_ratio", 0.0)
-    return (1, int(rows * columns * (1 - ratio))) if masked and ratio else (rows, columns)
+    ratio = _ratio(config)
+    return (rows, columns) if ratio is None or not masked else (1, int(rows * columns * (1 - ratio)))
+
+
+def _ratio(config: Any) -> float | None:
+    """The share of the patches that ViT-MAE leaves out; it puts the others in a random order. `None` = another model."""
+    return getattr(config, "mask_ratio", None)

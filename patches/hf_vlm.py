@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from vtok.errors import UnsupportedModelError
 from vtok.patches import decoder_probe, hf_cuts, hf_views
+from vtok.patches.cost import linear_macs
 from vtok.patches.hf_features import Cuts, ViewCounts, Views
 from vtok.patches.hf_tables import TOWERS
 from vtok.patches.protocol import Tower, look_up, qualified_name
@@ -40,7 +41,12 @@ class VLMSpec:
         cuts: says how images were cut into these views.
         rotary_3d: whether positions are (time, height, width), which cannot be renumbered.
         connector: child between vision tower and LLM, if all there happens token by token; "" = the grid is needed.
+        projector: child that takes what leaves the tower's feature block, token by token, whatever joins its output afterwards;
+            "" = there is none.
         packed: whether the vision tower runs the patches of all images as one sequence.
+        flat_positions: whether the LLM finds the borders of packed samples in positions [rows, columns]; some look for them
+            only in a row of their own in front of time, height and width.
+        hands_on: whether forward gives the vision tower the keywords that it does not name itself.
     """
 
     text: str = "language_model"
@@ -50,7 +56,15 @@ class VLMSpec:
     cuts: Cuts = hf_cuts.lone
     rotary_3d: bool = False
     connector: str = ""
+    projector: str = ""
     packed: bool = False
+    flat_positions: bool = True
+    hands_on: bool = False
+
+
+def release() -> tuple[int, ...]:
+    """The release of transformers that is installed: (major, minor)."""
+    return tuple(int(part) for part in version("transformers").split(".")[:2])
 
 
 def _in(model: str) -> str:
@@ -58,20 +72,24 @@ def _in(model: str) -> str:
 
 
 _PROJECTED = VLMSpec(grid=hf_views.tower_grid, connector="multi_modal_projector")
-_QWEN = VLMSpec(views=hf_views.frames, rotary_3d=True, packed=True)
+_LLAVA = replace(_PROJECTED, projector="multi_modal_projector", views=hf_views.patches, hands_on=release() >= (5, 24))
+_QWEN = VLMSpec(views=hf_views.frames, rotary_3d=True, packed=True, hands_on=True)
+_QWEN_2 = replace(_QWEN, flat_positions=False)
 _IDEFICS = VLMSpec("text_model", hf_views.tiles, cuts=hf_cuts.rows)
-_ANYRES = VLMSpec(views=hf_views.any_resolution, view_counts=hf_views.crop_counts, cuts=hf_cuts.packed)
+_ANYRES = VLMSpec(
+    views=hf_views.any_resolution, view_counts=hf_views.crop_counts, cuts=hf_cuts.packed, projector="multi_modal_projector"
+)
 
 VLMS: dict[str, VLMSpec] = {
     _in("gemma3") + "Gemma3Model": VLMSpec(grid=hf_views.pooled_grid),
     _in("idefics3") + "Idefics3Model": _IDEFICS,
     _in("internvl") + "InternVLModel": VLMSpec(grid=hf_views.shuffled_grid, cuts=hf_cuts.tiles),
-    _in("llava") + "LlavaModel": _PROJECTED,
+    _in("llava") + "LlavaModel": _LLAVA,
     _in("llava_next") + "LlavaNextModel": _ANYRES,
     _in("llava_onevision") + "LlavaOnevisionModel": _ANYRES,
     _in("paligemma") + "PaliGemmaModel": _PROJECTED,
-    _in("qwen2_5_vl") + "Qwen2_5_VLModel": _QWEN,
-    _in("qwen2_vl") + "Qwen2VLModel": _QWEN,
+    _in("qwen2_5_vl") + "Qwen2_5_VLModel": _QWEN_2,
+    _in("qwen2_vl") + "Qwen2VLModel": _QWEN_2,
     _in("qwen3_vl") + "Qwen3VLModel": _QWEN,
     _in("smolvlm") + "SmolVLMModel": _IDEFICS,
 }
@@ -95,15 +113,18 @@ TEXT_MODELS = frozenset(
 _CROSS = "its LLM attends to the image by cross-attention: visual tokens are no part of the prompt that could be shortened"
 _SHARED = "later layers of its LLM share keys and values with earlier ones, which would have to hold the same tokens"
 _LINEAR = "its LLM has linear-attention layers, whose state cannot forget single tokens"
+_MERGED = "it puts image features into the prompt itself, so that vtok is not told which columns are visual"
 _CHUNKED = "its LLM attends within chunks of the prompt, whose borders dropped tokens would move"
 
 REFUSED: dict[str, str] = {
+    _in("colqwen2") + "ColQwen2ForRetrieval": _MERGED,
     _in("gemma3n") + "Gemma3nModel": _SHARED,
     _in("gemma4") + "Gemma4Model": _SHARED,
     _in("idefics") + "IdeficsModel": _CROSS,
     _in("lfm2_vl") + "Lfm2VlModel": _LINEAR,
     _in("llama4") + "Llama4ForConditionalGeneration": _CHUNKED,
     _in("mllama") + "MllamaModel": _CROSS,
+    _in("pi0") + "PI0Model": _MERGED,
     _in("qwen3_5") + "Qwen3_5Model": _LINEAR,
     _in("qwen3_5_moe") + "Qwen3_5MoeModel": _LINEAR,
 }
@@ -157,11 +178,6 @@ class VLM:
         return Joint(self.spec.connector, self.info.tower.feature_block + 1, skip)
 
 
-def release() -> tuple[int, ...]:
-    """The release of transformers that is installed: (major, minor)."""
-    return tuple(int(part) for part in version("transformers").split(".")[:2])
-
-
 def _check_release() -> None:
     """Raises under a release of transformers whose prompts cannot be shortened."""
     if release() < OLDEST:
@@ -196,6 +212,11 @@ def _describe(path: str, module: Any, spec: VLMSpec) -> VLM:
     problem = _problem(text)
     if problem is not None:
         raise UnsupportedModelError(f"the LLM of {name}, {qualified_name(type(text))}, {problem}; supported: {SUPPORTED}")
+    if getattr(module.config, "vision_feature_layer", None) == 0:
+        raise UnsupportedModelError(
+            f"vision_feature_layer=0 of {name}: transformers takes 0 for no layer at all and fails when it encodes an image; "
+            "name the output of a block, such as -1 or -2"
+        )
     tokens = {m: getattr(module.config, f"{m}_token_id", None) for m in ("image", "video")}
     tower, facts, no_tower = _tower(module, text, spec)
     deep = getattr(getattr(module.config, "vision_config", None), "deepstack_visual_indexes", None) or ()
@@ -212,6 +233,8 @@ def _describe(path: str, module: Any, spec: VLMSpec) -> VLM:
         no_tower=no_tower,
         grid=spec.grid(module),
         crops=spec.cuts is not hf_cuts.lone,
+        videos=hasattr(module, "get_video_features"),
+        connector_macs=linear_macs(getattr(module, spec.projector)) if spec.projector else 0,
     )
     return VLM(path, module, spec, info, {m: token for m, token in tokens.items() if token is not None}, tower)
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from vtok.cost import Estimate, Row, estimate
 from vtok.errors import ConfigError, UnsupportedModelError
-from vtok.patches.cost import linear_macs
-from vtok.patches.decoder_hooks import window_of
+from vtok.patches.cost import linear_macs, position_macs
+from vtok.patches.decoder_masks import window_of
 from vtok.patches.decoder_pass import TowerCall
 from vtok.patches.hf_tables import TOWERS
 from vtok.patches.hf_vlm import VLM
@@ -185,10 +185,14 @@ def vision_spec(vlm: VLM) -> VisionSpec:
     """The row of a model.
 
     Raises:
-        UnsupportedModelError: the tower is one whose cost vtok has no closed form for.
+        UnsupportedModelError: the model or its tower is one whose cost vtok has no closed form for.
     """
     spec = look_up(vlm.module, VISION)
-    assert spec is not None
+    if spec is None:
+        raise UnsupportedModelError(
+            f"what {vlm.info.name} costs is not known in closed form, so that no plan and no FLOPs budget can be made for it; "
+            "pass the method's own parameters, and measure it with vtok.eval.flops.count_macs"
+        )
     tower = vlm.module.get_submodule(spec.tower)
     if not spec.packed and look_up(tower, TOWERS) is None:
         raise UnsupportedModelError(
@@ -280,7 +284,7 @@ def _packed(spec: VisionSpec, model: Any, calls: Sequence[TowerCall]) -> VisionC
         pairs = full if whole is None or i in whole else windows
         macs = patches * linear_macs(block) + pairs * 2 * block.attn.qkv.in_features
         found.append(Row(i, None, patches, patches, macs, 0.0))
-    stem = patches * tower.patch_embed.proj.weight.numel()
+    stem = patches * position_macs(tower.patch_embed.proj)
     connector = _merged(model, patches) * _connector(spec, model)
     return VisionCost(tuple(found), 1, stem + sum(row.macs for row in found), 0.0, connector)
 

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 
 from vtok.patches import hf_vlm_pages as pages
+from vtok.patches import hf_vlm_videos as videos
 from vtok.patches.hf_vlm_pages import END, IMAGE, PAD, START, Inputs
+from vtok.patches.hf_vlm_videos import VIDEO
 
-VIDEO = 118
 _TEXT: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -44,6 +45,7 @@ class VLMExample(NamedTuple):
         first_layer: lowest decoder layer in front of which tokens may be dropped.
         kernels: attention implementations that the family has.
         pages: makes such a batch of pages that are cut into crops; `None` = the model never crops.
+        videos: makes such a batch with videos alone; `None` = the model reads none.
     """
 
     build: Callable[[], Any]
@@ -51,6 +53,7 @@ class VLMExample(NamedTuple):
     first_layer: int = 1
     kernels: tuple[str, ...] = ("eager", "sdpa")
     pages: Callable[[Any, torch.Generator], Inputs] | None = None
+    videos: Callable[[Any, torch.Generator], Inputs] | None = None
 
 
 def _model(family: str, **config: Any) -> Callable[[], Any]:
@@ -208,6 +211,7 @@ EXAMPLES: dict[str, VLMExample] = {
         ),
         _onevision,
         pages=pages.any_resolution,
+        videos=videos.framed,
     ),
     "Qwen2-VL": VLMExample(
         _model(
@@ -217,6 +221,7 @@ EXAMPLES: dict[str, VLMExample] = {
             **_SPECIAL,
         ),
         _qwen,
+        videos=videos.whole,
     ),
     "Qwen2.5-VL": VLMExample(
         _model(
@@ -234,6 +239,7 @@ EXAMPLES: dict[str, VLMExample] = {
             **_SPECIAL,
         ),
         _qwen,
+        videos=videos.whole,
     ),
     "Qwen3-VL": VLMExample(
         _model(
@@ -253,6 +259,7 @@ EXAMPLES: dict[str, VLMExample] = {
         ),
         _qwen,
         first_layer=2,
+        videos=videos.timed,
     ),
     "InternVL": VLMExample(
         _model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 
 from vtok.errors import ConfigError, StateError, UnsupportedModelError
 from vtok.patches import decoder_hooks as hooks
+from vtok.patches import decoder_masks as masks
+from vtok.patches import decoder_packed as packed
 from vtok.patches import hf_features as hf
 from vtok.patches import tower_taps
 from vtok.patches.decoder_pass import Pruner
-from vtok.patches.decoder_state import compact, renumbered, take
+from vtok.patches.decoder_state import cache_in, compact, renumbered, stored, take, unknown, vouch
 from vtok.patches.hf_vlm import VLM
 from vtok.patches.hf_vlm_cost import tower_of
 from vtok.patches.swap import Mixin, put_on
@@ -23,21 +26,45 @@ PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 
 
 class Guard(Mixin):
-    """Refuses ways to generate that read a prompt in pieces or take tokens back."""
+    """Refuses ways to generate that read a prompt with images in pieces, or together with guesses at its answer.
+
+    What takes tokens back out of a cache that a shortened prompt filled is refused by that cache.
+    """
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        with _installed(self.model).generating():  # what is decided for a prompt lasts until the answer ends
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def _prefill(self, input_ids: Tensor, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-        if getattr(generation_config, "prefill_chunk_size", None) is not None:
+        call = next((a for a in (*args, *kwargs.values()) if isinstance(a, Mapping)), {})
+        if getattr(generation_config, "prefill_chunk_size", None) is not None and hf.carries_images(call):
             raise UnsupportedModelError(
                 "prefill_chunk_size reads a prompt in pieces, but which visual tokens stay is decided on the whole prompt; "
                 "leave it out, or shorten the prompt with vtok.prune_inputs"
             )
+        self._vouch(input_ids, next((a for a in (*args, *kwargs.values()) if isinstance(a, Mapping)), {}))
         return super()._prefill(input_ids, generation_config, *args, **kwargs)  # type: ignore[misc]
 
+    def _vouch(self, ids: Tensor, call: Mapping[str, Any]) -> None:
+        """Nothing can be missing from a cache that holds a conversation without images, whoever filled it."""
+        cache = cache_in(call)
+        if (
+            unknown(cache)
+            and 0 < stored(cache) < ids.shape[1]
+            and not bool(hf.visual_columns(ids, _installed(self.model).tokens).any())
+        ):
+            vouch(cache)
+
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        raise UnsupportedModelError(
-            "assisted decoding takes rejected tokens back out of the cache, whose layers hold different numbers of tokens once "
-            "vtok has shortened the prompt; generate without an assistant, or shorten the prompt with vtok.prune_inputs"
-        )
+        model: Any = self.model
+        found = (hook.pruner for hook in model._forward_pre_hooks.values() if isinstance(hook, hooks.BeforeModel))
+        decides = next((site for pruner in found for site, _ in pruner.layers.values()), None)
+        if decides is not None and hf.carries_images(kwargs):
+            raise UnsupportedModelError(
+                "assisted decoding reads the prompt together with guesses at its answer, which would take part in what is "
+                f"decided {decides}; generate without an assistant, or shorten the prompt with vtok.prune_inputs"
+            )
+        return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
 
 
 def install(model: nn.Module, vlm: VLM, pruner: Pruner) -> None:
@@ -57,9 +84,8 @@ def install(model: nn.Module, vlm: VLM, pruner: Pruner) -> None:
     for owner in generators(model, vlm) if pruner.shortens else ():
         put_on(owner, Guard)
     blocks = () if pruner.features is None else pruner.features.tower_blocks
-    if blocks:
-        assert vlm.tower is not None
-        tower_taps.install(vlm.module, vlm.tower, blocks)
+    if blocks or pruner.layers or pruner.holed:
+        tower_taps.install(vlm.module, vlm.tower if blocks else None, blocks)
 
 
 def generators(model: nn.Module, vlm: VLM) -> list[Any]:
@@ -69,7 +95,11 @@ def generators(model: nn.Module, vlm: VLM) -> list[Any]:
 
 def pruner_of(vlm: VLM) -> Pruner | None:
     """What is installed on a model, or `None`."""
-    found = vlm.module._forward_pre_hooks.values()
+    return _installed(vlm.module)
+
+
+def _installed(module: Any) -> Any:
+    found = module._forward_pre_hooks.values()
     return next((hook.pruner for hook in found if isinstance(hook, hooks.BeforeModel)), None)
 
 
@@ -100,6 +130,9 @@ def calibration_inputs(inputs: Any) -> list[Mapping[str, Any]]:
             raise ConfigError(
                 f"calibration takes inputs as the processor returns them, input_ids and pixels, or a list of these; got {found}"
             )
+        for name, value in values.items():
+            if name.startswith("pixel_values") and isinstance(value, Tensor) and not bool(value.isfinite().all()):
+                raise ConfigError(f"calibration: {name} holds NaN or infinity; what it would measure is nothing")
     if not listed:
         raise ConfigError("calibration takes inputs as the processor returns them, or a list of these; the list is empty")
     return listed
@@ -136,7 +169,9 @@ def short_inputs(model: Any, vlm: VLM, inputs: Mapping[str, Any], pruner: Pruner
 
     Raises:
         ConfigError: there is no prompt, or no image that would belong to it.
-        StateError: placeholders and features differ in number, or a prompt ends with a dropped token.
+        StateError: placeholders and features differ in number, a prompt ends with a dropped token, or rows hold several
+            samples and keep positions by which they could not be told apart.
+        UnsupportedModelError: rows hold several samples, whose images the model hands over as one.
     """
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2:
@@ -147,12 +182,21 @@ def short_inputs(model: Any, vlm: VLM, inputs: Mapping[str, Any], pruner: Pruner
         raise ConfigError(f"attention_mask must be [rows, columns], got shape {list(mask.shape)}")
     if not hf.carries_images(values):
         return values
+    (batch, length), kind = ids.shape, vlm.text.config._attn_implementation
+    sample = packed.sample_of(values, batch, length, kind, cached=False, flat=vlm.spec.flat_positions)
+    if sample is not None and not bool(packed.several(sample)):
+        sample = None
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    values.setdefault("attention_mask", real.long())
+    values["attention_mask"] = real.long() if mask is None else mask
     position = values.get("position_ids")
     if position is None:  # as generate() would number the long prompt
         position = model._prepare_position_ids_for_generation(ids, values)
     reducer, compacted = pruner.features, pruner.compact
+    if sample is not None and not compacted:
+        raise StateError(
+            "rows hold several samples (their positions start over), which the model tells apart by positions without gaps; "
+            "pass positions='compact' where the model has it, use vtok.patch, or give every sample a row of its own"
+        )
     taps, given = tower_taps.TowerTaps(() if reducer is None else reducer.tower_blocks), {**values, "position_ids": position}
     with torch.no_grad(), taps.on(vlm.tower):
         outputs = hf.encode(vlm.module, values, taps)
@@ -164,6 +208,8 @@ def short_inputs(model: Any, vlm: VLM, inputs: Mapping[str, Any], pruner: Pruner
             "the prompt and the images do not belong together: "
             + ", ".join(f"{a} {m} placeholders, {b} {m} features" for m, (a, b) in counts.items())
         )
+    if sample is not None and reducer is not None:
+        packed.check_images(vlm.info.name, chosen.outputs, vlm.tokens, ids, sample, reducer.reads_text)
     last = real.long().cumsum(1).argmax(1, keepdim=True)
     if not compacted and not bool(keep.gather(1, last).all()):
         raise StateError(
@@ -173,11 +219,21 @@ def short_inputs(model: Any, vlm: VLM, inputs: Mapping[str, Any], pruner: Pruner
     rows, _ = compact(keep & real)
     filled = rows >= 0
     if compacted:
-        position = renumbered(position, keep | ~real)
+        position = renumbered(position, keep | ~real, sample)
+    elif position.ndim == 3 and len(position) == 4:  # the first row only says where samples start: gaps would be borders
+        position = torch.cat([renumbered(position[:1], keep | ~real), position[1:]])
+    position = take(position, rows, position.ndim - 1)
+    if position.ndim == 2 and sample is None and not masks.is_flash(kind) and bool(filled.all() & (position.diff() != 1).any()):
+        warnings.warn(
+            "the prompt that prune_inputs made keeps the positions of the long one, gaps and all: generate(use_cache=False) "
+            "would take the gaps for borders between samples and answer wrong; generate with the cache (the default), or pass "
+            "positions='compact'",
+            stacklevel=4,
+        )
     short: dict[str, Any] = {
         "input_ids": take(ids, rows, 1).masked_fill(~filled, pad),
-        "attention_mask": filled.long(),
-        "position_ids": take(position, rows, position.ndim - 1),
+        "attention_mask": filled.long() if sample is None else None,  # a mask would hide that rows hold several samples
+        "position_ids": position,
         "mm_encoder_outputs": {m: hf.short_output(out, chosen.rows[m]) for m, out in chosen.outputs.items()},
     }
     for name in PER_TOKEN:

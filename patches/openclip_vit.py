@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from vtok.cost import TowerCost
 from vtok.errors import UnsupportedModelError
 from vtok.patches import find_adapters
-from vtok.patches.cost import block_cost, linear_macs
+from vtok.patches.cost import block_cost, linear_macs, position_macs
 from vtok.patches.openclip_attention import OpenClipAttention, TorchAttention, added_mask, excluding_mask
 from vtok.patches.pooling import DenseOutputs, PoolBias, plain, weighted_mean
 from vtok.patches.protocol import Adapter, Attend, Block, BlockSpec, Example, Tower, look_up, qualified_name
+from vtok.patches.stems import ConvStem
 from vtok.patches.swap import put_on
 from vtok.run import Run
 
@@ -26,10 +27,10 @@ _PRE_NORM: dict[str, Any] = {"attn": "attn", "pre1": ("ln_1",), "pre2": ("ln_2",
 
 BLOCKS: dict[str, BlockSpec] = {
     "open_clip.transformer.CustomResidualAttentionBlock": BlockSpec(
-        **_PRE_NORM, post1=("ln_attn", "ls_1"), args=("attn_mask",), own_mask=excluding_mask
+        **_PRE_NORM, post1=("ln_attn", "ls_1"), args=("attn_mask",), own_mask=excluding_mask, padding_mask=excluding_mask
     ),
     "open_clip.transformer.ResidualAttentionBlock": BlockSpec(
-        **_PRE_NORM, post1=("ls_1",), args=("k_x", "v_x", "attn_mask"), own_mask=added_mask
+        **_PRE_NORM, post1=("ls_1",), args=("k_x", "v_x", "attn_mask"), own_mask=added_mask, padding_mask=added_mask
     ),
 }
 
@@ -88,6 +89,7 @@ class OpenClipAdapter:
         for pool in _token_pools(visual):
             hook = PoolBias(run, "key_padding_mask", drop_prefix=False)
             pool.attn.register_forward_pre_hook(hook, with_kwargs=True)
+        visual.conv1.register_forward_hook(ConvStem(run))
         visual._vtok_run = run
         put_on(visual, OpenClipTower)
 
@@ -103,7 +105,7 @@ class OpenClipAdapter:
             per_token += proj
         averages = visual.attn_pool is None and visual.pool_type == "avg"
         return TowerCost(
-            tower.grid[0] * tower.grid[1] * visual.conv1.weight.numel(),
+            tower.grid[0] * tower.grid[1] * position_macs(visual.conv1),
             tuple(block_cost(b) for b in tower.blocks),
             once + proj * (rows or 0),
             per_token,

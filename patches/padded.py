@@ -10,39 +10,85 @@ Shapes: B batch, N tokens in, M tokens out, R folded rows, n real tokens of an i
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtok.config import Reducer
+from vtok.errors import UnsupportedModelError
 from vtok.ops.rows import take_rows
 from vtok.reduction import Plan
 from vtok.state import AttentionView, Site, TokenState
 
+HIDDEN = -1e4  # an additive mask that low hides a key: its probability is zero in every precision
 
-def key_padding(mask: Tensor | None, n: int) -> Tensor | None:
-    """Rows that are real, if an attention mask says that some are not and says nothing else.
+
+class Padding(NamedTuple):
+    """What a mask says of padding.
+
+    Attributes:
+        keep: [B, N] bool, False = padding: a token that no other token may attend to.
+        alone: whether the mask says nothing else, so that `keep` stands for it.
+    """
+
+    keep: Tensor
+    alone: bool
+
+
+def by_rows(block: nn.Module, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The mask of a transformers layer, where [B, N] says which tokens of each image are real (nonzero = attend)."""
+    mask = kwargs.get("attention_mask")
+    return mask[:, None, None].bool() if mask is not None and mask.ndim == 2 else mask
+
+
+def by_pairs(block: nn.Module, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The mask of a timm block, which is broadcast to [B, H, N, N]: [N, N] says which key each query may attend to."""
+    return kwargs.get("attn_mask")
+
+
+def padding_of(mask: Tensor | None, n: int, num_prefix: int = 0, merges: bool = False) -> Padding | None:
+    """Which tokens a mask hides from all others.
 
     Args:
-        mask: [B, N], [B, 1, N, N] or [B, 1, 1, N]; bool or integer (nonzero = attend), or additive (0 = attend).
+        mask: broadcastable to [B, H, N, N]; bool or integer (nonzero = attend), or additive.
         n: number of tokens, N.
+        num_prefix: P; prefix tokens are no padding.
+        merges: whether tokens will be merged.
 
     Returns:
-        [B, N] bool, False = padding; `None` if there is no mask, no padding, or a mask that is more than padding.
+        `None` if there is no mask, or one that hides no token altogether.
+
+    Raises:
+        UnsupportedModelError: tokens will be merged that the mask hides from some tokens and not from others.
     """
-    if mask is None or mask.shape[-1] != n or mask.ndim not in (2, 4) or (mask.ndim == 4 and mask.shape[1] != 1):
+    if mask is None or mask.shape[-1] != n:
         return None
-    if mask.ndim == 2 or not mask.is_floating_point():
-        sees, clear = mask.bool(), torch.ones((), dtype=torch.bool, device=mask.device)
-    else:
-        sees = mask == 0
-        clear = (sees | (mask <= torch.finfo(mask.dtype).min / 2)).all()  # a bias is no padding
-    rows = sees if mask.ndim == 2 else sees[:, 0, 0]
-    alike = (sees == (rows if mask.ndim == 2 else rows[:, None, None])).all()
-    if torch.compiler.is_compiling():  # no value can be asked for: an encoder's mask is then taken to be padding
-        return rows
-    return rows if bool(clear & alike & ~rows.all()) else None
+    mask = mask[(None,) * (4 - mask.ndim)]
+    sees = (mask > HIDDEN if mask.is_floating_point() else mask.bool()).transpose(0, 1)  # [H, B, N or 1, N]
+    shown = sees.any(0)  # to any head
+    keep = shown.any(1)
+    if shown.shape[1] > 1:  # padding may attend to itself, so that its softmax is not empty
+        itself = torch.eye(n, dtype=torch.bool, device=mask.device)
+        seen = (shown & ~itself).any(1)
+        seen[:, :num_prefix] |= keep[:, :num_prefix]
+        clear = (seen[:, :, None] & (shown ^ seen[:, None])).flatten(1).any(1).logical_not() & seen.any(1)
+        keep = torch.where(clear[:, None], seen, keep)
+    if torch.compiler.is_compiling():  # no value can be asked for
+        return Padding(keep, False)
+    asking = keep[:, :, None] if shown.shape[1] > 1 else True
+    partly = (sees ^ keep[:, None]) & asking  # hidden from some real queries or heads, and not from others
+    mixed = biased = partly.any()
+    if mask.is_floating_point():
+        biased = mixed | ((mask != 0) & sees.transpose(0, 1) & keep[:, None, None]).any()
+    hides, more, mixes = torch.stack([~keep.all(), biased, mixed]).tolist()
+    if mixes and merges:
+        raise UnsupportedModelError(
+            "the attention mask hides some tokens from others without hiding them from all, and merged tokens would carry what "
+            "it hides across; choose a method that drops tokens (random, uniform, zero_tprune), or mask whole patches"
+        )
+    return Padding(keep, not more) if hides else None
 
 
 class _Part(NamedTuple):
@@ -90,10 +136,11 @@ def plan_without_padding(
 
 def _real_state(state: TokenState, who: Tensor, rows: Tensor, length: int) -> TokenState:
     index = rows if state.index is None else state.index[who].gather(1, rows)
-    if state.real is not None:  # where the tokens would be had the image come without padding
+    if state.real is not None and state.grid is None:  # where the tokens would be had the image come without padding
         index = (state.real[who].cumsum(1) - 1).gather(1, index)
     size = None if state.size is None else state.size[who].gather(1, rows)
-    return TokenState(state.num_prefix, length, index, size)
+    grid = state.grid[who] if isinstance(state.grid, Tensor) else state.grid
+    return TokenState(state.num_prefix, length, index, size, grid=grid)
 
 
 def _real_view(view: AttentionView, who: Tensor, rows: Tensor) -> AttentionView:

@@ -106,11 +106,14 @@ class DenseOutputs(Mixin):
 
 
 class PatchedTrunk(DenseOutputs):
-    """Mixin for timm trunks: average and maximum pooling over reduced tokens; packed inputs are refused."""
+    """Mixin for timm trunks: average and maximum pooling over reduced tokens."""
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(x, dict) or kwargs.get("patch_coord") is not None:
-            raise UnsupportedModelError("vtok patches image input [B, C, H, W]; packed NaFlex input is not supported")
+        if isinstance(x, torch.fx.Proxy):
+            raise UnsupportedModelError(
+                f"torch.fx's symbolic tracing cannot follow {type(self).__name__} as vtok patched it; use torch.compile or "
+                "torch.export, or call vtok.unpatch(model) first"
+            )
         return super().forward(x, *args, **kwargs)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:

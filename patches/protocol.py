@@ -117,7 +117,8 @@ class BlockSpec:
         own_mask: makes the mask that the block would build for the original length, from (block, kwargs); takes out of kwargs
             what the attention does not know.
         passes_mask: whether the block's forward hands a mask on as it is; otherwise a block that needs one is always split.
-        padding_mask: whether a mask that enters the first block may mark padding, which then seeds the token state.
+        padding_mask: makes the mask that may mark padding, broadcastable to [B, H, N, N], from (block, kwargs); `None` = the
+            block takes none. What the first block gets seeds the token state.
         seq_first: whether the block takes and returns [N, B, C].
     """
 
@@ -133,7 +134,7 @@ class BlockSpec:
     own_mask: Callable[[nn.Module, dict[str, Any]], Tensor | None] | None = None
     seq_first: bool = False
     passes_mask: bool = True
-    padding_mask: bool = False
+    padding_mask: Callable[[nn.Module, dict[str, Any]], Tensor | None] | None = None
 
     @property
     def whole(self) -> bool:

@@ -8,13 +8,18 @@ that unpatching works on deep copies and on unpickled models, with no list of ha
 from __future__ import annotations
 
 import functools
+import inspect
 import reprlib
+import sys
 import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from vtok.errors import StateError
+from vtok.errors import StateError, UnsupportedModelError
 
 if TYPE_CHECKING:
     _Base = nn.Module  # a mixin is always in front of a module
@@ -23,11 +28,36 @@ else:
 
 
 class Mixin(_Base):
-    """Base of the classes that are put in front of a module's own class."""
+    """Base of the classes that are put in front of a module's own class.
+
+    Other tools keep bound methods of a module (a wrapped or compiled `forward`). Kept while the module was patched and called
+    when it no longer is, a method of a mixin does what the module's own class does.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        for name, method in list(vars(cls).items()):
+            if isinstance(method, types.FunctionType) and not name.startswith("__"):
+                setattr(cls, name, _or_own(method))
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # the class exists only here: rebuild it from its two parts
-        mixin, base = parts(type(self))
-        return _rebuild, (mixin, base), self.__dict__
+        return rebuilt(self)
+
+    def __prepare_scriptable__(self) -> Any:
+        raise UnsupportedModelError(
+            f"torch.jit.script cannot compile {type(self).__name__} as vtok patched it; use torch.compile, torch.export or "
+            "torch.jit.trace, or call vtok.unpatch(model) first"
+        )
+
+
+def _or_own(method: Any) -> Any:
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, Mixin):
+            return method(self, *args, **kwargs)
+        return getattr(type(self), method.__name__)(self, *args, **kwargs)
+
+    return call
 
 
 class Hook:
@@ -50,6 +80,11 @@ def parts(cls: type) -> tuple[type, type]:
     return mixin, base
 
 
+def rebuilt(thing: Any) -> tuple[Any, ...]:
+    """What `__reduce_ex__` of an instance of a class made by `mixed_class` returns."""
+    return _rebuild, parts(type(thing)), thing.__dict__
+
+
 def _rebuild(mixin: type, base: type) -> Any:
     cls: Any = mixed_class(mixin, base)
     return cls.__new__(cls)
@@ -57,7 +92,7 @@ def _rebuild(mixin: type, base: type) -> Any:
 
 def put_on(module: nn.Module, mixin: type) -> None:
     """Gives the module the class `(mixin, its class)`."""
-    check_forward(module)
+    check_forward(module, mixin)
     _set_class(module, mixed_class(mixin, type(module)))
 
 
@@ -75,13 +110,20 @@ def check_class(module: nn.Module) -> None:
         )
 
 
-def check_forward(module: nn.Module) -> None:
-    """Raises if somebody replaced `forward` on the instance: a class swap would silently do nothing.
+def check_forward(module: nn.Module, mixin: type) -> None:
+    """Raises if somebody replaced `forward` on the instance, and the mixin has another: it would silently do nothing.
 
     accelerate's hooks do that too, but keep the class's own forward under `_old_forward`, and leave it bound to the instance
-    when they go: both are re-bound by `_set_class`.
+    when they go: both are re-bound by `_set_class`. What was wrapped around a mixin's forward leads to it again.
     """
-    if "forward" in module.__dict__ and not _is_own(module, "forward") and not _is_own(module, "_old_forward"):
+    theirs = module.__dict__.get("forward")
+    if theirs is None or getattr(mixin, "forward", nn.Module.forward) is nn.Module.forward:
+        return
+    inner: Any = inspect.unwrap(theirs, stop=lambda f: isinstance(f, types.MethodType))
+    own = parts(type(module))[1] if isinstance(module, Mixin) else type(module)
+    ours = mixed_class(mixin, own).forward  # type: ignore[attr-defined]
+    leads = isinstance(inner, types.MethodType) and inner.__self__ is module and inner.__func__ is ours
+    if not leads and not _is_own(module, "forward") and not _is_own(module, "_old_forward"):
         found = reprlib.repr(module.__dict__["forward"])  # cut short: a bound method prints its whole module
         raise StateError(
             f"forward of this {type(module).__name__} was replaced on the instance by {found}; "
@@ -102,14 +144,55 @@ def _set_class(module: nn.Module, cls: Any) -> None:
         module.__dict__[name] = types.MethodType(cls.forward, module)
 
 
-def remove_hooks(module: nn.Module) -> None:
+def shared_by(module: nn.Module) -> list[Any]:
+    """What vtok left on a module: links of blocks and hooks."""
+    link = module.__dict__.get("_vtok")
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return [*([] if link is None else [link]), *(hook for hook in hooks if isinstance(hook, Hook))]
+
+
+def remove_hooks(module: nn.Module, ours: Callable[[Any], bool] = lambda hook: isinstance(hook, Hook)) -> None:
     """Removes every hook of ours, recognised by type."""
     forward = (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
     for hooks, extras in (
         (module._forward_hooks, forward),
         (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
     ):
-        for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
+        for key in [key for key, hook in hooks.items() if ours(hook)]:
             del hooks[key]
             for extra in extras:
                 extra.pop(key, None)
+
+
+@contextmanager
+def weights_of(module: nn.Module) -> Iterator[None]:
+    """A module's own parameters are there, as while its forward runs: accelerate's hooks may keep them elsewhere in between."""
+    hook = module.__dict__.get("_hf_hook")
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
+
+
+def leaves(module: nn.Module) -> bool:
+    """Whether a module has its weights only while its forward runs: under FSDP2, unless its parent gathers them as well."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def brought(module: nn.Module, x: Any) -> Any:
+    """What enters a module, where its weights are: accelerate's hooks bring it there only when its forward runs."""
+    hook = module.__dict__.get("_hf_hook")
+    device = None if hook is None else next((p.device for p in module.parameters()), None)
+    if device is None or device.type == "meta":
+        return x
+    if isinstance(x, tuple):
+        return tuple(brought(module, part) for part in x)
+    return x.to(device) if isinstance(x, torch.Tensor) else x

@@ -25,7 +25,7 @@ class TimmAttention(Attend):
     late: ClassVar[tuple[str, ...]] = ("proj", "gate")
 
     def heads(self, attn: Any) -> tuple[int, int]:
-        width = attn.qkv.weight.shape[0] // 3 if attn.qkv is not None else attn.q_proj.weight.shape[0]
+        width = attn.qkv.out_features // 3 if attn.qkv is not None else attn.q_proj.out_features  # weights may be packed
         return attn.num_heads, width // attn.num_heads
 
     def kv_heads(self, attn: Any) -> int:

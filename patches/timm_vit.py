@@ -12,9 +12,11 @@ from torch import nn
 
 from vtok.cost import TowerCost
 from vtok.errors import UnsupportedModelError
-from vtok.patches.cost import block_cost, linear_macs, shape_only_macs
+from vtok.patches.cost import block_cost, linear_macs, position_macs, shape_only_macs
+from vtok.patches.padded import by_pairs
 from vtok.patches.pooling import HeadPooledTrunk, PatchedTrunk, PoolBias
 from vtok.patches.protocol import Attend, Block, BlockSpec, Example, Tower, look_up, qualified_name
+from vtok.patches.stems import ImageStem, grid_of
 from vtok.patches.swap import put_on
 from vtok.patches.timm_attention import (
     TimmAttention,
@@ -25,18 +27,18 @@ from vtok.patches.timm_attention import (
 )
 from vtok.run import Run
 
-_ARGS = ("attn_mask", "is_causal")
+_MASK: dict[str, Any] = {"args": ("attn_mask", "is_causal"), "padding_mask": by_pairs}
 _PRE_NORM: dict[str, Any] = {"attn": "attn", "pre1": ("norm1",), "pre2": ("norm2",)}
 _POST_NORM: dict[str, Any] = {"attn": "attn", "post1": ("norm1", "drop_path1"), "post2": ("norm2", "drop_path2")}
 _GAMMA: dict[str, Any] = {"post1": ("gamma_1", "drop_path1"), "post2": ("gamma_2", "drop_path2")}
-_EVA: dict[str, Any] = {"args": ("rope", *_ARGS), "rope": "rope"}
+_EVA: dict[str, Any] = {**_MASK, "args": ("rope", *_MASK["args"]), "rope": "rope"}
 
 BLOCKS: dict[str, BlockSpec] = {
     "timm.models.vision_transformer.Block": BlockSpec(
-        **_PRE_NORM, post1=("ls1", "drop_path1"), post2=("ls2", "drop_path2"), args=_ARGS
+        **_PRE_NORM, post1=("ls1", "drop_path1"), post2=("ls2", "drop_path2"), **_MASK
     ),
-    "timm.models.vision_transformer.ResPostBlock": BlockSpec(**_POST_NORM, args=_ARGS),
-    "timm.models.vision_transformer.ParallelScalingBlock": BlockSpec(attn="", args=_ARGS),
+    "timm.models.vision_transformer.ResPostBlock": BlockSpec(**_POST_NORM, **_MASK),
+    "timm.models.vision_transformer.ParallelScalingBlock": BlockSpec(attn="", **_MASK),
     "timm.models.eva.EvaBlock": BlockSpec(**_PRE_NORM, **_GAMMA, **_EVA),
     "timm.models.eva.EvaBlockPostNorm": BlockSpec(**_POST_NORM, **_EVA),
     "timm.models.beit.Block": BlockSpec(
@@ -100,6 +102,7 @@ class TimmAdapter:
         if type(attn_pool).__name__ == "AttentionPoolLatent":
             hook = PoolBias(run, "attn_mask", drop_prefix=not _pool_sees_prefix(trunk))
             attn_pool.register_forward_pre_hook(hook, with_kwargs=True)
+        _patch_embed(trunk).register_forward_pre_hook(ImageStem(run))
         trunk._vtok_run = run
         pools = hasattr(trunk, "pool") or hasattr(trunk, "_pool")
         put_on(trunk, PatchedTrunk if pools else HeadPooledTrunk)
@@ -175,19 +178,13 @@ def _in_chans(embed: Any) -> int:
     if hasattr(embed, "backbone"):
         conv = next(m for m in embed.backbone.modules() if isinstance(m, nn.Conv2d))
         return conv.in_channels
-    if isinstance(embed.proj, nn.Linear):
+    if hasattr(embed.proj, "in_features"):
         return embed.proj.in_features // (embed.patch_size[0] * embed.patch_size[1])
     return embed.proj.in_channels
 
 
 def _grid(trunk: Any, size: tuple[int, int, int]) -> tuple[int, int]:
-    embed = _patch_embed(trunk)
-    if getattr(embed, "grid_size", None) and tuple(size[1:]) == tuple(embed.img_size or ()):
-        rows, columns = embed.grid_size
-    elif hasattr(embed, "dynamic_feat_size"):
-        rows, columns = embed.dynamic_feat_size(size[1:])
-    else:
-        rows, columns = size[1] // embed.patch_size[0], size[2] // embed.patch_size[1]
+    rows, columns = grid_of(_patch_embed(trunk), size[1:])
     return int(rows), int(columns)
 
 
@@ -221,4 +218,4 @@ def _stem_macs(trunk: Any, tower: Tower, patches: int) -> int:
     embed = _patch_embed(trunk)
     if hasattr(embed, "backbone"):
         return shape_only_macs(embed, tower.input_size)  # a convolutional stem
-    return patches * embed.proj.weight.numel()
+    return patches * position_macs(embed.proj)

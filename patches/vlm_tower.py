@@ -2,8 +2,9 @@
 
 Where the connector works token by token, it gets the tokens that are left, and its output is put back to as many rows as the
 model's own checks expect: every token at the patch that it stands for, in raster order (merging scrambles), `HOLE` at all
-others. The rows of `HOLE` leave the prompt before the LLM. Features say themselves where they are missing, so that whatever
-generate() does with them between encoding and reading the prompt (repeating them for beams) needs no care.
+others. The rows of `HOLE` leave the prompt before the LLM, also where a caller puts features into inputs_embeds. Features say
+themselves where they are missing, so that whatever is done with them between encoding and reading the prompt (repeating them
+for beams, moving, casting, scaling) needs no care; callers of get_image_features see finite numbers, next to nothing.
 
 Where the connector needs the grid, every patch gets the features of the token it ended in, before anybody sees them.
 
@@ -24,8 +25,7 @@ from vtok.reduction import unmerge
 from vtok.run import Run
 from vtok.state import TokenState
 
-HOLE = float("-inf")  # unlike zeros, no feature is that; unlike NaN, it is equal to itself
-_MARK = "_vtok_reduced"
+HOLE = 2.0**-10  # in every dimension: no feature and no word is that, and every floating-point type holds it exactly
 
 
 @dataclass(frozen=True)
@@ -56,25 +56,12 @@ def install(model: Any, tower: nn.Module, joint: Joint, run: Run) -> None:
         model.get_submodule(joint.connector).register_forward_hook(Spread(run, joint))
     else:
         tower.register_forward_hook(Grid(run))
-    tower.register_forward_hook(Mark())
-
-
-def reduced(output: Any) -> bool:
-    """Whether images were encoded by a patched tower."""
-    return _MARK in getattr(output, "__dict__", {})
 
 
 def holes(features: Tensor) -> Tensor:
-    """[n] bool: rows of features [n, D] that the tower left empty."""
-    return (features == HOLE).all(-1)
-
-
-class Mark(Hook):
-    """Forward hook of a patched tower: what the model returns is this object, with the features added."""
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if hasattr(output, "__dict__"):
-            output.__dict__[_MARK] = True
+    """[...] bool: rows of features [..., D] that the tower left empty: all entries alike, and not zero, as a word's may be."""
+    first = features[..., :1]
+    return (features == first).all(-1) & (first[..., 0] != 0)
 
 
 class Spread(Hook):
@@ -87,6 +74,8 @@ class Spread(Hook):
         state, skip = self.run.current.states[self.joint.state], self.joint.skip
         if state is None or state.index is None:
             return None
+        state = state.on(output.device)
+        assert state.index is not None
         rows = state.index[:, skip:] - skip
         if output.shape[:2] != rows.shape:
             raise StateError(
@@ -97,7 +86,7 @@ class Spread(Hook):
         count = state.length - skip
         if state.keep is not None:  # padding is written to a row of its own
             rows = rows.where(state.keep[:, skip:], count)
-        out = output.new_full((len(rows), count + 1, output.shape[2]), HOLE)
+        out = output.new_full((rows.shape[0], count + 1, output.shape[2]), HOLE)
         return out.scatter(1, rows[..., None].expand_as(output), output)[:, :count]
 
 
@@ -120,6 +109,7 @@ def on_grid(x: Tensor | None, state: TokenState | None) -> Tensor | None:
     """Tokens [V, N, C] -> [V, N0, C]. Patches that are padding all get the one padding row that is kept for them."""
     if x is None or state is None or state.index is None:
         return x
+    state = state.on(x.device)
     if state.real is not None:
         assert state.group is not None
         state = state._replace(group=state.group.where(state.real | (state.group >= 0), x.shape[1] - 1))

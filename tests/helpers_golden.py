@@ -23,10 +23,10 @@ FOLDER = Path(__file__).parent / "golden"
 def load(name: str, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     """Arrays of a file: floats as `dtype`, indices as int64, bools as they are, 0-d arrays as Python values."""
     with np.load(FOLDER / f"{name}.npz") as arrays:
-        return {key: _convert(arrays[key], dtype) for key in arrays}
+        return {key: convert(arrays[key], dtype) for key in arrays}
 
 
-def _convert(array: np.ndarray, dtype: torch.dtype) -> Any:
+def convert(array: np.ndarray, dtype: torch.dtype) -> Any:
     if array.ndim == 0:
         return array.item()
     tensor = torch.from_numpy(array)

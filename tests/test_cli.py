@@ -129,8 +129,8 @@ def test_run_prints_published_beside_measured(folder, tmp_path):
         (["demo", "--budgets", "a,b"], "--budgets takes numbers"),
         (["plan", "no_such_model", "tome"], "timm cannot make no_such_model"),
         (["plan", "reference", "tome:method=3"], "method is no parameter of a method"),
-        (["bench", "reference", "tome", "--json", "/"], "results cannot be written to /: it is a folder"),
-        (["eval", "imagenet", "--model", "a", "--data", "b", "--results-file", "/dev/null/r"], "results cannot be written to"),
+        (["bench", "reference", "tome", "--json", "/"], "/ cannot be written: it is a folder"),
+        (["eval", "imagenet", "--model", "a", "--data", "b", "--results-file", "/dev/null/r"], "/dev/null/r cannot be written"),
     ],
 )
 def test_expected_errors_are_one_line(args, words):

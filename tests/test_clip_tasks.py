@@ -13,8 +13,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import vtok
-from vtok.eval import runs
+from vtok.eval import runner, runs
 from vtok.eval.clip_models import BACKENDS, hugging_face_encoder, load_clip
+from vtok.eval.intervals import paired_difference
+from vtok.eval.report_html.repeat import repeat
+from vtok.eval.report_html.sections import sections
 from vtok.eval.tasks import TASKS
 from vtok.eval.tasks.captions import open_captions
 from vtok.eval.tasks.retrieval import RetrievalOptions
@@ -149,7 +152,9 @@ def test_zeroshot_differences_are_paired(encoder, folder):
     assert metrics["difference_stderr"] == pytest.approx(difference.std(ddof=1) / 18**0.5)
     assert metrics["agreement"] == pytest.approx(float((before == after).double().mean()))
     assert "difference" not in records[0]["metrics"]
-    assert records[2]["metrics"] == {**records[0]["metrics"], "difference": 0, "difference_stderr": 0, "agreement": 1}
+    ends = paired_difference(np.zeros(18)).ends  # nothing changed: as far as 18 images can tell
+    unchanged = {"difference": 0, "difference_stderr": 0, "difference_ci": ends, "agreement": 1}
+    assert records[2]["metrics"] == {**records[0]["metrics"], **unchanged}
     assert records[1]["tokens"]["in"] == 197 and records[1]["tokens"]["out"] == 41
     assert records[1]["implied_speedup"] > 1.4 > records[0]["implied_speedup"] == 1
     assert [r["method"] for r in records] == ["unpatched", "tome", "tome"] and records[1]["params"]["r"] == 13
@@ -188,7 +193,7 @@ def test_retrieval_agrees_with_a_plain_loop(make, karpathy):
     assert {k: found[k] for k in expected} == pytest.approx(expected)
     assert found["recall_sum"] == pytest.approx(sum(expected.values()))
     assert (r["n"], r["num_texts"], r["num_skipped"]) == (11, len(texts), 1)
-    assert "FileNotFoundError" in r["skipped"][0]["reason"] and r["skipped"][0]["file"] == "val2014/5.jpg"
+    assert "5.jpg does not exist" in r["skipped"][0]["reason"] and r["skipped"][0]["file"] == "val2014/5.jpg"
     assert (r["dataset"], r["task"]) == ("dataset_tiny", "zeroshot_retrieval")
     assert json.loads(json.dumps(r, allow_nan=False)) == r
 
@@ -325,7 +330,10 @@ def test_models_that_are_no_dual_encoders():
 
 def test_too_few_class_names(folder, tmp_path):
     (tmp_path / "names.txt").write_text("one\ntwo\n")
-    with pytest.raises(vtok.ConfigError, match="the data has label 5, but there are only 2 class names"):
+    with pytest.raises(
+        vtok.ConfigError,
+        match=r"the data has 6 classes \(ant, bee, cat, ...\), which of the 2 class names they are is not known; pass",
+    ):
         zeroshot(tiny_native(), folder, [None], options(ZeroshotOptions, classnames=str(tmp_path / "names.txt")))
 
 
@@ -360,3 +368,23 @@ def test_the_bundled_pages_and_pictures():
 def test_tables_know_the_tasks():
     assert TASKS.get("retrieval") is retrieval and TASKS.get("zeroshot") is zeroshot
     assert {backend for task in ("retrieval", "zeroshot") for backend in runs.BACKENDS[task]} == {*BACKENDS, "reference"}
+
+
+@pytest.mark.parametrize("task", ["zeroshot", "retrieval"])
+def test_every_record_says_how_it_was_made(task, clip_folder, folder, karpathy, tmp_path):
+    evaluate, kind, data = (
+        (zeroshot, ZeroshotOptions, folder) if task == "zeroshot" else (retrieval, RetrievalOptions, karpathy)
+    )
+    own = {"templates": ("my {c}",)} if task == "zeroshot" else {"recall_k": (1, 3)}
+    records = evaluate(str(clip_folder), str(data), [None, ("random", {"keep": 0.5})], options(kind, num_samples=8, **own))
+    page = repeat(sections([{**record, "path": "results.jsonl"} for record in records])[0], 1)
+    assert page.commands == ["vtok run run-1.yaml"] and page.notes == []
+    ((name, content),) = page.files
+    (tmp_path / name).write_text(content)
+    again = runs.load(str(tmp_path / name))
+    assert again.num_samples == 8 and again.options == {key: list(value) for key, value in own.items()}
+    found = runner.run(again, tmp_path / "again", workers=0).records
+    for one, other in zip(found, records):
+        shared = set(one["metrics"]) & set(other["metrics"])
+        assert {key: one["metrics"][key] for key in shared} == {key: other["metrics"][key] for key in shared}
+    assert [one["correct"] for one in found] == [one["correct"] for one in records]

@@ -208,6 +208,11 @@ def test_passes_that_cannot_be_trained(tmp_path):
     (vlm,) = find(model)
     embedded = {"inputs_embeds": torch.zeros(1, 4, 64)}
     assert "pass input_ids" in message_of(vtok.StateError, _pass, model, SoftATP(modules(), 10.0), **embedded)
+    ids = values["input_ids"][:1]
+    packed = {"input_ids": ids, "pixel_values": values["pixel_values"][:1], "use_cache": False}
+    packed["position_ids"] = (torch.arange(ids.shape[1]) % 9)[None]
+    words = message_of(vtok.StateError, _pass, model, SoftATP(modules(), 10.0), **packed)
+    assert "give every sample a row of its own" in words
     with softened(model, SoftATP(modules(), 10.0)):
         assert "was called on its own" in message_of(vtok.StateError, vlm.text, **embedded)
     model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})

@@ -1,7 +1,9 @@
 """Bad input gets a message that says what was wrong, what was found and what to do. Each message is read here."""
 
 import json
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -187,13 +189,10 @@ def test_a_refused_patch_changes_nothing():
         original = module.forward
         module.forward = lambda *args, **kwargs: original(*args, **kwargs)
 
-    trunk = build("timm: ViT")
-    replace(trunk)
     pair = nn.ModuleList([build("timm: ViT"), build("timm: ViT")])
     replace(pair[1].blocks[3])
-    for broken in (trunk, pair):
-        assert "was replaced" in message_of(vtok.StateError, vtok.patch, broken, "tome", r=4)
-        assert not vtok.info(broken).patched
+    assert "was replaced" in message_of(vtok.StateError, vtok.patch, pair, "tome", r=4)
+    assert not vtok.info(pair).patched
     patched = vtok.patch(build("timm: ViT"), "tome", r=4)
     replace(patched.blocks[3])
     before = str(vtok.info(patched))
@@ -253,7 +252,8 @@ def test_causal_attention(model):
 
 def test_packed_input():
     model = vtok.patch(build("timm: NaFlexViT"), "random", input_size=(3, 64, 64))
-    text = message_of(vtok.UnsupportedModelError, model, {"patches": torch.zeros(1, 4, 192)})
+    packed = {"patches": torch.zeros(1, 4, 192), "patch_coord": torch.zeros(1, 4, 2), "patch_valid": torch.ones(1, 4)}
+    text = message_of(vtok.UnsupportedModelError, model, packed)
     assert "packed NaFlex input is not supported" in text
 
 
@@ -329,3 +329,73 @@ def test_vision_language_models_need_a_younger_transformers_than_encoders(monkey
     assert "need transformers 99.0 or newer, found 5." in text
     assert "patch the model's vision tower by itself" in text
     vtok.patch(model.model.vision_tower, "tome", r=2)
+
+
+BROKEN = (float("nan"), float("inf"), float("-inf"))
+
+
+@pytest.mark.parametrize("call", [vtok.plan, vtok.patch])
+def test_calibration_that_measures_nothing(model, call):
+    x = images("timm: ViT")
+    for value in BROKEN:
+        broken = x.clone()
+        broken[1, 0, 3, 3] = value
+        text = message_of(vtok.ConfigError, call, model, "ats", flops=0.6, calibration=broken)
+        assert "holds 1 numbers that are NaN or infinite" in text
+    for odd in (x.double(), x.half(), (255 * x).byte()):
+        text = message_of(vtok.ConfigError, call, model, "ats", flops=0.6, calibration=odd)
+        assert f"calibration images are {odd.dtype}, VisionTransformer takes torch.float32" in text
+    small = message_of(vtok.ConfigError, call, model, "ats", flops=0.6, calibration=x[..., :30, :30])
+    assert "cannot run the calibration images (AssertionError: " in small
+    assert not vtok.info(model).patched
+
+
+def test_files_with_keys_that_nobody_reads(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vtok.save_config(vtok.patch(model, "tome", r=4), ".")
+    vtok.unpatch(model)
+    good = json.loads(Path("vtok.json").read_text())
+    tower = good["towers"][0]
+    for change, words in (
+        ({"tracing": True}, "unknown key 'tracing'; did you mean 'trace'?"),
+        ({"trace": "false"}, "trace is true or false, found 'false'"),
+        ({"trace": 1}, "trace is true or false, found 1"),
+        ({"positions": 5}, "positions is one of original, compact, found 5"),
+        ({"positions": "orignal"}, "positions is one of original, compact, found 'orignal'"),
+        ({"towers": [{**tower, "deph": 3}]}, "unknown key 'deph'; did you mean 'depth'?"),
+        ({"towers": [{**tower, "methods": []}]}, "here all are empty"),
+        ({"towers": [{**tower, "methods": {}}]}, "'methods' must be a list"),
+        ({"towers": [{**tower, "methods": [{"method": "tome", "rr": 3}]}]}, "unknown parameter of tome 'rr'"),
+    ):
+        Path("vtok.json").write_text(json.dumps({**good, **change}))
+        text = message_of(vtok.VtokError, vtok.patch, model, "vtok.json")
+        assert "vtok.json: " in text and words in text, text
+    for content, words in (
+        ('{"format": 1, "format": 1}', "the key 'format' is written twice"),
+        ("[" * 100_000, "is not a JSON file"),
+    ):
+        Path("vtok.json").write_text(content)
+        assert words in message_of(vtok.ConfigError, vtok.patch, model, "vtok.json")
+    os.mkfifo("pipe.json")
+    assert "is no file that could be read" in message_of(vtok.ConfigError, vtok.patch, model, "pipe.json")
+    assert "unknown method ''" in message_of(vtok.UnknownNameError, vtok.patch, model, "")
+    assert not vtok.info(model).patched
+
+
+@pytest.mark.parametrize("name", ["timm: ViT", "timm: NaFlexViT"])
+def test_compilers_that_read_source(name):
+    """What torch says of a patched block, or a made-up reason, helps nobody."""
+    model = vtok.patch(build(name), "random", keep=1.0, input_size=(3, 64, 64))
+    text = message_of(vtok.UnsupportedModelError, torch.jit.script, model)
+    assert "torch.jit.script cannot compile" in text
+    assert "torch.jit.trace, or call vtok.unpatch(model) first" in text
+    text = message_of(vtok.UnsupportedModelError, torch.fx.symbolic_trace, model)
+    assert "symbolic tracing cannot follow" in text
+    vtok.unpatch(model)
+
+
+def test_scripting_of_one_block(model):
+    vtok.patch(model, "tome", r=4)
+    assert "cannot compile Block" in message_of(vtok.UnsupportedModelError, torch.jit.script, model.blocks[1])
+    vtok.unpatch(model)
+    assert torch.jit.script(model.blocks[1]) is not None

@@ -10,9 +10,9 @@ from torch import Tensor
 from vtok.methods.todre import ToDRE, k_center_select, max_sum_select, relevance
 from vtok.methods.todre_pivot import choose_pivot, cls_attention
 from vtok.methods.todre_relevance import causal_attention, drops_visual
-from vtok.methods.todre_select import kept_tokens
 from vtok.ops.diversity import greedy_diverse
 from vtok.ops.matching import unit
+from vtok.ops.selection import kept_tokens
 from vtok.prompt import ImageFeatures, Layout, TowerBlock, TowerFacts, View, VLMInfo
 from vtok.state import AttentionView, Place, Site
 

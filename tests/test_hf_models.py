@@ -136,6 +136,20 @@ def test_attentions_that_are_never_computed_are_refused():
         inner(model)(x, output_attentions=False)
 
 
+def test_attentions_of_blocks_that_see_all_tokens():
+    """BLIP's attention takes no sizes of merged tokens; in front of the first reduction there are none."""
+    name = "transformers: BLIP tower"
+    model, x = build(name), images(name)
+    inner(model).set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = inner(model)(x, output_attentions=True).attentions
+        found = inner(vtok.patch(model, "uniform", keep=1.0))(x, output_attentions=True).attentions
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    vtok.patch(model, "tome", r=[0, 0, 6, 6])
+    with torch.no_grad(), pytest.raises(vtok.UnsupportedModelError, match="nothing to return for blocks 2, 3:"):
+        inner(model)(x, output_attentions=True)
+
+
 @pytest.mark.parametrize(
     "name",
     [

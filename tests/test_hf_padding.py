@@ -9,7 +9,7 @@ from zoo import SETTINGS, WITHOUT_CLS, Nothing, build, checkpointing
 
 import vtok
 from vtok.api import run_of
-from vtok.patches.padded import key_padding
+from vtok.patches.padded import by_rows, padding_of
 from vtok.registry import encoder_methods
 from vtok.state import Place
 
@@ -163,15 +163,31 @@ def test_gradients_flow_through_padded_batches():
 
 
 def test_which_masks_are_padding():
-    real = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
-    keep = real.bool()
+    keep = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]], dtype=torch.bool)
     wide = keep[:, None, None].expand(2, 1, 4, 4)
+    both, itself = wide & wide.mT, torch.eye(4, dtype=torch.bool)
     additive = torch.zeros(2, 1, 4, 4).masked_fill(~wide, torch.finfo(torch.float32).min)
-    for mask in (real, keep, wide, keep[:, None, None], additive, additive.clamp_min(-3e38)):
-        assert torch.equal(key_padding(mask, 4), keep)
-    assert key_padding(None, 4) is None
-    assert key_padding(torch.ones(2, 4), 4) is None
-    assert key_padding(torch.ones(2, 1, 4, 4, dtype=torch.bool).tril(), 4) is None  # causal
-    assert key_padding(additive + 0.5, 4) is None  # a bias
-    assert key_padding(torch.zeros(1, 3, 4, 4), 4) is None  # a bias for each head
-    assert key_padding(real, 5) is None
+    assert by_rows(None, {"attention_mask": keep.long()}).shape == (2, 1, 1, 4)
+    for mask in (keep[:, None, None], keep.long()[:, None, None], wide, both, both | itself, wide | itself, additive):
+        for form in (mask, mask.expand(2, 3, *mask.shape[2:])):
+            assert torch.equal(padding_of(form, 4).keep, keep)
+            assert padding_of(form, 4).alone
+    for mask in (additive.clamp_min(-3e38), additive.clamp_min(-1e9), torch.where(wide, 0.0, -1e4)):
+        assert padding_of(mask, 4).alone
+    for bias in (additive + 0.5, wide & torch.ones(4, 4, dtype=torch.bool).tril()):  # padding, and more
+        found = padding_of(bias, 4)
+        assert torch.equal(found.keep, keep)
+        assert not found.alone
+    lone = torch.tensor([True, False, False, False])  # nothing but the class token, and nothing but one patch
+    for mask in (lone, lone & lone[:, None], lone & lone[:, None] | itself):
+        assert torch.equal(padding_of(mask, 4, num_prefix=1).keep[0], lone)
+    assert torch.equal(padding_of(lone & lone[:, None], 4).keep[0], lone)
+    assert padding_of(itself, 4) is None  # every token for itself: which are padding cannot be told
+    for nothing in (
+        None,
+        torch.ones(2, 1, 1, 4),
+        torch.zeros(1, 3, 4, 4),
+        torch.ones(4, 4, dtype=torch.bool).tril(),
+        keep[0, :3],
+    ):
+        assert padding_of(nothing, 4) is None

@@ -11,7 +11,11 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 import vtok
+from vtok.eval import runner, runs
+from vtok.eval.intervals import paired_difference
 from vtok.eval.reference import FashionViT
+from vtok.eval.report_html.repeat import repeat
+from vtok.eval.report_html.sections import sections
 from vtok.eval.settings import Setting
 from vtok.eval.tasks import TASKS
 from vtok.eval.tasks.image_folder import CheckedImages, Unreadable, collate
@@ -56,6 +60,7 @@ def model():
     with torch.no_grad():
         for block in model.blocks:
             block.attn.qkv.weight.mul_(6)  # attention sharp enough that images keep different numbers of tokens
+    model.pretrained_cfg["label_names"] = [*CLASSES, "dog", "elk", "fox", "gnu"]
     return model
 
 
@@ -108,8 +113,11 @@ def test_differences_are_paired(records, model, folder):
     assert paired["difference"] == pytest.approx(100 * difference.mean())
     assert paired["difference_stderr"] == pytest.approx(100 * difference.std(ddof=1) / 18**0.5)
     assert paired["agreement"] == pytest.approx(100 * (before == after).mean())
-    assert set(records[0]["metrics"]) == {"top1", "top1_stderr", "top5"}
-    same = {"difference": 0, "difference_stderr": 0, "agreement": 100}
+    low, high = paired["difference_ci"]
+    assert low < paired["difference"] < high
+    assert set(records[0]["metrics"]) == {"top1", "top1_stderr", "top1_ci", "top5"}
+    ends = paired_difference(np.zeros(18)).scaled(100).ends  # nothing changed: as far as 18 images can tell
+    same = {"difference": 0, "difference_stderr": 0, "difference_ci": ends, "agreement": 100}
     assert records[3]["metrics"] == {**records[0]["metrics"], **same}
 
 
@@ -148,7 +156,7 @@ def test_unreadable_files_are_left_out_and_named(records):
         assert set(skipped) == BROKEN | {"cat/notes.txt"}
         assert r["num_skipped"] == 3
         assert "truncated" in skipped["bee/truncated.jpg"]
-        assert "UnidentifiedImageError" in skipped["cat/text.jpg"]
+        assert "cannot identify" in skipped["cat/text.jpg"]
         assert skipped["cat/notes.txt"] == "not an image extension: .txt"
 
 
@@ -161,9 +169,9 @@ def test_workers_and_batches_change_nothing(records, model, folder):
 
 
 def test_a_folder_without_a_readable_image(model, tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "x.jpg").write_text("nothing")
-    with pytest.raises(vtok.ConfigError, match=r"none of the 1 files .* a/x.jpg: UnidentifiedImageError"):
+    (tmp_path / "ant").mkdir()
+    (tmp_path / "ant" / "x.jpg").write_text("nothing")
+    with pytest.raises(vtok.ConfigError, match=r"none of the 1 files .* ant/x.jpg: the picture cannot be read .* identify"):
         evaluate(model, tmp_path, [None], options())
 
 
@@ -182,7 +190,7 @@ def test_class_map_by_name(records, model, folder, tmp_path):
     assert r["top1"] == round(100 * (predictions == np.array([-1, 1, 0])[labels])[kept].mean(), 4)
     reasons = {one["file"]: one["reason"] for one in r["skipped"]}
     assert reasons["ant/ILSVRC2012_val_00000001.JPEG"] == "its folder is not in the class map"
-    assert "3 classes, the model 7" in records[0]["notes"][0]
+    assert records[0]["notes"] == ["its 3 classes are some of the model's 7 outputs that count, found by name"]
 
 
 def test_real_labels(model, folder, tmp_path):
@@ -243,9 +251,11 @@ def test_label_files_that_do_not_fit(model, folder, tmp_path, extra, message):
     [
         ({"img_size": 32}, "was built for \\(3, 64, 64\\), the flags ask for \\(3, 32, 32\\)"),
         ({"class_map": "nowhere.txt"}, "neither a file nor"),
-        ({"valid_labels": "nowhere"}, "cannot read labels"),
+        ({"valid_labels": "nowhere"}, "labels nowhere does not exist"),
         ({"model_dtype": "int4"}, "unknown type 'int4'"),
         ({"dataset": "tfds/x"}, "tfds/x is a stream"),
+        ({"dataset": "nope"}, "unknown data set 'nope'; write TYPE/NAME with a TYPE of hfds, torch"),
+        ({"dataset": "nope/imagenet"}, "unknown data set 'nope/imagenet'; write TYPE/NAME"),
         ({"dataset": "torch/nonsense"}, "timm cannot open torch/nonsense: Unknown torchvision dataset"),
     ],
 )
@@ -280,10 +290,38 @@ def test_a_model_by_name_with_its_flags(folder):
     assert second["tokens"]["in"] == 17 and second["metrics"]["agreement"] <= 100
 
 
-def test_grey_images_half_precision_and_autocast(folder):
+def test_every_record_says_how_it_was_made(folder, tmp_path):
+    kwargs = {"img_size": 32, "patch_size": 8, "depth": 2}
+    flags = options(pretrained=False, num_classes=3, model_kwargs=kwargs, num_samples=7, crop_pct=1.0, seed=3)
+    records = evaluate("vit_tiny_patch16_224", folder, [None, ("tome", {"r": 2}), ("random", {"flops": 0.7})], flags)
+    page = repeat(sections([{**record, "path": "results.jsonl"} for record in records])[0], 1)
+    assert page.commands == ["vtok run run-1.yaml --no-pretrained"] and page.notes == []
+    ((name, content),) = page.files
+    (tmp_path / name).write_text(content)
+    again = runs.load(str(tmp_path / name))
+    assert {setting.title for setting in again.settings} == {"tome(r=2)", "random(flops=0.7)"} and again.num_samples == 7
+    found = runner.run(again, tmp_path / "again", pretrained=False, workers=0).records
+    hits = {one["setting"]: (one["metrics"]["top1"], one["correct"]) for one in found}
+    assert hits == {one["setting"]: (one["metrics"]["top1"], one["correct"]) for one in records}
+    alone = repeat(sections([{**records[0], "path": "results.jsonl"}])[0], 1)
+    assert "keeps all tokens" in alone.notes[0]
+    (tmp_path / "alone.yaml").write_text(alone.files[0][1])
+    assert runs.load(str(tmp_path / "alone.yaml")).settings[0].title == "uniform(keep=1)"
+
+
+def test_a_model_that_has_no_name_cannot_be_named(records):
+    assert all("config" not in record for record in records)
+    old = [{name: value for name, value in record.items() if name != "backend"} for record in records]
+    page = repeat(sections([{**record, "path": "results.jsonl"} for record in old])[0], 1)
+    assert page.commands == [] and page.notes[-1] == "the records do not say how they were made"
+
+
+def test_grey_images_half_precision_and_autocast(folder, tmp_path):
     model = FashionViT(depth=2).build().train()
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
+    shared = {"num_samples": 4, "channels_last": True, "class_map": str(tmp_path / "classes.txt")}
     bf16, amp = (
-        evaluate(model, folder, [None, ("tome", {"r": 8})], options(num_samples=4, channels_last=True, **extra))[1]
+        evaluate(model, folder, [None, ("tome", {"r": 8})], options(**shared, **extra))[1]
         for extra in ({"model_dtype": "bfloat16"}, {"amp": True, "amp_dtype": "bfloat16"})
     )
     assert (bf16["dtype"], amp["dtype"]) == ("bfloat16", "bfloat16 autocast")

@@ -1,6 +1,7 @@
 """Imports point downwards; importing vtok needs torch alone; the public surface is what it says it is."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +21,15 @@ ALLOWED = {
     "state": set(),
     "reduction": {"errors", "ops", "state"},
     "run": {"errors", "state"},
-    "prompt": {"ops", "reduction", "state"},
-    "config": {"errors", "prompt", "reduction", "space", "state"},
+    "tower": {"state"},
+    "prompt": {"ops", "reduction", "state", "tower"},
+    "config": {"errors", "plain", "prompt", "reduction", "space", "state"},
     "cost": {"config", "state"},
     "prompt_cost": {"cost", "errors", "prompt"},
-    "methods": {"config", "errors", "methods", "ops", "prompt", "reduction", "space", "state"},
+    "plain": set(),
+    "reading": {"errors"},
+    "writing": {"errors"},
+    "methods": {"config", "errors", "methods", "ops", "prompt", "reduction", "space", "state", "writing"},
     "patches": {"config", "cost", "errors", "ops", "patches", "prompt", "prompt_cost", "reduction", "registry", "run", "state"},
 }
 CORE = [
@@ -106,6 +111,17 @@ def test_the_public_names_exist():
     assert set(vtok._CONFIGS.values()) == set(vtok.METHODS.names())
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         vtok.nonsense  # noqa: B018
+
+
+def test_pages_that_the_readme_names_are_there_after_an_import():
+    """`help(vtok.eval.demo)` and the others, as a reader types them: nothing else has been imported."""
+    pages = sorted(set(re.findall(r"help\((vtok\.[\w.]+)\)", (ROOT / "README.md").read_text())))
+    assert len(pages) > 6 and any(page.startswith("vtok.eval.") for page in pages)
+    code = "import vtok\n" + "".join(f"assert len({page}.__doc__) > 100\n" for page in pages)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        vtok.eval.nonsense  # noqa: B018
 
 
 def test_no_file_is_long():

@@ -1,13 +1,14 @@
 """Patches come, go and come back: whatever happens in between, a model is in one state or the other, never in half of each."""
 
 import copy
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from zoo import build, images
+from zoo import EXAMPLES, build, images
 
 import vtok
 from vtok.api import run_of
@@ -109,3 +110,76 @@ def test_blocks_cut_off_after_patching_still_pool_by_size():
         plain = model.head(model.fc_norm(model.forward_features(x).mean(1)))
     assert F.mse_loss(plain, _outputs(model, x)) > 0
     assert len(vtok.info(model).towers[0].blocks) > 0
+
+
+def _wrapped(module):
+    inner = module.forward
+
+    @functools.wraps(inner)
+    def forward(*args, **kwargs):
+        return inner(*args, **kwargs)
+
+    module.forward = forward
+
+
+def _compiled(module):
+    module.forward = torch.compile(module.forward, backend="eager")
+
+
+def _prepared(module):
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(module)
+
+
+WRAPPED = [
+    ("timm: ViT", "", _prepared),
+    ("timm: ViT", "", _wrapped),
+    ("timm: ViT", "", _compiled),
+    ("timm: ViT", "blocks.1", _wrapped),
+    ("timm: ViT", "blocks.0", _compiled),
+    ("timm: BEiT relative bias", "blocks.0", _wrapped),
+    ("open_clip: ViT", "transformer.resblocks.2", _wrapped),
+    ("transformers: ViT", "model.vit.layers.1", _wrapped),
+    ("transformers: ViT", "model", _prepared),
+]
+
+
+@pytest.mark.parametrize(("name", "where", "wrap"), [case for case in WRAPPED if case[0] in EXAMPLES])
+def test_a_forward_that_others_wrap_while_the_model_is_patched(name, where, wrap):
+    """It runs before and after the patch has gone, as the model that it then is, and the patch can come back."""
+    model, x = build(name), images(name)
+    reference = _outputs(model, x)
+    wrap(vtok.patch(model, "tome", r=4).get_submodule(where))
+    exact = wrap is not _prepared
+    reduced = _outputs(model, x)
+    assert not torch.allclose(reduced, reference, atol=1e-3)
+    out = _outputs(vtok.unpatch(model), x)
+    assert torch.equal(out, reference) if exact else torch.allclose(out, reference, atol=0.1 * reference.abs().max())
+    assert torch.equal(_outputs(vtok.patch(model, "tome", r=4), x), reduced)
+    assert torch.equal(_outputs(vtok.unpatch(model), x), out)
+
+
+@pytest.mark.parametrize("wrap", [_prepared, _wrapped])
+def test_a_wrapped_trunk_is_patched_as_it_is(wrap):
+    """Nothing of vtok's replaces the forward of a whole tower, so whoever wraps it bypasses nothing."""
+    model, x = build("timm: ViT average pool"), images("timm: ViT average pool")
+    expected = _outputs(vtok.patch(copy.deepcopy(model), "tome", r=4), x)
+    wrap(model)
+    found = _outputs(vtok.patch(model, "tome", r=4), x)
+    assert torch.allclose(found, expected, atol=0.1 * expected.abs().max())
+    assert run_of(model).current.tokens(4) == 64 - 16
+
+
+def test_a_model_of_which_one_tower_is_patched_is_saved_and_comes_back(tmp_path):
+    torch.manual_seed(0)
+    model, x = Pair().eval(), torch.randn(2, 3, 32, 32)
+    other = copy.deepcopy(model)
+    vtok.patch(model.b, "tome", r=2)
+    vtok.save_config(model, tmp_path)
+    vtok.patch(other, tmp_path)
+    assert run_of(other.a) is None
+    assert run_of(other.b).patch.configs == run_of(model.b).patch.configs
+    assert torch.equal(_outputs(model, x), _outputs(other, x))
+    vtok.patch(other.a, "random", keep=0.5)
+    vtok.patch(other, tmp_path)
+    assert run_of(other.a) is None, "an earlier patch is removed first"

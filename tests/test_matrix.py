@@ -161,9 +161,10 @@ def test_every_cell_of_a_vision_language_model(spoken, name, method):
 
 
 def test_prompts_are_those_that_a_method_takes(spoken):
-    """Only correlation wants pages cut into crops, only atp one image a prompt, and only where it must."""
+    """Only correlation wants pages cut into crops, only atp one image a prompt, and only where it must; some want videos."""
     kinds = {(c.method, c.evidence.prompts) for c in spoken if c.evidence is not None}
     rare = {("correlation", "cropped pages"), ("atp", "one image each")}
+    rare |= {(method, "videos") for method in ("evs", "fastvid", "vidcom2")}
     assert {pair for pair in kinds if pair[1] != "several images"} == rare
     for found in spoken:
         if found.method == "correlation" and found.evidence is not None:
@@ -186,7 +187,7 @@ def test_the_check_of_vision_language_models_notices(monkeypatch):
     """Columns that were dropped somewhere else than the oracle is told, and patches that take nothing away from some prompt."""
     example = tiny.vlm_examples()["LLaVA-OneVision"]
     model = tiny.build_vlm(example)
-    (_, values), (_, pages), _ = tiny.vlm_prompts(example, model)
+    (_, values), _, (_, pages), _ = tiny.vlm_prompts(example, model)
     kept = vlm_oracle.check_prompts(vtok.patch(model, "uniform", keep=1.0), values)
     assert kept.fault == vlm_oracle.NOTHING
     vtok.patch(model, "correlation", alpha=0.2)

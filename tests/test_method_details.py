@@ -12,10 +12,13 @@ from strategies import attention, decided, generator, grids, normal, positive, p
 from torch import Tensor
 
 import vtok
+from vtok.config import ModelInfo
 from vtok.methods.ats import significance_scores
 from vtok.methods.pitome import energy_plan, energy_score, merge_count, sorted_bsm_plan
 from vtok.methods.uniform_grid import dither_rank
 from vtok.methods.zero_tprune import Step, prune_plan
+from vtok.ops.selection import kept_tokens
+from vtok.prompt import View, VLMInfo
 from vtok.state import AttentionView, Place, Site, TokenState, log_size_bias
 
 
@@ -196,8 +199,8 @@ def kept_patches(keep: float, grid: tuple[int, int]) -> set[tuple[int, int]]:
     patches = grid[0] * grid[1]
     reducer = vtok.UniformGrid(keep=keep).build(model_info(num_patches=patches, grid=grid))
     plan = decided(reducer, attention(0, 1, 1 + patches), TokenState(1, 1 + patches))
-    assert plan is not None
-    return {divmod(i - 1, grid[1]) for i in plan.keep[0, 1:].tolist()}
+    kept = range(1, 1 + patches) if plan is None else plan.keep[0, 1:].tolist()  # a large share of few is all of them
+    return {divmod(i - 1, grid[1]) for i in kept}
 
 
 def test_a_quarter_of_the_grid_is_every_second_row_and_column() -> None:
@@ -229,3 +232,18 @@ def test_uniform_goes_by_original_positions(seed: int) -> None:
         assert_equal(plan.keep.sort(-1).values, plan.keep)  # what stays, stays in order
         plans.append(set(index[0, plan.keep[0]].tolist()))
     assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize("keep", [0.01, 0.1, 0.25, 0.5, 0.55, 0.9, 0.925, 0.999])
+def test_a_share_means_one_number_of_tokens(keep):
+    """Whatever method, whatever side of a model: a table compares methods that keep as many."""
+    for n in (1, 2, 5, 49, 64, 196, 256, 576, 577, 2880):
+        wanted = kept_tokens(n, keep)
+        assert wanted == min(n, max(1, round(n * keep)))
+        facts = ModelInfo("ViT", 4, 1, n, (1, n), True, 48, 12, 4, 4)
+        for config in (vtok.RandomDrop(keep=keep), vtok.UniformGrid(keep=keep), vtok.ATS(keep=keep)):
+            reducer = config.build(facts)
+            assert reducer.count(reducer.sites[0], n + 1, 1) == wanted + 1, config
+        llm = VLMInfo("VLM", 4, 64, 4)
+        for config in (vtok.RandomDrop(keep=keep), vtok.UniformGrid(keep=keep), vtok.ToDRE(keep=keep, probe=None)):
+            assert config.build_vlm(llm).feature_count(n, (View(0, 1, n),)) == wanted, config

@@ -339,3 +339,17 @@ def test_all_registered_architectures(capsys):
         print(f"refused: {', '.join(refused)}")
     assert all(not name.startswith(CONVOLUTIONS) for name, yes in covered.items() if yes)
     assert len(refused) <= 0.22 * len(covered)
+
+
+def test_a_wrapped_trunk_is_counted_once():
+    """The tower of another backend inside open_clip's wrapper is one tower, in every cost."""
+    from vtok.eval.settings import pass_cost, towers
+
+    model, x = build("open_clip: timm trunk"), images("open_clip: timm trunk")
+    assert len(towers(model)) == 1
+    base = vtok.plan(model, "tome", r=0).estimate.base_macs
+    assert pass_cost(model).macs == base
+    with torch.no_grad():
+        assert count_macs(model, x).model == base
+        vtok.patch(model, "tome", r=6)(x)
+    assert pass_cost(model).base_macs == base > pass_cost(model).macs

@@ -70,8 +70,8 @@ def test_layers_where_tokens_leave_are_listed():
 
 
 def test_times_become_ratios_pair_by_pair():
-    base = Times([2.0, 4.0, 6.0], [3.0, 5.0, 7.0], [0.5, 0.5, 0.5])
-    patched = Times([1.0, 2.0, 3.0], [2.0, 3.0, 4.0], [0.25, 0.25, 0.25])
+    base = Times([2.0, 4.0, 6.0, 4.0, 4.0], [3.0, 5.0, 7.0, 5.0, 5.0], [0.5] * 5)
+    patched = Times([1.0, 2.0, 3.0, 2.0, 2.0], [2.0, 3.0, 4.0, 3.0, 3.0], [0.25] * 5)
     found = compare(base, patched, implied=2.5)
     assert found["speedup"] == 2 and found["achieved"] == pytest.approx(0.8)
     assert found["decode_ratio"] == 2 and found["decode_ratio_ci"] == [2, 2]

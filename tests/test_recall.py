@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtok.eval.intervals import mean_stderr
+from vtok.eval.intervals import clustered_mean_stderr, mean_stderr
 from vtok.eval.tasks import recall
-from vtok.eval.tasks.recall import Positives, clustered_mean_stderr, first_ranks, text_groups
+from vtok.eval.tasks.recall import Positives, first_ranks, text_groups
 
 
 @st.composite

@@ -45,7 +45,9 @@ def test_records_hold_what_a_reader_needs(comparison, records):
         assert {"params", "versions", "dtype", "device", "threads", "batch_size", "n", "dataset", "backend"} <= set(record)
         assert record["gmacs"]["base"] == base["gmacs"]["model"]
         assert record["gflops"]["model"] == 2 * record["gmacs"]["model"]
-        assert record["speedup_ci"][0] <= record["speedup"] <= record["speedup_ci"][1]
+        assert record["pairs"] < 5 and record["speedup_ci"] is None
+        low, high = record["metrics"]["difference_ci"]
+        assert low < record["metrics"]["difference"] < high
         assert record["achieved"] == pytest.approx(record["speedup"] / record["implied_speedup"])
         difference = report.correctness(record).astype(float) - report.correctness(base)
         assert record["metrics"]["difference"] == pytest.approx(100 * difference.mean())
@@ -99,6 +101,7 @@ def _fake(method, budget, top1, macs, speedup=2.0, right=1000):
         "correct": np.packbits(bits).tobytes().hex(),
         "gmacs": {"model": macs},
         "speedup": speedup,
+        "speedup_ci": [speedup - 0.05, speedup + 0.05],
         "metrics": {"top1": top1, "difference": top1 - 90, "difference_stderr": 0.5},
     }
 
@@ -110,6 +113,9 @@ def test_findings_speak_up():
     assert any("tome does not clearly beat random at 0.4" in line for line in lines)
     assert not any("ats does not" in line for line in lines)
     assert any("ats at 0.4 was slower than unpatched" in line for line in lines)
+    few = report.findings([rows[0], _fake("ats", 0.4, 89.0, 1.0, 0.9, 1200) | {"speedup_ci": None}])
+    assert not any("slower" in line for line in few)
+    assert few[-1] == "1 settings were timed too few times for an interval of their speed-up"
     assert "too little" in report.findings([_fake("random", 0.4, 89.9, 1.0)])[0]
 
 

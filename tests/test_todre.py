@@ -15,7 +15,7 @@ from vtok.methods import todre_relevance
 from vtok.methods.todre import max_sum_select, relevance
 from vtok.methods.todre_pivot import choose_pivot, cls_attention
 from vtok.methods.todre_relevance import DEFAULT_PROBE, drops_visual, kinds, probe_layers
-from vtok.methods.todre_select import kept_tokens
+from vtok.ops.selection import kept_tokens
 from vtok.prompt import LayerAttention, Layout
 from vtok.state import AttentionView
 

@@ -19,6 +19,7 @@ import vtok
 from tests import zoo
 from vtok.eval import tune_report
 from vtok.eval.app import app
+from vtok.eval.intervals import paired_difference
 from vtok.eval.settings import pass_cost
 from vtok.eval.tune import Tuning, tune
 from vtok.eval.tune_models import Prepared
@@ -173,7 +174,7 @@ def test_the_run_file_and_the_records_say_what_was_found(model, data, tmp_path):
     gap = hits[2].astype(float) - hits[1]
     assert best["metrics"]["top1_against_default"] == pytest.approx(100 * gap.mean())
     low, high = best["metrics"]["top1_against_default_ci"]
-    assert high - low == pytest.approx(2 * 1.96 * 100 * gap.std(ddof=1) / 60**0.5, rel=1e-3)
+    assert (low, high) == pytest.approx(paired_difference(gap).scaled(100)[1:])
     assert default["metrics"]["agreement"] == default["metrics"]["top1"], "labels are what the unpatched model says"
 
 

@@ -134,7 +134,10 @@ def test_ways_to_generate_that_are_refused():
     model, values = vtok.patch(build("LLaVA-1.5"), "uniform", keep=0.5), inputs("LLaVA-1.5")
     one = {k: v[:1] if k != "pixel_values" else v[:2] for k, v in values.items()}
     text = message_of(vtok.UnsupportedModelError, generate, model, one, prompt_lookup_num_tokens=2)
-    assert "assisted decoding takes rejected tokens back" in text
+    assert "cannot be cropped (assisted decoding does that)" in text
+    decides = vtok.patch(build("LLaVA-1.5"), Columns(((2, 2),)))
+    text = message_of(vtok.UnsupportedModelError, generate, decides, one, prompt_lookup_num_tokens=2)
+    assert "would take part in what is decided in front of decoder layer 2" in text
     text = message_of(vtok.UnsupportedModelError, generate, model, values, prefill_chunk_size=8)
     assert "prefill_chunk_size reads a prompt in pieces" in text
     cache = generate(model, values, steps=2)[2].past_key_values
@@ -142,8 +145,6 @@ def test_ways_to_generate_that_are_refused():
     with torch.no_grad():
         text = message_of(vtok.UnsupportedModelError, model, **values, past_key_values=cache)
         assert "images were passed with a cache that holds text already" in text
-        embedded = {"inputs_embeds": model.get_input_embeddings()(values["input_ids"]), "pixel_values": values["pixel_values"]}
-        assert "pass input_ids" in message_of(vtok.UnsupportedModelError, model, **embedded)
         new = {"inputs_embeds": torch.zeros(2, 1, 64), "past_key_values": cache}
         text = message_of(vtok.StateError, text_model(model), **new)
         assert "was called on its own with a cache that holds a shortened prompt" in text
@@ -195,3 +196,35 @@ def test_where_the_image_stands(place):
         assert "a prompt ends with a visual token that is dropped" in text
     long = generate(vtok.patch(model, "uniform", keep=0.3, positions=positions), one)
     assert (short[1] - long[1]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["LLaVA-1.5", "LLaVA-NeXT", "InternVL"])
+def test_features_of_no_block(name):
+    """transformers fails on them too, in words that say nothing."""
+    model = build(name)
+    model.config.vision_feature_layer = 0
+    with pytest.raises(TypeError), torch.no_grad():
+        model(**inputs(name))
+    for call in (vtok.patch, vtok.plan):
+        assert "vision_feature_layer=0 of" in message_of(vtok.UnsupportedModelError, call, model, "random")
+    assert "vision_feature_layer=0 of" in vtok.supports(model).reason
+
+
+def test_a_family_whose_cost_nobody_wrote_down(monkeypatch):
+    """Its prompts are shortened; what needs costs says what is missing."""
+    from vtok.patches import hf_vlm_cost
+
+    rows = {name: row for name, row in hf_vlm_cost.VISION.items() if not name.endswith(".LlavaModel")}
+    monkeypatch.setattr(hf_vlm_cost, "VISION", rows)
+    model = build("LLaVA-1.5")
+    words = "what LlavaModel costs is not known in closed form"
+    assert words in message_of(vtok.UnsupportedModelError, vtok.plan, model, "random", keep=0.5)
+    for method in ("random", "tome"):
+        assert words in message_of(vtok.UnsupportedModelError, vtok.patch, model, method, flops=0.8)
+    for method, knobs in (("random", {"keep": 0.5}), ("tome", {"r": 2})):
+        vtok.patch(model, method, **knobs)
+        with torch.no_grad():
+            model(**inputs("LLaVA-1.5"))
+        found = vtok.info(model).prompts[0]
+        assert found.rows and words in " ".join(found.notes)
+        assert words in str(vtok.info(model))

@@ -89,18 +89,23 @@ def test_image_features(name, method):
 
 @pytest.mark.parametrize("name", ["LLaVA-1.5", "Qwen3-VL", "InternVL"])
 def test_folding_features(name):
-    """Merged features reach the LLM: the same as features replaced by hand, under a mask."""
+    """Merged features reach the LLM, also those of other tower layers: the same as replaced by hand, under a mask."""
     values, model = inputs(name), build(name)
     reference = build(name)
     from vtok.patches import hf_features as hf
 
     outputs = hf.encode(reference.model, values)
-    images, stays = list(outputs["image"].pooler_output), []
-    for i, x in enumerate(images):
-        mean = torch.stack([x[j : j + 4].mean(0) if j + 4 <= len(x) else x[j:].mean(0) for j in range(0, len(x), 4)])
-        images[i] = x.clone()
-        images[i][::4] = mean
-        stays.append(torch.arange(len(x)) % 4 == 0)
+    images = list(outputs["image"].pooler_output)
+    deep = [list(features) for features in getattr(outputs["image"], "deepstack_features", None) or ()]
+    assert bool(deep) == (name == "Qwen3-VL")
+    for features in (images, *deep):
+        for i, x in enumerate(features):
+            mean = torch.stack([x[j : j + 4].mean(0) if j + 4 <= len(x) else x[j:].mean(0) for j in range(0, len(x), 4)])
+            features[i] = x.clone()
+            features[i][::4] = mean
+    stays = [torch.arange(len(x)) % 4 == 0 for x in images]
+    if deep:
+        outputs["image"].deepstack_features = deep
     outputs["image"].pooler_output = (
         images if isinstance(outputs["image"].pooler_output, (list, tuple)) else torch.stack(images)
     )

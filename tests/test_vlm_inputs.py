@@ -1,6 +1,7 @@
 """prune_inputs: the prompt itself gets shorter, and what follows needs no hooks."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -90,6 +91,34 @@ def test_methods_that_act_inside_the_llm_as_well():
     assert torch.equal(short["input_ids"], vtok.prune_inputs(model, values, "uniform", keep=0.4)["input_ids"])
     with pytest.raises(vtok.UnsupportedModelError, match="inside the LLM, which needs hooks: use vtok"):
         vtok.prune_inputs(model, values, Columns(((2, 3),)))
+
+
+def _first_row(values):
+    """The first prompt alone, without padding."""
+    one = {k: v[:1] for k, v in values.items() if "pixel" not in k}
+    if "image_grid_thw" in values:
+        one["image_grid_thw"] = values["image_grid_thw"][:2]
+        return {**one, "pixel_values": values["pixel_values"][: int(one["image_grid_thw"].prod(1).sum())]}
+    return {**one, "pixel_values": values["pixel_values"][:2]}
+
+
+@pytest.mark.parametrize("name", ["LLaVA-1.5", "InternVL", "Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL"])
+def test_without_a_cache(name):
+    """generate() then drops a mask that hides nothing, and the model takes gaps between positions for borders of samples:
+    Qwen-VL looks for them in numbers of their own, which have no gaps; elsewhere a warning says what to do."""
+    values, model = _first_row(inputs(name)), build(name)
+    assert values["attention_mask"].all()
+    options = {"keep": 0.4} if name.startswith("Qwen") else {"keep": 0.4, "positions": "compact"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        short = [vtok.prune_inputs(model, values, "uniform", **options) for _ in range(2)]
+        vtok.prune_inputs(model, inputs(name), "uniform", keep=0.4)  # padding keeps the mask
+    assert_same(generate(model, short[0], use_cache=False), generate(model, short[1]))
+    if not name.startswith("Qwen"):
+        with pytest.warns(UserWarning, match=r"generate\(use_cache=False\) would take the gaps for borders"):
+            gaps = [vtok.prune_inputs(model, values, "uniform", keep=0.4) for _ in range(2)]
+        cached, not_cached = generate(model, gaps[0]), generate(model, gaps[1], use_cache=False)
+        assert (cached[1] - not_cached[1]).abs().max() > 1e-3, "the warning can go"
 
 
 def test_bad_input():

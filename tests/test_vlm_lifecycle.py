@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from vlm_zoo import EXAMPLES, Attended, Columns, build, generate, inputs
+from vlm_zoo import EXAMPLES, Attended, Columns, build, generate, inputs, text_model
 
 import vtok
 
@@ -122,3 +122,40 @@ def test_supports_and_info():
     vtok.patch(model, "uniform", keep=0.5)
     assert "no prompt with images yet" in str(vtok.info(model))
     assert vtok.info(model, probe=inputs("Qwen3-VL")).prompts[0].rows[0].tokens_in == (24, 8)
+
+
+@pytest.mark.parametrize(("name", "method"), [("LLaVA-1.5", "random"), ("LLaVA-1.5", "tome"), ("InternVL", "pitome")])
+def test_parts_of_a_patched_model_are_not_patched_by_themselves(name, method):
+    model, values = build(name), inputs(name)
+    with torch.no_grad():
+        reference = model(**values).logits
+        reduced = vtok.patch(model, method, **({"keep": 0.5} if method == "random" else {"r": 2}))(**values).logits
+        for part in (model.model.vision_tower, model.model.language_model):
+            for call in (lambda part: vtok.patch(part, "tome", r=2), vtok.unpatch):
+                with pytest.raises(vtok.VtokError, match=r"part of a vision-language model|holds nothing"):
+                    call(part)
+        assert torch.equal(model(**values).logits, reduced)
+        vtok.unpatch(model)
+        assert torch.equal(model(**values).logits, reference)
+        vtok.patch(model.model.vision_tower, "tome", r=1)  # of a model that is not patched it may be
+        vtok.unpatch(model)
+
+
+def test_a_pass_that_failed_is_not_told_of():
+    model, values = vtok.patch(build("LLaVA-1.5"), "random", keep=0.5), inputs("LLaVA-1.5")
+    with torch.no_grad():
+        model(**values)
+        assert vtok.info(model).prompts[0].rows
+
+        def fail(module, args):
+            raise ZeroDivisionError
+
+        handle = text_model(model).layers[2].register_forward_pre_hook(fail)
+        with pytest.raises(ZeroDivisionError):
+            model(**values)
+        found = vtok.info(model).prompts[0]
+        assert not found.rows and found.estimate is None
+        assert "no prompt with images yet" in str(found)
+        handle.remove()
+        model(**values)
+        assert vtok.info(model).prompts[0].rows

@@ -269,3 +269,43 @@ def test_a_batch_of_text_and_images(keep):
     with MaskOracle(model, dict.fromkeys(range(4), alive)):
         expected = generate(model, values)
     assert_same(generate(vtok.patch(model, "uniform", keep=keep), values), expected)
+
+
+@pytest.mark.parametrize("name", list(EXAMPLES))
+def test_what_is_told_of_the_images(name):
+    """The vision side is asked for what a call of the unpatched model asks it for."""
+
+    def told(model):
+        with torch.no_grad():
+            out = model(**inputs(name), output_attentions=True, output_hidden_states=True)
+        return out.image_outputs if hasattr(out, "image_outputs") else {}
+
+    expected, found = told(build(name, "eager")), told(vtok.patch(build(name, "eager"), "uniform", keep=0.5))
+    assert list(found) == list(expected)
+    for key in ("hidden_states", "attentions"):
+        layers = [list(out.get(key) or ()) for out in (found, expected)]
+        assert len(layers[0]) == len(layers[1])
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(*layers))
+
+
+def test_images_of_another_size():
+    """interpolate_pos_encoding reaches the vision tower, where the unpatched model lets it through."""
+    values = inputs("LLaVA-1.5")
+    ids = torch.cat([values["input_ids"][:1, :3], torch.full((1, 32), 119), values["input_ids"][:1, -4:]], 1)
+    pixels = torch.randn(1, 3, 16, 32, generator=torch.Generator().manual_seed(0))
+    large = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+    def last(model):
+        with torch.no_grad():
+            return model(**large, interpolate_pos_encoding=True).logits[:, -4:]
+
+    plain = build("LLaVA-1.5")
+    try:
+        whole = last(plain)
+    except ValueError:
+        pytest.skip("this release of transformers keeps interpolate_pos_encoding from the vision tower")
+    with MaskOracle(plain, column_keeps(plain, large, _method("LLaVA-1.5").shares)):
+        expected = last(plain)
+    assert (expected - whole).abs().max() > 0.1
+    _close(last(vtok.patch(build("LLaVA-1.5"), _method("LLaVA-1.5"))), expected)
+    assert vtok.patch(build("LLaVA-1.5"), "uniform", keep=0.5)(**large, interpolate_pos_encoding=True).logits.isfinite().all()

@@ -77,12 +77,15 @@ LINE = '{"id": 1, "image": "0.png", "question": "q", "answers": ["a"]}'
     [
         (lambda p: p / "nowhere", "is neither easy-vqa, easy-vqa-pages, a .jsonl file nor a folder"),
         (lambda p: p / "nowhere.jsonl", "nowhere.jsonl does not exist"),
-        (lambda p: _broken(p, "x.jsonl", LINE + "\n{'id': 1}\n"), "x.jsonl:1: the image .* is missing; pass the folder"),
+        (
+            lambda p: _broken(p, "x.jsonl", LINE + "\n{'id': 1}\n"),
+            "x.jsonl:1: the image 0.png is missing from .*; pass the folder",
+        ),
         (
             lambda p: (picture(0).save(p / "0.png"), _broken(p, "x.jsonl", LINE + "\n{'id': 1}\n"))[1],
-            r"x.jsonl:2 is not an object",
+            r"x.jsonl:2 is no JSON object of the form",
         ),
-        (lambda p: _broken(p, "x.jsonl", '{"id": 1, "image": "0.png"}'), "x.jsonl:1 is not an object .*KeyError 'answers'"),
+        (lambda p: _broken(p, "x.jsonl", '{"id": 1, "image": "0.png"}'), "x.jsonl:1 has no 'question', 'answers'; expected"),
         (lambda p: _broken(p, "x.jsonl", '{"id": 1, "image": "0.png", "question": "q", "answers": []}'), "question 1 has no"),
         (lambda p: _broken(p, "x.jsonl", "\n"), "x.jsonl holds no questions"),
         (
@@ -90,10 +93,10 @@ LINE = '{"id": 1, "image": "0.png", "question": "q", "answers": ["a"]}'
             "asks question 1 more than once",
         ),
         (lambda p: p, r"holds 0 files \*uestions\*.json; name the one to read"),
-        (lambda p: _changed(p, "questions", lambda q: q[0].pop("image_id")), "not of VQAv2's form .*KeyError 'image_id'"),
+        (lambda p: _changed(p, "questions", lambda q: q[0].pop("image_id")), "entry 0 has no 'image_id'; expected"),
         (
             lambda p: _changed(p, "questions", lambda q: q[0].update(image_id=77)),
-            "the image of question 100 is missing: no file in",
+            "question 100: its image is missing: no file in",
         ),
         (lambda p: _changed(p, "annotations", lambda a: a.pop(0)), "no annotation of question 100; do both files belong"),
         (lambda p: _changed(p, "annotations", lambda a: a[0].update(answers=[])), "question 100 has no answers"),

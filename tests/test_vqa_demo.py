@@ -9,6 +9,7 @@ from helpers_vqa import ANATOMY, questions, tiny_llava, tiny_next
 
 import vtok
 from vtok.eval import vqa_demo, vqa_overlay, vqa_report
+from vtok.eval.intervals import with_error
 from vtok.eval.records import Records
 from vtok.eval.settings import Setting, twin
 from vtok.eval.tasks import vqa_pipeline
@@ -90,9 +91,8 @@ def test_tables_plot_and_overlays(demo):
         lines = vqa_report.markdown(records, header, cells).splitlines()
         assert len(lines) == 2 + len(records) + 1 and {line.count("|") for line in lines} == {len(header) + 1}
         assert lines[-1].startswith("| blind | - |") and f"| {100 * records[0]['blind']:.1f} |" in lines[-1]
-    assert f"{100 * pictures[1]['metrics']['exact_match']:.1f} ±" in vqa_report.markdown(
-        pictures, vqa_report.HEADER, vqa_report.row
-    )
+    right = with_error(pictures[1]["metrics"], "exact_match", 100)
+    assert f"| {right} |" in vqa_report.markdown(pictures, vqa_report.HEADER, vqa_report.row)
 
 
 def _record(method, tokens, right):
@@ -109,12 +109,10 @@ def test_findings_compare_with_the_nearest_random():
         _record("atp", 52, [*first[1:], 8]),
     ]
     records += [_record("a", 11, []), _record("random", 50, first), _record("random", 10, first), _record("uniform", 10, [])]
-    error = 100 * (0.25 * 16 / 15 / 16) ** 0.5
-    swapped = 100 * (2 / 15 / 16) ** 0.5
     assert vqa_report.findings(records) == [
-        f"todre with 50 visual tokens is clearly above random with 50: +50.0 ± {error:.1f} points",
-        f"atp with 52 visual tokens is not clearly apart from random with 50: +0.0 ± {swapped:.1f} points",
-        f"a with 11 visual tokens is clearly below random with 10: -50.0 ± {error:.1f} points",
+        "todre with 50 visual tokens is clearly above random with 50: +50.0 [+21.0, +72.0] points",
+        "atp with 52 visual tokens is not clearly apart from random with 50: +0.0 [-23.9, +23.9] points",
+        "a with 11 visual tokens is clearly below random with 10: -50.0 [-72.0, -21.0] points",
     ]
     assert vqa_demo.shares_without_floor(records) == []
     assert vqa_demo.shares_without_floor([records[0], records[1], records[2], records[3]]) == [0.5, 0.11]

@@ -113,9 +113,11 @@ class MaskOracle:
     Args:
         model: not patched.
         alive: decoder layer -> [B, L] bool.
+        into: decoder layer -> [B, L] int64, column that each column of the prompt is averaged into in front of it, -1 = none.
     """
 
-    def __init__(self, model: Any, alive: dict[int, Tensor]):
+    def __init__(self, model: Any, alive: dict[int, Tensor], into: dict[int, Tensor] | None = None):
+        self.into = into or {}
         self.model, self.layers, self.alive, self.handles = model, text_model(model).layers, alive, []
         self.window = [self._window(layer) for layer in self.layers]
 
@@ -137,6 +139,9 @@ class MaskOracle:
     def _hook(self, i: int, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         x, mask, cache = args[0], kwargs.get("attention_mask"), cache_in(kwargs)
         alive = self.alive[i]
+        if i in self.into and x.shape[1] == self.into[i].shape[1]:  # the prompt is read
+            x = _averaged(x, self.into[i].repeat_interleave(len(x) // len(self.into[i]), 0))
+            args = (x, *args[1:])
         if len(alive) != len(x):
             alive = alive.repeat_interleave(len(x) // len(alive), 0)
         queries = x.shape[1]
@@ -161,6 +166,15 @@ class MaskOracle:
         else:
             mask = mask.masked_fill(hidden, off)
         return args, {**kwargs, "attention_mask": mask}
+
+
+def _averaged(x: Tensor, into: Tensor) -> Tensor:
+    """Every column that others are folded into becomes their mean, one by one."""
+    out = x.clone()
+    for b, row in enumerate(into.tolist()):
+        for target in set(row) - {-1}:
+            out[b, target] = x[b, [i for i, t in enumerate(row) if t == target]].mean(0)
+    return out
 
 
 def generate(model: Any, values: dict[str, Any], steps: int = NEW, **kwargs: Any) -> tuple[Tensor, Tensor, Any]:

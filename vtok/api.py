@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,9 @@ from vtok.fit import Patch, call, fit, foretell, measured, put
 from vtok.patches import find_vlms
 from vtok.patches.block import check
 from vtok.patches.protocol import Adapter, Tower
-from vtok.patches.swap import Mixin, check_class, remove_hooks, take_off
+from vtok.patches.swap import Mixin, check_class, remove_hooks, shared_by, take_off
+from vtok.patches.transaction import all_or_nothing, to_the_end
+from vtok.plain import native
 from vtok.prompt_cost import Prompt
 from vtok.prompt_report import PromptPlan
 from vtok.registry import METHODS
@@ -60,7 +62,8 @@ def patch(
         **params: parameters of the method, if it was given by name.
 
     Returns:
-        The same model.
+        The same model. Where fewer tokens leave its vision tower, `get_image_features` still returns a row for each that there
+        were; rows of those that are gone hold 2**-10 throughout, by which they are known and left out wherever features go.
 
     Raises:
         UnknownNameError: no such method or parameter.
@@ -68,6 +71,8 @@ def patch(
         UnsupportedModelError: nothing in the model can be patched, or not with this method; the model is left as it was.
     """
     require_module(model)
+    flops, input_size, prompt = native(flops), native(input_size), native(prompt)
+    _check_whole(model)
     if vlms := find_vlms(model):
         from vtok import prompt_budget, vlm, vlm_towers
 
@@ -77,8 +82,7 @@ def patch(
         configs_of, budgets = prompt_budget.budgeted(model, vlms, configs_of, flops, stated, calibration if free else None)
         pruners = vlm.resolve_all(vlms, configs_of, saved, positions, budgets, trace)
         vlm_towers.warn_of_grids(vlms, pruners)
-        unpatch(model)
-        vlm.put(model, vlms, pruners)
+        all_or_nothing(model, lambda: vlm.put(unpatch(model), vlms, pruners))
         return model
     for name, value in (("positions", positions), ("prompt", prompt)):
         if value is not None:
@@ -87,32 +91,54 @@ def patch(
     configs_of, saved = wanted([tower.info for _, tower in found], method, params, flops)
     ready = []
     for (adapter, tower), configs in zip(found, configs_of):
+        if not configs:  # saved from a model of which this tower was not patched
+            continue
         made = fit(adapter, tower, configs, flops, calibration)
         check(tower, made.steps)
         ready.append((adapter, tower, made))
-    unpatch(model)
-    for adapter, tower, made in ready:
-        put(adapter, tower, made, trace or (saved is not None and saved.trace))
+    traced = trace or (saved is not None and saved.trace)
+    all_or_nothing(model, lambda: _put_back(unpatch(model), [(*one, traced) for one in ready]))
     return model
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Raises if a module is part of a vision-language model that is patched."""
+    hooks = [hook for module in model.modules() for hook in shared_by(module) if hasattr(hook, "pruner")]
+    owned = {id(hook.pruner) for hook in hooks if hook.leads}
+    if any(id(hook.pruner) not in owned for hook in hooks):
+        raise StateError(
+            f"this {type(model).__name__} is part of a vision-language model that vtok patched; patch and unpatch that model: "
+            "what was patched into its parts belongs together"
+        )
+
+
+def _put_back(model: nn.Module, patches: Iterable[tuple[Adapter, Tower, Patch, bool]]) -> None:
+    for adapter, tower, made, traced in patches:
+        put(adapter, tower, made, traced)
 
 
 def unpatch(model: nn.Module) -> nn.Module:
     """Restores a model bit for bit: classes, hooks and attributes. A model that is not patched is returned as it is.
 
     Raises:
-        StateError: another tool has wrapped a patched module since; nothing is changed.
+        StateError: another tool has wrapped a patched module since, or this is a part of what was patched; nothing is changed.
     """
     require_module(model)
+    _check_whole(model)
     for module in model.modules():
         if isinstance(module, Mixin):
             check_class(module)
-    for module in model.modules():
-        if isinstance(module, Mixin):
-            take_off(module)
-        for name in ("_vtok", "_vtok_run", "_vtok_taps"):
-            module.__dict__.pop(name, None)
-        remove_hooks(module)
-    return model
+
+    def bare() -> nn.Module:
+        for module in model.modules():
+            if isinstance(module, Mixin):
+                take_off(module)
+            for name in ("_vtok", "_vtok_run", "_vtok_taps"):
+                module.__dict__.pop(name, None)
+            remove_hooks(module)
+        return model
+
+    return all_or_nothing(model, bare)
 
 
 @contextmanager
@@ -120,18 +146,28 @@ def patched(model: nn.Module, method: Method = "pitome", **kwargs: Any) -> Itera
     """`with vtok.patched(model, "tome", r=8): ...`; at the end, whatever happens inside, the model is as it was before:
     unpatched, or with the patch that it had."""
     require_module(model)
-    before, pruners = _installed(model), _pruners(model)
-    patch(model, method, **kwargs)
-    try:
-        yield model
-    finally:
+    before, pruners, marks = _installed(model), _pruners(model), _marks(model)
+
+    def restore() -> None:
+        if _marks(model) == marks:  # nothing has been patched
+            return
         unpatch(model)
-        for earlier in before:
-            put(*earlier)
+        _put_back(model, before)
         if pruners:
             from vtok import vlm
 
             vlm.put(model, [v for v, _ in pruners], [p for _, p in pruners])
+
+    try:
+        patch(model, method, **kwargs)
+        yield model
+    finally:
+        to_the_end(lambda: all_or_nothing(model, restore))
+
+
+def _marks(model: nn.Module) -> list[int]:
+    """What is patched, as far as it can be told from what is patched anew."""
+    return [id(shared) for module in model.modules() for shared in shared_by(module)]
 
 
 def _pruners(model: nn.Module) -> list[Any]:
@@ -173,6 +209,7 @@ def plan(
     the images is an upper bound, and called so, unless `calibration` inputs are given and no prompt: then it is their mean.
     """
     require_module(model)
+    flops, input_size, prompt = native(flops), native(input_size), native(prompt)
     if vlms := find_vlms(model):
         from vtok import prompt_budget, vlm
 
@@ -219,7 +256,8 @@ def prune_inputs(
         Inputs for `generate()` or the model: shorter input_ids, attention_mask and position_ids, and the features that stay in
         place of the pixels. `generate()` returns this shorter prompt followed by the answer: slice at its length. Make them
         anew for every call: `generate()` with beams changes the features it is given. Sliding windows look back over the tokens
-        that are left.
+        that are left. `generate(use_cache=False)` of an unpadded prompt takes gaps between positions for borders of packed
+        samples; a warning says so, and `positions="compact"` leaves none.
 
     Raises:
         ConfigError, UnsupportedModelError, UnknownNameError: as `patch` does.
@@ -271,6 +309,14 @@ def info(model: nn.Module, probe: Any = None) -> Info:
 def supports(model: nn.Module) -> Support:
     """What `patch` would patch in a model, and which methods work on it, by default or on request; never raises."""
     try:
+        return _supports(model)
+    except Exception as error:  # whatever a model of unknown make does when it is looked at
+        what = f"{type(model).__name__} could not be examined: {type(error).__name__}: {error}"
+        return Support(reason=f"{what}; vtok patches models as timm, open_clip and transformers build them")
+
+
+def _supports(model: nn.Module) -> Support:
+    try:
         require_module(model)
         if vlms := find_vlms(model):
             from vtok import vlm
@@ -319,10 +365,13 @@ def save_config(model: nn.Module, path: str | os.PathLike) -> None:
     `vtok.patch(other_model, path)` brings it back; numbers that a budget chose are written, not the budget.
     """
     if pruners := _pruners(model):
+        if len(pruners) < len(find_vlms(model)):
+            raise StateError("of several vision-language models only some are patched; save each of these by itself")
         saved = [(v.info, pruner.configs) for v, pruner in pruners]
         trace = any(pruner.trace for _, pruner in pruners)
         return files.save(path, saved, trace, "compact" if pruners[0][1].compact else "original")
-    found = _installed(model)
-    if not found:
+    found = [] if run_of(model) is None or find_vlms(model) else [(t, run_of(t.module)) for _, t in _towers(model)]
+    if not any(run is not None for _, run in found):
         raise StateError("the model is not patched; there is nothing to save")
-    files.save(path, [(tower.info, made.configs) for _, tower, made, _ in found], any(trace for *_, trace in found))
+    saved = [(tower.info, () if run is None else run.patch.configs) for tower, run in found]
+    files.save(path, saved, any(run is not None and run.trace for _, run in found))

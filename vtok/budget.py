@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from vtok.config import MethodConfig, ModelInfo, Reducer
 from vtok.cost import Estimate, TowerCost, estimate
-from vtok.errors import BudgetError, ConfigError
+from vtok.errors import BudgetError, ConfigError, shown
 from vtok.prompt_cost import PromptEstimate
 from vtok.state import Site
 
@@ -148,7 +148,7 @@ def within(ladder: Sequence[MethodConfig], limit: float, price: Callable[[Method
 
 def _check(config: MethodConfig, target: float) -> None:
     if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target <= 1:
-        raise ConfigError(f"flops is a share of the model's FLOPs in (0, 1], got {target!r}")
+        raise ConfigError(f"flops is a share of the model's FLOPs in (0, 1], got {shown(target)}")
     both = [name for name in config.set_by_budget if name in config.given()]
     if both:
         raise ConfigError(f"flops sets {' and '.join(both)} of {config.name}; give the budget or the parameter, not both")

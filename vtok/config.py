@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from vtok.errors import ConfigError, UnsupportedModelError, unknown
+from vtok.errors import ConfigError, UnsupportedModelError, shown, unknown
+from vtok.plain import BITS, countable, native
 from vtok.prompt import ImageFeatures, VLMInfo, VLMReducer
 from vtok.reduction import Plan
 from vtok.space import Point, Space
@@ -117,6 +118,19 @@ class MethodConfig:
     # The same as `trial` for tiny vision-language models (16 visual tokens an image, 2 tower blocks, 4 decoder layers).
     trial_vlm: ClassVar[Mapping[str, Any]] = {}
     remark_vlm: ClassVar[str] = ""  # on `substitutes_vlm`, for readers of the support matrix: a sentence, without its stop
+
+    def __post_init__(self) -> None:
+        """Numbers of NumPy and of torch become Python's; a method that checks its fields calls this first.
+
+        Raises:
+            ConfigError: a whole number that is larger than anything that can be counted.
+        """
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if (found := native(value)) is not value:
+                object.__setattr__(self, field.name, found)
+            if not countable(found):
+                raise ConfigError(f"{field.name} takes whole numbers up to 2^{BITS}, got {shown(value)}")
 
     def build(self, info: ModelInfo) -> Reducer:
         """Resolves the config for a model.
@@ -279,24 +293,26 @@ class Schedule:
                 raise ConfigError(f"{name} as a mapping takes the keys r and inflect, got {sorted(value)}")
             value = (value["r"], value["inflect"])
         if isinstance(value, bool) or not isinstance(value, (int, float, list, tuple)):
-            raise ConfigError(f"{name} must be a number, a list with one number a block, or (r, inflect); got {value!r}")
+            raise ConfigError(f"{name} must be a number, a list with one number a block, or (r, inflect); got {shown(value)}")
         if isinstance(value, tuple):
             if len(value) != 2:
-                raise ConfigError(f"{name} as a tuple is (r, inflect); for one number a block pass a list, got {value!r}")
+                raise ConfigError(f"{name} as a tuple is (r, inflect); for one number a block pass a list, got {shown(value)}")
             for number in value:
                 if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
-                    raise ConfigError(f"{name}=(r, inflect) takes two numbers, got {value!r}")
+                    raise ConfigError(f"{name}=(r, inflect) takes two numbers, got {shown(value)}")
             if not integer:
-                raise ConfigError(f"{name} is a number or a list; (r, inflect) is a schedule of token counts, got {value!r}")
+                raise ConfigError(
+                    f"{name} is a number or a list; (r, inflect) is a schedule of token counts, got {shown(value)}"
+                )
             if value[0] < 0 or abs(value[1]) > 1:
-                raise ConfigError(f"{name}=(r, inflect) takes r >= 0 and inflect in [-1, 1], got {value!r}")
+                raise ConfigError(f"{name}=(r, inflect) takes r >= 0 and inflect in [-1, 1], got {shown(value)}")
             return cls("linear", (float(value[0]), float(value[1])))
         numbers = value if isinstance(value, list) else [value]
         for number in numbers:
             if integer and (isinstance(number, bool) or not isinstance(number, int)):
-                raise ConfigError(f"{name} counts tokens and must be whole, got {number!r}")
+                raise ConfigError(f"{name} counts tokens and must be whole, got {shown(number)}")
             if not isinstance(number, (int, float)) or not math.isfinite(number):
-                raise ConfigError(f"{name} must hold numbers, got {number!r}")
+                raise ConfigError(f"{name} must hold numbers, got {shown(number)}")
         return cls("per_block" if isinstance(value, list) else "constant", tuple(numbers))
 
     def to_plain(self) -> Any:
@@ -330,8 +346,14 @@ class Schedule:
 def fraction(value: Any, name: str) -> float:
     """Checks that a value lies in (0, 1]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise ConfigError(f"{name} is a fraction in (0, 1], got {value!r}")
+        raise ConfigError(f"{name} is a fraction in (0, 1], got {shown(value)}")
     return float(value)
+
+
+def whole(value: Any, name: str, least: int | None = None) -> None:
+    """Checks that a value is a whole number, of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+        raise ConfigError(f"{name} must be a whole number{'' if least is None else f' >= {least}'}, got {value!r}")
 
 
 def block_numbers(layers: Any) -> tuple[int, ...]:
@@ -339,14 +361,14 @@ def block_numbers(layers: Any) -> tuple[int, ...]:
     listed = isinstance(layers, Iterable) and not isinstance(layers, (str, dict))
     numbers = tuple(layers) if listed else ()
     if not listed or any(isinstance(i, bool) or not isinstance(i, int) for i in numbers):
-        raise ConfigError(f"layers is a list of block numbers such as [3, 6, 9], got {layers!r}")
+        raise ConfigError(f"layers is a list of block numbers such as [3, 6, 9], got {shown(layers)}")
     return numbers
 
 
 def flag(value: Any, name: str) -> None:
     """Checks that a value is True or False."""
     if not isinstance(value, bool):
-        raise ConfigError(f"{name} is True or False, got {value!r}")
+        raise ConfigError(f"{name} is True or False, got {shown(value)}")
 
 
 def block_indices(layers: Iterable[int] | None, default: Iterable[int], depth: int) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -37,9 +38,27 @@ class MissingExtraError(VtokError, ImportError):
         super().__init__(f'{package} is not installed; run: pip install "vtok[{extra}]"')
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 6
+_SHORT.maxlevel = 3
+
+
+def shown(value: object) -> str:
+    """A value for a message: as Python writes it, cut where it is long."""
+    return _SHORT.repr(value)
+
+
+def brief(words: object, longest: int = 300) -> str:
+    """An error of another library, or a name, for a message: on one line, cut where it is long."""
+    text = " ".join(str(words).split()) or type(words).__name__
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
     """`unknown method 'pitom'; did you mean 'pitome'? known: ats, pitome, ...`"""
     known = sorted(known)
+    name = name if len(name) <= _SHORT.maxstring else f"{name[: _SHORT.maxstring]}..."
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" did you mean {near[0]!r}?" if near else ""
     return UnknownNameError(f"unknown {kind} {name!r};{hint} known: {', '.join(known)}")

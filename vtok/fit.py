@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vtok.budget import Budget, default_target, solve, steps_of
 from vtok.config import MethodConfig, Reducer
 from vtok.cost import Estimate, estimate
-from vtok.errors import ConfigError, UnsupportedModelError
+from vtok.errors import ConfigError, UnsupportedModelError, VtokError
 from vtok.patches.block import install
 from vtok.patches.protocol import Adapter, Tower
 from vtok.resolve import run_of
@@ -29,6 +29,11 @@ class Patch:
     configs: tuple[MethodConfig, ...]
     steps: dict[int, tuple[Site, Reducer]]
     budget: Budget | None
+
+    @property
+    def merges(self) -> bool:
+        """Whether some method folds tokens into others."""
+        return any(config.merges for config in self.configs)
 
 
 def put(adapter: Adapter, tower: Tower, made: Patch, trace: bool, spare: bool = False) -> Run:
@@ -81,6 +86,18 @@ def foretell(adapter: Adapter, tower: Tower, steps: dict[int, tuple[Site, Reduce
     return estimate(adapter.cost(tower), steps, info_.num_prefix + info_.num_patches, info_.num_prefix)
 
 
+def check_finite(values: Mapping[str, Any], what: str) -> None:
+    """Raises if some tensor of numbers that a model is to be measured on holds NaN or infinity; masks may."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point() or "mask" in name:
+            continue
+        broken = int((~value.isfinite()).sum())
+        if broken:
+            raise ConfigError(
+                f"{what}: {name} holds {broken} numbers that are NaN or infinite; what it would measure is nothing"
+            )
+
+
 def _check_images(images: Any, tower: Tower) -> None:
     if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
         got = f"shape {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
@@ -88,6 +105,10 @@ def _check_images(images: Any, tower: Tower) -> None:
     channels = (tower.input_size or images.shape[1:])[0]
     if images.shape[1] != channels:
         raise ConfigError(f"calibration images have {images.shape[1]} channels, {tower.info.name} takes {channels}")
+    weight = next((p for p in tower.module.parameters() if p.is_floating_point()), None)
+    if not images.is_floating_point() or (weight is not None and images.dtype != weight.dtype):
+        takes = "" if weight is None else f", {tower.info.name} takes {weight.dtype}"
+        raise ConfigError(f"calibration images are {images.dtype}{takes}: normalise and convert them as for a forward pass")
 
 
 def measured(adapter: Adapter, tower: Tower, configs: tuple[MethodConfig, ...], images: Any) -> Estimate:
@@ -97,9 +118,18 @@ def measured(adapter: Adapter, tower: Tower, configs: tuple[MethodConfig, ...], 
 
     if not isinstance(images, Mapping):
         _check_images(images, tower)
+    check_finite(images if isinstance(images, Mapping) else {"the batch of images": images}, "calibration")
     one = configs if len(configs) > 1 else configs[0]
     with evaluated(tower.module), patched(tower.module, one, input_size=tower.input_size), torch.no_grad():
-        call(tower.module, images)
+        try:
+            call(tower.module, images)
+        except VtokError:
+            raise
+        except Exception as error:  # upstream's, of any kind
+            first = str(error).partition("\n")[0]
+            raise ConfigError(
+                f"{tower.info.name} cannot run the calibration images ({type(error).__name__}: {first}); pass what it takes"
+            ) from error
         found = tower_info(adapter, tower, run_of(tower.module), None)
     result = found.mean_estimate or found.estimate
     assert result is not None

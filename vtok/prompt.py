@@ -6,7 +6,7 @@ H heads. "Column" without more words means a column of the prompt as the caller 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, NamedTuple
@@ -15,35 +15,25 @@ import torch
 from torch import Tensor
 
 from vtok.ops.crops import ViewMap
-from vtok.reduction import Plan
-from vtok.state import AttentionView, Site, at_least_fp32
+from vtok.reduction import Fold, Plan
+from vtok.state import Site, at_least_fp32
+from vtok.tower import TowerBlock, TowerFacts
 
+__all__ = [
+    "POSITIONS",
+    "Entry",
+    "ImageFeatures",
+    "LayerAttention",
+    "Layout",
+    "PromptText",
+    "TowerBlock",
+    "TowerFacts",
+    "VLMInfo",
+    "VLMReducer",
+    "View",
+]
+POSITIONS = ("original", "compact")  # of tokens behind dropped ones
 _ROWS_AT_ONCE = 64  # query rows whose probabilities are held at a time
-
-
-@dataclass(frozen=True)
-class TowerFacts:
-    """What a method may know of a vision tower, inside a vision-language model, whose blocks can be looked into.
-
-    Attributes:
-        depth: its blocks.
-        has_cls: whether token 0 is a class token.
-        num_prefix: tokens in front of the patches (class token, registers), P.
-        feature_block: 0-based block whose output the model takes; the deepest, if it takes several.
-        width: of a token, C.
-        num_heads: query heads, H.
-        head_dim: width of one head, D.
-        num_patches: tokens behind the prefix at the size the tower was built for; 0 = not known.
-    """
-
-    depth: int
-    has_cls: bool
-    num_prefix: int
-    feature_block: int
-    width: int
-    num_heads: int
-    head_dim: int
-    num_patches: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +53,8 @@ class VLMInfo:
         no_tower: see `tower`; empty if there is one.
         grid: rows and columns of visual tokens, the same for every image; `None` = they depend on the image.
         crops: whether it may cut an image into crops beside a view of the whole.
+        connector_macs: multiply-accumulates of `ImageFeatures.connector` for one token; 0 = there is none.
+        videos: whether it reads videos.
     """
 
     name: str
@@ -77,6 +69,8 @@ class VLMInfo:
     no_tower: str = "it has no vision tower"
     grid: tuple[int, int] | None = None
     crops: bool = False
+    connector_macs: int = 0
+    videos: bool = False
 
     def probe_macs(self, rows: int, length: int) -> int:
         """Multiply-accumulates of `LayerAttention.probs` for so many query rows over so many columns: keys of all columns,
@@ -108,34 +102,17 @@ class View(NamedTuple):
         return self.start + self.rows * self.columns
 
 
-@dataclass(frozen=True)
-class TowerBlock:
-    """What one block of the vision tower attended to, for all views (crops, tiles, frames) of B images.
+class PromptText(NamedTuple):
+    """The text that is asked about B images, as the LLM embeds it.
 
     Attributes:
-        num_prefix: tokens in front of the patches, P.
-        valid: [V, N] bool, False = padding; `None` = all real.
-        project: makes `view`, from what entered the block.
-        only: the same for some of the V views.
-        index: [V, N] int64, where each token stood among the `length` that entered the tower, prefix included; `None` = none
-            has been merged, moved or dropped.
-        length: tokens that entered the tower, prefix included; 0 = N.
+        embeds: [B, T, D], embeddings of the text behind the first visual token of the prompt that an image belongs to, words of
+            a chat template included; of all text where none is behind it.
+        real: [B, T] bool, False = padding.
     """
 
-    num_prefix: int
-    valid: Tensor | None
-    project: Callable[[], AttentionView]
-    only: Callable[[Sequence[int]], TowerBlock]
-    index: Tensor | None = None
-    length: int = 0
-
-    @cached_property
-    def view(self) -> AttentionView:
-        """Queries, keys and values [V, H, N, D] of V = B times `views_per_image` views, those of an image one behind the other.
-
-        N are the tokens that entered the block: prefix and patches, fewer where tokens were merged or dropped before.
-        """
-        return self.project()
+    embeds: Tensor
+    real: Tensor
 
 
 class ImageFeatures(NamedTuple):
@@ -153,7 +130,10 @@ class ImageFeatures(NamedTuple):
         patches: [B, n] int64, rising: the patch that each token stands for, among those that an unreduced image has; `None` =
             no token is missing.
         unreduced: how many these are (a class token among them, where the model keeps it); 0 = no token is missing.
+        connector: makes [.., D] of tokens that left the tower's feature block [.., C], token by token, whatever joins them
+            afterwards; for methods that merge in front of it. `None` where it is not so.
         source: how patches of these views became visual tokens, where the model's adapter knows; else `None`.
+        text: of the prompts that the images belong to, for a method that `reads_text`; `None` = not asked for, or not known.
     """
 
     tokens: Tensor
@@ -164,6 +144,8 @@ class ImageFeatures(NamedTuple):
     source: ViewMap | None = None
     patches: Tensor | None = None
     unreduced: int = 0
+    text: PromptText | None = None
+    connector: Callable[[Tensor], Tensor] | None = None
 
 
 class Layout(NamedTuple):
@@ -175,6 +157,7 @@ class Layout(NamedTuple):
         column: [B, L] int64, column of the prompt that stands here, -1 = padding that a reduction left.
         length: columns of the prompt.
         before: [B, length] bool, the visual tokens of the prompt, those included that have left since.
+        entered: [B, length] bool, those of them that entered the LLM; `None` = all.
     """
 
     visual: Tensor
@@ -182,6 +165,7 @@ class Layout(NamedTuple):
     column: Tensor
     length: int
     before: Tensor
+    entered: Tensor | None = None
 
     @classmethod
     def whole(cls, visual: Tensor, real: Tensor) -> Layout:
@@ -200,9 +184,37 @@ class Layout(NamedTuple):
         return self.text & (self.visual.cumsum(1) > 0)
 
     @property
+    def last(self) -> Tensor:
+        """[B] int64: where the last real token of each row stands (0 .. L-1)."""
+        order = torch.arange(self.real.shape[1], device=self.real.device)
+        return order.where(self.real, 0).amax(1)
+
+    @property
+    def num_entered(self) -> Tensor:
+        """[B] int64: visual tokens of each row that entered the LLM."""
+        return (self.before if self.entered is None else self.entered).sum(1)
+
+    @property
     def number(self) -> Tensor:
         """[B, L] int64: visual tokens that stood in front of a visual token in its row, dropped ones included; -1 elsewhere."""
         return (self.before.cumsum(1) - 1).gather(1, self.column.clamp_min(0)).where(self.visual, -1)
+
+
+class Entry(NamedTuple):
+    """What entered the LLM.
+
+    Attributes:
+        x: [B, E, D], in front of layer 0: embeddings of the text, features of the images.
+        layout: of these E columns.
+    """
+
+    x: Tensor
+    layout: Layout
+
+    def to(self, device: torch.device) -> Entry:
+        """The same on another device."""
+        fields = (part.to(device) if isinstance(part, Tensor) else part for part in self.layout)
+        return Entry(self.x.to(device), Layout(*fields))
 
 
 @dataclass(frozen=True)
@@ -215,6 +227,9 @@ class LayerAttention:
         project: rows [B, R] of queries, or `None` for the keys -> [B, H, R, D] or [B, Hk, L, D], normalised and rotated.
         bias: rows [B, R] -> additive mask [B, 1, R, L], as the layer applies it.
         softcap: logits are squeezed to (-softcap, softcap) by a tanh, if given.
+        final_norm: the LLM's last norm, [.., D] -> [.., D], which makes hidden states what its head reads.
+        entry: what entered the LLM, if the method's `needs` ask for "embeddings".
+        device: where rows are taken and all is worked out; `None` = where the layer is.
     """
 
     layer: int
@@ -222,6 +237,9 @@ class LayerAttention:
     project: Callable[[Tensor | None], Tensor]
     bias: Callable[[Tensor], Tensor]
     softcap: float | None = None
+    final_norm: Callable[[Tensor], Tensor] | None = None
+    entry: Entry | None = None
+    device: torch.device | None = None
 
     def q(self, rows: Tensor) -> Tensor:
         """[B, H, R, D]: queries of rows [B, R]."""
@@ -275,7 +293,8 @@ class VLMReducer:
     Attributes:
         reads_reduced: whether `features` can do with blocks of the vision tower, and with features, where tokens are missing
             that were merged or dropped in the tower before. Asked only of methods with `tower_blocks`.
-        needs: {"attention"} if decisions in front of decoder layers look at attention probabilities, else empty.
+        needs: "attention" if decisions in front of decoder layers look at a layer's attention; also "embeddings" if they look
+            at what entered the LLM.
         exact: whether the counts below are exact; False = upper bounds, the true numbers depend on the images or the text.
     """
 
@@ -287,6 +306,11 @@ class VLMReducer:
     def tower_blocks(self) -> tuple[int, ...]:
         """0-based blocks of the vision tower whose attention `features` looks at; nothing is kept of others."""
         return ()
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether `features` looks at the text of the prompts."""
+        return False
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -305,7 +329,7 @@ class VLMReducer:
         """
         raise NotImplementedError
 
-    def keep(self, x: Tensor, layout: Layout, attention: LayerAttention | None, at: Site) -> Tensor | None:
+    def keep(self, x: Tensor, layout: Layout, attention: LayerAttention | None, at: Site) -> Tensor | Fold | None:
         """Decides in front of a decoder layer, while the prompt is read; `None` = all tokens stay.
 
         Args:
@@ -316,6 +340,7 @@ class VLMReducer:
 
         Returns:
             [B, L] bool; only the values at visual tokens count, text always stays. Rows may keep different numbers, also none.
+            A `Fold` (not in front of layer 0) averages tokens that leave into ones that stay.
         """
         raise NotImplementedError
 
@@ -327,10 +352,13 @@ class VLMReducer:
         """Multiply-accumulates of the matrix products that `features` makes for an image (or video) of n tokens."""
         return 0
 
-    def layer_count(self, at: Site, visual: int) -> int:
-        """Visual tokens of a prompt that go on at a decoder site when so many arrive."""
+    def layer_count(self, at: Site, visual: int, entered: int) -> int:
+        """Visual tokens of a prompt that go on at a decoder site when so many arrive, of those that entered the LLM."""
         return visual
 
-    def layer_macs(self, at: Site, visual: int, text: int) -> int:
-        """Multiply-accumulates that deciding at a decoder site costs for a prompt of so many tokens, the probe's included."""
+    def layer_macs(self, at: Site, visual: int, text: int, entered: int) -> int:
+        """Multiply-accumulates that deciding at a decoder site costs for a prompt of so many tokens, the probe's included.
+
+        entered: visual tokens that entered the LLM.
+        """
         return 0

@@ -16,10 +16,11 @@ from vtok.fit import evaluated
 from vtok.patches.hf_vlm import VLM
 from vtok.patches.hf_vlm_cost import stated_image
 from vtok.patches.hf_vlm_install import calibration_inputs
+from vtok.prompt import POSITIONS
 from vtok.prompt_cost import Prompt, PromptEstimate, mean_estimate
 from vtok.prompt_plan import planned
 from vtok.prompt_report import PromptPlan, averaged, stated
-from vtok.vlm import POSITIONS, describe, resolve
+from vtok.vlm import describe, resolve
 from vtok.vlm_towers import ladder
 
 

@@ -13,7 +13,7 @@ from vtok.inspection import tower_info
 from vtok.patches.decoder_pass import Counts, Pruner
 from vtok.patches.hf_vision import HfAdapter
 from vtok.patches.hf_vlm import VLM
-from vtok.patches.hf_vlm_cost import features_left, llm_cost, patches_left, stated_calls, stated_image, vision_cost
+from vtok.patches.hf_vlm_cost import features_left, llm_cost, patches_left, stated_calls, stated_image, tower_of, vision_cost
 from vtok.prompt import View
 from vtok.prompt_cost import Prompt, PromptEstimate, VisionCost, mean_estimate, prompt_estimate
 from vtok.resolve import run_of
@@ -43,11 +43,13 @@ def planned(model: nn.Module, vlm: VLM, pruner: Pruner, prompt: Prompt) -> Promp
         selection, exact = chooser.feature_macs(stays, layout), chooser.exact
         stays = chooser.feature_count(stays, layout)
     visual, tokens, reductions = prompt.images * stays, [], {}
+    entered = visual
     for layer in range(vlm.info.depth):
         if layer in pruner.layers:
             site, reducer = pruner.layers[layer]
-            reductions[layer] = float(reducer.layer_macs(site, visual, prompt.text_tokens))
-            visual, exact = reducer.layer_count(site, visual), exact and reducer.exact
+            reductions[layer] = float(reducer.layer_macs(site, visual, prompt.text_tokens, entered))
+            visual, exact = reducer.layer_count(site, visual, entered), exact and reducer.exact
+        entered = visual if layer == 0 else entered
         tokens.append((float(visual + prompt.text_tokens), float(visual)))
     whole = float(prompt.images * image.tokens + prompt.text_tokens)
     return prompt_estimate(
@@ -79,7 +81,7 @@ def measured(
     def cost(total: list[int], visual: list[int]) -> PromptEstimate:
         """Of the whole prompt (first), then of what enters each layer."""
         reductions = {
-            layer: float(reducer.layer_macs(site, visual[layer], total[layer] - visual[layer]))
+            layer: float(reducer.layer_macs(site, visual[layer], total[layer] - visual[layer], visual[1]))
             for layer, (site, reducer) in pruner.layers.items()
         }
         tokens = [(float(n), float(v)) for n, v in zip(total[1:], visual[1:])]
@@ -113,7 +115,7 @@ def visual_left(visual: Tensor, column: Tensor) -> list[int]:
 def _vision(vlm: VLM, pruner: Pruner, counts: Counts) -> tuple[VisionCost | None, VisionCost | None, tuple[str, ...]]:
     """(the vision side per prompt, the same unpatched, what a user should know of it)."""
     missing = "note: the images were encoded before this prompt was read; tower and connector are not in these costs"
-    if not counts.calls:
+    if not counts.calls and tower_of(vlm) is not None:
         return None, None, (missing,)
     rows, seen = len(counts.visual), None
     if pruner.joint is not None:

@@ -5,6 +5,7 @@ Shapes: B batch, N tokens in, M tokens out, R tokens folded away, C width, N0 to
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,8 @@ class Plan(NamedTuple):
         folds: [B, R] bool, False = this `src` row fills up an image that folds fewer, and goes nowhere; `None` = all real.
         near: [B, M, K] int64, input rows that every kept row takes in on top of itself, undivided; `None` = none.
         near_weight: [B, M, K], weight of each of them; 0 = it is not taken in.
+        remake: makes what the kept rows become [B, M, C] of the N tokens [B, N, C], for methods that do it in another way than
+            the above, which is then left out; `None` = it follows from the above.
     """
 
     keep: Tensor
@@ -39,11 +42,35 @@ class Plan(NamedTuple):
     folds: Tensor | None = None
     near: Tensor | None = None
     near_weight: Tensor | None = None
+    remake: Callable[[Tensor], Tensor] | None = None
 
     @property
     def changes(self) -> bool:
         """Whether kept rows become something else than copies."""
-        return self.src is not None or self.near is not None
+        return self.src is not None or self.near is not None or self.remake is not None
+
+
+class Fold(NamedTuple):
+    """Which tokens stay in front of a layer of an LLM, where some of those that leave go on inside ones that stay.
+
+    Attributes:
+        keep: [B, L] bool.
+        into: [B, L] int64, the place (0 .. L-1) of a token that stays, whose hidden state becomes the plain mean of all tokens
+            that name it, itself being one of them; -1 = not folded.
+    """
+
+    keep: Tensor
+    into: Tensor
+
+
+def folded(x: Tensor, into: Tensor) -> Tensor:
+    """[B, L, D]: x [B, L, D] with every token that others are folded into replaced by the mean, taken in at least fp32."""
+    named = into >= 0
+    place = into.clamp_min(0)
+    wide = at_least_fp32(x)
+    count = torch.zeros_like(into).scatter_add(1, place, named.long())
+    total = torch.zeros_like(wide).scatter_add(1, place[..., None].expand_as(wide), wide * named[..., None])
+    return torch.where((count > 0)[..., None], (total / count.clamp_min(1)[..., None]).to(x.dtype), x)
 
 
 def apply_plan(x: Tensor, state: TokenState, plan: Plan) -> tuple[Tensor, TokenState]:
@@ -62,7 +89,10 @@ def apply_plan(x: Tensor, state: TokenState, plan: Plan) -> tuple[Tensor, TokenS
         (x [B, M, C], state of the M tokens).
     """
     size = state.size
-    if plan.src is None:
+    if plan.remake is not None:
+        out = plan.remake(x).to(x.dtype)
+        size = None if size is None else size.gather(1, plan.keep)
+    elif plan.src is None:
         out = take_rows(x, plan.keep) if plan.near is None else _taken_in(x, plan)
         size = None if size is None else size.gather(1, plan.keep)
     else:
@@ -72,7 +102,7 @@ def apply_plan(x: Tensor, state: TokenState, plan: Plan) -> tuple[Tensor, TokenS
     if keep is None and state.keep is not None:
         keep = state.keep.gather(1, plan.keep)
     group = None if state.group is None else _follow(state.group, plan, x.shape[1])
-    return out, TokenState(state.num_prefix, state.length, index, size, keep, group, state.real)
+    return out, state._replace(index=index, size=size, keep=keep, group=group)
 
 
 def _fold(x: Tensor, size: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from vtok import files
 from vtok.config import MethodConfig, ModelInfo
-from vtok.errors import ConfigError, UnsupportedModelError, unknown
+from vtok.errors import ConfigError, UnsupportedModelError, shown, unknown
 from vtok.patches import find_adapters
 from vtok.patches.block import ReducingBlock
 from vtok.patches.protocol import Adapter, Tower
@@ -69,13 +69,13 @@ def configs(method: Method, params: dict[str, Any]) -> tuple[MethodConfig, ...]:
     raise unknown("method", str(method), METHODS.names())
 
 
-def towers(model: nn.Module, input_size: Size | None) -> list[tuple[Adapter, Tower]]:
+def towers(model: nn.Module, input_size: Size | None = None) -> list[tuple[Adapter, Tower]]:
     """Every supported tower of a model; raises if there is none."""
     require_module(model)
     if input_size is not None:
         numbers = isinstance(input_size, (tuple, list)) and all(isinstance(n, int) and n > 0 for n in input_size)
         if not numbers or len(input_size) != 3:
-            raise ConfigError(f"input_size is (channels, height, width), got {input_size!r}")
+            raise ConfigError(f"input_size is (channels, height, width), got {shown(input_size)}")
     described = [(adapter, tower) for _, adapter in find_adapters(model) for tower in adapter.towers(model, input_size)]
     outermost: dict[int, tuple[Adapter, Tower]] = {}
     for adapter, tower in described:  # a wrapper and what it wraps, from two backends: the wrapper knows what comes after

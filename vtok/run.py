@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from vtok.errors import StateError
-from vtok.state import TokenState
+from vtok.state import Grid, TokenState
 
 _TRAINING_PASSES = 16  # forward passes remembered for a later backward (gradient accumulation, contrastive pairs)
 
@@ -74,6 +74,8 @@ class Run:
         self._traced = Pass(self.depth)
         self._traced_taps: dict[str, Tensor] = {}
         self._averaged: dict[int, bool] = {}  # by thread
+        self._grids: dict[int, Grid] = {}  # by thread: of images whose patches have not entered block 0 yet
+        self._traced_grid: Grid | None = None
         self._traced_last = False  # whether the last pass was a compiled one
 
     @property
@@ -100,6 +102,21 @@ class Run:
     def averaged(self, value: bool) -> None:
         self._averaged[self._me()] = value
 
+    def announce(self, grid: Grid) -> None:
+        """Notes the patches that the stem has made: they enter block 0 next. For the form see `TokenState.grid`."""
+        self._traced_grid = grid  # also where the stem is not compiled and the blocks are
+        if not torch.compiler.is_compiling():
+            self._grids[threading.get_ident()] = grid
+
+    def _announced(self, patches: int) -> Grid | None:
+        """The grid of the patches that enter block 0; `None` = the stem did not run (somebody called the blocks alone)."""
+        traced, self._traced_grid = self._traced_grid, None
+        own = None if torch.compiler.is_compiling() else self._grids.pop(threading.get_ident(), None)
+        grid = traced if own is None else own
+        if isinstance(grid, tuple) and grid[0] * grid[1] != patches:
+            return 1, patches  # some were left out on the way (patch dropout)
+        return grid
+
     @staticmethod
     def _me() -> int:
         return 0 if torch.compiler.is_compiling() else threading.get_ident()  # compiled graphs cannot ask for a thread
@@ -120,7 +137,8 @@ class Run:
             run.seen[i] = _address(x)
         if i == 0:
             run.length = x.shape[1]
-            run.states[0] = TokenState(self.num_prefix, x.shape[1], group=self._identity(x) if self.trace else None)
+            grid, group = self._announced(x.shape[1] - self.num_prefix), self._identity(x) if self.trace else None
+            run.states[0] = TokenState(self.num_prefix, x.shape[1], group=group, grid=grid)
         state = run.states[i]
         if state is None:
             raise StateError(f"block {i} was called although block 0 has not run; a patched tower runs from its first block")

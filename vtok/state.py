@@ -6,7 +6,7 @@ Shapes: B batch, N tokens now (prefix included), N0 tokens that entered block 0,
 from __future__ import annotations
 
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,9 @@ class Site(NamedTuple):
         return f"block {self.index} {self.place.value}"
 
 
+Grid = tuple[int, int] | Tensor
+
+
 class TokenState(NamedTuple):
     """The N tokens at a block boundary. Immutable; `None` means trivial, so an unreduced stretch of blocks costs nothing.
 
@@ -49,7 +52,10 @@ class TokenState(NamedTuple):
         size: [B, N] fp32 or fp64, patches that a token stands for; `None` = ones.
         keep: [B, N] bool, False = padding; `None` = all real.
         group: [B, N0] int64, row where each original token now lives, -1 = dropped; kept only under `trace=True`.
-        real: [B, N0] bool, False = padding that images came with; the model's own mask then says no more than `keep`.
+        real: [B, N0] bool, False = padding that images came with.
+        masked: whether the mask that they came with says more than `real`, so that it goes on to be added.
+        grid: (rows, columns) of the patches that entered block 0; [B, 2] int64 where images differ; (1, N0 - P) where they fill
+            no grid; `None` = not known.
     """
 
     num_prefix: int
@@ -59,6 +65,15 @@ class TokenState(NamedTuple):
     keep: Tensor | None = None
     group: Tensor | None = None
     real: Tensor | None = None
+    masked: bool = False
+    grid: Grid | None = None
+
+    def on(self, device: torch.device) -> TokenState:
+        """The same on another device: the blocks of a tower may be spread over several."""
+        if all(not isinstance(t, Tensor) or t.device == device for t in self):
+            return self
+        moved: dict[str, Any] = {name: t.to(device) for name, t in zip(self._fields, self) if isinstance(t, Tensor)}
+        return self._replace(**moved)
 
     @property
     def trivial(self) -> bool:

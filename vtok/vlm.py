@@ -17,14 +17,12 @@ from vtok.files import Saved
 from vtok.patches.decoder_pass import Pruner
 from vtok.patches.hf_vlm import SUPPORTED, VLM
 from vtok.patches.hf_vlm_install import calibration_inputs, install, observed, pruner_of, short_inputs
-from vtok.prompt import ImageFeatures, VLMInfo, VLMReducer
+from vtok.prompt import POSITIONS, ImageFeatures, VLMInfo, VLMReducer
 from vtok.prompt_plan import measured, visual_left
 from vtok.registry import METHODS
 from vtok.resolve import run_of
 from vtok.state import Place, Site
 from vtok.vlm_towers import check_readable, fitted, in_tower, place, put_tower, tower_patched
-
-POSITIONS = ("original", "compact")
 
 
 def check_positions(positions: str) -> None:

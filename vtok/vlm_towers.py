@@ -19,6 +19,7 @@ from vtok.patches.hf_vision import HfAdapter
 from vtok.patches.hf_vlm import VLM
 from vtok.patches.hf_vlm_install import pruner_of
 from vtok.patches.protocol import Tower
+from vtok.patches.transaction import all_or_nothing, to_the_end
 from vtok.patches.vlm_tower import Joint
 from vtok.prompt import VLMInfo, VLMReducer
 from vtok.registry import METHODS
@@ -136,9 +137,9 @@ def tower_patched(vlm: VLM, pruner: Pruner) -> Iterator[None]:
     """The vision tower is patched for a while."""
     from vtok.api import unpatch
 
-    put_tower(vlm, pruner)
     try:
+        all_or_nothing(vlm.module, lambda: put_tower(vlm, pruner))
         yield
     finally:
         if pruner.joint is not None:
-            unpatch(vlm.module)
+            to_the_end(lambda: unpatch(vlm.module))

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from vtok.eval.intervals import mean_stderr
-from vtok.eval.report_html.rows import NORMAL_95, Row, scores_of
+from vtok.eval.intervals import paired_difference
+from vtok.eval.report_html.rows import Row, scores_of
 from vtok.eval.report_html.sections import Section, with_sign
 from vtok.eval.report_html.table import Cell
 from vtok.eval.report_html.values import Interval, figure, mapping, number, text
@@ -55,7 +55,7 @@ def _of_records(section: Section, grouping: str) -> GroupTable | None:
         for name in names:
             held = mapping(parts[id(row)].get(name))
             n = number(held.get("n"))
-            score = scores_of(held, row.factor, row.primary).get(row.primary or "")
+            score = scores_of(held, row.factor, row.primary, n).get(row.primary or "")
             if score is None:
                 continue
             if row.unpatched or name not in base:
@@ -84,8 +84,8 @@ def _of_labels(section: Section) -> GroupTable | None:
         for row in section.patched:
             if row.correct is None or len(row.correct) != len(labels) or here.sum() < 2:
                 continue
-            gap, error = (100 * v for v in mean_stderr(row.correct[here].astype(float) - base.correct[here].astype(float)))
-            gaps[id(row), name] = Interval(gap, gap - NORMAL_95 * error, gap + NORMAL_95 * error)
+            gap = paired_difference(row.correct[here].astype(float) - base.correct[here].astype(float)).scaled(100)
+            gaps[id(row), name] = Interval(*gap)
     return _table(section, "class", list(classes), told, gaps)
 
 
@@ -149,4 +149,5 @@ def _cell(gap: Interval | None) -> Cell:
     if gap is None:
         return Cell("–")
     kind, mark = _PIECES[gap.sign]
-    return Cell(figure(gap.value, 1, True), gap.value, f"{with_sign(gap)} points, 95 % interval", kind, mark)
+    known = "95 % interval" if gap.known else "no interval is known"
+    return Cell(figure(gap.value, 1, True), gap.value, f"{with_sign(gap)} points, {known}", kind, mark)

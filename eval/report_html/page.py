@@ -22,6 +22,7 @@ from vtok.eval.report_html.repeat import Repeat, environment, repeat
 from vtok.eval.report_html.sections import Finding, Section, findings, headline_of, sections
 from vtok.eval.report_html.table import Speeds, Table, all_scores, speeds, summary
 from vtok.eval.report_html.values import count
+from vtok.writing import apart, writable, write
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -107,8 +108,12 @@ def write_report(
         raise ConfigError(
             f"the report cannot be written to {target}: it is a folder; name a file such as {target / 'report.html'}"
         )
+    if target.suffix.lower() in (".json", ".jsonl", ".ndjson"):
+        raise ConfigError(f"the report is a page of HTML, {target} is a name for results; name a file such as report.html")
     progress("reading")
     found = read(results)
+    apart([target], [*results, *found.files])
+    writable(target)
     parts = []
     grouped = sections(found.records)
     look = charts.looks(grouped)
@@ -117,11 +122,7 @@ def write_report(
         parts.append(_part(section, number, look, found.samples, options))
     sources = f"{count(len(found.records), 'result')} in {count(len(found.files), 'file')}"
     page = render(options.title, parts, found.problems, sources)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page, encoding="utf-8", errors="replace")  # JSON may hold half a surrogate pair
-    except OSError as error:
-        raise ConfigError(f"the report cannot be written to {target}: {error}") from error
+    write(target, page)
     drawn = [f"{p.section.title}: {problem}" for p in parts if p.gallery for problem in p.gallery.problems]
     return Report(target, [(part.section.title, part.headline) for part in parts], found.problems + drawn)
 

@@ -96,7 +96,7 @@ def answers_of(row: Row, samples: Mapping[str, Sequence[dict[str, Any]]]) -> Seq
     if own:
         return own
     folder = Path(text(row.record.get("path"))).parent
-    titles = {row.record.get("title"), row.record.get("setting")} - {None}
+    titles = [title for title in (row.record.get("title"), row.record.get("setting")) if title is not None]
     for lines in samples.values():
         near = folder in Path(str(lines[0].get("path"))).parents
         if near and lines[0].get("method") in titles and len(lines) == row.record.get("n"):

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, brief
 from vtok.eval.report_html.values import mapping
+from vtok.reading import exists, regular
 
 Record = dict[str, Any]
 _BIGGEST = 1 << 30  # bytes of one file
@@ -46,15 +47,15 @@ def read(paths: Sequence[str | Path]) -> Results:
     """
     found, by_key = Results(), dict[str, Record]()
     for path in map(Path, paths):
+        if not exists(path):
+            raise ConfigError(
+                f"{brief(path)} does not exist; name files or folders with results of vtok run, sweep, eval, bench or demo"
+            )
         if path.is_dir():
             files = [p for p in path.rglob("*") if p.suffix in (".json", ".jsonl") and p.is_file()]
             files.sort(key=lambda p: (len(p.parts), p))  # what lies on top comes first
-        elif path.is_file():
-            files = [path]
         else:
-            raise ConfigError(
-                f"{path} does not exist; name files or folders with results of vtok run, sweep, eval, bench or demo"
-            )
+            files = [regular(path)]
         for file in files:
             _read(file, found, by_key, asked=not path.is_dir())
     found.records = _without_copies([*found.records, *by_key.values()])
@@ -69,11 +70,13 @@ def read(paths: Sequence[str | Path]) -> Results:
 
 def _without_copies(records: list[Record]) -> list[Record]:
     """Runs keep the records of their tasks in folders of their own, under other keys: copies of what a run has itself."""
-    runs = {_same(record): Path(record["path"]).parent for record in records if mapping(record.get("config"))}
+    homes: dict[str, set[Path]] = {}
+    for record in records:
+        if mapping(record.get("config")):
+            homes.setdefault(_same(record), set()).add(Path(record["path"]).parent)
 
     def copied(record: Record) -> bool:
-        home = runs.get(_same(record))
-        return home is not None and not mapping(record.get("config")) and home in Path(record["path"]).parents
+        return not homes.get(_same(record), set()).isdisjoint(Path(record["path"]).parent.parents)
 
     return [record for record in records if not copied(record)]
 
@@ -90,7 +93,7 @@ def _read(path: Path, found: Results, by_key: dict[str, Record], asked: bool) ->
     held = False
     for where, value in _values(path, found.problems):
         if _is_sample(value):
-            key, _, _ = str(value["key"]).rpartition("/")
+            key, _, _ = str(value["key"]).partition("/")  # names of questions may hold more
             found.samples.setdefault(key, []).append({**value, "path": str(path)})
         elif _is_record(value):
             _add({**value, "path": str(path)}, found, by_key)

@@ -12,6 +12,9 @@ from vtok.errors import VtokError
 from vtok.eval.report_html.rows import UNPATCHED, Row
 from vtok.eval.report_html.sections import Section
 from vtok.eval.report_html.values import at, mapping, number, text
+from vtok.eval.runs import checked
+from vtok.eval.runs_again import DTYPES, of_record
+from vtok.eval.tasks import RECORDED, TASKS
 from vtok.registry import METHODS
 
 _FACTS = {
@@ -40,9 +43,7 @@ _FACTS = {
     "attention": "attention of the LLM",
     "seed": "seed",
 }
-_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-_COMMANDS = {"zeroshot_classification": "zeroshot", "zeroshot_retrieval": "retrieval"}  # clip_benchmark's names
-_DEMO_IMAGES = 10_000
+ALL_TOKENS = {"name": "uniform", "keep": 1.0}
 
 
 class Repeat(NamedTuple):
@@ -73,29 +74,67 @@ def environment(section: Section) -> list[tuple[str, str]]:
 
 
 def repeat(section: Section, number_: int) -> Repeat:
-    """Commands for a section, from the configuration that its records hold, else from their fields.
+    """Commands for a section: the run files and commands that its records hold, else what their fields say.
 
     Args:
         section: what was measured.
         number_: of the section, for names of files.
     """
-    configs = _joined([c for row in section.rows if (c := mapping(row.record.get("config")))])
-    if configs:
-        names = [f"run-{number_}.yaml" if len(configs) == 1 else f"run-{number_}-{i}.yaml" for i in range(1, len(configs) + 1)]
-        return Repeat([f"vtok run {name}" for name in names], list(zip(names, configs)), [])
-    methods, notes = [], []
+    if section.bench:
+        return _bench(section)
+    held, commands, notes = list[dict[str, Any]](), list[str](), list[str]()
+    for row in section.rows:
+        told = row.record.get("command")
+        if isinstance(told, list) and told:
+            commands.append(shlex.join(text(word) for word in told))
+            continue
+        config = mapping(row.record.get("config")) or _config(row, notes)
+        if config:
+            held.append(config)
+    configs = _joined(held, notes)
+    names = [f"run-{number_}.yaml" if len(configs) == 1 else f"run-{number_}-{i}.yaml" for i in range(1, len(configs) + 1)]
+    random = ["--no-pretrained"] if any(row.record.get("pretrained") is False for row in section.rows) else []
+    commands += [shlex.join(["vtok", "run", name, *random]) for name in names]
+    notes = list(dict.fromkeys(notes))
+    if not commands:
+        notes.append("the records do not say how they were made")
+    return Repeat(list(dict.fromkeys(commands)), list(zip(names, configs)), notes)
+
+
+def _config(row: Row, notes: list[str]) -> dict[str, Any]:
+    """A run file from the fields of a record that holds none; empty if they do not make one, with a note."""
+    r = row.record
+    task = RECORDED.get(text(r.get("task")), text(r.get("task")))
+    if task not in TASKS.names():
+        return {}
+    try:
+        found = of_record(r, task, [] if row.unpatched else methods_of(r))
+        checked("record", "record", found if found["method"] is not None else found | {"method": dict(ALL_TOKENS)})
+    except (VtokError, TypeError, ValueError, KeyError, AttributeError) as error:
+        notes.append(f"{row.label}: no run file can be made of what its record says ({text(error)})")
+        return {}
+    notes.append(
+        "an earlier release wrote these records: the data stand in the run file as they are named there, put their path"
+    )
+    return found
+
+
+def _bench(section: Section) -> Repeat:
+    """The benchmark once more."""
+    r, methods, notes = section.first, list[str](), list[str]()
     for row in section.patched:
         try:
             methods.append(method_text(row.record))
         except (VtokError, TypeError, ValueError, KeyError, AttributeError) as error:
             notes.append(f"{row.label}: its parameters cannot be written as a command ({text(error)})")
-    command = _command(section, methods)
-    if command is None:
-        return Repeat([], [], [*notes, "the records do not say how they were made"])
-    return Repeat([shlex.join(command)], [], notes)
+    batch = ["-b", text(r.get("batch_size"))] if number(r.get("batch_size")) else []
+    threads = ["--threads", text(r.get("threads"))] if number(r.get("threads")) else []
+    dtype = DTYPES.get(text(r.get("dtype")), "fp32")
+    words = ["vtok", "bench", text(r.get("model")), *dict.fromkeys(methods), *batch, *threads, "--dtype", dtype]
+    return Repeat([shlex.join([*words, "--json", "bench.json"])], [], notes)
 
 
-def _joined(configs: Sequence[dict[str, Any]]) -> list[str]:
+def _joined(configs: Sequence[dict[str, Any]], notes: list[str]) -> list[str]:
     """YAML of runs: those that differ in the method alone become one with a list of `methods`."""
     grouped: dict[str, tuple[dict[str, Any], list[Any]]] = {}
     for config in configs:
@@ -106,7 +145,10 @@ def _joined(configs: Sequence[dict[str, Any]]) -> list[str]:
             methods.append(own)
     written = []
     for rest, methods in grouped.values():
-        named = {"methods": methods} if len(methods) > 1 else {"method": methods[0]} if methods else {}
+        if not methods:
+            notes.append("a run compares a method with the unpatched model: the one named here keeps all tokens")
+        methods = methods or [dict(ALL_TOKENS)]
+        named = {"methods": methods} if len(methods) > 1 else {"method": methods[0]}
         written.append(yaml.safe_dump({**rest, **named}, sort_keys=False, allow_unicode=True))
     return written
 
@@ -137,36 +179,6 @@ def _one(name: str, params: dict[str, Any]) -> str:
         f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**6).splitlines()[0]}" for key, value in given.items()
     )
     return name + (":" + ",".join(words) if given else "")
-
-
-def _command(section: Section, methods: list[str]) -> list[str] | None:
-    """The words of a command, by what the section holds."""
-    r = section.first
-    model, data, n = text(r.get("model")), text(r.get("dataset")), r.get("n")
-    batch = ["-b", text(r.get("batch_size"))] if number(r.get("batch_size")) else []
-    methods = list(dict.fromkeys(methods))
-    each = [word for method in methods for word in ("--method", method)]
-    if section.bench:
-        threads = ["--threads", text(r.get("threads"))] if number(r.get("threads")) else []
-        dtype = _DTYPES.get(text(r.get("dtype")), "fp32")
-        return ["vtok", "bench", model, *methods, *batch, *threads, "--dtype", dtype, "--json", "bench.json"]
-    if model.startswith("fashion_vit@") and data == "fashion-mnist/test":
-        return ["vtok", "demo", *(["--full"] if n == _DEMO_IMAGES else ["--images", text(n)]), "--no-clip", "--no-vqa"]
-    if model == "reference-clip" and isinstance(n, dict):
-        return ["vtok", "demo", "--no-vqa"]
-    samples = ["--num-samples", text(n)] if isinstance(n, int) and not section.first.get("num_skipped") else []
-    task = {"zeroshot_classification": "zeroshot", "zeroshot_retrieval": "retrieval"}.get(
-        text(r.get("task")), text(r.get("task"))
-    )
-    if task == "imagenet":
-        return ["vtok", "eval", "imagenet", "--model", model, "--data", data, *each, *samples, *batch, "--pretrained"]
-    if task in ("zeroshot", "retrieval"):
-        tag = ["--pretrained", text(r.get("pretrained"))] if r.get("pretrained") else []
-        return ["vtok", "eval", task, "--model", model, *tag, "--data", data, *each, *samples, *batch]
-    if task == "vqa":
-        new = ["--max-new-tokens", text(r.get("max_new_tokens"))] if r.get("max_new_tokens") else []
-        return ["vtok", "eval", "vqa", "--model", model, "--data", data, *each, *samples, *batch, *new, "--output", "results"]
-    return None
 
 
 def _words(value: Any) -> str:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from vtok.eval.intervals import FEWEST, Z95
 from vtok.eval.report import FLOOR
-from vtok.eval.report_html.values import Interval, at, interval, mapping, number, numbers, text
+from vtok.eval.report_html.values import Interval, at, figure, interval, mapping, number, numbers, text
 
-NORMAL_95 = 1.96
 UNPATCHED = "unpatched"
 LABELS = {
     "top1": "top-1",
@@ -38,6 +38,7 @@ class Score:
         error: standard error, if known.
         difference: to unpatched with its 95 % interval, paired, if known.
         unit: "%" or "".
+        own: the 95 % interval of the value itself, if known.
     """
 
     name: str
@@ -45,6 +46,13 @@ class Score:
     error: float | None = None
     difference: Interval | None = None
     unit: str = "%"
+    own: Interval | None = None
+
+    @property
+    def words(self) -> str:
+        """ "88.2 ± 0.8"; where no sample differs, and no standard error can be told, the interval."""
+        ends = "" if self.own is None else f" [{figure(self.own.low, 1)}, {figure(self.own.high, 1)}]"
+        return figure(self.value, 1) + (ends if self.error is None else f" ± {figure(self.error, 1)}")
 
     @property
     def label(self) -> str:
@@ -89,15 +97,20 @@ class Row:
 
     @property
     def slower(self) -> bool:
-        """Whether the whole interval of the speed-up lies below 1 (the point, where no interval is known)."""
+        """Whether the whole interval of the speed-up lies below 1."""
         s = self.speedup
-        return s is not None and (s.high if s.high is not None else s.value) < 1
+        return s is not None and s.high is not None and s.high < 1
 
     @property
     def not_faster(self) -> bool:
-        """Whether the interval does not lie above 1."""
+        """Whether there is an interval and it does not lie above 1."""
         s = self.speedup
-        return s is not None and (s.low if s.low is not None else s.value) <= 1
+        return s is not None and s.low is not None and s.low <= 1
+
+    @property
+    def untold(self) -> bool:
+        """Whether it was timed, but not in pairs enough for an interval: nothing can be said about its speed."""
+        return self.speedup is not None and not self.speedup.known
 
 
 def row_of(record: dict[str, Any]) -> Row:
@@ -111,7 +124,7 @@ def row_of(record: dict[str, Any]) -> Row:
         record=record,
         label=label_of(record, method, budget),
         method=method,
-        scores=scores_of(metrics, factor, primary),
+        scores=scores_of(metrics, factor, primary, number(record.get("n"))),
         primary=primary,
         factor=factor,
         budget=budget,
@@ -122,7 +135,7 @@ def row_of(record: dict[str, Any]) -> Row:
         base_gmacs=number(at(record, "gmacs", "base")),
         reduction=number(at(record, "gmacs", "pruner")) or number(at(record, "gmacs", "selection")),
         implied=None if method == UNPATCHED else number(record.get("implied_speedup")),
-        speedup=interval(record.get("speedup"), record.get("speedup_ci")),
+        speedup=interval(record.get("speedup"), speed_ends(record)),
         achieved=_achieved(record),
         correct=_correct(record),
     )
@@ -149,8 +162,22 @@ def headline(record: dict[str, Any]) -> str | None:
     return next((name for name in (*names, *_HEADLINES, *known) if number(metrics.get(name)) is not None), None)
 
 
-def scores_of(metrics: dict[str, Any], factor: float, primary: str | None) -> dict[str, Score]:
-    """Every metric with its error and difference."""
+def speed_ends(record: dict[str, Any]) -> Any:
+    """The interval of a speed-up as a record has it; `None` where it is from too few pairs, or is a point."""
+    pairs, ends = number(record.get("pairs")), numbers(record.get("speedup_ci"))
+    return None if (pairs is not None and pairs < FEWEST) or len(set(ends)) < 2 else ends
+
+
+def scores_of(metrics: dict[str, Any], factor: float, primary: str | None, n: float | None = None) -> dict[str, Score]:
+    """Every metric with its error and difference.
+
+    Args:
+        metrics: of a record, or of a group of it.
+        factor: to percent.
+        primary: name of the headline metric.
+        n: samples; from too few there are neither errors nor intervals.
+    """
+    few = n is not None and n < FEWEST
     found = {}
     for name, value in metrics.items():
         point = number(value)
@@ -161,22 +188,34 @@ def scores_of(metrics: dict[str, Any], factor: float, primary: str | None) -> di
         found[name] = Score(
             name,
             point * factor,
-            None if error is None else error * factor,
-            _difference(metrics, name, name == primary, factor),
+            None if error is None or few or not error else error * factor,
+            _difference(metrics, name, name == primary, factor, few),
             unit,
+            None if few else _own_interval(metrics, name, factor),
         )
     return found
 
 
-def _difference(metrics: dict[str, Any], name: str, primary: bool, factor: float) -> Interval | None:
-    """Under `NAME_difference`, or for the headline metric under `difference` alone."""
+def _own_interval(metrics: dict[str, Any], name: str, factor: float) -> Interval | None:
+    """The 95 % interval of a metric itself, if the record has one."""
+    found = interval(metrics.get(name), metrics.get(f"{name}_ci"))
+    return found.scaled(factor) if found is not None and found.known else None
+
+
+def _difference(metrics: dict[str, Any], name: str, primary: bool, factor: float, few: bool) -> Interval | None:
+    """Under `NAME_difference`, or for the headline metric under `difference` alone; without ends where they say nothing.
+
+    Records of older releases have the interval [0, 0] where no sample changed: a point is no interval.
+    """
     for prefix in (f"{name}_", "") if primary and name in ("top1", "acc1") else (f"{name}_",):
         known = interval(metrics.get(f"{prefix}difference"), metrics.get(f"{prefix}difference_ci"))
         if known is None:
             continue
         error = number(metrics.get(f"{prefix}difference_stderr"))
-        if not known.known and error is not None:
-            known = Interval(known.value, known.value - NORMAL_95 * error, known.value + NORMAL_95 * error)
+        if not known.known and error and f"{prefix}difference_ci" not in metrics:
+            known = Interval(known.value, known.value - Z95 * error, known.value + Z95 * error)
+        if few or (known.known and known.low == known.high):
+            known = Interval(known.value)
         return known.scaled(factor)
     return None
 
@@ -193,9 +232,9 @@ def label_of(record: dict[str, Any], method: str, budget: float | None) -> str:
 
 def _achieved(record: dict[str, Any]) -> Interval | None:
     """Measured over implied; where only the speed-up has an interval, its ends are divided too."""
-    found = interval(record.get("achieved"), record.get("achieved_ci"))
-    ends, implied = numbers(record.get("speedup_ci")), number(record.get("implied_speedup"))
-    if found is not None and not found.known and implied and len(ends) == 2:
+    ends, implied = speed_ends(record), number(record.get("implied_speedup"))
+    found = interval(record.get("achieved"), record.get("achieved_ci") if ends else None)
+    if found is not None and not found.known and ends and implied and len(ends) == 2:
         return Interval(found.value, ends[0] / implied, ends[1] / implied)
     return found
 

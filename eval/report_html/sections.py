@@ -6,13 +6,13 @@ A method is worth something if it beats tokens drawn at random at the same cost.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from vtok.eval.intervals import mean_stderr
-from vtok.eval.report_html.rows import NORMAL_95, Row, row_of
+from vtok.eval.intervals import Z95, paired_difference
+from vtok.eval.report_html.rows import Row, row_of
 from vtok.eval.report_html.values import Interval, count, figure, joined, number, text, with_ends
 
 _NEAR = 0.1  # relative distance of costs that count as the same
@@ -76,10 +76,23 @@ def sections(records: Sequence[dict[str, Any]]) -> list[Section]:
         seen[title] = seen.get(title, 0) + 1
         title = title if seen[title] == 1 else f"{title} ({seen[title]})"
         rows = sorted(rows, key=_place)
+        base = next((row for row in rows if row.unpatched), None)
+        rows = rows if base is None else [_told(row, base) for row in rows]
         section = Section(title, rows, "metrics" not in rows[0].record)
         section.rivals = {i: rival for i, row in enumerate(rows) if (rival := _rival(row, rows)) is not None}
         found.append(section)
     return found
+
+
+def _told(row: Row, base: Row) -> Row:
+    """A row whose difference to unpatched has its interval, where the record lacks it but says which samples were right."""
+    a, b, score = row.correct, base.correct, row.score
+    if score is None or score.difference is None or score.difference.known or a is None or b is None or len(a) != len(b):
+        return row
+    found = Interval(*paired_difference(a.astype(float) - b.astype(float)).scaled(100))
+    if not _counts(row, a) or abs(found.value - score.difference.value) > 0.01:
+        return row
+    return replace(row, scores={**row.scores, score.name: replace(score, difference=found)})
 
 
 def _identity(record: dict[str, Any]) -> tuple[str, ...]:
@@ -121,13 +134,12 @@ def _beside(row: Row, other: Row, cost: str) -> Rival | None:
     assert row.score is not None and other.score is not None
     a, b = row.correct, other.correct
     if a is not None and b is not None and len(a) == len(b) > 1 and _counts(row, a) and _counts(other, b):
-        gap, error = (100 * value for value in mean_stderr(a.astype(float) - b.astype(float)))
-        return Rival(other, Interval(gap, gap - NORMAL_95 * error, gap + NORMAL_95 * error), True, cost)
+        return Rival(other, Interval(*paired_difference(a.astype(float) - b.astype(float)).scaled(100)), True, cost)
     gap = row.score.value - other.score.value
     errors = [_error(one) for one in (row, other)]
-    if None in errors:
+    if None in errors or not any(errors):  # errors of nothing are not known
         return Rival(other, Interval(gap), False, cost)
-    half = NORMAL_95 * sum(e**2 for e in errors if e is not None) ** 0.5
+    half = Z95 * sum(e**2 for e in errors if e is not None) ** 0.5
     return Rival(other, Interval(gap, gap - half, gap + half), False, cost)
 
 
@@ -140,7 +152,7 @@ def _error(row: Row) -> float | None:
     assert row.score is not None
     difference = row.score.difference
     if difference is not None and difference.low is not None and difference.high is not None:
-        return (difference.high - difference.low) / (2 * NORMAL_95)
+        return (difference.high - difference.low) / (2 * Z95)
     return row.score.error
 
 
@@ -171,9 +183,12 @@ def headline_of(section: Section) -> str:
         )
     slower = [row.label for row in section.patched if row.slower]
     timed = [row for row in section.patched if row.speedup is not None]
-    if timed:
+    told = [row for row in timed if not row.untold]
+    if told:
         words = f"{len(slower)} slower than unpatched ({joined(slower)})" if slower else "none slower than unpatched"
-        parts.append(f"of {len(timed)} timed, {words}")
+        parts.append(f"of {len(told)} timed, {words}")
+    if len(told) < len(timed):
+        parts.append(f"{len(timed) - len(told)} timed in too few pairs to tell")
     if not parts:
         parts.append("nothing to compare: neither random at the same cost nor measured speed is among the records")
     return "; ".join(parts) + "."
@@ -241,6 +256,9 @@ def _speed(section: Section) -> list[Finding]:
     slower = [row.label for row in section.patched if row.slower]
     unclear = [row.label for row in section.patched if row.not_faster and not row.slower]
     lines = [Finding("bad", f"Slower than unpatched: {joined(slower, 12)}.")] if slower else []
+    untold = [row.label for row in section.patched if row.untold]
+    if untold:
+        lines.append(Finding("plain", f"Timed in too few pairs to tell how fast they are: {joined(untold, 12)}."))
     if unclear:
         lines.append(Finding("plain", f"Not clearly faster than unpatched: {joined(unclear, 12)}."))
     return lines

@@ -130,7 +130,7 @@ class Speed:
 
     Attributes:
         row: the setting.
-        kind: "bad" = slower than unpatched, "plain" = not clearly faster, "good" = faster.
+        kind: "bad" = slower than unpatched, "plain" = not clearly faster or not known, "good" = faster.
         verdict: the same in words.
         low, point, high: measured.
         implied: by MACs; `None` if unknown.
@@ -179,6 +179,8 @@ def speeds(section: Section) -> Speeds | None:
             if row.slower
             else ("plain", "not clearly faster")
             if row.not_faster
+            else ("plain", "too few pairs to tell")
+            if row.untold
             else ("good", "faster")
         )
         low, high = (s.value if end is None else end for end in (s.low, s.high))
@@ -207,8 +209,8 @@ def _share(value: float, most: float) -> float:
 def _score(score: Score | None) -> Cell:
     if score is None:
         return Cell("–")
-    words = figure(score.value, 1) + ("" if score.error is None else f" ± {figure(score.error, 1)}")
-    return Cell(words, score.value, "± standard error" if score.error is not None else "no standard error is known")
+    title = "± standard error" if score.error is not None else "95 % interval" if score.own else "no standard error is known"
+    return Cell(score.words, score.value, title)
 
 
 def _difference(row: Row) -> Cell:
@@ -233,7 +235,15 @@ def _measured(row: Row) -> Cell:
     if row.speedup is None:
         return Cell("–")
     kind = "bad" if row.slower else ""
-    title = "slower than unpatched" if row.slower else "not clearly faster" if row.not_faster else "faster than unpatched"
+    title = (
+        "slower than unpatched"
+        if row.slower
+        else "not clearly faster"
+        if row.not_faster
+        else "too few pairs to tell"
+        if row.untold
+        else "faster than unpatched"
+    )
     return Cell(with_ends(row.speedup, 2, unit="×"), row.speedup.value, title, kind, "▼" if row.slower else "")
 
 

@@ -34,3 +34,5 @@ TASKS: Registry[Any] = Registry(
     },
     group="vtok.tasks",
 )
+# what records of a task call it, where that is clip_benchmark's name -> the task
+RECORDED = {"zeroshot_classification": "zeroshot", "zeroshot_retrieval": "retrieval"}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vtok.errors import ConfigError
+from vtok.eval.pictures import find_files, leaves, open_picture, within
 
 PAGES = "reference-pages"
 
@@ -50,9 +51,7 @@ class _Files:
     paths: Sequence[Path]
 
     def __call__(self, index: int) -> Any:
-        from PIL import Image
-
-        return Image.open(self.paths[index])
+        return open_picture(self.paths[index])
 
 
 def reference_pages() -> CaptionedImages:
@@ -86,9 +85,9 @@ def open_captions(
         return reference_pages()
     path = _caption_file(Path(data))
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         entries = [entry for entry in content["images"] if entry["split"] == split]
-        captions = [[str(sentence["raw"]) for sentence in entry["sentences"]][:max_captions] for entry in entries]
+        captions = [[_raw(sentence["raw"]) for sentence in entry["sentences"]][:max_captions] for entry in entries]
         files = [os.path.join(entry.get("filepath", ""), entry["filename"]) for entry in entries]
         splits = sorted({str(entry["split"]) for entry in content["images"]})
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
@@ -102,13 +101,22 @@ def open_captions(
         if not own:
             raise ConfigError(f"{path}: {file} has no captions (max_captions={max_captions})")
     root = _image_root(Path(images) if images else path.parent, files)
+    outside = next((file for file in files if leaves(file) or not (images or within(root, root / file))), None)
+    if outside is not None:
+        raise ConfigError(f"{path}: the image {outside} lies outside {root}; pass the folder that holds all of them (--images)")
     return CaptionedImages(path.stem, files, captions, _Files([root / file for file in files]))
+
+
+def _raw(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"'raw' must be a text, found {repr(value)[:80]}")
+    return value
 
 
 def _caption_file(path: Path) -> Path:
     if path.is_file():
         return path
-    found = sorted(path.glob("dataset*.json")) if path.is_dir() else []
+    found = find_files(path, "dataset*.json", deep=False)
     if len(found) != 1:
         what = f"holds {len(found)} files dataset*.json" if path.is_dir() else "does not exist"
         raise ConfigError(f"{path} {what}; name Karpathy's JSON file (dataset_flickr30k.json, dataset_coco.json)")

@@ -5,7 +5,6 @@ Shapes: n readable images, D width of the common space.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,10 +18,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vtok.api import Size, run_of
-from vtok.errors import ConfigError, UnsupportedModelError
-from vtok.eval.clip_models import DualEncoder, load_clip
+from vtok.errors import ConfigError, UnsupportedModelError, shown
+from vtok.eval.checked import check_fields, check_range
+from vtok.eval.clip_models import BACKENDS, DualEncoder, load_clip
 from vtok.eval.pacing import Memory, Pacer
 from vtok.eval.processes import current
+from vtok.eval.runs_again import run_file
 from vtok.eval.settings import (
     PassCost,
     Setting,
@@ -72,6 +73,15 @@ class ClipOptions:
     language: str = "en"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for kind, value, known in (
+            ("backend", self.backend, BACKENDS), ("type", self.amp_dtype, TYPES), ("type", self.model_dtype, TYPES)
+        ):  # fmt: skip
+            if value is not None and value not in known:
+                raise ConfigError(f"unknown {kind} {shown(value)}; known: {', '.join(known)}")
+        check_range(self, {"batch_size": (1, float("inf")), "workers": (0, float("inf")), "num_samples": (1, float("inf"))})
+
 
 class _Part(NamedTuple):
     """What became of one batch: its labels, features and costs of each setting, and what was left out."""
@@ -85,8 +95,8 @@ class _Part(NamedTuple):
 class Embedded:
     """What one setting made of the images, and what its passes cost."""
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, model: nn.Module, setting: Setting):
+        self.model, self.setting = model, setting
         self.parts: list[Tensor] = []
         self.costs: list[PassCost] = []
         self.times: dict[str, Any] = {}
@@ -170,7 +180,7 @@ def run(
         with _autocast(first.device, options):
             found = texts(encoder).cpu()
         size = _size(data)
-        embedded = [Embedded(setting.apply(twin(base), size)) for setting in chosen]
+        embedded = [Embedded(setting.apply(twin(base), size), setting) for setting in chosen]
         unpatched = next((i for i, setting in enumerate(chosen) if setting.method is None), None)
         models = [one.model for one in embedded]
         check_same_work(processes, data, models)
@@ -197,6 +207,22 @@ def run(
     for i, one in enumerate(embedded):
         one.times = pacer.fields(i, one.cost, options.seed)
     return Features(encoder, embedded, None if unpatched is None else embedded[unpatched], labels, common), found
+
+
+def repeated(task: str, features: Features, one: Embedded, data: Any, options: ClipOptions) -> dict[str, Any]:
+    """`config` of a record: the run file that repeats it, if names say it all.
+
+    Args:
+        task: name.
+        features: of the evaluation.
+        one: setting of the record.
+        data: as it was named.
+        options: of the task.
+    """
+    encoder = features.encoder
+    dtype = str(next(encoder.net.parameters()).dtype).removeprefix("torch.")
+    found = run_file(task, encoder.name, encoder.backend, data, one.setting, options, dtype)
+    return {} if found is None else {"config": found}
 
 
 def _embed(
@@ -260,9 +286,9 @@ def _type(name: str) -> torch.dtype:
     return TYPES[name]
 
 
-def finite(metrics: dict[str, float | None]) -> dict[str, float | None]:
+def finite(metrics: dict[str, Any]) -> dict[str, Any]:
     """The same with `None` for what is not a number: strict JSON knows no NaN."""
-    return {name: None if value is None or math.isnan(value) else value for name, value in copy.copy(metrics).items()}
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in metrics.items()}
 
 
 def bits(hits: np.ndarray) -> str:

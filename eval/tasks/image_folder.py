@@ -11,17 +11,22 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, VtokError, brief
+from vtok.eval.pictures import open_picture, visible
 from vtok.eval.processes import Processes
 from vtok.eval.records import key_of
 from vtok.eval.settings import fingerprint, method_name, resolved_params
+from vtok.eval.tasks.class_folders import open_folder, read_class_map
+from vtok.reading import exists, regular
 
+_INDEXED = ("hfds", "torch")  # timm's prefixes of datasets with one
 _STREAMS = ("hfids", "tfds", "wds")  # timm's prefixes of datasets without an index
 
 
@@ -72,6 +77,7 @@ class CheckedImages(Dataset):
         taken = count if num_samples is None else min(num_samples, count)
         self.indices = [i * count // taken for i in range(taken)]
         self.rows: Sequence[int] = range(taken)
+        self.relabel: dict[int, int] = {}  # label of the data -> that of whoever is asked, where they differ
 
     def part(self, rows: Sequence[int]) -> CheckedImages:
         """Some of the images, which keep their numbers."""
@@ -87,19 +93,20 @@ class CheckedImages(Dataset):
         index = self.indices[row]
         try:
             image, label = self._decode(index)
-        except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, struct.error, ...
+        except ConfigError as error:
+            return Unreadable(self.filename(row), str(error))
+        except Exception as error:  # data sets of other packages raise whatever they like
             return Unreadable(self.filename(row), f"{type(error).__name__}: {error}")
-        return Sample(self.transform(image), -1 if label is None else int(label), row)
+        label = -1 if label is None else int(label)
+        return Sample(self.transform(image), self.relabel.get(label, label), row)
 
     def _decode(self, index: int) -> tuple[Any, Any]:
-        from PIL import Image
-
         if not hasattr(self.inner, "reader"):
             image, label = self.inner[index]
-            return image.convert(self.mode), label
+            return open_picture(image, self.mode), label
         file, label, *_ = self.inner.reader[index]
-        with file, Image.open(file) as image:
-            return image.convert(self.mode), label  # reads all pixels: a truncated file fails here
+        with file:
+            return open_picture(file, self.mode), label
 
     def filename(self, row: int) -> str:
         """Path of an image inside the dataset, as far as it has one."""
@@ -109,7 +116,13 @@ class CheckedImages(Dataset):
     @property
     def class_to_idx(self) -> dict[str, int] | None:
         """Class name -> label, `None` if the dataset does not say."""
-        return getattr(getattr(self.inner, "reader", self.inner), "class_to_idx", None)
+        inner = getattr(self.inner, "reader", self.inner)
+        return getattr(inner, "class_to_idx", None) or getattr(inner, "class_name_to_idx", None)  # of timm's for .tar files
+
+    @property
+    def empty(self) -> Sequence[str]:
+        """Names of classes without images, as far as the data has them."""
+        return getattr(self.inner, "empty", ())
 
 
 def collate(items: Sequence[Sample | Unreadable]) -> Batch:
@@ -150,11 +163,12 @@ def other_files(data: CheckedImages, class_map: str = "") -> list[Unreadable]:
     for folder, _, names in os.walk(root, followlinks=True):
         for name in sorted(names):
             path = os.path.abspath(os.path.join(folder, name))
-            if name.startswith(".") or path in known or path in ours:
+            if not visible(Path(path), Path(os.path.abspath(root))) or path in known or path in ours:
                 continue
             extension = os.path.splitext(name)[1].lower()
             is_image = extension in get_img_extensions(as_set=True)
-            reason = "its folder is not in the class map" if is_image else f"not an image extension: {extension or 'none'}"
+            left_out = "its folder is not in the class map" if class_map else "it lies beside the folders of the classes"
+            reason = left_out if is_image else f"not an image extension: {extension or 'none'}"
             found.append(Unreadable(os.path.relpath(path, root), reason))
     return sorted(found)
 
@@ -175,17 +189,32 @@ def open_dataset(root: str, name: str, split: str, class_map: str, mode: str, nu
     """
     from timm.data import create_dataset
 
-    if not name and not os.path.exists(root):
-        raise ConfigError(f"{root} does not exist; name a folder with one sub-folder of images a class")
+    if not name and not exists(root):
+        raise ConfigError(f"{brief(root)} does not exist; name a folder with one sub-folder of images a class")
+    if not name and not os.path.isdir(root):
+        regular(root)
     if class_map and not any(os.path.isfile(path) for path in (class_map, os.path.join(root, class_map))):
         raise ConfigError(f"class map {class_map} is neither a file nor a file in {root}")
     if name.partition("/")[0].lower() in _STREAMS:
         raise ConfigError(f"{name} is a stream; paired evaluation needs an index: a folder, a .tar file, hfds/... or torch/...")
+    if name and ("/" not in name or name.partition("/")[0].lower() not in _INDEXED):  # timm would take the folder all the same
+        raise ConfigError(
+            f"unknown data set {name!r}; write TYPE/NAME with a TYPE of {', '.join(_INDEXED)}, or leave it out for an image "
+            "folder or a .tar file"
+        )
+    if not name and os.path.isdir(root):
+        return _some(open_folder(root, split, class_map), root, mode, num_samples)
     try:
-        labelled: Any = class_map  # a file name, which timm's annotation forgets
+        labelled: Any = read_class_map(class_map, root) if class_map else ""  # text, which timm's annotation forgets
         data = create_dataset(name, root=root, split=split, class_map=labelled, input_img_mode=mode)
-    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"timm cannot open {name or root}: {error}") from error
+    except VtokError:
+        raise
+    except Exception as error:  # readers of archives, of pickles and of data sets raise whatever they like
+        raise ConfigError(f"timm cannot open {name or root}: {brief(error)}") from error
+    return _some(data, root, mode, num_samples)
+
+
+def _some(data: Any, root: str, mode: str, num_samples: int | None) -> CheckedImages:
     checked = CheckedImages(data, mode, num_samples)
     if not len(checked):
         raise ConfigError(f"{root} holds no images")

@@ -1,6 +1,7 @@
 """ImageNet-style accuracy of a timm model on a folder of images, with the pipeline, flags and fields of timm's validate.py.
 
 Patched and unpatched models see the very same batches: what a method costs is a paired difference with its standard error.
+Pictures are turned as their EXIF data say, which timm leaves out, and folders are matched with the model's classes.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 
 from vtok.api import Size, run_of
 from vtok.errors import ConfigError
-from vtok.eval.intervals import mean_stderr
+from vtok.eval.intervals import mean_stderr, paired_difference, share
 from vtok.eval.pacing import Memory, Pacer
 from vtok.eval.processes import current
+from vtok.eval.runs_again import run_file
 from vtok.eval.settings import (
     PassCost,
     Setting,
@@ -36,6 +38,7 @@ from vtok.eval.settings import (
     twin,
     versions,
 )
+from vtok.eval.tasks.class_folders import are_ids, labels_for, wordnet_ids
 from vtok.eval.tasks.fashion import FASHION, open_fashion
 from vtok.eval.tasks.image_folder import CheckedImages, Unreadable, check_same_work, open_dataset, other_files
 from vtok.eval.tasks.scoring import Scorer, Scores
@@ -111,8 +114,8 @@ def evaluate(
 
     Returns:
         One record a setting: timm's fields (`model, top1, top1_err, top5, top5_err, param_count` in M, `img_size, crop_pct,
-        interpolation`; accuracies in percent, rounded as timm does); `metrics` unrounded: `top1`, its `top1_stderr`, `top5`,
-        and against the unpatched setting, if there is one, the paired `difference` of top-1 with its `difference_stderr`
+        interpolation`; accuracies in percent, rounded as timm does); `metrics` unrounded: `top1`, its `top1_stderr` and
+        `top1_ci` (95 %), `top5`, and against the unpatched setting, if there is one, the paired `difference` of top-1 with both
         and the `agreement` of predictions, all in percent; `n` images scored; `method, setting, params, tokens, gmacs, gflops,
         implied_speedup`; `samples_per_sec`, `speedup` and `achieved` with intervals, from the passes of the evaluation itself;
         `correct`, one bit an image (see `report.correctness`); `skipped` (file and reason) and `num_skipped`; `notes`; and what
@@ -161,9 +164,19 @@ def evaluate(
         "notes": notes,
     }
     unpatched = None if first is None else tallies[first]
+    own = {"pretrained": options.pretrained} if isinstance(model, str) and model != REFERENCE_VIT else {}
+    dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
+    again = [run_file("imagenet", model, common["backend"], data_dir, setting, options, dtype) for setting in chosen]
     return [
-        {"model": name, **_score(tally, unpatched), **common, **pacer.fields(i, tally.cost, options.seed)}
-        for i, tally in enumerate(tallies)
+        {
+            "model": name,
+            **_score(tally, unpatched),
+            **common,
+            **own,
+            **pacer.fields(i, tally.cost, options.seed),
+            **({} if content is None else {"config": content}),
+        }
+        for i, (tally, content) in enumerate(zip(tallies, again))
     ]
 
 
@@ -208,11 +221,18 @@ def _score(tally: _Tally, unpatched: _Tally | None) -> dict[str, Any]:
     hits = tally.column("top1").double()
     top1, stderr = (100 * value for value in mean_stderr(hits.numpy()))
     top5 = 100 * float(tally.column("top5").double().mean())
-    metrics = {"top1": top1, "top1_stderr": stderr, "top5": top5}
+    ends = share(hits.numpy()).scaled(100).ends
+    metrics: dict[str, Any] = {"top1": top1, "top1_stderr": stderr, "top1_ci": ends, "top5": top5}
     if unpatched is not None and tally is not unpatched:
-        difference, error = mean_stderr((hits - unpatched.column("top1").double()).numpy())
+        change = (hits - unpatched.column("top1").double()).numpy()
+        difference, error = mean_stderr(change)
         same = (tally.column("prediction") == unpatched.column("prediction")).double().mean()
-        metrics |= {"difference": 100 * difference, "difference_stderr": 100 * error, "agreement": 100 * float(same)}
+        metrics |= {
+            "difference": 100 * difference,
+            "difference_stderr": 100 * error,
+            "difference_ci": paired_difference(change).scaled(100).ends,
+            "agreement": 100 * float(same),
+        }
     return {
         "method": method_name(tally.model),
         "setting": tally.title,
@@ -278,14 +298,48 @@ def _check_labels(data: CheckedImages, scorer: Scorer, model: nn.Module, options
     labels = scorer.num_labels(outputs)
     if scorer.real is not None or not classes:
         return []
-    if max(classes.values()) >= labels:
+    if max(classes.values()) >= labels and (options.class_map or len(set(classes.values())) > labels):
         raise ConfigError(
             f"the data has label {max(classes.values())} (of {len(classes)} classes), but only {labels} outputs of the model "
             "count; pass class_map, valid_labels or num_classes"
         )
-    if len(classes) < labels and not options.class_map:
-        return [
-            f"the data has {len(classes)} classes, the model {labels}: folders are numbered 0 to {len(classes) - 1} in their "
-            "natural order. Pass class_map (or valid_labels) if the model numbers them otherwise"
-        ]
-    return []
+    if options.class_map:
+        return []
+    data.relabel, note = labels_for(classes, data.empty, labels, _names(model, scorer), *_asked(labels))
+    if note and are_ids(list(classes)) and labels > len(classes):
+        note += "; predictions are among all of them: pass valid_labels where papers take the data's alone"
+    return [note] if note else []
+
+
+def folder_labels(data: CheckedImages, model: nn.Module) -> bool:
+    """Whether the classes of data are those of a model, or some of them; the data then has the model's labels.
+
+    Args:
+        data: whose labels are made the model's.
+        model: with `num_classes`.
+    """
+    outputs, classes = getattr(model, "num_classes", 0) or 0, data.class_to_idx
+    if not classes or outputs < 1:
+        return False
+    try:
+        data.relabel, _ = labels_for(classes, data.empty, outputs, _names(model, Scorer()), *_asked(outputs))
+    except ConfigError:
+        return False
+    return True
+
+
+def _asked(labels: int) -> tuple[str, str]:
+    """What has the labels, and what to do where nothing says which is which."""
+    remedy = (
+        "pass class_map, a file with a folder's name a line in the order of the outputs, valid_labels, the outputs that the "
+        "folders are, or num_classes"
+    )
+    return f"the model's {labels} outputs that count", remedy
+
+
+def _names(model: nn.Module, scorer: Scorer) -> list[Sequence[str]]:
+    """Names of a model's classes in the order of its outputs, as far as they are known: WordNet ids, its own."""
+    own = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
+    known = [wordnet_ids(int(getattr(model, "num_classes", 0))), own]
+    chosen = [[names[i] for i in scorer.valid] if scorer.valid is not None else names for names in known if names]
+    return [[str(name) for name in names] for names in chosen]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,25 +66,3 @@ def first_ranks(queries: Tensor, gallery: Tensor, positives: Callable[[slice], T
         before = ((scores >= best) & ~right).sum(1)
         found.append(torch.where(right.any(1), before, len(gallery)))
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
-
-
-def clustered_mean_stderr(values: np.ndarray, cluster: np.ndarray) -> tuple[float, float]:
-    """Mean and its standard error where values of one cluster go together, as the captions of one image do.
-
-    The error of a ratio of sums over clusters (linearised); with one value a cluster, that of the plain mean.
-
-    Args:
-        values: [n].
-        cluster: [n] int, 0 to the number of clusters - 1.
-
-    Returns:
-        The mean and its error, which is not a number for fewer than two clusters.
-    """
-    count = np.bincount(cluster)
-    total = np.bincount(cluster, weights=values)[count > 0]
-    count = count[count > 0]
-    mean = float(total.sum() / count.sum())
-    if len(count) < 2:
-        return mean, float("nan")
-    rest = total - mean * count
-    return mean, float(np.sqrt((rest**2).sum() * len(count) / (len(count) - 1)) / count.sum())

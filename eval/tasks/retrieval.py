@@ -19,12 +19,13 @@ from torch import Tensor
 
 from vtok.errors import ConfigError
 from vtok.eval.clip_models import DualEncoder
+from vtok.eval.intervals import clustered_mean_stderr, paired_difference, share
 from vtok.eval.pacing import Memory
 from vtok.eval.processes import current
 from vtok.eval.tasks.captions import open_captions
-from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, bits, finite, run
+from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, bits, finite, repeated, run
 from vtok.eval.tasks.image_folder import CheckedImages
-from vtok.eval.tasks.recall import Positives, clustered_mean_stderr, first_ranks, text_groups
+from vtok.eval.tasks.recall import Positives, first_ranks, text_groups
 
 TEXT_BATCH = 256
 
@@ -66,8 +67,8 @@ def evaluate(
 
     Returns:
         One record a setting: clip_benchmark's fields (`dataset, model, pretrained, task, metrics, language`), where `metrics`
-        holds, in [0, 1], `image_retrieval_recall@k` and `text_retrieval_recall@k`, each also with `_stderr` and, against the
-        unpatched setting, if there is one, the paired `_difference` and `_difference_stderr`; `recall_sum` is the sum of the
+        holds, in [0, 1], `image_retrieval_recall@k` and `text_retrieval_recall@k`, each also with `_stderr` and `_ci` (95 %)
+        and, against the unpatched setting, if there is one, the paired `_difference` with both; `recall_sum` is the sum of the
         recalls (papers print 100 times that). Captions of one image are one cluster for the errors. Then `n` images,
         `num_texts`, `method, params, tokens, gmacs, gflops, implied_speedup` (of the image tower, if vtok knows it), `skipped`
         and what describes the run. Images that cannot be read are left out with their captions.
@@ -101,6 +102,7 @@ def evaluate(
                 **features.common,
                 "num_texts": len(gallery.owner),
                 "equal_captions": options.equal_captions,
+                **repeated("retrieval", features, one, data, options),
             }
         )
     return records
@@ -144,13 +146,16 @@ class _Gallery:
             found[f"text_retrieval_recall@{k}"] = (text_ranks < k).double().numpy()
         return found
 
-    def metrics(self, hits: dict[str, np.ndarray], base: dict[str, np.ndarray] | None) -> dict[str, float | None]:
-        found: dict[str, float | None] = {}
-        errors: dict[str, float | None] = {}
+    def metrics(self, hits: dict[str, np.ndarray], base: dict[str, np.ndarray] | None) -> dict[str, Any]:
+        found: dict[str, float] = {}
+        errors: dict[str, Any] = {}
         for name, values in hits.items():
             cluster = self.owner.numpy() if name.startswith("image") else np.arange(len(values))
             found[name], errors[f"{name}_stderr"] = clustered_mean_stderr(values, cluster)
+            errors[f"{name}_ci"] = share(values, cluster).ends
             if base is not None:
-                difference, error = clustered_mean_stderr(values - base[name], cluster)
+                change = values - base[name]
+                difference, error = clustered_mean_stderr(change, cluster)
                 errors |= {f"{name}_difference": difference, f"{name}_difference_stderr": error}
-        return found | {"recall_sum": float(sum(value or 0.0 for value in found.values()))} | errors
+                errors[f"{name}_difference_ci"] = paired_difference(change, cluster).ends
+        return found | {"recall_sum": float(sum(found.values()))} | errors

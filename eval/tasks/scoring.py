@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, brief, shown
+from vtok.reading import read_text
 
 BUNDLED = "timm"  # as the value of real_labels: the file that comes with timm
 _VAL_FILE = re.compile(r"ILSVRC2012_val_(\d{8})")
@@ -62,13 +63,21 @@ class Scorer:
             try:
                 valid = tuple(int(line) for line in _text(valid_labels).split())
             except ValueError as error:
-                raise ConfigError(f"valid labels {valid_labels} must hold one output number a line: {error}") from error
+                if isinstance(error, ConfigError):
+                    raise
+                raise ConfigError(f"valid labels {valid_labels} must hold one output number a line: {brief(error)}") from error
         if real_labels:
             try:
                 sets = json.loads(_text(real_labels))
+                if not isinstance(sets, list) or not sets:
+                    raise TypeError(f"found {shown(sets)}")
                 real = tuple(tuple(int(label) for label in one) for one in sets)
-            except (ValueError, TypeError) as error:
-                raise ConfigError(f"ReaL labels {real_labels} must be a JSON list of lists of classes: {error}") from error
+            except (ValueError, TypeError, OverflowError, RecursionError) as error:
+                if isinstance(error, ConfigError):
+                    raise
+                raise ConfigError(
+                    f"ReaL labels {real_labels} must be a JSON list of lists of classes: {brief(error)}"
+                ) from error
         return cls(valid, real)
 
     def num_labels(self, outputs: int) -> int:
@@ -80,7 +89,9 @@ class Scorer:
         if self.valid is None:
             return outputs
         if not self.valid or min(self.valid) < 0 or max(self.valid) >= outputs:
-            raise ConfigError(f"valid labels must name some of the model's outputs 0 to {outputs - 1}, got {list(self.valid)}")
+            raise ConfigError(
+                f"valid labels must name some of the model's outputs 0 to {outputs - 1}, got {shown(list(self.valid))}"
+            )
         return len(self.valid)
 
     def score(self, logits: Tensor, labels: Tensor, names: Sequence[str]) -> Scores:
@@ -117,8 +128,4 @@ class Scorer:
 def _text(path: str | os.PathLike) -> str:
     if path == BUNDLED:
         return (files("timm.data") / "_info" / "imagenet_real_labels.json").read_text()
-    try:
-        with open(path) as file:
-            return file.read()
-    except OSError as error:
-        raise ConfigError(f"cannot read labels: {error}") from error
+    return read_text(path, "labels")

@@ -13,11 +13,29 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from vtok.api import Size
-from vtok.errors import ConfigError, MissingExtraError
+from vtok.errors import ConfigError, MissingExtraError, VtokError, brief, shown
+from vtok.eval.checked import check_fields, check_range
 from vtok.eval.settings import towers
 from vtok.eval.tasks.image_folder import CheckedImages, collate
 
+_INF = float("inf")
+_LIMITS = {
+    "batch_size": (1, _INF),
+    "workers": (0, _INF),
+    "num_samples": (1, _INF),
+    "num_classes": (0, 1_000_000),
+    "img_size": (1, _INF),
+    "in_chans": (1, 1024),
+    "input_size": (1, 100_000),
+    "crop_pct": (1e-3, 1000.0),
+    "crop_border_pixels": (0, 100_000),
+    "std": (1e-9, _INF),
+}
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CHOICES = {
+    "interpolation": ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),  # of timm, but for training's "random"
+    "crop_mode": ("squash", "border", "center"),
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +45,8 @@ class Options:
     Attributes:
         dataset: timm's name of a dataset ("hfds/...", "torch/..."); "" = image folder or .tar.
         split: of the dataset; a folder of that name inside the data folder is used if there is one.
-        class_map: file that maps folder names to classes; "" = natural order of the folders.
+        class_map: file that maps folder names to classes; "" = by WordNet ids, names or numbers of the folders, or
+            by their natural order where there are as many as outputs.
         num_samples: evenly spaced images to take; `None` = all.
         pretrained: load pretrained weights (for a model given by name, without checkpoint).
         checkpoint: file with weights, for a model given by name.
@@ -81,15 +100,20 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         channels = self.in_chans or (self.input_size[0] if self.input_size else 3)
         for name, allowed in (("mean", (1, channels)), ("std", (1, channels)), ("input_size", (3,))):
             value = getattr(self, name)
             if value is not None and len(value) not in allowed:
                 raise ConfigError(f"{name} takes {' or '.join(str(n) for n in allowed)} numbers, got {value!r}")
-        for name, least in (("batch_size", 1), ("workers", 0), ("num_samples", 1)):
+        check_range(self, _LIMITS)
+        for type_ in (self.amp_dtype, self.model_dtype):
+            if type_ is not None:
+                self.dtype(type_)
+        for name, known in _CHOICES.items():
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} must be at least {least}, got {value}")
+            if value is not None and value not in known:
+                raise ConfigError(f"{name} must be one of {', '.join(known)}, got {shown(value)}")
 
     def dtype(self, name: str) -> torch.dtype:
         """`amp_dtype` or `model_dtype` as a torch type."""
@@ -122,8 +146,10 @@ def create_model(name: str, options: Options, meta: bool = False) -> nn.Module:
             model = timm.create_model(name, pretrained=options.pretrained and not options.checkpoint, **kwargs)
         if options.checkpoint:
             timm.models.load_checkpoint(model, options.checkpoint, options.use_ema)
-    except (RuntimeError, OSError, TypeError) as error:  # unknown name or argument, no weights, no network, wrong checkpoint
-        raise ConfigError(f"timm cannot make {name}: {error}") from error
+    except VtokError:
+        raise
+    except Exception as error:  # unknown name or argument, no weights, no network, a broken checkpoint: each raises its own
+        raise ConfigError(f"timm cannot make {brief(name, 80)}: {brief(error)}") from error
     return model
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import vtok
 from vtok.errors import ConfigError
 from vtok.eval.processes import current
+from vtok.eval.runs_again import run_file
 from vtok.eval.settings import Setting, evaluating, placed
 from vtok.eval.tasks import QUESTION_TASKS
 from vtok.eval.tasks.timm_pipeline import TYPES
@@ -69,12 +71,16 @@ def evaluate(
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
     task: QuestionTask = QUESTION_TASKS.get(options.task)
+    named = data
     if not isinstance(data, VQAData):
         places = (options.questions, options.annotations, options.images, options.ocr, options.split)
         data = task.open(Sources(os.fspath(data), *places))
     data = data.take(options.num_samples)
     if options.prompt is not None:
         data = data.with_prompt(options.prompt)
+    data, skipped = data.readable()
+    if not data.questions:
+        raise ConfigError(f"none of the pictures of {data.name} can be read; the first: {skipped[0][0]}: {skipped[0][1]}")
     outside = None if not options.results else _foreign(Path(options.results), data)
     vlm = load_vlm(model) if isinstance(model, str) else model
     if vtok.info(vlm.net).patched:
@@ -85,7 +91,9 @@ def evaluate(
         base = placed(vlm.net, _type(options.model_dtype), device)
         model = VisionLanguageModel(base, vlm.processor, vlm.name)
         longest = task.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
-        job = Job(model, data, folder, options.batch_size, longest, options.seed, task)
+        dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
+        again = partial(run_file, task.name, vlm.name, "transformers", named, options=options, dtype=dtype)
+        job = Job(model, data, folder, options.batch_size, longest, options.seed, task, again, skipped)
         job.run([job.entry(setting) for setting in chosen], progress)
         if options.floors:
             job.run(job.floors(), progress)

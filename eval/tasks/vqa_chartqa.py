@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from vtok.errors import ConfigError
+from vtok.eval.pictures import find_files
 from vtok.eval.tasks.vqa_data import Question, VQAData
 from vtok.eval.tasks.vqa_files import checked
 from vtok.eval.tasks.vqa_hub import Hub
-from vtok.eval.tasks.vqa_reading import Pictures, entries, fields, load_json
+from vtok.eval.tasks.vqa_reading import Pictures, entries, fields, load_json, text_of
 from vtok.eval.tasks.vqa_task import QuestionTask, Score, Sources
 
 ONE_WORD = "\nAnswer the question with a single word."
@@ -54,17 +55,19 @@ def _read(sources: Sources) -> VQAData:
         files = {part: _only(sources.folder, f"{split}_{part}.json") for part in PARTS}
     for part, path in files.items():
         beside = path.parent / "png"
-        pictures = Pictures(Path(sources.images) if sources.images else beside if beside.is_dir() else path.parent)
+        home = Path(sources.images) if sources.images else beside if beside.is_dir() else path.parent
+        pictures = Pictures(home, bool(sources.images))
         for i, entry in enumerate(entries(load_json(path, _FORM), None, path, _FORM)):
             place = f"{path}: entry {i}"
             image, text, label = fields(entry, ("imgname", "query", "label"), place, _FORM)
-            file = str(pictures.find(str(image), place))
-            found.append(Question(f"{part}/{i}", str(text), (str(label),), file, {"part": part}))
-    return checked("chartqa", found, next(iter(files.values())), pictures.read, ONE_WORD, split)
+            file = str(pictures.find(text_of(image, "'imgname'", place), place))
+            asked, answer = text_of(text, "'query'", place), text_of(label, "'label'", place)
+            found.append(Question(f"{part}/{i}", asked, (answer,), file, {"part": part}))
+    return checked("chartqa", found, next(iter(files.values())), pictures, ONE_WORD, split)
 
 
 def _only(folder: Path, name: str) -> Path:
-    found = sorted(folder.rglob(name)) if folder.is_dir() else []
+    found = find_files(folder, name)
     if len(found) != 1:
         raise ConfigError(f"{folder} holds {len(found)} files {name}; ChartQA has one of each of {' and '.join(PARTS)}")
     return found[0]
@@ -74,7 +77,8 @@ def _from_row(row: Any, place: str, image: Any, split: str) -> Question:
     kind, text, answer = fields(row, ("type", "question", "answer"), place, _HUB_FORM)
     part = PARTS[0] if str(kind).startswith("human") else PARTS[1]
     number = place.rpartition(" ")[2]
-    return Question(f"{part}/{number}", str(text), (str(answer),), image, {"part": part})
+    said = text_of(answer[0] if isinstance(answer, list) and len(answer) == 1 else answer, "'answer'", place)
+    return Question(f"{part}/{number}", text_of(text, "'question'", place), (said,), image, {"part": part})
 
 
 TASK = QuestionTask(

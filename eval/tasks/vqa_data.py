@@ -13,7 +13,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, brief
+from vtok.eval.pictures import digest
+from vtok.eval.records import key_of
 from vtok.eval.tasks.vqa_metrics import majority
 
 EASY_VQA, PAGES = "easy-vqa", "easy-vqa-pages"
@@ -60,6 +62,7 @@ class VQAData:
         blind: text of a question -> the best answer without the image, as far as it is known.
         split: part of the data set that it is.
         whole: whether scores need all questions about an image, so that a part of them is a part of the images.
+        identify: key of an image -> hash of its content; `None` = of its pixels.
     """
 
     name: str
@@ -69,6 +72,7 @@ class VQAData:
     blind: Mapping[str, str] = field(default_factory=dict)
     split: str = ""
     whole: bool = False
+    identify: Callable[[Any], str] | None = None
 
     def take(self, count: int | None) -> VQAData:
         """One question of each of `count` equal stretches; `None` = all.
@@ -84,6 +88,37 @@ class VQAData:
         images = list(dict.fromkeys(q.image for q in self.questions))
         chosen = {images[row] for row in _stretches(len(images), math.ceil(count * len(images) / total))}
         return replace(self, questions=[q for q in self.questions if q.image in chosen])
+
+    def identity(self) -> str:
+        """Hash of all that is asked: questions, answers, and what the images show. Every image is read once.
+
+        Raises:
+            ConfigError: an image that cannot be read.
+        """
+        images = {q.image: self._identify(q.image) for q in self.questions}
+        asked = [
+            [q.doc_id, q.text, q.answers, images[q.image], dict(q.groups), dict(q.facts), self.blind.get(q.text)]
+            for q in self.questions
+        ]
+        return key_of({"questions": asked})
+
+    def _identify(self, image: Any) -> str | None:
+        if image is None:
+            return None
+        return digest(self.read(image)) if self.identify is None else self.identify(image)
+
+    def readable(self) -> tuple[VQAData, list[tuple[str, str]]]:
+        """(The questions whose picture can be read, (picture, why not) of the others). Every picture is read once."""
+        skipped: dict[Any, str] = {}
+        for image in dict.fromkeys(q.image for q in self.questions if q.image is not None):
+            try:
+                self.read(image)
+            except Exception as error:  # decoders raise whatever they like
+                skipped[image] = brief(error)
+        if not skipped:
+            return self, []
+        kept = [q for q in self.questions if q.image not in skipped]
+        return replace(self, questions=kept), [(str(image), why) for image, why in skipped.items()]
 
     def with_prompt(self, prompt: str) -> VQAData:
         """The same questions with another text behind them."""
@@ -131,7 +166,7 @@ def open_vqa(data: str | os.PathLike, questions: str = "", annotations: str = ""
 
     path = Path(name)
     if path.suffix == ".jsonl":
-        return vqa_files.read_lines(path, Path(images) if images else path.parent)
+        return vqa_files.read_lines(path, Path(images) if images else None)
     if not path.is_dir() and not questions:
         raise ConfigError(
             f"{name} is neither {EASY_VQA}, {PAGES}, a .jsonl file nor a folder with VQAv2's questions, annotations and images"

@@ -19,7 +19,7 @@ from typing import Any
 from vtok.eval.tasks.vqa_data import Question, VQAData
 from vtok.eval.tasks.vqa_files import checked, write_answers
 from vtok.eval.tasks.vqa_hub import Hub
-from vtok.eval.tasks.vqa_reading import SHORT, Pictures, answer_list, entries, fields, load_json, located
+from vtok.eval.tasks.vqa_reading import SHORT, Pictures, answer_list, entries, fields, load_json, located, text_of
 from vtok.eval.tasks.vqa_task import QuestionTask, Sources
 
 SPLIT = "val"
@@ -64,18 +64,18 @@ def _question(entry: Any, place: str, image: Any, split: str) -> Question:
     number, text = fields(entry, ("questionId", "question"), place, _FORM)
     types = entry.get("question_types") or ()
     groups = {"type": str(types[0])} if types else {}
-    return Question(number, str(text), answer_list(entry, place, _FORM, split), image, groups)
+    return Question(number, text_of(text, "'question'", place), answer_list(entry, place, _FORM, split), image, groups)
 
 
 def _read(sources: Sources) -> VQAData:
     split = sources.split or SPLIT
     path = located(sources, f"{split}_v1.0*.json")
-    pictures, found = Pictures(sources.image_folder), []
+    pictures, found = Pictures.of(sources), []
     for i, entry in enumerate(entries(load_json(path, _FORM), "data", path, _FORM)):
         number, image = fields(entry, ("questionId", "image"), f"{path}: entry {i}", _FORM)
         place = f"{path}: question {number}"
-        found.append(_question(entry, place, str(pictures.find(str(image), place)), split))
-    return checked("docvqa", found, path, pictures.read, SHORT, split)
+        found.append(_question(entry, place, str(pictures.find(text_of(image, "'image'", place), place)), split))
+    return checked("docvqa", found, path, pictures, SHORT, split)
 
 
 TASK = QuestionTask(

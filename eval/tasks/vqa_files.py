@@ -2,52 +2,60 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtok import writing
 from vtok.errors import ConfigError
+from vtok.eval.pictures import digest, find_files, find_pictures, open_picture
 from vtok.eval.tasks.vqa_data import Question, VQAData, kind_of
+from vtok.eval.tasks.vqa_reading import (
+    Pictures,
+    entries,
+    fields,
+    load_json,
+    load_lines,
+    number_of,
+    text_of,
+    texts_of,
+)
 
 if TYPE_CHECKING:
     from vtok.eval.tasks.vqa_task import Write
 
 ONE_WORD = "\nAnswer the question using a single word or phrase."  # what lmms-eval puts behind VQAv2's questions
-IMAGES = (".jpg", ".jpeg", ".png")
 _LAST_NUMBER = re.compile(r"(\d+)$")
+_COCO_DIGITS = 12  # of the number in the name of COCO's files
+_LINE_FORM = '{"id", "image", "question", "answers"}'
 
 
-def read_lines(path: Path, images: Path) -> VQAData:
+def read_lines(path: Path, images: Path | None = None) -> VQAData:
     """Questions from lines of JSON; see `open_vqa`.
+
+    Args:
+        path: of the file.
+        images: folder of the images; `None` = that of the file, which they may not lie outside of.
 
     Raises:
         ConfigError: the line that is malformed, or the image that is missing, is named.
     """
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; name a file with an object {{id, image, question, answers}} a line")
-    questions = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            one = json.loads(line)
-            answers = (one["answers"],) if isinstance(one["answers"], str) else tuple(str(answer) for answer in one["answers"])
-            if not answers:
-                raise ConfigError(f"{path}:{number}: question {one['id']} has no answers")
-            question = Question(one["id"], str(one["question"]), answers, str(one["image"]), {"kind": kind_of(*answers)})
-        except ConfigError:
-            raise
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f'{path}:{number} is not an object {{"id", "image", "question", "answers"}}: {type(error).__name__} {error}'
-            ) from error
-        if not (images / question.image).is_file():
-            raise ConfigError(f"{path}:{number}: the image {images / question.image} is missing; pass the folder of the images")
-        questions.append(question)
-    return checked(path.stem, questions, path, lambda file: open_image(images / file))
+    questions, pictures = [], Pictures(images or path.parent, images is not None)
+    for place, one in load_lines(path, _LINE_FORM):
+        number, image, text, answers = fields(one, ("id", "image", "question", "answers"), place, _LINE_FORM)
+        number = number_of(number, "'id'", place)
+        if answers == []:
+            raise ConfigError(f"{place}: question {number} has no answers")
+        said = (answers,) if isinstance(answers, str) else texts_of(answers, "'answers'", place)
+        file = pictures.find(text_of(image, "'image'", place), place, deep=False)
+        questions.append(Question(number, text_of(text, "'question'", place), said, str(file), {"kind": kind_of(*said)}))
+    return checked(path.stem, questions, path, pictures)
 
 
 def find_vqav2(folder: Path, questions: str = "", annotations: str = "", images: str = "") -> VQAData:
@@ -59,49 +67,51 @@ def find_vqav2(folder: Path, questions: str = "", annotations: str = "", images:
     asked = Path(questions) if questions else only(folder, "uestions")
     secret = "test" in asked.name and not annotations and not any(folder.glob("*nnotations*.json"))
     notes = None if secret else Path(annotations) if annotations else only(folder, "nnotations")
-    return read_vqav2(asked, notes, Path(images) if images else folder)
+    return read_vqav2(asked, notes, Path(images) if images else folder, bool(images))
 
 
-def read_vqav2(questions: Path, annotations: Path | None, images: Path) -> VQAData:
+def read_vqav2(questions: Path, annotations: Path | None, images: Path, named: bool = True) -> VQAData:
     """Questions from VQAv2's files. An image is the file whose name ends with its number, such as COCO's.
 
     Args:
         questions: file.
         annotations: file; `None` for test questions, whose answers the evaluation server keeps.
         images: folder.
+        named: whether somebody named it as that of the images; see `Pictures`.
 
     Raises:
-        ConfigError: a file of another form, a question without annotation, or an image that is missing.
+        ConfigError: a file of another form, a question without annotation or with two, an image that is missing, or a number
+            that stands for several images.
     """
-    asked = json_list(questions, "questions", ("question_id", "image_id", "question"))
+    form = '{"questions": [{"question_id", "image_id", "question"}, ...]}'
+    asked = entries(load_json(questions, form), "questions", questions, form)
     known = {} if annotations is None else _notes(annotations)
-    files = _numbered(images)
-    found = []
-    for one in asked:
-        number, image = one["question_id"], one["image_id"]
+    pictures, found = _Numbered(images, named), []
+    for i, one in enumerate(asked):
+        number, image, text = fields(one, ("question_id", "image_id", "question"), f"{questions}: entry {i}", form)
+        place = f"{questions}: question {number_of(number, 'question_id', f'{questions}: entry {i}')}"
         if annotations is not None and number not in known:
             raise ConfigError(f"{annotations} has no annotation of question {number}; do both files belong to the same split?")
         answers, kind = known.get(number, ((), ""))
-        if image not in files:
-            raise ConfigError(
-                f"the image of question {number} is missing: no file in {images} has a name that ends with {image} (.jpg, .png)"
-            )
-        found.append(Question(number, str(one["question"]), answers, image, {"kind": kind}))
-    return checked(questions.stem, found, questions, lambda image: open_image(files[image]), ONE_WORD)
+        pictures.find(number_of(image, "image_id", place), place)
+        found.append(Question(number, text_of(text, "'question'", place), answers, image, {"kind": kind}))
+    return checked(questions.stem, found, questions, pictures, ONE_WORD)
 
 
 def _notes(annotations: Path) -> dict[Any, tuple[tuple[str, ...], str]]:
     """Question -> (answers, type of the answer)."""
-    found = {}
-    for note in json_list(annotations, "annotations", ("question_id", "answers")):
-        number = note["question_id"]
-        try:
-            answers = tuple(str(answer["answer"]) for answer in note["answers"])
-        except (KeyError, TypeError) as error:
-            raise ConfigError(f"{annotations}: the answers to question {number} are no objects with 'answer'") from error
+    form = '{"annotations": [{"question_id", "answers": [{"answer"}, ...]}, ...]}'
+    found: dict[Any, tuple[tuple[str, ...], str]] = {}
+    for i, note in enumerate(entries(load_json(annotations, form), "annotations", annotations, form)):
+        number, answers = fields(note, ("question_id", "answers"), f"{annotations}: entry {i}", form)
+        place = f"{annotations}: question {number_of(number, 'question_id', f'{annotations}: entry {i}')}"
+        if number in found:
+            raise ConfigError(f"{annotations} has two annotations of question {number}; every question needs one")
+        if not isinstance(answers, list) or not all(isinstance(one, dict) and "answer" in one for one in answers):
+            raise ConfigError(f"{annotations}: the answers to question {number} are no objects with 'answer'")
         if not answers:
             raise ConfigError(f"{annotations}: question {number} has no answers")
-        found[number] = answers, str(note.get("answer_type", ""))
+        found[number] = texts_of(answers, "'answers'", place), str(note.get("answer_type") or "")
     return found
 
 
@@ -110,14 +120,23 @@ def read_results(path: Path) -> dict[Any, str]:
     "questionId" and "prediction" or "answer", as GQA and DocVQA have it.
 
     Raises:
-        ConfigError: the file is of another form.
+        ConfigError: the file is of another form, or has two answers to one question.
     """
-    entries = json_list(path, None, ())
-    first = entries[0] if entries and isinstance(entries[0], dict) else {}
+    form = '[{"question_id", "answer"}, ...]'
+    listed = entries(load_json(path, form), None, path, form)
+    first = listed[0] if listed and isinstance(listed[0], dict) else {}
     number = "questionId" if "questionId" in first else "question_id"
     answer = "prediction" if "prediction" in first else "answer"
-    entries = json_list(path, None, (number, answer))
-    return {entry[number]: str(entry[answer]) for entry in entries}
+    form, found = f'[{{"{number}", "{answer}"}}, ...]', dict[Any, str]()
+    for i, entry in enumerate(listed):
+        place = f"{path}: entry {i}"
+        key, value = fields(entry, (number, answer), place, form)
+        text = text_of(value, repr(answer), place)
+        if found.setdefault(number_of(key, repr(number), place), text) != text:
+            raise ConfigError(
+                f"{path} has two answers to question {key}, {found[key]!r} and {text!r}; every question needs one"
+            )
+    return found
 
 
 def write_answers(number: str = "question_id", answer: str = "answer", said: Callable[[str], str] = str) -> Write:
@@ -131,25 +150,33 @@ def write_answers(number: str = "question_id", answer: str = "answer", said: Cal
 
     def write(folder: Path, name: str, questions: Sequence[Question], answers: Sequence[str]) -> None:
         content = [{number: q.doc_id, answer: said(text)} for q, text in zip(questions, answers)]
-        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+        writing.write(folder / f"{name}.json", json.dumps(content))
 
     return write
 
 
-def checked(
-    name: str, questions: list[Question], path: Path, read: Callable[[Any], Any], prompt: str = "", split: str = ""
-) -> VQAData:
+def checked(name: str, questions: list[Question], path: Path, pictures: Any, prompt: str = "", split: str = "") -> VQAData:
     """The questions of a file.
+
+    Args:
+        name: of the data set.
+        questions: in their order.
+        path: of the file, for messages.
+        pictures: what `read`s and `identify`es their images, such as `Pictures`.
+        prompt: what stands behind every question.
+        split: part of the data set.
 
     Raises:
         ConfigError: there are none, or a number stands for more than one.
     """
+    for q in questions:
+        number_of(q.doc_id, "what a question is known by", str(path))
     repeated = [number for number, count in Counter(q.doc_id for q in questions).items() if count > 1]
     if repeated:
         raise ConfigError(f"{path} asks question {repeated[0]} more than once; every question needs a number of its own")
     if not questions:
         raise ConfigError(f"{path} holds no questions")
-    return VQAData(name, questions, read, prompt, split=split)
+    return VQAData(name, questions, pictures.read, prompt, split=split, identify=pictures.identify)
 
 
 def only(folder: Path, part: str) -> Path:
@@ -158,50 +185,56 @@ def only(folder: Path, part: str) -> Path:
     Raises:
         ConfigError: there is none, or more than one.
     """
-    found = sorted(folder.glob(f"*{part}*.json"))
+    found = find_files(folder, f"*{part}*.json", deep=False)
     if len(found) != 1:
         raise ConfigError(f"{folder} holds {len(found)} files *{part}*.json; name the one to read")
     return found[0]
 
 
-def json_list(path: Path, key: str | None, fields: Sequence[str]) -> list[dict[str, Any]]:
-    """The list of objects that a JSON file holds (under a key), each with all `fields`."""
-    form = "[{" + ", ".join(f'"{name}"' for name in fields) + "}, ...]"
-    if key is not None:
-        form = f'{{"{key}": {form}}}'
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        entries = list(content if key is None else content[key])
-        for entry in entries:
-            for name in fields:
-                entry[name]
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    except (ValueError, LookupError, TypeError) as error:
-        raise ConfigError(f"{path} is not of VQAv2's form {form}: {type(error).__name__} {error}") from error
-    return entries
+class _Numbered:
+    """Images by the number at the end of their names, at any depth.
 
-
-def _numbered(folder: Path) -> dict[int, Path]:
-    """Number at the end of its name -> image file, at any depth."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        number = _LAST_NUMBER.search(path.stem)
-        if number and path.suffix.lower() in IMAGES:
-            found[int(number.group(1))] = path
-    return found
-
-
-def open_image(path: Path) -> Any:
-    """A PIL image in RGB.
-
-    Raises:
-        ConfigError: the file is no image.
+    COCO writes it with twelve digits: such a file goes before others with the same number, which are other data sets' pictures,
+    previews or masks. Files that are the same byte for byte are one picture.
     """
-    from PIL import Image
 
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read as an image: {error}") from error
+    def __init__(self, folder: Path, named: bool):
+        self._pictures = Pictures(folder, named)
+        self._files: dict[int, list[Path]] = defaultdict(list)
+        for path in find_pictures(folder):
+            if number := _LAST_NUMBER.search(path.stem):
+                self._files[int(number.group(1))].append(path)
+
+    def find(self, image: Any, place: str) -> Path:
+        """The file of an image.
+
+        Args:
+            image: its number.
+            place: what asks for it, for messages.
+
+        Raises:
+            ConfigError: it is missing, may be one of several, or lies outside the folder.
+        """
+        found, folder = self._files.get(image, []), self._pictures.folder
+        if not found:
+            raise ConfigError(
+                f"{place}: its image is missing: no file in {folder} has a name that ends with {image} (.jpg, .png)"
+            )
+        named = [path for path in found if _of_coco(path)] or found
+        others = [path for path in named[1:] if not filecmp.cmp(named[0], path, shallow=False)]
+        if others:
+            raise ConfigError(f"{place}: the image {image} may be {named[0]} or {others[0]}; pass the folder of one (--images)")
+        return self._pictures.find(str(named[0].relative_to(folder)), place)
+
+    def read(self, image: Any) -> Any:
+        """A PIL image."""
+        return open_picture(self.find(image, "reading"))
+
+    def identify(self, image: Any) -> str:
+        """Hash of the file."""
+        return digest(self.find(image, "reading"))
+
+
+def _of_coco(path: Path) -> bool:
+    number = _LAST_NUMBER.search(path.stem)
+    return number is not None and len(number.group(1)) == _COCO_DIGITS

@@ -19,7 +19,7 @@ from vtok.errors import ConfigError
 from vtok.eval.tasks.vqa_data import Question, VQAData
 from vtok.eval.tasks.vqa_files import checked, write_answers
 from vtok.eval.tasks.vqa_hub import Hub
-from vtok.eval.tasks.vqa_reading import SHORT, Pictures, fields, load_json, located
+from vtok.eval.tasks.vqa_reading import SHORT, Pictures, fields, load_json, located, text_of
 from vtok.eval.tasks.vqa_task import QuestionTask, Sources
 
 SPLIT = "testdev_balanced"
@@ -43,21 +43,22 @@ def _question(number: Any, entry: Any, place: str, image: Any) -> Question:
     groups = {name: str(types[name]) for name in ("structural", "semantic") if types.get(name)}
     if "structural" in groups:
         groups["answer"] = "open" if groups["structural"] == "query" else "binary"
-    return Question(number, str(text), (str(answer),), image, groups)
+    said = text_of(answer, "'answer'", place)
+    return Question(number, text_of(text, "'question'", place), (said,), image, groups)
 
 
 def _read(sources: Sources) -> VQAData:
     split = sources.split or SPLIT
     path = located(sources, f"{split}_questions.json")
-    content, pictures = load_json(path, _FORM), Pictures(sources.image_folder)
+    content, pictures = load_json(path, _FORM), Pictures.of(sources)
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is not of the form {_FORM}: it holds {type(content).__name__}")
     found = []
     for number, entry in content.items():
         place = f"{path}: question {number}"
         (image,) = fields(entry, ("imageId",), place, _FORM)
-        found.append(_question(number, entry, place, str(pictures.find(f"{image}.jpg", place))))
-    return checked("gqa", found, path, pictures.read, SHORT, split)
+        found.append(_question(number, entry, place, str(pictures.find(f"{text_of(image, 'imageId', place)}.jpg", place))))
+    return checked("gqa", found, path, pictures, SHORT, split)
 
 
 TASK = QuestionTask(

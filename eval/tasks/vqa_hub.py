@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vtok.errors import ConfigError, MissingExtraError
+from vtok.eval.pictures import digest, open_picture
 from vtok.eval.tasks.vqa_data import Question, VQAData
 from vtok.eval.tasks.vqa_files import checked
 from vtok.eval.tasks.vqa_task import Sources
@@ -100,8 +101,34 @@ def read(name: str, hub: Hub, sources: Sources) -> VQAData:
         elif hub.same_image and row.get(hub.same_image) is not None:
             image = shared.setdefault(row[hub.same_image], i)
         found.append(hub.question({**row, "ocr": bool(sources.ocr)}, place, image, split))
-    data = checked(name, found, Path(sources.data), lambda key: pictures[int(key)]["image"].convert("RGB"), hub.prompt, split)
+    data = checked(name, found, Path(sources.data), _Rows(sources.data, pictures), hub.prompt, split)
     return data if hub.check is None else hub.check(data, sources.data)
+
+
+class _Rows:
+    """Images in the rows of a data set, by the number of the row."""
+
+    def __init__(self, name: str, rows: Any):
+        import datasets
+
+        self.name = name
+        undecoded = isinstance(rows.features["image"], datasets.Image)
+        self._rows = rows.cast_column("image", datasets.Image(decode=False)) if undecoded else rows
+
+    def _source(self, row: Any) -> Any:
+        """Bytes or path of the picture, or what else the row holds."""
+        cell = self._rows[int(row)]["image"]
+        if not isinstance(cell, dict):
+            return cell
+        return cell["path"] if cell.get("bytes") is None else cell["bytes"]
+
+    def read(self, row: Any) -> Any:
+        """A PIL image."""
+        return open_picture(self._source(row), name=f"{self.name}, image of row {row}")
+
+    def identify(self, row: Any) -> str:
+        """Hash of its content."""
+        return digest(self._source(row))
 
 
 def _present(rows: Any, optional: bool) -> list[bool]:

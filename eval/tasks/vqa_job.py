@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class Job:
         max_new_tokens: length of an answer at most.
         seed: of methods that draw, and of the bootstrap.
         task: whose scores are taken.
+        again: setting -> the run file that repeats it, `None` where there is none.
+        skipped: pictures that could not be read, whose questions are left out, and why.
     """
 
     def __init__(
@@ -47,12 +49,15 @@ class Job:
         max_new_tokens: int,
         seed: int = 0,
         task: QuestionTask = TASK,
+        again: Callable[[Setting], dict[str, Any] | None] = lambda setting: None,
+        skipped: Sequence[tuple[str, str]] = (),
     ):
-        self.model, self.data, self.folder, self.task = model, data, folder, task
+        self.model, self.data, self.folder, self.task, self.again = model, data, folder, task, again
         self.batch_size, self.max_new_tokens, self.seed = batch_size, max_new_tokens, seed
+        self.skipped = [{"file": file, "reason": why} for file, why in skipped]
         self.samples = Samples(None if folder is None else folder / "samples.jsonl")
         self.entries: list[Entry] = []
-        self.weights = fingerprint(model.net)
+        self.weights, self.asked = fingerprint(model.net), data.identity()
 
     def entry(self, setting: Setting) -> Entry:
         """A setting with the model patched so; errors are those of `vtok.patch`."""
@@ -65,7 +70,7 @@ class Job:
             "methods": [config.to_dict() for config in configs_of(net)],
             "params": {k: v for k, v in setting.params.items() if k != "calibration"},
             "data": self.data.name,
-            "n": len(self.data.questions),
+            "questions": self.asked,
             "prompt": self.data.prompt,
             "max_new_tokens": self.max_new_tokens,
             "batch_size": self.batch_size,
@@ -79,6 +84,7 @@ class Job:
         """Asks with new entries, beside the unpatched one."""
         self.entries += entries
         base = [e for e in self.entries if e.unpatched and e not in entries]
+        self.samples.check(entries, self.data.questions)
         limits = (self.batch_size, self.max_new_tokens, self.seed)
         ask(self.model, self.data, [*base, *entries], self.samples, *limits, progress, self.task)
 
@@ -152,6 +158,7 @@ class Job:
             **token_fields(lines, unpatched, self.visual(entry)),
             **cost,
             **timed,
+            **({} if (content := self.again(entry.setting)) is None else {"config": content}),
         }
 
     def _cost(self, entry: Entry) -> dict[str, Any]:
@@ -185,8 +192,8 @@ class Job:
             "threads": torch.get_num_threads(),
             "seed": self.seed,
             "versions": versions(),
-            "num_skipped": 0,
-            "skipped": [],
+            "num_skipped": len(self.skipped),
+            "skipped": self.skipped,
         }
 
 

@@ -13,18 +13,21 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vtok.errors import ConfigError
+from vtok.eval.pictures import find_files, find_pictures
 from vtok.eval.tasks.vqa_data import Question, VQAData
-from vtok.eval.tasks.vqa_files import IMAGES, checked, open_image
+from vtok.eval.tasks.vqa_files import checked
 from vtok.eval.tasks.vqa_hub import Hub
-from vtok.eval.tasks.vqa_reading import SHORT, fields, yes_no
+from vtok.eval.tasks.vqa_reading import SHORT, Pictures, fields, text_of, yes_no
 from vtok.eval.tasks.vqa_task import QuestionTask, Sources
 from vtok.eval.tasks.vqa_totals import Total, ratio
+from vtok.writing import write
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
@@ -93,22 +96,35 @@ def _read(sources: Sources) -> VQAData:
         raise ConfigError(f"{root} has none of MME's folders ({', '.join(CATEGORIES)}); name the folder that holds them")
     found = []
     for category in present:
-        files = {path.stem: path for path in sorted((root / category).rglob("*")) if path.suffix.lower() in IMAGES}
-        texts = sorted((root / category).rglob("*.txt"))
+        files = _by_stem(root / category)
+        texts = find_files(root / category, "*.txt")
         if not texts:
             raise ConfigError(f"{root / category} holds no text file with questions; expected one an image, of {_FORM}")
         for path in texts:
             if path.stem not in files:
                 raise ConfigError(f"{path}: the image {path.stem} (.jpg, .png) is missing from {root / category}")
             found += _pair(path, category, files[path.stem])
-    data = checked("mme", found, root, lambda key: open_image(Path(key)), SHORT, "test")
+    data = checked("mme", found, root, Pictures(root), SHORT, "test")
     return _paired(data, str(root))
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    """Name without its ending -> image, at any depth.
+
+    Raises:
+        ConfigError: two images have one name.
+    """
+    found: dict[str, Path] = {}
+    for path in find_pictures(folder):
+        if found.setdefault(path.stem, path) is not path:
+            raise ConfigError(f"{folder}: the image {path.stem} may be {found[path.stem]} or {path}; leave one of them")
+    return found
 
 
 def _pair(path: Path, category: str, image: Path) -> list[Question]:
     """The two questions of a text file."""
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as text: {error}") from error
     if len(lines) != 2 or any(line.count("\t") != 1 for line in lines):
@@ -124,7 +140,7 @@ def _from_row(row: Any, place: str, image: Any, split: str) -> Question:
     if category not in CATEGORIES:
         raise ConfigError(f"{place}: {category!r} is none of MME's categories: {', '.join(CATEGORIES)}")
     key, file = f"{number}/{yes_no(answer, place)}", str(number).rpartition("/")[2]
-    return _question(key, category, str(text), answer, image, file, place)
+    return _question(key, category, text_of(text, "'question'", place), answer, image, file, place)
 
 
 def _paired(data: VQAData, place: str) -> VQAData:
@@ -132,7 +148,7 @@ def _paired(data: VQAData, place: str) -> VQAData:
     wrong = [(image, count) for image, count in Counter(q.image for q in data.questions).items() if count != 2]
     if wrong:
         raise ConfigError(f"{place}: the image {wrong[0][0]} has {wrong[0][1]} questions; MME asks two about every image")
-    return VQAData(data.name, data.questions, data.read, data.prompt, data.blind, data.split, whole=True)
+    return replace(data, whole=True)
 
 
 def _write(folder: Path, name: str, questions: Sequence[Question], answers: Sequence[str]) -> None:
@@ -141,9 +157,8 @@ def _write(folder: Path, name: str, questions: Sequence[Question], answers: Sequ
     for q, said in zip(questions, answers):
         cells = (q.facts["file"], q.facts["line"], q.target.capitalize(), " ".join(said.split()))
         lines[q.groups["category"]].append("\t".join(cells))
-    (folder / name).mkdir(exist_ok=True)
     for category, rows in lines.items():
-        (folder / name / f"{category}.txt").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        write(folder / name / f"{category}.txt", "\n".join(rows) + "\n")
 
 
 TASK = QuestionTask(

@@ -5,7 +5,9 @@ Shapes: B questions of a batch, L columns of the prompt, T new tokens.
 
 from __future__ import annotations
 
+import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -54,6 +56,16 @@ class Entry:
         return self.setting.method is None
 
 
+def doc_key(question: Question) -> str:
+    """What a question is known by, as a text that differs for `0` and `"0"`."""
+    return json.dumps(question.doc_id, default=repr)
+
+
+def key_in(entry: Entry, question: Question) -> str:
+    """Key of a setting's answer to a question: that of the setting, a slash, `doc_key`."""
+    return f"{entry.key}/{doc_key(question)}"
+
+
 class Answers(NamedTuple):
     """What one setting made of one batch.
 
@@ -87,16 +99,37 @@ class Samples:
     """
 
     def __init__(self, path: Path | None = None):
-        self._records = None if path is None else Records(path)
+        self._path, self._records = path, None if path is None else Records(path)
         self._lines: dict[str, Line] = {} if self._records is None else self._records.by_key()
 
     def line(self, entry: Entry, question: Question) -> Line | None:
         """The answer of a setting to a question, if it is there."""
-        return self._lines.get(f"{entry.key}/{question.doc_id}")
+        return self._lines.get(key_in(entry, question))
+
+    def check(self, entries: Sequence[Entry], questions: Sequence[Question]) -> None:
+        """Warns of answers to these very questions, by the same settings, that nothing says belong to them.
+
+        Their pictures, reference answers, prompt, weights or batches were others, or an earlier release did not note them.
+        """
+        missing = {e.setting.title for e in entries if any(self.line(e, q) is None for q in questions)}
+        texts, known = {doc_key(q): q.text for q in questions}, {key_in(e, q) for e in entries for q in questions}
+        others = [
+            key
+            for key, line in self._lines.items()
+            if key not in known
+            and line.get("method") in missing
+            and texts.get(json.dumps(line.get("doc_id"), default=repr)) == line.get("question", "")
+        ]
+        if others and current().rank == 0:
+            warnings.warn(
+                f"{self._path} holds {len(others)} answers to the same words, but nothing shows that they belong to these "
+                "pictures, weights and settings, or an earlier release wrote them: the questions are asked again",
+                stacklevel=2,
+            )
 
     def add(self, entry: Entry, questions: Sequence[Question], lines: Sequence[Line]) -> None:
         """Stores the answers to a batch at once."""
-        new = [{"key": f"{entry.key}/{q.doc_id}", **line} for q, line in zip(questions, lines)]
+        new = [{"key": key_in(entry, q), **line} for q, line in zip(questions, lines)]
         if self._records is not None:
             self._records.extend(new)
         self._lines.update({line["key"]: line for line in new})
@@ -110,8 +143,8 @@ class Samples:
             own: questions that this process asked.
             asked: questions that all of them asked.
         """
-        lines = {f"{entry.key}/{q.doc_id}": self.line(entry, q) for entry in entries for q in own}
-        found = processes.gather(lines, (f"{entry.key}/{q.doc_id}" for entry in entries for q in asked))
+        lines = {key_in(entry, q): self.line(entry, q) for entry in entries for q in own}
+        found = processes.gather(lines, (key_in(entry, q) for entry in entries for q in asked))
         self._lines.update({key: line for key, line in found.items() if line is not None})
         if processes.rank == 0 and self._records is not None:  # other machines may have written theirs to files of their own
             known = self._records.by_key()

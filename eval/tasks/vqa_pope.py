@@ -25,13 +25,15 @@ from typing import Any
 import numpy as np
 
 from vtok.errors import ConfigError
+from vtok.eval.pictures import find_files
 from vtok.eval.tasks.vqa_data import Question, VQAData
 from vtok.eval.tasks.vqa_files import checked
 from vtok.eval.tasks.vqa_hub import Hub
 from vtok.eval.tasks.vqa_metrics import without_punctuation
-from vtok.eval.tasks.vqa_reading import SHORT, Pictures, fields, load_lines, yes_no
+from vtok.eval.tasks.vqa_reading import SHORT, Pictures, fields, load_lines, text_of, yes_no
 from vtok.eval.tasks.vqa_task import QuestionTask, Score, Sources
 from vtok.eval.tasks.vqa_totals import Total, ratio
+from vtok.writing import write
 
 VARIANTS = ("adversarial", "popular", "random")
 _FORM = '{"question_id", "image", "text", "label"}'
@@ -122,15 +124,15 @@ def _totals() -> dict[str, Total]:
 
 def _read(sources: Sources) -> VQAData:
     files = _files(sources)
-    pictures, found = Pictures(sources.image_folder), []
+    pictures, found = Pictures.of(sources), []
     for variant, path in files.items():
         for place, entry in load_lines(path, _FORM):
             number, image, text, label = fields(entry, ("question_id", "image", "text", "label"), place, _FORM)
-            file = str(pictures.find(str(image), place))
+            file = str(pictures.find(text_of(image, "'image'", place), place))
             group = {"variant": variant} if variant else {}
             key = f"{variant}/{number}" if variant else number
-            found.append(Question(key, str(text).strip(), (yes_no(label, place),), file, group))
-    return checked("pope", found, next(iter(files.values())), pictures.read, SHORT, "+".join(filter(None, files)))
+            found.append(Question(key, text_of(text, "'text'", place).strip(), (yes_no(label, place),), file, group))
+    return checked("pope", found, next(iter(files.values())), pictures, SHORT, "+".join(filter(None, files)))
 
 
 def _files(sources: Sources) -> Mapping[str, Path]:
@@ -141,7 +143,7 @@ def _files(sources: Sources) -> Mapping[str, Path]:
     if sources.split and sources.split not in VARIANTS:
         raise ConfigError(f"POPE has no split {sources.split!r}; one of {', '.join(VARIANTS)}, or none for all that are there")
     wanted = (sources.split,) if sources.split else VARIANTS
-    found = {variant: sorted(sources.folder.rglob(f"*pope_{variant}.json")) for variant in wanted}
+    found = {variant: find_files(sources.folder, f"*pope_{variant}.json") for variant in wanted}
     for paths in found.values():
         if len(paths) > 1:
             raise ConfigError(f"{sources.folder} holds {paths[0].name} and {paths[1].name}; name the one to read (--questions)")
@@ -160,14 +162,15 @@ def _write(folder: Path, name: str, questions: Sequence[Question], answers: Sequ
             if q.groups.get("variant", "") == variant
         ]
         ending = f"-{variant}" if variant else ""
-        (folder / f"{name}{ending}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write(folder / f"{name}{ending}.jsonl", "\n".join(lines) + "\n")
 
 
 def _from_row(row: Any, place: str, image: Any, split: str) -> Question:
     number, text, label = fields(row, ("question_id", "question", "answer"), place, _HUB_FORM)
     variant = str(row.get("category") or "")
     key = f"{variant}/{number}" if variant else number
-    return Question(key, str(text).strip(), (yes_no(label, place),), image, {"variant": variant} if variant else {})
+    group = {"variant": variant} if variant else {}
+    return Question(key, text_of(text, "'question'", place).strip(), (yes_no(label, place),), image, group)
 
 
 TASK = QuestionTask(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vtok.errors import ConfigError
-from vtok.eval.tasks.vqa_files import IMAGES, open_image
+from vtok.eval.pictures import digest, find_files, find_pictures, leaves, open_picture, within
 from vtok.eval.tasks.vqa_task import Sources
 
 SHORT = "\nAnswer the question using a single word or phrase."  # what lmms-eval puts behind most questions
@@ -31,7 +31,7 @@ def located(sources: Sources, pattern: str) -> Path:
         return path
     if not sources.folder.is_dir():
         raise ConfigError(f"{sources.data} is neither a folder nor a file; name the folder that holds {pattern}")
-    found = sorted(sources.folder.rglob(pattern))
+    found = find_files(sources.folder, pattern)
     if len(found) != 1:
         others = "" if not found else ": " + ", ".join(str(path.relative_to(sources.folder)) for path in found[:4])
         raise ConfigError(f"{sources.folder} holds {len(found)} files {pattern}{others}; name the one to read with --questions")
@@ -49,7 +49,7 @@ def load_json(path: Path, form: str) -> Any:
         ConfigError: the file is missing or no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # with a byte-order mark or without
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
@@ -111,6 +111,53 @@ def secret(split: str) -> bool:
     return split.startswith("test")
 
 
+def text_of(value: Any, what: str, place: str) -> str:
+    """A text; numbers are written out.
+
+    Args:
+        value: as a file holds it.
+        what: of what it is the value, for messages.
+        place: where it stands, for messages.
+
+    Raises:
+        ConfigError: it is neither: nothing, a list, an object.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    raise ConfigError(f"{place}: {what} must be a text, found {repr(value)[:80]}")
+
+
+def number_of(value: Any, what: str, place: str) -> Any:
+    """What a question or an image is known by: a number or a text, as it is.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    text_of(value, what, place)
+    return value
+
+
+def texts_of(value: Any, what: str, place: str) -> tuple[str, ...]:
+    """A list of at least one text; objects with "answer", as VQAv2 has them, stand for what they hold.
+
+    Args:
+        value: as a file holds it.
+        what: of what it is the value, for messages.
+        place: where it stands, for messages.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ConfigError(f"{place}: {what} must be a list of at least one text, found {repr(value)[:80]}")
+    return tuple(
+        text_of(one["answer"] if isinstance(one, Mapping) and "answer" in one else one, f"every one of {what}", place)
+        for one in value
+    )
+
+
 def answer_list(entry: Any, place: str, form: str, split: str) -> tuple[str, ...]:
     """Answers of people: a list of texts that is not empty, but for a split whose answers are kept secret.
 
@@ -126,9 +173,7 @@ def answer_list(entry: Any, place: str, form: str, split: str) -> tuple[str, ...
     if secret(split) and not entry.get("answers"):
         return ()
     (value,) = fields(entry, ("answers",), place, form)
-    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(one, str) for one in value):
-        raise ConfigError(f"{place}: 'answers' must be a list of at least one text, found {str(value)[:80]!r}")
-    return tuple(value)
+    return texts_of(value, "'answers'", place)
 
 
 def yes_no(value: Any, place: str) -> str:
@@ -148,26 +193,52 @@ class Pictures:
 
     Args:
         folder: they lie in it at any depth.
+        named: whether somebody named the folder as that of the images: links in it may then lead elsewhere, and of a name that
+            leads out of it the file's own name counts.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, named: bool = False):
+        self.folder, self.named = folder, named
         self._index: dict[str, list[Path]] | None = None
+        self._known: dict[str, Path] = {}
 
-    def find(self, name: str, place: str) -> Path:
+    @classmethod
+    def of(cls, sources: Sources) -> Pictures:
+        """The images of a task."""
+        return cls(sources.image_folder, bool(sources.images))
+
+    def find(self, name: str, place: str, deep: bool = True) -> Path:
         """The file of an image.
 
         Args:
             name: of the file, with folders or without, with its ending or without.
             place: what asks for it, for messages.
+            deep: whether to look for it at any depth; otherwise it is where its name says.
 
         Raises:
-            ConfigError: it is missing, or several have that name.
+            ConfigError: it is missing, several have that name, or it lies outside the folder.
         """
+        if name not in self._known:
+            found = self._find(name, place, deep)
+            if not self.named and not within(self.folder, found):
+                raise ConfigError(
+                    f"{place}: the image {name} is a link to {found.resolve()}, outside {self.folder}; if that is meant, pass "
+                    "the folder of the images (--images)"
+                )
+            self._known[name] = found
+        return self._known[name]
+
+    def _find(self, name: str, place: str, deep: bool) -> Path:
+        out = leaves(name) and not _below(self.folder, name)
+        if out and not self.named:
+            raise ConfigError(
+                f"{place}: the image {name} lies outside {self.folder}; if that is meant, pass the folder of the images "
+                "(--images)"
+            )
         direct = self.folder / name
-        if direct.is_file():
+        if not out and direct.is_file():
             return direct
-        found = self._by_name(Path(name).name)
+        found = self._by_name(Path(name).name) if deep or out else []
         nearer = [path for path in found if path.with_suffix("").as_posix().endswith(Path(name).with_suffix("").as_posix())]
         found = nearer or found
         if not found:
@@ -181,13 +252,22 @@ class Pictures:
     def _by_name(self, name: str) -> list[Path]:
         if self._index is None:
             self._index = {}
-            for path in sorted(self.folder.rglob("*")):
-                if path.suffix.lower() in IMAGES:
-                    for key in {path.name, path.stem}:
-                        self._index.setdefault(key, []).append(path)
+            for path in find_pictures(self.folder):
+                for key in {path.name, path.stem}:
+                    self._index.setdefault(key, []).append(path)
         return self._index.get(name, [])
 
     @property
     def read(self) -> Callable[[Any], Any]:
         """Path as text -> PIL image."""
-        return lambda key: open_image(Path(key))
+        return open_picture
+
+    @property
+    def identify(self) -> Callable[[Any], str]:
+        """Path as text -> hash of the file."""
+        return digest
+
+
+def _below(folder: Path, name: str) -> bool:
+    """Whether an absolute name stands for a file in the folder."""
+    return Path(name).is_absolute() and ".." not in Path(name).parts and Path(name).is_relative_to(folder.absolute())

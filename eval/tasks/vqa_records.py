@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from vtok.eval.intervals import paired_ratio
+from vtok.eval.intervals import Interval, clustered_mean_stderr, paired_difference, paired_ratio, share
 from vtok.eval.rates import Timed, throughput
-from vtok.eval.tasks.recall import clustered_mean_stderr
 from vtok.eval.tasks.vqa_data import VQAData
 from vtok.eval.tasks.vqa_metrics import exact_match, loyalty
 from vtok.eval.tasks.vqa_plain import TASK
 from vtok.eval.tasks.vqa_task import QuestionTask
 from vtok.eval.tasks.vqa_totals import total_fields
 
-NORMAL_95 = 1.96
 RIGHT = 0.5  # a score from here on makes an answer right
 Line = dict[str, Any]
 
@@ -58,26 +56,22 @@ class Scored:
             rows: [n] bool; `None` = all.
 
         Returns:
-            For each score its mean over the questions where it counts and `_stderr`; with `base` its `_difference`,
-            `_difference_stderr` and `_difference_ci` (95 %, normal); for each total the same by a bootstrap over images, and
-            its own `_ci`; `loyalty`, `loyalty_stderr`. `None` where no question counts.
+            For each score its mean over the questions where it counts, `_stderr` and `_ci` (95 %, a score interval); with
+            `base` the same of its `_difference` and of `loyalty`; for each total the same by a bootstrap over images. `None`
+            where no question counts, and instead of intervals of fewer than five images.
         """
         rows = np.ones(len(self.predictions), bool) if rows is None else rows
         cluster, scale = self.cluster[rows], self.task.scale
         found: dict[str, Any] = {}
         for name, values in self.scores.items():
-            found |= _mean(name, scale * values[rows], cluster)
+            found |= _mean(name, values[rows], cluster, scale)
             if base is not None:
-                found |= _mean(f"{name}_difference", scale * (values - base.scores[name])[rows], cluster)
-                middle, error = found[f"{name}_difference"], found[f"{name}_difference_stderr"]
-                found[f"{name}_difference_ci"] = (
-                    None if error is None else [middle - NORMAL_95 * error, middle + NORMAL_95 * error]
-                )
+                found |= _mean(f"{name}_difference", (values - base.scores[name])[rows], cluster, scale, paired_difference)
         for name, total in self.task.totals.items():
             before = None if base is None else base.parts[name][rows]
             found |= total_fields(name, total, self.parts[name][rows], before, cluster, self.strata[name][rows], self.seed)
         if base is not None:
-            found |= _mean("loyalty", scale * loyalty(self.predictions, base.predictions)[rows], cluster)
+            found |= _mean("loyalty", loyalty(self.predictions, base.predictions)[rows], cluster, scale)
         return found
 
 
@@ -185,7 +179,7 @@ def time_fields(lines: Sequence[Line], patched: bool, seed: int = 0, world: int 
     pairs = [(line["base_ttft_ms"], line["ttft_ms"]) for line in warm if line["base_ttft_ms"] is not None]
     if patched and pairs:
         speed = paired_ratio([base for base, _ in pairs], [own for _, own in pairs], seed=seed)
-        found |= {"speedup": speed.point, "speedup_ci": [speed.low, speed.high]}
+        found |= {"speedup": speed.point, "speedup_ci": speed.ends, "pairs": len(pairs)}
     return found
 
 
@@ -197,13 +191,23 @@ def _answered(lines: Sequence[Line], world: int) -> dict[str, Any]:
     return {"throughput": throughput(timed, world)} if timed else {}
 
 
-def _mean(name: str, values: np.ndarray, cluster: np.ndarray) -> dict[str, float | None]:
+def _mean(
+    name: str,
+    values: np.ndarray,
+    cluster: np.ndarray,
+    scale: float,
+    interval: Callable[[np.ndarray, np.ndarray], Interval] = share,
+) -> dict[str, Any]:
     counts = ~np.isnan(values)
     if not counts.any():
-        return {name: None, f"{name}_stderr": None}
+        return {name: None, f"{name}_stderr": None, f"{name}_ci": None}
     values, number = values[counts], np.unique(cluster[counts], return_inverse=True)[1]
     mean, error = clustered_mean_stderr(values, number)
-    return {name: mean, f"{name}_stderr": None if math.isnan(error) else error}
+    return {
+        name: scale * mean,
+        f"{name}_stderr": None if math.isnan(error) else scale * error,
+        f"{name}_ci": interval(values, number).scaled(scale).ends,
+    }
 
 
 def _average(lines: Sequence[Line], name: str) -> float:

@@ -23,8 +23,9 @@ from vtok.errors import ConfigError
 from vtok.eval.tasks.vqa_data import Question, VQAData
 from vtok.eval.tasks.vqa_files import checked
 from vtok.eval.tasks.vqa_hub import Hub
-from vtok.eval.tasks.vqa_reading import Pictures, fields, load_json, located
+from vtok.eval.tasks.vqa_reading import Pictures, fields, load_json, located, text_of
 from vtok.eval.tasks.vqa_task import QuestionTask, Sources
+from vtok.writing import write
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 SPLIT = "test"
@@ -67,7 +68,11 @@ def _question(number: Any, entry: Any, place: str, image: Any) -> Question:
     grade = re.fullmatch(r"grade(\d+)", str(entry.get("grade")))
     if grade:
         groups["grade"] = "1-6" if int(grade.group(1)) <= 6 else "7-12"
-    prompt = prompt_text(str(text), [str(choice) for choice in choices], str(entry.get("hint") or ""))
+    prompt = prompt_text(
+        text_of(text, "'question'", place),
+        [text_of(choice, "every one of 'choices'", place) for choice in choices],
+        text_of(entry.get("hint") or "", "'hint'", place),
+    )
     return Question(number, prompt, (chr(ord("A") + answer),), image, groups)
 
 
@@ -77,18 +82,18 @@ def _read(sources: Sources) -> VQAData:
     if not isinstance(splits, dict) or not isinstance(splits.get(split), list):
         known = ", ".join(splits) if isinstance(splits, dict) else type(splits).__name__
         raise ConfigError(f"{path.parent / 'pid_splits.json'} has no list of numbers under {split!r}, only {known} (--split)")
-    pictures, found = Pictures(sources.image_folder), []
+    pictures, found = Pictures.of(sources), []
     for number in splits[split]:
         place = f"{path}: question {number}"
         entry = problems.get(str(number)) if isinstance(problems, dict) else None
         if entry is None:
             raise ConfigError(f"{path} has no question {number}, which pid_splits.json counts among {split}; expected {_FORM}")
         image = entry.get("image") if isinstance(entry, dict) else None
-        file = None if image is None else str(pictures.find(f"{split}/{number}/{image}", place))
+        file = None if image is None else str(pictures.find(f"{split}/{number}/{text_of(image, 'image', place)}", place))
         found.append(_question(str(number), entry, place, file))
     # questions without an image last: batches hold one kind
     found.sort(key=lambda q: q.image is None)
-    return checked("scienceqa", found, path, pictures.read, LETTER, split)
+    return checked("scienceqa", found, path, pictures, LETTER, split)
 
 
 def _with_images(data: VQAData, place: str) -> VQAData:
@@ -96,7 +101,7 @@ def _with_images(data: VQAData, place: str) -> VQAData:
     found = [q for q in data.questions if q.image is not None]
     if not found:
         raise ConfigError(f"{place} has no question with an image; --task scienceqa asks without")
-    return VQAData("scienceqa_img", found, data.read, data.prompt, split=data.split)
+    return replace(data, name="scienceqa_img", questions=found)
 
 
 def _from_row(row: Any, place: str, image: Any, split: str) -> Question:
@@ -108,11 +113,11 @@ def _write(folder: Path, name: str, questions: Sequence[Question], answers: Sequ
     letters = {q.doc_id: parse_llava(said) for q, said in zip(questions, answers)}
     results = {number: LETTERS.index(letter) if letter else -1 for number, letter in letters.items()}
     content = {"results": results, "outputs": {q.doc_id: said for q, said in zip(questions, answers)}}
-    (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    write(folder / f"{name}.json", json.dumps(content))
 
 
 def _sorted(data: VQAData, place: str) -> VQAData:
-    return VQAData(data.name, sorted(data.questions, key=lambda q: q.image is None), data.read, data.prompt, split=data.split)
+    return replace(data, questions=sorted(data.questions, key=lambda q: q.image is None))
 
 
 _SCORES = {

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vtok.eval.checked import check_fields, check_range
 from vtok.eval.tasks.vqa_data import Question, VQAData
 from vtok.eval.tasks.vqa_totals import Total
 
@@ -65,6 +66,11 @@ class VQAOptions:
     model_dtype: str | None = None
     seed: int = 0
     output: str = ""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        least_one = (1, float("inf"))
+        check_range(self, {"batch_size": least_one, "max_new_tokens": least_one, "num_samples": (1, float("inf"))})
 
 
 class Sources(NamedTuple):

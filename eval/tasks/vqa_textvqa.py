@@ -21,7 +21,7 @@ from vtok.eval.tasks.vqa_data import Question, VQAData
 from vtok.eval.tasks.vqa_files import checked, write_answers
 from vtok.eval.tasks.vqa_hub import Hub
 from vtok.eval.tasks.vqa_metrics import soft_accuracy
-from vtok.eval.tasks.vqa_reading import SHORT, Pictures, answer_list, entries, fields, load_json, located
+from vtok.eval.tasks.vqa_reading import SHORT, Pictures, answer_list, entries, fields, load_json, located, text_of
 from vtok.eval.tasks.vqa_task import QuestionTask, Sources
 
 SPLIT = "val"
@@ -37,23 +37,25 @@ def prompt_text(question: str, tokens: Sequence[str] | None) -> str:
 
 def _question(entry: Any, place: str, image: Any, split: str, tokens: Sequence[str] | None) -> Question:
     number, text = fields(entry, ("question_id", "question"), place, _FORM)
-    return Question(number, prompt_text(str(text), tokens), answer_list(entry, place, _FORM, split), image, {})
+    asked = prompt_text(text_of(text, "'question'", place), tokens)
+    return Question(number, asked, answer_list(entry, place, _FORM, split), image, {})
 
 
 def _read(sources: Sources) -> VQAData:
     split = sources.split or SPLIT
     path = located(sources, f"TextVQA_[0-9]*_{split}.json")
-    pictures, found = Pictures(sources.image_folder), []
+    pictures, found = Pictures.of(sources), []
     known = _ocr_tokens(Path(sources.ocr)) if sources.ocr else None
     for i, entry in enumerate(entries(load_json(path, _FORM), "data", path, _FORM)):
         number, image = fields(entry, ("question_id", "image_id"), f"{path}: entry {i}", _FORM)
         place = f"{path}: question {number}"
+        file = str(pictures.find(f"{text_of(image, 'image_id', place)}.jpg", place))
         if known is not None and image not in known:
             raise ConfigError(f"{place}: {sources.ocr} has no tokens of image {image}; do both files belong to the same split?")
         tokens = None if known is None else known[image]
-        found.append(_question(entry, place, str(pictures.find(f"{image}.jpg", place)), split, tokens))
+        found.append(_question(entry, place, file, split, tokens))
     name = "textvqa" if known is None else "textvqa with OCR tokens"
-    return checked(name, found, path, pictures.read, SHORT, split)
+    return checked(name, found, path, pictures, SHORT, split)
 
 
 def _ocr_tokens(path: Path) -> dict[Any, list[str]]:

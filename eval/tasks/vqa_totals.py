@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vtok.eval.intervals import FEWEST
 from vtok.eval.tasks.vqa_data import Question
 
 RESAMPLES = 1000
@@ -79,7 +80,8 @@ def total_fields(
         seed: of the bootstrap.
 
     Returns:
-        `None` instead of a number where the questions say nothing about it, and instead of errors for fewer than two images.
+        `None` instead of a number where the questions say nothing about it, instead of errors for fewer than two images,
+        and instead of intervals for fewer than five, or where no resample differs.
     """
     found: dict[str, Any] = {name: _number(total.combine(parts.sum(0)))}
     if base is not None:
@@ -88,10 +90,10 @@ def total_fields(
     first, rows = np.unique(cluster, return_index=True, return_inverse=True)[1:]
     groups = tuple(strata[first].tolist())  # [C]
     own = _resampled(total, parts, rows, groups, seed)
-    found |= _spread(name, own)
+    found |= _spread(name, own, len(groups))
     if base is not None:
         other = _resampled(total, base, rows, groups, seed)
-        found |= _spread(f"{name}_difference", None if own is None or other is None else own - other)
+        found |= _spread(f"{name}_difference", None if own is None or other is None else own - other, len(groups))
     return found
 
 
@@ -104,16 +106,15 @@ def _resampled(total: Total, parts: np.ndarray, rows: np.ndarray, groups: tuple[
     return total.combine(_draws(groups, seed) @ sums)
 
 
-def _spread(name: str, values: np.ndarray | None) -> dict[str, Any]:
-    """Standard error and interval of a metric from its resamples; those that say nothing about it are left out."""
+def _spread(name: str, values: np.ndarray | None, clusters: int) -> dict[str, Any]:
+    """Standard error and interval of a metric from its resamples of so many images; those that say nothing are left out."""
     known = np.empty(0) if values is None else values[~np.isnan(values)]
     if len(known) < 2:
         return {f"{name}_stderr": None, f"{name}_ci": None}
     tail = 100 * (1 - LEVEL) / 2
-    return {
-        f"{name}_stderr": float(known.std(ddof=1)),
-        f"{name}_ci": [float(v) for v in np.percentile(known, [tail, 100 - tail])],
-    }
+    told = clusters >= FEWEST and known.max() > known.min()  # where no resample differs nothing is known about the spread
+    ends = [float(v) for v in np.percentile(known, [tail, 100 - tail])] if told else None
+    return {f"{name}_stderr": float(known.std(ddof=1)), f"{name}_ci": ends}
 
 
 def _number(value: Any) -> float | None:

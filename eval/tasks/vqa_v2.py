@@ -19,7 +19,7 @@ from vtok.eval.tasks.vqa_data import Question, VQAData
 from vtok.eval.tasks.vqa_files import find_vqav2, write_answers
 from vtok.eval.tasks.vqa_hub import Hub
 from vtok.eval.tasks.vqa_metrics import soft_accuracy
-from vtok.eval.tasks.vqa_reading import SHORT, fields, secret
+from vtok.eval.tasks.vqa_reading import SHORT, fields, secret, text_of, texts_of
 from vtok.eval.tasks.vqa_task import QuestionTask, Sources
 
 _SPLIT = re.compile(r"(train|val|test)(-dev)?\d{4}")
@@ -37,10 +37,10 @@ def _read(sources: Sources) -> VQAData:
 def _from_row(row: Any, place: str, image: Any, split: str) -> Question:
     number, text = fields(row, ("question_id", "question"), place, _FORM)
     answers = row.get("answers") or ()
-    said = tuple(str(answer.get("answer")) for answer in answers if isinstance(answer, dict))
+    said = texts_of(answers, "'answers'", place) if answers else ()
     if not said and not secret(split):
         raise ConfigError(f"{place}: question {number} has no answers; expected {_FORM}")
-    return Question(number, str(text), said, image, {"kind": str(row.get("answer_type") or "")})
+    return Question(number, text_of(text, "'question'", place), said, image, {"kind": str(row.get("answer_type") or "")})
 
 
 TASK = QuestionTask(

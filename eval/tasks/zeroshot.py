@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, MissingExtraError
 from vtok.eval.clip_models import DualEncoder
 from vtok.eval.easyvqa import CLASSES, TEMPLATES
-from vtok.eval.intervals import mean_stderr
+from vtok.eval.intervals import mean_stderr, paired_difference, share
 from vtok.eval.pacing import Memory
 from vtok.eval.processes import current
-from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, bits, finite, run
+from vtok.eval.tasks.class_folders import are_ids, labels_for, wordnet_ids
+from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, bits, finite, repeated, run
 from vtok.eval.tasks.image_folder import CheckedImages, open_dataset
 
 PICTURES = "reference-pictures"
@@ -39,10 +40,11 @@ class ZeroshotOptions(ClipOptions):
     Attributes:
         templates: prompts with `{c}` for the class; one that is a file holds one prompt a line; "openai" and "simple" are
             open_clip's 80 and 7 for ImageNet. None = "a photo of a {c}." (for the bundled pictures, the prompts of training).
-        classnames: file with a class name a line, in the order of the labels, or "imagenet" for open_clip's; "" = the folders'
-            names, underscores as spaces.
+        classnames: file with a class name a line, in the order of the labels, or "imagenet" for open_clip's; folders are
+            found in it by name where they can be. "" = the folders' names, underscores as spaces, for WordNet ids those of
+            ImageNet's classes.
         dataset: timm's name of a data set ("torch/cifar10", "hfds/..."); "" = a folder with one sub-folder a class.
-        class_map: file that maps folders to classes; "" = natural order of the folders.
+        class_map: file that maps folders to classes; "" = as the class names say, or natural order of the folders.
     """
 
     templates: tuple[str, ...] = ()
@@ -73,8 +75,8 @@ def evaluate(
         One record a setting: clip_benchmark's fields (`dataset, model, pretrained, task, metrics, language`), where `metrics`
         holds shares in [0, 1]: `acc1`, `acc5` (`None` below five classes), `mean_per_class_recall`, the standard errors
         `acc1_stderr` and `mean_per_class_recall_stderr`, and against the unpatched setting, if there is one, the paired
-        `difference` of acc1, `difference_stderr` and `agreement`; then `n, method, params, tokens, gmacs, gflops,
-        implied_speedup` (of the image tower, if vtok knows it), `skipped`, `notes`, and what describes the run.
+        `difference` of acc1, `difference_stderr`, `difference_ci` (95 %) and `agreement`; then `n, method, params, tokens,
+        gmacs, gflops, implied_speedup` (of the image tower, if vtok knows it), `skipped`, `notes`, and what describes the run.
 
     Raises:
         ConfigError: nothing to read, or labels, names and prompts that do not fit together.
@@ -82,7 +84,7 @@ def evaluate(
         MissingExtraError: the backend is not installed.
     """
     options = options or ZeroshotOptions()
-    images, names, name = _open(os.fspath(data), options)
+    images, names, name, notes = _open(os.fspath(data), options)
     prompts = templates(options.templates or (TEMPLATES if name == "easyvqa" else ("a photo of a {c}.",)))
     features, classifier = run(
         model, images, settings, options, progress, lambda e: class_embeddings(e, names, prompts), memory
@@ -104,6 +106,8 @@ def evaluate(
                 **features.common,
                 "num_classes": len(names),
                 "num_templates": len(prompts),
+                "notes": notes,
+                **repeated("zeroshot", features, one, data, options),
             }
         )
     return records
@@ -132,7 +136,7 @@ def templates(given: Sequence[str]) -> list[Template]:
 
             found += OPENAI_IMAGENET_TEMPLATES if text == "openai" else SIMPLE_IMAGENET_TEMPLATES
         elif Path(text).is_file():
-            found += [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip()]
+            found += [line.strip() for line in Path(text).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         else:
             found.append(text)
     for prompt in found:
@@ -156,20 +160,22 @@ class _Scored:
         self.top1 = (self.prediction == labels).double().numpy()
         self.top5 = (ranked == labels[:, None]).any(1).double().numpy()
 
-    def metrics(self, base: _Scored | None) -> dict[str, float | None]:
+    def metrics(self, base: _Scored | None) -> dict[str, Any]:
         acc1, stderr = mean_stderr(self.top1)
         recall, recall_stderr = mean_per_class(self.top1, self.labels.numpy())
-        found: dict[str, float | None] = {
+        found: dict[str, Any] = {
             "acc1": acc1,
             "acc5": float(self.top5.mean()) if self.classes >= 5 else None,
             "mean_per_class_recall": recall,
             "acc1_stderr": stderr,
+            "acc1_ci": share(self.top1).ends,
             "mean_per_class_recall_stderr": recall_stderr,
         }
         if base is not None:
             difference, error = mean_stderr(self.top1 - base.top1)
             same = float((self.prediction == base.prediction).double().mean())
-            found |= {"difference": difference, "difference_stderr": error, "agreement": same}
+            ends = paired_difference(self.top1 - base.top1).ends
+            found |= {"difference": difference, "difference_stderr": error, "difference_ci": ends, "agreement": same}
         return found
 
 
@@ -179,8 +185,8 @@ def mean_per_class(hits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     return float(parts[:, 0].mean()), float(np.sqrt((parts[:, 1] ** 2).sum()) / len(parts))
 
 
-def _open(data: str, options: ZeroshotOptions) -> tuple[CheckedImages, list[str], str]:
-    """(images, class names, name of the data set)."""
+def _open(data: str, options: ZeroshotOptions) -> tuple[CheckedImages, list[str], str, list[str]]:
+    """(images, class names, name of the data set, what to know about the classes)."""
     if data == PICTURES:
         from PIL import Image
 
@@ -189,23 +195,85 @@ def _open(data: str, options: ZeroshotOptions) -> tuple[CheckedImages, list[str]
         pictures, classes = load_reference_pictures("test")
         arrays = pictures.permute(0, 2, 3, 1).numpy()
         pairs = [(Image.fromarray(array), int(label)) for array, label in zip(arrays, classes)]
-        return CheckedImages(pairs, "RGB", options.num_samples), list(CLASSES), "easyvqa"
+        return CheckedImages(pairs, "RGB", options.num_samples), list(CLASSES), "easyvqa", []
     images = open_dataset(data, options.dataset, options.split, options.class_map, "RGB", options.num_samples)
-    return images, _names(images, options), options.dataset or os.path.basename(os.path.normpath(data))
+    names, notes = _names(images, options)
+    return images, names, options.dataset or os.path.basename(os.path.normpath(data)), notes
 
 
-def _names(images: CheckedImages, options: ZeroshotOptions) -> list[str]:
+def _names(images: CheckedImages, options: ZeroshotOptions) -> tuple[list[str], list[str]]:
+    """Class names, and what to know about them; the images get their labels.
+
+    Raises:
+        ConfigError: nothing says which name belongs to which label.
+    """
+    known, (given, ids) = images.class_to_idx, _given(options)
+    if given is None:
+        if not known:
+            raise ConfigError("the data does not name its classes; pass classnames, a file with one a line")
+        return _from_folders(known), []
+    if not known or options.class_map:
+        return given, []
+    folders = {name.replace("_", " "): name for name in known}
+    numberings = [*([ids] if ids else []), [folders.get(name, name) for name in given]]
+    remedy = "pass class_map, a file with the name of a folder a line in the order of the class names"
+    images.relabel, note = labels_for(known, images.empty, len(given), numberings, f"the {len(given)} class names", remedy)
+    return given, [note] if note else []
+
+
+def _given(options: ZeroshotOptions) -> tuple[list[str] | None, Sequence[str]]:
+    """(class names that were asked for, or `None`; WordNet ids of these classes, where they are known)."""
     if options.classnames == "imagenet":
-        from open_clip import IMAGENET_CLASSNAMES
+        return _imagenet_names(), wordnet_ids(len(_imagenet_names()))
+    if not options.classnames:
+        return None, ()
+    path = Path(options.classnames)
+    if not path.is_file():
+        raise ConfigError(f"class names: {path} does not exist; name a file with one a line, or 'imagenet'")
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix != ".json":
+        return [line.strip() for line in text.splitlines() if line.strip()], ()
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"class names: {path} is no JSON file: {error}") from error
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise ConfigError(f"class names: {path} must hold a list of texts")
+    return found, ()
 
-        return list(IMAGENET_CLASSNAMES)
-    if options.classnames:
-        path = Path(options.classnames)
-        if not path.is_file():
-            raise ConfigError(f"class names: {path} does not exist; name a file with one a line, or 'imagenet'")
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else [line.strip() for line in text.splitlines() if line.strip()]
-    known = images.class_to_idx
-    if not known:
-        raise ConfigError("the data does not name its classes; pass classnames, a file with one a line")
-    return [name.replace("_", " ") for name, _ in sorted(known.items(), key=lambda pair: pair[1])]
+
+def _from_folders(class_to_idx: Mapping[str, int]) -> list[str]:
+    """What folders are called, underscores as spaces; those of ImageNet by the names of its classes.
+
+    Raises:
+        ConfigError: they are called by numbers.
+    """
+    names = [name for name, _ in sorted(class_to_idx.items(), key=lambda pair: pair[1])]
+    if are_ids(names):
+        words = dict(zip(wordnet_ids(len(_imagenet_names())), _imagenet_names()))
+        strange = [name for name in names if name not in words]
+        if strange:
+            raise ConfigError(
+                f"the folders are WordNet ids, and {strange[0]} is none of ImageNet's 1,000 classes; pass classnames, a file "
+                "with a name a line in their order"
+            )
+        return [words[name] for name in names]
+    if all(name.isdecimal() for name in names) and any(len(name) > 1 for name in names):
+        raise ConfigError(
+            f"the folders are numbers ({', '.join(names[:3])}, ...), which say nothing to a text encoder; pass classnames, a "
+            "file with a name a line in their order, or 'imagenet'"
+        )
+    return [name.replace("_", " ") for name in names]
+
+
+def _imagenet_names() -> list[str]:
+    """open_clip's names of ImageNet's classes, in the order of their WordNet ids.
+
+    Raises:
+        MissingExtraError: open_clip is not installed.
+    """
+    try:
+        from open_clip import IMAGENET_CLASSNAMES
+    except ImportError as error:
+        raise MissingExtraError("open_clip_torch", "open_clip") from error
+    return list(IMAGENET_CLASSNAMES)

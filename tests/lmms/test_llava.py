@@ -15,8 +15,9 @@ from transformers import LlavaForConditionalGeneration
 import vtok
 from vtok.errors import ConfigError, UnknownNameError, UnsupportedModelError
 from vtok.eval.lmms import MODELS
-from vtok.eval.lmms_task import TASK, write_model, write_task
+from vtok.eval.lmms_task import CHAT_TEMPLATE, TASK, write_model, write_task
 from vtok.eval.records import Records
+from vtok.eval.reference_vlm import save_folder
 from vtok.eval.tasks.vqa import VQAOptions, evaluate
 from vtok.eval.tasks.vqa_data import open_vqa
 from vtok.eval.vlm_models import load_vlm
@@ -92,6 +93,17 @@ def test_answers_and_tokens_are_those_of_vtoks_own_evaluation(method, home, harn
     kept = [sum(line["kept_tokens"]) / DEPTH for line in lines]
     assert sums["avg_kept_tokens"] == pytest.approx(sum(kept) / COUNT)
     assert 0 < sums["avg_ttft_ms"] / 1000 * COUNT < 2 * sums["total_elapsed_time"]
+
+
+def test_a_template_that_begins_a_prompt_begins_it_once(home, harness, tmp_path):
+    """The same prompts whether the template or the tokenizer writes the first token; not one more if both would."""
+    model = load_vlm(str(home / "model"))
+    model.processor.chat_template = model.processor.tokenizer.chat_template = "{{ bos_token }}" + CHAT_TEMPLATE
+    save_folder(tmp_path / "model", model.net, model.processor)
+    _, plain = harness.run("vtok_llava_hf", arguments(home, "none"))
+    _, begun = harness.run("vtok_llava_hf", arguments(tmp_path, "none"))
+    assert said(begun) == said(plain)
+    assert [count["input_tokens"] for count in counts(begun)] == [count["input_tokens"] for count in counts(plain)]
 
 
 def test_kept_tokens_are_as_planned_and_change_answers(own):

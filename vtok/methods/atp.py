@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from vtok.config import MethodConfig, block_numbers
-from vtok.errors import ConfigError, UnsupportedModelError
+from vtok.errors import ConfigError, UnsupportedModelError, shown
 from vtok.prompt import Layout, VLMInfo, VLMReducer
 
 TRAINING = "python -m vtok.eval.train_atp --model FOLDER"
@@ -75,17 +75,18 @@ class ATP(MethodConfig):
     min_tokens: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.weights is not None:
             if not isinstance(self.weights, (str, os.PathLike)):
-                raise ConfigError(f"weights is the path of a safetensors file, got {self.weights!r}")
+                raise ConfigError(f"weights is the path of a safetensors file, got {shown(self.weights)}")
             object.__setattr__(self, "weights", os.fspath(self.weights))
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(sorted(set(block_numbers(self.layers)))))
         target = self.target_tokens
         if target is not None and (isinstance(target, bool) or not isinstance(target, (int, float)) or not target > 0):
-            raise ConfigError(f"target_tokens must be a number > 0, got {target!r}")
+            raise ConfigError(f"target_tokens must be a number > 0, got {shown(target)}")
         if isinstance(self.min_tokens, bool) or not isinstance(self.min_tokens, int) or self.min_tokens < 0:
-            raise ConfigError(f"min_tokens is a whole number >= 0, got {self.min_tokens!r}")
+            raise ConfigError(f"min_tokens is a whole number >= 0, got {shown(self.min_tokens)}")
 
     @classmethod
     def substitutes_vlm(cls, info: VLMInfo, folder: str) -> Sequence[Mapping[str, Any]]:
@@ -212,7 +213,7 @@ def check_strides(strides: Sequence[int]) -> tuple[int, ...]:
         ConfigError: they are no whole numbers >= 1, or one does not divide the next, so that the grids would not nest.
     """
     if isinstance(strides, str) or not isinstance(strides, Sequence) or not strides or any(_not_whole(s) for s in strides):
-        raise ConfigError(f"strides lists whole numbers >= 1 such as (2, 4), got {strides!r}")
+        raise ConfigError(f"strides lists whole numbers >= 1 such as (2, 4), got {shown(strides)}")
     ordered = tuple(sorted(set(strides)))
     for fine, coarse in itertools.pairwise(ordered):
         if coarse % fine:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, shown
 from vtok.methods.atp import Slots
 
 AVERAGES = ("layers", "modules")
@@ -73,7 +73,7 @@ def average_tokens(counts: Tensor, layers: Sequence[int], total: int | Tensor, n
         [...], tokens.
     """
     if over not in AVERAGES:
-        raise ConfigError(f"over must be one of {', '.join(AVERAGES)}, got {over!r}")
+        raise ConfigError(f"over must be one of {', '.join(AVERAGES)}, got {shown(over)}")
     if over == "modules":
         return counts.mean(-1)
     bounds = (*layers, num_layers)

@@ -20,6 +20,7 @@ from vtok.methods import atp
 from vtok.methods.atp import Slots
 from vtok.methods.atp_attention import Attention, attention_scores, debiased, full_precision, self_logits
 from vtok.methods.atp_spec import ATPSpec
+from vtok.writing import write
 
 _HEADER, _FORMAT = "vtok.atp", 1
 
@@ -166,17 +167,17 @@ class ATPModules(nn.Module):
 
         Raises:
             MissingExtraError: safetensors is not installed.
-            ConfigError: the folder does not exist.
+            ConfigError: the folder does not exist, or the file cannot be written there.
         """
         try:
-            from safetensors.torch import save_file
+            from safetensors.torch import save
         except ImportError as error:
             raise MissingExtraError("safetensors", "transformers") from error
         if not Path(path).parent.is_dir():
             raise ConfigError(f"{path} cannot be written: the folder {Path(path).parent} does not exist")
         header = json.dumps({"format": _FORMAT, **self.spec.to_dict()})
         tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
-        save_file(tensors, path, metadata={_HEADER: header})
+        write(path, save(tensors, metadata={_HEADER: header}))
 
 
 def _highest(score: Tensor, among: Tensor, passed: Tensor, at_least: int) -> Tensor:
@@ -226,6 +227,12 @@ def load(
         modules.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         raise ConfigError(f"{path}: the parameters do not fit the header: {error}") from error
+    broken = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
+    if broken:
+        raise ConfigError(
+            f"{path}: {len(broken)} of {len(tensors)} parameters hold NaN or infinity ({broken[0]}), as after a training run "
+            "that diverged; train the modules again"
+        )
     return modules.to(device).eval()
 
 

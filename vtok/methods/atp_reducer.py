@@ -59,7 +59,7 @@ class ATPReducer(VLMReducer):
         scores = modules.scores(attention, slots)
         return modules(at.index, *scores, slots, grid=self.info.grid, at_least=self.min_tokens)
 
-    def layer_macs(self, at: Site, visual: int, text: int) -> int:
+    def layer_macs(self, at: Site, visual: int, text: int, entered: int) -> int:
         return self.info.probe_macs(visual + text, visual + text) + self.modules.head(at.index).macs
 
     def _on(self, device: torch.device) -> ATPModules:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vtok.config import block_numbers, flag
-from vtok.errors import ConfigError, UnsupportedModelError, unknown
+from vtok.errors import ConfigError, UnsupportedModelError, shown, unknown
 from vtok.methods.atp import check_strides
 from vtok.methods.atp_attention import SELF_SCORES
 
@@ -71,7 +71,7 @@ class ATPSpec:
         for name in ("depth", "width", "hidden"):
             _whole(getattr(self, name), name)
         if not isinstance(self.grid, Sequence) or len(self.grid) != 2:
-            raise ConfigError(f"grid is (rows, columns) of visual tokens, got {self.grid!r}")
+            raise ConfigError(f"grid is (rows, columns) of visual tokens, got {shown(self.grid)}")
         object.__setattr__(self, "grid", tuple(_whole(size, "grid") for size in self.grid))
         layers = scaled_layers(self.depth) if self.layers is None else block_numbers(self.layers)
         if not layers or list(layers) != sorted(set(layers)) or not 1 <= layers[0] <= layers[-1] < self.depth:
@@ -82,7 +82,7 @@ class ATPSpec:
         object.__setattr__(self, "strides", check_strides(self.strides))
         for name, allowed in (("inputs", INPUTS), ("self_score", SELF_SCORES)):
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {shown(getattr(self, name))}")
         flag(self.minmax, "minmax")
         _number(self.lambda_sample, "lambda_sample", positive=True)
         _number(self.unsampled, "unsampled", positive=False)
@@ -141,11 +141,11 @@ class ATPSpec:
 
 def _whole(value: Any, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} takes whole numbers >= 1, got {value!r}")
+        raise ConfigError(f"{name} takes whole numbers >= 1, got {shown(value)}")
     return value
 
 
 def _number(value: Any, name: str, positive: bool) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not number or (positive and value <= 0):
-        raise ConfigError(f"{name} must be a number{' > 0' if positive else ''}, got {value!r}")
+        raise ConfigError(f"{name} must be a number{' > 0' if positive else ''}, got {shown(value)}")

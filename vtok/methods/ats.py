@@ -27,9 +27,10 @@ from vtok.config import (
     require_cls,
     require_softmax,
 )
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, shown
 from vtok.ops.rows import rows_where, with_prefix
 from vtok.ops.sampling import endpoint_samples, midpoint_samples
+from vtok.ops.selection import kept_tokens
 from vtok.reduction import Plan
 from vtok.space import Blocks, Point, Space
 from vtok.state import AttentionView, Place, Site, TokenState, at_least_fp32
@@ -47,8 +48,9 @@ class ATS(MethodConfig):
     Attributes:
         num_tokens: sample points per block (paper: K), an upper bound on the patches that survive; whole number >= 1. The paper
             stops at the number of patches; more points sample finer and so keep more, which is ours.
-        keep: the same as a share of the model's patches ((0, 1]; default 0.55, which is K = 108 at 196 patches); 1.0 is an
-            exact no-op. Give one of the two.
+        keep: the same as a share of the patches of the input size that the model is patched for ((0, 1]; default 0.55, which is
+            K = 108 at 196 patches), rounded to whole tokens, halves to the even number; 1.0 is an exact no-op. Give one of the
+            two.
         layers: 0-based blocks that sample (default: from a quarter of the depth on; blocks 3 to 11 of 12, as in the paper).
         mode: `"drop"` cuts the batch to its longest image (one host synchronisation a block), `"mask"` always leaves
             min(K, patches) rows (static shapes, for compilation). Both give the same result.
@@ -76,6 +78,7 @@ class ATS(MethodConfig):
     parity: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_tokens is not None and self.keep is not None:
             raise ConfigError(f"give num_tokens or keep, not both (got {self.num_tokens} and {self.keep})")
         if self.parity and (self.num_tokens is not None or self.keep is not None):
@@ -86,10 +89,10 @@ class ATS(MethodConfig):
             fraction(self.keep, "keep")
         k = self.num_tokens
         if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
-            raise ConfigError(f"num_tokens must be a whole number >= 1, got {k!r}")
+            raise ConfigError(f"num_tokens must be a whole number >= 1, got {shown(k)}")
         for name, allowed in (("mode", ("drop", "mask")), ("score", ("sum_attention", "per_head")), ("query", ("cls", "mean"))):
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {shown(getattr(self, name))}")
         if self.layers is not None:
             object.__setattr__(self, "layers", block_numbers(self.layers))
         flag(self.parity, "parity")
@@ -125,7 +128,7 @@ class ATS(MethodConfig):
         require_softmax(info, "ats")
         points = self.num_tokens or info.num_patches
         if self.keep is not None:
-            points = max(1, round(self.keep * info.num_patches))
+            points = kept_tokens(info.num_patches, self.keep)
         kind = ParityReducer if self.parity else ATSReducer
         return kind(
             points,
@@ -204,7 +207,7 @@ class ATSReducer(Reducer):
     def _plan(self, kept: Tensor, real: Tensor | None, num_prefix: int) -> Plan:
         """The plan that keeps these patches [B, M], of which only `real` ones are no padding."""
         if real is not None:
-            real = torch.cat([real.new_ones(len(real), num_prefix), real], 1)
+            real = torch.cat([real.new_ones(real.shape[0], num_prefix), real], 1)
         return Plan(with_prefix(kept, num_prefix), valid=real)
 
     def _rows(self, hit: Tensor, most: int) -> tuple[Tensor, Tensor | None]:
@@ -281,7 +284,8 @@ class ParityReducer(ATSReducer):
             q, k, v = (t * state.keep[:, None, :, None] for t in (q, k, v))
         logits = (q * view.scale) @ k.transpose(-2, -1)
         if view.bias is not None:  # a bias of the model's own; what masks padding is left to the softmax
-            logits = logits + view.bias.masked_fill(view.bias == float("-inf"), 0).to(logits.dtype)
+            bias = view.bias if state.keep is None else view.bias.masked_fill(~state.keep[:, None, None], 0)
+            logits = logits + bias.to(logits.dtype)
         return authors_softmax(logits, state.keep), v
 
     def macs(self, at: Site, n: int, num_prefix: int) -> int:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vtok.config import MethodConfig, flag
-from vtok.errors import ConfigError, StateError, UnsupportedModelError, unknown
+from vtok.errors import ConfigError, StateError, UnsupportedModelError, shown, unknown
 from vtok.methods.correlation_calibrate import DEFAULT_TARGET, calibrate_alpha, crop_scores
 from vtok.methods.correlation_merge import AGGREGATIONS, compression
 from vtok.methods.correlation_scores import SAMPLINGS, TokenScores, check_alpha, check_beta, redundant_tokens, select_tokens
@@ -94,6 +94,7 @@ class Correlation(MethodConfig):
     overview: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.alpha is not None:
             check_alpha(self.alpha)
             if self.target_keep is not None:
@@ -102,7 +103,7 @@ class Correlation(MethodConfig):
                     "alpha; pass one of them"
                 )
         if self.target_keep is not None and not (_number(self.target_keep) and 0 < self.target_keep <= 1):
-            raise ConfigError(f"target_keep is a share of tokens in (0, 1], got {self.target_keep!r}")
+            raise ConfigError(f"target_keep is a share of tokens in (0, 1], got {shown(self.target_keep)}")
         check_beta(self.beta)
         for name, value, options in (("sampling", self.sampling, SAMPLINGS), ("aggregation", self.aggregation, AGGREGATIONS)):
             if value not in options:
@@ -112,9 +113,9 @@ class Correlation(MethodConfig):
             if value is None and name.endswith("layer"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
-                raise ConfigError(f"{name} is a whole number{'' if least is None else f' >= {least}'}, got {value!r}")
+                raise ConfigError(f"{name} is a whole number{'' if least is None else f' >= {least}'}, got {shown(value)}")
         if not _number(self.iqr_factor) or not 0 <= self.iqr_factor < math.inf:
-            raise ConfigError(f"iqr_factor is a number >= 0, got {self.iqr_factor!r}")
+            raise ConfigError(f"iqr_factor is a number >= 0, got {shown(self.iqr_factor)}")
         flag(self.joint, "joint")
         flag(self.overview, "overview")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, shown
 from vtok.methods.correlation_scores import cosines
 from vtok.methods.correlation_views import all_images
 from vtok.ops.crops import Layout
@@ -165,7 +165,7 @@ def compress_features(
         ConfigError: unknown aggregation, or features that do not fit the layout.
     """
     if aggregation not in AGGREGATIONS:
-        raise ConfigError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")
+        raise ConfigError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {shown(aggregation)}")
     if len(x) != layout.length:
         raise ConfigError(f"the layout has {layout.length} feature rows, the features {len(x)}; build it for this image")
     plan = compression(layout, kept, metric, weight, aggregation, k, valid)

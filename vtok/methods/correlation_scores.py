@@ -20,7 +20,7 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, shown
 from vtok.ops.hashing import uniforms
 from vtok.ops.matching import unit
 from vtok.ops.selection import largest, upper_outliers, weighted_draw
@@ -115,13 +115,13 @@ def _others(keys: Tensor, valid: Tensor | None) -> Iterator[tuple[slice, Tensor]
 def check_alpha(alpha: float) -> None:
     """Raises unless alpha is a cosine."""
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not -1 <= alpha <= 1:
-        raise ConfigError(f"alpha is a cosine in [-1, 1], got {alpha!r}")
+        raise ConfigError(f"alpha is a cosine in [-1, 1], got {shown(alpha)}")
 
 
 def check_beta(beta: float) -> None:
     """Raises unless beta is a number or a share of tokens."""
     if not isinstance(beta, (int, float)) or isinstance(beta, bool) or not 0 <= beta < float("inf"):
-        raise ConfigError(f"beta is a number of tokens >= 0, or a share of them between 0 and 1, got {beta!r}")
+        raise ConfigError(f"beta is a number of tokens >= 0, or a share of them between 0 and 1, got {shown(beta)}")
 
 
 @overload
@@ -216,7 +216,7 @@ def select_tokens(
     """
     check_alpha(alpha)
     if sampling not in SAMPLINGS:
-        raise ConfigError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {sampling!r}")
+        raise ConfigError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {shown(sampling)}")
     if min_tokens < 1 or multiple < 1:
         raise ConfigError(f"min_tokens and multiple start at 1, got {min_tokens} and {multiple}")
     critical, low, outlier, valid = scores

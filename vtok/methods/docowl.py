@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, shown
 from vtok.methods.correlation_merge import compress_features
 from vtok.methods.correlation_scores import select_tokens
 from vtok.methods.correlation_views import feature_metric, feature_scores
@@ -153,6 +153,11 @@ class HReducer(NamedTuple):
         if missing or "vit_eos" not in weights:
             what = ", ".join(missing or ["vit_eos"])
             raise ConfigError(f"these are not the weights of an H-Reducer, {what} is missing; pass vision2text.state_dict()")
+        broken = [
+            key for name in names for key in (f"{name}.weight", f"{name}.bias") if not bool(weights[key].isfinite().all())
+        ]
+        if broken:
+            raise ConfigError(f"{broken[0]} of the H-Reducer holds NaN or infinity; load the weights again")
         before, reduce, project = ((weights[f"{name}.weight"], weights[f"{name}.bias"]) for name in names)
         if before[0].shape[2:] != H_REDUCER or reduce[0].shape[2:] != H_REDUCER:
             raise ConfigError(f"conv_shape 1x4 is supported, got kernels {list(before[0].shape)} and {list(reduce[0].shape)}")
@@ -217,7 +222,7 @@ def compress_docowl(
         ConfigError: unknown design, or a bad value of another parameter.
     """
     if design not in ("group", "strip"):
-        raise ConfigError(f"design must be group or strip, got {design!r}")
+        raise ConfigError(f"design must be group or strip, got {shown(design)}")
     views, n = hidden.shape[0], hidden.shape[1] - 1
     groups = None
     x = hidden[:, 1:]

@@ -5,7 +5,6 @@ On a vision-language model they act once, on the image features before the LLM: 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,6 +15,7 @@ from torch import Tensor
 from vtok.config import MethodConfig, ModelInfo, Reducer, block_indices, block_numbers, fraction
 from vtok.errors import ConfigError
 from vtok.ops.rows import with_prefix
+from vtok.ops.selection import kept_tokens
 from vtok.prompt import ImageFeatures, View, VLMInfo, VLMReducer
 from vtok.reduction import Plan
 from vtok.space import Blocks, Point, Space
@@ -30,8 +30,9 @@ class DropConfig(MethodConfig):
     """Fields of a baseline that drops patches unseen.
 
     Attributes:
-        keep: share of its patches that each block in `layers` keeps ((0, 1]; default 0.925); 1.0 is an exact no-op. On a
-            vision-language model: share of the visual tokens that enter the LLM, at least one of every view of an image.
+        keep: share of its patches that each block in `layers` keeps ((0, 1]; default 0.925), rounded to whole tokens, halves to
+            the even number, at least one; 1.0 is an exact no-op. On a vision-language model: share of the visual tokens that
+            enter the LLM, rounded for every view of an image by itself.
         layers: 0-based blocks that prune, between attention and MLP; default all. Not for vision-language models.
     """
 
@@ -43,6 +44,7 @@ class DropConfig(MethodConfig):
     layers: Iterable[int] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         fraction(self.keep, "keep")
         if self.layers is not None:
             object.__setattr__(self, "layers", block_numbers(self.layers))
@@ -81,11 +83,6 @@ class DropConfig(MethodConfig):
         return ViewDrop(self)
 
 
-def kept_count(patches: int, keep: float) -> int:
-    """floor(patches keep), at least one."""
-    return min(patches, max(1, math.floor(patches * keep)))
-
-
 @dataclass(frozen=True)
 class DropReducer(Reducer):
     """Keeps, in every chosen block, the patches of lowest rank."""
@@ -104,14 +101,14 @@ class DropReducer(Reducer):
     def plan(self, x: Tensor, state: TokenState, view: AttentionView, at: Site) -> Plan | None:
         batch, n, _ = x.shape
         p = state.num_prefix
-        m = kept_count(n - p, self.keep)
+        m = kept_tokens(n - p, self.keep)
         if m == n - p:
             return None
         rows = self.rank(n - p, state, at, x.device).argsort(dim=-1, stable=True)[:, :m].sort(-1).values
         return Plan(with_prefix(rows.expand(batch, m), p))
 
     def count(self, at: Site, n: int, num_prefix: int) -> int:
-        return num_prefix + kept_count(n - num_prefix, self.keep)
+        return num_prefix + kept_tokens(n - num_prefix, self.keep)
 
 
 @dataclass(frozen=True)
@@ -132,11 +129,11 @@ class ViewDrop(VLMReducer):
         return Plan(torch.cat(kept).expand(batch, -1))
 
     def feature_count(self, n: int, views: tuple[View, ...], modality: str = "image") -> int:
-        return sum(kept_count(view.stop - view.start, self.config.keep) for view in views)
+        return sum(kept_tokens(view.stop - view.start, self.config.keep) for view in views)
 
     def _rows(self, number: int, view: View, device: torch.device) -> Tensor:
         n = view.stop - view.start
         ranks = self.config.reducer((number,), n, (view.rows, view.columns)).rank(
-            n, TokenState(0, n), Site(Place.IMAGE_FEATURES, number), device
+            n, TokenState(0, n, grid=(view.rows, view.columns)), Site(Place.IMAGE_FEATURES, number), device
         )
-        return view.start + ranks[0].argsort(stable=True)[: kept_count(n, self.config.keep)].sort().values
+        return view.start + ranks[0].argsort(stable=True)[: kept_tokens(n, self.config.keep)].sort().values

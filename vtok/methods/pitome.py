@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtok.config import MethodConfig, ModelInfo, Reducer, Schedule, flag, fraction
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, shown
 from vtok.methods.pitome_presets import BSM, HIDDEN, METRICS, PAPER, PRESETS, SORTED_BSM
 from vtok.methods.tome import check_merge_count
 from vtok.ops.matching import best_partner, bipartite_sides, bipartite_soft_matching, unit
@@ -37,7 +37,8 @@ class PiToMe(MethodConfig):
 
     Attributes:
         ratio: share of the patches that each block keeps (paper: r; (0, 1], a number or one per block; default 0.925; authors
-            sweep 0.9 to 0.975). 1.0 is an exact no-op. No block merges more than half of its patches.
+            sweep 0.9 to 0.975). As in the authors' code, the number that merges is rounded down. 1.0 is an exact no-op. No
+            block merges more than half of its patches.
         r: number of patches that each block removes, instead of `ratio` (a number, one per block, or `(r, inflect)`).
         margin: similarity above which two tokens count as close (paper: m; [-1, 1], a number or one per block; default: the
             paper's 0.9 - 0.9 i / L for block i of L).
@@ -77,10 +78,11 @@ class PiToMe(MethodConfig):
     preset: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.ratio is not None and self.r is not None:
             raise ConfigError(f"give ratio or r, not both (got ratio={self.ratio}, r={self.r})")
         if self.preset is not None and (not isinstance(self.preset, str) or self.preset not in PRESETS):
-            raise ConfigError(f"unknown preset {self.preset!r}; known: {', '.join(PRESETS)}")
+            raise ConfigError(f"unknown preset {shown(self.preset)}; known: {', '.join(PRESETS)}")
         for name, what in (("margin", "margins"), ("metric", "metric")):
             if self.preset is not None and getattr(self, name) is not None:
                 raise ConfigError(f"preset {self.preset!r} fixes the {what}; drop {name}={getattr(self, name)} or the preset")
@@ -96,16 +98,16 @@ class PiToMe(MethodConfig):
         if self.r is not None and self.r.kind != "linear" and any(value < 0 for value in self.r.values):
             raise ConfigError(f"r counts tokens to remove and cannot be negative, got {self.r}")
         if self.margin is not None and not all(-1 <= value <= 1 for value in self.margin.values):
-            raise ConfigError(f"margin is a cosine in [-1, 1], got {self.margin}")
+            raise ConfigError(f"margin is a cosine in [-1, 1], got {shown(self.margin.to_plain())}")
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 <= self.alpha < math.inf:
-            raise ConfigError(f"alpha must be a number >= 0, got {self.alpha!r}")
+            raise ConfigError(f"alpha must be a number >= 0, got {shown(self.alpha)}")
         if self.metric is not None and self.metric not in METRICS:
-            raise ConfigError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
+            raise ConfigError(f"metric must be one of {', '.join(METRICS)}, got {shown(self.metric)}")
         if self.prop_attn is not None:
             flag(self.prop_attn, "prop_attn")
         if self.prop_attn and self.preset is not None and not PRESETS[self.preset].use_size:
             raise ConfigError(
-                f"preset {self.preset!r} ignores sizes, so prop_attn=True would see none; drop prop_attn or the preset"
+                f"preset {shown(self.preset)} ignores sizes, so prop_attn=True would see none; drop prop_attn or the preset"
             )
 
     def knob(self) -> dict[str, Any]:

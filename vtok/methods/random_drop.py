@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, shown
 from vtok.methods.drop import DropConfig, DropReducer
 from vtok.ops.hashing import splitmix
 from vtok.state import Site, TokenState
@@ -23,8 +23,9 @@ class RandomDrop(DropConfig):
     """Config of random pruning.
 
     Attributes:
-        keep: share of its patches that each block in `layers` keeps ((0, 1]; default 0.925); 1.0 is an exact no-op. On a
-            vision-language model: share of the visual tokens that enter the LLM, at least one of every view of an image.
+        keep: share of its patches that each block in `layers` keeps ((0, 1]; default 0.925), rounded to whole tokens, halves to
+            the even number, at least one; 1.0 is an exact no-op. On a vision-language model: share of the visual tokens that
+            enter the LLM, rounded for every view of an image by itself.
         layers: 0-based blocks that prune, between attention and MLP; default all. Not for vision-language models.
         seed: of the permutations, one per block (whole number; default 0).
     """
@@ -36,7 +37,7 @@ class RandomDrop(DropConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ConfigError(f"seed must be a whole number, got {self.seed!r}")
+            raise ConfigError(f"seed must be a whole number, got {shown(self.seed)}")
 
     def reducer(self, layers: tuple[int, ...], num_patches: int, grid: tuple[int, int]) -> RandomReducer:
         return RandomReducer(self.keep, layers, self.seed)

@@ -27,18 +27,20 @@ import torch
 from torch import Tensor
 
 from vtok.config import MethodConfig, flag, fraction
-from vtok.errors import ConfigError, StateError, UnsupportedModelError, unknown
+from vtok.errors import ConfigError, StateError, UnsupportedModelError, shown, unknown
 from vtok.methods.todre_pivot import PIVOTS, choose_pivot, cls_attention
 from vtok.methods.todre_relevance import (
     CRITERIA,
     DEFAULT_PROBE,
     DEFAULT_TAU,
+    check_probe,
     drops_visual,
     layer_relevance,
     probe_layers,
     relevance,
 )
-from vtok.methods.todre_select import SELECTORS, k_center_select, kept_tokens, max_sum_select
+from vtok.methods.todre_select import SELECTORS, k_center_select, max_sum_select
+from vtok.ops.selection import kept_tokens
 from vtok.prompt import ImageFeatures, LayerAttention, Layout, TowerBlock, TowerFacts, View, VLMInfo, VLMReducer
 from vtok.reduction import Plan
 from vtok.space import Choice, Dimension, Point, Real, Space
@@ -59,7 +61,8 @@ class ToDRE(MethodConfig):
 
     Attributes:
         keep: share of the visual tokens of an image that enter the LLM ((0, 1]; default 0.1, the paper's 288 of 2880; it also
-            reports 0.25). At least one token of every image stays. 1.0 leaves stage 1 out.
+            reports 0.25). Rounded to whole tokens, halves to the even number (our reading: the paper states counts); at least
+            one of every image stays. 1.0 leaves stage 1 out.
         keep_tokens: the same as a count for every image, thumbnail and crops together (paper: k, 288 or 720); whole number
             >= 1. An image with fewer tokens keeps them all. Give one of the two.
         selector: `"max_sum"` (the paper's second version, eqs. 4 to 7) or `"k_center"` (which its first version's abstract
@@ -99,6 +102,7 @@ class ToDRE(MethodConfig):
     criterion: str = "both"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.keep is not None and self.keep_tokens is not None:
             raise ConfigError(f"give keep or keep_tokens, not both (got {self.keep} and {self.keep_tokens})")
         if self.keep is None and self.keep_tokens is None:
@@ -106,22 +110,24 @@ class ToDRE(MethodConfig):
         if self.keep is not None:
             fraction(self.keep, "keep")
         elif not _whole(self.keep_tokens) or self.keep_tokens < 1:  # type: ignore[operator]
-            raise ConfigError(f"keep_tokens must be a whole number >= 1, got {self.keep_tokens!r}")
+            raise ConfigError(f"keep_tokens must be a whole number >= 1, got {shown(self.keep_tokens)}")
         for name, allowed in (("selector", SELECTORS), ("criterion", CRITERIA)):
-            if getattr(self, name) not in allowed:
-                raise unknown(name, str(getattr(self, name)), allowed)
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in allowed:
+                raise unknown(name, shown(getattr(self, name)), allowed)
         if isinstance(self.pivot, str) and self.pivot not in PIVOTS:
             raise unknown("pivot", self.pivot, PIVOTS)
         if self.pivot is not None and not isinstance(self.pivot, str) and (not _whole(self.pivot) or self.pivot < 0):
-            raise ConfigError(f"pivot is one of {', '.join(PIVOTS)}, or a token number; got {self.pivot!r}")
+            raise ConfigError(f"pivot is one of {', '.join(PIVOTS)}, or a token number; got {shown(self.pivot)}")
         for name in ("seed", "cls_layer"):
             if getattr(self, name) is not None and not _whole(getattr(self, name)):
-                raise ConfigError(f"{name} is a whole number, got {getattr(self, name)!r}")
+                raise ConfigError(f"{name} is a whole number, got {shown(getattr(self, name))}")
         flag(self.single_head, "single_head")
         if isinstance(self.probe, Sequence) and not isinstance(self.probe, str):
             object.__setattr__(self, "probe", tuple(self.probe))
+        if self.probe is not None:
+            check_probe(self.probe)
         if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)) or not 0 <= self.tau <= 1:
-            raise ConfigError(f"tau is a share of attention in [0, 1], got {self.tau!r}")
+            raise ConfigError(f"tau is a share of attention in [0, 1], got {shown(self.tau)}")
 
     def knob(self) -> dict[str, Any]:
         return {"keep": self.keep}
@@ -244,7 +250,7 @@ class ToDREReducer(VLMReducer):
         looked = 0 if facts is None else _class_macs(facts) * len(_candidates(views))
         return (count - 1) * n * self.info.width + looked
 
-    def layer_macs(self, at: Site, visual: int, text: int) -> int:
+    def layer_macs(self, at: Site, visual: int, text: int, entered: int) -> int:
         """Of a prompt whose text stands behind one image; where images see text, their rows are asked as well."""
         summed = text * self.info.num_heads * (visual + text)  # over the visual keys
         return self.info.probe_macs(text, visual + text) + summed

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtok.errors import ConfigError, unknown
+from vtok.errors import ConfigError, shown, unknown
 from vtok.ops.rows import rows_where
 from vtok.prompt import LayerAttention, Layout
 from vtok.state import at_least_fp32
@@ -195,15 +196,26 @@ def probe_layers(probe: float | Sequence[float] | None, depth: int) -> tuple[int
     return tuple(sorted({_probe_layer(one, depth) for one in given}))
 
 
+def check_probe(probe: Any) -> None:
+    """Raises unless `probe` holds shares of the depth or numbers of layers, whatever the depth is.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    for one in probe if isinstance(probe, Sequence) and not isinstance(probe, str) else (probe,):
+        if isinstance(one, bool) or not isinstance(one, (int, float)):
+            raise ConfigError(f"probe takes shares of the depth such as 0.875, or layer numbers; got {shown(one)}")
+        if isinstance(one, float) and not 0 < one <= 1:
+            raise ConfigError(
+                f"probe as a share of the depth lies in (0, 1], got {shown(one)}; a layer number is a whole number"
+            )
+
+
 def _probe_layer(one: float, depth: int) -> int:
-    if isinstance(one, bool) or not isinstance(one, (int, float)):
-        raise ConfigError(f"probe takes shares of the depth such as 0.875, or layer numbers; got {one!r}")
-    if isinstance(one, int):
-        layer = one + depth if one < 0 else one
-    elif 0 < one <= 1:
-        layer = math.floor(one * depth + 1e-9) - 1  # 0.29 of 100 layers is 28.999.. in floating point and means 29
-    else:
-        raise ConfigError(f"probe as a share of the depth lies in (0, 1], got {one!r}; a layer number is a whole number")
+    check_probe(one)
+    named = one + depth if one < 0 else int(one)
+    shared = math.floor(one * depth + 1e-9) - 1  # 0.29 of 100 layers is 28.999.. in floating point and means 29
+    layer = int(named) if isinstance(one, int) else shared
     if not 0 <= layer < depth:
         raise ConfigError(f"probe={one!r} names no layer of a decoder of {depth}")
     return layer

@@ -1,4 +1,4 @@
-"""ToDRE's stage 1: how many visual tokens of an image stay, and which (arXiv:2505.18757v2, section 4.1).
+"""ToDRE's stage 1: which visual tokens of an image stay (arXiv:2505.18757v2, section 4.1).
 
 Shapes: B images, n visual tokens, d feature width.
 """
@@ -11,18 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, shown
 from vtok.ops.diversity import greedy_diverse
+from vtok.ops.selection import kept_tokens
 
-
-def kept_tokens(n: int, keep: float | None = None, keep_tokens: int | None = None) -> int:
-    """k, tokens that an image of n keeps: max(1, round(n keep)), or `keep_tokens` where it has as many.
-
-    The paper states counts for whole images (288 or 720 of 2880, 10 % or 25 %); how a share is rounded is our reading.
-    """
-    if keep_tokens is not None:
-        return min(n, keep_tokens)
-    return n if keep is None else min(n, max(1, round(n * keep)))
+__all__ = ["SELECTORS", "k_center_select", "kept_tokens", "max_sum_select"]
 
 
 def max_sum_select(
@@ -92,7 +85,7 @@ def _counts(k: int | Sequence[int] | Tensor, batch: int, n: int, device: torch.d
     try:
         counts = [operator.index(c) for c in values] if isinstance(values, Sequence) else [operator.index(values)] * batch
     except TypeError:
-        raise ConfigError(f"k counts tokens: a whole number, or one per image; got {k!r}") from None
+        raise ConfigError(f"k counts tokens: a whole number, or one per image; got {shown(k)}") from None
     if len(counts) != batch:
         raise ConfigError(f"k lists {len(counts)} counts for {batch} images; pass one number, or one per image")
     least, most = min(counts, default=1), max(counts, default=1)

@@ -49,6 +49,7 @@ class ToMe(MethodConfig):
     prop_attn: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.r is not None:
             object.__setattr__(self, "r", Schedule.of(self.r, "r", integer=True))
             if self.r.kind != "linear" and any(value < 0 for value in self.r.values):

@@ -22,8 +22,9 @@ class UniformGrid(DropConfig):
     """Config of uniform pruning.
 
     Attributes:
-        keep: share of its patches that each block in `layers` keeps ((0, 1]; default 0.925); 1.0 is an exact no-op. On a
-            vision-language model: share of the visual tokens that enter the LLM, at least one of every view of an image.
+        keep: share of its patches that each block in `layers` keeps ((0, 1]; default 0.925), rounded to whole tokens, halves to
+            the even number, at least one; 1.0 is an exact no-op. On a vision-language model: share of the visual tokens that
+            enter the LLM, rounded for every view of an image by itself.
         layers: 0-based blocks that prune, between attention and MLP; default all. Not for vision-language models.
     """
 
@@ -34,27 +35,28 @@ class UniformGrid(DropConfig):
 
 
 def grid_width(patches: int, known_patches: int, grid: tuple[int, int]) -> int:
-    """Columns of the grid that `patches` fill: the model's own, else a square, else one row."""
+    """Columns of the grid that `patches` fill, where nobody saw the image: the model's own, else a square, else one row."""
     if patches == known_patches == grid[0] * grid[1]:
         return grid[1]
     side = math.isqrt(patches)
     return side if side * side == patches else patches
 
 
-def dither_rank(position: Tensor, width: int, height: int) -> Tensor:
+def dither_rank(position: Tensor, width: int | Tensor, height: int) -> Tensor:
     """Values of Bayer's dither matrix: positions of small rank cover the grid evenly.
 
     Args:
         position: raster positions, int64, any shape.
-        width: columns of the grid.
-        height: rows of the grid.
+        width: columns of the grid, or [B, 1] of them where images differ.
+        height: rows of the grid; where images differ, no less than rows and columns of any.
 
     Returns:
         int64 of the same shape; distinct positions have distinct ranks.
     """
     y, x = position // width, position % width
     rank = torch.zeros_like(position)
-    for bit in range(max(width - 1, height - 1, 1).bit_length()):  # the lowest bits of a coordinate decide first
+    longest = height if isinstance(width, Tensor) else max(width, height)
+    for bit in range(max(longest - 1, 1).bit_length()):  # the lowest bits of a coordinate decide first
         high, low = (x >> bit ^ y >> bit) & 1, y >> bit & 1
         rank = 4 * rank + 2 * high + low
     return rank
@@ -68,10 +70,18 @@ class UniformReducer(DropReducer):
     grid: tuple[int, int]
 
     def rank(self, n: int, state: TokenState, at: Site, device: torch.device) -> Tensor:
-        patches = state.length - state.num_prefix
-        width = grid_width(patches, self.num_patches, self.grid)
         if state.index is None:
             position = torch.arange(n, device=device)[None]
         else:  # where the patches that are left lie on the original grid
             position = state.index[:, state.num_prefix :] - state.num_prefix
-        return dither_rank(position, width, -(-patches // width))
+        return dither_rank(position, *self._grid(state, device))
+
+    def _grid(self, state: TokenState, device: torch.device) -> tuple[int | Tensor, int]:
+        """(columns, rows) of the call's own grid, as `dither_rank` takes them."""
+        patches = state.length - state.num_prefix
+        if isinstance(state.grid, Tensor):
+            return state.grid[:, 1:].to(device), patches
+        if state.grid is not None:
+            return state.grid[1], state.grid[0]
+        width = grid_width(patches, self.num_patches, self.grid)
+        return width, -(-patches // width)

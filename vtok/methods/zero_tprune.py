@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vtok.config import MethodConfig, ModelInfo, Reducer, block_indices, block_numbers, fraction, require_cls, require_softmax
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, shown
 from vtok.ops.duplicates import METRICS, PARTITIONS, most_similar, split_halves
 from vtok.ops.graph import importance
 from vtok.ops.rows import rows_where, with_prefix
@@ -41,7 +41,8 @@ class ZeroTPrune(MethodConfig):
 
     Attributes:
         layers: 0-based blocks at whose end tokens are pruned (default: 0, 2, 5, 8, 10 of 12, scaled to the depth).
-        retain: share of the patches that the I-stage keeps ((0, 1], number or list; default 1, .9, .8, .7, 1).
+        retain: share of the patches that the I-stage keeps ((0, 1], number or list; default 1, .9, .8, .7, 1), rounded down as
+            in the authors' code, at least one.
         r: near duplicates that the S-stage prunes (tokens, number or list; default 10 per 196 patches).
         iters: votes of the I-stage (number or list; default, from the paper: 30 in the first three blocks, 1 in the last
             three, 5 between).
@@ -71,6 +72,7 @@ class ZeroTPrune(MethodConfig):
     metric: str = "cos"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("layers", "retain", "r", "iters", "head_filter"):
             value = getattr(self, name)
             if isinstance(value, list):
@@ -82,14 +84,14 @@ class ZeroTPrune(MethodConfig):
         for name in ("r", "iters"):
             for value in _each(getattr(self, name)):
                 if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                    raise ConfigError(f"{name} takes whole numbers >= 0, got {value!r}")
+                    raise ConfigError(f"{name} takes whole numbers >= 0, got {shown(value)}")
         if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)) or not self.tau > 0:
-            raise ConfigError(f"tau must be a number > 0, got {self.tau!r}")
+            raise ConfigError(f"tau must be a number > 0, got {shown(self.tau)}")
         for name, allowed in (("cls_init", ("sqrt", "uniform")), ("partition", PARTITIONS), ("metric", METRICS)):
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {shown(getattr(self, name))}")
         if self.head_filter is not None and not _is_range(self.head_filter):
-            raise ConfigError(f"head_filter is (low, high) or None, got {self.head_filter!r}")
+            raise ConfigError(f"head_filter is (low, high) or None, got {shown(self.head_filter)}")
 
     def knob(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("layers", "retain", "r")}
@@ -253,7 +255,7 @@ def prune_plan(
     Returns:
         Plan with the prefix, then the kept patches in raster order.
     """
-    p, batch, n = num_prefix, len(attn), attn.shape[-1] - num_prefix
+    p, batch, n = num_prefix, attn.shape[0], attn.shape[-1] - num_prefix
     similar, kept = step.counts(n)
     alive = None
     if similar:

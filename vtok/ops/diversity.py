@@ -12,8 +12,30 @@ from torch import Tensor
 
 from vtok.ops.matching import unit
 
+_ROWS_AT_ONCE = 256  # tokens that are compared with all others at a time
 # How the similarities to the tokens chosen so far become one number.
 CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sum": torch.add, "max": torch.maximum}
+
+
+def most_isolated(features: Tensor) -> Tensor:
+    """The token whose nearest other one, by cosine, is farthest: where DivPrune starts.
+
+    A block of rows is compared at a time: n n d multiply-accumulates, no n x n matrix. Equal values: the lowest token number.
+
+    Args:
+        features: [B, n, d]; a zero row has cosine 0 with every row. Compared in at least fp32, without gradient.
+
+    Returns:
+        [B] int64.
+    """
+    x = unit(features.detach())
+    n, nearest, first = x.shape[1], [], 0
+    for part in x.split(_ROWS_AT_ONCE, 1):
+        cosine = torch.bmm(part, x.transpose(1, 2))  # [B, r, n]
+        itself = torch.arange(n, device=x.device) == torch.arange(first, first + part.shape[1], device=x.device)[:, None]
+        nearest.append(cosine.masked_fill(itself, float("-inf")).amax(2))
+        first += part.shape[1]
+    return torch.cat(nearest, 1).argmin(1)
 
 
 def greedy_diverse(

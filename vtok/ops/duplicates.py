@@ -36,7 +36,7 @@ def split_halves(score: Tensor, partition: str, seed: int = 0) -> tuple[Tensor, 
     n = score.shape[-1]
     half = n // 2
     if partition == "random":
-        order = splitmix(torch.arange(n, device=score.device), seed).argsort(stable=True).expand(len(score), n)
+        order = splitmix(torch.arange(n, device=score.device), seed).argsort(stable=True).expand(score.shape[0], n)
         return order[:, :half], order[:, half:]
     order = score.argsort(dim=-1, descending=True, stable=True)
     if partition == "seq_i":

@@ -31,7 +31,7 @@ def with_prefix(patch_rows: Tensor, num_prefix: int) -> Tensor:
     """Patch rows [B, M], counted without the prefix -> rows [B, P + M] of the whole sequence, the prefix first."""
     if num_prefix == 0:
         return patch_rows
-    return torch.cat([prefix_rows(len(patch_rows), num_prefix, patch_rows.device), patch_rows + num_prefix], 1)
+    return torch.cat([prefix_rows(patch_rows.shape[0], num_prefix, patch_rows.device), patch_rows + num_prefix], 1)
 
 
 def rows_where(chosen: Tensor, width: int) -> tuple[Tensor, Tensor]:

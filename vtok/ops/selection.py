@@ -11,6 +11,27 @@ import torch
 from torch import Tensor
 
 
+def kept_tokens(n: int, keep: float | None = None, keep_tokens: int | None = None) -> int:
+    """How many of n tokens stay: max(1, round(n keep)), halves to the even number, or `keep_tokens` where there are as many."""
+    if keep_tokens is not None:
+        return min(n, keep_tokens)
+    return n if keep is None else min(n, max(1, round(n * keep)))
+
+
+def kept_counts(n: Tensor, keep: float | None = None, keep_tokens: int | None = None) -> Tensor:
+    """`kept_tokens` of every row, without host synchronisation: n [B] int64 -> [B] int64; 0 of none."""
+    if keep_tokens is not None:
+        return n.clamp_max(keep_tokens)
+    if keep is None:
+        return n
+    return torch.minimum(n, (n.double() * keep).round().long().clamp_min(1))
+
+
+def top(score: Tensor, count: int) -> Tensor:
+    """Places of the `count` highest scores of each row, [.., n] -> [.., count], highest first; of equals the first."""
+    return score.argsort(dim=-1, descending=True, stable=True)[..., :count]
+
+
 def largest(score: Tensor, count: Tensor, valid: Tensor | None = None) -> Tensor:
     """The `count` [B] highest scores of each row [B, n], as a mask [B, n]; of equal scores the first."""
     if valid is not None:

@@ -1,0 +1,59 @@
+"""Hooks on what turns images into patches: the grid that a call's patches fill, whatever size the model was built for.
+
+A tower announces it to its `Run`, and block 0 takes it over with the tokens (`TokenState.grid`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtok.errors import UnsupportedModelError
+from vtok.patches.swap import Hook
+from vtok.run import Run
+
+
+def grid_of(embed: Any, size: Any) -> tuple[int, int]:
+    """(rows, columns) of patches that a timm embedding makes of an image of (height, width)."""
+    if getattr(embed, "grid_size", None) and tuple(size) == tuple(embed.img_size or ()):
+        return tuple(embed.grid_size)
+    if hasattr(embed, "dynamic_feat_size"):
+        return tuple(embed.dynamic_feat_size(size))
+    return size[0] // embed.patch_size[0], size[1] // embed.patch_size[1]
+
+
+class StemHook(Hook):
+    """Base of these hooks."""
+
+    def __init__(self, run: Run):
+        self.run = run
+
+
+class ImageStem(StemHook):
+    """Forward pre-hook of a timm embedding, which is given images [B, C, H, W]."""
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        if not isinstance(args[0], Tensor) or args[0].ndim != 4:
+            raise UnsupportedModelError("vtok patches image input [B, C, H, W]; packed NaFlex input is not supported")
+        self.run.announce(grid_of(module, args[0].shape[2:]))
+
+
+class ConvStem(StemHook):
+    """Forward hook of a convolution that makes one token of every position of what it returns, [B, C, rows, columns]."""
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.run.announce((output.shape[-2], output.shape[-1]))
+
+
+class StatedStem(StemHook):
+    """Forward pre-hook of an embedding that is told the (rows, columns) of every image, as SigLIP2's is."""
+
+    def __init__(self, run: Run, parameter: str, position: int):
+        super().__init__(run)
+        self.parameter, self.position = parameter, position
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        shapes = kwargs[self.parameter] if self.parameter in kwargs else args[self.position]
+        self.run.announce(torch.as_tensor(shapes))

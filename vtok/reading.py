@@ -1,0 +1,74 @@
+"""Files that users name: read if they are files, refused with a sentence if they are anything else.
+
+A pipe, a device or a folder in the place of a file would make reading wait forever or fail with the words of the system.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from vtok.errors import ConfigError, brief
+
+BIGGEST = 64 << 20  # bytes of a file of settings
+
+
+def exists(path: str | os.PathLike) -> bool:
+    """Whether there is anything under a name, whatever the name looks like."""
+    try:
+        return os.path.exists(path)
+    except (OSError, ValueError):  # too long, a zero byte
+        return False
+
+
+def is_folder(path: str | os.PathLike) -> bool:
+    """Whether it is a folder, whatever the name looks like."""
+    return exists(path) and os.path.isdir(path)
+
+
+def regular(path: str | os.PathLike, what: str = "") -> Path:
+    """The path, if it is that of a file.
+
+    Args:
+        path: as the user gave it.
+        what: it is, before the name in messages: "class map".
+
+    Raises:
+        ConfigError: it does not exist, is no regular file, or cannot be reached.
+    """
+    name = f"{what} {brief(os.fspath(path))}".lstrip()
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise ConfigError(f"{name} does not exist") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte
+        raise ConfigError(f"{name!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if stat.S_ISREG(mode):
+        return Path(path)
+    kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "no file"
+    raise ConfigError(f"{name} is {kind}; name a file")
+
+
+def read_text(path: str | os.PathLike, what: str = "", biggest: int = BIGGEST) -> str:
+    """The text of a file, in UTF-8; a byte-order mark is taken off.
+
+    Args:
+        path: of the file.
+        what: it is, before the name in messages.
+        biggest: bytes that it may have.
+
+    Raises:
+        ConfigError: it cannot be read, is too big, or holds something else than text.
+    """
+    source = regular(path, what)
+    name = f"{what} {brief(os.fspath(path))}".lstrip()
+    try:
+        size = source.stat().st_size
+        if size > biggest:
+            raise ConfigError(f"{name} has {size:,} bytes, more than the {biggest:,} that such a file may have")
+        return source.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name} is no text in UTF-8: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read: {error.strerror or error}") from error

@@ -20,7 +20,7 @@ up to half a percent of the model's FLOPs less, and the winner is compared with 
 ranks candidates by the KL divergence of the patched from the unpatched model's probabilities, which needs no label and repeats on
 other images better than accuracy does: over 20 schedules of ToMe at 0.4 of the reference ViT's FLOPs, ranks by 400 calibration images
 correlate with held-out accuracy by 0.70 (KL), 0.55 (cross-entropy) and 0.45 (accuracy), with 100 images by 0.52, 0.40 and 0.19; over 17
-of Zero-TPrune by 0.88, 0.91 and 0.83, with 100 images by 0.79, 0.74 and 0.50. `vtok.eval.tune.tune` does it on tensors.
+of Zero-TPrune by 0.88, 0.91 and 0.83, with 100 images by 0.79, 0.74 and 0.50. `vtok.eval.tune.tuner.tune` does it on tensors.
 
 `visualize` (`vtok viz`) draws the token map of an image, `write_report` (`vtok report`) makes one HTML page of results. The names and modules of this package are imported when they are asked for.
 """  # noqa: E501  # rows of tables, which cannot be broken
@@ -31,7 +31,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-_NAMES = {"TokenMaps": "viz_draw", "visualize": "viz", "write_report": "report_html"}
+_NAMES = {"TokenMaps": "viz.draw", "visualize": "viz.token_maps", "write_report": "report.html"}
 __all__ = sorted(_NAMES)
 
 

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from vtok.config import Reducer
+from vtok.core.reduction import Plan, apply_plan
+from vtok.core.tokens import AttentionView, Place, Site, TokenState, add_bias, gather_mask, gather_positions, log_size_bias
+from vtok.core.tracker import Run
 from vtok.errors import UnsupportedModelError
 from vtok.ops.rows import take_rows
-from vtok.patches.attend import place_taps, projected_view, sdpa, tapped_view
-from vtok.patches.padded import padding_of, plan_without_padding
+from vtok.patches.attention import place_taps, projected_view, sdpa, tapped_view
+from vtok.patches.module_swap import Mixin, check_forward, put_on
+from vtok.patches.padding import padding_of, plan_without_padding
 from vtok.patches.precision import autocasts, full_precision
 from vtok.patches.protocol import Attend, Block, BlockSpec, Tower
-from vtok.patches.swap import Mixin, check_forward, put_on
-from vtok.reduction import Plan, apply_plan
-from vtok.run import Run
-from vtok.state import AttentionView, Place, Site, TokenState, add_bias, gather_mask, gather_positions, log_size_bias
 
 
 @dataclass

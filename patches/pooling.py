@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtok.core.tokens import TokenState, at_least_fp32, log_size_bias
+from vtok.core.tracker import Run
 from vtok.errors import StateError, UnsupportedModelError
-from vtok.patches.swap import Hook, Mixin
-from vtok.run import Run
-from vtok.state import TokenState, at_least_fp32, log_size_bias
+from vtok.patches.module_swap import Hook, Mixin
 
 _OFF_GRID = (
     "tokens were reduced, so intermediate outputs no longer fill the patch grid. Ask for output_fmt='NLC'; to get the last "

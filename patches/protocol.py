@@ -12,9 +12,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from vtok.config import ModelInfo
-from vtok.cost import TowerCost
-from vtok.run import Run
-from vtok.state import Rope
+from vtok.core.tokens import Rope
+from vtok.core.tracker import Run
+from vtok.cost.encoder import TowerCost
 
 
 class Projected(NamedTuple):

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtok.core.tracker import Run
 from vtok.errors import UnsupportedModelError
-from vtok.patches.swap import Hook
-from vtok.run import Run
+from vtok.patches.module_swap import Hook
 
 
 def grid_of(embed: Any, size: Any) -> tuple[int, int]:

@@ -10,9 +10,9 @@ from torch import Tensor
 from vlm_zoo import MaskOracle, visual
 
 from vtok.methods.atp import min_max, spatial_scores
-from vtok.methods.atp_module import ATPModules
-from vtok.patches.hf_vlm import find
-from vtok.patches.hf_vlm_examples import IMAGE, PAD
+from vtok.methods.atp.modules import ATPModules
+from vtok.patches.hf_vlm.examples import IMAGE, PAD
+from vtok.patches.hf_vlm.families import find
 
 GRID = (4, 4)
 LAYERS = (1, 2, 3)

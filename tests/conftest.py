@@ -9,7 +9,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 import torch
 
-from vtok.patches.hf_vlm import OLDEST, release
+from vtok.patches.hf_vlm.families import OLDEST, release
 
 # lmms-eval has an environment of its own (`make test-lmms`).
 collect_ignore = [] if find_spec("lmms_eval") else ["lmms", "helpers_lmms.py"]

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from strategies import generator, normal
 from torch import Tensor
 
+from vtok.core.prompt import Layout
 from vtok.methods.atp import Slots
-from vtok.methods.atp_attention import CausalAttention
-from vtok.methods.atp_module import ATPModules
-from vtok.methods.atp_spec import ATPSpec
-from vtok.prompt import Layout
+from vtok.methods.atp.attention import CausalAttention
+from vtok.methods.atp.modules import ATPModules
+from vtok.methods.atp.spec import ATPSpec
 
 SCALE = 0.5
 GRID = (3, 4)

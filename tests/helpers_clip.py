@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vtok.eval.clip_models import DualEncoder, hugging_face_encoder
-from vtok.eval.reference import PageCLIP, preprocess_config
+from vtok.eval.models.clip import DualEncoder, hugging_face_encoder
+from vtok.eval.models.reference import PageCLIP, preprocess_config
 
 open_clip = pytest.importorskip("open_clip")
 transformers = pytest.importorskip("transformers")

@@ -11,10 +11,10 @@ from torch import Tensor
 from vlm_zoo import build
 
 import vtok
-from vtok.patches import hf_features as hf
-from vtok.patches.hf_vlm import find
-from vtok.patches.hf_vlm_examples import EXAMPLES
-from vtok.patches.tower_taps import TowerTaps
+from vtok.patches.hf_vlm import image_features as hf
+from vtok.patches.hf_vlm.examples import EXAMPLES
+from vtok.patches.hf_vlm.families import find
+from vtok.patches.hf_vlm.tower_taps import TowerTaps
 
 CROPPING = [name for name, example in EXAMPLES.items() if example.pages is not None]
 BETA = 2

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vtok.eval.easyvqa import CLASSES
+from vtok.eval.models.easyvqa import CLASSES
 
 
 def write_small(home: Path, count: int, grey: int, asked: Callable[[int, str, str], list[list[str]]]) -> Path:

@@ -12,11 +12,11 @@ from vlm_zoo import build
 
 import vtok
 from vtok.config import MethodConfig
-from vtok.patches import hf_features as hf
-from vtok.patches import tower_taps
-from vtok.patches.hf_vlm import find
-from vtok.prompt import ImageFeatures, VLMReducer
-from vtok.reduction import Plan
+from vtok.core.prompt import ImageFeatures, VLMReducer
+from vtok.core.reduction import Plan
+from vtok.patches.hf_vlm import image_features as hf
+from vtok.patches.hf_vlm import tower_taps
+from vtok.patches.hf_vlm.families import find
 
 Values = dict[str, Tensor]
 

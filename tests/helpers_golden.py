@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from vtok.api import run_of
 from vtok.config import ModelInfo
-from vtok.run import Pass
-from vtok.state import TokenState
+from vtok.core.tokens import TokenState
+from vtok.core.tracker import Pass
 
 FOLDER = Path(__file__).parent / "golden"
 

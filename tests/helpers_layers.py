@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtok.prompt import LayerAttention, Layout, VLMInfo
+from vtok.core.prompt import LayerAttention, Layout, VLMInfo
 
 
 def info(width: int = 32, depth: int = 32, heads: int = 4) -> VLMInfo:

@@ -6,8 +6,8 @@ from lmms_eval import evaluator
 from lmms_eval.tasks import TaskManager
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
-from vtok.eval.lmms_task import TASK
-from vtok.eval.reference_vlm import WORDS
+from vtok.eval.lmms.task import TASK
+from vtok.eval.models.reference_vlm import WORDS
 
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from vlm_zoo import EXAMPLES, MaskOracle, build, generate, text_model, tower_probs, visual
 
-from vtok.patches import hf_features as hf
-from vtok.patches.hf_vlm import find
+from vtok.patches.hf_vlm import image_features as hf
+from vtok.patches.hf_vlm.families import find
 
 Values = dict[str, Tensor]
 KEEP = 0.3

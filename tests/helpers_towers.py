@@ -14,8 +14,8 @@ from vlm_zoo import MaskOracle, build, generate, visual
 
 import vtok
 from vtok.config import MethodConfig
-from vtok.patches.hf_vlm import find
-from vtok.resolve import run_of
+from vtok.patches.hf_vlm.families import find
+from vtok.targets.resolve import run_of
 
 Values = dict[str, Tensor]
 TOKENWISE = ["LLaVA-1.5", "PaliGemma"]

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from vtok.eval.tasks.vqa_data import Question, VQAData, kind_of
-from vtok.eval.vlm_models import VisionLanguageModel
+from vtok.eval.models.vlm import VisionLanguageModel
+from vtok.eval.tasks.vqa.data import Question, VQAData, kind_of
 
 pytest.importorskip("transformers")
 
-from vtok.eval.reference_next import ReferenceLLaVANeXT, make_next_processor
-from vtok.eval.reference_vlm import SPECIAL, ReferenceLLaVA, make_processor, save_folder
+from vtok.eval.models.reference_next import ReferenceLLaVANeXT, make_next_processor
+from vtok.eval.models.reference_vlm import SPECIAL, ReferenceLLaVA, make_processor, save_folder
 
 ANATOMY = ReferenceLLaVA(
     image_size=16, patch_size=4, width=32, depth=2, heads=2, text_width=32, text_hidden=48, text_depth=4, text_heads=2

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vtok.config import Reducer
-from vtok.reduction import Plan
-from vtok.state import AttentionView, TokenState
+from vtok.core.reduction import Plan
+from vtok.core.tokens import AttentionView, TokenState
 
 properties = settings(max_examples=60, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**31 - 1)

@@ -3,9 +3,9 @@
 import pytest
 
 import vtok
-from vtok.eval import architectures
-from vtok.eval.models import load_model
-from vtok.patches.hf_vlm import OLDEST, release
+from vtok.eval.models import architectures
+from vtok.eval.models.by_name import load_model
+from vtok.patches.hf_vlm.families import OLDEST, release
 
 pytest.importorskip("transformers")
 vlms = pytest.mark.skipif(release() < OLDEST, reason="vision-language models need a younger transformers")

@@ -15,13 +15,13 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from vtok.core.prompt import Layout
 from vtok.errors import UnsupportedModelError
-from vtok.methods import atp_attention
 from vtok.methods.atp import Slots, hard_mask, min_max, soft_masks, spatial_scores
-from vtok.methods.atp_attention import SELF_SCORES, CausalAttention, attention_scores, gate_bias, soft_attention
-from vtok.methods.atp_module import ATPModules, Decision
-from vtok.methods.atp_spec import INPUTS
-from vtok.prompt import Layout
+from vtok.methods.atp import attention as atp_attention
+from vtok.methods.atp.attention import SELF_SCORES, CausalAttention, attention_scores, gate_bias, soft_attention
+from vtok.methods.atp.modules import ATPModules, Decision
+from vtok.methods.atp.spec import INPUTS
 
 READINGS = st.tuples(st.sampled_from(SELF_SCORES), st.sampled_from(INPUTS), st.booleans())
 WITH_IMAGE = st.lists(st.builds(Sample, st.integers(0, 3), st.just(True), st.integers(0, 4)), min_size=1, max_size=3)

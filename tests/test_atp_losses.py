@@ -7,9 +7,9 @@ from helpers_golden import assert_close
 from torch import Tensor
 
 from vtok.errors import ConfigError
-from vtok.methods.atp_losses import atp_loss, token_counts
-from vtok.methods.atp_module import ATPModules
-from vtok.methods.atp_spec import INPUTS, ATPSpec
+from vtok.methods.atp.losses import atp_loss, token_counts
+from vtok.methods.atp.modules import ATPModules
+from vtok.methods.atp.spec import INPUTS, ATPSpec
 
 
 @pytest.mark.parametrize("inputs", INPUTS)

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from vtok.errors import ConfigError, MissingExtraError, UnknownNameError, UnsupportedModelError
 from vtok.methods.atp import spatial_scores
-from vtok.methods.atp_module import ATPModules, load
-from vtok.methods.atp_spec import ATPSpec, scaled_layers
+from vtok.methods.atp.modules import ATPModules, load
+from vtok.methods.atp.spec import ATPSpec, scaled_layers
 
 SPEC: dict[str, Any] = {"depth": 8, "width": 16, "grid": (4, 4)}
 

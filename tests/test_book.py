@@ -7,9 +7,11 @@ import timm
 from typer.testing import CliRunner
 
 import vtok
-from vtok.eval import book, published, runs
-from vtok.eval.app import app
-from vtok.patches.hf_vlm import OLDEST, release
+from vtok.eval.cli.app import app
+from vtok.eval.published import schema as published
+from vtok.eval.published import tables as book
+from vtok.eval.runs import loader as runs
+from vtok.patches.hf_vlm.families import OLDEST, release
 
 RUNS = {name: runs.load(name) for name in runs.bundled()}
 BOOK = {name: run for name, run in RUNS.items() if run.tables}
@@ -82,7 +84,7 @@ def test_counted_as_the_authors_of_pitome_do_costs_agree(name):
     run = BOOK[name]
     model = model_of(run)
     rows = [row for row in vtok.plan(model, run.method).estimate.rows if row.tokens_in]
-    width = vtok.eval.settings.towers(model)[0][1].info.width
+    width = vtok.eval.common.settings.towers(model)[0][1].info.width
     spared = rows[0].tokens_in
     counts = {"gflops": [row.tokens_in for row in rows], "base_gflops": [spared] * len(rows)}
     for figure, tokens in counts.items():

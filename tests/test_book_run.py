@@ -7,8 +7,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import vtok
-from vtok.eval import book, book_report, book_run, runs
-from vtok.eval.app import app
+from vtok.eval.cli.app import app
+from vtok.eval.published import report as book_report
+from vtok.eval.published import run as book_run
+from vtok.eval.published import tables as book
+from vtok.eval.runs import loader as runs
 
 VIT = "model: {backend: reference, name: reference-vit}\ntask: imagenet\nnum_samples: 24\nbatch_size: 12\n"
 MAE = "options: {checkpoint: none.pth}\nmethod: {name: tome, r: 8}\npublished: {top1: 1.0, source: x, note: from there}\n"

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from vtok.eval.app import app
+from vtok.eval.cli.app import app
 
 run = CliRunner()
 
@@ -156,7 +156,7 @@ def test_demo(tmp_path):
 
 
 def test_every_flag_of_the_evaluations_is_explained():
-    from vtok.eval.flags import _help
+    from vtok.eval.cli.flags import _help
     from vtok.eval.tasks.retrieval import RetrievalOptions
     from vtok.eval.tasks.timm_pipeline import Options
     from vtok.eval.tasks.zeroshot import ZeroshotOptions

@@ -4,10 +4,10 @@ import pytest
 
 pytest.importorskip("open_clip")
 
-from vtok.eval import clip_demo
-from vtok.eval.records import Records
-from vtok.eval.reference import load_reference_clip
-from vtok.eval.report import is_unpatched
+from vtok.eval.common.records import Records
+from vtok.eval.demo import clip as clip_demo
+from vtok.eval.models.reference import load_reference_clip
+from vtok.eval.report.tables import is_unpatched
 from vtok.eval.tasks import retrieval, zeroshot
 
 PICTURES, PAGES = 12, 10

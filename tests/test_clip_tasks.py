@@ -13,11 +13,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import vtok
-from vtok.eval import runner, runs
-from vtok.eval.clip_models import BACKENDS, hugging_face_encoder, load_clip
-from vtok.eval.intervals import paired_difference
-from vtok.eval.report_html.repeat import repeat
-from vtok.eval.report_html.sections import sections
+from vtok.eval.common.statistics import paired_difference
+from vtok.eval.models.clip import BACKENDS, hugging_face_encoder, load_clip
+from vtok.eval.report.html.repeat import repeat
+from vtok.eval.report.html.sections import sections
+from vtok.eval.runs import loader as runs
+from vtok.eval.runs import runner
 from vtok.eval.tasks import TASKS
 from vtok.eval.tasks.captions import open_captions
 from vtok.eval.tasks.retrieval import RetrievalOptions
@@ -241,7 +242,7 @@ def test_the_first_captions_only(karpathy):
 
 def test_clip_benchmark_builds_a_table_of_the_files(karpathy, folder, tmp_path):
     pytest.importorskip("clip_benchmark")
-    from vtok.eval.clip_command import write_records
+    from vtok.eval.cli.clip import write_records
 
     encoder = tiny_native()
     files = write_records(retrieval(encoder, karpathy, [None], options(RetrievalOptions)), tmp_path / "out")
@@ -261,7 +262,7 @@ def test_clip_benchmark_builds_a_table_of_the_files(karpathy, folder, tmp_path):
 
 
 def test_the_command_line(clip_folder, karpathy, folder, tmp_path):
-    from vtok.eval.app import app
+    from vtok.eval.cli.app import app
 
     def run(*args):
         result = CliRunner().invoke(app, [str(a) for a in args], catch_exceptions=False)

@@ -8,10 +8,10 @@ from rich.console import Console
 from zoo import build, images
 
 import vtok
-from vtok.eval.compare import Case, Comparison, Data, cases
-from vtok.eval.control import RandomChoice, attention_kept, controls, table
-from vtok.eval.records import Records
-from vtok.eval.settings import Setting
+from vtok.eval.common.records import Records
+from vtok.eval.common.settings import Setting
+from vtok.eval.demo.compare import Case, Comparison, Data, cases
+from vtok.eval.demo.control import RandomChoice, attention_kept, controls, table
 
 METHODS = [vtok.ToMe(r=2), vtok.PiToMe(r=2), vtok.ZeroTPrune(layers=[0, 1], retain=0.7, r=1), vtok.ATS(num_tokens=9)]
 

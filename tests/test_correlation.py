@@ -12,8 +12,8 @@ from strategies import generator, normal, positive, properties, seeds
 from torch import Tensor
 
 from vtok.errors import ConfigError
-from vtok.methods.correlation_calibrate import calibrate_alpha, crop_scores
-from vtok.methods.correlation_scores import (
+from vtok.methods.correlation.calibrate import calibrate_alpha, crop_scores
+from vtok.methods.correlation.scores import (
     TokenScores,
     critical_alpha,
     group_scores,
@@ -114,7 +114,7 @@ def test_keys_are_compared_in_at_least_fp32(dtype: torch.dtype) -> None:
 def test_many_views_are_compared_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     keys, valid = some_keys(0, 5, 6), some_valid(0, 5, 6)
     at_once = [redundant_tokens(keys, 0.8, 0.2, valid), critical_alpha(keys, 0.2, valid), critical_alpha(keys, 2)]
-    monkeypatch.setattr("vtok.methods.correlation_scores._ENTRIES", 2 * 6 * 6)
+    monkeypatch.setattr("vtok.methods.correlation.scores._ENTRIES", 2 * 6 * 6)
     apart = [redundant_tokens(keys, 0.8, 0.2, valid), critical_alpha(keys, 0.2, valid), critical_alpha(keys, 2)]
     for found, expected in zip(apart, at_once):
         assert_equal(found, expected)

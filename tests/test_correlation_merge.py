@@ -11,8 +11,8 @@ from strategies import generator, normal, positive, properties, seeds
 from torch import Tensor
 
 from vtok.errors import ConfigError
-from vtok.methods.correlation_merge import AGGREGATIONS, compress_features, feature_plan, knn_features, nearest_kept
-from vtok.methods.correlation_scores import score_tokens, select_tokens
+from vtok.methods.correlation.merge import AGGREGATIONS, compress_features, feature_plan, knn_features, nearest_kept
+from vtok.methods.correlation.scores import score_tokens, select_tokens
 from vtok.ops.crops import Layout, packed_layout, plain_layout
 from vtok.ops.packing import packing
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import vtok
 from vtok.errors import ConfigError
-from vtok.methods.correlation_merge import compress_features
-from vtok.methods.correlation_scores import redundant_tokens, score_tokens, select_tokens
-from vtok.methods.correlation_views import feature_metric, feature_scores, to_features
+from vtok.methods.correlation.merge import compress_features
+from vtok.methods.correlation.scores import redundant_tokens, score_tokens, select_tokens
+from vtok.methods.correlation.views import feature_metric, feature_scores, to_features
 from vtok.ops.crops import GLOBAL_VIEW, Layout, global_views, group_map, packed_layout, plain_layout
 from vtok.ops.matching import unit
 from vtok.ops.packing import Packing, best_grid, pack, packing

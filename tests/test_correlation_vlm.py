@@ -23,7 +23,7 @@ from helpers_correlation import (
 from vlm_zoo import MaskOracle, assert_same, generate
 
 import vtok
-from vtok.patches import hf_features as hf
+from vtok.patches.hf_vlm import image_features as hf
 
 
 @pytest.mark.parametrize("aggregation", ["nearest", "none"])

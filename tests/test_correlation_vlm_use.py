@@ -19,8 +19,8 @@ from helpers_errors import message_of
 from vlm_zoo import MaskOracle, build, generate, inputs
 
 import vtok
-from vtok.patches.hf_vlm import find
-from vtok.patches.hf_vlm_install import observed
+from vtok.patches.hf_vlm.families import find
+from vtok.patches.hf_vlm.install import observed
 
 
 @pytest.mark.parametrize("name", ["LLaVA-NeXT", "InternVL", "Idefics3"])

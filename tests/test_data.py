@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 
-from vtok.eval.data import load_fashion_mnist, normalise, read_idx, write_idx
-from vtok.eval.reference import FashionViT, asset, load_reference_images, load_reference_vit, top1
-from vtok.eval.train_vit import Recipe, Stage, augment, train
+from vtok.eval.models.data import load_fashion_mnist, normalise, read_idx, write_idx
+from vtok.eval.models.reference import FashionViT, asset, load_reference_images, load_reference_vit, top1
+from vtok.eval.training.vit import Recipe, Stage, augment, train
 
 
 def test_idx_round_trip(tmp_path):
@@ -99,7 +99,7 @@ def test_training_resumes_to_the_same_weights(small_set, tmp_path, monkeypatch):
     class StopError(Exception):
         pass
 
-    import vtok.eval.train_vit as module
+    import vtok.eval.training.vit as module
 
     real, calls = module.save_atomically, []
 

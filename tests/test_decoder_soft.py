@@ -7,9 +7,9 @@ from helpers_errors import message_of
 from vlm_zoo import build, generate, text_model
 
 import vtok
-from vtok.methods.atp_reducer import SoftATP
-from vtok.patches.decoder_soft import softened
-from vtok.patches.hf_vlm import find
+from vtok.methods.atp.reducer import SoftATP
+from vtok.patches.decoder.soft_gates import softened
+from vtok.patches.hf_vlm.families import find
 
 HARD = 1e9  # a temperature at which gates are 0 or 1
 

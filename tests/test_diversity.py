@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vtok.errors import ConfigError
-from vtok.methods.todre_select import SELECTORS, k_center_select, max_sum_select
+from vtok.methods.todre.selection import SELECTORS, k_center_select, max_sum_select
 from vtok.ops.diversity import greedy_diverse
 from vtok.ops.matching import unit
 

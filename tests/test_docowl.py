@@ -12,8 +12,7 @@ from strategies import normal, properties, seeds
 from torch import Tensor, nn
 
 from vtok.errors import ConfigError
-from vtok.methods.correlation_scores import redundant_tokens, score_tokens, select_tokens
-from vtok.methods.docowl import (
+from vtok.methods.correlation.docowl import (
     ANCHORS,
     HReducer,
     best_anchor,
@@ -25,6 +24,7 @@ from vtok.methods.docowl import (
     h_reducer,
     split_qkv,
 )
+from vtok.methods.correlation.scores import redundant_tokens, score_tokens, select_tokens
 from vtok.ops.attention import cls_attention
 from vtok.ops.crops import plain_layout
 from vtok.ops.selection import upper_outliers

@@ -8,8 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vtok.eval.bpe import learn_merges, vocabulary_size, write_merges
-from vtok.eval.easyvqa import (
+from vtok.eval.models.easyvqa import (
     BLANK,
     CLASSES,
     PLACES,
@@ -22,14 +21,15 @@ from vtok.eval.easyvqa import (
     draw_pages,
     load_easyvqa,
 )
-from vtok.eval.reference import PageCLIP, asset, load_reference_pages, load_reference_pictures
-from vtok.eval.train_vit import Stage
+from vtok.eval.models.reference import PageCLIP, asset, load_reference_pages, load_reference_pictures
+from vtok.eval.training.bpe import learn_merges, vocabulary_size, write_merges
+from vtok.eval.training.vit import Stage
 
 open_clip = pytest.importorskip("open_clip")
 
 # After the check that open_clip is there: these import it.
-from vtok.eval import train_clip  # noqa: E402
-from vtok.eval.train_clip import Recipe, contrastive_loss, draw_batch, make_tokenizer, resample, train  # noqa: E402
+from vtok.eval.training import clip as train_clip
+from vtok.eval.training.clip import Recipe, contrastive_loss, draw_batch, make_tokenizer, resample, train  # noqa: E402
 
 RED_CIRCLE = CLASSES.index("red circle")
 
@@ -225,7 +225,7 @@ def test_training_resumes_to_the_same_weights(folder, tmp_path, monkeypatch):
 
 def test_exported_models_are_open_clips_own(folder, tmp_path):
     """What `export` writes, `load_clip` and open_clip's own `local-dir:` read; fp16 is all that is lost."""
-    from vtok.eval.clip_models import load_clip
+    from vtok.eval.models.clip import load_clip
 
     torch.manual_seed(0)
     model = TINY.build().eval()

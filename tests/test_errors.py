@@ -14,8 +14,8 @@ from torch.torch_version import TorchVersion
 from zoo import Nothing, build, images
 
 import vtok
+from vtok.core.tokens import Place
 from vtok.methods.ats import ATS
-from vtok.state import Place
 
 
 @pytest.fixture
@@ -320,8 +320,8 @@ def test_registries_refuse_collisions():
 
 
 def test_vision_language_models_need_a_younger_transformers_than_encoders(monkeypatch):
-    from vtok.patches import hf_vlm
-    from vtok.patches.hf_vlm_examples import EXAMPLES
+    from vtok.patches.hf_vlm import families as hf_vlm
+    from vtok.patches.hf_vlm.examples import EXAMPLES
 
     model = EXAMPLES["LLaVA-1.5"].build()
     monkeypatch.setattr(hf_vlm, "OLDEST", (99, 0))

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import vtok
 from vtok.api import _towers
-from vtok.eval.flops import count_macs, formulas, links, watched_reduction
+from vtok.eval.benchmarks.flops import count_macs, formulas, links, watched_reduction
 from vtok.registry import encoder_methods
 
 BATCH = 3

@@ -8,12 +8,12 @@ import torch
 from helpers_golden import assert_close, assert_equal, load
 from torch import Tensor
 
+from vtok.core.prompt import Layout
 from vtok.methods.atp import Slots, hard_mask, min_max, next_gate, redundancy, soft_masks, spatial_scores, to_grid
-from vtok.methods.atp_attention import CausalAttention, attention_scores, debiased, gate_bias, self_logits, soft_attention
-from vtok.methods.atp_losses import atp_loss, average_tokens, depth_loss
-from vtok.methods.atp_module import ATPModules, ThresholdHead
-from vtok.methods.atp_spec import ATPSpec
-from vtok.prompt import Layout
+from vtok.methods.atp.attention import CausalAttention, attention_scores, debiased, gate_bias, self_logits, soft_attention
+from vtok.methods.atp.losses import atp_loss, average_tokens, depth_loss
+from vtok.methods.atp.modules import ATPModules, ThresholdHead
+from vtok.methods.atp.spec import ATPSpec
 
 
 def slots_of(kinds: Tensor) -> Slots:

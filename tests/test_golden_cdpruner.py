@@ -9,9 +9,9 @@ from helpers_layers import info
 from torch import Tensor
 
 import vtok
-from vtok.methods.cdpruner import balanced, clip_relevance, scaled, text_relevance
+from vtok.core.prompt import ImageFeatures, PromptText, View
+from vtok.methods.features.cdpruner import balanced, clip_relevance, scaled, text_relevance
 from vtok.ops.determinantal import greedy_dpp
-from vtok.prompt import ImageFeatures, PromptText, View
 
 FILES = {"baseline2_cdpruner": 7, "baseline2_cdpruner_576": 1}
 

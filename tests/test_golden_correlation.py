@@ -9,8 +9,9 @@ import torch
 from helpers_golden import FOLDER, assert_close, assert_equal, load
 from torch import Tensor
 
-from vtok.methods.correlation_merge import compress_features, knn_features
-from vtok.methods.correlation_scores import (
+from vtok.methods.correlation.docowl import ANCHORS, HReducer, best_anchor, crop_positions, crop_prompt, crop_views, h_reducer
+from vtok.methods.correlation.merge import compress_features, knn_features
+from vtok.methods.correlation.scores import (
     critical_alpha,
     group_scores,
     head_metric,
@@ -19,7 +20,6 @@ from vtok.methods.correlation_scores import (
     select_tokens,
     similar_counts,
 )
-from vtok.methods.docowl import ANCHORS, HReducer, best_anchor, crop_positions, crop_prompt, crop_views, h_reducer
 from vtok.ops.attention import cls_attention
 from vtok.ops.crops import group_map, packed_layout, plain_layout
 from vtok.ops.matching import unit
@@ -103,7 +103,7 @@ def test_local_tokens_and_union() -> None:
 def test_drawn_tokens_are_those_of_the_uniform_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole choice with the file's numbers in place of the hashed ones."""
     g = load("correlation_eq_subimage")
-    monkeypatch.setattr("vtok.methods.correlation_scores.uniforms", lambda *_: g["u"][None])
+    monkeypatch.setattr("vtok.methods.correlation.scores.uniforms", lambda *_: g["u"][None])
     scores = score_tokens(g["k_low"][None, :, 1:], *attentions(g), BETA)
     assert_equal(where(select_tokens(scores, ALPHA)), g["kept_es"])
 

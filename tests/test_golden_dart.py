@@ -9,9 +9,9 @@ from helpers_golden import FOLDER, assert_equal
 from helpers_layers import info, layout
 
 import vtok
-from vtok.methods import dart
-from vtok.prompt import LayerAttention, Layout
-from vtok.state import Place, Site
+from vtok.core.prompt import LayerAttention, Layout
+from vtok.core.tokens import Place, Site
+from vtok.methods.in_llm import dart
 
 FILES = {"baseline2_dart": 10, "baseline2_dart_576": 1}
 AT = Site(Place.DECODER_IN, 2)

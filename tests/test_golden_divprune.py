@@ -5,9 +5,9 @@ import torch
 from helpers_golden import assert_equal, load
 
 import vtok
-from vtok.methods.divprune import max_min_select
+from vtok.core.prompt import ImageFeatures, View, VLMInfo
+from vtok.methods.features.divprune import max_min_select
 from vtok.ops.diversity import most_isolated
-from vtok.prompt import ImageFeatures, View, VLMInfo
 
 
 def info(width: int) -> VLMInfo:

@@ -7,8 +7,8 @@ from helpers_layers import given_probs, info, layout
 from torch import Tensor
 
 import vtok
-from vtok.methods.fastv import attended
-from vtok.state import Place, Site
+from vtok.core.tokens import Place, Site
+from vtok.methods.in_llm.fastv import attended
 
 AT = Site(Place.DECODER_IN, 2)
 

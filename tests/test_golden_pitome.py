@@ -8,10 +8,10 @@ import torch
 from helpers_golden import assert_close, assert_equal, images, load, model, model_info, run_model, start, token_counts
 
 import vtok
+from vtok.core.reduction import Plan, apply_plan
 from vtok.methods.pitome import energy_plan, energy_score, merge_count, sorted_bsm_plan
 from vtok.ops.matching import bipartite_soft_matching
 from vtok.ops.rows import take_rows
-from vtok.reduction import Plan, apply_plan
 
 ENERGY = [  # only the 2k tokens of highest energy take part
     "pitome_even_nocls_m50",

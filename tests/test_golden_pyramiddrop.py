@@ -7,9 +7,9 @@ from helpers_layers import info
 from torch import Tensor
 
 import vtok
-from vtok.methods.todre_relevance import causal_attention
-from vtok.prompt import Layout
-from vtok.state import Place, Site
+from vtok.core.prompt import Layout
+from vtok.core.tokens import Place, Site
+from vtok.methods.todre.text_relevance import causal_attention
 
 
 def rotated(x: Tensor, theta: float) -> Tensor:

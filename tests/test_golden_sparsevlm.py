@@ -9,11 +9,11 @@ from helpers_layers import given_probs, info, layout
 from torch import Tensor
 
 import vtok
-from vtok.methods import sparsevlm
+from vtok.core.prompt import Entry, LayerAttention, Layout
+from vtok.core.reduction import Fold, folded
+from vtok.core.tokens import Place, Site
+from vtok.methods.in_llm import sparsevlm
 from vtok.ops.density_peaks import density_peaks
-from vtok.prompt import Entry, LayerAttention, Layout
-from vtok.reduction import Fold, folded
-from vtok.state import Place, Site
 
 
 def prompt(g: dict) -> Layout:

@@ -7,14 +7,14 @@ import torch
 from helpers_golden import assert_close, assert_equal, load
 from torch import Tensor
 
+from vtok.core.prompt import ImageFeatures, Layout, TowerBlock, TowerFacts, View, VLMInfo
+from vtok.core.tokens import AttentionView, Place, Site
 from vtok.methods.todre import ToDRE, k_center_select, max_sum_select, relevance
-from vtok.methods.todre_pivot import choose_pivot, cls_attention
-from vtok.methods.todre_relevance import causal_attention, drops_visual
+from vtok.methods.todre.pivot import choose_pivot, cls_attention
+from vtok.methods.todre.text_relevance import causal_attention, drops_visual
 from vtok.ops.diversity import greedy_diverse
 from vtok.ops.matching import unit
 from vtok.ops.selection import kept_tokens
-from vtok.prompt import ImageFeatures, Layout, TowerBlock, TowerFacts, View, VLMInfo
-from vtok.state import AttentionView, Place, Site
 
 IMAGES = ["todre_stage1_image_small", "todre_stage1_image_576_k58"]
 

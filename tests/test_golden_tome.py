@@ -10,9 +10,9 @@ from torch import Tensor
 
 import vtok
 from vtok.config import Schedule
+from vtok.core.reduction import Plan, apply_plan, unmerge
 from vtok.ops.matching import bipartite_pairs, bipartite_soft_matching
 from vtok.ops.rows import take_rows
-from vtok.reduction import Plan, apply_plan, unmerge
 
 FUNCTIONS = [
     "tome_even_nocls",

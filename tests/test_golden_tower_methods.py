@@ -7,13 +7,13 @@ import pytest
 import torch
 from helpers_golden import FOLDER, assert_close, assert_equal, convert, load
 
-from vtok.methods.downsample import pool_grid, smaller_grid
-from vtok.methods.fastervlm import most_attended
-from vtok.methods.hired import part_mask
-from vtok.methods.holov import consecutive, program_weights, run_quotas, run_tokens, run_weights, windows
-from vtok.methods.prumerge import adaptive_tokens, fixed_tokens, merge_neighbours, official_fixed_tokens
-from vtok.methods.visionzip import contextual_tokens, zip_tokens
-from vtok.methods.vispruner import prune_views
+from vtok.methods.baselines.downsample import pool_grid, smaller_grid
+from vtok.methods.features.fastervlm import most_attended
+from vtok.methods.features.hired import part_mask
+from vtok.methods.features.holov import consecutive, program_weights, run_quotas, run_tokens, run_weights, windows
+from vtok.methods.features.prumerge import adaptive_tokens, fixed_tokens, merge_neighbours, official_fixed_tokens
+from vtok.methods.features.visionzip import contextual_tokens, zip_tokens
+from vtok.methods.features.vispruner import prune_views
 from vtok.ops.attention import cls_attention
 
 

@@ -5,9 +5,9 @@ import torch
 from helpers_golden import assert_close, assert_equal
 from test_golden_tower_methods import cases
 
-from vtok.methods.evs import changed_tokens
-from vtok.methods.fastvid import Budget, compress, segment_lengths
-from vtok.methods.vidcom2 import exact_tokens, frame_tokens, rank_frames
+from vtok.methods.video.evs import changed_tokens
+from vtok.methods.video.fastvid import Budget, compress, segment_lengths
+from vtok.methods.video.vidcom2 import exact_tokens, frame_tokens, rank_frames
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 

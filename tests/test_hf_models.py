@@ -10,8 +10,8 @@ from zoo import EXAMPLES, Nothing, attach, build, images, pairs
 
 import vtok
 from vtok.api import run_of
-from vtok.patches.hf_examples import _TEXT, _TINY
-from vtok.patches.hf_tables import ATTENTIONS, BLOCKS, OWNERS, TOWERS
+from vtok.patches.hf_vision.examples import _TEXT, _TINY
+from vtok.patches.hf_vision.tables import ATTENTIONS, BLOCKS, OWNERS, TOWERS
 
 HF = [name for name in EXAMPLES if name.startswith("transformers: ")]
 

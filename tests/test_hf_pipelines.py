@@ -23,8 +23,8 @@ from transformers import (
 )
 
 import vtok
-from vtok.eval.flops import count_macs
-from vtok.patches.hf_examples import _TEXT, _TINY
+from vtok.eval.benchmarks.flops import count_macs
+from vtok.patches.hf_vision.examples import _TEXT, _TINY
 
 SIZE = {"height": 64, "width": 64}
 

@@ -11,12 +11,13 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 import vtok
-from vtok.eval import runner, runs
-from vtok.eval.intervals import paired_difference
-from vtok.eval.reference import FashionViT
-from vtok.eval.report_html.repeat import repeat
-from vtok.eval.report_html.sections import sections
-from vtok.eval.settings import Setting
+from vtok.eval.common.settings import Setting
+from vtok.eval.common.statistics import paired_difference
+from vtok.eval.models.reference import FashionViT
+from vtok.eval.report.html.repeat import repeat
+from vtok.eval.report.html.sections import sections
+from vtok.eval.runs import loader as runs
+from vtok.eval.runs import runner
 from vtok.eval.tasks import TASKS
 from vtok.eval.tasks.image_folder import CheckedImages, Unreadable, collate
 from vtok.eval.tasks.imagenet import evaluate

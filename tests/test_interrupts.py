@@ -13,7 +13,7 @@ from torch import nn
 from zoo import BACKENDS, build, images
 
 import vtok
-from vtok.patches.swap import Mixin
+from vtok.patches.module_swap import Mixin
 from vtok.patches.transaction import _HOOKS, Snapshot, to_the_end
 
 HERE = {str(Path(vtok.__file__).parent)} | {str(Path(p)) for p in vtok.patches.__path__}
@@ -150,7 +150,7 @@ def test_a_model_that_was_patched_for_a_while_is_what_it_was(patch):
 
 def test_any_error_takes_everything_back():
     """An adapter of another package may fail in its last step."""
-    from vtok.patches.timm_vit import TimmAdapter
+    from vtok.patches.timm_vit.adapter import TimmAdapter
 
     model = build("timm: ViT map pool (SigLIP)")
     before = state(model)

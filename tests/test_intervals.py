@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from vtok.eval.intervals import (
+from vtok.eval.common.statistics import (
     FEWEST,
     Interval,
     in_brackets,

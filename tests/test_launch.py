@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers_processes import CPU, ELASTIC, finished, member, start, wait_for
 
-from vtok.eval.tasks.vqa import VQAOptions, evaluate
+from vtok.eval.tasks.vqa.evaluate import VQAOptions, evaluate
 
 TODRE = ("todre", {"keep": 0.3})
 QUESTIONS, BATCH = 17, 2  # nine batches, the last one shorter: neither 2 nor 3 processes divide the questions

@@ -11,7 +11,8 @@ import torch
 import yaml
 from helpers_processes import CPU, ELASTIC, finished, member, start, wait_for
 
-from vtok.eval import runner, runs
+from vtok.eval.runs import loader as runs
+from vtok.eval.runs import runner
 
 TIMES = {"started", "seconds", "samples_per_sec", "step_time_ms", "throughput", "processes", "speedup", "speedup_ci"}
 TIMES |= {"achieved", "achieved_ci", "pairs", "spread", "verdict", "ttft_ms", "decode_ms_per_token"}

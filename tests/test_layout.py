@@ -114,7 +114,7 @@ def test_the_public_names_exist():
 
 
 def test_pages_that_the_readme_names_are_there_after_an_import():
-    """`help(vtok.eval.demo)` and the others, as a reader types them: nothing else has been imported."""
+    """`help(vtok.eval.demo.vit)` and the others, as a reader types them: nothing else has been imported."""
     pages = sorted(set(re.findall(r"help\((vtok\.[\w.]+)\)", (ROOT / "README.md").read_text())))
     assert len(pages) > 6 and any(page.startswith("vtok.eval.") for page in pages)
     code = "import vtok\n" + "".join(f"assert len({page}.__doc__) > 100\n" for page in pages)

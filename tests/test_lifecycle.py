@@ -12,7 +12,7 @@ from zoo import EXAMPLES, build, images
 
 import vtok
 from vtok.api import run_of
-from vtok.patches.swap import Mixin
+from vtok.patches.module_swap import Mixin
 
 
 def _outputs(model, x):

@@ -8,7 +8,7 @@ import pytest
 
 import vtok
 from vtok.errors import ConfigError, UnknownNameError
-from vtok.eval.lmms_args import Wish, read_args
+from vtok.eval.lmms.args import Wish, read_args
 
 KNOWN = ("pretrained", "device", "batch_size", "use_cache")
 

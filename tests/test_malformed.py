@@ -26,22 +26,23 @@ from timm.models.vision_transformer import VisionTransformer
 from typer.testing import CliRunner
 
 import vtok
-from vtok import files
-from vtok.eval import runs, runs_models
-from vtok.eval.app import app
-from vtok.eval.records import Records
-from vtok.eval.report_html import ReportOptions, write_report
+from vtok import serialization as files
+from vtok.eval.cli.app import app
+from vtok.eval.common.records import Records
+from vtok.eval.report.html import ReportOptions, write_report
+from vtok.eval.runs import loader as runs
+from vtok.eval.runs import models as runs_models
 from vtok.eval.tasks import QUESTION_TASKS
 from vtok.eval.tasks.captions import open_captions
 from vtok.eval.tasks.image_folder import Sample, Unreadable, open_dataset
 from vtok.eval.tasks.scoring import Scorer
 from vtok.eval.tasks.timm_pipeline import Options, create_model
-from vtok.eval.tasks.vqa_data import open_vqa
-from vtok.eval.tasks.vqa_files import read_results
-from vtok.eval.tasks.vqa_task import Sources
-from vtok.eval.viz_input import prepared
+from vtok.eval.tasks.vqa.data import open_vqa
+from vtok.eval.tasks.vqa.files import read_results
+from vtok.eval.tasks.vqa.task import Sources
+from vtok.eval.viz.input import prepared
 from vtok.registry import METHODS
-from vtok.resolve import towers
+from vtok.targets.resolve import towers
 
 # Inputs that still end badly, by the start of their names: faults that are known. It should be empty.
 KNOWN: tuple[str, ...] = (
@@ -189,7 +190,7 @@ def _read_run(path):
     config = runs.load(str(path))
     runs_models.check_options(config)
     runs_models.task_options(config, config.tasks[0], False, 0, None)
-    from vtok.eval.sweep import points
+    from vtok.eval.runs.sweep import points
 
     points(config)
     return config
@@ -523,8 +524,8 @@ def test_pictures_of_no_shape_are_left_out(tmp_path):
 def test_questions_about_pictures_that_cannot_be_read_are_left_out(tmp_path):
     from helpers_vqa import tiny_llava
 
-    from vtok.eval.tasks.vqa import evaluate
-    from vtok.eval.tasks.vqa_task import VQAOptions
+    from vtok.eval.tasks.vqa.evaluate import evaluate
+    from vtok.eval.tasks.vqa.task import VQAOptions
 
     for number in range(3):
         Image.new("RGB", (16, 16), (80 * number, 0, 0)).save(tmp_path / f"{number}.png")
@@ -658,7 +659,7 @@ def test_checkpoints(tmp_path):
 
 
 def _atp(path):
-    from vtok.methods.atp_module import load
+    from vtok.methods.atp.modules import load
 
     load(path, 4, 32, (8, 8))
 

@@ -15,14 +15,17 @@ from typer.testing import CliRunner
 from zoo import BACKENDS, EXAMPLES, TOO_NEW, Nothing, attach, build, images
 
 import vtok
-from vtok.eval import matrix, matrix_report, tiny, vlm_matrix, vlm_oracle
-from vtok.eval.app import app
-from vtok.eval.matrix import FAILED, NO, ON_REQUEST, TOWER, YES, Cell, Evidence
-from vtok.eval.oracle import Decision, differences, masked_plan
-from vtok.methods.random_drop import RandomDrop
+from vtok.core.reduction import apply_plan
+from vtok.core.tokens import gather_mask, gather_positions, log_size_bias
+from vtok.eval.cli.app import app
+from vtok.eval.matrix import encoder as matrix
+from vtok.eval.matrix import report as matrix_report
+from vtok.eval.matrix import tiny, vlm_oracle
+from vtok.eval.matrix import vlm as vlm_matrix
+from vtok.eval.matrix.encoder import FAILED, NO, ON_REQUEST, TOWER, YES, Cell, Evidence
+from vtok.eval.matrix.oracle import Decision, differences, masked_plan
+from vtok.methods.baselines.random_drop import RandomDrop
 from vtok.patches import block, pooling
-from vtok.reduction import apply_plan
-from vtok.state import gather_mask, gather_positions, log_size_bias
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 complete = pytest.mark.skipif(

@@ -8,7 +8,7 @@ from helpers_golden import model_info
 
 import vtok
 from vtok.config import MethodConfig
-from vtok.methods.pitome_presets import PRESETS
+from vtok.methods.pitome.presets import PRESETS
 from vtok.registry import METHODS, encoder_methods
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import vtok
 from vtok.config import MethodConfig, Reducer
-from vtok.reduction import apply_plan
-from vtok.state import AttentionView, TokenState
+from vtok.core.reduction import apply_plan
+from vtok.core.tokens import AttentionView, TokenState
 
 # Every way to decide. ATS with parity=True is apart: there an image depends on its batch.
 CONFIGS: dict[str, MethodConfig] = {

@@ -5,7 +5,7 @@ import torch
 
 import vtok
 from vtok.errors import ConfigError, UnknownNameError
-from vtok.eval.models import HUGGING_FACE, load_model, sample_images
+from vtok.eval.models.by_name import HUGGING_FACE, load_model, sample_images
 
 NAMES = {
     "deit_tiny_patch16_224": "VisionTransformer",

@@ -10,13 +10,13 @@ from zoo import EXAMPLES, Nothing, attach, build, images
 
 import vtok
 from vtok.api import run_of
-from vtok.eval.flops import count_macs
+from vtok.core.tokens import Place
+from vtok.eval.benchmarks.flops import count_macs
 from vtok.patches.block import ReducingBlock
-from vtok.patches.openclip_vit import BLOCKS
+from vtok.patches.module_swap import Hook, Mixin
+from vtok.patches.openclip_vit.adapter import BLOCKS
 from vtok.patches.protocol import look_up
-from vtok.patches.swap import Hook, Mixin
 from vtok.registry import encoder_methods
-from vtok.state import Place
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -343,7 +343,7 @@ def test_all_registered_architectures(capsys):
 
 def test_a_wrapped_trunk_is_counted_once():
     """The tower of another backend inside open_clip's wrapper is one tower, in every cost."""
-    from vtok.eval.settings import pass_cost, towers
+    from vtok.eval.common.settings import pass_cost, towers
 
     model, x = build("open_clip: timm trunk"), images("open_clip: timm trunk")
     assert len(towers(model)) == 1

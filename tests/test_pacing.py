@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from vtok.eval import pacing
-from vtok.eval.pacing import FEWEST_PAIRS, TIMED_EVERY, Memory, Pacer, Step
-from vtok.eval.settings import PassCost
+from vtok.eval.common import timing as pacing
+from vtok.eval.common.settings import PassCost
+from vtok.eval.common.timing import FEWEST_PAIRS, TIMED_EVERY, Memory, Pacer, Step
 
 
 class Counting(nn.Module):

@@ -67,7 +67,7 @@ def test_the_wheel_is_whole_and_leaks_nothing(built, tmp_path):
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"vtok"}
     for file in (
         "vtok/py.typed",
-        "vtok/eval/report_html/templates/report.html",
+        "vtok/eval/report/html/templates/report.html",
         "vtok/assets/fashion_vit.safetensors",
         "vtok/configs/tome_vit_s_augreg_r13.yaml",
     ):
@@ -76,7 +76,7 @@ def test_the_wheel_is_whole_and_leaks_nothing(built, tmp_path):
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel)], check=True)
     assert {p.name for p in target.iterdir() if "dist-info" not in p.name and p.name != "bin"} == {"vtok"}
     code = (
-        "import vtok, vtok.patches.timm_vit, vtok.eval.tasks.imagenet\n"
+        "import vtok, vtok.patches.timm_vit.adapter, vtok.eval.tasks.imagenet\n"
         "from vtok.eval import runs, reference\n"
         "assert vtok.__file__.startswith('.') or 'site' in vtok.__file__, vtok.__file__\n"
         "print(len(runs.bundled()), reference.asset('fashion_vit.safetensors').stat().st_size > 1e6)\n"
@@ -97,7 +97,15 @@ def test_the_sdist_has_the_shape_of_the_repository(built):
     _, sdist = built
     with tarfile.open(sdist) as archive:
         names = {n.partition("/")[2] for n in archive.getnames()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "NOTICE", "vtok/api.py", "patches/block.py", "eval/cli.py"} <= names
+    assert {
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "NOTICE",
+        "vtok/api.py",
+        "patches/block.py",
+        "eval/cli/__init__.py",
+    } <= names
 
 
 def test_the_editable_install_sees_every_part():

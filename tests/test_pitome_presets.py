@@ -12,9 +12,9 @@ from strategies import attention, normal, positive, properties, seeds
 from torch import Tensor
 
 import vtok
-from vtok.methods.pitome_presets import PRESETS
-from vtok.reduction import apply_plan
-from vtok.state import AttentionView, Site, TokenState
+from vtok.core.reduction import apply_plan
+from vtok.core.tokens import AttentionView, Site, TokenState
+from vtok.methods.pitome.presets import PRESETS
 
 OWN_NAME = {"energy": "energy", "sorted": "sorted_bsm", "bsm": "bsm"}
 NOTHING = AttentionView(None, None, None, None, 1.0, None)

@@ -15,9 +15,9 @@ from zoo import BACKENDS, images
 
 import vtok
 from vtok.api import run_of
-from vtok.eval.flops import count_macs
-from vtok.eval.tiny import randomise
-from vtok.patches.attend import Tap
+from vtok.eval.benchmarks.flops import count_macs
+from vtok.eval.matrix.tiny import randomise
+from vtok.patches.attention import Tap
 
 DEPTH, WIDTH, HEADS, RATIO = 16, 32, 2, 0.9  # deeper than 13: the last blocks of `official_llava` match by energy
 Keys = Callable[[Any, Tensor], Tensor]

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vtok.errors import ConfigError
-from vtok.eval import launch, processes
-from vtok.eval.processes import Peer, ProcessError, Processes, is_main, timeout, world_size
-from vtok.eval.rates import Timed, throughput, throughput_line
+from vtok.eval.common import distributed as processes
+from vtok.eval.common import launch
+from vtok.eval.common.distributed import Peer, ProcessError, Processes, is_main, timeout, world_size
+from vtok.eval.common.rates import Timed, throughput, throughput_line
 
 
 @dataclass(frozen=True)

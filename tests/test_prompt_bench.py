@@ -8,11 +8,11 @@ from typer.testing import CliRunner
 from vlm_zoo import build, inputs
 
 import vtok
-from vtok.eval import prompt_bench_result as result
-from vtok.eval import prompts
-from vtok.eval.flops import count_prompt_macs
-from vtok.eval.prompt_bench import Times, compare, measure_prompts, selection_seconds
-from vtok.eval.prompts import ARCHITECTURES, sample_prompts
+from vtok.eval.benchmarks import prefill_result as result
+from vtok.eval.benchmarks.flops import count_prompt_macs
+from vtok.eval.benchmarks.prefill import Times, compare, measure_prompts, selection_seconds
+from vtok.eval.models import random_vlm as prompts
+from vtok.eval.models.random_vlm import ARCHITECTURES, sample_prompts
 from vtok.patches import find_vlms
 
 
@@ -84,7 +84,7 @@ def test_selection_is_timed_where_it_happens(monkeypatch):
     model, values = vtok.patch(build("LLaVA-1.5"), "uniform", keep=0.5), inputs("LLaVA-1.5")
     short = selection_seconds(model, values)
     (vlm,) = find_vlms(model)
-    from vtok.patches.hf_vlm_install import pruner_of
+    from vtok.patches.hf_vlm.install import pruner_of
 
     reducer = type(pruner_of(vlm).features)
     chosen = reducer.features
@@ -153,7 +153,7 @@ def tiny_architecture(monkeypatch):
 
 
 def test_commands(tiny_architecture, tmp_path):
-    from vtok.eval.app import app
+    from vtok.eval.cli.app import app
 
     def run(*args):
         found = CliRunner().invoke(app, [str(a) for a in args])

@@ -3,7 +3,8 @@
 import pytest
 
 import vtok
-from vtok.eval import published, runs
+from vtok.eval.published import schema as published
+from vtok.eval.runs import loader as runs
 
 ONE = "model: {backend: timm, name: deit_tiny_patch16_224}\nmethod: {name: tome, r: 8}\ntask: imagenet\n"
 SEVERAL = "model: {backend: transformers, name: a/b}\nmethod: {name: todre}\ntasks: [mme, gqa]\n"

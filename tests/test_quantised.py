@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from zoo import EXAMPLES, build, config_for, images
 
 import vtok
-from vtok.eval.flops import count_macs
-from vtok.patches.attend import Tap
+from vtok.eval.benchmarks.flops import count_macs
+from vtok.patches.attention import Tap
 
 # Upstream reads `weight` itself in EVA, BEiT and SigLIP2, and cannot run these under quantisation.
 NAMES = [

@@ -11,7 +11,7 @@ from helpers_tasks import WRITERS, written
 
 import vtok
 from vtok.eval.tasks import QUESTION_TASKS
-from vtok.eval.tasks.vqa_task import Sources
+from vtok.eval.tasks.vqa.task import Sources
 
 
 def at(task, root, pattern):

@@ -11,11 +11,11 @@ import datasets
 from helpers_tasks import SUFFIX, WRITERS, asked, written, yes_no
 
 import vtok
+from vtok.eval.models.vlm import REFERENCE_LLAVA, load_vlm
 from vtok.eval.tasks import QUESTION_TASKS, TASKS
-from vtok.eval.tasks.vqa_data import EASY_VQA, open_vqa
-from vtok.eval.tasks.vqa_hub import is_dataset
-from vtok.eval.tasks.vqa_task import Sources, VQAOptions
-from vtok.eval.vlm_models import REFERENCE_LLAVA, load_vlm
+from vtok.eval.tasks.vqa.data import EASY_VQA, open_vqa
+from vtok.eval.tasks.vqa.hub import is_dataset
+from vtok.eval.tasks.vqa.task import Sources, VQAOptions
 
 
 def rows_of(task):

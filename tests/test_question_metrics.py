@@ -8,17 +8,17 @@ import pytest
 
 import vtok
 from vtok.eval.tasks import QUESTION_TASKS, TASKS
-from vtok.eval.tasks.vqa_chartqa import relaxed
-from vtok.eval.tasks.vqa_data import Question, VQAData
-from vtok.eval.tasks.vqa_docvqa import anls, anls_definition, edit_distance
-from vtok.eval.tasks.vqa_metrics import soft_accuracy
-from vtok.eval.tasks.vqa_mme import CATEGORIES, parse_mme
-from vtok.eval.tasks.vqa_pope import parse_llava as pope_llava
-from vtok.eval.tasks.vqa_pope import parse_whole, parse_words
-from vtok.eval.tasks.vqa_records import Scored
-from vtok.eval.tasks.vqa_scienceqa import letter_match, prompt_text
-from vtok.eval.tasks.vqa_scienceqa import parse_llava as science_llava
-from vtok.eval.tasks.vqa_textvqa import prompt_text as textvqa_prompt
+from vtok.eval.tasks.vqa.data import Question, VQAData
+from vtok.eval.tasks.vqa.metrics import soft_accuracy
+from vtok.eval.tasks.vqa.records import Scored
+from vtok.eval.tasks.vqa_benchmarks.chartqa import relaxed
+from vtok.eval.tasks.vqa_benchmarks.docvqa import anls, anls_definition, edit_distance
+from vtok.eval.tasks.vqa_benchmarks.mme import CATEGORIES, parse_mme
+from vtok.eval.tasks.vqa_benchmarks.pope import parse_llava as pope_llava
+from vtok.eval.tasks.vqa_benchmarks.pope import parse_whole, parse_words
+from vtok.eval.tasks.vqa_benchmarks.scienceqa import letter_match, prompt_text
+from vtok.eval.tasks.vqa_benchmarks.scienceqa import parse_llava as science_llava
+from vtok.eval.tasks.vqa_benchmarks.textvqa import prompt_text as textvqa_prompt
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "question_scores.json").read_text(encoding="utf-8"))
 

@@ -13,17 +13,18 @@ from helpers_vqa import words
 from rich.console import Console
 from typer.testing import CliRunner
 
-from vtok.eval import runner, runs
-from vtok.eval.records import Records
-from vtok.eval.report import correctness
-from vtok.eval.report_html.read import read
-from vtok.eval.report_html.repeat import repeat
-from vtok.eval.report_html.sections import sections
+from vtok.eval.cli.vqa import print_records
+from vtok.eval.common.records import Records
+from vtok.eval.models.vlm import REFERENCE_LLAVA, load_vlm
+from vtok.eval.report.html.read import read
+from vtok.eval.report.html.repeat import repeat
+from vtok.eval.report.html.sections import sections
+from vtok.eval.report.tables import correctness
+from vtok.eval.runs import loader as runs
+from vtok.eval.runs import runner
 from vtok.eval.tasks import QUESTION_TASKS, TASKS
-from vtok.eval.tasks.vqa_files import read_results
-from vtok.eval.tasks.vqa_task import Sources, VQAOptions
-from vtok.eval.vlm_models import REFERENCE_LLAVA, load_vlm
-from vtok.eval.vqa_command import print_records
+from vtok.eval.tasks.vqa.files import read_results
+from vtok.eval.tasks.vqa.task import Sources, VQAOptions
 
 SETTINGS = [None, ("random", {"keep": 1 / 256})]
 METRICS = {
@@ -285,7 +286,7 @@ def test_one_file_of_pope(tmp_path):
 
 
 def test_the_command_line(tmp_path):
-    from vtok.eval.app import app
+    from vtok.eval.cli.app import app
 
     folder = written("mme", tmp_path)
     args = ["eval", "vqa", "--task", "mme", "--model", REFERENCE_LLAVA, "--data", str(folder), "-M", "uniform:keep=0.25"]

@@ -19,7 +19,7 @@ import typer.main
 from PIL import Image
 
 import vtok
-from vtok.eval.app import app
+from vtok.eval.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtok.eval.intervals import clustered_mean_stderr, mean_stderr
+from vtok.eval.common.statistics import clustered_mean_stderr, mean_stderr
 from vtok.eval.tasks import recall
 from vtok.eval.tasks.recall import Positives, first_ranks, text_groups
 

@@ -11,11 +11,11 @@ import warnings
 
 import pytest
 
-from vtok.eval.records import Records, key_of
+from vtok.eval.common.records import Records, key_of
 
 WRITER = """
 import sys, time
-from vtok.eval.records import Records
+from vtok.eval.common.records import Records
 records, who = Records(sys.argv[1]), sys.argv[2]
 print("ready", flush=True)
 for i in range(int(sys.argv[3])):
@@ -28,8 +28,8 @@ import sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
 from timm.models.vision_transformer import VisionTransformer
-from vtok.eval.compare import Comparison, Data, cases
-from vtok.eval.records import Records
+from vtok.eval.demo.compare import Comparison, Data, cases
+from vtok.eval.common.records import Records
 torch.manual_seed(0)
 model = VisionTransformer(img_size=32, patch_size=4, embed_dim=48, depth=4, num_heads=4, num_classes=10).eval()
 g = torch.Generator().manual_seed(1)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from strategies import Shape, normal, positive, properties, random_plan, seeds, shapes
 
 import vtok
-from vtok.reduction import Plan, apply_plan, unmerge
-from vtok.state import TokenState
+from vtok.core.reduction import Plan, apply_plan, unmerge
+from vtok.core.tokens import TokenState
 
 
 def members(plan: Plan, b: int) -> list[list[int]]:

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import vtok
-from vtok.eval.atp_report import answer, load_test_questions, spread
-from vtok.eval.reference import asset
-from vtok.eval.train_atp import ATP_WEIGHTS, load_host
-from vtok.methods.atp_module import load
+from vtok.eval.models.reference import asset
+from vtok.eval.training.atp import ATP_WEIGHTS, load_host
+from vtok.eval.training.atp_report import answer, load_test_questions, spread
+from vtok.methods.atp.modules import load
 
 COUNT = 100
 

@@ -6,14 +6,13 @@ import pytest
 import torch
 from helpers_easyvqa import naming, write_small
 
-from vtok.eval.easyvqa import BLANK, CLASSES, COLOURS, PLACES, SHAPES, Pictures, compose
-from vtok.eval.reference import asset, load_reference_pages, load_reference_pictures
-from vtok.eval.train_vit import Stage
+from vtok.eval.models.easyvqa import BLANK, CLASSES, COLOURS, PLACES, SHAPES, Pictures, compose
+from vtok.eval.models.reference import asset, load_reference_pages, load_reference_pictures
+from vtok.eval.training.vit import Stage
 
 transformers = pytest.importorskip("transformers")
 
-from vtok.eval import train_llava_next, train_run  # noqa: E402
-from vtok.eval.reference_next import (  # noqa: E402
+from vtok.eval.models.reference_next import (  # noqa: E402
     DIFFERENCES,
     NEXT_FOLDER,
     ReferenceLLaVANeXT,
@@ -27,8 +26,10 @@ from vtok.eval.reference_next import (  # noqa: E402
     page_questions,
     questions_about,
 )
-from vtok.eval.reference_vlm import BOS, IMAGE, PROMPT, ReferenceLLaVA, make_processor, make_tokenizer, save_folder  # noqa: E402
-from vtok.eval.train_llava_next import (  # noqa: E402
+from vtok.eval.models.reference_vlm import BOS, IMAGE, PROMPT, ReferenceLLaVA, make_processor, make_tokenizer, save_folder  # noqa: E402
+from vtok.eval.training import llava_next as train_llava_next
+from vtok.eval.training import loop as train_run
+from vtok.eval.training.llava_next import (  # noqa: E402
     Placer,
     Recipe,
     accuracy,
@@ -40,7 +41,7 @@ from vtok.eval.train_llava_next import (  # noqa: E402
     train,
     views,
 )
-from vtok.eval.turns import answer_logits, pack  # noqa: E402
+from vtok.eval.training.turns import answer_logits, pack  # noqa: E402
 
 SMALL = {"width": 32, "depth": 2, "heads": 2, "text_width": 32, "text_hidden": 48, "text_depth": 4, "text_heads": 2}
 TINY = ReferenceLLaVANeXT(patch_size=32, **SMALL)

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vtok.eval.easyvqa import classes_of
-from vtok.eval.reference import asset, load_reference_pictures
+from vtok.eval.models.easyvqa import classes_of
+from vtok.eval.models.reference import asset, load_reference_pictures
 
 transformers = pytest.importorskip("transformers")
 
-from vtok.eval import reference_vlm  # noqa: E402
-from vtok.eval.reference_vlm import (  # noqa: E402
+from vtok.eval.models import reference_vlm
+from vtok.eval.models.reference_vlm import (  # noqa: E402
     BOS,
     EOS,
     IMAGE,
@@ -31,7 +31,7 @@ from vtok.eval.reference_vlm import (  # noqa: E402
     save_folder,
     write_questions,
 )
-from vtok.eval.train_llava import accuracy  # noqa: E402
+from vtok.eval.training.llava import accuracy  # noqa: E402
 
 TINY = ReferenceLLaVA(patch_size=16, width=32, depth=2, heads=2, text_width=32, text_hidden=48, text_depth=2, text_heads=2)
 
@@ -109,7 +109,7 @@ def test_generation_stops_at_the_end_of_the_answer():
 def test_missing_weights(tmp_path):
     save_folder(tmp_path, TINY.build(), make_processor(TINY))
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no model.safetensors; train it: python -m vtok.eval.train_llava"):
+    with pytest.raises(FileNotFoundError, match=r"has no model.safetensors; train it: python -m vtok.eval.training.llava"):
         load_reference_llava(tmp_path)
 
 

@@ -11,11 +11,11 @@ from rich.console import Console
 from zoo import build, images
 
 import vtok
-from vtok.eval import report
-from vtok.eval.compare import Case, Comparison, Data, cases
-from vtok.eval.overlay import outlines, overlay_sheet, paint, token_groups
-from vtok.eval.records import Records
-from vtok.eval.settings import Setting
+from vtok.eval.common.records import Records
+from vtok.eval.common.settings import Setting
+from vtok.eval.demo.compare import Case, Comparison, Data, cases
+from vtok.eval.report import tables as report
+from vtok.eval.viz.overlay import outlines, overlay_sheet, paint, token_groups
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,12 @@ import pytest
 from typer.testing import CliRunner
 
 from vtok.errors import ConfigError
-from vtok.eval import runs, write_report
-from vtok.eval.app import app
-from vtok.eval.report_html import ReportOptions, page, repeat, rows, sections, values
-from vtok.eval.report_html.read import read
-from vtok.eval.runs import parse_setting
+from vtok.eval import write_report
+from vtok.eval.cli.app import app
+from vtok.eval.report.html import ReportOptions, page, repeat, rows, sections, values
+from vtok.eval.report.html.read import read
+from vtok.eval.runs import loader as runs
+from vtok.eval.runs.loader import parse_setting
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7*7 }}"
 VOID = {"meta", "link", "img", "br", "wbr", "path"}

@@ -10,10 +10,10 @@ from PIL import Image
 from test_report_html import lines, made, record
 
 from vtok.eval import write_report
-from vtok.eval.reference import load_reference_images
-from vtok.eval.report_html import ReportOptions, gallery, groups, questions, sections
-from vtok.eval.tasks.vqa_data import EASY_VQA, open_vqa
-from vtok.eval.vlm_models import REFERENCE_LLAVA, VisionLanguageModel
+from vtok.eval.models.reference import load_reference_images
+from vtok.eval.models.vlm import REFERENCE_LLAVA, VisionLanguageModel
+from vtok.eval.report.html import ReportOptions, gallery, groups, questions, sections
+from vtok.eval.tasks.vqa.data import EASY_VQA, open_vqa
 
 N = 60
 

@@ -11,13 +11,17 @@ from PIL import Image
 from rich.console import Console
 
 import vtok
-from vtok.eval import runner, runs, runs_models, sweep_plot, sweep_report
-from vtok.eval.records import Records
-from vtok.eval.reference import load_reference_images
-from vtok.eval.report import correctness
-from vtok.eval.runs_records import difference
-from vtok.eval.settings import Setting
-from vtok.eval.sweep import points
+from vtok.eval.common.records import Records
+from vtok.eval.common.settings import Setting
+from vtok.eval.models.reference import load_reference_images
+from vtok.eval.report import sweep as sweep_report
+from vtok.eval.report import sweep_plot
+from vtok.eval.report.tables import correctness
+from vtok.eval.runs import loader as runs
+from vtok.eval.runs import models as runs_models
+from vtok.eval.runs import runner
+from vtok.eval.runs.records import difference
+from vtok.eval.runs.sweep import points
 
 FIELDS = {
     *("key", "config", "task", "model", "backend", "method", "setting", "params", "budget", "dataset", "n", "metrics"),

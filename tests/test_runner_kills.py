@@ -9,8 +9,9 @@ import warnings
 import pytest
 import yaml
 
-from vtok.eval import runner, runs
-from vtok.eval.records import Records
+from vtok.eval.common.records import Records
+from vtok.eval.runs import loader as runs
+from vtok.eval.runs import runner
 
 CONTENT = {
     "model": {"backend": "reference", "name": "reference-vit"},
@@ -28,7 +29,7 @@ import os, random, signal, sys, time, timm, torch
 from pathlib import Path
 torch.set_num_threads(1)
 from vtok.eval import runner, runs
-from vtok.eval.records import Records
+from vtok.eval.common.records import Records
 from vtok.eval.tasks import TASKS
 TASKS.get("imagenet")
 path, out, kills, chance = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), random.Random(0)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 import vtok
-from vtok.eval import runs
-from vtok.eval.runs_methods import portable
-from vtok.eval.settings import Setting
+from vtok.eval.common.settings import Setting
+from vtok.eval.runs import loader as runs
+from vtok.eval.runs.methods import portable
 
 
 def _file(tmp_path, text):

@@ -6,9 +6,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from vtok.errors import ConfigError
-from vtok.eval import select_bench
-from vtok.eval.app import app
-from vtok.methods.todre_select import SELECTORS
+from vtok.eval.benchmarks import selection as select_bench
+from vtok.eval.cli.app import app
+from vtok.methods.todre.selection import SELECTORS
 
 
 @pytest.mark.parametrize("selector", list(SELECTORS))

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 import vtok
 from tests import zoo
 from tests.strategies import properties, seeds
-from vtok.budget import steps_of, within
-from vtok.cost import estimate
-from vtok.eval.settings import pass_cost
+from vtok.core.search_space import Blocks, Choice, Ladder, Real, Weights, draw
+from vtok.cost.budget import steps_of, within
+from vtok.cost.encoder import estimate
+from vtok.eval.common.settings import pass_cost
 from vtok.registry import METHODS, encoder_methods
-from vtok.resolve import towers
-from vtok.space import Blocks, Choice, Ladder, Real, Weights, draw
+from vtok.targets.resolve import towers
 
 MODEL = zoo.build("timm: ViT")
 ((ADAPTER, TOWER),) = towers(MODEL, None)

@@ -5,8 +5,8 @@ import io
 from rich.console import Console
 from rich.table import Table
 
-from vtok.eval import terminal
-from vtok.eval.imagenet_command import print_records
+from vtok.eval.cli.imagenet import print_records
+from vtok.eval.common import terminal
 
 NAME = "out[/v1] [bold]x[/bold] :smile: [b]"
 

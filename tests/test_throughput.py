@@ -17,11 +17,12 @@ from torch import nn
 
 import vtok
 from vtok.config import MethodConfig, Reducer
-from vtok.eval import bench_result, memory, throughput
-from vtok.eval.intervals import Interval
-from vtok.eval.settings import PassCost, Setting, mean_cost, pass_cost, twin
-from vtok.eval.throughput import compare, measure, reduction_share, verdict
-from vtok.state import Place, Site
+from vtok.core.tokens import Place, Site
+from vtok.eval.benchmarks import memory, throughput
+from vtok.eval.benchmarks import throughput_result as bench_result
+from vtok.eval.benchmarks.throughput import compare, measure, reduction_share, verdict
+from vtok.eval.common.settings import PassCost, Setting, mean_cost, pass_cost, twin
+from vtok.eval.common.statistics import Interval
 
 NAME = "timm: ViT"
 # What result files of an evaluation must say.

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from strategies import generator, normal, positive, properties, seeds
 from torch import Tensor
 
+from vtok.core.prompt import LayerAttention, Layout
+from vtok.core.tokens import AttentionView
 from vtok.errors import ConfigError, UnknownNameError
-from vtok.methods import todre_relevance
 from vtok.methods.todre import max_sum_select, relevance
-from vtok.methods.todre_pivot import choose_pivot, cls_attention
-from vtok.methods.todre_relevance import DEFAULT_PROBE, drops_visual, kinds, probe_layers
+from vtok.methods.todre import text_relevance as todre_relevance
+from vtok.methods.todre.pivot import choose_pivot, cls_attention
+from vtok.methods.todre.text_relevance import DEFAULT_PROBE, drops_visual, kinds, probe_layers
 from vtok.ops.selection import kept_tokens
-from vtok.prompt import LayerAttention, Layout
-from vtok.state import AttentionView
 
 
 def test_tokens_an_image_keeps() -> None:

@@ -11,11 +11,11 @@ from vlm_zoo import EXAMPLES, assert_same, build, generate, inputs, tower_probs
 
 import vtok
 from vtok.config import MethodConfig
-from vtok.patches import hf_features as hf
-from vtok.patches.hf_vlm import feature_block
-from vtok.prompt import ImageFeatures, VLMInfo, VLMReducer
-from vtok.reduction import Plan
-from vtok.state import Place, Site
+from vtok.core.prompt import ImageFeatures, VLMInfo, VLMReducer
+from vtok.core.reduction import Plan
+from vtok.core.tokens import Place, Site
+from vtok.patches.hf_vlm import image_features as hf
+from vtok.patches.hf_vlm.families import feature_block
 
 TOWERS = [name for name in EXAMPLES if not name.startswith("Qwen")]
 SHORT = ["LLaVA-1.5", "LLaVA-NeXT", "LLaVA-OneVision", "InternVL", "Idefics3", "Gemma3", "PaliGemma"]

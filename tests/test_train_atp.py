@@ -7,10 +7,11 @@ import torch
 from PIL import Image
 
 import vtok
-from vtok.eval import atp_report, train_atp
-from vtok.eval.reference_vlm import ReferenceLLaVA, load_reference_questions, make_processor
-from vtok.eval.train_atp import Asked, Host, Recipe
-from vtok.methods.atp_module import load
+from vtok.eval.models.reference_vlm import ReferenceLLaVA, load_reference_questions, make_processor
+from vtok.eval.training import atp as train_atp
+from vtok.eval.training import atp_report
+from vtok.eval.training.atp import Asked, Host, Recipe
+from vtok.methods.atp.modules import load
 
 TINY = ReferenceLLaVA(patch_size=16, width=24, depth=2, heads=2, text_width=32, text_hidden=48, text_depth=4, text_heads=2)
 RECIPE = Recipe(target_tokens=8, hidden=8, steps=30, batch_size=6, lr=2e-2)
@@ -170,7 +171,7 @@ def test_targets_that_cannot_be_reached(host):
 
 def test_the_command(host, asked, tmp_path, capsys):
     """Trains a folder's model on a file of questions, then reports."""
-    from vtok.eval.reference_vlm import save_folder
+    from vtok.eval.models.reference_vlm import save_folder
 
     save_folder(tmp_path / "model", host.model, host.processor)
     lines = []

@@ -6,13 +6,12 @@ import pytest
 import torch
 from helpers_easyvqa import naming, write_small
 
-from vtok.eval.reference import normalise_page
-from vtok.eval.train_vit import Stage
+from vtok.eval.models.reference import normalise_page
+from vtok.eval.training.vit import Stage
 
 pytest.importorskip("transformers")
 
-from vtok.eval import train_llava, train_run
-from vtok.eval.reference_vlm import (
+from vtok.eval.models.reference_vlm import (
     BOS,
     EOS,
     IMAGE,
@@ -22,7 +21,9 @@ from vtok.eval.reference_vlm import (
     load_reference_questions,
     make_tokenizer,
 )
-from vtok.eval.train_llava import (
+from vtok.eval.training import llava as train_llava
+from vtok.eval.training import loop as train_run
+from vtok.eval.training.llava import (
     Lessons,
     Namer,
     Recipe,
@@ -35,7 +36,7 @@ from vtok.eval.train_llava import (
     resample,
     train,
 )
-from vtok.eval.turns import IGNORED, answer_logits, pack, turn_mask
+from vtok.eval.training.turns import IGNORED, answer_logits, pack, turn_mask
 
 TINY = ReferenceLLaVA(patch_size=16, width=32, depth=2, heads=2, text_width=32, text_hidden=48, text_depth=2, text_heads=2)
 RECIPE = Recipe(

@@ -17,18 +17,18 @@ from typer.testing import CliRunner
 
 import vtok
 from tests import zoo
-from vtok.eval import tune_report
-from vtok.eval.app import app
-from vtok.eval.intervals import paired_difference
-from vtok.eval.settings import pass_cost
-from vtok.eval.tune import Tuning, tune
-from vtok.eval.tune_models import Prepared
-from vtok.eval.tune_result import Plan
-from vtok.eval.tune_samples import in_memory, shuffled
-from vtok.eval.tune_score import class_values, embedding_values, loss
-from vtok.eval.tune_subjects import SLACK, Encoder
+from vtok.eval.cli.app import app
+from vtok.eval.common.settings import pass_cost
+from vtok.eval.common.statistics import paired_difference
+from vtok.eval.tune import report as tune_report
+from vtok.eval.tune.models import Prepared
+from vtok.eval.tune.result import Plan
+from vtok.eval.tune.samples import in_memory, shuffled
+from vtok.eval.tune.score import class_values, embedding_values, loss
+from vtok.eval.tune.subjects import SLACK, Encoder
+from vtok.eval.tune.tuner import Tuning, tune
 from vtok.registry import METHODS, encoder_methods
-from vtok.resolve import towers
+from vtok.targets.resolve import towers
 
 SIZE = (3, 64, 64)
 
@@ -269,13 +269,13 @@ def test_a_timm_model_on_a_folder_end_to_end(folder, tmp_path):
     content = yaml.safe_load((out / "tuned.yaml").read_text())
     assert content["model"] == {"backend": "timm", "name": "test_vit"} and content["options"] == {"num_classes": 3}
     assert content["data"] == str(folder)
-    model = vtok.eval.models.load_model("test_vit")
+    model = vtok.eval.models.by_name.load_model("test_vit")
     vtok.patch(model, out / "tuned.json")
-    from vtok.eval import runs
+    from vtok.eval.runs import loader as runs
 
     run = runs.load(str(out / "tuned.yaml"))
     assert run.output == str(out / "run")
-    assert run.method == vtok.fit.run_of(model).patch.configs[0]
+    assert run.method == vtok.targets.encoder.run_of(model).patch.configs[0]
     before = (out / "search.ndjson").read_bytes()
     (out / "search.ndjson").write_bytes(before + b'{"key": "torn')
     printed = vtok_tune(*args)

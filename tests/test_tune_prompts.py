@@ -10,18 +10,18 @@ import yaml
 
 import vtok
 from tests.test_tune import vtok_tune
-from vtok.eval import tune_prompts
-from vtok.eval.tasks.vqa_data import calibration_questions, easy_vqa
-from vtok.eval.tune_subjects import candidate
+from vtok.core.search_space import draw
+from vtok.eval.tasks.vqa.data import calibration_questions, easy_vqa
+from vtok.eval.tune import prompts as tune_prompts
+from vtok.eval.tune.subjects import candidate
 from vtok.registry import METHODS
-from vtok.space import draw
 
 pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")
 def llava():
-    from vtok.eval.vlm_models import load_vlm
+    from vtok.eval.models.vlm import load_vlm
 
     return load_vlm("reference-llava")
 
@@ -111,7 +111,7 @@ def test_questions_end_to_end(tmp_path, cheap):
     assert "top-1 %" in printed and "easy-vqa (held out)" in printed
     content = yaml.safe_load((tmp_path / "tuned.yaml").read_text())
     assert content["model"] == {"backend": "reference", "name": "reference-llava"} and content["task"] == "vqa"
-    from vtok.eval import runs
+    from vtok.eval.runs import loader as runs
 
     assert runs.load(str(tmp_path / "tuned.yaml")).method.name == "todre"
     records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import vtok
 from tests.strategies import properties
-from vtok.eval.tune_search import LEAST_SAMPLES, Rung, rungs, search, work
+from vtok.eval.tune.search import LEAST_SAMPLES, Rung, rungs, search, work
 
 counts = st.integers(2, 200)
 

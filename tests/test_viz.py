@@ -13,9 +13,10 @@ from zoo import build, images
 import vtok
 from vtok.api import run_of
 from vtok.errors import ConfigError, UnknownNameError
-from vtok.eval import visualize, viz_input
-from vtok.eval.app import app
-from vtok.eval.viz_draw import Stage, TokenMaps, View
+from vtok.eval import visualize
+from vtok.eval.cli.app import app
+from vtok.eval.viz import input as viz_input
+from vtok.eval.viz.draw import Stage, TokenMaps, View
 
 RUN = CliRunner()
 ENCODERS = ("timm: ViT", "open_clip: ViT", "transformers: ViT", "transformers: CLIP tower")
@@ -103,7 +104,7 @@ def test_an_image_file_is_prepared_as_the_model_wants_it(tmp_path):
 
 
 def test_dual_encoders_are_drawn_by_their_image_tower(tmp_path):
-    from vtok.eval.reference import load_reference_clip
+    from vtok.eval.models.reference import load_reference_clip
 
     net = load_reference_clip().net
     maps = visualize(net, "tome", Image.new("RGB", (200, 100), "red"), r=8)

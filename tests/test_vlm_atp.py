@@ -93,7 +93,7 @@ def test_after_other_pruning_tokens_keep_their_slots(tmp_path):
     with torch.no_grad():
         model(**values)
     order = torch.arange(16).view(4, 4)
-    from vtok.methods.uniform_grid import dither_rank
+    from vtok.methods.baselines.uniform_grid import dither_rank
 
     keeps = (dither_rank(order.flatten(), 4, 4).argsort()[:8]).sort().values
     assert seen[0][seen[0] >= 0].view(2, 8).tolist() == [keeps.tolist()] * 2
@@ -189,7 +189,7 @@ def test_without_modules():
     model = build("LLaVA-1.5")
     text = message_of(vtok.ConfigError, vtok.patch, model, "atp")
     assert "atp needs modules that were trained for this LlavaModel" in text
-    assert "python -m vtok.eval.train_atp --model FOLDER" in text
+    assert "python -m vtok.eval.training.atp --model FOLDER" in text
     assert text == vtok.supports(model).methods["atp"]
     assert not vtok.info(model).patched
 
@@ -240,7 +240,7 @@ def test_several_images_and_grids_that_depend_on_them(tmp_path, inputs_):
 @pytest.mark.parametrize("name", ["InternVL", "Gemma3", "PaliGemma", "LLaVA, Mistral text, window 9"])
 def test_other_families(tmp_path, name):
     """Each is used with modules of its own; here are their grids, and that they run."""
-    from vtok.patches.hf_vlm import find
+    from vtok.patches.hf_vlm.families import find
 
     model, values = build(name), inputs(name)
     assert find(model)[0].info.grid == GRID

@@ -8,7 +8,7 @@ import torch
 from vlm_zoo import EXAMPLES, Attended, AttendedReducer, Columns, build, generate, inputs, text_model
 
 import vtok
-from vtok.patches.decoder_probe import why_not
+from vtok.patches.decoder.attention_probe import why_not
 
 ALL = [(name, kernel) for name, example in EXAMPLES.items() for kernel in example.kernels]
 

@@ -9,9 +9,9 @@ from helpers_errors import message_of
 from vlm_zoo import Attended, Columns, build, inputs
 
 import vtok
-from vtok.budget import TOLERANCE, solve_prompt
-from vtok.eval.flops import count_prompt_macs
-from vtok.resolve import run_of
+from vtok.cost.budget import TOLERANCE, solve_prompt
+from vtok.eval.benchmarks.flops import count_prompt_macs
+from vtok.targets.resolve import run_of
 
 PROMPT = {"images": 1, "text_tokens": 24}
 IN_TOWER = {"tome": {}, "pitome": {}, "ats": {"query": "mean"}, "zero_tprune": {"cls_init": "uniform"}}

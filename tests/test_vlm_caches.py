@@ -10,7 +10,7 @@ from helpers_errors import message_of
 from vlm_zoo import TOLERANCE, Columns, MaskOracle, build, column_keeps, generate, inputs
 
 import vtok
-from vtok.patches.decoder_state import CACHES, ShortCache
+from vtok.patches.decoder.kv_cache import CACHES, ShortCache
 
 SHARES = ((0, 2), (2, 3))
 MORE = torch.tensor([[7, 8, 9], [10, 11, 12]])

@@ -8,11 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlm_zoo import EXAMPLES, Attended, Columns, build, generate, inputs, text_model
 
 import vtok
-from vtok.eval.flops import FEATURES, count_prompt_macs, formulas
-from vtok.patches.hf_vlm import find
-from vtok.patches.hf_vlm_cost import stated_image
-from vtok.prompt_plan import planned
-from vtok.vlm import resolve
+from vtok.eval.benchmarks.flops import FEATURES, count_prompt_macs, formulas
+from vtok.patches.hf_vlm.families import find
+from vtok.patches.hf_vlm.macs import stated_image
+from vtok.targets.vlm import resolve
+from vtok.targets.vlm_estimate import planned
 
 PAIRS = [(name, kernel) for name, example in EXAMPLES.items() for kernel in example.kernels]
 
@@ -254,7 +254,7 @@ def test_a_tower_without_closed_form_is_refused_by_plan_and_noted_by_info():
 
 def test_counting_leaves_nothing_behind():
     model, values = vtok.patch(build("LLaVA-1.5"), [vtok.UniformGrid(keep=0.5), Attended()]), inputs("LLaVA-1.5")
-    from vtok.patches.hf_vlm_install import pruner_of
+    from vtok.patches.hf_vlm.install import pruner_of
 
     (vlm,) = find(model)
     before = (pruner_of(vlm).features, dict(pruner_of(vlm).layers))

@@ -9,7 +9,7 @@ from helpers_towers import METHODS, TOKENWISE, deep, left_by
 from vlm_zoo import Columns, assert_same, generate, inputs, text_model, visual
 
 import vtok
-from vtok.patches.vlm_tower import HOLE, holes
+from vtok.patches.hf_vlm.tower_bridge import HOLE, holes
 
 
 def _merged(model, values):

@@ -6,7 +6,7 @@ from helpers_errors import message_of
 from vlm_zoo import EXAMPLES, Attended, Columns, Nearest, build, generate, inputs, text_model
 
 import vtok
-from vtok.patches.hf_vlm import REFUSED
+from vtok.patches.hf_vlm.families import REFUSED
 
 
 @pytest.mark.parametrize("method", ["ats", "pitome", "tome", "zero_tprune"])
@@ -164,7 +164,7 @@ def test_kernels_that_are_refused(monkeypatch):
 
 
 def test_a_method_that_keeps_nothing(monkeypatch):
-    from vtok.reduction import Plan
+    from vtok.core.reduction import Plan
 
     reducer = type(Nearest().build_vlm(None))
     monkeypatch.setattr(reducer, "features", lambda self, images: Plan(torch.zeros(len(images.tokens), 0, dtype=torch.long)))
@@ -212,7 +212,7 @@ def test_features_of_no_block(name):
 
 def test_a_family_whose_cost_nobody_wrote_down(monkeypatch):
     """Its prompts are shortened; what needs costs says what is missing."""
-    from vtok.patches import hf_vlm_cost
+    from vtok.patches.hf_vlm import macs as hf_vlm_cost
 
     rows = {name: row for name, row in hf_vlm_cost.VISION.items() if not name.endswith(".LlavaModel")}
     monkeypatch.setattr(hf_vlm_cost, "VISION", rows)

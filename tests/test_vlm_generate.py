@@ -18,9 +18,9 @@ from vlm_zoo import (
 )
 
 import vtok
-from vtok.patches.hf_vlm import REFUSED, TEXT_MODELS, VLMS
+from vtok.core.tokens import Site
+from vtok.patches.hf_vlm.families import REFUSED, TEXT_MODELS, VLMS
 from vtok.patches.protocol import qualified_name
-from vtok.state import Site
 
 ALL = [(name, kernel) for name, example in EXAMPLES.items() for kernel in example.kernels]
 FAST = [
@@ -92,7 +92,7 @@ def test_folding_features(name):
     """Merged features reach the LLM, also those of other tower layers: the same as replaced by hand, under a mask."""
     values, model = inputs(name), build(name)
     reference = build(name)
-    from vtok.patches import hf_features as hf
+    from vtok.patches.hf_vlm import image_features as hf
 
     outputs = hf.encode(reference.model, values)
     images = list(outputs["image"].pooler_output)

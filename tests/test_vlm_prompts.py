@@ -12,8 +12,8 @@ import transformers
 from helpers_vqa import picture, tiny_llava, tiny_next
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from vtok.eval.train_atp import Host
-from vtok.eval.vlm_models import BeginsOnce, VisionLanguageModel
+from vtok.eval.models.vlm import BeginsOnce, VisionLanguageModel
+from vtok.eval.training.atp import Host
 
 QUESTION = "is there a circle?"
 PARTS = (

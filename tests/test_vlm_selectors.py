@@ -17,12 +17,12 @@ from torch import Tensor
 from vlm_zoo import MaskOracle, assert_same, build, generate, inputs
 
 import vtok
-from vtok.eval import vlm_oracle
-from vtok.patches.hf_vlm import find
-from vtok.patches.hf_vlm_install import pruner_of
-from vtok.prompt import View
-from vtok.space import draw
-from vtok.state import Place
+from vtok.core.prompt import View
+from vtok.core.search_space import draw
+from vtok.core.tokens import Place
+from vtok.eval.matrix import vlm_oracle
+from vtok.patches.hf_vlm.families import find
+from vtok.patches.hf_vlm.install import pruner_of
 
 METHODS: dict[str, dict[str, Any]] = {
     "divprune": {"keep": 0.4},
@@ -133,7 +133,7 @@ def test_counts_are_those_of_the_plan(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_counter_finds_what_the_closed_form_says(method: str) -> None:
-    from vtok.eval.flops import count_prompt_macs
+    from vtok.eval.benchmarks.flops import count_prompt_macs
 
     values = row_of("LLaVA-1.5", inputs("LLaVA-1.5"), 1)
     model = patched("LLaVA-1.5", method)

@@ -6,11 +6,11 @@ from helpers_todre import KEEP, alive_of, kernel_of, row_of
 from vlm_zoo import EXAMPLES, MaskOracle, assert_same, build, generate, inputs
 
 import vtok
-from vtok.eval.flops import count_prompt_macs
+from vtok.eval.benchmarks.flops import count_prompt_macs
 from vtok.methods import todre
-from vtok.patches import hf_features as hf
-from vtok.patches.hf_vlm import find
-from vtok.resolve import run_of
+from vtok.patches.hf_vlm import image_features as hf
+from vtok.patches.hf_vlm.families import find
+from vtok.targets.resolve import run_of
 
 
 # Odd prompts.

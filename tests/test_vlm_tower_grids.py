@@ -11,7 +11,7 @@ from helpers_towers import METHODS, note_input, tower_of
 from vlm_zoo import assert_same, build, generate, inputs
 
 import vtok
-from vtok.resolve import run_of
+from vtok.targets.resolve import run_of
 
 GRIDS = ["LLaVA-NeXT", "LLaVA-OneVision", "InternVL", "Idefics3", "SmolVLM", "Gemma3"]
 PACKED = ["Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL"]

@@ -11,7 +11,7 @@ from helpers_towers import METHODS, TOKENWISE, deep, tower_of
 from vlm_zoo import build, generate, inputs, visual
 
 import vtok
-from vtok.resolve import run_of
+from vtok.targets.resolve import run_of
 
 
 @pytest.mark.parametrize("method", ["pitome", "ats"])

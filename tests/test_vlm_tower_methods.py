@@ -11,12 +11,12 @@ from helpers_todre import kernel_of
 from vlm_zoo import EXAMPLES, Columns, MaskOracle, assert_same, build, column_keeps, generate, inputs, tower_probs
 
 import vtok
-from vtok.eval.flops import count_prompt_macs
-from vtok.patches.hf_vlm import find
-from vtok.prompt import ImageFeatures, TowerBlock, TowerFacts, View, VLMInfo
-from vtok.reduction import apply_plan
-from vtok.space import draw
-from vtok.state import AttentionView, TokenState
+from vtok.core.prompt import ImageFeatures, TowerBlock, TowerFacts, View, VLMInfo
+from vtok.core.reduction import apply_plan
+from vtok.core.search_space import draw
+from vtok.core.tokens import AttentionView, TokenState
+from vtok.eval.benchmarks.flops import count_prompt_macs
+from vtok.patches.hf_vlm.families import find
 
 METHODS = [
     vtok.VisionZip(keep=0.5),
@@ -402,7 +402,7 @@ def test_towers_that_cannot_be_read(method):
 
 def test_features_that_are_added_inside_the_llm_are_pooled_likewise():
     """Qwen3-VL adds features of two tower layers to the visual tokens between decoder layers."""
-    from vtok.methods.downsample import pool_grid
+    from vtok.methods.baselines.downsample import pool_grid
 
     values, model = inputs("Qwen3-VL"), build("Qwen3-VL")
     chosen = Chosen(model, values, vtok.Downsample(keep=0.25))

@@ -9,9 +9,9 @@ from helpers_towers import METHODS, TOKENWISE, columns, deep, left_by, note_inpu
 from vlm_zoo import Columns, Nearest, assert_same, generate, inputs, text_model, visual
 
 import vtok
-from vtok.patches.hf_vlm import find
-from vtok.prompt import ImageFeatures, View
-from vtok.resolve import run_of
+from vtok.core.prompt import ImageFeatures, View
+from vtok.patches.hf_vlm.families import find
+from vtok.targets.resolve import run_of
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -7,9 +7,9 @@ import torch
 from vlm_zoo import build, feature_keeps, generate, inputs, text_model, visual
 
 import vtok
-from vtok.patches.hf_views import _first_grid
-from vtok.patches.hf_vlm_examples import VIDEO
-from vtok.patches.hf_vlm_pages import END, IMAGE, START
+from vtok.patches.hf_vlm.example_pages import END, IMAGE, START
+from vtok.patches.hf_vlm.examples import VIDEO
+from vtok.patches.hf_vlm.layout import _first_grid
 
 QWEN = ["Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL"]
 

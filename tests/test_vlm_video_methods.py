@@ -9,7 +9,7 @@ from helpers_todre import kernel_of
 from vlm_zoo import EXAMPLES, MaskOracle, assert_same, build, generate, inputs
 
 import vtok
-from vtok.patches.hf_vlm import find
+from vtok.patches.hf_vlm.families import find
 
 METHODS = [
     vtok.EVS(keep=0.5),
@@ -78,7 +78,7 @@ def test_counts_images_and_saved_configs(tmp_path, config):
     (vlm,) = find(build(name))
     reducer, chosen = config.build_vlm(vlm.info), Chosen(build(name), _videos(name), config)
     for i, (stays, grid) in enumerate(zip(chosen.stays, ((4, 2, 4), (3, 2, 2)))):
-        views = tuple(vtok.prompt.View(t * grid[1] * grid[2], *grid[1:]) for t in range(grid[0]))
+        views = tuple(vtok.core.prompt.View(t * grid[1] * grid[2], *grid[1:]) for t in range(grid[0]))
         foretold = reducer.feature_count(len(stays), views, "video")
         kept = int(stays.sum())
         exact = config.name != "fastvid" and getattr(config, "preset", None) is None
@@ -125,7 +125,7 @@ def test_evs_by_hand():
 
 def test_a_still_video_keeps_its_first_frames():
     x = torch.randn(1, 1, 6, 5, generator=torch.Generator().manual_seed(0)).expand(1, 4, 6, 5)
-    from vtok.methods.evs import changed_tokens
+    from vtok.methods.video.evs import changed_tokens
 
     assert changed_tokens(x, 9).tolist() == [list(range(9))]
 

@@ -9,7 +9,7 @@ from helpers_vqa import picture, tiny_llava, tiny_next
 import vtok
 from vtok.errors import ConfigError
 from vtok.eval import visualize
-from vtok.eval.tasks.vqa_pipeline import answer
+from vtok.eval.tasks.vqa.pipeline import answer
 
 
 @pytest.fixture(scope="module")

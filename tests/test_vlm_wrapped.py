@@ -11,9 +11,9 @@ from helpers_towers import METHODS, TOKENWISE, deep
 from vlm_zoo import Attended, Columns, assert_same, build, generate, inputs
 
 import vtok
-from vtok.methods.atp_reducer import SoftATP
-from vtok.patches.decoder_soft import softened
-from vtok.patches.encoded import note_of
+from vtok.methods.atp.reducer import SoftATP
+from vtok.patches.decoder.soft_gates import softened
+from vtok.patches.hf_vlm.encoded import note_of
 
 READS = vtok.ToDRE(keep=0.4, pivot="cls", probe=None)
 EACH = {

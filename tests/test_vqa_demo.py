@@ -8,13 +8,15 @@ pytest.importorskip("transformers")
 from helpers_vqa import ANATOMY, questions, tiny_llava, tiny_next
 
 import vtok
-from vtok.eval import vqa_demo, vqa_overlay, vqa_report
-from vtok.eval.intervals import with_error
-from vtok.eval.records import Records
-from vtok.eval.settings import Setting, twin
-from vtok.eval.tasks import vqa_pipeline
-from vtok.eval.tasks.vqa_data import PAGES, open_vqa
-from vtok.eval.vlm_models import REFERENCE_LLAVA, REFERENCE_NEXT
+from vtok.eval.common.records import Records
+from vtok.eval.common.settings import Setting, twin
+from vtok.eval.common.statistics import with_error
+from vtok.eval.demo import questions as vqa_demo
+from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_NEXT
+from vtok.eval.report import questions as vqa_report
+from vtok.eval.tasks.vqa import pipeline as vqa_pipeline
+from vtok.eval.tasks.vqa.data import PAGES, open_vqa
+from vtok.eval.viz import prompt_overlay as vqa_overlay
 
 QUESTIONS, PAGE_QUESTIONS = 10, 8
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import vtok
-from vtok.eval.tasks import vqa_metrics as metrics
-from vtok.eval.tasks.vqa_metrics import exact_match, loyalty, majority, normalised, soft_accuracy
+from vtok.eval.tasks.vqa import metrics
+from vtok.eval.tasks.vqa.metrics import exact_match, loyalty, majority, normalised, soft_accuracy
 
 MODES = ("lmms", "official")  # the others: test_question_metrics.py
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "vqa_soft_accuracy.json").read_text(encoding="utf-8"))

@@ -18,17 +18,18 @@ from helpers_vqa import ANATOMY, PICTURES, picture, questions, save_tiny, tiny_l
 from typer.testing import CliRunner
 
 import vtok
-from vtok.eval import runs
-from vtok.eval.records import Records
-from vtok.eval.report import correctness
-from vtok.eval.tasks import TASKS, vqa_pipeline
-from vtok.eval.tasks.vqa import VQAOptions, evaluate
-from vtok.eval.tasks.vqa_data import open_vqa
-from vtok.eval.tasks.vqa_files import ONE_WORD, read_results
-from vtok.eval.tasks.vqa_metrics import soft_accuracy
-from vtok.eval.tasks.vqa_records import Scored, blind_scores, groups_of, time_fields
-from vtok.eval.vlm_models import load_vlm
-from vtok.vlm import POSITIONS
+from vtok.eval.common.records import Records
+from vtok.eval.models.vlm import load_vlm
+from vtok.eval.report.tables import correctness
+from vtok.eval.runs import loader as runs
+from vtok.eval.tasks import TASKS
+from vtok.eval.tasks.vqa import pipeline as vqa_pipeline
+from vtok.eval.tasks.vqa.data import open_vqa
+from vtok.eval.tasks.vqa.evaluate import VQAOptions, evaluate
+from vtok.eval.tasks.vqa.files import ONE_WORD, read_results
+from vtok.eval.tasks.vqa.metrics import soft_accuracy
+from vtok.eval.tasks.vqa.records import Scored, blind_scores, groups_of, time_fields
+from vtok.targets.vlm import POSITIONS
 
 VISUAL = ANATOMY.visual_tokens
 SETTINGS = [None, ("uniform", {"keep": 0.5}), ("random", {"keep": 0.25})]
@@ -345,7 +346,7 @@ def test_vqav2_files(llava, tmp_path):
 
 
 def test_the_command_line(folder, tmp_path):
-    from vtok.eval.app import app
+    from vtok.eval.cli.app import app
 
     def run(*args):
         result = CliRunner().invoke(app, [str(a) for a in args], catch_exceptions=False)
@@ -417,8 +418,8 @@ def test_what_cannot_be_evaluated(call, message, llava, tmp_path):
 def test_a_processor_of_another_model(llava):
     from dataclasses import replace
 
-    from vtok.eval.reference_vlm import make_processor
-    from vtok.eval.vlm_models import VisionLanguageModel
+    from vtok.eval.models.reference_vlm import make_processor
+    from vtok.eval.models.vlm import VisionLanguageModel
 
     other = VisionLanguageModel(llava.net, make_processor(replace(ANATOMY, patch_size=8)), "mixed")
     with pytest.raises(vtok.ConfigError) as caught:

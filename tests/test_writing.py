@@ -11,7 +11,7 @@ from helpers_errors import message_of
 
 from vtok import writing
 from vtok.errors import ConfigError
-from vtok.eval.records import Records
+from vtok.eval.common.records import Records
 from vtok.writing import apart, replacing, writable, write
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,10 +128,10 @@ def test_records_of_a_full_disk_are_as_they_were(tmp_path, monkeypatch):
 def test_nothing_else_writes_files():
     """One function decides how a file comes into being; lines that write otherwise are named here with their reason."""
     allowed = {
-        "eval/launch.py": 'open(os.devnull, "w")',
-        "eval/memory.py": "/proc/self/clear_refs",
-        "eval/records.py": "ab+",  # lines are added, whole ones
-        "eval/runner.py": '"ab"',  # looks whether lines can be added
+        "eval/common/launch.py": 'open(os.devnull, "w")',
+        "eval/benchmarks/memory.py": "/proc/self/clear_refs",
+        "eval/common/records.py": "ab+",  # lines are added, whole ones
+        "eval/runs/runner.py": '"ab"',  # looks whether lines can be added
     }
     writes = re.compile(
         r"\.write_(text|bytes)\(|\bopen\([^)]*[\"'](w|a|x)b?\+?[\"']|savefig\((?!buffer)|save_file\(|os\.replace\("

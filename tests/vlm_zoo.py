@@ -13,12 +13,12 @@ from torch import Tensor
 
 import vtok
 from vtok.config import MethodConfig
-from vtok.patches.decoder_state import cache_in
-from vtok.patches.hf_vlm import find
-from vtok.patches.hf_vlm_examples import EXAMPLES
-from vtok.prompt import ImageFeatures, LayerAttention, Layout, VLMInfo, VLMReducer
-from vtok.reduction import Plan
-from vtok.state import Place, Site
+from vtok.core.prompt import ImageFeatures, LayerAttention, Layout, VLMInfo, VLMReducer
+from vtok.core.reduction import Plan
+from vtok.core.tokens import Place, Site
+from vtok.patches.decoder.kv_cache import cache_in
+from vtok.patches.hf_vlm.examples import EXAMPLES
+from vtok.patches.hf_vlm.families import find
 
 NEW = 8  # greedy steps
 TOLERANCE = 1e-5
@@ -216,7 +216,7 @@ def assert_threads_apart(model: Any) -> None:
 
 def feature_keeps(model: Any, values: dict[str, Tensor], keep: float, method: str = "uniform") -> Tensor:
     """[B, L] bool: what a method on image features leaves, by asking the method itself about each image alone."""
-    from vtok.patches import hf_features as hf
+    from vtok.patches.hf_vlm import image_features as hf
 
     (vlm,) = find(model)
     reducer = vtok.METHODS.get(method)(keep=keep).build_vlm(vlm.info)
@@ -238,7 +238,7 @@ def feature_keeps(model: Any, values: dict[str, Tensor], keep: float, method: st
 
 def tower_probs(name: str, values: dict[str, Tensor]) -> dict[str, dict[int, Tensor]]:
     """Modality -> block -> [V, H, N, N]: what eager attention of the unpatched tower returns."""
-    from vtok.patches import hf_features as hf
+    from vtok.patches.hf_vlm import image_features as hf
 
     model = build(name, "eager")
     (vlm,) = find(model)

@@ -15,9 +15,9 @@ from torch import nn
 
 import vtok
 from vtok.config import MethodConfig, ModelInfo, Reducer
-from vtok.eval import tiny
+from vtok.core.tokens import Place, Site
+from vtok.eval.matrix import tiny
 from vtok.registry import METHODS, encoder_methods
-from vtok.state import Place, Site
 
 # Settings under which a method really reduces 64 patches in 4 blocks.
 SETTINGS: dict[str, dict[str, Any]] = {name: dict(METHODS.get(name).trial) for name in encoder_methods()}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtok._version import __version__
 from vtok.api import info, patch, patched, plan, prune_inputs, save_config, supports, unmerge, unpatch
+from vtok.cost.prefill import Prompt
 from vtok.errors import (
     BudgetError,
     ConfigError,
@@ -19,34 +20,33 @@ from vtok.errors import (
     UnsupportedModelError,
     VtokError,
 )
-from vtok.prompt_cost import Prompt
 from vtok.registry import ADAPTERS, METHODS
 
 if TYPE_CHECKING:
     from vtok.methods.atp import ATP
     from vtok.methods.ats import ATS
-    from vtok.methods.cdpruner import CDPruner
+    from vtok.methods.baselines.downsample import Downsample
+    from vtok.methods.baselines.random_drop import RandomDrop
+    from vtok.methods.baselines.uniform_grid import UniformGrid
     from vtok.methods.correlation import Correlation
-    from vtok.methods.dart import DART
-    from vtok.methods.divprune import DivPrune
-    from vtok.methods.downsample import Downsample
-    from vtok.methods.evs import EVS
-    from vtok.methods.fastervlm import FasterVLM
-    from vtok.methods.fastv import FastV
-    from vtok.methods.fastvid import FastVID
-    from vtok.methods.hired import HiRED
-    from vtok.methods.holov import HoloV
+    from vtok.methods.features.cdpruner import CDPruner
+    from vtok.methods.features.divprune import DivPrune
+    from vtok.methods.features.fastervlm import FasterVLM
+    from vtok.methods.features.hired import HiRED
+    from vtok.methods.features.holov import HoloV
+    from vtok.methods.features.prumerge import PruMerge
+    from vtok.methods.features.visionzip import VisionZip
+    from vtok.methods.features.vispruner import VisPruner
+    from vtok.methods.in_llm.dart import DART
+    from vtok.methods.in_llm.fastv import FastV
+    from vtok.methods.in_llm.pyramiddrop import PyramidDrop
+    from vtok.methods.in_llm.sparsevlm import SparseVLM
     from vtok.methods.pitome import PiToMe
-    from vtok.methods.prumerge import PruMerge
-    from vtok.methods.pyramiddrop import PyramidDrop
-    from vtok.methods.random_drop import RandomDrop
-    from vtok.methods.sparsevlm import SparseVLM
     from vtok.methods.todre import ToDRE
     from vtok.methods.tome import ToMe
-    from vtok.methods.uniform_grid import UniformGrid
-    from vtok.methods.vidcom2 import VidCom2
-    from vtok.methods.visionzip import VisionZip
-    from vtok.methods.vispruner import VisPruner
+    from vtok.methods.video.evs import EVS
+    from vtok.methods.video.fastvid import FastVID
+    from vtok.methods.video.vidcom2 import VidCom2
     from vtok.methods.zero_tprune import ZeroTPrune
 
 # Config classes, imported on first use: class name -> method name.
@@ -132,7 +132,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _CONFIGS:
         return METHODS.get(_CONFIGS[name])
-    if name in _PACKAGES:  # imported by being named: help(vtok.eval.demo)
+    if name in _PACKAGES:  # imported by being named: help(vtok.eval.demo.vit)
         return import_module(f"vtok.{name}")
     raise AttributeError(f"module 'vtok' has no attribute {name!r}")
 

@@ -11,21 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtok import files, reduction
-from vtok.describe import Info, PlanReport, Support
+from vtok import serialization as files
+from vtok.core import reduction
+from vtok.cost.prefill import Prompt
 from vtok.errors import ConfigError, StateError, VtokError
-from vtok.fit import Patch, call, fit, foretell, measured, put
 from vtok.patches import find_vlms
 from vtok.patches.block import check
+from vtok.patches.module_swap import Mixin, check_class, remove_hooks, shared_by, take_off
 from vtok.patches.protocol import Adapter, Tower
-from vtok.patches.swap import Mixin, check_class, remove_hooks, shared_by, take_off
 from vtok.patches.transaction import all_or_nothing, to_the_end
 from vtok.plain import native
-from vtok.prompt_cost import Prompt
-from vtok.prompt_report import PromptPlan
 from vtok.registry import METHODS
-from vtok.resolve import Method, Size, own_class, require_module, run_of, wanted
-from vtok.resolve import towers as _towers
+from vtok.reports.prompt import PromptPlan
+from vtok.reports.results import Info, PlanReport, Support
+from vtok.targets.encoder import Patch, call, fit, foretell, measured, put
+from vtok.targets.resolve import Method, Size, own_class, require_module, run_of, wanted
+from vtok.targets.resolve import towers as _towers
 
 
 def patch(
@@ -74,7 +75,9 @@ def patch(
     flops, input_size, prompt = native(flops), native(input_size), native(prompt)
     _check_whole(model)
     if vlms := find_vlms(model):
-        from vtok import prompt_budget, vlm, vlm_towers
+        from vtok.targets import vlm
+        from vtok.targets import vlm_budget as prompt_budget
+        from vtok.targets import vlm_tower as vlm_towers
 
         stated, (configs_of, saved) = Prompt.of(prompt, input_size), wanted([v.info for v in vlms], method, params, flops)
         free = prompt is None and input_size is None
@@ -154,7 +157,7 @@ def patched(model: nn.Module, method: Method = "pitome", **kwargs: Any) -> Itera
         unpatch(model)
         _put_back(model, before)
         if pruners:
-            from vtok import vlm
+            from vtok.targets import vlm
 
             vlm.put(model, [v for v, _ in pruners], [p for _, p in pruners])
 
@@ -175,7 +178,7 @@ def _pruners(model: nn.Module) -> list[Any]:
     vlms = find_vlms(model)
     if not vlms:
         return []
-    from vtok.patches.hf_vlm_install import pruner_of
+    from vtok.patches.hf_vlm.install import pruner_of
 
     return [(v, pruner) for v in vlms if (pruner := pruner_of(v)) is not None]
 
@@ -211,7 +214,8 @@ def plan(
     require_module(model)
     flops, input_size, prompt = native(flops), native(input_size), native(prompt)
     if vlms := find_vlms(model):
-        from vtok import prompt_budget, vlm
+        from vtok.targets import vlm
+        from vtok.targets import vlm_budget as prompt_budget
 
         wishes, _ = wanted([v.info for v in vlms], method, params, flops)
         wishes = vlm.calibrated(vlms[:1], wishes[:1], calibration, measures=prompt is None and input_size is None)
@@ -262,7 +266,7 @@ def prune_inputs(
     Raises:
         ConfigError, UnsupportedModelError, UnknownNameError: as `patch` does.
     """
-    from vtok import vlm
+    from vtok.targets import vlm
 
     require_module(model)
     vlms = find_vlms(model)
@@ -281,11 +285,12 @@ def info(model: nn.Module, probe: Any = None) -> Info:
         Tokens in and out of every block (per image where they differ), MACs of that pass; of a vision-language model tokens at
         every place and decoder layer (per row), MACs of tower, connector and decoder layers, KV-cache bytes. Print it.
     """
-    from vtok.inspection import tower_info
+    from vtok.targets.inspection import tower_info
 
     require_module(model)
     if vlms := find_vlms(model):
-        from vtok import vlm, vlm_towers
+        from vtok.targets import vlm
+        from vtok.targets import vlm_tower as vlm_towers
 
         if probe is not None:
             with torch.no_grad():
@@ -295,7 +300,7 @@ def info(model: nn.Module, probe: Any = None) -> Info:
     found = _towers(model, None)
     kernels: dict[int, list[str]] = {}
     if probe is not None:
-        from vtok.probe import attention_kernels
+        from vtok.targets.kernels import attention_kernels
 
         modules = [b.module for _, tower in found for b in tower.blocks]
         names = attention_kernels(modules, lambda: call(model, probe))
@@ -319,7 +324,7 @@ def _supports(model: nn.Module) -> Support:
     try:
         require_module(model)
         if vlms := find_vlms(model):
-            from vtok import vlm
+            from vtok.targets import vlm
 
             return vlm.support(vlms)
         found = _towers(model, None)

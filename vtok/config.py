@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from vtok.core.prompt import ImageFeatures, VLMInfo, VLMReducer
+from vtok.core.reduction import Plan
+from vtok.core.search_space import Point, Space
+from vtok.core.tokens import AttentionView, Site, TokenState
 from vtok.errors import ConfigError, UnsupportedModelError, shown, unknown
 from vtok.plain import BITS, countable, native
-from vtok.prompt import ImageFeatures, VLMInfo, VLMReducer
-from vtok.reduction import Plan
-from vtok.space import Point, Space
-from vtok.state import AttentionView, Site, TokenState
 
 if TYPE_CHECKING:
     from typing_extensions import Self

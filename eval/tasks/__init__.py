@@ -9,18 +9,18 @@ from typing import Any
 
 from vtok.registry import Registry
 
-# questions about images: each file declares a `QuestionTask`, see `eval/tasks/vqa_task.py`; `vtok eval vqa --task NAME`
+# questions about images: each file declares a `QuestionTask`, see `eval/tasks/vqa/task.py`; `vtok eval vqa --task NAME`
 _QUESTIONS = {
-    "chartqa": "vtok.eval.tasks.vqa_chartqa:TASK",
-    "docvqa": "vtok.eval.tasks.vqa_docvqa:TASK",
-    "gqa": "vtok.eval.tasks.vqa_gqa:TASK",
-    "mme": "vtok.eval.tasks.vqa_mme:TASK",
-    "pope": "vtok.eval.tasks.vqa_pope:TASK",
-    "scienceqa": "vtok.eval.tasks.vqa_scienceqa:TASK",
-    "scienceqa_img": "vtok.eval.tasks.vqa_scienceqa:TASK_IMG",
-    "textvqa": "vtok.eval.tasks.vqa_textvqa:TASK",
-    "vqa": "vtok.eval.tasks.vqa_plain:TASK",
-    "vqav2": "vtok.eval.tasks.vqa_v2:TASK",
+    "chartqa": "vtok.eval.tasks.vqa_benchmarks.chartqa:TASK",
+    "docvqa": "vtok.eval.tasks.vqa_benchmarks.docvqa:TASK",
+    "gqa": "vtok.eval.tasks.vqa_benchmarks.gqa:TASK",
+    "mme": "vtok.eval.tasks.vqa_benchmarks.mme:TASK",
+    "pope": "vtok.eval.tasks.vqa_benchmarks.pope:TASK",
+    "scienceqa": "vtok.eval.tasks.vqa_benchmarks.scienceqa:TASK",
+    "scienceqa_img": "vtok.eval.tasks.vqa_benchmarks.scienceqa:TASK_IMG",
+    "textvqa": "vtok.eval.tasks.vqa_benchmarks.textvqa:TASK",
+    "vqa": "vtok.eval.tasks.vqa.plain:TASK",
+    "vqav2": "vtok.eval.tasks.vqa_benchmarks.vqav2:TASK",
 }
 QUESTION_TASKS: Registry[Any] = Registry("question task", _QUESTIONS, group="vtok.question_tasks")
 TASKS: Registry[Any] = Registry(
@@ -29,7 +29,7 @@ TASKS: Registry[Any] = Registry(
         **{name: f"{entry}.evaluate" for name, entry in _QUESTIONS.items()},
         "imagenet": "vtok.eval.tasks.imagenet:evaluate",
         "retrieval": "vtok.eval.tasks.retrieval:evaluate",
-        "vqa": "vtok.eval.tasks.vqa:evaluate",
+        "vqa": "vtok.eval.tasks.vqa.evaluate:evaluate",
         "zeroshot": "vtok.eval.tasks.zeroshot:evaluate",
     },
     group="vtok.tasks",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vtok.errors import ConfigError
-from vtok.eval.pictures import find_files, leaves, open_picture, within
+from vtok.eval.common.pictures import find_files, leaves, open_picture, within
 
 PAGES = "reference-pages"
 
@@ -58,7 +58,7 @@ def reference_pages() -> CaptionedImages:
     """The bundled test pages."""
     from PIL import Image
 
-    from vtok.eval.reference import load_reference_pages
+    from vtok.eval.models.reference import load_reference_pages
 
     pages = load_reference_pages("test")
     arrays = pages.images.permute(0, 2, 3, 1).numpy()

@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any, BinaryIO, NamedTuple
 
 from vtok.errors import ConfigError
-from vtok.eval.pictures import hidden
+from vtok.eval.common.pictures import hidden
 
 IMAGENET = "imagenet-1k"
 _WORDNET = re.compile(r"n\d{8}")

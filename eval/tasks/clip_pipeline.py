@@ -19,12 +19,9 @@ from torch.utils.data import DataLoader
 
 from vtok.api import Size, run_of
 from vtok.errors import ConfigError, UnsupportedModelError, shown
-from vtok.eval.checked import check_fields, check_range
-from vtok.eval.clip_models import BACKENDS, DualEncoder, load_clip
-from vtok.eval.pacing import Memory, Pacer
-from vtok.eval.processes import current
-from vtok.eval.runs_again import run_file
-from vtok.eval.settings import (
+from vtok.eval.common.checked import check_fields, check_range
+from vtok.eval.common.distributed import current
+from vtok.eval.common.settings import (
     PassCost,
     Setting,
     evaluating,
@@ -36,6 +33,9 @@ from vtok.eval.settings import (
     twin,
     versions,
 )
+from vtok.eval.common.timing import Memory, Pacer
+from vtok.eval.models.clip import BACKENDS, DualEncoder, load_clip
+from vtok.eval.runs.again import run_file
 from vtok.eval.tasks.image_folder import CheckedImages, Unreadable, check_same_work, collate
 from vtok.eval.tasks.timm_pipeline import TYPES
 

@@ -18,7 +18,7 @@ def open_fashion(num_samples: int | None = None, split: str = "test") -> Checked
         num_samples: evenly spaced images to take; `None` = all.
         split: `"test"` (10,000 images) or `"calibration"` (1,000, kept out of training and test).
     """
-    from vtok.eval.reference import load_reference_images
+    from vtok.eval.models.reference import load_reference_images
 
     images, labels = load_reference_images(split)
     return CheckedImages(_Pairs(images[:, 0].numpy(), labels.tolist()), "L", num_samples)

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vtok.errors import ConfigError, VtokError, brief
-from vtok.eval.pictures import open_picture, visible
-from vtok.eval.processes import Processes
-from vtok.eval.records import key_of
-from vtok.eval.settings import fingerprint, method_name, resolved_params
+from vtok.eval.common.distributed import Processes
+from vtok.eval.common.pictures import open_picture, visible
+from vtok.eval.common.records import key_of
+from vtok.eval.common.settings import fingerprint, method_name, resolved_params
 from vtok.eval.tasks.class_folders import open_folder, read_class_map
 from vtok.reading import exists, regular
 

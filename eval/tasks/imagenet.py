@@ -20,11 +20,8 @@ from torch import Tensor, nn
 
 from vtok.api import Size, run_of
 from vtok.errors import ConfigError
-from vtok.eval.intervals import mean_stderr, paired_difference, share
-from vtok.eval.pacing import Memory, Pacer
-from vtok.eval.processes import current
-from vtok.eval.runs_again import run_file
-from vtok.eval.settings import (
+from vtok.eval.common.distributed import current
+from vtok.eval.common.settings import (
     PassCost,
     Setting,
     backend,
@@ -38,6 +35,9 @@ from vtok.eval.settings import (
     twin,
     versions,
 )
+from vtok.eval.common.statistics import mean_stderr, paired_difference, share
+from vtok.eval.common.timing import Memory, Pacer
+from vtok.eval.runs.again import run_file
 from vtok.eval.tasks.class_folders import are_ids, labels_for, wordnet_ids
 from vtok.eval.tasks.fashion import FASHION, open_fashion
 from vtok.eval.tasks.image_folder import CheckedImages, Unreadable, check_same_work, open_dataset, other_files
@@ -184,7 +184,7 @@ def load_named(name: str, options: Options) -> nn.Module:
     """The reference ViT, or a model of timm; errors are those of `create_model`."""
     if name != REFERENCE_VIT:
         return create_model(name, options)
-    from vtok.eval.reference import load_reference_vit
+    from vtok.eval.models.reference import load_reference_vit
 
     return load_reference_vit()
 

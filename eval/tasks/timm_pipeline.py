@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from vtok.api import Size
 from vtok.errors import ConfigError, MissingExtraError, VtokError, brief, shown
-from vtok.eval.checked import check_fields, check_range
-from vtok.eval.settings import towers
+from vtok.eval.common.checked import check_fields, check_range
+from vtok.eval.common.settings import towers
 from vtok.eval.tasks.image_folder import CheckedImages, collate
 
 _INF = float("inf")

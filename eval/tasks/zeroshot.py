@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtok.errors import ConfigError, MissingExtraError
-from vtok.eval.clip_models import DualEncoder
-from vtok.eval.easyvqa import CLASSES, TEMPLATES
-from vtok.eval.intervals import mean_stderr, paired_difference, share
-from vtok.eval.pacing import Memory
-from vtok.eval.processes import current
+from vtok.eval.common.distributed import current
+from vtok.eval.common.statistics import mean_stderr, paired_difference, share
+from vtok.eval.common.timing import Memory
+from vtok.eval.models.clip import DualEncoder
+from vtok.eval.models.easyvqa import CLASSES, TEMPLATES
 from vtok.eval.tasks.class_folders import are_ids, labels_for, wordnet_ids
 from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, bits, finite, repeated, run
 from vtok.eval.tasks.image_folder import CheckedImages, open_dataset
@@ -190,7 +190,7 @@ def _open(data: str, options: ZeroshotOptions) -> tuple[CheckedImages, list[str]
     if data == PICTURES:
         from PIL import Image
 
-        from vtok.eval.reference import load_reference_pictures
+        from vtok.eval.models.reference import load_reference_pictures
 
         pictures, classes = load_reference_pictures("test")
         arrays = pictures.permute(0, 2, 3, 1).numpy()

@@ -9,7 +9,7 @@ from zoo import BACKENDS, build
 
 import vtok
 from vtok.api import run_of
-from vtok.methods.uniform_grid import dither_rank
+from vtok.methods.baselines.uniform_grid import dither_rank
 
 KEEP = 0.25
 SIZES = ((64, 64), (64, 128), (128, 64), (48, 80))

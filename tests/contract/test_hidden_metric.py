@@ -7,8 +7,8 @@ from torch._subclasses import FakeTensorMode
 from zoo import BACKENDS, EXAMPLES, FAMILIES, build, images
 
 import vtok
-from vtok.eval.flops import count_macs
-from vtok.patches.attend import Tap
+from vtok.eval.benchmarks.flops import count_macs
+from vtok.patches.attention import Tap
 
 PRESETS = ("official_clip", "official_llava")  # between attention and MLP, weighted by size; after the MLP, plain means
 # Every kind of block once, the plain ones of each backend under both.

@@ -8,9 +8,9 @@ import torch
 from zoo import EXAMPLES, Nothing, attach, build, images, pairs
 
 import vtok
-from vtok.patches.swap import Hook, Mixin
+from vtok.core.tokens import Place
+from vtok.patches.module_swap import Hook, Mixin
 from vtok.registry import encoder_methods
-from vtok.state import Place
 
 NO_OPS = {
     "ats": {"keep": 1.0},

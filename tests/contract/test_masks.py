@@ -9,7 +9,7 @@ from zoo import EXAMPLES, MERGING, SETTINGS, attach, build, config_for, images
 
 import vtok
 from vtok.api import run_of
-from vtok.eval.oracle import differences
+from vtok.eval.matrix.oracle import differences
 from vtok.patches.block import ReducingBlock
 from vtok.registry import encoder_methods
 

@@ -5,7 +5,7 @@ import torch
 from zoo import BACKENDS, EXAMPLES, MERGING, STATIC, attach, build, images, pairs
 
 from vtok.api import run_of
-from vtok.eval import matrix
+from vtok.eval.matrix import encoder as matrix
 from vtok.registry import encoder_methods
 
 PAIRS = pairs()

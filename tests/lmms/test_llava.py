@@ -14,13 +14,13 @@ from transformers import LlavaForConditionalGeneration
 
 import vtok
 from vtok.errors import ConfigError, UnknownNameError, UnsupportedModelError
+from vtok.eval.common.records import Records
 from vtok.eval.lmms import MODELS
-from vtok.eval.lmms_task import CHAT_TEMPLATE, TASK, write_model, write_task
-from vtok.eval.records import Records
-from vtok.eval.reference_vlm import save_folder
-from vtok.eval.tasks.vqa import VQAOptions, evaluate
-from vtok.eval.tasks.vqa_data import open_vqa
-from vtok.eval.vlm_models import load_vlm
+from vtok.eval.lmms.task import CHAT_TEMPLATE, TASK, write_model, write_task
+from vtok.eval.models.reference_vlm import save_folder
+from vtok.eval.models.vlm import load_vlm
+from vtok.eval.tasks.vqa.data import open_vqa
+from vtok.eval.tasks.vqa.evaluate import VQAOptions, evaluate
 
 pytestmark = pytest.mark.lmms
 COUNT, VISUAL, DEPTH = 24, 256, 8

@@ -8,10 +8,10 @@ from helpers_lmms import FAMILIES, Harness, counts, said, save_qwen
 from lmms_eval.models import get_model
 
 import vtok
-from vtok.eval.lmms_record import Recorder
-from vtok.eval.lmms_task import write_task
-from vtok.eval.tasks.vqa_data import open_vqa
-from vtok.eval.vlm_models import load_vlm
+from vtok.eval.lmms.record import Recorder
+from vtok.eval.lmms.task import write_task
+from vtok.eval.models.vlm import load_vlm
+from vtok.eval.tasks.vqa.data import open_vqa
 
 pytestmark = pytest.mark.lmms
 COUNT, DEPTH = 6, 4

@@ -23,9 +23,9 @@ from vlm_zoo import Attended, Columns
 
 import vtok
 from vtok.config import MethodConfig
-from vtok.prompt import VLMReducer
-from vtok.reduction import Plan
-from vtok.state import Place, Site
+from vtok.core.prompt import VLMReducer
+from vtok.core.reduction import Plan
+from vtok.core.tokens import Place, Site
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from tests.test_modeling_common import GenerationTesterMixin, ModelTesterMixin
 
 import vtok
-from vtok.patches.hf_vlm_examples import EXAMPLES
+from vtok.patches.hf_vlm.examples import EXAMPLES
 
 ROWS = 7  # to which some tests fill a batch up, with rows that have no image
 LAYERS = 2  # they take no deeper models

@@ -27,13 +27,13 @@ from vtok.config import (
     require_cls,
     require_softmax,
 )
+from vtok.core.reduction import Plan
+from vtok.core.search_space import Blocks, Point, Space
+from vtok.core.tokens import AttentionView, Place, Site, TokenState, at_least_fp32
 from vtok.errors import ConfigError, shown
 from vtok.ops.rows import rows_where, with_prefix
 from vtok.ops.sampling import endpoint_samples, midpoint_samples
 from vtok.ops.selection import kept_tokens
-from vtok.reduction import Plan
-from vtok.space import Blocks, Point, Space
-from vtok.state import AttentionView, Place, Site, TokenState, at_least_fp32
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from vtok.config import MethodConfig, fraction
+from vtok.core.prompt import ImageFeatures, View, VLMInfo, VLMReducer
+from vtok.core.reduction import Plan
+from vtok.core.tokens import Place, Site
 from vtok.errors import ConfigError
 from vtok.ops.selection import kept_tokens
-from vtok.prompt import ImageFeatures, View, VLMInfo, VLMReducer
-from vtok.reduction import Plan
-from vtok.state import Place, Site
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from vtok.config import MethodConfig, ModelInfo, Reducer, Schedule, flag
+from vtok.core.reduction import Plan
+from vtok.core.search_space import Ladder, Point, Space, Weights
+from vtok.core.tokens import AttentionView, Place, Site, TokenState
 from vtok.errors import ConfigError
 from vtok.ops.matching import bipartite_pairs, bipartite_sides, bipartite_soft_matching
-from vtok.reduction import Plan
-from vtok.space import Ladder, Point, Space, Weights
-from vtok.state import AttentionView, Place, Site, TokenState
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from vtok.config import MethodConfig, ModelInfo, Reducer, block_indices, block_numbers, fraction, require_cls, require_softmax
+from vtok.core.reduction import Plan
+from vtok.core.search_space import Blocks, Dimension, Ladder, Point, Real, Space, Weights
+from vtok.core.tokens import AttentionView, Place, Site, TokenState
 from vtok.errors import ConfigError, shown
 from vtok.ops.duplicates import METRICS, PARTITIONS, most_similar, split_halves
 from vtok.ops.graph import importance
 from vtok.ops.rows import rows_where, with_prefix
-from vtok.reduction import Plan
-from vtok.space import Blocks, Dimension, Ladder, Point, Real, Space, Weights
-from vtok.state import AttentionView, Place, Site, TokenState
 
 # A schedule for DeiT-S that meets the 3.08 GFLOPs of the paper's ablation table (0-based blocks of 12; 196 patches). The paper
 # prints none: this one is a recollection that fits the budget, not a quotation.

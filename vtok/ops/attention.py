@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtok.state import AttentionView, at_least_fp32
+from vtok.core.tokens import AttentionView, at_least_fp32
 
 
 def cls_attention(q: Tensor, k: Tensor, num_prefix: int = 1, scale: float | None = None, joint: bool = False) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtok.state import at_least_fp32
+from vtok.core.tokens import at_least_fp32
 
 
 def density_peaks(x: Tensor, clusters: Tensor, most: int, valid: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:

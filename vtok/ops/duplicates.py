@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtok.core.tokens import at_least_fp32
 from vtok.ops.hashing import splitmix
 from vtok.ops.matching import unit
 from vtok.ops.rows import take_rows
-from vtok.state import at_least_fp32
 
 PARTITIONS = ("seq_u", "seq_i", "alternate", "random")
 METRICS = ("cos", "dot", "manhattan", "euclidean", "minkowski3", "minkowski4", "minkowski5", "chebyshev")

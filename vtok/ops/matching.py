@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtok.core.tokens import at_least_fp32
 from vtok.ops.rows import prefix_rows
-from vtok.state import at_least_fp32
 
 
 def unit(t: Tensor) -> Tensor:

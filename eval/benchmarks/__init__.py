@@ -1,0 +1,1 @@
+"""Speed, memory and FLOPs of patched models beside the unpatched ones."""

@@ -1,0 +1,227 @@
+"""The commands of the `vtok` program."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+import vtok
+from vtok.errors import ConfigError, MissingExtraError, brief
+from vtok.eval.cli.clip import evaluate_retrieval, evaluate_zeroshot
+from vtok.eval.cli.imagenet import evaluate_imagenet
+from vtok.eval.cli.matrix import print_matrix
+from vtok.eval.cli.published import list_configs, run_book
+from vtok.eval.cli.report import write_page
+from vtok.eval.cli.run import run, sweep
+from vtok.eval.cli.tune import tune
+from vtok.eval.cli.viz import draw_tokens
+from vtok.eval.cli.vqa import evaluate_vqa
+from vtok.eval.common import terminal
+from vtok.eval.common.checked import MOST
+from vtok.eval.common.launch import check_command
+from vtok.eval.runs import loader as runs
+from vtok.patches import find_vlms
+from vtok.registry import METHODS
+from vtok.writing import write
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=vtok.__doc__)
+evaluate = typer.Typer(no_args_is_help=True, help="Accuracy of patched models on standard tasks.")
+app.add_typer(evaluate, name="eval")
+evaluate.command("imagenet")(evaluate_imagenet)
+evaluate.command("retrieval")(evaluate_retrieval)
+evaluate.command("vqa")(evaluate_vqa)
+evaluate.command("zeroshot")(evaluate_zeroshot)
+app.command("book")(run_book)
+app.command("configs")(list_configs)
+app.command("matrix")(print_matrix)
+app.command("run")(run)
+app.command("sweep")(sweep)
+app.command("tune")(tune)
+app.command("report")(write_page)
+app.command("viz")(draw_tokens)
+console = terminal.output()
+
+Methods = Annotated[
+    list[str], typer.Argument(help="name or name:key=value,..., e.g. tome:r=13 or pitome:flops=0.6; several together: A+B")
+]
+Model = Annotated[str, typer.Argument(help="a timm name, open_clip:NAME, transformers:NAME, reference or reference-clip")]
+Images = Annotated[int, typer.Option(min=1, help="vision-language models: images in a prompt")]
+TextTokens = Annotated[int, typer.Option(min=1, help="vision-language models: other tokens of a prompt")]
+Seed = Annotated[int, typer.Option(min=0, max=MOST, help="of whatever is random")]
+Pretrained = Annotated[bool, typer.Option(help="load pretrained weights (they change what data-dependent methods keep)")]
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="print the version and leave")] = False,
+) -> None:
+    check_command(context.invoked_subcommand)
+    if version:
+        console.print(vtok.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def methods() -> None:
+    """Lists the methods with their parameters and defaults."""
+    table = Table(show_lines=False)
+    for column in ("method", "config class", "parameters and defaults", "what it does"):
+        table.add_column(column)
+    for name in METHODS:
+        cls = METHODS.get(name)
+        defaults = ", ".join(f"{k}={v}" for k, v in cls().to_dict().items() if k != "method")
+        about = (sys.modules[cls.__module__].__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
+        table.add_row(name, cls.__name__, defaults, about)
+    console.print(table)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="as for bench; or, without a method, a run (see `vtok configs`)")],
+    method: Annotated[list[str] | None, typer.Argument(help="as for bench")] = None,
+    img_size: Annotated[int | None, typer.Option(help="input size in pixels")] = None,
+    images: Images = 1,
+    text_tokens: TextTokens = 64,
+) -> None:
+    """Tokens and MACs per block and the implied speed-up of methods on a model, before anything runs."""
+    from vtok.eval.models.by_name import load_model
+    from vtok.eval.published import tables as book
+
+    if not method:
+        if img_size is not None:
+            raise ConfigError("--img-size goes with a model and methods; of a run say it in its options")
+        for found in book.plans(runs.load(model), prompt={"images": images, "text_tokens": text_tokens}):
+            console.print(str(found), highlight=False, soft_wrap=True)
+            console.print()
+        return
+    net = load_model(model, img_size=img_size, meta=True)
+    prompt = {"images": images, "text_tokens": text_tokens} if find_vlms(net) else None
+    for text in method:
+        chosen = runs.parse_setting(text)
+        named, params = chosen if isinstance(chosen, tuple) else (chosen, {})
+        console.print(str(vtok.plan(net, named, prompt=prompt, **params)), highlight=False, soft_wrap=True)
+        console.print()
+
+
+@app.command()
+def bench(
+    model: Model,
+    method: Methods,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = 16,
+    pairs: Annotated[int, typer.Option(help="unpatched/patched pairs of timed batches")] = 20,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: torch's)")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
+    device: Annotated[str | None, typer.Option()] = None,
+    img_size: Annotated[int | None, typer.Option()] = None,
+    pretrained: Pretrained = False,
+    memory: Annotated[bool, typer.Option(help="measure peak memory, one child process a setting")] = True,
+    profile: Annotated[bool, typer.Option(help="profile the share of the reduction step")] = True,
+    output: Annotated[Path | None, typer.Option("--json", help="file for the results")] = None,
+    markdown: Annotated[bool, typer.Option(help="print the table as GitHub markdown")] = False,
+    seed: Seed = 0,
+    images: Images = 1,
+    text_tokens: TextTokens = 64,
+    new_tokens: Annotated[int, typer.Option(min=2, help="vision-language models: tokens of an answer")] = 16,
+) -> None:
+    """Times patched models against the unpatched one, interleaved in one run, beside what their MACs imply.
+
+    Of vision-language models it times prefill, first token and decoding (peak memory and the profiler are for encoders).
+    """
+    from vtok.eval.benchmarks import prefill_result as prompt_bench_result
+    from vtok.eval.benchmarks import throughput_result as bench_result
+    from vtok.eval.benchmarks.prefill import measure_prompts
+    from vtok.eval.benchmarks.throughput import measure
+    from vtok.eval.models.by_name import load_model, sample_images
+    from vtok.eval.models.random_vlm import sample_prompts
+
+    runs.prepared(output, [model, *method])
+    net = load_model(model, pretrained, img_size, seed)
+    common: dict[str, Any] = {"pairs": pairs, "dtype": dtype, "device": device, "threads": threads, "name": model, "seed": seed}
+    settings = [runs.parse_setting(text) for text in method]
+    shown: Any = bench_result
+    results: Any
+    with terminal.progress(transient=True) as progress:
+        bar = progress.add_task("timing", total=None)
+        common["progress"] = lambda done, total: progress.update(bar, completed=done, total=total)
+        if find_vlms(net):
+            inputs = sample_prompts(net, batch_size, vtok.Prompt(images, text_tokens), seed)
+            shown, results = prompt_bench_result, measure_prompts(net, inputs, settings, new_tokens=new_tokens, **common)
+        else:
+            pictures = sample_images(model, net, batch_size, seed)
+            results = measure(net, pictures, settings, memory=memory, profile=profile, **common)
+    if output is not None:
+        write(output, shown.to_json(results))
+    if markdown:
+        print(shown.markdown(results))
+    else:
+        console.print(shown.table(results))
+
+
+@app.command()
+def bench_select(
+    tokens: Annotated[int, typer.Option(min=2, help="visual tokens of an image")] = 2880,
+    keep: Annotated[int, typer.Option(min=1, help="how many stay")] = 288,
+    width: Annotated[int, typer.Option(min=1, help="of a token")] = 1024,
+    pairs: Annotated[int, typer.Option(min=1, help="pairs of a call and a loop; 5 or more for an interval")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: torch's)")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Times the choice of diverse tokens (todre) against a loop that looks at all chosen tokens again in every step."""
+    import torch
+
+    from vtok.eval.benchmarks import selection as select_bench
+
+    if keep > tokens:
+        raise ConfigError(f"--keep {keep} of --tokens {tokens}: at most all of them can stay")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with terminal.progress(transient=True) as progress:
+        bar = progress.add_task("timing", total=None)
+        results = select_bench.measure(
+            tokens, keep, width, pairs, seed, lambda done, total: progress.update(bar, completed=done, total=total)
+        )
+    console.print(select_bench.table(results, tokens, keep, width))
+
+
+@app.command()
+def demo(
+    images: Annotated[int, typer.Option("--images", "-n", min=2, max=10_000, help="test images")] = 1000,
+    full: Annotated[bool, typer.Option("--full", help="all 10,000 test images")] = False,
+    out: Annotated[Path, typer.Option(help="folder for results; a second run goes on where the first stopped")] = Path(
+        "results/demo"
+    ),
+    budgets: Annotated[str, typer.Option(help="shares of the FLOPs")] = "0.8,0.6,0.4",
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = 100,
+    control: Annotated[bool, typer.Option("--control", help="also: what each method's choice of tokens is worth")] = False,
+    clip: Annotated[bool, typer.Option(help="also: the bundled CLIP, zero-shot and retrieval")] = True,
+    vqa: Annotated[bool, typer.Option(help="also: questions to the bundled LLaVA and LLaVA-NeXT")] = True,
+) -> None:
+    """Every method on the bundled models and images at several budgets: accuracy, tokens, MACs, time."""
+    from vtok.eval.demo import clip as clip_demo
+    from vtok.eval.demo import questions as vqa_demo
+    from vtok.eval.demo.vit import run_demo
+
+    try:
+        shares = tuple(float(b) for b in budgets.split(","))
+    except ValueError:
+        raise ConfigError(f"--budgets takes numbers such as 0.8,0.6,0.4, got {budgets!r}") from None
+    if not all(0 < share <= 1 for share in shares):
+        raise ConfigError(f"--budgets takes shares of the FLOPs in (0, 1], got {brief(budgets)}")
+    run_demo(out, None if full else images, shares, batch_size=batch_size, control=control, console=console)
+    if clip:
+        pictures, pages = (None if full else min(images, count) for count in (clip_demo.PICTURES, clip_demo.PAGES))
+        try:
+            clip_demo.run_clip_demo(out, pictures, pages, console=console)
+        except MissingExtraError as error:
+            console.print(f"the CLIP part was left out: {error}", style=terminal.WARNING)
+    if vqa:
+        asked, on_pages = (None if full else min(images, n) for n in (vqa_demo.QUESTIONS, vqa_demo.PAGE_QUESTIONS))
+        try:
+            vqa_demo.run_vqa_demo(out, asked, on_pages, console=console)
+        except MissingExtraError as error:
+            console.print(f"the part on vision-language models was left out: {error}", style=terminal.WARNING)

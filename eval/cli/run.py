@@ -1,0 +1,108 @@
+"""`vtok run` and `vtok sweep`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vtok.errors import ConfigError
+from vtok.eval.common import terminal
+from vtok.eval.common.distributed import is_main
+from vtok.eval.common.rates import throughput_line
+from vtok.eval.runs import loader as runs
+from vtok.writing import apart, write
+
+if TYPE_CHECKING:
+    from vtok.eval.runs.runner import Outcome
+
+Config = Annotated[str, typer.Argument(help="name of a bundled run (see `vtok configs`) or path of a YAML file")]
+Data = Annotated[Path | None, typer.Option(help="the data, instead of what the file names")]
+Change = Annotated[list[str] | None, typer.Option("--set", help="key=value, as method.ratio=0.95 or methods.0.r=8; repeatable")]
+Pretrained = Annotated[bool, typer.Option(help="load pretrained weights")]
+Workers = Annotated[int, typer.Option("--workers", "-j", min=0, help="processes that read images")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="folder of the results (default: what the file says)")]
+Json = Annotated[Path | None, typer.Option("--json", help="file for the records of this run, besides")]
+
+
+WRITTEN = ("results.jsonl", "sweep.csv", "sweep.png")  # into the folder of the results
+
+
+def run(
+    config: Config,
+    data: Data = None,
+    change: Change = None,
+    pretrained: Pretrained = True,
+    workers: Workers = 4,
+    output: Output = None,
+    into: Json = None,
+) -> None:
+    """Runs a configuration and prints what is measured, beside what was published for it.
+
+    Results go to results.jsonl in the output folder as soon as they are there; a second start goes on where the first stopped.
+    """
+    _run(runs.load(config, change or ()), data, pretrained, workers, output, into)
+
+
+def sweep(
+    config: Config,
+    data: Data = None,
+    flops: Annotated[str | None, typer.Option(help="budgets as shares of the FLOPs, e.g. 0.8,0.6,0.4")] = None,
+    change: Change = None,
+    pretrained: Pretrained = True,
+    workers: Workers = 4,
+    output: Output = None,
+    into: Json = None,
+) -> None:
+    """Runs a grid of settings or a list of FLOPs budgets: a table, sweep.csv and sweep.png.
+
+    Results go to results.jsonl in the output folder as soon as they are there; a second start goes on where the first stopped.
+    """
+    wanted = runs.load(config, [*(change or ()), *([f"sweep.flops=[{flops}]"] if flops is not None else [])])
+    if not wanted.sweep:
+        raise ConfigError(f"{wanted.path}: sweep is missing; give it a grid such as sweep: {{flops: [0.8, 0.6]}}, or --flops")
+    _run(wanted, data, pretrained, workers, output, into)
+
+
+def _run(
+    wanted: runs.RunConfig, data: Path | None, pretrained: bool, workers: int, output: Path | None, into: Path | None
+) -> None:
+    from vtok.eval.runs import runner
+
+    wanted, out = runner.with_data(wanted, data), output or wanted.folder
+    runs.prepared(into, [*runs.texts(wanted.content), wanted.file, data, *(out / name for name in WRITTEN)])
+    apart([out / name for name in WRITTEN], [*runs.texts(wanted.content), wanted.file, *([] if data is None else [data])])
+    outcome = runner.run(wanted, out, pretrained, workers, terminal.errors(quiet=not is_main()))
+    if is_main():
+        _show(wanted, outcome, out, into)
+    if set(outcome.left_out) - outcome.unmet:  # a budget that no setting meets is a finding
+        raise typer.Exit(2)
+
+
+def _show(wanted: runs.RunConfig, outcome: Outcome, out: Path, into: Path | None) -> None:
+    """Tables, and the files that derive from records."""
+    from vtok.eval.published.compare import published_beside_measured
+    from vtok.eval.report import sweep as sweep_report
+    from vtok.eval.report import sweep_plot
+    from vtok.eval.runs import runner
+
+    console = terminal.output(160)
+    records = outcome.records
+    if into is not None:
+        write(into, json.dumps(records, indent=2, default=str))
+    for group in sweep_report.groups(records):
+        console.print(sweep_report.table(group))
+        speeds = [line for record in group if (line := throughput_line(record["setting"], record))]
+        notes = [f"note: {note}" for note in group[0].get("notes", ())]
+        for line in (*sweep_report.findings(group), *speeds, *notes):
+            console.print(f"- {line}")
+        if wanted.published:
+            for record in group[1:]:
+                console.print(published_beside_measured(wanted, [group[0], record]))
+    sweep_report.write_csv(records, out / "sweep.csv")
+    sweep_plot.plot(records, out / "sweep.png")
+    console.print(f"{runner.RESULTS}, sweep.csv and sweep.png are in {out}")
+    for name, why in outcome.left_out.items():
+        console.print(f"- left out: {name}: {why}")

@@ -1,0 +1,59 @@
+"""`vtok viz MODEL METHOD IMAGE`: the token map of one image, layer by layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from vtok.errors import ConfigError
+from vtok.eval.cli.flags import SETTING_HELP
+from vtok.eval.common import terminal
+from vtok.eval.runs.loader import parse_setting
+from vtok.eval.viz.draw import FORMATS
+from vtok.writing import apart, writable
+
+
+def draw_tokens(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="a timm name, open_clip:NAME/TAG, transformers:OWNER/NAME, reference, reference-clip, reference-llava(-next)"
+        ),
+    ],
+    method: Annotated[str, typer.Argument(help=SETTING_HELP)],
+    image: Annotated[str, typer.Argument(help="image file, or the number of an image that comes with a reference model")],
+    output: Annotated[
+        list[Path] | None, typer.Option("--output", "-o", help="file: .png for a sheet, .gif for an animation; may be repeated")
+    ] = None,
+    question: Annotated[str | None, typer.Option("--question", "-q", help="to a vision-language model")] = None,
+    pretrained: Annotated[bool, typer.Option(help="load pretrained weights (they decide what is merged)")] = True,
+) -> None:
+    """Draws which tokens of an image are merged, dropped and kept, layer by layer; of vision-language models in the LLM too."""
+    from vtok.eval.viz.token_maps import visualize
+
+    files = output or [Path("viz.png")]
+    for path in files:  # not after the model has run
+        if path.suffix.lower() not in FORMATS:
+            raise ConfigError(f"--output takes files that end in {' or '.join(FORMATS)}, got {str(path)!r}")
+    apart(files, [image, model, method])
+    for path in files:
+        writable(path)
+    setting = parse_setting(method)
+    chosen: Any
+    chosen, params = setting if isinstance(setting, tuple) else (setting, {})
+    maps = visualize(model, chosen, image, question=question, pretrained=pretrained, **params)
+    console = terminal.output(80)
+    table = Table(title=maps.title)
+    table.add_column("")
+    table.add_column("tokens", justify="right")
+    table.add_row("image", str(maps.patches))
+    for stage in maps.stages:
+        table.add_row(stage.name, str(stage.tokens))
+    console.print(table)
+    for line in (*([] if maps.answer is None else [f"answer: {maps.answer}"]), *maps.notes):
+        console.print(f"- {line}", highlight=False, markup=False)
+    for path in files:
+        console.print(f"written: {maps.save(path)}", highlight=False, markup=False, soft_wrap=True)

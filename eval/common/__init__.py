@@ -1,0 +1,1 @@
+"""What every evaluation shares: settings, records, statistics, timing, several processes."""

@@ -1,0 +1,255 @@
+"""What one measurement is about: a model, a setting, and what a forward pass under it costs. For benchmarks and tasks."""
+
+from __future__ import annotations
+
+import copy
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import nn
+
+import vtok
+from vtok.api import Method, Size, run_of
+from vtok.config import MethodConfig
+from vtok.cost.encoder import Estimate, estimate
+from vtok.errors import ConfigError
+from vtok.eval.common.records import key_of
+from vtok.patches import find_adapters
+from vtok.patches.protocol import Adapter, Tower
+from vtok.targets.resolve import towers as towers  # the same towers as those that are patched
+
+_FINGERPRINT = 64  # values of every parameter that identify weights
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What to patch: the arguments of `vtok.patch`.
+
+    Attributes:
+        method: name, config object, list of these, or path of a saved config; `None` = leave the model unpatched.
+        params: of a method given by name; `flops` for a budget.
+    """
+
+    method: Method | None = None
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, value: Any) -> Setting:
+        """Reads what a caller may write: a `Setting`, a method, `None`, or a pair (method, params).
+
+        Raises:
+            ConfigError: it is none of these.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Mapping):
+            return cls(*value)
+        if value is None or isinstance(value, (str, MethodConfig, list, tuple)) or hasattr(value, "__fspath__"):
+            return cls(value)
+        raise ConfigError(f"a setting is None (unpatched), a method or (method, parameters), got {value!r}")
+
+    @property
+    def name(self) -> str:
+        """What was asked for: method names joined by " + ", "unpatched" if there is none."""
+        if self.method is None:
+            return "unpatched"
+        parts = self.method if isinstance(self.method, (list, tuple)) else [self.method]
+        return " + ".join(part.name if isinstance(part, MethodConfig) else str(part) for part in parts)
+
+    @property
+    def title(self) -> str:
+        """ "tome(r=13)": what the caller asked for, without what follows from it or was left at its default."""
+        if isinstance(self.method, (list, tuple)):
+            return " + ".join(Setting(part).title for part in self.method)
+        given = {key: value for key, value in self.params.items() if key not in ("calibration", "prompt")}
+        if isinstance(self.method, MethodConfig):
+            defaults = type(self.method)().to_dict()
+            given = {key: value for key, value in self.method.to_dict().items() if value != defaults[key]}
+        text = ", ".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in given.items())
+        return f"{self.name}({text})" if text else self.name
+
+    def apply(self, model: nn.Module, input_size: Size | None = None) -> nn.Module:
+        """Patches (or unpatches) the model in place; a budget is solved for `input_size`. Errors are those of `vtok.patch`."""
+        if self.method is None:
+            return vtok.unpatch(model)
+        return vtok.patch(model, self.method, input_size=input_size, **self.params)
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """Tokens and MACs of a model's last forward pass, per image; of the first tower where there are several, MACs of all.
+
+    Attributes:
+        tokens_in: tokens that enter block 0, prefix included.
+        mean_per_layer: mean number of real tokens that leave each block.
+        base_macs: of the unpatched model.
+        macs: of the patched one, as implied by each image's own token count, the reduction left out.
+        computed_macs: the same for the rows that were really computed: more than `macs` where images are padded.
+        reduction_macs: the reduction's own.
+        ragged: whether images kept different numbers of tokens, so that another batch costs something else.
+    """
+
+    tokens_in: float
+    mean_per_layer: tuple[float, ...]
+    base_macs: float
+    macs: float
+    computed_macs: float
+    reduction_macs: float
+    ragged: bool
+
+    @property
+    def implied_speedup(self) -> float:
+        """MACs of the unpatched model / MACs of the patched one, the reduction's own left out."""
+        return self.base_macs / self.macs
+
+    def fields(self) -> dict[str, Any]:
+        """`tokens`, `gmacs`, `gflops` (2 x) and `implied_speedup`, as result files have them."""
+        macs = {
+            "base": self.base_macs,
+            "model": self.macs,
+            "computed": self.computed_macs,
+            "pruner": self.reduction_macs,
+        }
+        return {
+            "tokens": {"in": self.tokens_in, "out": self.mean_per_layer[-1], "mean_per_layer": list(self.mean_per_layer)},
+            "gmacs": {name: value / 1e9 for name, value in macs.items()},
+            "gflops": {name: 2 * value / 1e9 for name, value in macs.items()},
+            "implied_speedup": self.implied_speedup,
+        }
+
+
+def pass_cost(model: nn.Module, input_size: Size | None = None) -> PassCost:
+    """What the last forward pass of this thread cost; an unpatched model's cost follows from `input_size` alone.
+
+    Raises:
+        UnsupportedModelError: vtok knows no tower in the model.
+    """
+    found = towers(model, input_size)
+    if run_of(model) is None:
+        first = found[0][1]
+        count = float(first.info.num_prefix + first.info.num_patches)
+        macs = sum(_unpatched(adapter, tower).base_macs for adapter, tower in found)
+        return PassCost(count, (count,) * len(first.blocks), macs, macs, macs, 0.0, False)
+    seen = [t for t in vtok.info(model).towers if t.estimate is not None]
+    if not seen:
+        raise ConfigError("the patched model has not run yet in this thread; call it before asking what the pass cost")
+    pairs = [(t.mean_estimate or t.estimate, t.estimate) for t in seen]
+    return PassCost(
+        tokens_in=float(seen[0].blocks[0].tokens_in),
+        mean_per_layer=tuple(float(b.mean_tokens) for b in seen[0].blocks),
+        base_macs=sum(e.base_macs for _, e in pairs if e),
+        macs=sum(e.macs for e, _ in pairs if e),
+        computed_macs=sum(e.macs for _, e in pairs if e),
+        reduction_macs=sum(e.reduction_macs for _, e in pairs if e),
+        ragged=any(t.mean_estimate is not None for t in seen),
+    )
+
+
+def mean_cost(costs: Sequence[PassCost], images: Sequence[int]) -> PassCost:
+    """Mean over the images of several passes; `images` says how many each had."""
+    share = [n / sum(images) for n in images]
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(value * part for value, part in zip(values, share))
+
+    numbers = ("tokens_in", "base_macs", "macs", "computed_macs", "reduction_macs")
+    return PassCost(
+        mean_per_layer=tuple(mean(layer) for layer in zip(*(c.mean_per_layer for c in costs))),
+        ragged=any(c.ragged for c in costs),
+        **{name: mean([getattr(c, name) for c in costs]) for name in numbers},
+    )
+
+
+def model_name(model: nn.Module) -> str:
+    """timm's name of an architecture, else the class name."""
+    config = getattr(model, "pretrained_cfg", None)
+    known = config.get("architecture") if isinstance(config, Mapping) else None
+    return known or type(model).__name__
+
+
+def backend(model: nn.Module) -> str:
+    """Name of the adapter that patches the model: "timm", ..., or "" if none does."""
+    return next((name for name, _ in find_adapters(model)), "")
+
+
+def _unpatched(adapter: Adapter, tower: Tower) -> Estimate:
+    info = tower.info
+    return estimate(adapter.cost(tower), {}, info.num_prefix + info.num_patches, info.num_prefix)
+
+
+def method_name(model: nn.Module) -> str:
+    """Names of what is patched, joined by " + "; "unpatched" if nothing is."""
+    run = run_of(model)
+    return "unpatched" if run is None else " + ".join(config.name for config in run.patch.configs)
+
+
+def resolved_params(model: nn.Module) -> Any:
+    """Parameters of what is patched, every number resolved: a mapping (empty if unpatched), or a list for several methods."""
+    run = run_of(model)
+    configs: Sequence[MethodConfig] = () if run is None else run.patch.configs
+    values = [{k: v for k, v in config.to_dict().items() if len(configs) > 1 or k != "method"} for config in configs]
+    return values[0] if len(values) == 1 else values or {}
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy of a model that shares parameters and buffers: it is patched on its own and takes no memory for weights."""
+    same: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, same)
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device, tried out.
+
+    Raises:
+        ConfigError: torch knows no such device, or this machine has none.
+    """
+    if str(device).split(":")[0] == "meta":
+        raise ConfigError("device 'meta' holds no values and computes nothing; name one that does, such as cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        raise ConfigError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return torch.device(device)
+
+
+def placed(model: nn.Module, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> nn.Module:
+    """The model on a device in a type (`None` = its own): the same object, or a copy if it would have to change."""
+    first = next(p for p in model.parameters() if p.is_floating_point())
+    dtype, where = dtype or first.dtype, first.device if device is None else usable_device(device)
+    if (dtype, where) == (first.dtype, first.device):
+        return model
+    return copy.deepcopy(model).to(where, dtype)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, and every module's own mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def fingerprint(net: nn.Module) -> str:
+    """Short hash of a few values of every parameter: equal weights give the same, trained further they do not."""
+    values = {name: p.detach().flatten()[:_FINGERPRINT].double().tolist() for name, p in net.named_parameters()}
+    return key_of(values)[:8]
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything a number may depend on, as far as it is installed."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "vtok": vtok.__version__}
+    for name in ("timm", "open_clip_torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return dict(sorted(found.items()))

@@ -1,0 +1,1 @@
+"""The support matrix, and the oracles that every method is compared with."""

@@ -1,0 +1,173 @@
+"""The support matrix: every method on every tiny model of every backend, patched, run and compared. Nothing is taken on trust:
+a cell says yes only if tokens went down and the output is that of the full-length pass (`vtok.eval.matrix.oracle`)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import vtok
+from vtok.api import Size
+from vtok.errors import VtokError
+from vtok.eval.matrix import tiny
+from vtok.eval.matrix.oracle import differences
+from vtok.patches.protocol import Example
+from vtok.registry import METHODS, encoder_methods
+
+YES, TOWER, ON_REQUEST, NO, FAILED = "yes", "tower", "on request", "no", "FAILED"
+STATUSES = (YES, TOWER, ON_REQUEST, NO, FAILED)
+VLM = "VLM"  # stands for the backend in cells of vision-language models
+TOLERANCE = 1e-10  # of the largest output, in float64
+IMAGES = 3
+
+
+class Evidence(NamedTuple):
+    """What a patched model did.
+
+    Attributes:
+        tokens: (tokens that entered, mean number of real ones that left) of every tower; of a vision-language model whose
+            prompts get shorter, (visual tokens that entered, that left) of every prompt.
+        differences: see `vtok.eval.matrix.oracle.differences`.
+        fault: what was wrong, `None` = nothing.
+        prompts: kind of prompts that were read, see `vtok.eval.matrix.tiny.vlm_prompts`.
+    """
+
+    tokens: tuple[tuple[float, float], ...] = ()
+    differences: Mapping[str, float] = {}
+    fault: str | None = None
+    prompts: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one tiny model.
+
+    Attributes:
+        backend, model, family: of the example.
+        method: name.
+        status: "yes"; "tower": tokens go down in a VLM's vision tower alone;
+            "on request": refused by default, works with `request`; "no": refused; "FAILED": not refused, but wrong.
+        params: the method's setting.
+        request: parameters that the default lacks.
+        reason: why the default is refused, or what failed; "" for a yes.
+        evidence: of the run, if there was one.
+        classes: names of classes that the reason may hold -> what a note for several models says instead.
+        remark: on `request`.
+    """
+
+    backend: str
+    model: str
+    family: str
+    method: str
+    status: str
+    params: dict[str, Any] = field(default_factory=dict)
+    request: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+    evidence: Evidence | None = None
+    classes: dict[str, str] = field(default_factory=dict)
+    remark: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values under the names of the fields."""
+        return {**asdict(self), "evidence": None if self.evidence is None else self.evidence._asdict()}
+
+
+Check = Callable[[nn.Module, Tensor], Evidence]
+
+
+def check_reduction(model: nn.Module, x: Tensor) -> Evidence:
+    """Runs a model that is patched with `trace=True`: do tokens go down, and does removing them equal masking them?"""
+    with torch.no_grad():
+        model(x)
+    towers = vtok.info(model).towers
+    tokens = tuple((float(t.blocks[0].tokens_in), float(t.blocks[-1].mean_tokens)) for t in towers if t.blocks)
+    if not tokens or any(left >= entered for entered, left in tokens):
+        return Evidence(tokens, fault="no token was taken away")
+    found = differences(model, x)
+    wrong = [f"{name} replay differs by {value:.1e}" for name, value in found.items() if not value <= TOLERANCE]
+    return Evidence(tokens, found, "; ".join(wrong) or None)
+
+
+def judge(
+    model: nn.Module, x: Tensor, method: str, input_size: Size | None = None, check: Check = check_reduction
+) -> dict[str, Any]:
+    """Tries a method on a model, as it is and then with each of its substitutes.
+
+    Args:
+        model: unpatched, float64, in eval mode; left as it was.
+        x: what it takes.
+        method: name; its setting is its config's `trial`.
+        input_size: (channels, height, width), as for `vtok.patch`.
+        check: what a patched model must pass.
+
+    Returns:
+        The fields of a `Cell` that the run decides.
+    """
+    config_class, refusal = METHODS.get(method), ""
+    trial = dict(config_class.trial)
+    for request, config in config_class.variants(**trial):
+        try:
+            vtok.patch(model, config, input_size=input_size, trace=True)
+        except VtokError as error:
+            refusal = refusal or str(error)
+            continue
+        except Exception as error:  # a cell that breaks is a finding; the rest of the matrix goes on
+            evidence = _broken(error)
+        else:
+            evidence = _checked(model, x, check)
+        status = FAILED if evidence.fault else ON_REQUEST if request else YES
+        return {
+            "status": status,
+            "params": {**trial, **request},
+            "request": request,
+            "reason": evidence.fault or refusal,
+            "evidence": evidence,
+        }
+    return {"status": NO, "params": trial, "reason": refusal}
+
+
+def _checked(model: nn.Module, x: Tensor, check: Check) -> Evidence:
+    """What a check finds; the model is unpatched."""
+    try:
+        return check(model, x)
+    except Exception as error:
+        return _broken(error)
+    finally:
+        vtok.unpatch(model)
+
+
+def _broken(error: Exception) -> Evidence:
+    return Evidence(fault=f"{type(error).__name__}: {error}")
+
+
+def cells(
+    examples: Mapping[str, Example], methods: Sequence[str] | None = None, check: Check = check_reduction
+) -> Iterator[Cell]:
+    """Every method (default: all) on every example ("backend: name" -> example), one cell at a time."""
+    for key, example in examples.items():
+        model = tiny.build(example).double()
+        x = tiny.images(example, IMAGES, torch.float64)
+        family = example.family or example.name.split()[0].rstrip(",")
+        classes = {tower.tower: "the model" for tower in vtok.info(model).towers}
+        for method in encoder_methods() if methods is None else methods:
+            found = judge(model, x, method, example.input_size, check)
+            yield Cell(key.partition(":")[0], example.name, family, method, classes=classes, **found)
+
+
+def to_json(found: Sequence[Cell]) -> str:
+    """A JSON list of cells."""
+    return json.dumps([cell.to_dict() for cell in found], indent=2)
+
+
+def counts(found: Sequence[Cell]) -> str:
+    """How many cells say what, in a sentence."""
+    models, methods = {(c.backend, c.model) for c in found}, {c.method for c in found}
+    tally = Counter(c.status for c in found)
+    parts = [f"{tally[status]} {status.lower()}" for status in STATUSES if status != TOWER or tally[TOWER]]
+    return f"{len(models)} models x {len(methods)} methods = {len(found)} cells: {', '.join(parts)}."

@@ -1,0 +1,144 @@
+"""The support matrix as a table: one row a model family, one column a method, reasons as numbered notes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vtok.errors import ConfigError
+from vtok.eval.matrix.encoder import FAILED, NO, ON_REQUEST, STATUSES, TOLERANCE, TOWER, VLM, YES, Cell, counts
+from vtok.eval.matrix.vlm_oracle import TOLERANCE as PROMPT_TOLERANCE
+from vtok.reports.text import keywords
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+BEGIN, END = "<!-- support matrix: `vtok matrix --markdown` -->", "<!-- end of the support matrix -->"
+LEGEND = (
+    "Yes: with the method as it is, tokens go down on every tiny model of the row, and the output is that of the full-length "
+    "pass in which what was taken away is masked instead; a merged token must moreover count as so many copies of itself. "
+    "On request: the same, with the parameters of the note. No: refused, with the sentence of the note. "
+    f"Checked in float64, to {TOLERANCE:g} of the largest output."
+)
+VLM_LEGEND = (
+    "Yes: both prompts of a batch, the shorter one padded on the left, lose visual tokens on every tiny model of the row, and "
+    "the logits are those of the unpatched model that reads the whole prompts, the features of the patched pass in them, under "
+    "a mask in every decoder layer that hides what was dropped. Tower: the same, but tokens go down in the vision tower alone. "
+    "On request: the same, with the parameters of the note. No: refused. Prompts hold several images; a method for videos, "
+    "or one that needs pages cut into crops or one image a prompt, got those. "
+    f"Checked in float32, to {PROMPT_TOLERANCE:g} of the largest logit."
+)
+
+
+class Report:
+    """Rows and notes of a matrix.
+
+    Attributes:
+        header: of the columns: family, number of tiny models, methods.
+        rows: texts of the cells, with the numbers of their notes.
+        notes: what the numbers stand for.
+    """
+
+    def __init__(self, found: Sequence[Cell]):
+        methods = list(dict.fromkeys(c.method for c in found))
+        self.header = ("family", "models", *methods)
+        self.notes: list[str] = []
+        self._numbers: dict[str, int] = {}
+        self.rows: list[tuple[tuple[str, tuple[int, ...]], ...]] = []
+        for backend, family in dict.fromkeys((c.backend, c.family) for c in found):
+            row = [c for c in found if (c.backend, c.family) == (backend, family)]
+            by_method = [[c for c in row if c.method == method] for method in methods]
+            title, models = (f"{backend}: {family}", ()), (str(len(by_method[0])), ())
+            self.rows.append((title, models, *(self._summary(same) for same in by_method)))
+        self.counts = counts(found)
+
+    def _summary(self, same: Sequence[Cell]) -> tuple[str, tuple[int, ...]]:
+        """One method on the models of a family: (text, numbers of notes)."""
+        tally = Counter(c.status for c in same)
+        if len(tally) == 1:
+            text = same[0].status
+        else:
+            words = {YES: f"of {len(same)}", TOWER: "tower", ON_REQUEST: "on request", NO: "no", FAILED: "FAILED"}
+            text = ", ".join(f"{tally[status]} {words[status]}" for status in STATUSES if tally[status])
+        return text, tuple(dict.fromkeys(self._note(c) for c in same if c.status != YES))
+
+    def _note(self, cell: Cell) -> int:
+        """The number of what there is to say about a cell; what differs in the names of classes or methods is said once."""
+        if cell.status == ON_REQUEST:
+            note = f"{cell.method} with {keywords(cell.request)}; without: {_reason(cell)}."
+            key = f"{cell.method} with {keywords(cell.request)}"
+        else:
+            key = note = f"{cell.status}: {re.sub(rf'^{cell.method} ', 'the method ', _reason(cell))}."
+        if key not in self._numbers:
+            self._numbers[key] = len(self.notes) + 1
+            self.notes.append(f"{note} {cell.remark}." if cell.remark else note)
+        return self._numbers[key]
+
+
+def _reason(cell: Cell) -> str:
+    """A reason in words that are right for all models of a kind."""
+    reason = cell.reason
+    for name, words in cell.classes.items():
+        reason = re.sub(rf"\b{re.escape(name)}\b", words, reason.replace(f"this {name}", "this model"))
+    return reason
+
+
+def table(found: Sequence[Cell], caption: str) -> Table:
+    """A rich table, the notes and counts under it left out."""
+    from rich.table import Table
+
+    report = Report(found)
+    made = Table(caption=caption)
+    for i, name in enumerate(report.header):
+        made.add_column(name, justify="right" if i == 1 else "left")
+    backends = [row[0][0].partition(":")[0] for row in report.rows]
+    for i, row in enumerate(report.rows):
+        last = i + 1 == len(backends) or backends[i + 1] != backends[i]
+        made.add_row(*(text + "".join(f" [{n}]" for n in notes) for text, notes in row), end_section=last)
+    return made
+
+
+def parts(found: Sequence[Cell]) -> list[list[Cell]]:
+    """Cells of vision encoders and of vision-language models, one table each; those that are empty left out."""
+    both = [c for c in found if c.backend != VLM], [c for c in found if c.backend == VLM]
+    return [part for part in both if part]
+
+
+def _legend(part: Sequence[Cell]) -> str:
+    return VLM_LEGEND if part[0].backend == VLM else LEGEND
+
+
+def notes(found: Sequence[Cell]) -> str:
+    """What stands under the table in a terminal."""
+    report = Report(found)
+    return "\n".join([*(f"[{i}] {note}" for i, note in enumerate(report.notes, 1)), _legend(found), report.counts])
+
+
+def markdown(found: Sequence[Cell]) -> str:
+    """The same as GitHub tables, ready for a README."""
+    return "\n\n".join(_markdown(part) for part in parts(found))
+
+
+def _markdown(found: Sequence[Cell]) -> str:
+    report = Report(found)
+    lines = ["| " + " | ".join(report.header) + " |", "|---|---:|" + "---|" * (len(report.header) - 2)]
+    for row in report.rows:
+        texts = [text + (f" <sup>{', '.join(map(str, marks))}</sup>" if marks else "") for text, marks in row]
+        lines.append("| " + " | ".join(texts) + " |")
+    lines += ["", *(f"{i}. {note}" for i, note in enumerate(report.notes, 1))]
+    return "\n".join([*lines, "", _legend(found), "", f"**{report.counts}**"])
+
+
+def put_into(text: str, made: str) -> str:
+    """A README with the part between the two markers replaced.
+
+    Raises:
+        ConfigError: there are no markers.
+    """
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ConfigError(f"the file has no place for the matrix; put these two lines where it belongs: {BEGIN} and {END}")
+    return f"{head}{BEGIN}\n\n{made}\n\n{END}{tail}"

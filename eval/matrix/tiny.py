@@ -1,0 +1,129 @@
+"""The tiny models that backends offer as examples, with weights and images under which tokens differ."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.torch_version import TorchVersion
+
+from vtok.errors import MissingExtraError
+from vtok.patches.hf_vlm.examples import EXAMPLES, PAD, VLMExample
+from vtok.patches.protocol import Example
+from vtok.registry import ADAPTERS
+
+# Parameters that bring queries and keys about, and weights of norms, by the names that backends give them.
+_ATTENDING = ("qkv", "q_proj", "in_proj")
+_NORMS = ("norm", "ln_")
+
+
+def backends() -> list[str]:
+    """Backends that are installed."""
+    return [name for name in ADAPTERS if importlib.util.find_spec(name) is not None]
+
+
+def examples(names: Sequence[str] | None = None) -> tuple[dict[str, Example], dict[str, Example]]:
+    """The examples of some backends (default: of those that are installed), by "backend: name".
+
+    Returns:
+        (examples that the installed releases can run, examples that are too new for them).
+
+    Raises:
+        UnknownNameError: no such backend.
+        MissingExtraError: it is not installed.
+    """
+    runs: dict[str, Example] = {}
+    too_new: dict[str, Example] = {}
+    for backend in backends() if names is None else names:
+        adapter = ADAPTERS.get(backend)
+        if importlib.util.find_spec(backend) is None:
+            raise MissingExtraError(backend, backend)
+        release = TorchVersion(importlib.import_module(backend).__version__)
+        for example in adapter().examples():
+            late = bool(example.since) and release < example.since
+            (too_new if late else runs)[f"{backend}: {example.name}"] = example
+    return runs, too_new
+
+
+def build(example: Example) -> nn.Module:
+    """The model in eval mode, every parameter random (see `randomise`)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = example.build().eval()
+    return randomise(model)
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """The same model with every parameter drawn anew: none is zero, attention is far from uniform."""
+    generator = torch.Generator().manual_seed(1)
+    for name, p in model.named_parameters():
+        sharp = any(part in name for part in _ATTENDING)
+        scale = 0.3 if p.ndim <= 1 or not p.any() else (2.5 if sharp else 1.0)
+        fan = 1 if p.ndim <= 1 or not p.any() else p[0].numel()
+        with torch.no_grad():
+            p.copy_(torch.randn(p.shape, generator=generator) * scale / fan**0.5)
+            if p.ndim == 1 and any(part in name for part in _NORMS) and name.endswith("weight"):
+                p.add_(1)
+    return model
+
+
+def images(example: Example, batch: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """[B, C, H, W] random images with some structure: coarse blocks plus noise, so that tokens differ in how alike they are."""
+    channels, height, width = example.input_size
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(batch, channels, 4, 4, generator=generator, dtype=torch.float64)
+    coarse = coarse.repeat_interleave(height // 4, 2).repeat_interleave(width // 4, 3)
+    return (coarse + 0.3 * torch.randn(batch, channels, height, width, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def vlm_examples(names: Sequence[str] | None = None) -> dict[str, VLMExample]:
+    """The tiny vision-language models, if their backend is among those named and installed."""
+    wanted = "transformers" in (backends() if names is None else names)
+    return dict(EXAMPLES) if wanted else {}
+
+
+def build_vlm(example: VLMExample) -> Any:
+    """The model in eval mode, with SDPA where it has it; attention and logits are far from uniform."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = example.build()
+        for p in model.parameters():
+            if p.ndim > 1 and not p.any():
+                p.data.normal_()
+            elif p.ndim > 1:
+                p.data.mul_(3.0)
+    model.set_attn_implementation("sdpa" if "sdpa" in example.kernels else "eager")
+    return model
+
+
+def vlm_prompts(example: VLMExample, model: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(kind, batch of two prompts, the second padded on the left): as the example makes them; videos alone and pages cut into
+    crops, where the family has them; one image each, for methods that take no others."""
+    values = example.inputs(model, torch.Generator().manual_seed(0))
+    yield "several images", values
+    if example.videos is not None:
+        yield "videos", example.videos(model, torch.Generator().manual_seed(0))
+    if example.pages is not None:
+        yield "cropped pages", example.pages(model, torch.Generator().manual_seed(0))
+    yield "one image each", one_image_each(values)
+
+
+def one_image_each(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Two prompts with one image each, the second padded on the left, out of prompts the last of which has one image.
+
+    Args:
+        values: of a model whose images are all [C, H, W].
+    """
+    last, start = values["attention_mask"][-1].argmax(), 2  # the second prompt lacks two words at its start
+    made = {}
+    for name, value in values.items():
+        if value.shape == values["input_ids"].shape:
+            row = value[-1, last:]
+            made[name] = torch.stack([row, torch.cat([row[start:].new_full((start,), PAD), row[start:]])])
+        else:
+            made[name] = value[-2:]
+    return made

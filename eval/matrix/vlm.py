@@ -1,0 +1,101 @@
+"""The support matrix of vision-language models: every method on every tiny one, patched, run and compared (`vlm_oracle`)."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import vtok
+from vtok.errors import UnsupportedModelError, VtokError
+from vtok.eval.matrix import encoder as matrix
+from vtok.eval.matrix import tiny
+from vtok.eval.matrix.encoder import FAILED, NO, ON_REQUEST, TOWER, YES, Cell, Evidence
+from vtok.eval.matrix.vlm_oracle import NOTHING, check_prompts
+from vtok.patches.hf_vlm.examples import VLMExample
+from vtok.patches.hf_vlm.families import VLM, find
+from vtok.patches.hf_vlm.install import pruner_of
+from vtok.registry import METHODS
+from vtok.targets.vlm_tower import ON_GRID
+
+
+def judge(model: Any, example: VLMExample, method: str) -> dict[str, Any]:
+    """Tries a method on a model, as it is and then with each of its substitutes.
+
+    Args:
+        model: unpatched, in eval mode; left as it was.
+        example: that it was built from.
+        method: name; its setting is its config's `trial_vlm`.
+
+    Returns:
+        The fields of a `Cell` that the run decides.
+    """
+    config_class, (vlm,) = METHODS.get(method), find(model)
+    trial, why, last = dict(config_class.trial_vlm), [], None
+    with tempfile.TemporaryDirectory() as folder:
+        for request in ({}, *config_class.substitutes_vlm(vlm.info, folder)):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # that prompts keep their length is what the cell says
+                    vtok.patch(model, config_class.create(**{**trial, **request}))
+                pruner = pruner_of(find(model)[0])
+                alone = pruner is not None and not pruner.shortens
+                evidence = _checked(model, example)
+            except VtokError as error:
+                why.append(str(error))
+                continue
+            except Exception as error:  # a cell that breaks is a finding; the rest of the matrix goes on
+                alone, evidence = False, Evidence(fault=f"{type(error).__name__}: {error}")
+            finally:
+                vtok.unpatch(model)
+            shown = {k: v.removeprefix(f"{folder}/") if isinstance(v, str) else v for k, v in request.items()}
+            status = FAILED if evidence.fault else ON_REQUEST if request else TOWER if alone else YES
+            last = {
+                "status": status,
+                "params": {**trial, **shown},
+                "request": shown,
+                "reason": evidence.fault or (ON_GRID if status == TOWER else why[0] if why else ""),
+                "evidence": evidence,
+                "remark": config_class.remark_vlm if request else "",
+            }
+            if evidence.fault != NOTHING:  # a wrong answer is not hidden by a right one under other parameters
+                return last
+            why.append(evidence.fault)
+    return last or {"status": NO, "params": trial, "reason": why[-1]}
+
+
+def _checked(model: Any, example: VLMExample) -> Evidence:
+    """What the check finds on the first kind of prompts that the method takes, and on which it acts."""
+    kinds, found, refusal = tiny.vlm_prompts(example, model), None, None
+    for kind, values in kinds:
+        try:
+            found = check_prompts(model, values)._replace(prompts=kind)
+        except UnsupportedModelError as error:
+            refusal = refusal or error
+            continue
+        if found.fault != NOTHING:
+            break
+    if found is None and refusal is not None:
+        raise refusal
+    assert found is not None
+    return found
+
+
+def _classes(vlm: VLM) -> dict[str, str]:
+    """Names that reasons may hold -> what a note for several models says instead."""
+    inside = set(vlm.text.modules())
+    named = {type(m).__name__: "its vision tower" for m in vlm.module.children() if m not in inside}
+    if vlm.tower is not None:
+        named[vlm.tower.info.name] = "its vision tower"
+    return {**named, vlm.info.name: "the model"}
+
+
+def cells(examples: Mapping[str, VLMExample], methods: Sequence[str] | None = None) -> Iterator[Cell]:
+    """Every method (default: all) on every example (name -> example), one cell at a time."""
+    families: dict[str, str] = {}
+    for name, example in examples.items():
+        model = tiny.build_vlm(example)
+        family, (vlm,) = families.setdefault(type(model).__name__, name), find(model)
+        for method in METHODS.names() if methods is None else methods:
+            yield Cell(matrix.VLM, name, family, method, classes=_classes(vlm), **judge(model, example, method))

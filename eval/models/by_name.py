@@ -1,0 +1,149 @@
+"""Models by name, for the command line.
+
+A name is timm's, `reference` or `reference-clip` (both come with vtok), or starts with the library that it belongs to:
+`open_clip:ViT-B-16` (its image tower; `open_clip:ViT-B-16/openai` with weights) or `transformers:OWNER/NAME`. Architectures in
+`HUGGING_FACE` are built without asking the hub for a configuration, and so are the vision-language models in
+`prompts.ARCHITECTURES` and, without weights (`meta`), the checkpoints in `architectures.PUBLISHED`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtok.errors import ConfigError, MissingExtraError, unknown
+from vtok.eval.common.settings import towers
+from vtok.eval.models.architectures import PUBLISHED, build_published
+from vtok.eval.models.clip import REFERENCE as REFERENCE_CLIP
+from vtok.eval.models.data import normalise
+from vtok.eval.models.random_vlm import ARCHITECTURES, build
+from vtok.eval.models.reference import (
+    load_reference_clip,
+    load_reference_images,
+    load_reference_pages,
+    load_reference_vit,
+    normalise_page,
+)
+from vtok.eval.tasks.timm_pipeline import Options, create_model
+from vtok.reading import is_folder
+
+REFERENCE = "reference"
+_OPEN_CLIP, _TRANSFORMERS = "open_clip:", "transformers:"
+# Name -> (class of transformers, what its configuration changes of the defaults): for runs with random weights.
+HUGGING_FACE: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "vit-base-patch16-224": ("ViTForImageClassification", {"num_labels": 1000}),
+    "clip-vit-base-patch16": ("CLIPVisionModelWithProjection", {"patch_size": 16}),
+}
+
+
+def load_model(
+    name: str, pretrained: bool = False, img_size: int | None = None, seed: int = 0, meta: bool = False
+) -> nn.Module:
+    """A model (of dual encoders the image tower) in eval mode, called as `model(images)`.
+
+    Args:
+        name: see above.
+        pretrained: load weights; otherwise they are random, unless the name says which.
+        img_size: input size in pixels, `None` = the model's own.
+        seed: of random weights.
+        meta: build it without any weights, on the meta device.
+
+    Raises:
+        ConfigError: no such model or weights, or a size that cannot be changed.
+        MissingExtraError: the library is not installed.
+    """
+    if name in (REFERENCE, REFERENCE_CLIP):
+        if img_size is not None:
+            raise ConfigError(f"{name} has a size of its own; drop the image size {img_size}")
+        model: Any = load_reference_vit() if name == REFERENCE else load_reference_clip().net
+        return model if name == REFERENCE else model.visual
+    if name.startswith(_OPEN_CLIP):
+        return _open_clip(name.removeprefix(_OPEN_CLIP), pretrained, img_size, seed, meta)
+    if name.startswith(_TRANSFORMERS):
+        return _hugging_face(name.removeprefix(_TRANSFORMERS), pretrained, img_size, seed, meta)
+    kwargs = {"img_size": img_size} if img_size else {}
+    return create_model(name, Options(pretrained=pretrained, model_kwargs=kwargs, seed=seed), meta).eval()
+
+
+def sample_images(name: str, model: nn.Module, batch_size: int, seed: int = 0) -> Tensor:
+    """[B, C, H, W]: test images for a reference model, else noise of the size that the model was built for."""
+    if name == REFERENCE:
+        images, _ = load_reference_images("test")
+        return normalise(images[:batch_size])
+    if name == REFERENCE_CLIP:
+        return normalise_page(load_reference_pages("test").images[:batch_size])
+    size = towers(model)[0][1].input_size
+    return torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def _open_clip(name: str, pretrained: bool, img_size: int | None, seed: int, meta: bool) -> nn.Module:
+    try:
+        import open_clip
+    except ImportError as error:
+        raise MissingExtraError("open_clip_torch", "open_clip") from error
+    name, _, tag = name.partition("/")
+    if name not in open_clip.list_models():
+        raise unknown("open_clip model", name, open_clip.list_models())
+    if pretrained and not tag:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        raise ConfigError(
+            f"open_clip has several weights of {name}; name one: open_clip:{name}/TAG with TAG in {', '.join(tags)}"
+        )
+    torch.manual_seed(seed)
+    silenced = logging.root.manager.disable
+    try:
+        if meta:
+            logging.disable(logging.WARNING)  # that no weights are loaded is what was asked for
+        with torch.device("meta" if meta else "cpu"):
+            weights = None if meta or not tag else tag
+            model: Any = open_clip.create_model(
+                name, pretrained=weights, device="meta" if meta else "cpu", force_image_size=img_size
+            )
+    except (RuntimeError, OSError, ValueError) as error:  # unknown tag, no network
+        raise ConfigError(f"open_clip cannot make {name} {tag}".rstrip() + f": {error}") from error
+    finally:
+        logging.disable(silenced)
+    return model.visual.eval()
+
+
+def _hugging_face(name: str, pretrained: bool, img_size: int | None, seed: int, meta: bool) -> nn.Module:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError("transformers", "transformers") from error
+    size = {} if img_size is None else {"image_size": img_size}
+    torch.manual_seed(seed)
+    if name in ARCHITECTURES:
+        if pretrained or img_size is not None:
+            raise ConfigError(f"{name} has random weights and a size of its own; drop --pretrained and the image size")
+        return build(name, seed, meta)
+    if name in HUGGING_FACE:
+        if pretrained:
+            raise ConfigError(
+                f"{name} is an architecture; for weights name a model of the hub or a folder: transformers:OWNER/NAME"
+            )
+        kind, changes = HUGGING_FACE[name]
+        cls: Any = getattr(transformers, kind)
+        with torch.device("meta" if meta else "cpu"):
+            return cls(cls.config_class(**changes, **size)).eval()
+    if meta and name in PUBLISHED and img_size is None:
+        return build_published(name)
+    if "/" not in name and not is_folder(name):
+        raise unknown("architecture", name, [*HUGGING_FACE, *ARCHITECTURES])
+    try:
+        if pretrained and not meta:
+            return _image_tower(transformers.AutoModel.from_pretrained(name, **size))
+        config = transformers.AutoConfig.from_pretrained(name, **size)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"transformers cannot load {name}: {error}") from error
+    with torch.device("meta" if meta else "cpu"):
+        return _image_tower(transformers.AutoModel.from_config(config))
+
+
+def _image_tower(model: Any) -> nn.Module:
+    """What takes pixels alone: the tower of a dual encoder, else the model."""
+    return getattr(model, "vision_model", model).eval()

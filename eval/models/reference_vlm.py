@@ -1,0 +1,318 @@
+"""The reference vision-language models that come with vtok, and questions about easy-VQA's pictures to ask them.
+
+Their folders in `assets/` are what Hugging Face transformers expects: `from_pretrained(folder)` of `AutoProcessor` and of the
+model's class works on them without vtok.
+
+Shapes: n pictures [n, 3, 64, 64] uint8, Q questions.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vtok.eval.models.data import read_idx
+from vtok.eval.models.easyvqa import COLOURS, PICTURE_SIZE, PLACES, SHAPES
+from vtok.eval.models.reference import DATA_FOLDER, MEAN, STD, asset, load_reference_pictures
+from vtok.writing import write
+
+LLAVA_FOLDER = "easyvqa_llava"
+LLAVA_WEIGHTS = "model.safetensors"
+IMAGE_TOKEN = "<image>"
+PROMPT = IMAGE_TOKEN + " {question}"  # the answer is one word, and then the end of the sequence
+SPECIAL = ("<pad>", "<s>", "</s>", IMAGE_TOKEN, "<unk>")
+PAD, BOS, EOS, IMAGE, UNKNOWN = range(len(SPECIAL))
+YES_NO = ("yes", "no")
+_QUESTION_WORDS = [
+    "?",
+    "a",
+    "contain",
+    "does",
+    "image",
+    "in",
+    "is",
+    "not",
+    "of",
+    "present",
+    "shape",
+    "color",
+    "the",
+    "there",
+    "what",
+    "page",
+    "at",
+    "blank",
+    "cell",
+    "how",
+    "many",
+]
+WORDS = (*_QUESTION_WORDS, *YES_NO, *SHAPES, *COLOURS, *sorted({w for place in PLACES for w in place.split()}))
+
+
+@dataclass(frozen=True)
+class ReferenceLLaVA:
+    """Anatomy of the reference LLaVA: Hugging Face's `LlavaForConditionalGeneration`, CLIP tower and Llama, 2.2 M parameters.
+
+    The language model takes the tower's last layer without the class token, so that no layer is computed in vain (LLaVA-1.5
+    takes the last but one).
+
+    Attributes:
+        image_size: side of a picture in pixels.
+        patch_size: side of a patch; `(image_size / patch_size) ** 2` visual tokens.
+        width: of the tower.
+        depth: blocks of the tower.
+        heads: of the tower.
+        text_width: of the language model.
+        text_hidden: width of its MLPs.
+        text_depth: its layers.
+        text_heads: its heads.
+    """
+
+    image_size: int = PICTURE_SIZE
+    patch_size: int = 4
+    width: int = 96
+    depth: int = 6
+    heads: int = 3
+    text_width: int = 128
+    text_hidden: int = 320
+    text_depth: int = 8
+    text_heads: int = 4
+
+    @property
+    def visual_tokens(self) -> int:
+        """Tokens that a picture takes in the prompt."""
+        return (self.image_size // self.patch_size) ** 2
+
+    def config(self) -> Any:
+        """A `LlavaConfig`."""
+        from transformers import LlavaConfig
+
+        return LlavaConfig(**self.parts(), image_seq_length=self.visual_tokens)
+
+    def parts(self) -> dict[str, Any]:
+        """What the configurations of LLaVA and LLaVA-NeXT have in common."""
+        from transformers import CLIPVisionConfig, LlamaConfig
+
+        vision = CLIPVisionConfig(
+            hidden_size=self.width,
+            intermediate_size=4 * self.width,
+            num_hidden_layers=self.depth,
+            num_attention_heads=self.heads,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+        )
+        text = LlamaConfig(
+            vocab_size=len(SPECIAL) + len(WORDS),
+            hidden_size=self.text_width,
+            intermediate_size=self.text_hidden,
+            num_hidden_layers=self.text_depth,
+            num_attention_heads=self.text_heads,
+            num_key_value_heads=self.text_heads,
+            max_position_embeddings=1024,
+            pad_token_id=PAD,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            tie_word_embeddings=False,
+        )
+        return {
+            "vision_config": vision,
+            "text_config": text,
+            "image_token_id": IMAGE,
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "default",
+            "tie_word_embeddings": False,
+        }
+
+    def build(self) -> Any:
+        """A freshly initialised model that stops at the end of its answer."""
+        from transformers import LlavaForConditionalGeneration
+
+        return answering(LlavaForConditionalGeneration(self.config()))
+
+
+def answering(model: Any) -> Any:
+    """`model` in eval mode, stopping at the end of its answer in a plain `generate()`."""
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, max_new_tokens=4)
+    return model.eval()
+
+
+def make_tokenizer() -> Any:
+    """One token a word or punctuation mark, in lower case; a prompt begins with `<s>`; batches are padded on the left."""
+    from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: number for number, word in enumerate((*SPECIAL, *WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[UNKNOWN]))
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    start = SPECIAL[BOS]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A", special_tokens=[(start, BOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=SPECIAL[PAD],
+        bos_token=SPECIAL[BOS],
+        eos_token=SPECIAL[EOS],
+        unk_token=SPECIAL[UNKNOWN],
+        extra_special_tokens={"image_token": IMAGE_TOKEN},
+        padding_side="left",
+        model_max_length=1024,
+    )
+
+
+def make_processor(anatomy: ReferenceLLaVA) -> Any:
+    """A `LlavaProcessor` for pictures and prompts."""
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    return processor_of(LlavaProcessor, CLIPImageProcessor, anatomy)
+
+
+def processor_of(kind: Any, image_kind: Any, anatomy: ReferenceLLaVA, **images: Any) -> Any:
+    """A processor whose image processor brings pictures to the size and scale of the tower.
+
+    Args:
+        kind: class of the processor.
+        image_kind: class of its image processor.
+        anatomy: of the model.
+        **images: further settings of the image processor.
+    """
+    side = anatomy.image_size
+    return kind(
+        image_processor=image_kind(
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+            image_mean=[MEAN] * 3,
+            image_std=[STD] * 3,
+            **images,
+        ),
+        tokenizer=make_tokenizer(),
+        patch_size=anatomy.patch_size,
+        vision_feature_select_strategy="default",
+        image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=1,  # the class token, which "default" takes away again
+    )
+
+
+def save_folder(folder: Path, model: Any, processor: Any) -> None:
+    """Writes a folder for `from_pretrained`: weights in fp16 that load as fp32, configuration, tokenizer, preprocessing."""
+    from safetensors.torch import save
+
+    save_settings(folder, model, processor)
+    weights = {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}
+    write(folder / LLAVA_WEIGHTS, save(weights, metadata={"format": "pt"}))
+
+
+def save_settings(folder: Path, model: Any, processor: Any) -> None:
+    """The folder without the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = "float32"
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def load_reference_llava(folder: Path | None = None) -> Any:
+    """The trained reference LLaVA in eval mode, fp32 (its weights are stored in fp16).
+
+    Args:
+        folder: another folder of the same form; `None` = the bundled one.
+
+    Raises:
+        FileNotFoundError: the weights are missing.
+    """
+    from transformers import LlavaForConditionalGeneration
+
+    return LlavaForConditionalGeneration.from_pretrained(_complete(LLAVA_FOLDER, folder), dtype=torch.float32).eval()
+
+
+def load_reference_llava_processor(folder: Path | None = None) -> Any:
+    """Its processor: `processor(images=..., text=PROMPT.format(question=...), return_tensors="pt")`."""
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(home_of(LLAVA_FOLDER, folder))
+
+
+def home_of(name: str, folder: Path | None) -> Path:
+    """The folder that was given, or else the bundled one of that name."""
+    return asset(f"{name}/config.json").parent if folder is None else folder
+
+
+def _complete(name: str, folder: Path | None) -> Path:
+    home = home_of(name, folder)
+    if not (home / LLAVA_WEIGHTS).is_file():
+        raise FileNotFoundError(
+            f"{home} has no {LLAVA_WEIGHTS}; train it: python -m vtok.eval.training.llava --export assets, or install vtok again"
+        )
+    return home
+
+
+class Questions(NamedTuple):
+    """Questions about pictures.
+
+    Attributes:
+        pictures: [n, 3, 64, 64] uint8.
+        texts: Q questions; the prompt is `PROMPT.format(question=...)`.
+        answers: Q words.
+        rows: [Q] which picture each is about.
+        open: [Q] bool, False where the answer is yes or no.
+    """
+
+    pictures: Tensor
+    texts: list[str]
+    answers: list[str]
+    rows: Tensor
+    open: Tensor
+
+
+def collect_questions(pictures: Tensor, asked: Iterable[tuple[str, str, int]]) -> Questions:
+    """`Questions` from (question, answer, row of the picture), as easy-VQA lists them."""
+    texts, answers, rows = zip(*asked)
+    is_open = torch.tensor([answer not in YES_NO for answer in answers])
+    return Questions(pictures, list(texts), list(answers), torch.tensor(rows), is_open)
+
+
+def about(questions: Questions, pictures: Tensor) -> Questions:
+    """The questions about the pictures of these numbers, which get the numbers 0, 1, ... in this order."""
+    row = {number: i for i, number in enumerate(pictures.tolist())}
+    asked = zip(questions.texts, questions.answers, questions.rows.tolist())
+    return collect_questions(questions.pictures[pictures], [(q, a, row[n]) for q, a, n in asked if n in row])
+
+
+def load_reference_questions(split: str = "test") -> Questions:
+    """Bundled questions: `"test"` (all 9,673 about the 1,000 test pictures) or `"calibration"` (about training pictures that
+    were kept out of training).
+
+    The first pictures are those of `load_reference_pictures(split)`, whose class follows from the questions; the others come
+    after them.
+    """
+    pictures, _ = load_reference_pictures(split)
+    if split == "test":
+        rest = read_idx(asset(f"{DATA_FOLDER}/{split}-rest-pictures-idx4-ubyte.gz"))
+        pictures = torch.cat((pictures, rest.permute(0, 3, 1, 2)))
+    return collect_questions(pictures, read_packed(f"{DATA_FOLDER}/{split}-questions.json.gz"))
+
+
+def write_questions(path: Path, asked: Sequence[tuple[str, str, int]]) -> None:
+    """Writes what `load_reference_questions` reads; the same questions give the same bytes."""
+    write_packed(path, [list(q) for q in asked])
+
+
+def write_packed(path: Path, values: Any) -> None:
+    """Writes plain values as compressed JSON; the same values give the same bytes."""
+    write(path, gzip.compress(json.dumps(values, separators=(",", ":")).encode(), 9, mtime=0))
+
+
+def read_packed(name: str) -> Any:
+    """What `write_packed` wrote, from a bundled file."""
+    with gzip.open(asset(name), "rt", encoding="utf-8") as file:
+        return json.load(file)

@@ -1,0 +1,1 @@
+"""Published operating points, and what is measured beside them."""

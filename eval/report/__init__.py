@@ -1,0 +1,1 @@
+"""What is derived from records: tables, plots, the page of results."""

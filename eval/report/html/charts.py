@@ -1,0 +1,280 @@
+"""Plots as numbers for inline SVG: the template only writes them down. Colours are classes, so that they follow the theme.
+
+Shapes: pixels of a view box; x grows to the right, y downwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from vtok.eval.report.html.rows import Row
+from vtok.eval.report.html.sections import Section
+from vtok.eval.report.html.values import figure, with_ends
+
+WIDTH, HEIGHT = 430, 310
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 46
+SMALL_WIDTH, SMALL_HEIGHT = 230, 150
+PALETTE = 8  # colours and shapes that the style sheet has
+FLOORS = {"random": "floor-a", "uniform": "floor-b"}
+_R = 4.6  # of a mark
+
+
+class Tick(NamedTuple):
+    """Where a number of an axis stands."""
+
+    place: float
+    words: str
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One setting in a plot.
+
+    Attributes:
+        x, y: of the middle.
+        low, high: y of the ends of the error bar; `None` = none.
+        path: of the shape.
+        front: whether it lies on the Pareto front: filled, the others hollow.
+        title: tooltip.
+    """
+
+    x: float
+    y: float
+    low: float | None
+    high: float | None
+    path: str
+    front: bool
+    title: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method.
+
+    Attributes:
+        name: of the method.
+        look: class of its colour.
+        points: "x,y x,y ..." of the line that joins its marks.
+        marks: its settings.
+        sample: path of its shape around (9, 7), for the legend.
+    """
+
+    name: str
+    look: str
+    points: str
+    marks: list[Mark] = field(default_factory=list)
+    sample: str = ""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Axes with lines on them.
+
+    Attributes:
+        title, summary: what a screen reader says.
+        level: y of the unpatched model, `None` = it is not known.
+        front: "x,y ..." through the Pareto front.
+        base: mark of the unpatched model.
+    """
+
+    title: str
+    summary: str
+    x_label: str
+    y_label: str
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    lines: list[Line]
+    level: float | None = None
+    front: str = ""
+    base: Mark | None = None
+    width: int = WIDTH
+    height: int = HEIGHT
+    box: tuple[float, float, float, float] = (_LEFT, _TOP, WIDTH - _RIGHT, HEIGHT - _BOTTOM)
+
+
+def looks(sections: Sequence[Section]) -> dict[str, tuple[str, int]]:
+    """Method -> (class of its colour, number of its shape): the same on the whole page."""
+    names = dict.fromkeys(row.method for s in sections for row in s.patched if row.method not in FLOORS)
+    own = {name: (f"c{i % PALETTE}", i % PALETTE) for i, name in enumerate(names)}
+    return own | {name: (look, PALETTE + i) for i, (name, look) in enumerate(FLOORS.items())}
+
+
+def front_of(rows: Sequence[Row], x: Callable[[Row], float | None], less: bool) -> set[int]:
+    """Numbers of the rows that no other one beats in x and in the headline metric.
+
+    Args:
+        rows: of a section.
+        x: a cost (`less`) or a gain.
+        less: whether less of it is better.
+    """
+    points = [(i, (-v if less else v), r.score.value) for i, r in enumerate(rows) if (v := x(r)) is not None and r.score]
+
+    def beaten(a: float, b: float) -> bool:
+        return any(c >= a and d >= b and (c, d) != (a, b) for _, c, d in points)
+
+    return {i for i, a, b in points if not beaten(a, b)}
+
+
+def macs(row: Row) -> float | None:
+    """GMACs a sample, the reduction's own left out."""
+    return row.gmacs
+
+
+def measured(row: Row) -> float | None:
+    """Speed-up over the unpatched model, which has 1."""
+    return 1.0 if row.unpatched else None if row.speedup is None else row.speedup.value
+
+
+def pareto(
+    section: Section, look: dict[str, tuple[str, int]], x: Callable[[Row], float | None], less: bool, label: str
+) -> Plot | None:
+    """Accuracy against a cost or a gain; `None` where fewer than two settings have both."""
+    rows = [row for row in section.rows if x(row) is not None and row.score is not None]
+    if len(rows) < 2 or all(row.unpatched for row in rows):
+        return None
+    score = rows[0].score
+    assert score is not None
+    spans = [_ends(row) for row in rows]
+    xs, ys = [x(row) or 0.0 for row in rows], [v for span in spans for v in span]
+    to_x, x_ticks = _axis(xs, _LEFT, WIDTH - _RIGHT)
+    to_y, y_ticks = _axis(ys, HEIGHT - _BOTTOM, _TOP)
+    front = front_of(rows, x, less)
+    marks: dict[str, list[Mark]] = {}
+    base = None
+    for i, row in enumerate(rows):
+        left, top = to_x(xs[i]), to_y(row.score.value if row.score else 0.0)
+        shape = "star" if row.unpatched else str(look[row.method][1])
+        low, high = spans[i]
+        ends = (to_y(low), to_y(high)) if low < high else (None, None)
+        mark = Mark(left, top, ends[0], ends[1], _shape(shape, left, top), i in front, _tooltip(row, x, label))
+        if row.unpatched:
+            base = mark
+        else:
+            marks.setdefault(row.method, []).append(mark)
+    lines = [
+        Line(name, look[name][0], _points(own), own, _shape(str(look[name][1]), 9, 7))
+        for name, own in ((name, sorted(own, key=lambda m: m.x)) for name, own in marks.items())
+    ]
+    on_front = sorted((to_x(xs[i]), to_y(rows[i].score.value)) for i in front if rows[i].score)  # type: ignore[union-attr]  # asked for
+    best = [rows[i].label for i in sorted(front, key=lambda i: xs[i])]
+    return Plot(
+        f"{score.label} against {label}",
+        f"{len(rows)} settings; on the Pareto front: {', '.join(best)}. The table below holds every number.",
+        label,
+        f"{score.label} ({score.unit})" if score.unit else score.label,
+        x_ticks,
+        y_ticks,
+        lines,
+        None if base is None else base.y,
+        " ".join(f"{a:.1f},{b:.1f}" for a, b in on_front) if len(on_front) > 1 else "",
+        base,
+    )
+
+
+def layers(section: Section, look: dict[str, tuple[str, int]]) -> list[Plot]:
+    """Tokens after every layer, one small plot a method, all on the same axes."""
+    shown = [row for row in section.patched if len(row.per_layer) > 1]
+    if not shown:
+        return []
+    depth = max(len(row.per_layer) for row in shown)
+    most = max(max(row.per_layer) for row in shown)
+    most = max(most, *(row.tokens_in or 0 for row in shown))
+    box = (34.0, 8.0, SMALL_WIDTH - 8.0, SMALL_HEIGHT - 24.0)
+    to_x, x_ticks = _axis([0, depth - 1], box[0], box[2], 5, margin=0, whole=True)
+    to_y, y_ticks = _axis([0, most], box[3], box[1], 4, margin=0)
+    plots = []
+    for name in dict.fromkeys(row.method for row in shown):
+        lines = []
+        for row in (r for r in shown if r.method == name):
+            steps = [(to_x(i), to_y(value)) for i, value in enumerate(row.per_layer)]
+            told = f"{row.label}: {figure(row.per_layer[-1], 0)} tokens at the end"
+            end = Mark(steps[-1][0], steps[-1][1], None, None, "", False, told)
+            points = " ".join(f"{x:.1f},{y:.1f}" for x, y in steps)
+            lines.append(Line(row.label, look[name][0], points, [end]))
+        told = "; ".join(
+            f"{r.label}: {figure(r.per_layer[0], 0)} to {figure(r.per_layer[-1], 0)}" for r in shown if r.method == name
+        )
+        level = next((to_y(r.tokens_in) for r in shown if r.tokens_in is not None), None)
+        plots.append(
+            Plot(name, f"Tokens after each layer. {told}", "layer", "tokens", x_ticks, y_ticks, lines, level, "", None,
+                 SMALL_WIDTH, SMALL_HEIGHT, box)
+        )  # fmt: skip
+    return plots
+
+
+def _ends(row: Row) -> tuple[float, float]:
+    """The headline metric minus and plus its standard error."""
+    assert row.score is not None
+    error = row.score.error or 0.0
+    return row.score.value - error, row.score.value + error
+
+
+def _axis(
+    values: Sequence[float], start: float, stop: float, bins: int = 5, margin: float = 0.06, whole: bool = False
+) -> tuple[Callable[[float], float], list[Tick]]:
+    """(value -> pixel, round numbers between the ends)."""
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = min(values), max(values)
+    room = (high - low) * margin or (0 if margin == 0 else max(abs(high) * 0.1, 0.5))
+    low, high = low - room, high + room
+    if low == high:
+        high = low + 1
+
+    def to(value: float) -> float:
+        return round(start + (value - low) / (high - low) * (stop - start), 2)
+
+    found = [float(v) for v in MaxNLocator(bins, integer=whole).tick_values(low, high) if low - 1e-9 <= v <= high + 1e-9]
+    digits = next((d for d in range(6) if all(abs(round(v, d) - v) < 1e-9 * max(1.0, abs(v)) for v in found)), 6)
+    return to, [Tick(to(v), figure(v, digits)) for v in found]
+
+
+def _points(marks: Sequence[Mark]) -> str:
+    return " ".join(f"{m.x:.1f},{m.y:.1f}" for m in marks)
+
+
+def _tooltip(row: Row, x: Callable[[Row], float | None], label: str) -> str:
+    score = row.score
+    assert score is not None
+    error = "" if score.error is None else f" ± {figure(score.error, 2)}"
+    words = f"{row.label}: {figure(score.value, 2, unit=f' {score.unit}')}{error}, {label} {x(row) or 0:.3g}"
+    return words + (f", measured {with_ends(row.speedup, 2, unit='×')}" if row.speedup else "")
+
+
+def _polygon(x: float, y: float, corners: int, r: float, turn: float = 0.0, inner: float | None = None) -> str:
+    """A regular polygon, or a star with `inner` radius."""
+    total = corners * (1 if inner is None else 2)
+    points = []
+    for i in range(total):
+        radius = r if inner is None or i % 2 == 0 else inner
+        angle = 2 * math.pi * i / total - math.pi / 2 + turn
+        points.append(f"{x + radius * math.cos(angle):.1f} {y + radius * math.sin(angle):.1f}")
+    return "M" + "L".join(points) + "Z"
+
+
+def _cross(x: float, y: float, r: float, turned: bool) -> str:
+    d = r * 0.75
+    if turned:
+        return f"M{x - d:.1f} {y - d:.1f}L{x + d:.1f} {y + d:.1f}M{x - d:.1f} {y + d:.1f}L{x + d:.1f} {y - d:.1f}"
+    return f"M{x - r:.1f} {y:.1f}H{x + r:.1f}M{x:.1f} {y - r:.1f}V{y + r:.1f}"
+
+
+def _shape(name: str, x: float, y: float) -> str:
+    """Shapes differ like colours do: nothing is told by colour alone."""
+    circle = f"M{x - _R:.1f} {y:.1f}a{_R} {_R} 0 1 0 {2 * _R} 0a{_R} {_R} 0 1 0 {-2 * _R} 0Z"
+    return {
+        "star": _polygon(x, y, 5, 8.0, inner=3.4),
+        "0": circle,
+        "1": _polygon(x, y, 4, 1.25 * _R, math.pi / 4),
+        "2": _polygon(x, y, 3, 1.3 * _R),
+        "3": _polygon(x, y, 4, 1.35 * _R),
+        "4": _polygon(x, y, 3, 1.3 * _R, math.pi),
+        "5": _polygon(x, y, 5, 1.2 * _R),
+        "6": _polygon(x, y, 6, 1.15 * _R),
+        "7": _polygon(x, y, 4, 1.5 * _R, inner=0.6 * _R),
+        "8": _cross(x, y, _R, True),
+        "9": _cross(x, y, _R, False),
+    }[name]

@@ -1,0 +1,153 @@
+"""Differences by class, kind of question or whatever else records are grouped by, against the unpatched model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from vtok.eval.common.statistics import paired_difference
+from vtok.eval.report.html.rows import Row, scores_of
+from vtok.eval.report.html.sections import Section, with_sign
+from vtok.eval.report.html.table import Cell
+from vtok.eval.report.html.values import Interval, figure, mapping, number, text
+
+MOST = 12  # groups in a table
+_PIECES = {1: ("good", "▲"), -1: ("bad", "▼"), 0: ("", "")}
+
+
+@dataclass(frozen=True)
+class GroupTable:
+    """One grouping.
+
+    Attributes:
+        name: what was grouped by.
+        groups: (name, samples, headline metric of the unpatched model in words).
+        rows: (setting, one cell a group).
+        note: what was left out.
+    """
+
+    name: str
+    groups: list[tuple[str, str, str]]
+    rows: list[tuple[Row, list[Cell]]]
+    note: str = ""
+
+
+def group_tables(section: Section) -> list[GroupTable]:
+    """Every grouping that the records hold, and classes of bundled images."""
+    names = dict.fromkeys(name for row in section.rows for name in mapping(row.record.get("groups")))
+    tables = [_of_records(section, name) for name in names]
+    if not names:
+        tables.append(_of_labels(section))
+    return [table for table in tables if table is not None]
+
+
+def _of_records(section: Section, grouping: str) -> GroupTable | None:
+    """From the metrics that records hold of every group."""
+    parts = {id(row): mapping(mapping(row.record.get("groups")).get(grouping)) for row in section.rows}
+    names = list(dict.fromkeys(name for found in parts.values() for name in found))
+    gaps: dict[tuple[int, str], Interval] = {}
+    base: dict[str, tuple[str, str]] = {}
+    for row in section.rows:
+        for name in names:
+            held = mapping(parts[id(row)].get(name))
+            n = number(held.get("n"))
+            score = scores_of(held, row.factor, row.primary, n).get(row.primary or "")
+            if score is None:
+                continue
+            if row.unpatched or name not in base:
+                words = figure(score.value, 1, unit=score.unit and f" {score.unit}") if row.unpatched else ""
+                base[name] = ("" if n is None else f"{n:,.0f}", words)
+            if score.difference is not None and not row.unpatched:
+                gaps[id(row), name] = score.difference
+    return _table(section, grouping, names, base, gaps)
+
+
+def _of_labels(section: Section) -> GroupTable | None:
+    """From what was right image by image, where the labels come with vtok."""
+    base, shown = section.base, images_of(section)
+    if shown is None or base is None or base.correct is None:
+        return None
+    labels, classes = _fashion()
+    labels = labels[shown]
+    told: dict[str, tuple[str, str]] = {}
+    gaps: dict[tuple[int, str], Interval] = {}
+    for i, name in enumerate(classes):
+        here = labels == i
+        told[name] = (
+            f"{int(here.sum()):,}",
+            figure(100 * float(base.correct[here].mean()), 1, unit=" %") if here.any() else "",
+        )
+        for row in section.patched:
+            if row.correct is None or len(row.correct) != len(labels) or here.sum() < 2:
+                continue
+            gap = paired_difference(row.correct[here].astype(float) - base.correct[here].astype(float)).scaled(100)
+            gaps[id(row), name] = Interval(*gap)
+    return _table(section, "class", list(classes), told, gaps)
+
+
+@cache
+def _fashion() -> tuple[np.ndarray, Sequence[str]]:
+    from vtok.eval.models.data import FASHION_CLASSES
+    from vtok.eval.models.reference import load_reference_images
+
+    return load_reference_images("test")[1].numpy(), FASHION_CLASSES
+
+
+def _first(count: int, total: int) -> list[int]:
+    return list(range(count))
+
+
+def _spaced(count: int, total: int) -> list[int]:
+    return [i * total // count for i in range(count)]
+
+
+# name of bundled images in records -> which of them `count` samples are: of the demo, of `vtok eval imagenet` and of runs
+_CHOICES: dict[str, Callable[[int, int], list[int]]] = {"fashion-mnist/test": _first, "fashion-mnist": _spaced}
+
+
+def images_of(section: Section) -> list[int] | None:
+    """Numbers of the bundled images that the samples of a section are, in their order; `None` for other data."""
+    choose, n = _CHOICES.get(text(section.first.get("dataset"))), section.first.get("n")
+    if choose is None or isinstance(n, bool) or not isinstance(n, int) or n < 1 or section.first.get("num_skipped"):
+        return None
+    total = len(_fashion()[0])
+    return choose(n, total) if n <= total else None
+
+
+def labels_of(section: Section, image: int) -> str:
+    """Class of a bundled image, "" if it is not known."""
+    if text(section.first.get("dataset")) not in _CHOICES:
+        return ""
+    labels, classes = _fashion()
+    return str(classes[int(labels[image])]) if image < len(labels) else ""
+
+
+def _table(
+    section: Section, grouping: str, names: list[str], base: dict[str, tuple[str, str]], gaps: dict[Any, Interval]
+) -> GroupTable | None:
+    if not gaps:
+        return None
+    note = ""
+    if len(names) > MOST:
+        lost = {name: float(np.mean([g.value for (_, own), g in gaps.items() if own == name] or [0.0])) for name in names}
+        kept = sorted(names, key=lambda name: (-abs(lost[name]), name))[:MOST]
+        note = f"the {MOST} of {len(names)} groups that change most on average"
+        names = [name for name in names if name in kept]
+    rows = []
+    for row in section.patched:
+        cells = [_cell(gaps.get((id(row), name))) for name in names]
+        if any(cell.sort is not None for cell in cells):
+            rows.append((row, cells))
+    return GroupTable(text(grouping, 40), [(text(name, 60), *base.get(name, ("", ""))) for name in names], rows, note)
+
+
+def _cell(gap: Interval | None) -> Cell:
+    if gap is None:
+        return Cell("–")
+    kind, mark = _PIECES[gap.sign]
+    known = "95 % interval" if gap.known else "no interval is known"
+    return Cell(figure(gap.value, 1, True), gap.value, f"{with_sign(gap)} points, {known}", kind, mark)

@@ -1,0 +1,195 @@
+"""Puts the page together: `vtok report` and `vtok.eval.write_report`."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import vtok
+from vtok.errors import ConfigError, MissingExtraError
+from vtok.eval.report.html import charts
+from vtok.eval.report.html.gallery import Gallery, gallery
+from vtok.eval.report.html.groups import GroupTable, group_tables
+from vtok.eval.report.html.questions import Questions, questions
+from vtok.eval.report.html.read import read
+from vtok.eval.report.html.repeat import Repeat, environment, repeat
+from vtok.eval.report.html.sections import Finding, Section, findings, headline_of, sections
+from vtok.eval.report.html.table import Speeds, Table, all_scores, speeds, summary
+from vtok.eval.report.html.values import count
+from vtok.writing import apart, writable, write
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What a page holds besides the numbers.
+
+    Attributes:
+        title: of the page.
+        gallery: images drawn a section, 0 = none: models are built anew for that.
+        images: files or numbers of bundled images to draw instead of evenly spaced ones.
+        questions: single questions shown a section.
+    """
+
+    title: str = "vtok report"
+    gallery: int = 0
+    images: tuple[str, ...] = ()
+    questions: int = 12
+
+
+@dataclass(frozen=True)
+class Part:
+    """A section as the template writes it."""
+
+    id: str
+    section: Section
+    headline: str
+    findings: list[Finding]
+    table: Table
+    scores: Table | None
+    plots: list[charts.Plot]
+    layers: list[charts.Plot]
+    speeds: Speeds | None
+    groups: list[GroupTable]
+    asked: Questions | None
+    gallery: Gallery | None
+    environment: list[tuple[str, str]]
+    repeat: Repeat
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written.
+
+    Attributes:
+        path: of the page.
+        headlines: (section, what is significant in it).
+        problems: what could not be read or drawn.
+    """
+
+    path: Path
+    headlines: list[tuple[str, str]]
+    problems: list[str] = field(default_factory=list)
+
+
+def write_report(
+    results: Sequence[str | Path],
+    output: str | Path = "report.html",
+    options: ReportOptions | None = None,
+    progress: Progress = lambda words: None,
+) -> Report:
+    """Writes one HTML file that needs nothing else: no network, no other file.
+
+    Args:
+        results: files or folders of `vtok run`, `sweep`, `eval`, `bench --json` and `demo`.
+        output: the file.
+        options: see `ReportOptions`.
+        progress: told what is being done.
+
+    Returns:
+        Where it is, what is significant, and what could not be read or drawn; damaged lines end up there and on the page.
+
+    Raises:
+        ConfigError: there are no results, or the file cannot be written.
+        MissingExtraError: jinja2 is not installed.
+    """
+    options, target = options or ReportOptions(), Path(output)
+    if target.is_dir():
+        raise ConfigError(
+            f"the report cannot be written to {target}: it is a folder; name a file such as {target / 'report.html'}"
+        )
+    if target.suffix.lower() in (".json", ".jsonl", ".ndjson"):
+        raise ConfigError(f"the report is a page of HTML, {target} is a name for results; name a file such as report.html")
+    progress("reading")
+    found = read(results)
+    apart([target], [*results, *found.files])
+    writable(target)
+    parts = []
+    grouped = sections(found.records)
+    look = charts.looks(grouped)
+    for number, section in enumerate(grouped, 1):
+        progress(section.title)
+        parts.append(_part(section, number, look, found.samples, options))
+    sources = f"{count(len(found.records), 'result')} in {count(len(found.files), 'file')}"
+    page = render(options.title, parts, found.problems, sources)
+    write(target, page)
+    drawn = [f"{p.section.title}: {problem}" for p in parts if p.gallery for problem in p.gallery.problems]
+    return Report(target, [(part.section.title, part.headline) for part in parts], found.problems + drawn)
+
+
+def _part(
+    section: Section,
+    number: int,
+    look: dict[str, tuple[str, int]],
+    samples: dict[str, list[dict[str, Any]]],
+    options: ReportOptions,
+) -> Part:
+    asked = questions(section, samples, options.questions)
+    drawn = None
+    if not section.bench and (options.gallery or options.images):
+        drawn = gallery(section, asked, max(options.gallery, 1), options.images)
+    plots = [
+        charts.pareto(section, look, charts.macs, True, "GMACs"),
+        charts.pareto(section, look, charts.measured, False, "measured speed-up"),
+    ]
+    front = charts.front_of(section.rows, charts.macs, True) if plots[0] else set()
+    return Part(
+        f"s{number}",
+        section,
+        headline_of(section),
+        findings(section),
+        summary(section, front),
+        all_scores(section),
+        [plot for plot in plots if plot is not None],
+        charts.layers(section, look),
+        speeds(section),
+        group_tables(section),
+        asked,
+        drawn,
+        environment(section),
+        repeat(section, number),
+    )
+
+
+def render(title: str, parts: Sequence[Part], problems: Sequence[str], sources: str) -> str:
+    """The page as text. Everything that comes from results is escaped; a policy in the page forbids all other scripts."""
+    env = _environment()
+    script = env.get_template("report.js").render()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return env.get_template("report.html").render(
+        title=title,
+        parts=parts,
+        problems=problems,
+        sources=sources,
+        version=vtok.__version__,
+        made=datetime.now(timezone.utc),
+        script=script,
+        script_hash=f"sha256-{digest}",
+        style=env.get_template("report.css").render(),
+    )
+
+
+@cache
+def _environment() -> Environment:
+    """Templates are compiled once."""
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+    except ImportError as error:
+        raise MissingExtraError("jinja2", "eval") from error
+    return Environment(
+        loader=PackageLoader("vtok.eval.report.html"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )

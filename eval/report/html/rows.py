@@ -1,0 +1,251 @@
+"""A record as the page shows it: every figure read with care, in percent where it is a share."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vtok.eval.common.statistics import FEWEST, Z95
+from vtok.eval.report.html.values import Interval, at, figure, interval, mapping, number, numbers, text
+from vtok.eval.report.tables import FLOOR
+
+UNPATCHED = "unpatched"
+LABELS = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "acc1": "top-1",
+    "acc5": "top-5",
+    "exact_match": "exact match",
+    "anls": "ANLS",
+    "mean_per_class_recall": "mean class recall",
+    "recall_sum": "sum of recalls",
+}
+_HEADLINES = ("top1", "acc1", "exact_match", "soft_accuracy", "image_retrieval_recall@1")
+_HELPER = re.compile(r"(^|_)(stderr|difference|ci)$")
+_FOLDERS = re.compile(r"=[^=,()]*/([^/,()]+)")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one setting, in percent where it is a share.
+
+    Attributes:
+        name: of the metric, as records have it.
+        value: itself.
+        error: standard error, if known.
+        difference: to unpatched with its 95 % interval, paired, if known.
+        unit: "%" or "".
+        own: the 95 % interval of the value itself, if known.
+    """
+
+    name: str
+    value: float
+    error: float | None = None
+    difference: Interval | None = None
+    unit: str = "%"
+    own: Interval | None = None
+
+    @property
+    def words(self) -> str:
+        """ "88.2 ± 0.8"; where no sample differs, and no standard error can be told, the interval."""
+        ends = "" if self.own is None else f" [{figure(self.own.low, 1)}, {figure(self.own.high, 1)}]"
+        return figure(self.value, 1) + (ends if self.error is None else f" ± {figure(self.error, 1)}")
+
+    @property
+    def label(self) -> str:
+        return LABELS.get(self.name, self.name.replace("_retrieval", "").replace("recall@", "R@").replace("_", " "))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting on one task. What a record does not hold is `None` or empty."""
+
+    record: dict[str, Any]
+    label: str
+    method: str
+    scores: dict[str, Score]
+    primary: str | None
+    factor: float
+    budget: float | None = None
+    mean_tokens: float | None = None
+    per_layer: list[float] = field(default_factory=list)
+    tokens_in: float | None = None
+    gmacs: float | None = None
+    base_gmacs: float | None = None
+    reduction: float | None = None
+    implied: float | None = None
+    speedup: Interval | None = None
+    achieved: Interval | None = None
+    correct: np.ndarray | None = None
+
+    @property
+    def unpatched(self) -> bool:
+        return self.method == UNPATCHED
+
+    @property
+    def floor(self) -> bool:
+        """Whether it chooses tokens blindly: what others are compared with."""
+        return self.method in FLOOR
+
+    @property
+    def score(self) -> Score | None:
+        """The headline metric."""
+        return self.scores.get(self.primary) if self.primary else None
+
+    @property
+    def slower(self) -> bool:
+        """Whether the whole interval of the speed-up lies below 1."""
+        s = self.speedup
+        return s is not None and s.high is not None and s.high < 1
+
+    @property
+    def not_faster(self) -> bool:
+        """Whether there is an interval and it does not lie above 1."""
+        s = self.speedup
+        return s is not None and s.low is not None and s.low <= 1
+
+    @property
+    def untold(self) -> bool:
+        """Whether it was timed, but not in pairs enough for an interval: nothing can be said about its speed."""
+        return self.speedup is not None and not self.speedup.known
+
+
+def row_of(record: dict[str, Any]) -> Row:
+    """Reads one record; never fails, whatever it holds."""
+    metrics, factor = mapping(record.get("metrics")), scale(record)
+    method = text(record.get("method")) or UNPATCHED
+    layers = numbers(at(record, "tokens", "mean_per_layer")) or numbers(at(record, "visual_tokens", "per_layer"))
+    primary = headline(record)
+    budget = number(record.get("budget"))
+    return Row(
+        record=record,
+        label=label_of(record, method, budget),
+        method=method,
+        scores=scores_of(metrics, factor, primary, number(record.get("n"))),
+        primary=primary,
+        factor=factor,
+        budget=budget,
+        mean_tokens=sum(layers) / len(layers) if layers else None,
+        per_layer=layers,
+        tokens_in=number(at(record, "tokens", "in")) or number(at(record, "visual_tokens", "in")),
+        gmacs=number(at(record, "gmacs", "model")),
+        base_gmacs=number(at(record, "gmacs", "base")),
+        reduction=number(at(record, "gmacs", "pruner")) or number(at(record, "gmacs", "selection")),
+        implied=None if method == UNPATCHED else number(record.get("implied_speedup")),
+        speedup=interval(record.get("speedup"), speed_ends(record)),
+        achieved=_achieved(record),
+        correct=_correct(record),
+    )
+
+
+def scale(record: dict[str, Any]) -> float:
+    """What metrics are multiplied with to be in percent."""
+    said = record.get("percent")
+    if isinstance(said, bool):
+        return 1.0 if said else 100.0
+    metrics = mapping(record.get("metrics"))
+    if "top1" in metrics:  # timm's and ours are in percent
+        return 1.0
+    values = [number(v) for name, v in metrics.items() if name != "recall_sum" and not _HELPER.search(name)]
+    return 100.0 if all(v is None or abs(v) <= 1 for v in values) else 1.0
+
+
+def headline(record: dict[str, Any]) -> str | None:
+    """Name of the metric that stands for a record."""
+    metrics = mapping(record.get("metrics"))
+    said = record.get("primary")
+    names = [said] if isinstance(said, str) else []
+    known = [name for name in metrics if not _HELPER.search(name)]
+    return next((name for name in (*names, *_HEADLINES, *known) if number(metrics.get(name)) is not None), None)
+
+
+def speed_ends(record: dict[str, Any]) -> Any:
+    """The interval of a speed-up as a record has it; `None` where it is from too few pairs, or is a point."""
+    pairs, ends = number(record.get("pairs")), numbers(record.get("speedup_ci"))
+    return None if (pairs is not None and pairs < FEWEST) or len(set(ends)) < 2 else ends
+
+
+def scores_of(metrics: dict[str, Any], factor: float, primary: str | None, n: float | None = None) -> dict[str, Score]:
+    """Every metric with its error and difference.
+
+    Args:
+        metrics: of a record, or of a group of it.
+        factor: to percent.
+        primary: name of the headline metric.
+        n: samples; from too few there are neither errors nor intervals.
+    """
+    few = n is not None and n < FEWEST
+    found = {}
+    for name, value in metrics.items():
+        point = number(value)
+        if point is None or _HELPER.search(name):
+            continue
+        error = number(metrics.get(f"{name}_stderr"))
+        unit = "%" if abs(point * factor) <= 100.5 else ""
+        found[name] = Score(
+            name,
+            point * factor,
+            None if error is None or few or not error else error * factor,
+            _difference(metrics, name, name == primary, factor, few),
+            unit,
+            None if few else _own_interval(metrics, name, factor),
+        )
+    return found
+
+
+def _own_interval(metrics: dict[str, Any], name: str, factor: float) -> Interval | None:
+    """The 95 % interval of a metric itself, if the record has one."""
+    found = interval(metrics.get(name), metrics.get(f"{name}_ci"))
+    return found.scaled(factor) if found is not None and found.known else None
+
+
+def _difference(metrics: dict[str, Any], name: str, primary: bool, factor: float, few: bool) -> Interval | None:
+    """Under `NAME_difference`, or for the headline metric under `difference` alone; without ends where they say nothing.
+
+    Records of older releases have the interval [0, 0] where no sample changed: a point is no interval.
+    """
+    for prefix in (f"{name}_", "") if primary and name in ("top1", "acc1") else (f"{name}_",):
+        known = interval(metrics.get(f"{prefix}difference"), metrics.get(f"{prefix}difference_ci"))
+        if known is None:
+            continue
+        error = number(metrics.get(f"{prefix}difference_stderr"))
+        if not known.known and error and f"{prefix}difference_ci" not in metrics:
+            known = Interval(known.value, known.value - Z95 * error, known.value + Z95 * error)
+        if few or (known.known and known.low == known.high):
+            known = Interval(known.value)
+        return known.scaled(factor)
+    return None
+
+
+def label_of(record: dict[str, Any], method: str, budget: float | None) -> str:
+    """What was asked for: "tome(r=13)", or "tome at 60 % of the FLOPs"; folders of files are left out."""
+    title = text(record.get("title")) or text(record.get("setting"))
+    if title:
+        return _FOLDERS.sub(r"=\1", title)
+    if budget is not None and method != UNPATCHED:
+        return f"{method} at {100 * budget:g}\u00a0%"
+    return method
+
+
+def _achieved(record: dict[str, Any]) -> Interval | None:
+    """Measured over implied; where only the speed-up has an interval, its ends are divided too."""
+    ends, implied = speed_ends(record), number(record.get("implied_speedup"))
+    found = interval(record.get("achieved"), record.get("achieved_ci") if ends else None)
+    if found is not None and not found.known and ends and implied and len(ends) == 2:
+        return Interval(found.value, ends[0] / implied, ends[1] / implied)
+    return found
+
+
+def _correct(record: dict[str, Any]) -> np.ndarray | None:
+    """[n] bool, which samples were right; `None` unless the field is whole."""
+    bits, n = record.get("correct"), record.get("n")
+    if not isinstance(bits, str) or isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        return None
+    try:
+        raw = np.frombuffer(bytes.fromhex(bits), np.uint8)
+    except ValueError:
+        return None
+    return np.unpackbits(raw, count=n).astype(bool) if len(raw) == (n + 7) // 8 else None

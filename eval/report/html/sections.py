@@ -1,0 +1,264 @@
+"""Records that may be compared stand in one section; what the numbers of a section support is said in sentences.
+
+A method is worth something if it beats tokens drawn at random at the same cost. Intervals are 95 %, of single comparisons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from vtok.eval.common.statistics import Z95, paired_difference
+from vtok.eval.report.html.rows import Row, row_of
+from vtok.eval.report.html.values import Interval, count, figure, joined, number, text, with_ends
+
+_NEAR = 0.1  # relative distance of costs that count as the same
+_SAME = ("model", "weights", "pretrained", "task", "dataset", "split", "prompt", "dtype", "device", "img_size", "limit")
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A setting beside random with the same cost.
+
+    Attributes:
+        row: the random one.
+        gap: of the headline metric, with its interval.
+        paired: whether it was taken sample by sample.
+        cost: what is the same, in words.
+    """
+
+    row: Row
+    gap: Interval
+    paired: bool
+    cost: str
+
+
+@dataclass
+class Section:
+    """Settings of one model on one task, or of one benchmark.
+
+    Attributes:
+        title: of the section.
+        rows: unpatched first, then by falling cost.
+        bench: whether only speed was measured.
+        rivals: number of a row -> the random setting beside it.
+    """
+
+    title: str
+    rows: list[Row]
+    bench: bool
+    rivals: dict[int, Rival] = field(default_factory=dict)
+
+    @property
+    def base(self) -> Row | None:
+        return next((row for row in self.rows if row.unpatched), None)
+
+    @property
+    def first(self) -> dict[str, Any]:
+        return self.rows[0].record
+
+    @property
+    def patched(self) -> list[Row]:
+        return [row for row in self.rows if not row.unpatched]
+
+
+def sections(records: Sequence[dict[str, Any]]) -> list[Section]:
+    """Groups records by model, task, data and what else decides a number, in the order in which they were found."""
+    grouped: dict[tuple[str, ...], list[Row]] = {}
+    for record in records:
+        grouped.setdefault(_identity(record), []).append(row_of(record))
+    found, seen = [], dict[str, int]()
+    for rows in sorted(grouped.values(), key=lambda rows: "metrics" not in rows[0].record):  # speed alone comes last
+        title = _title(rows[0].record)
+        seen[title] = seen.get(title, 0) + 1
+        title = title if seen[title] == 1 else f"{title} ({seen[title]})"
+        rows = sorted(rows, key=_place)
+        base = next((row for row in rows if row.unpatched), None)
+        rows = rows if base is None else [_told(row, base) for row in rows]
+        section = Section(title, rows, "metrics" not in rows[0].record)
+        section.rivals = {i: rival for i, row in enumerate(rows) if (rival := _rival(row, rows)) is not None}
+        found.append(section)
+    return found
+
+
+def _told(row: Row, base: Row) -> Row:
+    """A row whose difference to unpatched has its interval, where the record lacks it but says which samples were right."""
+    a, b, score = row.correct, base.correct, row.score
+    if score is None or score.difference is None or score.difference.known or a is None or b is None or len(a) != len(b):
+        return row
+    found = Interval(*paired_difference(a.astype(float) - b.astype(float)).scaled(100))
+    if not _counts(row, a) or abs(found.value - score.difference.value) > 0.01:
+        return row
+    return replace(row, scores={**row.scores, score.name: replace(score, difference=found)})
+
+
+def _identity(record: dict[str, Any]) -> tuple[str, ...]:
+    sizes = () if "metrics" in record else ("bench", text(record.get("batch_size")), text(record.get("threads")))
+    return (*(text(record.get(name)) for name in _SAME), text(record.get("n")), *sizes)
+
+
+def _title(record: dict[str, Any]) -> str:
+    model, data = text(record.get("model"), 80) or "unnamed model", text(record.get("dataset"), 80)
+    if "metrics" not in record:
+        return f"Speed of {model}"
+    return f"{model} on {data}" if data else f"{model}, {text(record.get('task'), 40) or 'unnamed task'}"
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    """Unpatched, then by falling budget or cost, baselines behind methods."""
+    cost = row.budget if row.budget is not None else -1.0
+    return (not row.unpatched, -cost, row.floor if row.budget is not None else row.method, -(row.mean_tokens or 0), row.label)
+
+
+def _rival(row: Row, rows: Sequence[Row]) -> Rival | None:
+    """The random setting that costs as much, if there is one."""
+    if row.unpatched or row.floor or row.score is None:
+        return None
+    random = [r for r in rows if r.method == "random" and r.score is not None]
+    same = [r for r in random if row.budget is not None and r.budget == row.budget]
+    if same:
+        return _beside(row, same[0], f"at {100 * (row.budget or 0):g} % of the FLOPs")
+    tokens = row.mean_tokens
+    near = [r for r in random if tokens and r.mean_tokens and abs(r.mean_tokens - tokens) <= _NEAR * tokens]
+    if not near:
+        return None
+    found = min(near, key=lambda r: abs((r.mean_tokens or 0) - (tokens or 0)))
+    return _beside(row, found, f"with {figure(found.mean_tokens, 0)} tokens")
+
+
+def _beside(row: Row, other: Row, cost: str) -> Rival | None:
+    """Paired where both say which samples were right and that is what the headline metric counts."""
+    assert row.score is not None and other.score is not None
+    a, b = row.correct, other.correct
+    if a is not None and b is not None and len(a) == len(b) > 1 and _counts(row, a) and _counts(other, b):
+        return Rival(other, Interval(*paired_difference(a.astype(float) - b.astype(float)).scaled(100)), True, cost)
+    gap = row.score.value - other.score.value
+    errors = [_error(one) for one in (row, other)]
+    if None in errors or not any(errors):  # errors of nothing are not known
+        return Rival(other, Interval(gap), False, cost)
+    half = Z95 * sum(e**2 for e in errors if e is not None) ** 0.5
+    return Rival(other, Interval(gap, gap - half, gap + half), False, cost)
+
+
+def _counts(row: Row, correct: np.ndarray) -> bool:
+    return row.score is not None and abs(100 * correct.mean() - row.score.value) < 0.01
+
+
+def _error(row: Row) -> float | None:
+    """Standard error of the difference to unpatched, else of the score."""
+    assert row.score is not None
+    difference = row.score.difference
+    if difference is not None and difference.low is not None and difference.high is not None:
+        return (difference.high - difference.low) / (2 * Z95)
+    return row.score.error
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence.
+
+    Attributes:
+        kind: "good", "bad" or "plain".
+        words: the sentence.
+    """
+
+    kind: str
+    words: str
+
+
+def headline_of(section: Section) -> str:
+    """The section in one sentence: who beats random, who loses nothing measurable, who is slower."""
+    parts = []
+    beats = [section.rows[i].label for i, rival in section.rivals.items() if rival.gap.sign > 0]
+    below = [section.rows[i].label for i, rival in section.rivals.items() if rival.gap.sign < 0]
+    if section.rivals:
+        total = count(len(section.rivals), "setting")
+        parts.append(
+            f"{len(beats)} of {total} beat random at the same cost beyond the 95 % interval"
+            + (f" ({joined(beats)})" if beats else "")
+            + (f", {len(below)} fall below it ({joined(below)})" if below else "")
+        )
+    slower = [row.label for row in section.patched if row.slower]
+    timed = [row for row in section.patched if row.speedup is not None]
+    told = [row for row in timed if not row.untold]
+    if told:
+        words = f"{len(slower)} slower than unpatched ({joined(slower)})" if slower else "none slower than unpatched"
+        parts.append(f"of {len(told)} timed, {words}")
+    if len(told) < len(timed):
+        parts.append(f"{len(timed) - len(told)} timed in too few pairs to tell")
+    if not parts:
+        parts.append("nothing to compare: neither random at the same cost nor measured speed is among the records")
+    return "; ".join(parts) + "."
+
+
+def findings(section: Section) -> list[Finding]:
+    """What the numbers of a section support, and what they do not."""
+    found = [] if section.bench else [*_unpatched(section), *_against_random(section), *_losses(section)]
+    return [*found, *_speed(section)]
+
+
+def _unpatched(section: Section) -> list[Finding]:
+    lines = []
+    if section.base is None:
+        lines.append(
+            Finding("bad", "No record of the unpatched model: differences are those that the records state themselves.")
+        )
+    blind = next((b for row in section.rows if (b := number(row.record.get("blind"))) is not None), None)
+    if blind is not None:
+        lines.append(Finding("plain", f"{figure(100 * blind)} % are answered from the question alone, without the image."))
+    return lines
+
+
+def _against_random(section: Section) -> list[Finding]:
+    if not section.patched:
+        return []
+    if not section.rivals:
+        told = "No random setting of the same cost is among the records: what a choice of tokens is worth cannot be said."
+        return [Finding("bad", told)]
+    lines = []
+    groups: dict[int, list[str]] = {1: [], 0: [], -1: []}
+    for i, rival in section.rivals.items():
+        gap = with_sign(rival.gap)
+        groups[rival.gap.sign].append(f"{section.rows[i].label} ({gap})")
+    words = {1: "Better than random", 0: "Not clearly apart from random", -1: "Worse than random"}
+    for sign, kind in ((1, "good"), (0, "plain"), (-1, "bad")):
+        if groups[sign]:
+            lines.append(Finding(kind, f"{words[sign]} at the same cost, in points [95 %]: {joined(groups[sign], 12)}."))
+    if not all(rival.paired for rival in section.rivals.values()):
+        lines.append(
+            Finding("plain", "Some of these gaps are not paired sample by sample: their intervals are wider than need be.")
+        )
+    return lines
+
+
+def with_sign(gap: Interval) -> str:
+    """ "+1.1 [+0.2, +2.0]"; with two decimals where one would hide on which side of zero an end lies."""
+    digits = 2 if any(end is not None and 0 < abs(end) < 0.05 for end in gap[1:]) else 1
+    return with_ends(gap, digits, True)
+
+
+def _losses(section: Section) -> list[Finding]:
+    known = [r for r in section.patched if not r.floor and r.score and r.score.difference and r.score.difference.known]
+    same = [r.label for r in known if r.score and r.score.difference and r.score.difference.sign == 0]
+    if not known:
+        return []
+    if not same:
+        return [Finding("bad", "Every setting with an interval is measurably apart from unpatched.")]
+    n = section.first.get("n")  # few samples cannot tell models apart: no praise
+    held = f", {n:,} samples" if isinstance(n, int) else ""
+    return [Finding("plain", f"Not apart from unpatched (the 95 % interval holds zero{held}): {joined(same, 12)}.")]
+
+
+def _speed(section: Section) -> list[Finding]:
+    slower = [row.label for row in section.patched if row.slower]
+    unclear = [row.label for row in section.patched if row.not_faster and not row.slower]
+    lines = [Finding("bad", f"Slower than unpatched: {joined(slower, 12)}.")] if slower else []
+    untold = [row.label for row in section.patched if row.untold]
+    if untold:
+        lines.append(Finding("plain", f"Timed in too few pairs to tell how fast they are: {joined(untold, 12)}."))
+    if unclear:
+        lines.append(Finding("plain", f"Not clearly faster than unpatched: {joined(unclear, 12)}."))
+    return lines

@@ -1,0 +1,285 @@
+"""The tables of a section: the summary, which can be sorted by column, and speed against what the MACs imply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from vtok.eval.report.html.rows import Row, Score
+from vtok.eval.report.html.sections import Section, with_sign
+from vtok.eval.report.html.values import Interval, at, figure, number, with_ends
+
+_EXTRAS = ("top5", "acc5", "loyalty", "agreement", "image_retrieval_recall@1", "text_retrieval_recall@1")
+_MARKS = {1: "▲", -1: "▼", 0: ""}
+
+
+class Cell(NamedTuple):
+    """One cell.
+
+    Attributes:
+        words: as shown.
+        sort: what the column is sorted by; `None` = always last.
+        title: tooltip, "" = none.
+        kind: "good", "bad" or "".
+        mark: a sign that says the same as the colour.
+    """
+
+    words: str
+    sort: float | str | None = None
+    title: str = ""
+    kind: str = ""
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table.
+
+    Attributes:
+        name: short, for the header.
+        title: what it is, in a sentence.
+        unit: behind the name, "" = none.
+        cell: row -> cell.
+        numeric: whether it is set flush right.
+    """
+
+    name: str
+    title: str
+    cell: Callable[[Row], Cell]
+    unit: str = ""
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns that have something to show, and their cells row by row."""
+
+    columns: list[Column]
+    rows: list[tuple[Row, list[Cell]]]
+
+
+def _table(columns: Sequence[Column], rows: Sequence[Row]) -> Table:
+    cells = [[column.cell(row) for column in columns] for row in rows]
+    shown = [i for i, column in enumerate(columns) if not column.numeric or any(line[i].sort is not None for line in cells)]
+    return Table([columns[i] for i in shown], [(row, [line[i] for i in shown]) for row, line in zip(rows, cells)])
+
+
+def plain(value: float | None, digits: int = 1, unit: str = "", factor: float = 1.0) -> Cell:
+    """A number alone."""
+    return Cell(figure(None if value is None else factor * value, digits, unit=unit), value)
+
+
+def summary(section: Section, front: set[int]) -> Table:
+    """Every setting of a section: cost, accuracy, differences, speed.
+
+    Args:
+        section: its rows.
+        front: numbers of the rows on the Pareto front of accuracy against GMACs.
+    """
+    place = {id(row): i for i, row in enumerate(section.rows)}
+    score = next((row.score for row in section.rows if row.score is not None), None)
+    name, unit = (score.label, score.unit) if score else ("score", "")
+
+    def accuracy(row: Row) -> Cell:
+        return _score(row.score)
+
+    def against_random(row: Row) -> Cell:
+        rival = section.rivals.get(place[id(row)])
+        if rival is None:
+            return Cell("–")
+        paired = "paired sample by sample" if rival.paired else "not paired"
+        return _gap(rival.gap, f"against {rival.row.label}, {rival.cost}, {paired}")
+
+    def best(row: Row) -> Cell:
+        here = place[id(row)] in front
+        return Cell(
+            "●" if here else "", 1.0 if here else 0.0, "no other setting has fewer GMACs and more accuracy" if here else ""
+        )
+
+    columns = [
+        Column("setting", "what was patched in", lambda r: Cell(r.label, r.label.lower()), numeric=False),
+        Column(name, "± standard error", accuracy, unit),
+        Column("vs unpatched", "paired difference in points, with its 95 % interval", _difference, "points [95 %]"),
+        Column("vs random", "difference in points to random at the same cost", against_random, "points [95 %]"),
+        Column("tokens", "mean over the layers", lambda r: plain(r.mean_tokens, 0)),
+        Column("GMACs", "multiply-accumulates a sample, the reduction's own left out", _macs),
+        Column("implied", "unpatched over patched GMACs", lambda r: plain(r.implied, 2, "×"), "speed-up"),
+        Column("measured", "median of pairs with its 95 % interval", _measured, "speed-up [95 %]"),
+        Column("achieved", "measured over implied", _achieved),
+        *(_extra(extra) for extra in _EXTRAS if score is None or extra != score.name),
+        Column("first token", "time until the first token of an answer", _of("ttft_ms", 0), "ms"),
+        Column("KV", "keys and values of a prompt, 10^6 bytes", _kv, "MB"),
+        *([Column("Pareto", "on the front of accuracy against GMACs", best)] if front else []),
+    ]
+    return _table(columns, section.rows)
+
+
+def all_scores(section: Section) -> Table | None:
+    """Every metric of every setting; `None` where the summary shows them all."""
+    names = list(dict.fromkeys(name for row in section.rows for name in row.scores))
+    if len(names) < 2:
+        return None
+    columns = [Column("setting", "what was patched in", lambda r: Cell(r.label, r.label.lower()), numeric=False)]
+    return _table([*columns, *(_any_score(name) for name in names)], section.rows)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One setting's speed, as shares of the width of a scale that ends at `Speeds.most`.
+
+    Attributes:
+        row: the setting.
+        kind: "bad" = slower than unpatched, "plain" = not clearly faster or not known, "good" = faster.
+        verdict: the same in words.
+        low, point, high: measured.
+        implied: by MACs; `None` if unknown.
+    """
+
+    row: Row
+    kind: str
+    verdict: str
+    low: float
+    point: float
+    high: float
+    implied: float | None
+    measured: str
+    bound: str
+    achieved: str
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """All timed settings on one scale, which begins at 0.
+
+    Attributes:
+        lines: the settings.
+        most: speed-up at the end of the scale.
+        one: where 1x, unpatched, lies.
+    """
+
+    lines: list[Speed]
+    most: float
+    one: float
+
+
+def speeds(section: Section) -> Speeds | None:
+    """Measured speed beside what the MACs imply; `None` if nothing was timed."""
+    timed = [row for row in section.patched if row.speedup is not None]
+    if not timed:
+        return None
+    tops = [v for r in timed if r.speedup for v in (r.speedup.value, r.speedup.high, r.implied) if v is not None]
+    most = max(1.1, *tops) * 1.04
+    lines = []
+    for row in timed:
+        s = row.speedup
+        assert s is not None
+        kind, verdict = (
+            ("bad", "slower than unpatched")
+            if row.slower
+            else ("plain", "not clearly faster")
+            if row.not_faster
+            else ("plain", "too few pairs to tell")
+            if row.untold
+            else ("good", "faster")
+        )
+        low, high = (s.value if end is None else end for end in (s.low, s.high))
+        lines.append(
+            Speed(
+                row=row,
+                kind=kind,
+                verdict=verdict,
+                low=_share(low, most),
+                point=_share(s.value, most),
+                high=_share(high, most),
+                implied=None if row.implied is None else _share(row.implied, most),
+                measured=with_ends(s, 2, unit="×"),
+                bound=figure(row.implied, 2, unit="×"),
+                achieved=with_ends(None if row.achieved is None else row.achieved.scaled(100), 0, unit=" %"),
+            )
+        )
+    return Speeds(lines, most, _share(1.0, most))
+
+
+def _share(value: float, most: float) -> float:
+    """Percent of a scale from 0 to `most`."""
+    return round(100 * max(value, 0.0) / most, 2)
+
+
+def _score(score: Score | None) -> Cell:
+    if score is None:
+        return Cell("–")
+    title = "± standard error" if score.error is not None else "95 % interval" if score.own else "no standard error is known"
+    return Cell(score.words, score.value, title)
+
+
+def _difference(row: Row) -> Cell:
+    known = row.score.difference if row.score else None
+    return Cell("–") if known is None else _gap(known, "paired with unpatched")
+
+
+def _gap(gap: Interval, title: str) -> Cell:
+    kind = {1: "good", -1: "bad", 0: ""}[gap.sign]
+    told = {1: "the interval lies above zero", -1: "the interval lies below zero", 0: "the interval holds zero"}[gap.sign]
+    return Cell(with_sign(gap), gap.value, f"{title}; {told if gap.known else 'no interval is known'}", kind, _MARKS[gap.sign])
+
+
+def _macs(row: Row) -> Cell:
+    if row.gmacs is None:
+        return Cell("–")
+    own = "" if not row.reduction else f"the reduction's own: {row.reduction:.3g}"
+    return Cell(figure(row.gmacs, 3 if row.gmacs < 10 else 1), row.gmacs, own)
+
+
+def _measured(row: Row) -> Cell:
+    if row.speedup is None:
+        return Cell("–")
+    kind = "bad" if row.slower else ""
+    title = (
+        "slower than unpatched"
+        if row.slower
+        else "not clearly faster"
+        if row.not_faster
+        else "too few pairs to tell"
+        if row.untold
+        else "faster than unpatched"
+    )
+    return Cell(with_ends(row.speedup, 2, unit="×"), row.speedup.value, title, kind, "▼" if row.slower else "")
+
+
+def _achieved(row: Row) -> Cell:
+    a = row.achieved
+    return (
+        Cell("–") if a is None else Cell(figure(100 * a.value, 0, unit=" %"), a.value, with_ends(a.scaled(100), 0, unit=" %"))
+    )
+
+
+def _of(name: str, digits: int) -> Callable[[Row], Cell]:
+    """A time that records hold as {"base", "patched"}."""
+
+    def cell(row: Row) -> Cell:
+        value = number(at(row.record, name, "patched"))
+        base = number(at(row.record, name, "base"))
+        return Cell(figure(value, digits), value, "" if base is None else f"unpatched: {figure(base, digits)}")
+
+    return cell
+
+
+def _kv(row: Row) -> Cell:
+    value = number(at(row.record, "kv_bytes", "patched"))
+    return plain(None if value is None else value / 1e6, 2)
+
+
+def _extra(name: str) -> Column:
+    return Column(Score(name, 0.0).label, f"{name}, ± standard error", lambda row: _score(row.scores.get(name)), "%")
+
+
+def _any_score(name: str) -> Column:
+    def cell(row: Row) -> Cell:
+        score = row.scores.get(name)
+        if score is None:
+            return Cell("–")
+        known = score.difference
+        return _score(score)._replace(title="" if known is None else f"vs unpatched {with_sign(known)}")
+
+    return Column(name.replace("_", " "), name, cell)

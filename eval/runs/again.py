@@ -1,0 +1,126 @@
+"""The run file that measures a record once more: `vtok run FILE`, whatever task it comes from and however it was started."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from vtok.config import MethodConfig
+from vtok.errors import ConfigError, VtokError
+from vtok.eval.common.settings import Setting
+from vtok.eval.runs.methods import portable
+from vtok.eval.runs.schema import BUNDLED_DATA, REFERENCE
+from vtok.registry import METHODS
+
+# fields of a task's options that a run file says elsewhere, or that change no result
+ELSEWHERE = ("batch_size", "model_dtype", "pretrained", "seed", "num_samples", "workers", "output", "backend")
+_NOT_NAMED = ("task", "results", "floors")  # the task of questions, answers of others, settings that have records of their own
+_SOLVED = ("calibration", "prompt", "input_size")  # a run makes these itself
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def run_file(
+    task: str, model: Any, backend: str, data: Any, setting: Setting, options: Any, dtype: str
+) -> dict[str, Any] | None:
+    """What a run file holds that repeats one setting of a task; `None` where names do not say it all.
+
+    Args:
+        task: name.
+        model: name under which it was found.
+        backend: whose model it is.
+        data: name, file or folder.
+        setting: what was patched.
+        options: of the task.
+        dtype: of the weights, as torch names it.
+    """
+    if not isinstance(model, str) or not isinstance(data, (str, os.PathLike)):
+        return None
+    try:
+        method = _spec(setting)
+    except (VtokError, TypeError, AttributeError):
+        return None
+    tag = getattr(options, "pretrained", None)
+    own = {
+        field.name: _plain(value)
+        for field in dataclasses.fields(options)
+        if field.name not in (*ELSEWHERE, *_NOT_NAMED) and (value := getattr(options, field.name)) != _default(field)
+    }
+    named = {"backend": REFERENCE if model in BUNDLED_DATA else backend, "name": model}
+    found: dict[str, Any] = {
+        "model": named | ({"pretrained": tag} if isinstance(tag, str) and tag and model not in BUNDLED_DATA else {}),
+        "task": task,
+        "data": os.fspath(data),
+        "method": method,
+        "batch_size": options.batch_size,
+        "dtype": DTYPES.get(dtype, "fp32"),
+        "seed": options.seed,
+    }
+    found |= {"num_samples": options.num_samples} if options.num_samples is not None else {}
+    return found | ({"options": own} if own else {})
+
+
+def of_record(record: Mapping[str, Any], task: str, methods: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """The same from the fields of a record that holds no run file, as earlier releases wrote them.
+
+    Args:
+        record: of a task.
+        task: its name.
+        methods: (name, parameters) of what was patched in; none for the unpatched model.
+
+    Raises:
+        VtokError: a method or parameter that is not known here.
+    """
+    parts = [_one(METHODS.get(name).create(**params)) for name, params in methods]
+    model, tag, n = str(record.get("model")), record.get("pretrained"), record.get("n")
+    counted = isinstance(n, int) and not isinstance(n, bool) and not record.get("num_skipped")
+    found: dict[str, Any] = {
+        "model": {
+            "backend": REFERENCE if model in BUNDLED_DATA else str(record.get("backend")),
+            "name": model,
+            **({"pretrained": tag} if isinstance(tag, str) and tag and model not in BUNDLED_DATA else {}),
+        },
+        "task": task,
+        "data": record.get("dataset"),
+        "method": None if not parts else parts[0] if len(parts) == 1 else parts,
+        "dtype": DTYPES.get(str(record.get("dtype")), "fp32"),
+    }
+    found |= {name: record[name] for name in ("batch_size", "seed") if isinstance(record.get(name), int)}
+    return found | ({"num_samples": n} if counted else {})
+
+
+def _spec(setting: Setting) -> Any:
+    """What a run file says about a setting.
+
+    Raises:
+        ConfigError: the setting is no method with parameters, but the path of a saved patch.
+        UnknownNameError: no such method or parameter.
+    """
+    if setting.method is None:
+        return None
+    if isinstance(setting.method, (list, tuple)):
+        return [_spec(Setting(part)) for part in setting.method]
+    if isinstance(setting.method, MethodConfig):
+        return _one(setting.method)
+    if setting.method not in METHODS.names():
+        raise ConfigError(f"{setting.method} is no method")
+    params = {name: value for name, value in setting.params.items() if name not in _SOLVED}
+    budget = {"flops": params.pop("flops")} if "flops" in params else {}
+    return _one(METHODS.get(setting.method).create(**params)) | budget
+
+
+def _one(config: MethodConfig) -> dict[str, Any]:
+    return portable({"name": config.name, **config.given()})
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value

@@ -1,0 +1,311 @@
+"""Runs as data: YAML files that name a model, methods and tasks, and what was published for them.
+
+```yaml
+model: {backend: timm, name: deit_small_patch16_224.fb_in1k}   # timm, open_clip, transformers, or reference: see BUNDLED_DATA
+method: {name: tome, r: 13}       # a list of these is patched together; `flops: 0.6` among the parameters is a budget
+methods: [...]                    # instead: several settings to compare, each like `method`
+task: imagenet                    # or `tasks`, a list
+data: path                        # or a mapping task -> path; reference models bring theirs
+```
+
+Then, as far as wanted, `num_samples`, `batch_size`, `dtype`, `seed`, `options` (of the tasks), `calibration` (data for budgets
+of methods whose counts depend on the image), `sweep`, `output` (a folder), `table` and `published` (see `vtok.eval.published.schema`).
+A file is read with `yaml.safe_load` and checked key by key; every complaint names the file, the key and what is allowed.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from vtok.config import MethodConfig
+from vtok.errors import ConfigError, brief, shown, unknown
+from vtok.eval.common.checked import check_seed
+from vtok.eval.common.settings import Setting
+from vtok.eval.published.schema import check as check_published
+from vtok.eval.runs import yaml_text
+from vtok.eval.runs.methods import parse_method, parse_setting, read_setting
+from vtok.eval.runs.schema import (
+    BACKENDS,
+    BUNDLED_DATA,
+    DTYPES,
+    FIGURES,
+    KEYS,
+    REFERENCE,
+    by_task,
+    check_choice,
+    check_keys,
+    check_model,
+    check_positive,
+    one_of_two,
+)
+from vtok.eval.tasks import TASKS
+from vtok.reading import exists, regular
+from vtok.writing import apart, writable
+
+__all__ = ["BACKENDS", "FIGURES", "REFERENCE", "RunConfig", "bundled", "find", "load", "parse_method", "parse_setting"]
+NOT_REPRODUCIBLE = "not_reproducible"  # a table in the folder of the runs, which vtok.eval.published.tables reads
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run.
+
+    Attributes:
+        name: of the file, without its ending.
+        backend: whose model it is: "timm", "open_clip", "transformers", or "reference" for one that comes with vtok.
+        model: name under which the backend creates it.
+        settings: what to compare with the unpatched model.
+        tasks: names of the evaluations.
+        pretrained: tag of open_clip's weights; `None` = the ones that the name stands for.
+        data: task -> folder or name of its data; tasks without one must be given it when running.
+        calibration: task -> folder or name of data for budgets of methods whose counts depend on the image.
+        options: further fields of the tasks' own options, by name.
+        num_samples: how many of the data, spread evenly; `None` = all.
+        batch_size: images or questions a forward pass.
+        dtype: "fp32", "bf16" or "fp16".
+        seed: of anything random.
+        sweep: dotted key -> values; the run stands for all combinations (see `vtok.eval.runs.sweep`). "flops" is a budget for every
+            setting.
+        output: folder of the results; `None` = `results/NAME`.
+        published: figures to compare with, see `vtok.eval.published.schema`.
+        tables: of the reproduction book that the run belongs to.
+        content: all of this as plain values, as the file says it.
+        path: of the file, as messages name it.
+        file: the file itself.
+    """
+
+    name: str
+    backend: str
+    model: str
+    settings: tuple[Setting, ...]
+    tasks: tuple[str, ...]
+    pretrained: str | None = None
+    data: Mapping[str, str] = field(default_factory=dict)
+    calibration: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    num_samples: int | None = None
+    batch_size: int = 64
+    dtype: str = "fp32"
+    seed: int = 0
+    sweep: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    output: str | None = None
+    published: Mapping[str, Any] = field(default_factory=dict)
+    tables: tuple[str, ...] = ()
+    content: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    path: str = field(default="", compare=False)
+    file: str = field(default="", compare=False)
+
+    @property
+    def task(self) -> str:
+        """The one task of a run that has one.
+
+        Raises:
+            ConfigError: it has several.
+        """
+        if len(self.tasks) > 1:
+            raise ConfigError(f"{self.path}: expected one task, found {', '.join(self.tasks)}")
+        return self.tasks[0]
+
+    @property
+    def method(self) -> MethodConfig:
+        """The config of a run of one method with its own numbers.
+
+        Raises:
+            ConfigError: it compares or combines several, or has a budget.
+        """
+        if len(self.settings) > 1 or not isinstance(self.settings[0].method, MethodConfig):
+            found = ", ".join(setting.title for setting in self.settings)
+            raise ConfigError(f"{self.path}: expected one method with its own parameters, found {found}")
+        return self.settings[0].method
+
+    @property
+    def specs(self) -> list[Any]:
+        """What the file says about each of the `settings`."""
+        return one_of_two(self.path, self.content, "method", "methods")
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go."""
+        return Path(self.output) if self.output else Path("results") / self.name
+
+
+def bundled() -> list[str]:
+    """Names of the runs that come with vtok."""
+    found = (p.name.removesuffix(".yaml") for p in files("vtok.configs").iterdir() if p.name.endswith(".yaml"))
+    return sorted(name for name in found if name != NOT_REPRODUCIBLE)
+
+
+def find(name: str) -> Path:
+    """The file of a bundled run, or the path itself.
+
+    Raises:
+        UnknownNameError: neither a file nor a bundled run.
+    """
+    if name.endswith((".yaml", ".yml")) or os.sep in name:
+        if not exists(name):
+            raise ConfigError(f"{brief(name)} does not exist; `vtok configs` lists the runs that come with vtok")
+        return regular(name)
+    if name not in bundled():
+        raise unknown("run", name, bundled())
+    return Path(str(files("vtok.configs") / f"{name}.yaml"))
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads and checks a run.
+
+    Args:
+        name: of a bundled run, or path of a YAML file.
+        overrides: `key=value`, `method.ratio=0.95` or `methods.0.r=8`; values are read as YAML.
+
+    Raises:
+        ConfigError: not YAML, a key that is missing, unknown or of the wrong type, a value that is not allowed.
+    """
+    path = find(name)
+    content = yaml_text.read(path)
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a mapping with the keys {', '.join(KEYS)}, found {type(content).__name__}")
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set takes key=value, got {text!r}")
+        put(content, key, yaml_text.parse(value, f"--set {text}", kind="the value is not YAML"), f"--set {text}")
+    given = f" with --set {' --set '.join(overrides)}" if overrides else ""
+    return replace(checked(f"{path}{given}", path.stem, content), file=str(path))
+
+
+def texts(value: Any) -> list[str]:
+    """Every text in plain values: among them are the files that a run reads."""
+    if isinstance(value, Mapping):
+        return [text for one in value.values() for text in texts(one)]
+    if isinstance(value, (list, tuple)):
+        return [text for one in value for text in texts(one)]
+    return [value] if isinstance(value, str) else []
+
+
+def put(content: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Sets the value under a dotted key; parts of it that are numbers count the entries of a list, from 0.
+
+    Raises:
+        ConfigError: a part of the key leads into something that is neither a mapping nor a list, or past its end.
+    """
+    *parents, last = key.split(".")
+    place: Any = content
+    for depth, part in enumerate([*parents, last]):
+        above = ".".join(parents[:depth])
+        if isinstance(place, list):
+            if not part.isdigit() or int(part) >= len(place):
+                raise ConfigError(f"{where}: {above} is a list of {len(place)}; say which by a number from 0, e.g. {above}.0")
+            step: Any = int(part)
+        elif isinstance(place, dict):
+            step = part
+        else:
+            raise ConfigError(f"{where}: {above} is not a mapping")
+        if depth == len(parents):
+            place[step] = value
+        else:
+            place = place.setdefault(step, {}) if isinstance(place, dict) else place[step]
+
+
+def checked(where: str, name: str, content: Mapping[str, Any]) -> RunConfig:
+    """A run from plain values.
+
+    Args:
+        where: they come from, for messages.
+        name: of the run.
+        content: as a file holds it.
+
+    Raises:
+        ConfigError: a key that is missing, unknown or of the wrong type, a value that is not allowed.
+    """
+    check_keys(where, "", content, KEYS)
+    specs = one_of_two(where, content, "method", "methods")
+    tasks = tuple(str(task) for task in one_of_two(where, content, "task", "tasks"))
+    for task in tasks:
+        if task not in TASKS.names():
+            raise ConfigError(f"{where}: {unknown('task', task, TASKS.names())}")
+    model = content["model"]
+    check_model(where, model, tasks)
+    published = content.get("published") or {}
+    check_published(where, tasks, published)
+    check_choice(where, "dtype", "fp32" if content.get("dtype") is None else content["dtype"], DTYPES)
+    check_positive(where, content, ("batch_size", "num_samples"))
+    if content.get("seed") is not None:
+        check_seed(content["seed"], f"{where}: seed")
+    several = content.get("methods") is not None
+    settings = tuple(
+        read_setting(where, f"methods.{i}" if several else "method", spec) for i, spec in enumerate(copy.deepcopy(specs))
+    )
+    titles = [setting.title for setting in settings]
+    for title in titles:
+        if titles.count(title) > 1:
+            raise ConfigError(f"{where}: methods names {title} {titles.count(title)} times; once is enough")
+    brought = BUNDLED_DATA.get(model["name"], {}) if model["backend"] == REFERENCE else {}
+    simple = ("batch_size", "dtype", "seed", "num_samples", "options", "output")
+    return RunConfig(
+        name=name,
+        backend=model["backend"],
+        model=model["name"],
+        settings=settings,
+        tasks=tasks,
+        pretrained=model.get("pretrained"),
+        data={t: d for t, d in brought.items() if t in tasks} | by_task(where, "data", content.get("data"), tasks),
+        calibration=by_task(where, "calibration", content.get("calibration"), tasks),
+        sweep=_sweep(where, content.get("sweep")),
+        published=published,
+        tables=_tables(where, content.get("table")),
+        content=content,
+        path=where,
+        **{key: content[key] for key in simple if content.get(key) is not None},
+    )
+
+
+def _tables(where: str, value: Any) -> tuple[str, ...]:
+    """Names of tables.
+
+    Raises:
+        ConfigError: one of them is no text.
+    """
+    found = tuple([value] if isinstance(value, str) else value or ())
+    for name in found:
+        if not isinstance(name, str) or not name.strip():
+            raise ConfigError(f"{where}: table must be the name of a table or a list of names, got {shown(name)}")
+    return found
+
+
+def _sweep(where: str, value: Any) -> dict[str, list[Any]]:
+    """dotted key -> values; a list alone holds budgets.
+
+    Raises:
+        ConfigError: a key that a sweep cannot vary, or no list of values.
+    """
+    grid = {"flops": value} if isinstance(value, list) else value or {}
+    varied = [key for key in KEYS if key not in ("sweep", "output", "published", "table")]
+    for key, values in grid.items():
+        if key != "flops" and str(key).split(".")[0] not in varied:
+            known = ["sweep.flops", *(f"sweep.{k}" for k in varied)]
+            raise ConfigError(f"{where}: {unknown('key', f'sweep.{key}', known)}")
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"{where}: sweep.{key} must be a list of values, got {shown(values)}")
+    return {str(key): list(values) for key, values in grid.items()}
+
+
+def prepared(output: Path | None, inputs: Iterable[Any] = ()) -> Path | None:
+    """The file for results, its folder made now: not after hours of measuring.
+
+    Args:
+        output: the file; `None` = there will be none.
+        inputs: files that are read, which it must not be; `None`s and words that name no file are passed over.
+
+    Raises:
+        ConfigError: nothing can be written there, or it is one of the inputs.
+    """
+    if output is not None:
+        apart([output], [one for one in inputs if one is not None])
+        writable(output)
+    return output

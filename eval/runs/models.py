@@ -1,0 +1,232 @@
+"""What a task needs of a run: its options, the model on its device, calibration inputs, the prompt that a budget is for.
+
+Which kind of model a task takes is read off the annotation of its parameter `model`, its options off that of `options`: a new
+task needs no line here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+from torch import nn
+
+import vtok
+from vtok.errors import ConfigError, VtokError, unknown
+from vtok.eval.common.distributed import current
+from vtok.eval.common.settings import Setting, placed
+from vtok.eval.common.timing import named_kernels
+from vtok.eval.models.clip import DualEncoder, load_clip
+from vtok.eval.models.vlm import REFERENCE_NEXT, VisionLanguageModel, load_vlm
+from vtok.eval.runs.again import ELSEWHERE
+from vtok.eval.runs.schema import REFERENCE
+from vtok.eval.tasks import TASKS
+from vtok.patches import find_vlms
+
+TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+CALIBRATION = 128  # images
+CALIBRATION_PROMPTS = 32
+
+
+def task_options(config: Any, task: str, pretrained: bool, workers: int, folder: Path | None) -> Any:
+    """The task's own options, from what a run says.
+
+    Args:
+        config: a `RunConfig`.
+        task: name.
+        pretrained: load weights.
+        workers: processes that read images; data that comes with vtok is in memory and needs none.
+        folder: for samples, of tasks that keep them.
+
+    Raises:
+        ConfigError: the task does not say which options it takes.
+    """
+    kind = options_class(task)
+    wanted = {
+        "batch_size": config.batch_size,
+        "model_dtype": TYPES[config.dtype],
+        "pretrained": pretrained,
+        "seed": config.seed,
+        "num_samples": config.num_samples,
+        "workers": 0 if config.backend == REFERENCE else workers,
+        "output": "" if folder is None else str(folder),
+    }
+    if config.backend != "timm":  # weights go by tag there, and names need a backend
+        backend = None if config.backend == REFERENCE else config.backend
+        wanted |= {"pretrained": (config.pretrained or "") if pretrained else "", "backend": backend}
+    if get_type_hints(kind).get("pretrained") is bool:  # of classifiers: whether, not which
+        wanted["pretrained"] = pretrained
+    own = {name: tuple(value) if isinstance(value, list) else value for name, value in config.options.items()}
+    known = {field.name for field in dataclasses.fields(kind)}
+    made: Any = kind
+    return made(**{name: value for name, value in (wanted | own).items() if name in known})
+
+
+def check_options(config: Any) -> None:
+    """Raises unless every one of a run's `options` is one of some task of it, and not a key of the run itself.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    known = {field.name for task in config.tasks for field in dataclasses.fields(options_class(task))}
+    known -= set(ELSEWHERE)
+    for name in config.options:
+        if name not in known:
+            raise ConfigError(f"{config.path}: {unknown('key', f'options.{name}', (f'options.{k}' for k in known))}")
+
+
+def options_class(task: str) -> type:
+    """The dataclass of a task's options.
+
+    Raises:
+        ConfigError: the task does not annotate its parameter `options` with one.
+    """
+    hint = get_type_hints(TASKS.get(task)).get("options")
+    kind = next((one for one in (hint, *get_args(hint)) if dataclasses.is_dataclass(one)), None)
+    if not isinstance(kind, type):
+        raise ConfigError(f"task {task} must annotate its parameter `options` with a dataclass, found {hint!r}")
+    return kind
+
+
+def load_for(task: str, config: Any, options: Any) -> Any:
+    """The model of a run as its task takes it, on its device and in its type; a name where the task takes names alone.
+
+    Raises:
+        ConfigError: no such model, weights or device.
+        MissingExtraError: its library is not installed.
+    """
+    hint = get_type_hints(TASKS.get(task)).get("model")
+    kinds = [one for one in (hint, *get_args(hint)) if isinstance(one, type)]
+    model: Any
+    if any(issubclass(kind, VisionLanguageModel) for kind in kinds):
+        model = load_vlm(config.model)
+    elif any(issubclass(kind, DualEncoder) for kind in kinds):
+        model = load_clip(config.model, options.pretrained, options.backend, options.seed)
+    elif nn.Module in kinds:
+        from vtok.eval.tasks.imagenet import load_named
+
+        model = load_named(config.model, options)
+    else:
+        return config.model
+    device = current().device(getattr(options, "device", None))
+    dtype = getattr(torch, TYPES[config.dtype])
+    if isinstance(model, nn.Module):
+        return placed(model.eval(), dtype, device)
+    return dataclasses.replace(model, net=placed(model.net.eval(), dtype, device))
+
+
+def network(model: Any) -> nn.Module | None:
+    """The module inside what `load_for` returns; `None` for a name."""
+    return model if isinstance(model, nn.Module) else getattr(model, "net", None)
+
+
+def fitted(setting: Setting, model: Any, calibration: Any, prompt: Mapping[str, int] | None) -> Setting:
+    """A setting with what its budget needs beside the model: images, or the prompt that it is for.
+
+    Args:
+        setting: as the run asks for it.
+        model: of `load_for`.
+        calibration: of `calibration_for`; `None` = there is none.
+        prompt: arguments of `vtok.Prompt`.
+    """
+    net = network(model)
+    if net is None or setting.method is None:
+        return setting
+    budget, extra = "flops" in setting.params, {}
+    if not find_vlms(net):
+        extra = {"calibration": calibration} if budget and calibration is not None else {}
+    elif budget:
+        extra = _prompt_or_calibration(setting, net, calibration, prompt)
+    elif calibration is not None:
+        methods = setting.method if isinstance(setting.method, list) else [setting.method]
+        extra = {"calibration": calibration} if any(getattr(config, "calibrates", False) for config in methods) else {}
+    return Setting(setting.method, {**setting.params, **extra})
+
+
+def _prompt_or_calibration(
+    setting: Setting, net: nn.Module, calibration: Any, prompt: Mapping[str, int] | None
+) -> dict[str, Any]:
+    """What a budget is solved for: a prompt where that is exact, calibration inputs where counts depend on image or text."""
+    stated: dict[str, Any] = {} if prompt is None else {"prompt": dict(prompt)}
+    if calibration is None:
+        return stated
+    params = {name: value for name, value in setting.params.items() if name != "flops"}
+    try:
+        exact = vtok.plan(net, setting.method or "", **params, **stated).estimate.exact
+    except VtokError:  # said when the model is patched
+        return stated
+    return stated if exact else {"calibration": calibration}
+
+
+def calibration_for(task: str, config: Any, model: Any, options: Any) -> Any:
+    """Inputs of a model that are not evaluated: of the run's `calibration`, or for reference models those that come with vtok.
+
+    Returns:
+        [., C, H, W] images; for vision-language models a list of prompts; `None` where there are none.
+
+    Raises:
+        ConfigError: data that cannot be read.
+    """
+    named = config.calibration.get(task)
+    if named is None and config.backend != REFERENCE:
+        return None
+    if isinstance(model, VisionLanguageModel):
+        return _prompts(model, named)
+    if not isinstance(model, (nn.Module, DualEncoder)):
+        return None
+    from vtok.eval.runs import calibration as runs_calibration
+
+    return runs_calibration.images(task, named, model, options, CALIBRATION)
+
+
+def _prompts(model: VisionLanguageModel, named: str | None) -> Any:
+    """Inputs of some questions, one a batch where they come from a run's own data."""
+    if named is not None:
+        from vtok.eval.tasks.vqa.data import open_vqa
+
+        data = open_vqa(named).take(CALIBRATION_PROMPTS)
+        return [model.inputs([data.read(q.image)], [q.text + data.prompt]) for q in data.questions]
+    if model.name == REFERENCE_NEXT:
+        from vtok.eval.demo.questions import calibration_pages
+
+        return [calibration_pages(model)]
+    from PIL import Image
+
+    from vtok.eval.models.reference_vlm import load_reference_questions
+
+    asked = load_reference_questions("calibration")
+    rows = [i * len(asked.texts) // CALIBRATION_PROMPTS for i in range(CALIBRATION_PROMPTS)]
+    pixels = asked.pictures.permute(0, 2, 3, 1).numpy()
+    pictures = [Image.fromarray(pixels[int(asked.rows[row])]) for row in rows]
+    return [model.inputs(pictures, [asked.texts[row] for row in rows])]
+
+
+def prompt_of(record: Mapping[str, Any], net: nn.Module | None) -> dict[str, int] | None:
+    """The mean prompt of an unpatched vision-language model's record, as `vtok.patch(flops=...)` takes it.
+
+    What is no image is text: as many tokens as the bytes of keys and values leave. `None` for other models.
+    """
+    if net is None or "kv_bytes" not in record or not find_vlms(net):
+        return None
+    from vtok.eval.tasks.vqa.pipeline import kv_bytes
+
+    layers = len(record["tokens"]["mean_per_layer"])
+    each = int(kv_bytes(net, torch.ones(1, dtype=torch.long), torch.zeros(1, layers, dtype=torch.long))[0])
+    text = record["kv_bytes"]["patched"] / each - record["tokens"]["in"]
+    return {"images": 1, "text_tokens": max(1, round(text))}
+
+
+def prompt_kernel(model: VisionLanguageModel, setting: Setting) -> str:
+    """Attention kernels of tower and decoder layers for one prompt, under a setting."""
+    from PIL import Image
+
+    from vtok.eval.common.settings import twin
+
+    net = setting.apply(twin(model.net))
+    vlm = find_vlms(net)[0]
+    blocks = [block.module for block in vlm.tower.blocks] if vlm.tower is not None else []
+    inputs = model.inputs([Image.new("RGB", (64, 64), "grey")], ["what?"])
+    return named_kernels([*blocks, *vlm.text.layers], lambda: net(**inputs))

@@ -1,0 +1,206 @@
+"""The one shape of a run's records, whatever task they come from, and the key that says which configuration one belongs to.
+
+`metrics` holds the task's own names; `primary` is the headline among them, `percent` says whether they are percent or shares.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vtok.config import MethodConfig
+from vtok.eval.benchmarks.throughput import device_name
+from vtok.eval.common.records import key_of, stamp
+from vtok.eval.common.settings import Setting, versions
+from vtok.eval.common.statistics import FEWEST, Z95, Interval
+from vtok.eval.runs.loader import FIGURES, RunConfig
+from vtok.eval.runs.methods import portable
+
+Record = dict[str, Any]
+_PERCENT = ("imagenet",)  # tasks whose metrics are percent already
+
+
+def content(config: RunConfig, task: str, out: Path) -> dict[str, str | None]:
+    """Stamps of the files that a task of a run reads: its data, those for calibration, and what its options name.
+
+    Args:
+        config: the run.
+        task: one of its tasks.
+        out: folder of the results, which may lie in that of the data.
+    """
+    options = [one for value in config.options.values() for one in (value if isinstance(value, (list, tuple)) else [value])]
+    named = {"data": config.data.get(task), "calibration": config.calibration.get(task)}
+    named |= {f"options: {one}": one for one in options if isinstance(one, str)}
+    return {what: found for what, path in named.items() if path and (found := stamp(path, out)) is not None}
+
+
+def key(config: RunConfig, task: str, setting: Setting, pretrained: bool, there: Mapping[str, str | None]) -> str:
+    """What identifies a configuration: everything that decides a result, but the machine.
+
+    Args:
+        config: the run.
+        task: one of its tasks.
+        setting: one of its settings, or the unpatched one.
+        pretrained: whether weights were loaded.
+        there: `content` of the task.
+    """
+    return key_of(
+        {
+            "task": task,
+            "model": [config.backend, config.model, config.pretrained, pretrained, _stamp(config)],
+            "setting": portable(plain(setting)),
+            "data": [config.data.get(task), {what: one for what, one in there.items() if what != "calibration"}],
+            "calibration": [config.calibration.get(task), there.get("calibration")] if "flops" in setting.params else None,
+            "options": config.options,
+            "num_samples": config.num_samples,
+            "batch_size": config.batch_size,
+            "dtype": config.dtype,
+            "seed": config.seed,
+            "device": "cuda" if torch.cuda.is_available() else "cpu",
+            "vtok": versions()["vtok"],
+        }
+    )
+
+
+def plain(setting: Setting) -> Any:
+    """What was asked for, as plain values: `None`, or a list with one mapping a method."""
+    if setting.method is None:
+        return None
+    parts = setting.method if isinstance(setting.method, list) else [setting.method]
+    return [part.to_dict() if isinstance(part, MethodConfig) else {"method": part, **setting.params} for part in parts]
+
+
+def resolved(config: RunConfig, task: str, spec: Any) -> dict[str, Any]:
+    """The run file of one configuration alone: `vtok run` on it repeats a record.
+
+    Args:
+        config: the run.
+        task: one of its tasks.
+        spec: what its file says about the setting; `None` for the unpatched model.
+    """
+    left_out = ("method", "methods", "task", "tasks", "sweep", "output", "table", "published", "data", "calibration")
+    found = {name: copy.deepcopy(value) for name, value in config.content.items() if name not in left_out}
+    found |= {"batch_size": config.batch_size, "dtype": config.dtype, "seed": config.seed, "task": task, "method": spec}
+    for name, given in (("data", config.data), ("calibration", config.calibration)):
+        if task in given:
+            found[name] = given[task]
+    return found
+
+
+def complete(record: Record, config: RunConfig, task: str, setting: Setting, extra: Mapping[str, Any]) -> Record:
+    """A task's record with what all records of runs have.
+
+    Args:
+        record: of the task.
+        config: the run.
+        task: its name in the run.
+        setting: that was measured.
+        extra: further fields, `key` among them.
+    """
+    metrics = dict(record["metrics"])
+    for name in [name for name in metrics if name.endswith("difference_stderr")]:
+        middle, error = metrics[name.removesuffix("_stderr")], metrics[name]
+        known = error is not None and error > 0 and record["n"] >= FEWEST
+        low_high = [middle - Z95 * error, middle + Z95 * error] if known else None
+        metrics.setdefault(f"{name.removesuffix('_stderr')}_ci", low_high)
+    first = next((name for name in FIGURES.get(task, ()) if name in metrics), next(iter(metrics)))
+    found = {
+        **record,
+        "task": task,
+        "model": config.model,
+        "backend": config.backend,
+        "method": setting.name,
+        "setting": portable(setting.title),
+        "params": portable(record["params"]),
+        "budget": setting.params.get("flops"),
+        "metrics": metrics,
+        "primary": record.get("primary", first),
+        "percent": record.get("percent", task in _PERCENT),
+        "device_name": device_name(torch.device(record["device"])),
+        "threads": torch.get_num_threads(),
+        "seed": config.seed,
+        **extra,
+    }
+    return _finite(found | _times(found))
+
+
+def whole(record: Record) -> bool:
+    """Whether a record has what tables and pictures are made of; one that somebody has edited may lack it."""
+    metrics, primary = record.get("metrics"), record.get("primary")
+    texts = ("task", "model", "method", "setting", "dtype", "device")
+    return (
+        all(isinstance(record.get(name), str) for name in texts)
+        and isinstance(metrics, dict)
+        and isinstance(primary, str)
+        and isinstance(metrics.get(primary), (int, float))
+        and isinstance(record.get("n"), int)
+        and {"params", "budget", "dataset", "percent", "backend", "seed", "threads", "batch_size"} <= set(record)
+    )
+
+
+def _times(record: Record) -> dict[str, Any]:
+    """Fields of speed that a task gives in another form or leaves out; of questions they are those up to the first token."""
+    found: dict[str, Any] = {}
+    first = record.get("ttft_ms")
+    if first is not None and "samples_per_sec" not in record:
+        sides = {"base": first["patched"]} if record["method"] == "unpatched" else first
+        found["samples_per_sec"] = {side: 1000 * record["batch_size"] / ms for side, ms in sides.items() if ms}
+    if "speedup" in record and "implied_speedup" in record:
+        speed = Interval(record["speedup"], *(record["speedup_ci"] or ())).scaled(1 / record["implied_speedup"])
+        found |= {"achieved": speed.point, "achieved_ci": speed.ends}
+    return found
+
+
+def with_cost(base: Record | None, record: Record) -> list[Record]:
+    """The unpatched model's record once more, with its GMACs, if it had none and a patched one beside it tells them.
+
+    What a prompt costs is only known where the model is patched.
+    """
+    if base is None or "gmacs" in base or "gmacs" not in record or record["key"] == base["key"]:
+        return []
+    macs = {name: {"base": record[name]["base"], "model": record[name]["base"], "pruner": 0.0} for name in ("gmacs", "gflops")}
+    return [{**base, **macs, "implied_speedup": 1.0}]
+
+
+def difference(record: Record) -> tuple[float | None, float | None, list[float] | None]:
+    """(paired difference of the headline metric to the unpatched model, its standard error, 95 % interval); `None`s without."""
+    metrics, primary = record["metrics"], record["primary"]
+    name = f"{primary}_difference" if f"{primary}_difference" in metrics else "difference"
+    return metrics.get(name), metrics.get(f"{name}_stderr"), metrics.get(f"{name}_ci")
+
+
+def _stamp(config: RunConfig) -> Any:
+    """Sizes and times of the files of a model that is a path or comes with vtok: trained again, it is another one."""
+    path = Path(config.model)
+    if config.backend == "reference":
+        from vtok.eval.models.reference import asset
+
+        path = asset(_WEIGHTS[config.model])
+        return [path.stat().st_size, key_of({"weights": path.read_bytes().hex()})]
+    if not path.exists():
+        return None
+    files = [path] if path.is_file() else sorted(one for one in path.iterdir() if one.is_file())
+    return [[os.path.basename(one), one.stat().st_size, one.stat().st_mtime_ns] for one in files]
+
+
+_WEIGHTS = {
+    "reference-vit": "fashion_vit.safetensors",
+    "reference-clip": "easyvqa_clip/open_clip_model.safetensors",
+    "reference-llava": "easyvqa_llava/model.safetensors",
+    "reference-llava-next": "easyvqa_llava_next/differences.safetensors",
+}
+
+
+def _finite(value: Any) -> Any:
+    """The same with `None` for what is not a number: strict JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

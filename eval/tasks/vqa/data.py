@@ -1,0 +1,231 @@
+"""Questions about images: the bundled ones, files in VQAv2's format, and lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from vtok.errors import ConfigError, brief
+from vtok.eval.common.pictures import digest
+from vtok.eval.common.records import key_of
+from vtok.eval.tasks.vqa.metrics import majority
+
+EASY_VQA, PAGES = "easy-vqa", "easy-vqa-pages"
+GOLDEN = 0.6180339887498949
+_BLIND_PAGES, _BLIND_SEED = 2000, 5
+KINDS = ("yes/no", "open")
+_YES_NO = ("yes", "no")
+
+
+class Question(NamedTuple):
+    """One question about one image.
+
+    Attributes:
+        doc_id: number or name of the question.
+        text: of the question, as it was asked.
+        answers: of everybody who was asked, the most frequent one is the target; empty where the evaluation server alone knows
+            them.
+        image: key of the image; `None` = a question without one.
+        groups: what it is counted under besides, e.g. {"kind": "yes/no"}.
+        facts: what else its score depends on, e.g. {"choices": 4}.
+    """
+
+    doc_id: Any
+    text: str
+    answers: tuple[str, ...]
+    image: Any
+    groups: Mapping[str, str]
+    facts: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def target(self) -> str:
+        return majority(self.answers) if self.answers else ""
+
+
+@dataclass(frozen=True)
+class VQAData:
+    """Questions and where their images come from.
+
+    Attributes:
+        name: of the data set.
+        questions: in the order in which they are asked.
+        read: key of an image -> PIL image.
+        prompt: what stands behind every question.
+        blind: text of a question -> the best answer without the image, as far as it is known.
+        split: part of the data set that it is.
+        whole: whether scores need all questions about an image, so that a part of them is a part of the images.
+        identify: key of an image -> hash of its content; `None` = of its pixels.
+    """
+
+    name: str
+    questions: Sequence[Question]
+    read: Callable[[Any], Any]
+    prompt: str = ""
+    blind: Mapping[str, str] = field(default_factory=dict)
+    split: str = ""
+    whole: bool = False
+    identify: Callable[[Any], str] | None = None
+
+    def take(self, count: int | None) -> VQAData:
+        """One question of each of `count` equal stretches; `None` = all.
+
+        Where in its stretch a question stands follows the golden ratio: files list the kinds of questions in turn, and every
+        eighteenth one may always be of one kind. Of `whole` data it takes images in this way, as few as have `count` questions.
+        """
+        total = len(self.questions)
+        if count is None or count >= total:
+            return self
+        if not self.whole:
+            return replace(self, questions=[self.questions[row] for row in _stretches(total, count)])
+        images = list(dict.fromkeys(q.image for q in self.questions))
+        chosen = {images[row] for row in _stretches(len(images), math.ceil(count * len(images) / total))}
+        return replace(self, questions=[q for q in self.questions if q.image in chosen])
+
+    def identity(self) -> str:
+        """Hash of all that is asked: questions, answers, and what the images show. Every image is read once.
+
+        Raises:
+            ConfigError: an image that cannot be read.
+        """
+        images = {q.image: self._identify(q.image) for q in self.questions}
+        asked = [
+            [q.doc_id, q.text, q.answers, images[q.image], dict(q.groups), dict(q.facts), self.blind.get(q.text)]
+            for q in self.questions
+        ]
+        return key_of({"questions": asked})
+
+    def _identify(self, image: Any) -> str | None:
+        if image is None:
+            return None
+        return digest(self.read(image)) if self.identify is None else self.identify(image)
+
+    def readable(self) -> tuple[VQAData, list[tuple[str, str]]]:
+        """(The questions whose picture can be read, (picture, why not) of the others). Every picture is read once."""
+        skipped: dict[Any, str] = {}
+        for image in dict.fromkeys(q.image for q in self.questions if q.image is not None):
+            try:
+                self.read(image)
+            except Exception as error:  # decoders raise whatever they like
+                skipped[image] = brief(error)
+        if not skipped:
+            return self, []
+        kept = [q for q in self.questions if q.image not in skipped]
+        return replace(self, questions=kept), [(str(image), why) for image, why in skipped.items()]
+
+    def with_prompt(self, prompt: str) -> VQAData:
+        """The same questions with another text behind them."""
+        return replace(self, prompt=prompt)
+
+
+def _stretches(total: int, count: int) -> list[int]:
+    """One row of each of `count` equal stretches of `total` rows."""
+    return [int((i + i * GOLDEN % 1) * total / count) for i in range(count)]
+
+
+def blind_answers(questions: Iterable[str], answers: Iterable[str]) -> dict[str, str]:
+    """The most frequent answer to every question text, what a model that sees no image can say at best.
+
+    Args:
+        questions: texts of the training questions.
+        answers: to each of them.
+
+    Returns:
+        text -> answer; of answers that are equally frequent, the one that came first.
+    """
+    said: dict[str, Counter[str]] = defaultdict(Counter)
+    for question, answer in zip(questions, answers):
+        said[question][answer] += 1
+    return {question: counts.most_common(1)[0][0] for question, counts in said.items()}
+
+
+def open_vqa(data: str | os.PathLike, questions: str = "", annotations: str = "", images: str = "") -> VQAData:
+    """Questions by name, or from files.
+
+    Args:
+        data: `"easy-vqa"` or `"easy-vqa-pages"`, which come with vtok; a file with an object
+            `{"id", "image", "question", "answers"}` a line; or a folder of files in VQAv2's format.
+        questions: VQAv2's question file; "" = the one in the folder whose name holds "uestions".
+        annotations: VQAv2's annotation file; "" = the one in the folder whose name holds "nnotations".
+        images: folder of the images; "" = look in the folder of the data, at any depth.
+
+    Raises:
+        ConfigError: no such data, a file that is not of the form, a question without answers or without its image.
+    """
+    name = os.fspath(data)
+    if name in (EASY_VQA, PAGES):
+        return easy_vqa() if name == EASY_VQA else easy_vqa_pages()
+    from vtok.eval.tasks.vqa import files as vqa_files
+
+    path = Path(name)
+    if path.suffix == ".jsonl":
+        return vqa_files.read_lines(path, Path(images) if images else None)
+    if not path.is_dir() and not questions:
+        raise ConfigError(
+            f"{name} is neither {EASY_VQA}, {PAGES}, a .jsonl file nor a folder with VQAv2's questions, annotations and images"
+        )
+    return vqa_files.find_vqav2(path, questions, annotations, images)
+
+
+def easy_vqa() -> VQAData:
+    """The bundled questions of easy-VQA's test set."""
+    from vtok.eval.models.reference import DATA_FOLDER, asset
+    from vtok.eval.models.reference_vlm import load_reference_questions
+
+    found = load_reference_questions("test")
+    groups = [{"kind": kind_of(answer)} for answer in found.answers]
+    blind = json.loads(asset(f"{DATA_FOLDER}/blind-answers.json").read_text(encoding="utf-8"))
+    return VQAData(EASY_VQA, _questions(found, groups), _reader(found.pictures), blind=blind)
+
+
+def calibration_questions() -> VQAData:
+    """The bundled questions about training pictures of easy-VQA that were kept out of training."""
+    from vtok.eval.models.reference_vlm import load_reference_questions
+
+    found = load_reference_questions("calibration")
+    return VQAData(f"{EASY_VQA}/calibration", _questions(found, [{}] * len(found.texts)), _reader(found.pictures))
+
+
+def easy_vqa_pages() -> VQAData:
+    """The bundled questions about pages of four cells; `density` is the number of cells that hold a picture."""
+    from vtok.eval.models.reference_next import load_reference_page_questions
+
+    found = load_reference_page_questions()
+    groups = [{"kind": kind_of(a), "density": str(d)} for a, d in zip(found.answers, found.density.tolist())]
+    return VQAData(PAGES, _questions(found, groups), _reader(found.pictures), blind=blind_page_answers())
+
+
+@cache
+def blind_page_answers() -> dict[str, str]:
+    """`blind_answers` of the questions about pages, from as many random pages, drawn like those of training."""
+    import torch
+
+    from vtok.eval.models.reference_next import draw_cells, questions_about
+
+    generator = torch.Generator().manual_seed(_BLIND_SEED)
+    asked = [pair for cells in draw_cells(_BLIND_PAGES, generator).tolist() for pair in questions_about(cells, generator)]
+    return blind_answers(*zip(*asked))
+
+
+def _questions(found: Any, groups: Sequence[Mapping[str, str]]) -> list[Question]:
+    asked = zip(found.texts, found.answers, found.rows.tolist(), groups)
+    return [Question(i, text, (answer,), row, group) for i, (text, answer, row, group) in enumerate(asked)]
+
+
+def _reader(pictures: Any) -> Callable[[int], Any]:
+    from PIL import Image
+
+    arrays = pictures.permute(0, 2, 3, 1).numpy()
+    return lambda row: Image.fromarray(arrays[row])
+
+
+def kind_of(*answers: str) -> str:
+    """ "yes/no" or "open", by the target."""
+    return KINDS[0] if majority(answers) in _YES_NO else KINDS[1]

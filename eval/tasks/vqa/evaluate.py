@@ -1,0 +1,114 @@
+"""Questions about images, answered by any Hugging Face vision-language model, unpatched and patched on the same batches.
+
+Every question is asked on its own: greedy `generate()`, batches padded on the left. What a method costs is a paired difference
+with its standard error; what it saves is the time to the first token, paired batch by batch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vtok
+from vtok.errors import ConfigError
+from vtok.eval.common.distributed import current
+from vtok.eval.common.settings import Setting, evaluating, placed
+from vtok.eval.models.vlm import VisionLanguageModel, load_vlm
+from vtok.eval.runs.again import run_file
+from vtok.eval.tasks import QUESTION_TASKS
+from vtok.eval.tasks.timm_pipeline import TYPES
+from vtok.eval.tasks.vqa.data import VQAData
+from vtok.eval.tasks.vqa.files import read_results
+from vtok.eval.tasks.vqa.job import Job
+from vtok.eval.tasks.vqa.pipeline import Progress
+from vtok.eval.tasks.vqa.task import QuestionTask, Sources, VQAOptions
+
+
+def evaluate(
+    model: str | VisionLanguageModel,
+    data: str | os.PathLike | VQAData,
+    settings: Sequence[Any] = (None,),
+    options: VQAOptions | None = None,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Accuracy, loyalty, tokens and times of every setting, all on the same batches.
+
+    Args:
+        model: a name (see `load_vlm`), or an unpatched model, which is left as it is.
+        data: folder or file of the task's data (of the task "vqa": see `open_vqa`); "hub", "hub:NAME" or a folder of the
+            `datasets` library; or questions.
+        settings: each `None` (unpatched), a method, (method, parameters), a list of configs, or a `Setting`.
+        options: see `VQAOptions`.
+        progress: called with (questions done, questions).
+
+    Returns:
+        One record a setting: `metrics` holds the scores and totals of the task, shares in [0, 1] unless `percent`, of "vqa"
+        `exact_match`, `soft_accuracy` (lmms-eval's normalisation), `soft_accuracy_official`; each with `_stderr` and,
+        against the unpatched setting, paired `_difference`, `_difference_stderr` and `_difference_ci` (95 %); `loyalty`,
+        the share of answers that are the unpatched model's. `primary` names the headline metric, `groups` holds the same
+        for parts of the questions, `blind` the share that is right from the question alone (`None` = unknown). `tokens` are
+        visual tokens, in the prompt and in the decoder layers; `kv_bytes` keys and values of a prompt; `ttft_ms` a batch's
+        time to the first token, `decode_ms_per_token` each further one, `speedup` the paired speed-up of the first token,
+        `implied_speedup` its bound.
+
+    Raises:
+        ConfigError: nothing to ask, data or a model that cannot be read, processor and model that do not belong together.
+        UnknownNameError: no such task.
+        UnsupportedModelError: a method does not work on the model.
+        MissingExtraError: transformers is not installed, or `datasets`, where it is needed.
+    """
+    options = options or VQAOptions()
+    chosen = [Setting.of(value) for value in settings]
+    if not chosen:
+        raise ConfigError("nothing to evaluate: name at least one setting, None for the unpatched model")
+    for name in ("batch_size", "max_new_tokens", "num_samples"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}")
+    task: QuestionTask = QUESTION_TASKS.get(options.task)
+    named = data
+    if not isinstance(data, VQAData):
+        places = (options.questions, options.annotations, options.images, options.ocr, options.split)
+        data = task.open(Sources(os.fspath(data), *places))
+    data = data.take(options.num_samples)
+    if options.prompt is not None:
+        data = data.with_prompt(options.prompt)
+    data, skipped = data.readable()
+    if not data.questions:
+        raise ConfigError(f"none of the pictures of {data.name} can be read; the first: {skipped[0][0]}: {skipped[0][1]}")
+    outside = None if not options.results else _foreign(Path(options.results), data)
+    vlm = load_vlm(model) if isinstance(model, str) else model
+    if vtok.info(vlm.net).patched:
+        raise ConfigError("evaluate patches copies of the model itself; pass it unpatched (vtok.unpatch(model))")
+    folder = Path(options.output) if options.output else None
+    device = current().device(options.device)
+    with evaluating(vlm.net):
+        base = placed(vlm.net, _type(options.model_dtype), device)
+        model = VisionLanguageModel(base, vlm.processor, vlm.name)
+        longest = task.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
+        dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
+        again = partial(run_file, task.name, vlm.name, "transformers", named, options=options, dtype=dtype)
+        job = Job(model, data, folder, options.batch_size, longest, options.seed, task, again, skipped)
+        job.run([job.entry(setting) for setting in chosen], progress)
+        if options.floors:
+            job.run(job.floors(), progress)
+    return job.records(outside)
+
+
+def _foreign(path: Path, data: VQAData) -> tuple[str, list[str]]:
+    answers = read_results(path)
+    missing = [q.doc_id for q in data.questions if q.doc_id not in answers]
+    if missing:
+        raise ConfigError(f"{path} has no answer to {len(missing)} of {len(data.questions)} questions, the first: {missing[0]}")
+    return path.stem, [answers[q.doc_id] for q in data.questions]
+
+
+def _type(name: str | None) -> torch.dtype | None:
+    if name is not None and name not in TYPES:
+        raise ConfigError(f"unknown type {name!r}; known: {', '.join(TYPES)}")
+    return None if name is None else TYPES[name]

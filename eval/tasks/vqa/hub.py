@@ -1,0 +1,171 @@
+"""Rows of the `datasets` library instead of files: a folder that it saved, parquet files, or a name on the hub.
+
+The names that lmms-eval 0.7 reads are the defaults (most ask for a login to the hub):
+
+| task | data set | configuration, split |
+|---|---|---|
+| chartqa | lmms-lab-encoder/ChartQA | test |
+| docvqa | lmms-lab-encoder/DocVQA | DocVQA, validation |
+| gqa | lmms-lab-encoder/GQA | testdev_balanced_instructions (images: testdev_balanced_images), testdev |
+| mme | lmms-lab-encoder/MME | test |
+| pope | lmms-lab-encoder/POPE | test |
+| scienceqa, scienceqa_img | lmms-lab-encoder/ScienceQA | ScienceQA-FULL, ScienceQA-IMG, test |
+| textvqa | lmms-lab-encoder/textvqa | validation |
+| vqav2 | lmms-lab-encoder/VQAv2 | validation |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vtok.errors import ConfigError, MissingExtraError
+from vtok.eval.common.pictures import digest, open_picture
+from vtok.eval.tasks.vqa.data import Question, VQAData
+from vtok.eval.tasks.vqa.files import checked
+from vtok.eval.tasks.vqa.task import Sources
+
+HUB = "hub"
+_SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
+
+
+class Hub(NamedTuple):
+    """Where the rows of a task are, and what they mean.
+
+    Attributes:
+        path: of the data set on the hub.
+        config: its configuration, `None` = the only one.
+        split: that is asked.
+        question: (row without its image, place for messages, key of its image or `None` without one, split) -> question.
+        prompt: text behind every question.
+        images: configuration that holds the images apart, "" = they stand in the rows.
+        image_id: column that names a row's image there, whose rows have an `id`.
+        same_image: column that is equal for rows with the same image, "" = none is known.
+        optional: whether a row may have no image.
+        check: (questions, place) -> questions, what must hold for all of them together.
+    """
+
+    path: str
+    config: str | None
+    split: str
+    question: Callable[[Any, str, Any, str], Question]
+    prompt: str
+    images: str = ""
+    image_id: str = ""
+    same_image: str = ""
+    optional: bool = False
+    check: Callable[[VQAData, str], VQAData] | None = None
+
+
+def is_dataset(data: str) -> bool:
+    """Whether data means the `datasets` library.
+
+    Args:
+        data: does so if it is "hub", "hub:NAME", a folder that the library saved, one of such folders (a configuration each),
+            or one with parquet files.
+    """
+    folder = Path(data)
+    if data == HUB or data.startswith(f"{HUB}:"):
+        return True
+    return folder.is_dir() and any(
+        any(folder.glob(f"{depth}{name}")) for depth in ("", "*/") for name in (*_SAVED, "*.parquet")
+    )
+
+
+def read(name: str, hub: Hub, sources: Sources) -> VQAData:
+    """Questions of a data set; images are decoded when they are asked about.
+
+    Raises:
+        ConfigError: no such data set, split or column, or a row that is not of the task's form.
+        MissingExtraError: `datasets` is not installed.
+    """
+    split = sources.split or hub.split
+    rows = _load(sources.data, hub, hub.config, split)
+    pictures = _load(sources.data, hub, hub.images, split) if hub.images else rows
+    if "image" not in pictures.column_names:
+        raise ConfigError(
+            f"{sources.data} has no column 'image', only {', '.join(pictures.column_names)}; is it data of {name}?"
+        )
+    of_id = {number: i for i, number in enumerate(pictures["id"])} if hub.images else {}
+    found: list[Question] = []
+    shared: dict[Any, int] = {}
+    seen = _present(rows, hub.optional)
+    for i, row in enumerate(rows.remove_columns([c for c in ("image",) if c in rows.column_names])):
+        place = f"{sources.data}, row {i}"
+        image: Any = i if hub.images or seen[i] else None
+        if hub.images:
+            image = of_id.get(row.get(hub.image_id))
+            if image is None:
+                raise ConfigError(f"{place}: no image has the id {row.get(hub.image_id)!r} in {hub.images}")
+        elif hub.same_image and row.get(hub.same_image) is not None:
+            image = shared.setdefault(row[hub.same_image], i)
+        found.append(hub.question({**row, "ocr": bool(sources.ocr)}, place, image, split))
+    data = checked(name, found, Path(sources.data), _Rows(sources.data, pictures), hub.prompt, split)
+    return data if hub.check is None else hub.check(data, sources.data)
+
+
+class _Rows:
+    """Images in the rows of a data set, by the number of the row."""
+
+    def __init__(self, name: str, rows: Any):
+        import datasets
+
+        self.name = name
+        undecoded = isinstance(rows.features["image"], datasets.Image)
+        self._rows = rows.cast_column("image", datasets.Image(decode=False)) if undecoded else rows
+
+    def _source(self, row: Any) -> Any:
+        """Bytes or path of the picture, or what else the row holds."""
+        cell = self._rows[int(row)]["image"]
+        if not isinstance(cell, dict):
+            return cell
+        return cell["path"] if cell.get("bytes") is None else cell["bytes"]
+
+    def read(self, row: Any) -> Any:
+        """A PIL image."""
+        return open_picture(self._source(row), name=f"{self.name}, image of row {row}")
+
+    def identify(self, row: Any) -> str:
+        """Hash of its content."""
+        return digest(self._source(row))
+
+
+def _present(rows: Any, optional: bool) -> list[bool]:
+    """Of every row whether it has an image, without decoding any."""
+    if not optional:
+        return [True] * len(rows)
+    import datasets
+
+    return [row["image"] is not None for row in rows.select_columns("image").cast_column("image", datasets.Image(decode=False))]
+
+
+def _load(data: str, hub: Hub, config: str | None, split: str) -> Any:
+    """The rows of a split."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtraError("datasets", "datasets") from error
+    folders = [
+        folder for folder in (Path(data) / (config or ""), Path(data)) if any((folder / name).is_file() for name in _SAVED)
+    ]
+    try:
+        if not folders:
+            name = hub.path if data == HUB else data.removeprefix(f"{HUB}:")
+            return datasets.load_dataset(name, _known(datasets, name, config), split=split)
+        found = datasets.load_from_disk(str(folders[0]))
+    except Exception as error:  # the library raises what its readers and the network raise
+        text = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"datasets cannot load {data} (configuration {config or 'default'}, split {split}): {type(error).__name__} {text}"
+        ) from error
+    if not isinstance(found, datasets.DatasetDict):
+        return found
+    if split not in found:
+        raise ConfigError(f"{data} has no split {split!r}, only {', '.join(found)}; name one with --split")
+    return found[split]
+
+
+def _known(datasets: Any, name: str, config: str | None) -> str | None:
+    """The configuration, or `None` for data that have a single one of another name."""
+    return None if config is None or len(datasets.get_dataset_config_names(name)) == 1 else config

@@ -1,0 +1,28 @@
+"""Questions of any origin: the bundled ones of easy-VQA, lines of JSON, VQAv2's files. The task `vqa` without `--task`."""
+
+from __future__ import annotations
+
+from vtok.eval.tasks.vqa.data import VQAData, open_vqa
+from vtok.eval.tasks.vqa.files import write_answers
+from vtok.eval.tasks.vqa.metrics import exact_match, soft_accuracy
+from vtok.eval.tasks.vqa.task import QuestionTask, Sources
+
+
+def _read(sources: Sources) -> VQAData:
+    return open_vqa(sources.data, sources.questions, sources.annotations, sources.images)
+
+
+TASK = QuestionTask(
+    name="vqa",
+    read=_read,
+    scores={
+        "exact_match": lambda said, q: float(exact_match(said, q.target)),
+        "soft_accuracy": lambda said, q: soft_accuracy(said, q.answers),
+        "soft_accuracy_official": lambda said, q: soft_accuracy(said, q.answers, "official"),
+    },
+    primary="exact_match",
+    correct="exact_match",
+    sample="soft_accuracy",
+    columns={"exact": "exact_match", "soft": "soft_accuracy"},
+    write=write_answers(),
+)

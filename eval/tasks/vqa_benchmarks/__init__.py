@@ -1,0 +1,1 @@
+"""Public sets of questions about images, one file each."""

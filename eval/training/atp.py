@@ -1,0 +1,346 @@
+"""Trains ATP's modules for a vision-language model of one image grid, such as LLaVA-1.5: `python -m vtok.eval.training.atp`.
+
+The model stays frozen; what learns are the thresholds, from the language loss under soft masks and from the budget losses. A
+run resumes wherever it stopped. `--report FILE` measures modules instead: see `vtok.eval.training.atp_report`.
+
+By default the model is the reference LLaVA and the questions are easy-VQA's. For a model of one's own: `--model FOLDER` and
+`--questions FILE`, JSON lines with `image` (a path, relative to the file), `question` and `answer`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vtok.errors import ConfigError
+from vtok.eval.common.pictures import open_picture
+from vtok.eval.models.data import cache_dir
+from vtok.eval.models.vlm import BeginsOnce
+from vtok.eval.tasks.vqa.reading import text_of
+from vtok.eval.training.vit import save_atomically
+from vtok.methods.atp.losses import ATPLosses
+from vtok.methods.atp.modules import ATPModules
+from vtok.methods.atp.reducer import SoftATP
+from vtok.methods.atp.spec import ATPSpec
+from vtok.patches import find_vlms
+from vtok.patches.decoder.soft_gates import softened
+
+IGNORED = -100
+ATP_WEIGHTS = "easyvqa_llava_atp.safetensors"
+HELD_OUT = 178  # pictures that the reference LLaVA was not trained on either, see `train_llava`
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result.
+
+    Attributes:
+        target_tokens: N_target, visual tokens on average over the decoder layers (paper: 144 of 576). 36 of 256 are too few for
+            the sparsest grid in every prompt of the reference LLaVA, so that thresholds have something to decide.
+        layers: decoder layers in front of which modules stand; `None` = the paper's, scaled to the depth.
+        hidden: width of a module's hidden layer.
+        inputs: what the thresholds read, see `ATPSpec`.
+        steps: of the optimiser.
+        batch_size: questions a step, each about another image.
+        lr: peak rate of AdamW; linear warm-up, then a half cosine down to zero.
+        warmup: share of the steps spent warming up.
+        temperature: T of the soft masks in the first and in the last step, rising geometrically, so that soft counts come close
+            to those of hard pruning (the reproductions take 10 or 100 throughout).
+        lambda_atp: weight of L_atp, which makes tokens dear that go deep.
+        lambda_target: weight of L_target, here as a share of the visual tokens. L_atp pulls at a token of the last module with
+            `lambda_atp` times its layer, L_target with `lambda_target` times the share of layers behind it: with the
+            reproductions' 0.2 the budget would be missed from below, so it weighs more here.
+        over: what N_avg runs over, "layers" or "modules".
+        seed: of initialisation and order.
+    """
+
+    target_tokens: float = 36
+    layers: tuple[int, ...] | None = None
+    hidden: int = 32
+    inputs: str = "grid"
+    steps: int = 200
+    batch_size: int = 16
+    lr: float = 6e-3
+    warmup: float = 0.05
+    temperature: tuple[float, float] = (10.0, 40.0)
+    lambda_atp: float = 0.01
+    lambda_target: float = 5.0
+    over: str = "layers"
+    seed: int = 0
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step."""
+        up = max(1, round(self.warmup * self.steps))
+        down = 0.5 + 0.5 * math.cos(math.pi * max(0, step - up) / max(1, self.steps - up))
+        return self.lr * min((step + 1) / up, down)
+
+    def temperature_at(self, step: int) -> float:
+        """T of a step."""
+        first, last = self.temperature
+        return first * (last / first) ** (step / max(1, self.steps - 1))
+
+
+class Asked(NamedTuple):
+    """Questions about images.
+
+    Attributes:
+        images: what the processor takes, or paths.
+        questions: one for each of `rows`.
+        answers: likewise.
+        rows: number of the image that each is about.
+    """
+
+    images: Sequence[Any]
+    questions: Sequence[str]
+    answers: Sequence[str]
+    rows: Sequence[int]
+
+
+class Batch(NamedTuple):
+    """inputs of the model with answers behind the questions; labels [B, L], `IGNORED` outside the answers."""
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+
+
+class Host(NamedTuple):
+    """The frozen model and the processor that makes its prompts."""
+
+    model: Any
+    processor: Any
+
+    def prompt(self, question: str) -> str:
+        """One user turn of the processor's chat template, or the image's placeholder and the question."""
+        if getattr(self.processor, "chat_template", None):
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return f"{self.processor.image_token} {question}"
+
+    def inputs(self, images: Sequence[Any], texts: Sequence[str]) -> dict[str, Tensor]:
+        """One batch, padded on the left."""
+        self.processor.tokenizer.padding_side = "left"
+        made = BeginsOnce(self.processor)(
+            images=[_opened(image) for image in images], text=list(texts), padding=True, return_tensors="pt"
+        )
+        weight = next(self.model.parameters())
+        return dict(made.to(weight.device, weight.dtype))
+
+    def batch(self, asked: Asked, numbers: Sequence[int]) -> Batch:
+        """Questions with their answers behind them."""
+        prompts = [self.prompt(asked.questions[i]) for i in numbers]
+        answered = [f"{prompt} {asked.answers[i]}" for prompt, i in zip(prompts, numbers)]
+        inputs = self.inputs([asked.images[asked.rows[i]] for i in numbers], answered)
+        count = torch.tensor([len(b) - len(a) for a, b in zip(self._tokens(prompts), self._tokens(answered))])
+        ids = inputs["input_ids"]
+        place = torch.arange(ids.shape[1], 0, -1, device=ids.device)  # 1 at the last token
+        return Batch(inputs, ids.where(place <= count[:, None].to(ids.device), IGNORED))
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        return self.processor.tokenizer(texts)["input_ids"]
+
+
+def _opened(image: Any) -> Any:
+    return open_picture(image) if isinstance(image, (str, Path)) else image
+
+
+def load_host(folder: Path | None) -> Host:
+    """The model of a folder in eval mode, frozen, with its processor; `None` = the reference LLaVA."""
+    if folder is None:
+        from vtok.eval.models.reference_vlm import load_reference_llava, load_reference_llava_processor
+
+        return Host(load_reference_llava().requires_grad_(False), load_reference_llava_processor())
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval().requires_grad_(False)
+    return Host(model, AutoProcessor.from_pretrained(folder))
+
+
+def load_easyvqa_questions(data: Path | None) -> Asked:
+    """easy-VQA's training questions, those about the held-out pictures left out."""
+    from vtok.eval.training.llava import load_lessons
+
+    found, _, _ = load_lessons(HELD_OUT, data)
+    return Asked(list(found.pictures), found.texts, found.answers, found.rows.tolist())
+
+
+def load_questions_file(path: Path) -> Asked:
+    """Questions of a JSON lines file.
+
+    Raises:
+        ConfigError: it is missing, empty, or a line lacks `image`, `question` or `answer`.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; pass JSON lines with image, question and answer")
+    images: dict[str, int] = {}
+    questions, answers, rows = [], [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            image, question, answer = entry["image"], entry["question"], entry["answer"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}:{number}: expected an object with image, question and answer ({error})") from error
+        file = str(path.parent / text_of(image, "'image'", f"{path}:{number}"))
+        rows.append(images.setdefault(file, len(images)))
+        questions.append(text_of(question, "'question'", f"{path}:{number}"))
+        answers.append(text_of(answer, "'answer'", f"{path}:{number}"))
+    if not questions:
+        raise ConfigError(f"{path} holds no questions")
+    return Asked(list(images), questions, answers, rows)
+
+
+def make_modules(host: Host, recipe: Recipe) -> ATPModules:
+    """Untrained modules for a model: all thresholds are 0.5.
+
+    Raises:
+        ConfigError: the model has no fixed grid of visual tokens, or the target is not below it.
+    """
+    (vlm,) = find_vlms(host.model)
+    info = vlm.info
+    if info.grid is None:
+        raise ConfigError(f"ATP needs the same grid of visual tokens for every image; those of {info.name} depend on the image")
+    spec = ATPSpec(
+        info.depth,
+        info.width,
+        info.grid,
+        recipe.layers,
+        recipe.hidden,
+        recipe.inputs,
+        target_tokens=recipe.target_tokens,
+    )
+    least = spec.num_slots * spec.sites[0] / spec.depth if recipe.over == "layers" else 0
+    if not least < recipe.target_tokens < spec.num_slots:
+        raise ConfigError(
+            f"target_tokens={recipe.target_tokens:g} cannot be reached: of {spec.num_slots} visual tokens, the layers in front "
+            f"of the first module (layer {spec.sites[0]}) alone cost {least:g} on average; choose a target between them"
+        )
+    torch.manual_seed(recipe.seed)
+    return ATPModules(spec).to(next(host.model.parameters()).device)
+
+
+def draw(asked: Asked, recipe: Recipe, step: int) -> list[int]:
+    """Questions of a step, about different images; they depend on seed and step alone, so that a resumed run draws the same."""
+    generator = torch.Generator().manual_seed(recipe.seed + 1_000_003 * (step + 1))
+    order = torch.randperm(len(asked.rows), generator=generator).tolist()
+    chosen: dict[int, int] = {}
+    for number in order:
+        chosen.setdefault(asked.rows[number], number)
+        if len(chosen) == recipe.batch_size:
+            break
+    return list(chosen.values())
+
+
+class Progress(NamedTuple):
+    """What one step saw: the language loss, the budget losses, soft and hard counts on average over the decoder layers."""
+
+    language: float
+    losses: ATPLosses
+    soft: float
+    hard: float
+
+
+def advance(host: Host, modules: ATPModules, batch: Batch, recipe: Recipe, step: int) -> Progress:
+    """Gradients of one step; the optimiser is the caller's."""
+    soft = SoftATP(modules, recipe.temperature_at(step), batch.labels != IGNORED)
+    with softened(host.model, soft):
+        loss = host.model(**batch.inputs, labels=batch.labels, use_cache=False).loss
+    losses = soft.losses(
+        target_tokens=recipe.target_tokens,
+        lambda_atp=recipe.lambda_atp,
+        lambda_target=recipe.lambda_target,
+        over=recipe.over,
+    )
+    (loss + losses.extra).backward()
+    with torch.no_grad():
+        return Progress(loss.item(), losses, losses.average.item(), soft.hard_average(recipe.over).item())
+
+
+def train(host: Host, asked: Asked, recipe: Recipe, checkpoint: Path, log_every: int = 10, save_every: int = 10) -> ATPModules:
+    """Runs (or resumes) the whole recipe.
+
+    Args:
+        host: frozen model and processor.
+        asked: what to learn from.
+        recipe: what to do.
+        checkpoint: file that holds modules, optimiser and step; read if it exists, rewritten every `save_every` steps.
+        log_every: steps between log lines.
+        save_every: steps between checkpoints.
+
+    Returns:
+        The trained modules in eval mode.
+    """
+    modules = make_modules(host, recipe)
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=recipe.lr, weight_decay=0.0)
+    first = 0
+    if checkpoint.is_file():
+        saved = torch.load(checkpoint, weights_only=True)
+        modules.load_state_dict(saved["modules"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first = saved["step"]
+        print(f"resumed at step {first} of {recipe.steps} from {checkpoint}", flush=True)
+    started = time.monotonic()
+    for step in range(first, recipe.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr_at(step)
+        progress = advance(host, modules, host.batch(asked, draw(asked, recipe, step)), recipe, step)
+        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        done = step + 1
+        if done % log_every == 0 or done == recipe.steps:
+            rate = (done - first) * recipe.batch_size / (time.monotonic() - started)
+            print(
+                f"step {done}/{recipe.steps} language loss {progress.language:.4f} tokens {progress.soft:.1f} soft, "
+                f"{progress.hard:.1f} hard, target {recipe.target_tokens:g} {rate:.1f} questions/s",
+                flush=True,
+            )
+        if done % save_every == 0 or done == recipe.steps:
+            state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
+            save_atomically(state, checkpoint)
+    return modules.eval()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    import argparse
+
+    standard = Recipe()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=None, help="folder of the model (default: the reference LLaVA)")
+    parser.add_argument("--questions", type=Path, default=None, help="JSON lines (default: easy-VQA's training questions)")
+    parser.add_argument("--data", type=Path, default=None, help="folder of easy-VQA (default: the package easy-vqa)")
+    parser.add_argument("--target", type=float, default=standard.target_tokens, help="visual tokens on average over layers")
+    parser.add_argument("--layers", type=int, nargs="+", default=None, help="decoder layers (default: the paper's, scaled)")
+    parser.add_argument("--steps", type=int, default=standard.steps)
+    parser.add_argument("--batch-size", type=int, default=standard.batch_size)
+    parser.add_argument("--checkpoint", type=Path, default=cache_dir() / "train" / "atp.pt")
+    parser.add_argument("--export", type=Path, default=None, help="folder that receives the modules, e.g. assets")
+    parser.add_argument("--report", type=Path, default=None, help="measure the modules of this file, train nothing")
+    parser.add_argument("--count", type=int, default=None, help="questions of the report (default: all test questions)")
+    args = parser.parse_args(arguments)
+    host = load_host(args.model)
+    if args.report is None:
+        layers = None if args.layers is None else tuple(args.layers)
+        recipe = Recipe(args.target, layers, steps=args.steps, batch_size=args.batch_size)
+        asked = load_easyvqa_questions(args.data) if args.questions is None else load_questions_file(args.questions)
+        modules = train(host, asked, recipe, args.checkpoint)
+        if args.export is not None:
+            args.export.mkdir(parents=True, exist_ok=True)
+            modules.save(args.export / ATP_WEIGHTS)
+            print(f"modules are in {args.export / ATP_WEIGHTS}")
+        return
+    from vtok.eval.training.atp_report import load_test_questions, measure, table
+
+    questions = load_test_questions() if args.questions is None else load_questions_file(args.questions)
+    print(table(measure(host, args.report, questions, args.count)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+"""Trains the reference LLaVA on easy-VQA's questions: `python -m vtok.eval.training.llava`. Resumes wherever it stopped.
+
+Ten questions about a picture go through the model in one sequence, each as if it were alone (see `vtok.eval.training.turns`), so that
+the picture is read once for all of them.
+
+The tower starts by naming shape and colour, which is cheap to learn; then the model answers questions from 64 patches of 8 x 8
+pixels; then the patch embedding and the positions are resampled to the 256 patches of 4 x 4 that it ends with.
+
+Shapes: B pictures, P visual tokens, W channels of the tower, D of the language model.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vtok.eval.models.data import cache_dir, write_idx
+from vtok.eval.models.easyvqa import COLOURS, SHAPES, classes_of, package_data, read_pictures
+from vtok.eval.models.reference import DATA_FOLDER, normalise_page
+from vtok.eval.models.reference_vlm import (
+    EOS,
+    LLAVA_FOLDER,
+    PROMPT,
+    Questions,
+    ReferenceLLaVA,
+    about,
+    collect_questions,
+    make_processor,
+    make_tokenizer,
+    save_folder,
+    write_questions,
+)
+from vtok.eval.training.loop import StageRun, stage_seed
+from vtok.eval.training.turns import IGNORED, Turn, Turns, answer_logits, pack
+from vtok.eval.training.vit import Stage, save_atomically
+
+ANSWER_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result.
+
+    Attributes:
+        tower: first stretch: the tower alone learns to name shape and colour.
+        stages: run after it in this order, each with a new optimiser.
+        batch_size: pictures a step.
+        turns: questions of a picture a step, at most.
+        naming: weight of the loss for shape and colour on the class token, which keeps its attention meaningful.
+        warmup: share of a stage's steps spent warming up.
+        weight_decay: AdamW's, on matrices only.
+        shift: largest random translation in pixels; pictures are also mirrored both ways at random.
+        held_out: training pictures whose class is known kept away from training: the calibration set of `train_clip`.
+        model: the model that comes out; only its patch size changes with the stage.
+        seed: of initialisation, order, choice of questions and augmentation.
+    """
+
+    tower: Stage = field(default_factory=lambda: Stage(8, 6, 2e-3, 0.1))
+    stages: tuple[Stage, ...] = (Stage(8, 7, 1.5e-3, 0.15), Stage(4, 1.5, 8e-4, 0.0))
+    batch_size: int = 32
+    turns: int = 10
+    naming: float = 0.1
+    warmup: float = 0.06
+    weight_decay: float = 0.05
+    shift: int = 4
+    held_out: int = 178
+    model: ReferenceLLaVA = field(default_factory=ReferenceLLaVA)
+    seed: int = 0
+
+
+def read(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """(visual tokens [B, P, D] as the language model takes them, pooled class token [B, W]) of pictures [B, 3, H, W]."""
+    seen = model.model.vision_tower(pixels)
+    return model.model.multi_modal_projector(seen.last_hidden_state[:, 1:]), seen.pooler_output
+
+
+def augment(pictures: Tensor, shift: int) -> Tensor:
+    """Mirrors pictures [B, 3, H, W] at random both ways and moves each by up to `shift` pixels (the border is repeated)."""
+    batch, _, height, width = pictures.shape
+    for axis in (-1, -2):
+        pictures = torch.where(torch.rand(batch, 1, 1, 1) < 0.5, pictures.flip(axis), pictures)
+    down, right = torch.randint(-shift, shift + 1, (2, batch, 1, 1))
+    rows = (torch.arange(height)[None, :, None] + down).clamp(0, height - 1)  # [B, H, 1]
+    columns = (torch.arange(width)[None, None, :] + right).clamp(0, width - 1)  # [B, 1, W]
+    return pictures[torch.arange(batch)[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
+
+
+def resample(model: Any, anatomy: ReferenceLLaVA, patch_size: int) -> Any:
+    """The same model on patches of another size: patch embedding and positions are interpolated as timm does it."""
+    from timm.layers import resample_abs_pos_embed, resample_patch_embed
+
+    finer = replace(anatomy, patch_size=patch_size)
+    weights = model.state_dict()
+    (patches,) = (k for k in weights if k.endswith("embeddings.patch_embedding.weight"))
+    (places,) = (k for k in weights if k.endswith("embeddings.position_embedding.weight"))
+    weights[patches] = resample_patch_embed(weights[patches], [patch_size] * 2)
+    grid = anatomy.image_size // patch_size
+    weights[places] = resample_abs_pos_embed(weights[places][None], [grid, grid], num_prefix_tokens=1)[0]
+    built = finer.build()
+    built.load_state_dict(weights)
+    return built
+
+
+class Lessons:
+    """Training pictures with their questions, as tokens, and the classes of those whose class is known (-1 otherwise)."""
+
+    def __init__(self, questions: Questions, classes: Tensor):
+        tokenizer = make_tokenizer()
+        self.pictures, self.classes = questions.pictures, classes
+        self.turns: list[list[Turn]] = [[] for _ in questions.pictures]
+        for text, answer, row in zip(questions.texts, questions.answers, questions.rows.tolist()):
+            (word,) = tokenizer.encode(answer, add_special_tokens=False)
+            self.turns[row].append((tokenizer.encode(text, add_special_tokens=False), word))
+
+    def draw(self, rows: Tensor, count: int) -> Turns:
+        """Up to `count` random questions about each of the pictures `rows`."""
+        chosen = []
+        for row in rows.tolist():
+            turns = self.turns[row]
+            chosen.append([turns[i] for i in torch.randperm(len(turns))[:count].tolist()])
+        return pack(chosen)
+
+
+def load_questions(split: str, data: Path | None = None) -> tuple[Questions, Tensor]:
+    """Questions of a split, and the classes of its pictures, -1 if unknown; the pictures of known class come first."""
+    home = (package_data() if data is None else data) / split
+    asked = [(q, a, n) for q, a, n in json.loads((home / "questions.json").read_text(encoding="utf-8"))]
+    labels = classes_of(asked)
+    numbers = sorted({number for _, _, number in asked}, key=lambda number: (number not in labels, number))
+    row = {number: i for i, number in enumerate(numbers)}
+    questions = collect_questions(read_pictures(home, numbers), [(q, a, row[n]) for q, a, n in asked])
+    return questions, torch.tensor([labels.get(number, -1) for number in numbers])
+
+
+def load_lessons(held_out: int, data: Path | None = None) -> tuple[Questions, Tensor, Questions]:
+    """(questions to learn from, classes of their pictures, questions about the last `held_out` pictures of known class)."""
+    questions, classes = load_questions("train", data)
+    known = int((classes >= 0).sum())
+    away = torch.arange(known - held_out, known)
+    kept = torch.cat((torch.arange(known - held_out), torch.arange(known, len(classes))))
+    return about(questions, kept), classes[kept], about(questions, away)
+
+
+def accuracy(model: Any, questions: Questions, patch_size: int, batch_size: int = 100, blank: bool = False) -> dict[str, float]:
+    """Share of questions answered rightly by plain `generate()`, one question at a time, in percent.
+
+    Args:
+        model: a LLaVA on pictures of easy-VQA.
+        questions: what to ask.
+        patch_size: of its tower.
+        batch_size: questions a call, padded on the left.
+        blank: show a white picture instead.
+
+    Returns:
+        "all", "open", "yes_no".
+    """
+    processor = make_processor(ReferenceLLaVA(image_size=questions.pictures.shape[-1], patch_size=patch_size))
+    right = []
+    for rows in torch.arange(len(questions.texts)).split(batch_size):
+        text = [PROMPT.format(question=questions.texts[i]) for i in rows.tolist()]
+        shown = questions.pictures[questions.rows[rows]]
+        inputs = processor(
+            images=list(torch.full_like(shown, 255) if blank else shown), text=text, padding=True, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            out = model.generate(**inputs, do_sample=False, max_new_tokens=ANSWER_TOKENS)[:, inputs["input_ids"].shape[1] :]
+        said = processor.batch_decode(out, skip_special_tokens=True)
+        right += [a == questions.answers[i] for a, i in zip(said, rows.tolist())]
+    hit = torch.tensor(right).double()
+    parts = {"all": torch.ones_like(questions.open), "open": questions.open, "yes_no": ~questions.open}
+    return {name: 100 * hit[part].mean().item() for name, part in parts.items()}
+
+
+def packed_accuracy(model: Any, lessons: Lessons, batch_size: int = 50) -> float:
+    """Share of all questions answered rightly, all questions of a picture in one sequence (what `accuracy` says, sooner)."""
+    model.eval()
+    hits = total = 0
+    with torch.inference_mode():
+        for rows in torch.arange(len(lessons.pictures)).split(batch_size):
+            turns = pack([lessons.turns[row] for row in rows.tolist()])
+            visual, _ = read(model, normalise_page(lessons.pictures[rows]))
+            wanted = turns.targets[turns.targets != IGNORED]
+            right = answer_logits(model, visual, turns).argmax(-1) == wanted
+            hits, total = hits + int(right[wanted != EOS].sum()), total + int((wanted != EOS).sum())
+    model.train()
+    return hits / total
+
+
+def train(
+    recipe: Recipe,
+    checkpoint: Path,
+    data: Path | None = None,
+    log_every: int = 50,
+    save_every: int = 25,
+    test_every: int = 500,
+) -> Any:
+    """Runs (or resumes) the whole recipe.
+
+    Args:
+        recipe: what to do.
+        checkpoint: file that holds weights, optimiser and position; read if it exists, rewritten every `save_every` steps. The
+            model at the end of each stage is written next to it.
+        data: folder of easy-VQA, or `None` (see `load_easyvqa`).
+        log_every: steps between log lines.
+        save_every: steps between checkpoints.
+        test_every: steps between accuracies on held-out training pictures.
+
+    Returns:
+        The trained model (fp32, eval mode).
+    """
+    learned, classes, away = load_lessons(recipe.held_out, data)
+    lessons, held_out = Lessons(learned, classes), Lessons(away, torch.full((recipe.held_out,), -1))
+    saved = torch.load(checkpoint, weights_only=True) if checkpoint.is_file() else None
+    torch.manual_seed(recipe.seed)
+    patch_size = recipe.tower.patch_size
+    model = replace(recipe.model, patch_size=patch_size).build()
+    namer = Namer(recipe.model.width)
+    for number, stage in enumerate((recipe.tower, *recipe.stages)):
+        if stage.patch_size != patch_size:
+            model, patch_size = resample(model, recipe.model, stage.patch_size), stage.patch_size
+        if saved is not None and saved["stage"] > number:
+            continue
+        total = round(stage.epochs * (len(lessons.pictures) // recipe.batch_size))
+        run = StageRun(nn.ModuleList([model, namer]), stage, number, total, recipe, checkpoint)
+        if saved is not None and saved["stage"] == number:
+            run.resume(saved)
+        loss_of = partial(_loss, model.train(), namer, recipe, number, lessons)
+        while run.step < run.total:
+            run.advance(loss_of, log_every, save_every)
+            if number and (run.step % test_every == 0 or run.step == run.total):
+                print(f"  {100 * packed_accuracy(model, held_out):.2f} % of the held-out questions", flush=True)
+        save_atomically(model.state_dict(), stage_file(checkpoint, number))
+    return model.eval()
+
+
+def stage_file(checkpoint: Path, number: int) -> Path:
+    """Where the model at the end of a stage is kept; stage 0 is the tower's."""
+    return checkpoint.with_name(f"{checkpoint.stem}_stage{number}.pt")
+
+
+class Namer(nn.Module):
+    """Shape and colour from the class token and from the mean of the patches; used in training only."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.pooled, self.patches = (nn.Linear(width, len(SHAPES) + len(COLOURS)) for _ in range(2))
+
+    def loss(self, features: Tensor, classes: Tensor, layer: nn.Module) -> Tensor:
+        """Mean cross entropy of shape and colour over the pictures of known class. features [B, W], classes [B]."""
+        logits, known = layer(features).float(), classes >= 0
+        colour, shape = classes // len(SHAPES), classes % len(SHAPES)
+        loss = F.cross_entropy(logits[known, : len(SHAPES)], shape[known])
+        return loss + F.cross_entropy(logits[known, len(SHAPES) :], colour[known])
+
+
+def _loss(model: Any, namer: Namer, recipe: Recipe, number: int, lessons: Lessons, step: int) -> Tensor:
+    """Of one batch; in stage 0 of shape and colour alone."""
+    epoch, position = divmod(step, len(lessons.pictures) // recipe.batch_size)
+    order = torch.randperm(
+        len(lessons.pictures), generator=torch.Generator().manual_seed(stage_seed(recipe.seed, number) + epoch)
+    )
+    rows = order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
+    pixels = normalise_page(augment(lessons.pictures[rows], recipe.shift))
+    classes = lessons.classes[rows]
+    if number == 0:
+        seen = model.model.vision_tower(pixels)
+        patches = seen.last_hidden_state[:, 1:].mean(1)
+        return namer.loss(seen.pooler_output, classes, namer.pooled) + namer.loss(patches, classes, namer.patches)
+    visual, pooled = read(model, pixels)
+    turns = lessons.draw(rows, recipe.turns)
+    logits = answer_logits(model, visual, turns)
+    loss = F.cross_entropy(logits, turns.targets[turns.targets != IGNORED])
+    return loss + recipe.naming * namer.loss(pooled, classes, namer.pooled)
+
+
+def export(model: Any, recipe: Recipe, folder: Path, data: Path | None = None) -> None:
+    """Writes the model and the questions with their pictures into `folder` (vtok's `assets/`)."""
+    save_folder(folder / LLAVA_FOLDER, model, make_processor(recipe.model))
+    export_questions(folder / DATA_FOLDER, recipe, data)
+
+
+def export_questions(folder: Path, recipe: Recipe, data: Path | None = None) -> None:
+    """Writes the questions, and the test pictures that `train_clip.export_data` leaves out: those of unknown class."""
+    folder.mkdir(parents=True, exist_ok=True)
+    test, classes = load_questions("test", data)
+    _, _, calibration = load_lessons(recipe.held_out, data)
+    write_idx(folder / "test-rest-pictures-idx4-ubyte.gz", test.pictures[classes < 0].permute(0, 2, 3, 1))
+    for name, part in (("test", test), ("calibration", calibration)):
+        write_questions(folder / f"{name}-questions.json.gz", list(zip(part.texts, part.answers, part.rows.tolist())))
+
+
+def main() -> None:
+    """Command line."""
+    import argparse
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, default=cache_dir() / "train" / "easyvqa_llava.pt")
+    parser.add_argument("--data", type=Path, default=None, help="folder of easy-VQA (default: the package easy-vqa)")
+    parser.add_argument("--export", type=Path, default=None, help="folder that receives model and questions, e.g. assets")
+    args = parser.parse_args()
+    recipe = Recipe()
+    model = train(recipe, args.checkpoint, args.data)
+    if args.export is not None:
+        export(model, recipe, args.export, args.data)
+    questions, _ = load_questions("test", args.data)
+    for name, blank in (("test questions", False), ("of them with a white picture", True)):
+        share = accuracy(model, questions, recipe.model.patch_size, blank=blank)
+        print(f"{len(questions.texts)} {name}: " + ", ".join(f"{k} {v:.2f} %" for k, v in share.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Several questions about one image in one sequence, each as if it were alone.
+
+A question with its answer is a turn. It sees the image and itself, and its positions start behind the image, so the model
+computes what it would compute for that question alone, and no answer leaks into another turn.
+
+Shapes: B sequences, P visual tokens each, T text tokens each, turns included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vtok.eval.models.reference_vlm import BOS, EOS, PAD
+
+IGNORED = -100
+Turn = tuple[list[int], int]  # tokens of a question, token of its answer
+
+
+class Turns(NamedTuple):
+    """Text of B sequences, T tokens each.
+
+    ids [B, T]; targets [B, T] the token that follows, `IGNORED` where there is nothing to learn; turn [B, T] number of the turn
+    from 1 (0 = padding); place [B, T] position within the turn.
+    """
+
+    ids: Tensor
+    targets: Tensor
+    turn: Tensor
+    place: Tensor
+
+
+def pack(turns: Sequence[Sequence[Turn]]) -> Turns:
+    """Sequences out of their turns, padded on the right."""
+    length = max(sum(len(question) + 1 for question, _ in sequence) for sequence in turns)
+    ids, targets, number, place = (torch.full((len(turns), length), fill) for fill in (PAD, IGNORED, 0, 0))
+    for row, sequence in enumerate(turns):
+        start = 0
+        for n, (question, answer) in enumerate(sequence, start=1):
+            stop = start + len(question) + 1
+            ids[row, start:stop] = torch.tensor([*question, answer])
+            targets[row, stop - 2 : stop] = torch.tensor([answer, EOS])
+            number[row, start:stop] = n
+            place[row, start:stop] = torch.arange(stop - start)
+            start = stop
+    return Turns(ids, targets, number, place)
+
+
+def turn_mask(turn: Tensor, prefix: int) -> Tensor:
+    """What may see what, [B, 1, prefix + T, prefix + T] bool: all is causal, and a turn sees the prefix and itself alone."""
+    batch, length = turn.shape
+    number = torch.cat((turn.new_full((batch, prefix), -1), turn), 1)  # -1 = seen by all that follow
+    same = (number[:, None, :] == -1) | (number[:, :, None] == number[:, None, :])
+    return (same & torch.ones(prefix + length, prefix + length, dtype=torch.bool).tril())[:, None]
+
+
+def answer_logits(model: Any, visual: Tensor, turns: Turns) -> Tensor:
+    """Logits `[number of targets, vocabulary]` at the positions of `turns` with something to learn, in row-major order."""
+    batch, count, _ = visual.shape
+    embed = model.get_input_embeddings()
+    start = embed(torch.full((batch, 1), BOS))
+    x = torch.cat((start, visual.to(start.dtype), embed(turns.ids)), 1)
+    prefix = 1 + count
+    positions = torch.cat((torch.arange(prefix).expand(batch, -1), prefix + turns.place), 1)
+    allowed = turn_mask(turns.turn, prefix)
+    mask = torch.zeros(allowed.shape, dtype=x.dtype).masked_fill(~allowed, torch.finfo(x.dtype).min)
+    out = model.model.language_model(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False)
+    return model.lm_head(out.last_hidden_state[:, prefix:][turns.targets != IGNORED])

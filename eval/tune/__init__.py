@@ -1,0 +1,1 @@
+"""Searches the schedule of a method at a FLOPs budget."""

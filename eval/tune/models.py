@@ -1,0 +1,168 @@
+"""Models by name, ready to be tuned, each with calibration and held-out samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from vtok.config import MethodConfig
+from vtok.errors import ConfigError
+from vtok.eval.common.settings import placed
+from vtok.eval.models.by_name import REFERENCE, load_model
+from vtok.eval.models.clip import REFERENCE as REFERENCE_CLIP
+from vtok.eval.models.vlm import REFERENCE_LLAVA, VisionLanguageModel, load_vlm
+from vtok.eval.tasks.timm_pipeline import Options, create_model, data_config
+from vtok.eval.tune.samples import Samples, reference_clip_samples, reference_vit_samples
+from vtok.eval.tune.subjects import Encoder, Subject
+
+_TRANSFORMERS = "transformers:"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where model and samples come from; the fields are flags of `vtok tune`.
+
+    Attributes:
+        data: images or questions to calibrate on; `None` for models that bring theirs.
+        held_out: others to compare on; `None` = what is left of `data`.
+        images: calibration images or questions; `None` = 400, or what there is.
+        held_out_images: images or questions to compare on; `None` = all there are.
+        seed: of the choice and the order of both.
+        pretrained: load pretrained weights of a timm model.
+        checkpoint: file with its weights.
+        num_classes: of it.
+        class_map: file that maps folder names to classes.
+        workers: processes that read images.
+        batch_size: in a forward pass.
+        device: `None` = where the model is loaded.
+    """
+
+    data: str | None = None
+    held_out: str | None = None
+    images: int | None = None
+    held_out_images: int | None = None
+    seed: int = 0
+    pretrained: bool = True
+    checkpoint: str = ""
+    num_classes: int | None = None
+    class_map: str = ""
+    workers: int = 4
+    batch_size: int = 100
+    device: str | None = None
+
+
+class Prepared(NamedTuple):
+    """What a search needs.
+
+    Attributes:
+        subject: model and method.
+        calibration: samples to search on.
+        held_out: samples to compare on.
+        model: the model as run files name it.
+        options: of the task, as run files have them.
+    """
+
+    subject: Subject
+    calibration: Samples
+    held_out: Samples
+    model: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+
+def prepared_subject(model: str, config: MethodConfig, source: Source) -> Prepared:
+    """A model with a method to tune, and samples.
+
+    Args:
+        model: a key of `BUNDLED`, a timm name, or transformers:NAME for a vision-language model of Hugging Face.
+        config: of the method.
+        source: of everything else.
+
+    Raises:
+        ConfigError: no such model or data, or too little of it.
+        UnsupportedModelError: the method does not work on the model.
+    """
+    if model in BUNDLED:
+        if source.data is not None or source.held_out is not None:
+            raise ConfigError(f"{model} comes with its images; leave --data and --held-out out")
+        return BUNDLED[model](config, source)
+    if source.data is None:
+        raise ConfigError(f"{model} brings no images: pass --data FOLDER")
+    if model.startswith(_TRANSFORMERS):
+        return _questions(model.removeprefix(_TRANSFORMERS), config, source)
+    if ":" in model:
+        raise ConfigError(f"{model}: name a timm model, transformers:NAME of a vision-language model, or {', '.join(BUNDLED)}")
+    return _folder(model, config, source)
+
+
+def _reference_vit(config: MethodConfig, source: Source) -> Prepared:
+    net = placed(load_model(REFERENCE), device=source.device)
+    calibration, compared = reference_vit_samples(source.images, source.held_out_images, source.seed)
+    subject = Encoder(net, REFERENCE, config, calibration, (1, 28, 28))
+    return Prepared(subject, calibration, compared, {"backend": "reference", "name": "reference-vit"}, {})
+
+
+def _reference_clip(config: MethodConfig, source: Source) -> Prepared:
+    """Its image tower, whose embeddings should stay what they are."""
+    net = placed(load_model(REFERENCE_CLIP), device=source.device)
+    calibration, compared = reference_clip_samples(source.images, source.held_out_images, source.seed)
+    subject = Encoder(net, REFERENCE_CLIP, config, calibration, (3, 128, 128))
+    return Prepared(subject, calibration, compared, {"backend": "reference", "name": REFERENCE_CLIP}, {})
+
+
+def _reference_llava(config: MethodConfig, source: Source) -> Prepared:
+    from vtok.eval.tasks.vqa.data import calibration_questions, easy_vqa
+    from vtok.eval.tune.prompts import Prompts, prompt_samples
+
+    net = _on(load_vlm(REFERENCE_LLAVA), source.device)
+    first, second = calibration_questions(), easy_vqa()
+    found = prompt_samples(net, first, second, source.images, source.held_out_images, source.seed, labelled=True)
+    subject = Prompts(net, config, found[0])
+    return Prepared(subject, *found, {"backend": "reference", "name": REFERENCE_LLAVA}, {})
+
+
+def _questions(name: str, config: MethodConfig, source: Source) -> Prepared:
+    from vtok.eval.tasks.vqa.data import open_vqa
+    from vtok.eval.tune.prompts import Prompts, prompt_samples
+
+    assert source.data is not None
+    net = _on(load_vlm(name), source.device)
+    compared = None if source.held_out is None else open_vqa(source.held_out)
+    found = prompt_samples(net, open_vqa(source.data), compared, source.images, source.held_out_images, source.seed)
+    return Prepared(Prompts(net, config, found[0]), *found, {"backend": "transformers", "name": name}, {})
+
+
+def _on(model: VisionLanguageModel, device: str | None) -> VisionLanguageModel:
+    return VisionLanguageModel(placed(model.net, device=device), model.processor, model.name)
+
+
+def _folder(model: str, config: MethodConfig, source: Source) -> Prepared:
+    from vtok.eval.tune.folder_samples import folder_samples
+
+    assert source.data is not None
+    options = Options(
+        pretrained=source.pretrained,
+        checkpoint=source.checkpoint,
+        num_classes=source.num_classes,
+        class_map=source.class_map,
+        workers=source.workers,
+        batch_size=source.batch_size,
+        seed=source.seed,
+    )
+    net = placed(create_model(model, options).eval(), device=source.device)
+    preprocessing = data_config(net, options)
+    found = folder_samples(
+        net, preprocessing, source.data, source.held_out, source.images, source.held_out_images, options, source.seed
+    )
+    given = {"checkpoint": source.checkpoint, "num_classes": source.num_classes, "class_map": source.class_map}
+    stated = {name: value for name, value in given.items() if value}
+    subject = Encoder(net, model, config, found[0], preprocessing["input_size"])
+    return Prepared(subject, *found, {"backend": "timm", "name": model}, stated)
+
+
+# name -> what comes with vtok under it
+BUNDLED: dict[str, Callable[[MethodConfig, Source], Prepared]] = {
+    REFERENCE: _reference_vit,
+    REFERENCE_CLIP: _reference_clip,
+    REFERENCE_LLAVA: _reference_llava,
+}

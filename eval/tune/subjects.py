@@ -1,0 +1,189 @@
+"""What is tuned: a method on a vision encoder. A search asks it for schedules at a budget, patches it, looks at its outputs."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vtok.api import Size
+from vtok.config import MethodConfig
+from vtok.core.search_space import Point, Space, draw
+from vtok.cost.budget import solve, steps_of, within
+from vtok.cost.encoder import Estimate
+from vtok.errors import BudgetError, ConfigError, UnsupportedModelError
+from vtok.eval.common.settings import Setting, backend, mean_cost, pass_cost, twin
+from vtok.eval.tasks.vqa.job import fingerprint
+from vtok.eval.tune.samples import Samples
+from vtok.eval.tune.score import class_values, classifies, embedding_values, run
+from vtok.targets.encoder import foretell, measured
+from vtok.targets.resolve import towers
+
+SLACK = 0.005  # how far under the default a candidate's cost may stay, as a share of the model's FLOPs
+DRAWS = 100  # points that are tried for one candidate
+PRICED = 64  # calibration images that say what a method costs whose counts depend on the image
+
+Advance = Callable[[int], None]
+Priced = tuple[MethodConfig, float]  # a setting, its share of the unpatched model's FLOPs
+
+
+class Subject(Protocol):
+    """A model and a method on it.
+
+    Attributes:
+        name: of the model.
+        backend: whose it is.
+        identity: plain values that tell this model from others.
+        config: of the method, as it was asked for.
+        patched: a copy of the model to patch, over the same weights.
+        objective: what a search minimises unless told otherwise.
+    """
+
+    name: str
+    backend: str
+    identity: dict[str, Any]
+    config: MethodConfig
+    patched: nn.Module
+    objective: str
+
+    def space(self) -> Space:
+        """What may vary."""
+        ...
+
+    def default(self, flops: float) -> Priced:
+        """The setting that `vtok.patch` takes at this budget."""
+        ...
+
+    def at(self, point: Point, limit: float) -> Priced:
+        """The mildest setting of a point's shape that costs at most `limit`; errors are those of `vtok.cost.budget.within`."""
+        ...
+
+    def outputs(self, model: nn.Module, inputs: Any) -> Tensor:
+        """[b, K] of one batch, by the unpatched model or the patched copy."""
+        ...
+
+    def values(self, outputs: Tensor, unpatched: Tensor, labels: Tensor | None) -> dict[str, np.ndarray]:
+        """Measures of one batch; see `vtok.eval.tune.score`."""
+        ...
+
+    def cost(self, model: nn.Module) -> Any:
+        """What the last pass cost."""
+        ...
+
+    def cost_fields(self, costs: list[Any], counts: list[int]) -> dict[str, Any]:
+        """`tokens`, `gmacs`, `implied_speedup` of several passes, as records have them."""
+        ...
+
+    def apply(self, config: MethodConfig | None) -> nn.Module:
+        """The copy, patched so (`None` = unpatched)."""
+        ...
+
+
+class Encoder:
+    """A vision encoder with one tower.
+
+    Args:
+        model: unpatched, in eval mode.
+        name: of it.
+        config: of the method.
+        calibration: samples; the first `PRICED` say what a method costs whose counts depend on the image.
+        size: (channels, height, width) of the images.
+
+    Raises:
+        ConfigError: nothing to search, or several towers.
+        UnsupportedModelError: the method does not work on the model.
+    """
+
+    def __init__(self, model: nn.Module, name: str, config: MethodConfig, calibration: Samples, size: Size):
+        found = towers(model, size)
+        if len(found) != 1:
+            paths = ", ".join(tower.path for _, tower in found)
+            raise ConfigError(f"{name} holds {len(found)} towers ({paths}); tune them one at a time: pass one of these modules")
+        if not config.for_encoders():
+            raise UnsupportedModelError(f"{config.name} acts on prompts of vision-language models; {name} is a vision encoder")
+        self.model, self.name, self.config, self.size = model, name, config, size
+        (self.adapter, self.tower), self.patched, self.backend = found[0], twin(model), backend(model)
+        self.identity = {"model": name, "weights": fingerprint(model), "size": list(size)}
+        self.classifies = classifies(model)
+        self.objective = "kl" if self.classifies else "distance"
+        self._images: Tensor | None = None
+        self._prices: dict[str, Estimate] = {}
+        self._calibration = calibration
+
+    def space(self) -> Space:
+        return self.config.search_space(self.tower.info)
+
+    def default(self, flops: float) -> Priced:
+        config, budget = solve(self.config, flops, self.tower.info, self.adapter.cost(self.tower), self._measure)
+        return config.resolved(self.tower.info), budget.reached
+
+    def at(self, point: Point, limit: float) -> Priced:
+        config, cost = within(self.config.ladder_at(self.tower.info, point), limit, self._price)
+        return config.resolved(self.tower.info), cost.fraction
+
+    def _price(self, config: MethodConfig) -> Estimate:
+        cost = foretell(self.adapter, self.tower, steps_of([config.build(self.tower.info)]))
+        return cost if cost.exact else self._measure(config)
+
+    def _measure(self, config: MethodConfig) -> Estimate:
+        key = json.dumps(config.to_dict())  # other candidates' points may ask for the same
+        if key not in self._prices:
+            self._prices[key] = measured(self.adapter, self.tower, (config,), self._pricing_images())
+        return self._prices[key]
+
+    def _pricing_images(self) -> Tensor:
+        if self._images is None:
+            count = min(PRICED, len(self._calibration))
+            images = torch.cat([images for images, _ in self._calibration.read(0, count, count)])
+            first = next(p for p in self.model.parameters() if p.is_floating_point())
+            self._images = images.to(first.device, first.dtype)
+        return self._images
+
+    def outputs(self, model: nn.Module, inputs: Any) -> Tensor:
+        return run(model, inputs)
+
+    def values(self, outputs: Tensor, unpatched: Tensor, labels: Tensor | None) -> dict[str, np.ndarray]:
+        return (class_values if self.classifies else embedding_values)(outputs, unpatched, labels)
+
+    def apply(self, config: MethodConfig | None) -> nn.Module:
+        return Setting(config).apply(self.patched, self.size)
+
+    def cost(self, model: nn.Module) -> Any:
+        return pass_cost(model, self.size)
+
+    def cost_fields(self, costs: list[Any], counts: list[int]) -> dict[str, Any]:
+        return mean_cost(costs, counts).fields()
+
+
+def candidate(subject: Subject, number: int, seed: int, limit: float, taken: list[MethodConfig]) -> tuple[Point, Priced] | None:
+    """The candidate of a number: the first drawn point that meets the budget with a setting that is not taken.
+
+    Args:
+        subject: model and method.
+        number: of the candidate, from 1 on.
+        seed: of the search; seed and number alone decide what is drawn.
+        limit: share of FLOPs that it may cost; it costs at most `SLACK` less.
+        taken: settings that other candidates have.
+
+    Returns:
+        (point, setting and cost), `None` after `DRAWS` points without success.
+    """
+    rng, space = random.Random(f"{seed}/{number}"), subject.space()
+    tried: list[Point] = []
+    for _ in range(DRAWS):
+        point = draw(space, rng)
+        if point in tried:
+            continue
+        tried.append(point)
+        try:
+            config, fraction = subject.at(point, limit)
+        except BudgetError:
+            continue
+        if fraction >= limit - SLACK and config not in taken:
+            return point, (config, fraction)
+    return None

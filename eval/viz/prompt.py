@@ -1,0 +1,151 @@
+"""Token maps of a vision-language model: in its vision tower, before its LLM, and in front of decoder layers.
+
+Shapes: n visual tokens of the prompt, V views that the vision tower sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import vtok
+from vtok.api import run_of
+from vtok.core import prompt as prompts
+from vtok.errors import ConfigError, StateError
+from vtok.eval.common.pictures import open_picture
+from vtok.eval.common.settings import Setting, twin
+from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_NEXT, VisionLanguageModel
+from vtok.eval.tasks.vqa.data import EASY_VQA, PAGES, open_vqa
+from vtok.eval.tasks.vqa.pipeline import answer
+from vtok.eval.viz.draw import Stage, TokenMaps, View
+from vtok.eval.viz.prompt_overlay import kept_by_layer
+from vtok.patches import find_vlms
+from vtok.patches.hf_vlm.install import observed, pruner_of
+
+DEFAULT_QUESTION = "What is shown here?"
+QUESTIONS = {REFERENCE_LLAVA: EASY_VQA, REFERENCE_NEXT: PAGES}
+
+
+def prompt_maps(
+    model: VisionLanguageModel, setting: Setting, image: Any, question: str | None = None, new_tokens: int = 8
+) -> TokenMaps:
+    """Which visual tokens of a question are left, place by place, and what is answered.
+
+    Args:
+        model: unpatched; a copy that shares its weights is patched.
+        setting: the method.
+        image: path, PIL image, or the number of a bundled question of a reference model.
+        question: default: the bundled one, else `DEFAULT_QUESTION`.
+        new_tokens: length of the answer at most.
+
+    Raises:
+        ConfigError: no such image, or visual tokens that are no grid.
+    """
+    picture, question = _asked(model, image, question)
+    inputs = model.inputs([picture], [question])
+    seen = list(observed(find_vlms(model.net)[0], inputs, ()))
+    if len(seen) != 1 or len(seen[0].tokens) != 1:
+        raise ConfigError(f"{model.name} takes the image as several; token maps are drawn of one")
+    views = seen[0].views
+    shown = _views(picture, views, inputs.get("pixel_values"), model)
+    net = twin(model.net).eval()
+    setting.apply(net)
+    (vlm,) = find_vlms(net)
+    pruner = pruner_of(vlm)
+    if pruner is not None and pruner.joint is not None:  # something acts in the vision tower: only then is there a map of it
+        vtok.patch(net, list(pruner.configs), trace=True)
+        pruner = pruner_of(vlm)
+    said = answer(model, net, inputs, new_tokens).texts[0]
+    last = None if pruner is None else pruner.last
+    stages = _tower_stages(net, vlm, shown)
+    if last is None and not stages:
+        raise StateError(f"{setting.title} leaves this prompt as it is; there is no map to draw")
+    if last is not None:
+        kept = kept_by_layer(last)
+        for layer, name in _names(sorted(kept), vlm.info.depth):
+            left = kept[layer][0][last.visual[0]].cpu().numpy()
+            maps = tuple(_in_view(left, view) for view in views if not _newline_alone(view))
+            stages.append(Stage(name, maps, int(left.sum())))
+    title = f"{model.name}: {setting.title}, asked {question!r}"
+    return TokenMaps(title, shown, tuple(stages), seen[0].tokens.shape[1], said)
+
+
+def _asked(model: VisionLanguageModel, image: Any, question: str | None) -> tuple[Any, str]:
+    """(picture, question); a number is that of a bundled question."""
+    number = image if isinstance(image, int) else int(image) if isinstance(image, str) and image.isdigit() else None
+    if number is None:
+        return open_picture(image), question or DEFAULT_QUESTION
+    if model.name not in QUESTIONS:
+        raise ConfigError(f"{model.name} comes without images; name an image file instead of {number}")
+    data = open_vqa(QUESTIONS[model.name])
+    if not 0 <= number < len(data.questions):
+        raise ConfigError(f"question {number}: {model.name} comes with questions 0 to {len(data.questions) - 1}")
+    asked = data.questions[number]
+    return data.read(asked.image), question or asked.text + data.prompt
+
+
+def _views(picture: Any, views: Sequence[prompts.View], pixels: Any, model: VisionLanguageModel) -> tuple[View, ...]:
+    """Views to draw on: what the tower saw, if it saw as many; else the whole picture."""
+    drawn = [view for view in views if not _newline_alone(view)]
+    cut: list[np.ndarray] = [np.asarray(picture) / 255] * len(drawn)
+    if isinstance(pixels, Tensor) and pixels.ndim >= 4 and len(drawn) > 1:
+        crops = pixels.reshape(-1, *pixels.shape[-3:])
+        if len(crops) == len(drawn):
+            processor = getattr(model.processor, "image_processor", None)
+            cut = [_undone(crop, processor) for crop in crops]
+    found = []
+    for number, (view, pixel) in enumerate(zip(drawn, cut)):
+        columns = view.columns - view.newline
+        if view.rows == 1 and columns > 3:
+            raise ConfigError(f"the {columns} visual tokens of {model.name} are no grid that could be drawn")
+        name = "overview" if view.overview else f"view {number}" if len(drawn) > 2 else "crops" if len(drawn) > 1 else ""
+        found.append(View(pixel, (view.rows, columns), name))
+    return tuple(found)
+
+
+def _undone(crop: Tensor, processor: Any) -> np.ndarray:
+    """[H, W, 3]: a crop in its own colours."""
+    mean, std = (torch.tensor(getattr(processor, name, None) or [0.5] * 3) for name in ("image_mean", "image_std"))
+    values = crop[:3].float().cpu() * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
+    return values.clamp(0, 1).permute(1, 2, 0).numpy()
+
+
+def _tower_stages(net: Any, vlm: Any, shown: tuple[View, ...]) -> list[Stage]:
+    """Maps of the vision tower, if it is patched and saw just what is shown."""
+    run = None if vlm.tower is None else run_of(vlm.tower.module)
+    if run is None:
+        return []
+    stages = []
+    for block, state in enumerate(run.current.states[1:]):
+        if state is None or state.group is None:
+            break
+        groups = state.group[:, run.num_prefix :].cpu().numpy()
+        if len(groups) != len(shown) or any(groups.shape[1] != view.grid[0] * view.grid[1] for view in shown):
+            return []
+        tokens = sum(len(np.unique(one[one >= 0])) for one in groups)
+        stages.append(Stage(f"vision tower, block {block}", tuple(groups), tokens))
+    return stages
+
+
+def _names(layers: Sequence[int], depth: int) -> list[tuple[int, str]]:
+    """(decoder layer where something was dropped, name of the stretch up to the next)."""
+    found = []
+    for layer, following in zip(layers, [*layers[1:], depth]):
+        where = f"decoder layer {layer}" if following - layer == 1 else f"decoder layers {layer} to {following - 1}"
+        found.append((layer, where))
+    return found
+
+
+def _in_view(left: np.ndarray, view: prompts.View) -> np.ndarray:
+    """[rows * columns] map of a view: every token that is left lives on alone."""
+    grid = left[view.start : view.stop].reshape(view.rows, view.columns)
+    kept = (grid[:, :-1] if view.newline else grid).ravel()
+    return np.where(kept, np.arange(len(kept)), -1)
+
+
+def _newline_alone(view: prompts.View) -> bool:
+    return view.newline and view.columns == 1

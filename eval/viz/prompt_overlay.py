@@ -1,0 +1,158 @@
+"""Which visual tokens of a prompt survive: counts by part of the picture, and pictures of it.
+
+Shapes: B questions, n visual tokens of a prompt, G x G patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vtok.errors import StateError
+from vtok.eval.common.settings import Setting, twin
+from vtok.eval.models.vlm import VisionLanguageModel
+from vtok.eval.tasks.vqa.data import Question, VQAData
+from vtok.eval.tasks.vqa.pipeline import answer
+from vtok.eval.viz.overlay import paint
+from vtok.patches import find_vlms
+from vtok.patches.decoder.pass_state import Counts
+from vtok.patches.hf_vlm.install import pruner_of
+from vtok.writing import replacing
+
+
+class Survivors(NamedTuple):
+    """What a model left of the prompts of one batch.
+
+    Attributes:
+        texts: B answers.
+        left: [B, n] bool, visual tokens that entered the last decoder layer.
+    """
+
+    texts: list[str]
+    left: np.ndarray
+
+
+def survivors(
+    model: VisionLanguageModel, net: Any, data: VQAData, questions: Sequence[Question], new_tokens: int = 4
+) -> Survivors:
+    """Asks a batch of questions whose images have as many visual tokens each.
+
+    Args:
+        model: whose processor is used.
+        net: the same model, patched so that nothing is merged.
+        data: where images come from.
+        questions: B of them.
+        new_tokens: length of an answer at most.
+
+    Raises:
+        StateError: the model is not patched, or the prompts hold different numbers of visual tokens.
+    """
+    (vlm,) = find_vlms(net)
+    pruner = pruner_of(vlm)
+    inputs = model.inputs([data.read(q.image) for q in questions], [q.text + data.prompt for q in questions])
+    found = answer(model, net, inputs, new_tokens)
+    last = None if pruner is None else pruner.last
+    if last is None:
+        raise StateError("nothing was dropped: survivors need a patched model")
+    kept = kept_by_layer(last)
+    stays = kept[max(kept)]
+    counts = last.visual.sum(1)
+    if bool((counts != counts[0]).any()):
+        raise StateError(f"prompts of one batch need equally many visual tokens, got {counts.tolist()}")
+    return Survivors(found.texts, stays[last.visual].view(len(stays), -1).cpu().numpy())
+
+
+def kept_by_layer(last: Counts) -> dict[int, Tensor]:
+    """Decoder layer -> [B, L] bool, the visual tokens that enter it; layer 0 and those in front of which something was dropped.
+
+    Args:
+        last: what a prompt of L columns was shortened to.
+    """
+    stays = last.visual if last.alive is None else last.visual & last.alive
+    found = {0: stays}
+    for layer, stage in sorted(last.stages.items()):
+        column = stage.column  # [B, M], -1 = padding
+        kept = torch.zeros(len(column), last.visual.shape[1] + 1, dtype=torch.bool, device=column.device)
+        kept.scatter_(1, column.where(column >= 0, last.visual.shape[1]), True)
+        found[layer] = stays & kept[:, :-1]
+    return found
+
+
+def crops_grid(left: np.ndarray, overview: int) -> np.ndarray:
+    """[B, G, G] bool: survivors among the crops of pages, put together; newline tokens at the ends of the lines left out.
+
+    Args:
+        left: [B, n].
+        overview: tokens of the view of the whole page, which come first.
+    """
+    crops = left[:, overview:]
+    side = int(crops.shape[1] ** 0.5)  # G * (G + 1) tokens
+    return crops.reshape(len(left), side, side + 1)[:, :, :side]
+
+
+def by_cell(grid: np.ndarray) -> np.ndarray:
+    """[B, 4] survivors in each quarter of a page, row by row. grid [B, G, G]."""
+    half = grid.shape[1] // 2
+    return grid.reshape(len(grid), 2, half, 2, half).sum((2, 4)).reshape(len(grid), 4)
+
+
+def write_sheet(
+    model: VisionLanguageModel,
+    data: VQAData,
+    questions: Sequence[Question],
+    settings: Sequence[tuple[str, Setting]],
+    path: Path,
+    heading: str,
+    overview: int = 0,
+) -> None:
+    """A sheet with one row a question and one column a setting, the images themselves on the left, under each what was said.
+
+    Args:
+        model: unpatched; copies are patched.
+        data: where images come from.
+        questions: the rows.
+        settings: (title, setting) of the columns.
+        path: PNG to write.
+        heading: of the sheet.
+        overview: for pages, tokens of the view of the whole page; what is painted are the crops.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = len(settings) + 1
+    figure, axes = plt.subplots(
+        len(questions), columns, figsize=(1.9 * columns, 2.2 * len(questions)), squeeze=False, layout="constrained"
+    )
+    pictures = [np.asarray(data.read(q.image)) / 255 for q in questions]
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    for r, (picture, question) in enumerate(zip(pictures, questions)):
+        axes[r, 0].imshow(picture)
+        axes[r, 0].set_xlabel(f"{question.text}\nright: {question.target}", fontsize=7)
+    axes[0, 0].set_title("image", fontsize=10)
+    for c, (title, setting) in enumerate(settings, 1):
+        found = survivors(model, setting.apply(twin(model.net)), data, questions)
+        grids = crops_grid(found.left, overview) if overview else _square(found.left)
+        side = grids.shape[1]
+        axes[0, c].set_title(title.replace("(", "\n("), fontsize=9)
+        for r, picture in enumerate(pictures):
+            groups = np.where(grids[r].ravel(), np.arange(side * side), -1)
+            axes[r, c].imshow(paint(picture, groups, (side, side)), interpolation="nearest")
+            axes[r, c].set_xlabel(f"{int(grids[r].sum())} of {side * side} tokens\nsays: {found.texts[r]}", fontsize=7)
+    figure.suptitle(heading, fontsize=10)
+    with replacing(path) as scratch:
+        figure.savefig(scratch, dpi=110)
+    plt.close(figure)
+
+
+def _square(left: np.ndarray) -> np.ndarray:
+    side = int(left.shape[1] ** 0.5)
+    return left.reshape(len(left), side, side)

@@ -1,0 +1,1 @@
+"""Hooks that shorten a prompt before a language model and between its layers."""

@@ -1,0 +1,144 @@
+"""Attention of one decoder layer, worked out from that layer's own input and weights; no kernel is changed, nothing registered.
+
+Shapes: B rows, L columns that enter the layer, R query rows, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtok.core.prompt import Entry, LayerAttention
+from vtok.patches.decoder.kv_cache import take
+from vtok.patches.decoder.masks import Mask
+from vtok.patches.module_swap import leaves
+from vtok.patches.precision import as_now
+
+
+def why_not(layer: nn.Module) -> str | None:
+    """Why the attention of a decoder layer cannot be worked out, or `None` if it can."""
+    attention = getattr(layer, "self_attn", None)
+    needed = ("q_proj", "k_proj", "head_dim", "scaling")
+    lacking = [name for name in needed if not hasattr(attention, name)]
+    if not hasattr(layer, "input_layernorm"):
+        lacking.append("input_layernorm")
+    if not hasattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb"):
+        lacking.append("apply_rotary_pos_emb")
+    if hasattr(attention, "sinks"):
+        return f"{type(attention).__name__} has attention sinks"
+    return f"{type(attention).__name__} has no {', '.join(lacking)}" if lacking else None
+
+
+def layer_attention(
+    index: int,
+    layer: Any,
+    hidden: Tensor,
+    kwargs: Mapping[str, Any],
+    later: bool = False,
+    final_norm: nn.Module | None = None,
+    entry: Entry | None = None,
+) -> LayerAttention:
+    """Describes what a decoder layer is about to attend to. Called in that layer's own hook.
+
+    Args:
+        index: of the layer.
+        layer: the module.
+        hidden: [B, L, C], its input.
+        kwargs: its keyword arguments: `attention_mask` and `position_embeddings` that fit these L columns.
+        later: whether it is looked at when the layer has run. Where the layer's weights are gone by then, queries and keys of
+            all columns are worked out now.
+        final_norm: the last norm of the LLM.
+        entry: what entered the LLM.
+    """
+    attention, device = layer.self_attn, hidden.device
+    mask = kwargs.get("attention_mask")
+    mask = mask.to(device) if isinstance(mask, Tensor) else mask
+    cos, sin = kwargs["position_embeddings"]
+    tables = cos.to(device), sin.to(device)
+    autocast = as_now(hidden.device.type)
+
+    @functools.cache
+    def normed() -> Tensor:
+        with torch.no_grad(), autocast():
+            return layer.input_layernorm(hidden)
+
+    def project(rows: Tensor | None) -> Tensor:
+        with torch.no_grad(), autocast():
+            return _project(attention, normed(), tables, rows)
+
+    def bias(rows: Tensor) -> Tensor:
+        return _bias(mask, rows, hidden.shape[1])
+
+    def norm(x: Tensor) -> Tensor:
+        assert final_norm is not None
+        with torch.no_grad(), autocast():
+            found: Tensor = final_norm(x)
+        return found.to(x.device)  # the layers of an LLM may be spread over devices
+
+    softcap = getattr(attention, "attn_logit_softcapping", None)
+    read = _settled(project, hidden) if later and leaves(layer) else project
+    last = None if final_norm is None else norm
+    return LayerAttention(index, attention.scaling, read, bias, softcap, last, entry, device)
+
+
+def attention_on(attention: LayerAttention | None, device: torch.device) -> LayerAttention | None:
+    """Attention of a layer, for decisions on another device."""
+    if attention is None or attention.device in (None, device):
+        return attention
+    project, bias, norm, there = attention.project, attention.bias, attention.final_norm, attention.device
+
+    def there_and_back(rows: Tensor | None) -> Tensor:
+        return project(None if rows is None else rows.to(there)).to(device)
+
+    return replace(
+        attention,
+        project=there_and_back,
+        bias=lambda rows: bias(rows.to(there)).to(device),
+        final_norm=None if norm is None else lambda x: norm(x).to(device),
+        entry=None if attention.entry is None else attention.entry.to(device),
+        device=device,
+    )
+
+
+def _settled(project: Callable[[Tensor | None], Tensor], hidden: Tensor) -> Callable[[Tensor | None], Tensor]:
+    """The same for when the weights are gone."""
+    every = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
+    q, k = project(every), project(None)
+    return lambda rows: k if rows is None else take(q.transpose(1, 2), rows, 1).transpose(1, 2)
+
+
+def _project(attention: Any, x: Tensor, tables: tuple[Tensor, Tensor], rows: Tensor | None) -> Tensor:
+    """Queries of some rows, or the keys of all: [B, H, R, D]."""
+    linear, name = (attention.k_proj, "k_norm") if rows is None else (attention.q_proj, "q_norm")
+    if rows is not None:
+        x = take(x, rows, 1)
+    heads = linear(x).unflatten(-1, (-1, attention.head_dim))
+    norm = getattr(attention, name, None)
+    if norm is not None:
+        heads = norm(heads)
+    heads = heads.transpose(1, 2)
+    cos, sin = tables if rows is None else (take(t, rows, t.ndim - 2) for t in tables)
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    return rotate(heads, heads, cos, sin)[0]
+
+
+def _bias(mask: Mask, rows: Tensor, length: int) -> Tensor:
+    """The layer's mask at some query rows: [B, 1, R, L], 0 or the smallest float."""
+    off = torch.finfo(torch.float32).min
+    order = torch.arange(length, device=rows.device)
+    causal = (order <= rows[:, :, None])[:, None]  # [B, 1, R, L]
+    if mask is None:
+        return torch.zeros(causal.shape, device=rows.device).masked_fill(~causal, off)
+    assert isinstance(mask, Tensor)
+    if mask.ndim == 2:  # flash attention
+        return torch.zeros(causal.shape, device=rows.device).masked_fill(~(causal & mask[:, None, None].bool()), off)
+    chosen = take(mask[:, :1, :, :length].transpose(1, 2), rows, 1).transpose(1, 2)
+    if chosen.dtype == torch.bool:
+        return torch.zeros(chosen.shape, device=rows.device).masked_fill(~chosen, off)
+    return chosen.float().clamp_min(off)

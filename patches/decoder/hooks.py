@@ -1,0 +1,383 @@
+"""Hooks that shorten a prompt before the LLM and between its layers, and keep later passes right.
+
+Five places are hooked: the model that merges images into the prompt (before and after), its LLM (before and after), and every
+decoder layer (before). No forward is replaced, no kernel changed; what must last from one pass to the next lies on the cache.
+
+Shapes: B rows, L columns of the prompt, M slots after a reduction, Q queries.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vtok.core.prompt import Entry, Layout
+from vtok.core.reduction import Fold, folded
+from vtok.errors import StateError, UnsupportedModelError
+from vtok.patches.decoder import embedded_prompts as embedded
+from vtok.patches.decoder import masks, outputs
+from vtok.patches.decoder import packed_rows as packed
+from vtok.patches.decoder.attention_probe import layer_attention
+from vtok.patches.decoder.kv_cache import (
+    PromptState,
+    Stage,
+    cache_in,
+    check_kind,
+    check_origin,
+    compact,
+    forget,
+    remember,
+    renumbered,
+    state_of,
+    stored,
+    take,
+    to_columns,
+    unknown,
+    vouch,
+)
+from vtok.patches.decoder.layout import decided, in_order, layout_of
+from vtok.patches.decoder.pass_state import Pass, Pruner, Recorded, TowerCall
+from vtok.patches.hf_vlm import image_features as hf
+from vtok.patches.hf_vlm.encoded import plain
+from vtok.patches.module_swap import Hook, brought
+from vtok.patches.precision import full_precision
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class PrunerHook(Hook):
+    """A hook of one patched model. The one that `leads` is on the model itself, the others on its parts."""
+
+    leads: ClassVar[bool] = False
+
+    def __init__(self, pruner: Pruner):
+        self.pruner = pruner
+
+
+class BeforeModel(PrunerHook):
+    """Opens a pass; if it reads a prompt with images, encodes them and chooses among their features."""
+
+    leads: ClassVar[bool] = True
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        running = self.pruner.open()
+        kwargs = dict(zip(inspect.signature(module.forward).parameters, args), **kwargs)
+        cache = cache_in(kwargs)
+        running.real = masks.seen_columns(kwargs.get("attention_mask"))
+        if state_of(cache) is not None and stored(cache) == 0:
+            forget(cache)
+        running.state = state_of(cache)
+        pruner = self.pruner
+        if pruner.shortens:
+            check_origin(kwargs, pruner.generates)
+        counts = pruner.acts and stored(cache) == 0 and kwargs.get("input_ids") is not None  # to be accounted for alone
+        if (pruner.shortens or counts) and hf.carries_images(kwargs):
+            kwargs = self._read(module, running, kwargs)
+        elif pruner.holed and (holes := embedded.holes_in(kwargs)) is not None:
+            masks.check_text(getattr(module, pruner.spec.text))
+            embedded.read(module, pruner, running, kwargs, holes)
+        elif pruner.shortens and kwargs.get("input_ids") is None and stored(cache) == 0 and pruner.encoded:
+            hf.refuse_merged(module)
+        return (), kwargs
+
+    def _read(self, module: Any, running: Pass, kwargs: dict[str, Any]) -> dict[str, Any]:
+        pruner, ids, cache = self.pruner, kwargs.get("input_ids"), cache_in(kwargs)
+        prompt = kwargs["inputs_embeds"] if ids is None else ids  # by which a prompt is known again
+        if ids is None:
+            ids = hf.placeholders(module, prompt, pruner.tokens)
+        if stored(cache) > 0:
+            raise UnsupportedModelError(
+                "images were passed with a cache that holds text already; vtok shortens a prompt when it is read as a whole, "
+                "from an empty cache (chunked prefill and images in a later turn are not supported)"
+            )
+        visual = hf.visual_columns(ids, pruner.tokens)
+        sample = packed.samples(module, pruner.spec, kwargs, *ids.shape) if pruner.shortens else None
+        found = [visual.any()] if sample is None else [visual.any(), packed.several(sample)]
+        shown, *several = torch.stack(found).tolist()
+        if not shown:
+            return kwargs
+        if pruner.shortens:
+            masks.check_text(getattr(module, pruner.spec.text))
+        given = kwargs.get("mm_encoder_outputs")
+        check_kind(kwargs)
+        encoded = hf.encode(module, kwargs, hands_on=pruner.spec.hands_on)
+        chosen = hf.choose(module, encoded, pruner.features, pruner.spec, kwargs, pruner.holed)
+        keep = hf.kept_columns(ids, pruner.tokens, chosen.rows)
+        kwargs = {name: value for name, value in kwargs.items() if name not in hf.PIXELS.values()}
+        kwargs["mm_encoder_outputs"] = {modality: plain(output) for modality, output in chosen.outputs.items()}
+        if keep is None:
+            return kwargs
+        real = masks.real_columns(kwargs.get("attention_mask"), ids.shape[0], ids.shape[1], ids.device)
+        running.prunes, running.visual, running.given = True, visual & real, encoded if given is None else given
+        running.state = PromptState(ids.shape[1], real)
+        running.state.compact = pruner.compact
+        if sample is not None and any(several) and pruner.features is not None:
+            packed.check_images(type(module).__name__, chosen.outputs, pruner.tokens, ids, sample, pruner.features.reads_text)
+        if any(several) or packed.has_lengths(kwargs):  # lengths that the caller states have to follow the reduction
+            running.state.sample = sample
+        running.features = keep if pruner.features is not None or pruner.holed else None
+        running.alive = hf.kept_columns(ids, pruner.tokens, chosen.alive) if pruner.holed else None
+        running.layouts = chosen.layouts
+        running.lasts = cache is None and not packed.caches(module, kwargs)
+        earlier = pruner.recalled(running.given, prompt) if running.lasts else None
+        running.replays = earlier is not None and earlier.fits(pruner.configs, prompt)
+        running.plan = earlier if running.replays else Recorded(pruner.configs, prompt, {}, {})
+        return kwargs
+
+
+class BeforeTower(PrunerHook):
+    """Notes what the vision tower is given, for costs; also when `generate()` encodes the images ahead of the model."""
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        pixels = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
+        if isinstance(pixels, Tensor):
+            self.pruner.watch(TowerCall(tuple(pixels.shape), kwargs.get("grid_thw")))
+
+
+class AfterModel(PrunerHook):
+    """Ends a pass, also one that failed, which has no output."""
+
+    leads: ClassVar[bool] = True
+
+    def __call__(self, module: Any, args: Any, output: Any) -> None:
+        self.pruner.close(failed=output is None)
+
+
+class BeforeText(PrunerHook):
+    """Shortens what enters the LLM; for later text, makes mask and positions fit the shortened cache."""
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        running = self.pruner.current
+        cache = cache_in(kwargs)
+        if running is None:
+            if state_of(cache) is not None and stored(cache) > 0:
+                raise StateError(
+                    f"{type(module).__name__} was called on its own with a cache that holds a shortened prompt; call the "
+                    "vision-language model"
+                )
+            if self.pruner.holed:
+                embedded.check_alone(module, kwargs)
+            return None
+        state = running.state
+        if state is None:
+            return None
+        state.inside = True
+        running.final_norm = getattr(module, "norm", None)
+        if running.prunes:
+            return self._first(module, args, kwargs, running, state)
+        return (args, self._later(kwargs, running, state, cache)) if state.before is not None else None
+
+    def _first(self, text: Any, args: Any, kwargs: dict[str, Any], running: Pass, state: PromptState) -> Call | None:
+        x = kwargs["inputs_embeds"]
+        running.move(x.device)
+        visual = running.visual
+        assert visual is not None and running.plan is not None
+        column = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+        keep = running.features
+        if running.replays:
+            keep = running.plan.at(0, column)
+        elif 0 in self.pruner.layers:
+            site, reducer = self.pruner.layers[0]
+            with torch.no_grad(), full_precision(x.device.type):
+                more = packed.keep_of(reducer, x.detach(), Layout.whole(visual, state.real), None, site, state.sample)
+            assert not isinstance(more, Fold)  # nothing has been computed yet that could be averaged
+            keep = more if keep is None else (keep if more is None else keep & more)
+        if keep is None or bool((keep | ~visual).all()):
+            return None
+        keep = keep | ~visual
+        running.plan.keep[0] = keep
+        rows, padded = compact(keep & state.real)
+        state.before = Stage(rows, rows, padded)
+        return args, self._shortened(text, kwargs, x, keep, running, state)
+
+    def _shortened(
+        self, text: Any, kwargs: dict[str, Any], x: Tensor, keep: Tensor, running: Pass, state: PromptState
+    ) -> dict[str, Any]:
+        stage, mask, cache = state.before, kwargs.get("attention_mask"), cache_in(kwargs)
+        assert stage is not None
+        rows, kind = stage.entry, text.config._attn_implementation
+        position = kwargs.get("position_ids")
+        position = torch.arange(x.shape[1], device=x.device)[None] if position is None else position.to(x.device)
+        if state.compact:
+            position = renumbered(position, keep | ~state.real, state.sample)
+        changed: dict[str, Any] = {"inputs_embeds": take(x, rows, 1), "position_ids": take(position, rows, position.ndim - 1)}
+        if isinstance(mask, Mapping):
+            changed["attention_mask"] = {
+                name: masks.gather_mask(m, stage, x, kind, _keys(cache, rows.shape[1], _first_of(cache, name)))
+                for name, m in mask.items()
+            }
+        elif isinstance(mask, Tensor) and mask.ndim == 4:
+            changed["attention_mask"] = masks.gather_mask(mask, stage, x, kind, _keys(cache, rows.shape[1], 0))
+        elif state.sample is not None and not masks.is_flash(kind):
+            allowed = packed.block_mask(packed.of_columns(state.sample, stage.column))
+            changed["attention_mask"] = masks.formed(allowed, x, kind, _keys(cache, rows.shape[1], 0), None)
+            running.slots_counted = True
+        else:  # never None: gaps between positions would then be taken for the borders of packed sequences
+            changed["attention_mask"] = (rows >= 0).long()
+            running.slots_counted = True
+        if state.sample is not None and masks.is_flash(kind):
+            changed |= {"attention_mask": None, **packed.lengths(packed.of_columns(state.sample, stage.column))}
+        visual = kwargs.get("visual_pos_masks")
+        if visual is not None:  # features of deeper tower layers, added to the visual tokens inside the LLM
+            visual = visual.to(x.device)
+            stays = (keep & state.real)[visual]
+            changed["visual_pos_masks"] = take(visual, rows, 1) & (rows >= 0)
+            changed["deepstack_visual_embeds"] = [deep[stays.to(deep.device)] for deep in kwargs["deepstack_visual_embeds"]]
+        return {**kwargs, **changed}
+
+    def _later(self, kwargs: dict[str, Any], running: Pass, state: PromptState, cache: Any) -> dict[str, Any]:
+        x = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+        batch, queries = x.shape[:2]
+        column, total = running.slots(state, 0, stored(cache), batch, queries, x.device)
+        known = (column >= 0) & running.real_columns(state, total, batch, x.device).gather(1, column.clamp_min(0))
+        position = kwargs.get("position_ids")
+        if position is None:
+            position = column[:1, -queries:]
+        if state.compact:
+            position = position - state.now(state.dropped, batch).to(x.device)
+        return {**kwargs, "attention_mask": known.long(), "position_ids": position}
+
+
+class AfterText(PrunerHook):
+    """Gives the head as many columns as the caller passed, so that logits, labels and losses have the length of the prompt."""
+
+    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        running = self.pruner.current
+        if running is None or running.state is None:
+            return None
+        state = running.state
+        state.inside = False
+        return outputs.whole(module, output, state, running.prunes)
+
+
+class BeforeLayer(PrunerHook):
+    """Drops visual tokens in front of a decoder layer, and gives the layer the mask and the positions of what is left."""
+
+    def __init__(self, pruner: Pruner, index: int):
+        super().__init__(pruner)
+        self.index = index
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        running, cache = self.pruner.current, cache_in(kwargs)
+        if self.index == 0 and running is not None and unknown(cache) and stored(cache) == 0:
+            vouch(cache)
+        if running is None or running.state is None:  # text alone, or a checkpoint that computes the layer again
+            return None
+        state = running.state
+        x = args[0] if args else kwargs["hidden_states"]
+        if not running.prunes:
+            return args, _later_kwargs(module, self.index, x, kwargs, running, state, cache)
+        fitting = _prompt_kwargs(module, self.index, x, kwargs, running, state, cache)
+        x = brought(module, x)
+        running.move(x.device)
+        if self.index == 0 and self.pruner.reads_entry:
+            running.entry = Entry(x.detach(), layout_of(x, running, state, state.before))
+        self._probe(module, x, fitting, running)
+        if self.index > 0 and self.index in self.pruner.layers:
+            shorter = self._drop(x, running, state)
+            if shorter is not None:
+                x = shorter
+                fitting = _prompt_kwargs(module, self.index, x, kwargs, running, state, cache)
+                self._probe(module, x, fitting, running)  # for decisions in front of later layers
+        if cache is not None and state_of(cache) is not state and (state.before is not None or state.between):
+            remember(cache, state)
+        return ((x, *args[1:]), fitting) if args else ((), {**fitting, "hidden_states": x})
+
+    def _probe(self, module: Any, x: Tensor, kwargs: dict[str, Any], running: Pass) -> None:
+        if self.index in self.pruner.probed:
+            later = self.index in self.pruner.probed_later
+            running.probes[self.index] = layer_attention(
+                self.index, module, x.detach(), kwargs, later, running.final_norm, running.entry
+            )
+
+    def _drop(self, x: Tensor, running: Pass, state: PromptState) -> Tensor | None:
+        """The tokens that go on [B, M, D]; `None` = all."""
+        stage = state.at(self.index)
+        layout = layout_of(x, running, state, stage)
+        entry = stage.entry if stage is not None and stage is not state.before else in_order(x)
+        keep, into = decided(x, layout, *self.pruner.layers[self.index], running, state.sample)
+        if keep is None or bool((keep | ~layout.visual).all()):
+            return None
+        gone = None if into is None else to_columns(into, layout.column, state.length)
+        rows, padded = compact((keep | ~layout.visual) & layout.real)
+        left = [t.gather(1, rows.clamp_min(0)).masked_fill(rows < 0, -1) for t in (layout.column, entry)]
+        state.between[self.index] = Stage(left[0], left[1], padded, gone)
+        return take(x if into is None else folded(x, into), rows, 1)
+
+
+def _prompt_kwargs(
+    layer: Any, index: int, x: Tensor, kwargs: dict[str, Any], running: Pass, state: PromptState, cache: Any
+) -> dict[str, Any]:
+    """A layer's keywords while the prompt is read: mask, positions and rotary tables of the slots that are left."""
+    stage, window = state.at(index), masks.window_of(layer, index)
+    recounted = running.slots_counted and window is not None  # the LLM measured its windows in slots
+    if stage is None or (stage is state.before and not recounted):
+        return kwargs
+    mask, tables, position = (kwargs.get(name) for name in ("attention_mask", "position_embeddings", "position_ids"))
+    keys = _keys(cache, x.shape[1], index)
+    kind = layer.self_attn.config._attn_implementation
+    if recounted:
+        make: Any = functools.partial(
+            masks.text_mask, stage.column, state.real, x.shape[1], x, kind, keys, 0, window, state.sample
+        )
+    else:
+        make = functools.partial(masks.gather_mask, mask, stage, x, kind, keys)
+    shared = _once(running, ("mask", id(stage), id(mask), keys, window), mask, make)
+    if stage is state.before:
+        return {**kwargs, "attention_mask": shared}
+    changed: dict[str, Any] = {"attention_mask": shared}
+    if state.sample is not None and masks.is_flash(kind):
+        slots = packed.of_columns(state.sample, stage.column)
+        changed = {"attention_mask": None, **_once(running, ("lengths", id(stage)), stage, lambda: packed.lengths(slots))}
+    if tables is not None:
+        changed["position_embeddings"] = _once(
+            running, ("tables", id(stage), id(tables)), tables, lambda: tuple(take(t, stage.entry, t.ndim - 2) for t in tables)
+        )
+    if position is not None:
+        changed["position_ids"] = take(position, stage.entry, position.ndim - 1)
+    return {**kwargs, **changed}
+
+
+def _later_kwargs(
+    layer: Any, index: int, x: Tensor, kwargs: dict[str, Any], running: Pass, state: PromptState, cache: Any
+) -> dict[str, Any]:
+    """A layer's keywords for later text: the mask by the columns of the slots that this layer's cache holds."""
+    stage = state.at(index)
+    window = masks.window_of(layer, index)
+    sliding = window is not None
+    if stage is None or (stage is state.before and not sliding):
+        return kwargs
+    mask, kind = kwargs.get("attention_mask"), layer.self_attn.config._attn_implementation
+    batch, queries = x.shape[:2]
+    if mask is None and queries == 1 and not stage.padded and not sliding:
+        return kwargs
+    masks.check_implementation(kind, sliding)
+    count = stored(cache, index)
+    keys, offset = cache.get_mask_sizes(queries, index)
+
+    def build() -> Tensor:
+        column, total = running.slots(state, index, count, batch, queries, x.device)
+        real = running.real_columns(state, total, batch, x.device)
+        return masks.text_mask(column, real, queries, x, kind, int(keys), int(offset), window)
+
+    return {**kwargs, "attention_mask": _once(running, ("text", id(stage), count, int(keys), int(offset), window), None, build)}
+
+
+_once = Pass.once  # what several layers share
+
+
+def _keys(cache: Any, queries: int, layer: int) -> int:
+    """Key columns that attention sees when a prompt of so many tokens enters a layer."""
+    return queries if cache is None else int(cache.get_mask_sizes(queries, layer)[0])
+
+
+def _first_of(cache: Any, kind: str) -> int:
+    """The first layer of a kind, as the keys of a mapping of masks name it."""
+    sliding = [] if cache is None else list(cache.is_sliding)
+    wanted = kind == "sliding_attention"
+    return sliding.index(wanted) if wanted in sliding else 0

@@ -1,0 +1,139 @@
+"""What the two baselines that look at no feature share: each block keeps a fixed share of its patches, in raster order.
+
+On a vision-language model they act once, on the image features before the LLM: `keep` is the share of visual tokens there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vtok.config import MethodConfig, ModelInfo, Reducer, block_indices, block_numbers, fraction
+from vtok.core.prompt import ImageFeatures, View, VLMInfo, VLMReducer
+from vtok.core.reduction import Plan
+from vtok.core.search_space import Blocks, Point, Space
+from vtok.core.tokens import AttentionView, Place, Site, TokenState
+from vtok.errors import ConfigError
+from vtok.ops.rows import with_prefix
+from vtok.ops.selection import kept_tokens
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class DropConfig(MethodConfig):
+    """Fields of a baseline that drops patches unseen.
+
+    Attributes:
+        keep: share of its patches that each block in `layers` keeps ((0, 1]; default 0.925), rounded to whole tokens, halves to
+            the even number, at least one; 1.0 is an exact no-op. On a vision-language model: share of the visual tokens that
+            enter the LLM, rounded for every view of an image by itself.
+        layers: 0-based blocks that prune, between attention and MLP; default all. Not for vision-language models.
+    """
+
+    set_by_budget: ClassVar[tuple[str, ...]] = ("keep",)
+    trial: ClassVar[Mapping[str, Any]] = {"keep": 0.8}
+    trial_vlm: ClassVar[Mapping[str, Any]] = {"keep": 0.5}
+
+    keep: float = 0.925
+    layers: Iterable[int] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fraction(self.keep, "keep")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", block_numbers(self.layers))
+
+    def knob(self) -> dict[str, Any]:
+        return {"keep": self.keep}
+
+    def ladder(self, info: ModelInfo) -> Sequence[Self]:
+        return [self.replace(keep=1 - step / 1000) for step in range(1000)]
+
+    def search_space(self, info: ModelInfo) -> Space:
+        return {} if self.layers is not None else {"layers": Blocks(tuple(range(info.depth)))}
+
+    def ladder_at(self, info: ModelInfo, point: Point) -> Sequence[Self]:
+        return self.replace(layers=point["layers"]).ladder(info)
+
+    def ladder_vlm(self, info: VLMInfo) -> Sequence[Self]:
+        return [self.replace(keep=1 - step / 1000) for step in range(1000)]
+
+    def blocks(self, info: ModelInfo) -> tuple[int, ...]:
+        return block_indices(self.layers, range(info.depth), info.depth)
+
+    def reducer(self, layers: tuple[int, ...], num_patches: int, grid: tuple[int, int]) -> DropReducer:
+        """The baseline for one grid of patches."""
+        raise NotImplementedError
+
+    def build(self, info: ModelInfo) -> DropReducer:
+        return self.reducer(self.blocks(info), info.num_patches, info.grid)
+
+    def build_vlm(self, info: VLMInfo) -> ViewDrop:
+        if self.layers is not None:
+            raise ConfigError(
+                f"layers={list(self.layers)} names blocks of a vision encoder; on a vision-language model such as {info.name} "
+                f"{self.name} acts once, before the LLM: leave layers out"
+            )
+        return ViewDrop(self)
+
+
+@dataclass(frozen=True)
+class DropReducer(Reducer):
+    """Keeps, in every chosen block, the patches of lowest rank."""
+
+    keep: float
+    layers: tuple[int, ...]
+
+    def rank(self, n: int, state: TokenState, at: Site, device: torch.device) -> Tensor:
+        """[B, n] sortable values for the n patches, or [1, n] if they are the same for every image; low = kept."""
+        raise NotImplementedError
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(Site(Place.BLOCK_MID, i) for i in self.layers) if self.keep < 1 else ()
+
+    def plan(self, x: Tensor, state: TokenState, view: AttentionView, at: Site) -> Plan | None:
+        batch, n, _ = x.shape
+        p = state.num_prefix
+        m = kept_tokens(n - p, self.keep)
+        if m == n - p:
+            return None
+        rows = self.rank(n - p, state, at, x.device).argsort(dim=-1, stable=True)[:, :m].sort(-1).values
+        return Plan(with_prefix(rows.expand(batch, m), p))
+
+    def count(self, at: Site, n: int, num_prefix: int) -> int:
+        return num_prefix + kept_tokens(n - num_prefix, self.keep)
+
+
+@dataclass(frozen=True)
+class ViewDrop(VLMReducer):
+    """Keeps the same share of every view of every image, before the LLM."""
+
+    exact: ClassVar[bool] = True
+
+    config: DropConfig
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return (Site(Place.IMAGE_FEATURES, 0),) if self.config.keep < 1 else ()
+
+    def features(self, images: ImageFeatures) -> Plan | None:
+        batch = len(images.tokens)
+        kept = [self._rows(i, view, images.tokens.device) for i, view in enumerate(images.views)]
+        return Plan(torch.cat(kept).expand(batch, -1))
+
+    def feature_count(self, n: int, views: tuple[View, ...], modality: str = "image") -> int:
+        return sum(kept_tokens(view.stop - view.start, self.config.keep) for view in views)
+
+    def _rows(self, number: int, view: View, device: torch.device) -> Tensor:
+        n = view.stop - view.start
+        ranks = self.config.reducer((number,), n, (view.rows, view.columns)).rank(
+            n, TokenState(0, n, grid=(view.rows, view.columns)), Site(Place.IMAGE_FEATURES, number), device
+        )
+        return view.start + ranks[0].argsort(stable=True)[: kept_tokens(n, self.config.keep)].sort().values

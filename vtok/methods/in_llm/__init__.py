@@ -1,0 +1,1 @@
+"""Methods that drop visual tokens between the layers of a language model."""

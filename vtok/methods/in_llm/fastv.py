@@ -1,0 +1,125 @@
+"""FastV: An Image is Worth 1/2 Tokens After Layer 2 (Chen et al., ECCV 2024). In front of one early decoder layer the visual
+tokens that the last token of the prompt attends to least, in the layer before, leave the prompt for good.
+
+Written from a description of the authors' programs; it reproduces their choices (`tests/golden`). The paper speaks of the
+attention that a token receives on average; all three programs look at the last query alone, as here. What differs from them:
+
+* Every prompt of a batch chooses its own tokens; in the programs the first one chooses for all.
+* The last query is the last token that is no padding, on whatever side padding stands.
+* All visual tokens of a prompt are ranked together, those of several images too; the programs know one image.
+* Deciding needs that one row of one layer: it is worked out from the layer's own input, and all layers keep their kernel. The
+  programs switch the layer to eager attention, or run it twice and store its keys twice.
+* Tokens leave while the prompt is read, and later layers never store them; positions are kept, as in the programs.
+
+Shapes: B prompts, L columns in front of the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from vtok.core.prompt import LayerAttention, Layout, VLMInfo, VLMReducer
+from vtok.core.search_space import Choice, Point, Space
+from vtok.core.tokens import Place, Site
+from vtok.methods.kept_share import KeptShare, whole
+from vtok.ops.selection import kept_counts, largest
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+DEFAULT_LAYER = 2
+
+
+@dataclass(frozen=True)
+class FastV(KeptShare):
+    """Config of FastV.
+
+    Attributes:
+        keep: share of a prompt's visual tokens that go on (1 - R of the paper; (0, 1], default 0.5), rounded to whole tokens,
+            halves to the even number; at least one. 1.0 is an exact no-op.
+        keep_tokens: the same as a count (whole number >= 1); a prompt with fewer keeps them all. Give one of the two. Later
+            papers' "192 tokens" may mean this count, or the mean over all layers; few say which.
+        layer: K, 0-based decoder layer in front of which tokens leave; the attention of layer K - 1 decides (whole number >= 1,
+            default 2; the authors' demo has 3).
+    """
+
+    name: ClassVar[str] = "fastv"
+    default_keep: ClassVar[float] = 0.5
+
+    layer: int = DEFAULT_LAYER
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole(self.layer, "layer", 1)
+
+    @classmethod
+    def substitutes_vlm(cls, info: VLMInfo, folder: str) -> Sequence[Mapping[str, Any]]:
+        return ({"layer": info.first_layer},) if info.first_layer > DEFAULT_LAYER else ()
+
+    def search_space_vlm(self, info: VLMInfo) -> Space:
+        """In front of which layer; given ones are left alone."""
+        layers = tuple(range(info.first_layer, info.depth))
+        return {"layer": Choice(layers)} if self.layer == DEFAULT_LAYER and layers else {}
+
+    def ladder_at_vlm(self, info: VLMInfo, point: Point) -> Sequence[Self]:
+        return self.replace(layer=point.get("layer", self.layer)).ladder_vlm(info)
+
+    def build_vlm(self, info: VLMInfo) -> FastVReducer:
+        return FastVReducer(self, info)
+
+
+def last_query_attention(attention: LayerAttention, layout: Layout) -> Tensor:
+    """[B, L]: attention that the last token of every prompt pays to each column, averaged over heads, in at least fp32."""
+    return attention.probs(layout.last[:, None]).mean(1)[:, 0]
+
+
+def attended(score: Tensor, visual: Tensor, keep: float | None = None, keep_tokens: int | None = None) -> Tensor:
+    """The visual tokens of highest score: a share of those that are there, or a number of them.
+
+    Args:
+        score: [B, L].
+        visual: [B, L] bool, those that may leave.
+        keep, keep_tokens: see `FastV`.
+
+    Returns:
+        [B, L] bool; of equal scores the first tokens.
+    """
+    return largest(score, kept_counts(visual.sum(1), keep, keep_tokens), visual)
+
+
+@dataclass(frozen=True)
+class FastVReducer(VLMReducer):
+    """FastV for one model.
+
+    Attributes:
+        config: of the method.
+        info: of the model.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+    exact: ClassVar[bool] = True
+
+    config: FastV
+    info: VLMInfo
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return () if self.config.idle else (Site(Place.DECODER_IN, self.config.layer),)
+
+    def probe(self, at: Site) -> int:
+        return at.index - 1
+
+    def keep(self, x: Tensor, layout: Layout, attention: LayerAttention | None, at: Site) -> Tensor:
+        assert attention is not None
+        config = self.config
+        return attended(last_query_attention(attention, layout), layout.visual, config.keep, config.keep_tokens)
+
+    def layer_count(self, at: Site, visual: int, entered: int) -> int:
+        return self.config.count(visual)
+
+    def layer_macs(self, at: Site, visual: int, text: int, entered: int) -> int:
+        return self.info.probe_macs(1, visual + text)

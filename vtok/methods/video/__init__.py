@@ -1,0 +1,1 @@
+"""Methods that choose among the frames and tokens of videos, before the language model reads them."""

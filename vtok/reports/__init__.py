@@ -1,0 +1,1 @@
+"""What vtok tells about a model, as result objects that print themselves."""

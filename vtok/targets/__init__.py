@@ -1,0 +1,1 @@
+"""What `patch` acts on: vision encoders and vision-language models."""

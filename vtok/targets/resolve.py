@@ -1,0 +1,89 @@
+"""From what a user types to config objects, and from a model to its towers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from vtok import serialization as files
+from vtok.config import MethodConfig, ModelInfo
+from vtok.core.prompt import VLMInfo
+from vtok.core.tracker import Run
+from vtok.errors import ConfigError, UnsupportedModelError, shown, unknown
+from vtok.patches import find_adapters
+from vtok.patches.block import ReducingBlock
+from vtok.patches.module_swap import Mixin
+from vtok.patches.protocol import Adapter, Tower
+from vtok.registry import ADAPTERS, METHODS
+
+Method = str | os.PathLike | MethodConfig | Sequence[str | MethodConfig]
+Size = tuple[int, int, int]
+
+
+def require_module(model: Any) -> None:
+    """Raises unless `model` is a module."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"vtok patches a torch.nn.Module, got {type(model).__name__}")
+
+
+def run_of(module: nn.Module) -> Run | None:
+    """The `Run` of the first patched tower in a module, or `None`."""
+    return next((m._vtok.run for m in module.modules() if isinstance(m, ReducingBlock)), None)
+
+
+def own_class(module: nn.Module) -> type:
+    """The class of a module before it was patched."""
+    return type(module).__bases__[1] if isinstance(module, Mixin) else type(module)
+
+
+def wanted(
+    infos: Sequence[ModelInfo | VLMInfo], method: Method, params: dict[str, Any], flops: float | None
+) -> tuple[list[tuple[MethodConfig, ...]], files.Saved | None]:
+    """(configs for every tower or vision-language model, the file that they came from)."""
+    if isinstance(method, os.PathLike) or (isinstance(method, str) and method not in METHODS and files.is_path(method)):
+        if params or flops is not None:
+            given = ", ".join([*params, *([] if flops is None else ["flops"])])
+            raise ConfigError(f"{os.fspath(method)} is a saved patch, which holds all its numbers; leave out {given}")
+        loaded = files.load(method)
+        return loaded.configs_for(infos), loaded
+    return [configs(method, params)] * len(infos), None
+
+
+def configs(method: Method, params: dict[str, Any]) -> tuple[MethodConfig, ...]:
+    """What the user named -> config objects."""
+    if isinstance(method, str):
+        return (METHODS.get(method).create(**params),)
+    if isinstance(method, MethodConfig):
+        if params:
+            raise ConfigError(f"parameters belong into the config object: {type(method).__name__}({', '.join(params)}=...)")
+        return (method,)
+    if isinstance(method, Sequence) and method:
+        if params:
+            raise ConfigError("with a list of methods, give parameters as config objects: [vtok.ToMe(r=8), ...]")
+        return tuple(config for one in method for config in configs(one, {}))
+    if isinstance(method, type) and issubclass(method, MethodConfig):
+        raise ConfigError(f"{method.__name__} is a config class; pass an object of it: vtok.{method.__name__}(...)")
+    raise unknown("method", str(method), METHODS.names())
+
+
+def towers(model: nn.Module, input_size: Size | None = None) -> list[tuple[Adapter, Tower]]:
+    """Every supported tower of a model; raises if there is none."""
+    require_module(model)
+    if input_size is not None:
+        numbers = isinstance(input_size, (tuple, list)) and all(isinstance(n, int) and n > 0 for n in input_size)
+        if not numbers or len(input_size) != 3:
+            raise ConfigError(f"input_size is (channels, height, width), got {shown(input_size)}")
+    described = [(adapter, tower) for _, adapter in find_adapters(model) for tower in adapter.towers(model, input_size)]
+    outermost: dict[int, tuple[Adapter, Tower]] = {}
+    for adapter, tower in described:  # a wrapper and what it wraps, from two backends: the wrapper knows what comes after
+        key = id(tower.blocks[0].module)
+        if key not in outermost or len(tower.path) < len(outermost[key][1].path):
+            outermost[key] = (adapter, tower)
+    found = list(outermost.values())
+    if not found:
+        known = "; ".join(ADAPTERS.get(name).supported for name in ADAPTERS) if len(ADAPTERS.names()) else ""
+        raise UnsupportedModelError(f"{type(model).__name__} holds nothing that vtok can patch; supported: {known}")
+    return found

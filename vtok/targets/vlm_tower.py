@@ -1,0 +1,145 @@
+"""Methods inside the vision tower of a vision-language model: chosen, checked, installed, described."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from vtok.config import MethodConfig
+from vtok.core.prompt import VLMInfo, VLMReducer
+from vtok.errors import ConfigError, UnsupportedModelError
+from vtok.patches.block import check
+from vtok.patches.decoder.pass_state import Pruner
+from vtok.patches.hf_vision.adapter import HfAdapter
+from vtok.patches.hf_vlm import tower_bridge as vlm_tower
+from vtok.patches.hf_vlm.families import VLM
+from vtok.patches.hf_vlm.install import pruner_of
+from vtok.patches.hf_vlm.tower_bridge import Joint
+from vtok.patches.protocol import Tower
+from vtok.patches.transaction import all_or_nothing, to_the_end
+from vtok.registry import METHODS
+from vtok.reports.results import TowerInfo
+from vtok.targets import encoder as fit
+from vtok.targets.inspection import tower_info
+from vtok.targets.resolve import run_of
+
+ON_GRID = (
+    "what follows the vision tower needs every patch at its place, so that merged tokens are put back on the grid: the tower "
+    "gets cheaper, the prompt keeps its length"
+)
+
+
+def in_tower(config: MethodConfig) -> bool:
+    """Whether a method acts in the vision tower of a vision-language model."""
+    return config.for_encoders() and not config.for_vlms()
+
+
+def fitted(vlm: VLM, configs: tuple[MethodConfig, ...]) -> fit.Patch:
+    """Methods for the vision tower, with every number chosen."""
+    names, info = " + ".join(config.name for config in configs), vlm.info
+    tower, joint = _tower(vlm, names), vlm.joint()
+    dropping = [] if joint.connector else [config.name for config in configs if not config.merges]
+    try:
+        made = fit.fit(HfAdapter(), tower, configs, None, None)
+    except UnsupportedModelError:
+        if not dropping:
+            raise
+        made = None
+    if made is not None and not made.steps:
+        return made
+    if dropping or made is None:
+        raise UnsupportedModelError(
+            f"{' + '.join(dropping)} drops tokens inside the vision tower, but what follows it in {info.name} needs every "
+            "patch at its place in the grid; choose a method that merges (pitome, tome), whose tokens are put back on the "
+            f"grid, or one that acts on the prompt: {_for_prompts()}"
+        )
+    check(tower, made.steps)
+    first = min(made.steps)
+    if first >= joint.state:
+        raise ConfigError(
+            f"{names} reduces tokens from block {first} of the vision tower on, but {info.name} takes what leaves block "
+            f"{joint.state - 1}: nothing would change; name earlier blocks"
+        )
+    return made
+
+
+def _tower(vlm: VLM, names: str) -> Tower:
+    """The vision tower, for methods that act inside it."""
+    if vlm.tower is None:
+        raise UnsupportedModelError(
+            f"{names} reduces tokens inside the vision tower, and that of {vlm.info.name} cannot be patched: "
+            f"{vlm.info.no_tower}; methods that act on its prompts: {_for_prompts()}"
+        )
+    return vlm.tower
+
+
+def ladder(vlm: VLM, config: MethodConfig) -> Sequence[MethodConfig]:
+    """A method from its mildest setting to its strongest, in the vision tower or on the prompt: what a budget chooses from."""
+    return config.ladder(_tower(vlm, config.name).info) if in_tower(config) else config.ladder_vlm(vlm.info)
+
+
+def check_readable(features: VLMReducer, info: VLMInfo, tower: fit.Patch, joint: Joint) -> None:
+    """Raises if a method looks at patches of the vision tower that methods inside it have merged or dropped by then."""
+    blocks, first = features.tower_blocks, min(tower.steps)
+    if blocks and not features.reads_reduced and (joint.connector or max(blocks) > first):
+        names = " + ".join(config.name for config in tower.configs)
+        raise ConfigError(
+            f"a method on the prompt compares all patches that block {max(blocks)} of the vision tower of {info.name} sees, "
+            f"but {names} reduces them from block {first} on; use one of the two, or another method on the prompt"
+        )
+
+
+def _for_prompts() -> str:
+    return ", ".join(name for name in METHODS if METHODS.get(name).for_vlms())
+
+
+def put_tower(vlm: VLM, pruner: Pruner) -> None:
+    """Installs the part of a resolved patch that acts in the vision tower, if there is one."""
+    if pruner.joint is None:
+        return
+    assert vlm.tower is not None
+    grid = not pruner.joint.connector
+    run = fit.put(HfAdapter(), vlm.tower, pruner.tower, pruner.trace or grid, spare=grid)
+    vlm_tower.install(vlm.module, vlm.tower.module, pruner.joint, run)
+
+
+def warn_of_grids(vlms: Sequence[VLM], pruners: Sequence[Pruner]) -> None:
+    """Says which towers are patched although prompts do not get shorter by it."""
+    for vlm, pruner in zip(vlms, pruners):
+        if pruner.joint is not None and not pruner.holed:
+            warnings.warn(f"{vlm.info.name}: {ON_GRID}", stacklevel=3)
+
+
+def place(config: MethodConfig, pruners: Sequence[Pruner]) -> str:
+    """Where a method acts, in words."""
+    if not in_tower(config):
+        return "on the prompt"
+    if all(pruner.holed for pruner in pruners):
+        return "in the vision tower: the prompt gets shorter too"
+    return "in the vision tower alone: merged tokens are put back on the grid, the prompt keeps its length"
+
+
+def describe_tower(vlm: VLM) -> TowerInfo | None:
+    """What is patched into the vision tower of a model and what became of the last images; `None` if it is as it was."""
+    run = None if vlm.tower is None else run_of(vlm.tower.module)
+    if run is None or vlm.tower is None:
+        return None
+    pruner = pruner_of(vlm)
+    found = tower_info(HfAdapter(), vlm.tower, run, None)
+    notes = (*found.notes, f"note: {ON_GRID}") if pruner is not None and not pruner.holed else found.notes
+    return replace(found, path=".".join(part for part in (vlm.path, found.path) if part), notes=notes)
+
+
+@contextmanager
+def tower_patched(vlm: VLM, pruner: Pruner) -> Iterator[None]:
+    """The vision tower is patched for a while."""
+    from vtok.api import unpatch
+
+    try:
+        all_or_nothing(vlm.module, lambda: put_tower(vlm, pruner))
+        yield
+    finally:
+        if pruner.joint is not None:
+            to_the_end(lambda: unpatch(vlm.module))

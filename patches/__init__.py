@@ -88,21 +88,24 @@ from typing import Any
 from torch import nn
 
 from vtok.patches.protocol import Adapter
-from vtok.registry import ADAPTERS
+from vtok.registry import ADAPTERS, VLM_ADAPTERS, Registry
 
 
 def find_adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     """Adapters whose backend some module of `model` comes from; only these are imported."""
-    roots = {cls.__module__.partition(".")[0] for module in model.modules() for cls in type(module).__mro__}
-    for name in ADAPTERS:
-        if name in roots:
-            yield name, ADAPTERS.get(name)()
+    for name in _backends(model, ADAPTERS):
+        yield name, ADAPTERS.get(name)()
 
 
 def find_vlms(model: nn.Module) -> Sequence[Any]:
-    """The vision-language models inside `model`, as their adapters describe them; empty if there is none.
+    """The vision-language models inside `model`, as their backends describe them; empty if there is none.
 
     Raises:
         UnsupportedModelError: one is there but cannot be patched.
     """
-    return [vlm for _, adapter in find_adapters(model) if hasattr(adapter, "vlms") for vlm in adapter.vlms(model)]
+    return [vlm for name in _backends(model, VLM_ADAPTERS) for vlm in VLM_ADAPTERS.get(name)().vlms(model)]
+
+
+def _backends(model: nn.Module, known: Registry[Any]) -> list[str]:
+    roots = {cls.__module__.partition(".")[0] for module in model.modules() for cls in type(module).__mro__}
+    return [name for name in known if name in roots]

@@ -85,6 +85,11 @@ def rebuilt(thing: Any) -> tuple[Any, ...]:
     return _rebuild, parts(type(thing)), thing.__dict__
 
 
+def own_class(module: nn.Module) -> type:
+    """The class of a module before it was patched."""
+    return type(module).__bases__[1] if isinstance(module, Mixin) else type(module)
+
+
 def _rebuild(mixin: type, base: type) -> Any:
     cls: Any = mixed_class(mixin, base)
     return cls.__new__(cls)

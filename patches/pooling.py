@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vtok.core.tokens import TokenState, at_least_fp32, log_size_bias
 from vtok.core.tracker import Run
-from vtok.errors import StateError, UnsupportedModelError
+from vtok.errors import StateError
 from vtok.patches.module_swap import Hook, Mixin
 
 _OFF_GRID = (
@@ -107,14 +107,6 @@ class DenseOutputs(Mixin):
 
 class PatchedTrunk(DenseOutputs):
     """Mixin for timm trunks: average and maximum pooling over reduced tokens."""
-
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(x, torch.fx.Proxy):
-            raise UnsupportedModelError(
-                f"torch.fx's symbolic tracing cannot follow {type(self).__name__} as vtok patched it; use torch.compile or "
-                "torch.export, or call vtok.unpatch(model) first"
-            )
-        return super().forward(x, *args, **kwargs)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         upstream: Any = super()

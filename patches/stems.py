@@ -35,6 +35,11 @@ class ImageStem(StemHook):
     """Forward pre-hook of a timm embedding, which is given images [B, C, H, W]."""
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
+        if isinstance(args[0], torch.fx.Proxy):
+            raise UnsupportedModelError(
+                "torch.fx's symbolic tracing cannot follow a model as vtok patched it; use torch.compile or torch.export, or "
+                "call vtok.unpatch(model) first"
+            )
         if not isinstance(args[0], Tensor) or args[0].ndim != 4:
             raise UnsupportedModelError("vtok patches image input [B, C, H, W]; packed NaFlex input is not supported")
         self.run.announce(grid_of(module, args[0].shape[2:]))

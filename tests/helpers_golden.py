@@ -12,10 +12,10 @@ import recipe
 import torch
 from torch import Tensor, nn
 
-from vtok.api import run_of
 from vtok.config import ModelInfo
 from vtok.core.tokens import TokenState
 from vtok.core.tracker import Pass
+from vtok.targets.resolve import run_of
 
 FOLDER = Path(__file__).parent / "golden"
 

@@ -9,8 +9,8 @@ import torch
 from zoo import Nothing, build, images
 
 import vtok
-from vtok.api import run_of
 from vtok.registry import encoder_methods
+from vtok.targets.resolve import run_of
 
 
 @pytest.fixture(scope="module")

@@ -70,24 +70,25 @@ def top1(model, root, **extra):
     return record["top1"], record["n"], record["notes"]
 
 
+ORDER = "nothing names its 6 classes among the model's 6 outputs that count: they are taken in their natural order"
 SIX = {f"class{i}": i for i in range(6)}
 
 
 @pytest.mark.parametrize(
     ("shades", "empty", "note"),
     [
-        (SIX, (), None),
-        ({f"{name}/images": i for name, i in SIX.items()}, (), None),
-        ({f"group/{name}/deep/images": i for name, i in SIX.items()}, (), None),
-        ({f"group{i % 2}/{name}": i for name, i in SIX.items()}, (), None),
+        (SIX, (), ORDER),
+        ({f"{name}/images": i for name, i in SIX.items()}, (), ORDER),
+        ({f"group/{name}/deep/images": i for name, i in SIX.items()}, (), ORDER),
+        ({f"group{i % 2}/{name}": i for name, i in SIX.items()}, (), ORDER),
         ({name: i for name, i in SIX.items() if i != 2}, ("class2",), "1 folders hold no image: class2"),
         ({f"{name}/images": i for name, i in SIX.items() if i != 2}, ("class2/images",), "1 folders hold no image: class2"),
         ({name: i for name, i in SIX.items() if i != 2}, (), "refused"),
         ({**{name: i for name, i in SIX.items() if i < 5}, ".ipynb_checkpoints": 0}, (), "refused"),
-        ({**SIX, ".ipynb_checkpoints": 0, "__MACOSX/class1": 3}, (), None),
-        ({**SIX, "class1/thumbnails": 1}, (), None),
+        ({**SIX, ".ipynb_checkpoints": 0, "__MACOSX/class1": 3}, (), ORDER),
+        ({**SIX, "class1/thumbnails": 1}, (), ORDER),
         ({**SIX, "class6": 0}, (), "the data has label 6"),
-        ({**SIX}, ("notes",), None),
+        ({**SIX}, ("notes",), ORDER),
         ({str(i): i for i in range(6)}, (), None),
         ({str(i): i for i in (0, 3, 5)}, (), "some of the model's 6 outputs that count, by the numbers"),
         ({str(i): i for i in (1, 3, 5)}, (), "refused"),  # from 0 or from 1 on?
@@ -96,7 +97,7 @@ SIX = {f"class{i}": i for i in range(6)}
 )  # fmt: skip
 def test_labels_are_the_models_or_none(six, tmp_path, shades, empty, note):
     root = folders(tmp_path, shades, empty)
-    if note is not None and not note.startswith(("1 folders", "some of")):
+    if note is not None and not note.startswith(("1 folders", "some of", "nothing names")):
         words = r"which of the model's 6 outputs that count they are is not known" if note == "refused" else note
         with pytest.raises(vtok.ConfigError, match=words):
             top1(six, root)
@@ -182,9 +183,22 @@ def test_labels_for_a_search(thousand, six, tmp_path):
     assert not folder_labels(data, six)
 
 
-def test_nothing_is_found_by_a_name_that_stands_twice():
-    found, _ = labels_for({"a": 0, "b": 1}, (), 2, [["a", "a", "b"]], "x", "y")
-    assert found == {0: 0, 1: 1}
+def test_names_that_stand_twice_are_refused():
+    with pytest.raises(vtok.ConfigError, match="x hold a twice"):
+        labels_for({"a": 0, "b": 1}, (), 2, [["a", "a", "b"]], "x", "y")
+    found, note = labels_for({"c": 0, "d": 1}, (), 2, [["a", "a", "b"]], "x", "y")
+    assert found == {0: 0, 1: 1} and "taken in their natural order" in note
+
+
+def test_one_name_that_is_spelled_otherwise_is_refused():
+    """By order it would have moved the others too."""
+    with pytest.raises(vtok.ConfigError, match="2 of the data's 3 classes are found among x by name, but yellow is not; mend"):
+        labels_for({"blue": 0, "red": 1, "yellow": 2}, (), 3, [["red", "yelow", "blue"]], "x", "pass class_map")
+
+
+def test_an_order_that_decides_is_noted():
+    assert labels_for({"0": 0, "1": 1}, (), 2, [["dog", "cat"]], "x", "y") == ({0: 0, 1: 1}, "")
+    assert "nothing names its 2 classes among x" in labels_for({"a": 0, "b": 1}, (), 2, [], "x", "y")[1]
 
 
 def names_of(root, **extra):

@@ -56,11 +56,11 @@ def test_configs_lists_the_runs():
 
 @pytest.fixture
 def folder(tmp_path):
-    for name, colour in (("a", (200, 30, 30)), ("b", (30, 30, 200))):
+    for name, colour in (("n01440764", (200, 30, 30)), ("n01443537", (30, 30, 200))):
         (tmp_path / name).mkdir()
         for i in range(3):
             Image.new("RGB", (70, 60), colour).save(tmp_path / name / f"{i}.png")
-    (tmp_path / "a" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")
+    (tmp_path / "n01440764" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")
     return tmp_path
 
 

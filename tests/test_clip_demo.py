@@ -60,7 +60,7 @@ def test_table_plot_and_findings(demo):
     assert (out / "clip.png").stat().st_size > 10_000
     lines = clip_demo.markdown(records).splitlines()
     assert len(lines) == 5 and lines[0].count("|") == len(clip_demo.HEADER) + 1
-    assert f"{100 * records[1]['metrics']['acc1']:.1f} ±" in lines[3]
+    assert f"| {100 * records[1]['metrics']['acc1']:.1f} [" in lines[3]
 
 
 def test_findings_name_who_is_below_random(demo):

@@ -28,7 +28,7 @@ from vtok.eval.training.vit import Stage
 open_clip = pytest.importorskip("open_clip")
 
 # After the check that open_clip is there: these import it.
-from vtok.eval.training import clip as train_clip
+from vtok.eval.training import clip as train_clip  # noqa: E402
 from vtok.eval.training.clip import Recipe, contrastive_loss, draw_batch, make_tokenizer, resample, train  # noqa: E402
 
 RED_CIRCLE = CLASSES.index("red circle")

@@ -363,7 +363,7 @@ def test_files_with_keys_that_nobody_reads(model, tmp_path, monkeypatch):
         ({"positions": 5}, "positions is one of original, compact, found 5"),
         ({"positions": "orignal"}, "positions is one of original, compact, found 'orignal'"),
         ({"towers": [{**tower, "deph": 3}]}, "unknown key 'deph'; did you mean 'depth'?"),
-        ({"towers": [{**tower, "methods": []}]}, "here all are empty"),
+        ({"towers": [{**tower, "methods": []}]}, "those of every tower are empty"),
         ({"towers": [{**tower, "methods": {}}]}, "'methods' must be a list"),
         ({"towers": [{**tower, "methods": [{"method": "tome", "rr": 3}]}]}, "unknown parameter of tome 'rr'"),
     ):
@@ -377,7 +377,7 @@ def test_files_with_keys_that_nobody_reads(model, tmp_path, monkeypatch):
         Path("vtok.json").write_text(content)
         assert words in message_of(vtok.ConfigError, vtok.patch, model, "vtok.json")
     os.mkfifo("pipe.json")
-    assert "is no file that could be read" in message_of(vtok.ConfigError, vtok.patch, model, "pipe.json")
+    assert "pipe.json is a pipe; name a file" in message_of(vtok.ConfigError, vtok.patch, model, "pipe.json")
     assert "unknown method ''" in message_of(vtok.UnknownNameError, vtok.patch, model, "")
     assert not vtok.info(model).patched
 

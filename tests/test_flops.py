@@ -10,9 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import vtok
-from vtok.api import _towers
 from vtok.eval.benchmarks.flops import count_macs, formulas, links, watched_reduction
 from vtok.registry import encoder_methods
+from vtok.targets.resolve import towers
 
 BATCH = 3
 
@@ -69,7 +69,7 @@ def test_info_is_close_for_whatever_rows_ats_keeps(name):
 def test_reported_tokens_are_those_that_modules_see(name, method):
     model, _ = patched(name, method)
     images, rows = zoo.images(name, BATCH), {}
-    blocks = _towers(model, None)[0][1].blocks
+    blocks = towers(model, None)[0][1].blocks
 
     def watch(i):
         return lambda _module, args: rows.__setitem__(i, args[0].shape[:2].numel() // BATCH)

@@ -77,6 +77,16 @@ def test_the_choice_by_determinants() -> None:
         assert order[b].tolist() == slow_greedy(x[b], quality[b], 6)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_rounding_does_not_choose(seed: int) -> None:
+    """Rows of a wide model are almost at right angles, so all tokens add almost the same; cosines know no length."""
+    x, quality = torch.randn(1, 576, 4096, generator=torch.Generator().manual_seed(seed)), torch.ones(1, 576)
+    order = greedy_dpp(x, quality, 64)
+    assert order[0, 0] == 0
+    assert_equal(greedy_dpp(3 * x, quality, 64), order)
+    assert_equal(greedy_dpp(x.double(), quality, 64), order)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_beyond_the_rank_relevance_fills_up(dtype: torch.dtype) -> None:
     """The program asks 20 tokens of rank 8 for 20 and gets 15."""

@@ -9,9 +9,9 @@ import transformers
 from zoo import EXAMPLES, Nothing, attach, build, images, pairs
 
 import vtok
-from vtok.api import run_of
 from vtok.patches.hf_vision.examples import _TEXT, _TINY
 from vtok.patches.hf_vision.tables import ATTENTIONS, BLOCKS, OWNERS, TOWERS
+from vtok.targets.resolve import run_of
 
 HF = [name for name in EXAMPLES if name.startswith("transformers: ")]
 

@@ -8,10 +8,10 @@ pytest.importorskip("transformers")
 from zoo import SETTINGS, WITHOUT_CLS, Nothing, build, checkpointing
 
 import vtok
-from vtok.api import run_of
 from vtok.core.tokens import Place
 from vtok.patches.padding import by_rows, padding_of
 from vtok.registry import encoder_methods
+from vtok.targets.resolve import run_of
 
 GRIDS = [(8, 8), (6, 8), (5, 7), (6, 8), (2, 4)]
 PATCH = 8

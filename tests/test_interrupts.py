@@ -18,8 +18,8 @@ from vtok.patches.transaction import _HOOKS, Snapshot, to_the_end
 
 HERE = {str(Path(vtok.__file__).parent)} | {str(Path(p)) for p in vtok.patches.__path__}
 # What decides and looks, and changes no module, need not be interrupted at each of its lines.
-CHANGING = ("api.py", "block.py", "swap.py", "fit.py", "transaction.py", "timm_vit.py", "openclip_vit.py", "hf_vision.py")
-CHANGING += ("hf_vlm_install.py", "vlm.py", "vlm_towers.py", "vlm_tower.py", "tower_taps.py", "attend.py")
+CHANGING = ("api.py", "lifecycle.py", "encoder.py", "vlm.py", "vlm_resolve.py", "vlm_tower.py", "transaction.py")
+CHANGING += ("block.py", "module_swap.py", "adapter.py", "install.py", "tower_bridge.py", "tower_taps.py", "attention.py")
 
 
 def state(model: nn.Module) -> list:

@@ -16,7 +16,7 @@ from vtok.eval.tasks.vqa.evaluate import VQAOptions, evaluate
 TODRE = ("todre", {"keep": 0.3})
 QUESTIONS, BATCH = 17, 2  # nine batches, the last one shorter: neither 2 nor 3 processes divide the questions
 ASK = ("eval", "vqa", "-m", "reference-llava", "--data", "easy-vqa", "--num-samples", str(QUESTIONS), "-b", str(BATCH))
-TIMES = {"ttft_ms", "decode_ms_per_token", "throughput", "speedup", "speedup_ci", "achieved"}
+TIMES = {"pairs", "ttft_ms", "decode_ms_per_token", "throughput", "speedup", "speedup_ci", "achieved"}
 
 
 def lines(path: Path) -> list[dict]:

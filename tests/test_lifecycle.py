@@ -11,8 +11,8 @@ from torch import nn
 from zoo import EXAMPLES, build, images
 
 import vtok
-from vtok.api import run_of
 from vtok.patches.module_swap import Mixin
+from vtok.targets.resolve import run_of
 
 
 def _outputs(model, x):
@@ -128,7 +128,10 @@ def _compiled(module):
 
 def _prepared(module):
     accelerate = pytest.importorskip("accelerate")
+    state = accelerate.state.AcceleratorState  # one a process: of whoever came before, and of whoever comes next
+    state._reset_state()
     accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(module)
+    state._reset_state()
 
 
 WRAPPED = [

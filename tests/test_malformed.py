@@ -13,6 +13,7 @@ import random
 import struct
 import warnings
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,18 +38,13 @@ from vtok.eval.tasks.captions import open_captions
 from vtok.eval.tasks.image_folder import Sample, Unreadable, open_dataset
 from vtok.eval.tasks.scoring import Scorer
 from vtok.eval.tasks.timm_pipeline import Options, create_model
-from vtok.eval.tasks.vqa.data import open_vqa
 from vtok.eval.tasks.vqa.files import read_results
+from vtok.eval.tasks.vqa.opening import open_vqa
 from vtok.eval.tasks.vqa.task import Sources
 from vtok.eval.viz.input import prepared
 from vtok.registry import METHODS
 from vtok.targets.resolve import towers
 
-# Inputs that still end badly, by the start of their names: faults that are known. It should be empty.
-KNOWN: tuple[str, ...] = (
-    "answers: ", "calibration: ", "captions: ", "picture: ", "questions: ", "eval imagenet --dataset nope",
-    "eval vqa --results", "viz pipe", "viz image 'xxx", *(f"{task} " for task in WRITERS),
-)  # fmt: skip
 # What a list of mutations is cut to in the default tests: every so many of it, so that all places are reached.
 MOST = 150
 
@@ -62,8 +58,6 @@ def failures(inputs, allowed=(ACCEPTED, REFUSED)):
     found, count = [], 0
     for name, call, *own in inputs:
         count += 1
-        if name.startswith(KNOWN):
-            continue
         what, detail = outcome(call)
         if what not in (own[0] if own else allowed):
             found.append(f"{name}: {what} {detail}")
@@ -385,7 +379,8 @@ def test_files_of_question_tasks(tmp_path, task):
         def read(content, path=path, text=text):
             path.write_bytes(content)
             try:
-                data = QUESTION_TASKS.get(task).open(Sources(str(folder)))
+                ocr = str(path) if "OCR" in path.name else ""
+                data = QUESTION_TASKS.get(task).open(Sources(str(folder), ocr=ocr))
                 assert all(isinstance(q.text, str) for q in data.questions), "a question that is no text"
                 assert all(isinstance(answer, str) for q in data.questions for answer in q.answers), "an answer that is no text"
             finally:
@@ -608,6 +603,13 @@ def test_calibration():
         "empty": images[:0],
         "complex": images.to(torch.complex64),
         "meta": images.to("meta"),
+        "sparse": images.to_sparse(),
+        "array": images.numpy(),
+        "NaN by name": {"x": images * float("nan")},
+        "meta by name": {"x": images.to("meta")},
+        "float64 by name": {"x": images.double()},
+        "another name": {"nonsense": images},
+        "no name": {3: images},
         **{name: value for name, value in JUNK.items() if value is not None},
     }
     allowed = {"float64": (ACCEPTED, REFUSED), "int64": (ACCEPTED, REFUSED)}
@@ -617,6 +619,33 @@ def test_calibration():
     ]
     found = failures(calls)
     assert not found, told(found)
+
+
+def test_calibration_of_a_vision_language_model():
+    from helpers_vqa import tiny_llava
+
+    vlm = tiny_llava()
+    good = vlm.processor(images=[Image.new("RGB", (16, 16))], text=["<image> what?"], return_tensors="pt")
+    pixels, ids = good["pixel_values"], good["input_ids"]
+    wrong = {
+        "NaN": {**good, "pixel_values": pixels * float("nan")},
+        "meta": {**good, "pixel_values": pixels.to("meta")},
+        "ids on meta": {**good, "input_ids": ids.to("meta")},
+        "complex": {**good, "pixel_values": pixels.to(torch.complex64)},
+        "float ids": {**good, "input_ids": ids.float()},
+        "ids beyond": {**good, "input_ids": ids + 10**6},
+        "no batch": {**good, "pixel_values": pixels[0]},
+        "size": {**good, "pixel_values": pixels[..., :3, :3]},
+        "no name": {**good, 3: 1},
+        "empty": [],
+        **{name: value for name, value in JUNK.items() if value is not None},
+        **{f"ids {name}": {**good, "input_ids": value} for name, value in JUNK.items()},
+        **{f"pixels {name}": {**good, "pixel_values": value} for name, value in JUNK.items() if value is not None},
+    }
+    for method, own in (("ats", {"flops": 0.9}), ("correlation", {})):
+        run = partial(vtok.patch, vlm.net, method, **own)
+        found = failures((f"calibration of {method}: {n}", partial(run, calibration=v), (REFUSED,)) for n, v in wrong.items())
+        assert not found, told(found)
 
 
 def test_checkpoints(tmp_path):

@@ -9,7 +9,6 @@ import zoo
 from zoo import EXAMPLES, Nothing, attach, build, images
 
 import vtok
-from vtok.api import run_of
 from vtok.core.tokens import Place
 from vtok.eval.benchmarks.flops import count_macs
 from vtok.patches.block import ReducingBlock
@@ -17,6 +16,7 @@ from vtok.patches.module_swap import Hook, Mixin
 from vtok.patches.openclip_vit.adapter import BLOCKS
 from vtok.patches.protocol import look_up
 from vtok.registry import encoder_methods
+from vtok.targets.resolve import run_of
 
 open_clip = pytest.importorskip("open_clip")
 

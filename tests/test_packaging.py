@@ -69,7 +69,7 @@ def test_the_wheel_is_whole_and_leaks_nothing(built, tmp_path):
         "vtok/py.typed",
         "vtok/eval/report/html/templates/report.html",
         "vtok/assets/fashion_vit.safetensors",
-        "vtok/configs/tome_vit_s_augreg_r13.yaml",
+        "vtok/configs/tome/tome_vit_s_augreg_r13.yaml",
     ):
         assert file in names
     target = tmp_path / "site"
@@ -77,7 +77,8 @@ def test_the_wheel_is_whole_and_leaks_nothing(built, tmp_path):
     assert {p.name for p in target.iterdir() if "dist-info" not in p.name and p.name != "bin"} == {"vtok"}
     code = (
         "import vtok, vtok.patches.timm_vit.adapter, vtok.eval.tasks.imagenet\n"
-        "from vtok.eval import runs, reference\n"
+        "from vtok.eval.models import reference\n"
+        "from vtok.eval.runs import loader as runs\n"
         "assert vtok.__file__.startswith('.') or 'site' in vtok.__file__, vtok.__file__\n"
         "print(len(runs.bundled()), reference.asset('fashion_vit.safetensors').stat().st_size > 1e6)\n"
         "for name in ('patches', 'eval', 'configs', 'assets', 'tests'):\n"
@@ -88,7 +89,7 @@ def test_the_wheel_is_whole_and_leaks_nothing(built, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(target)}
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd="/", env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    runs = [path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "not_reproducible"]
+    runs = [path for path in (ROOT / "configs").rglob("*.yaml") if path.stem != "not_reproducible"]
     assert done.stdout.split() == [str(len(runs)), "True"]
 
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from zoo import BACKENDS, images
 
 import vtok
-from vtok.api import run_of
 from vtok.eval.benchmarks.flops import count_macs
 from vtok.eval.matrix.tiny import randomise
 from vtok.patches.attention import Tap
+from vtok.targets.resolve import run_of
 
 DEPTH, WIDTH, HEADS, RATIO = 16, 32, 2, 0.9  # deeper than 13: the last blocks of `official_llava` match by energy
 Keys = Callable[[Any, Tensor], Tensor]

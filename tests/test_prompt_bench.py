@@ -13,7 +13,7 @@ from vtok.eval.benchmarks.flops import count_prompt_macs
 from vtok.eval.benchmarks.prefill import Times, compare, measure_prompts, selection_seconds
 from vtok.eval.models import random_vlm as prompts
 from vtok.eval.models.random_vlm import ARCHITECTURES, sample_prompts
-from vtok.patches import find_vlms
+from vtok.targets import vlm_targets
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +83,9 @@ def test_times_become_ratios_pair_by_pair():
 def test_selection_is_timed_where_it_happens(monkeypatch):
     model, values = vtok.patch(build("LLaVA-1.5"), "uniform", keep=0.5), inputs("LLaVA-1.5")
     short = selection_seconds(model, values)
-    (vlm,) = find_vlms(model)
-    from vtok.patches.hf_vlm.install import pruner_of
+    (target,) = vlm_targets(model)
 
-    reducer = type(pruner_of(vlm).features)
+    reducer = type(target.installed().features)
     chosen = reducer.features
 
     def slow(self, images):

@@ -23,6 +23,7 @@ from vtok.eval.report.tables import correctness
 from vtok.eval.runs import loader as runs
 from vtok.eval.runs import runner
 from vtok.eval.tasks import QUESTION_TASKS, TASKS
+from vtok.eval.tasks.vqa.evaluate import BY_TASK
 from vtok.eval.tasks.vqa.files import read_results
 from vtok.eval.tasks.vqa.task import Sources, VQAOptions
 
@@ -256,7 +257,7 @@ def test_questions_whose_answers_are_secret(task, llava, tmp_path):
     declared, sources = QUESTION_TASKS.get(task), unlabelled(task, tmp_path / "data")
     assert all(q.answers == () and q.target == "" for q in declared.open(sources).questions)
     options = VQAOptions(split=sources.split, prompt="", max_new_tokens=2, device="cpu", output=str(tmp_path / "out"))
-    base, patched = declared.evaluate(llava, sources.data, SETTINGS, options)
+    base, patched = getattr(BY_TASK, declared.name)(llava, sources.data, SETTINGS, options)
     assert base["metrics"][declared.primary] is None and base["split"].startswith("test")
     assert patched["metrics"][f"{declared.primary}_difference"] is None and 0 <= patched["metrics"]["loyalty"] <= 1
     answers = json.loads((tmp_path / "out" / "answers_0-unpatched.json").read_text())

@@ -27,8 +27,8 @@ from vtok.eval.models.reference_next import (  # noqa: E402
     questions_about,
 )
 from vtok.eval.models.reference_vlm import BOS, IMAGE, PROMPT, ReferenceLLaVA, make_processor, make_tokenizer, save_folder  # noqa: E402
-from vtok.eval.training import llava_next as train_llava_next
-from vtok.eval.training import loop as train_run
+from vtok.eval.training import llava_next as train_llava_next  # noqa: E402
+from vtok.eval.training import loop as train_run  # noqa: E402
 from vtok.eval.training.llava_next import (  # noqa: E402
     Placer,
     Recipe,

@@ -12,7 +12,7 @@ from vtok.eval.models.reference import asset, load_reference_pictures
 
 transformers = pytest.importorskip("transformers")
 
-from vtok.eval.models import reference_vlm
+from vtok.eval.models import reference_vlm  # noqa: E402
 from vtok.eval.models.reference_vlm import (  # noqa: E402
     BOS,
     EOS,

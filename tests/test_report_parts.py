@@ -13,7 +13,8 @@ from vtok.eval import write_report
 from vtok.eval.models.reference import load_reference_images
 from vtok.eval.models.vlm import REFERENCE_LLAVA, VisionLanguageModel
 from vtok.eval.report.html import ReportOptions, gallery, groups, questions, sections
-from vtok.eval.tasks.vqa.data import EASY_VQA, open_vqa
+from vtok.eval.tasks.vqa.data import EASY_VQA
+from vtok.eval.tasks.vqa.opening import open_vqa
 
 N = 60
 

@@ -28,7 +28,7 @@ KILLER = """
 import os, random, signal, sys, time, timm, torch
 from pathlib import Path
 torch.set_num_threads(1)
-from vtok.eval import runner, runs
+from vtok.eval.runs import loader as runs, runner
 from vtok.eval.common.records import Records
 from vtok.eval.tasks import TASKS
 TASKS.get("imagenet")

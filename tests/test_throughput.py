@@ -125,7 +125,7 @@ def test_peak_is_forgotten_and_found_again():
     """In a process of its own: here, freed memory of other tests may be large enough to be used again."""
     script = """
 import torch
-from vtok.eval import memory
+from vtok.eval.benchmarks import memory
 torch.ones(200, 2**18)  # 200 MB, freed at once
 memory._forget_peak()
 before = memory._peak_bytes()

@@ -112,7 +112,7 @@ def test_the_report_counts_what_is_kept(host, asked, trained):
 
 
 def _info(host):
-    return vtok.patches.find_vlms(host.model)[0].info
+    return vtok.targets.vlm_targets(host.model)[0].info
 
 
 def test_training_resumes(host, asked, tmp_path):

@@ -11,7 +11,7 @@ import yaml
 import vtok
 from tests.test_tune import vtok_tune
 from vtok.core.search_space import draw
-from vtok.eval.tasks.vqa.data import calibration_questions, easy_vqa
+from vtok.eval.tasks.vqa.opening import calibration_questions, easy_vqa
 from vtok.eval.tune import prompts as tune_prompts
 from vtok.eval.tune.subjects import candidate
 from vtok.registry import METHODS

@@ -11,12 +11,12 @@ from typer.testing import CliRunner
 from zoo import build, images
 
 import vtok
-from vtok.api import run_of
 from vtok.errors import ConfigError, UnknownNameError
 from vtok.eval import visualize
 from vtok.eval.cli.app import app
 from vtok.eval.viz import input as viz_input
 from vtok.eval.viz.draw import Stage, TokenMaps, View
+from vtok.targets.resolve import run_of
 
 RUN = CliRunner()
 ENCODERS = ("timm: ViT", "open_clip: ViT", "transformers: ViT", "transformers: CLIP tower")

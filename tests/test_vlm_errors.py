@@ -173,7 +173,7 @@ def test_a_method_that_keeps_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("name", list(EXAMPLES))
-def test_at_least_one_token_of_every_view_stays(name):
+def test_at_least_one_token_of_every_image_stays(name):
     """keep=0.01 of a few tokens would be none."""
     model, values = vtok.patch(build(name, EXAMPLES[name].kernels[0]), "random", keep=0.01), inputs(name)
     with torch.no_grad():

@@ -11,7 +11,7 @@ from vlm_zoo import TOLERANCE, AttendedReducer, MaskOracle, _ColumnsReducer, bui
 
 import vtok
 from vtok.config import MethodConfig
-from vtok.methods import todre
+from vtok.methods.todre import config as todre
 
 FAMILIES = ["LLaVA-1.5", "LLaVA, Mistral text, window 9", "LLaVA, Qwen2 text, window 9 first", "LLaVA-NeXT", "InternVL"]
 ROTARY = ["Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL"]

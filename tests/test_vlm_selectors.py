@@ -50,6 +50,20 @@ def alive(model: Any, values: dict[str, Tensor]) -> tuple[dict[int, Tensor], dic
     return vlm_oracle._alive(last, len(vlm.text.layers)), vlm_oracle.folds(last)
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["LLaVA-1.5", "LLaVA-NeXT", "Gemma3"])
+def test_a_padded_prompt_without_positions(name: str, method: str, seed: int) -> None:
+    """`forward` numbers the columns of a row with its padding, `generate` without; the model sees no difference."""
+    values, model = inputs(name, seed), patched(name, method)
+    real = values["attention_mask"].bool()
+    assert not bool(real[:, 0].all())
+    with torch.no_grad():
+        found = model(**values).logits
+        expected = model(**values, position_ids=(real.cumsum(1) - 1).clamp_min(0)).logits
+    assert_same(found[:, -1], expected[:, -1])
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["LLaVA-1.5", "Qwen2.5-VL", "PaliGemma"])
 def test_generation(name: str, method: str) -> None:

@@ -8,7 +8,7 @@ from helpers_todre import KEEP, alive_of, diverse, kernel_of, ratios, row_of
 from vlm_zoo import EXAMPLES, MaskOracle, assert_same, assert_threads_apart, build, generate, inputs, visual
 
 import vtok
-from vtok.methods import todre
+from vtok.methods.todre import config as todre
 
 MAIN = ["LLaVA-1.5", "LLaVA-NeXT", "LLaVA-OneVision", "Qwen2.5-VL", "InternVL", "Idefics3", "Gemma3", "PaliGemma"]
 EACH = [*MAIN, *(pytest.param(name, marks=pytest.mark.slow) for name in EXAMPLES if name not in MAIN)]

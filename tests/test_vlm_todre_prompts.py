@@ -7,7 +7,7 @@ from vlm_zoo import EXAMPLES, MaskOracle, assert_same, build, generate, inputs
 
 import vtok
 from vtok.eval.benchmarks.flops import count_prompt_macs
-from vtok.methods import todre
+from vtok.methods.todre import config as todre
 from vtok.patches.hf_vlm import image_features as hf
 from vtok.patches.hf_vlm.families import find
 from vtok.targets.resolve import run_of

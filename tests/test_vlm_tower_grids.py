@@ -11,6 +11,7 @@ from helpers_towers import METHODS, note_input, tower_of
 from vlm_zoo import assert_same, build, generate, inputs
 
 import vtok
+from vtok.patches.module_swap import remove_hooks
 from vtok.targets.resolve import run_of
 
 GRIDS = ["LLaVA-NeXT", "LLaVA-OneVision", "InternVL", "Idefics3", "SmolVLM", "Gemma3"]
@@ -38,6 +39,8 @@ class _Returns:
 
     def __init__(self, tower, method):
         self.tower, self.twin, self.method = tower, copy.deepcopy(tower), method
+        for module in self.twin.modules():  # a copy of a part: what belongs to the patched model stays behind
+            remove_hooks(module)
         vtok.patch(self.twin, method, trace=True)
 
     def __enter__(self):
@@ -142,7 +145,7 @@ def test_patches_that_are_padding():
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_packed_towers(name):
+def test_packedtowers(name):
     text = message_of(vtok.UnsupportedModelError, vtok.patch, build(name), "pitome")
     assert "runs the patches of all images as one sequence" in text
     assert "methods that act on its prompts: " in text

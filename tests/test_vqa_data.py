@@ -9,7 +9,8 @@ pytest.importorskip("transformers")
 from helpers_vqa import picture, questions, write_vqav2
 
 import vtok
-from vtok.eval.tasks.vqa.data import EASY_VQA, PAGES, blind_answers, open_vqa
+from vtok.eval.tasks.vqa.data import EASY_VQA, PAGES, blind_answers
+from vtok.eval.tasks.vqa.opening import open_vqa
 from vtok.eval.tasks.vqa.records import blind_scores, groups_of
 
 

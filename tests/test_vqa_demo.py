@@ -15,7 +15,8 @@ from vtok.eval.demo import questions as vqa_demo
 from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_NEXT
 from vtok.eval.report import questions as vqa_report
 from vtok.eval.tasks.vqa import pipeline as vqa_pipeline
-from vtok.eval.tasks.vqa.data import PAGES, open_vqa
+from vtok.eval.tasks.vqa.data import PAGES
+from vtok.eval.tasks.vqa.opening import open_vqa
 from vtok.eval.viz import prompt_overlay as vqa_overlay
 
 QUESTIONS, PAGE_QUESTIONS = 10, 8

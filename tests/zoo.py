@@ -18,6 +18,7 @@ from vtok.config import MethodConfig, ModelInfo, Reducer
 from vtok.core.tokens import Place, Site
 from vtok.eval.matrix import tiny
 from vtok.registry import METHODS, encoder_methods
+from vtok.targets.resolve import towers
 
 # Settings under which a method really reduces 64 patches in 4 blocks.
 SETTINGS: dict[str, dict[str, Any]] = {name: dict(METHODS.get(name).trial) for name in encoder_methods()}
@@ -87,7 +88,7 @@ def images(name: str, batch: int = 2, dtype: torch.dtype = torch.float32, seed: 
 
 def block_list(model: nn.Module) -> Any:
     """The list that a model keeps its (only) tower's blocks in."""
-    first = vtok.api._towers(model, None)[0][1].blocks[0].module
+    first = towers(model, None)[0][1].blocks[0].module
     lists = [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
     return next(m for m in lists if any(block is first for block in m))
 

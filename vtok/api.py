@@ -1,10 +1,11 @@
-"""The functions a user calls. Names and configs become methods, models become towers; every user-facing check lives here."""
+"""The functions that a user calls. What they act on are `Target`s: none of them asks which kind it has."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,21 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from vtok import serialization as files
+from vtok.config import MethodConfig
 from vtok.core import reduction
-from vtok.cost.prefill import Prompt
-from vtok.errors import ConfigError, StateError, VtokError
-from vtok.patches import find_vlms
-from vtok.patches.block import check
-from vtok.patches.module_swap import Mixin, check_class, remove_hooks, shared_by, take_off
-from vtok.patches.protocol import Adapter, Tower
-from vtok.patches.transaction import all_or_nothing, to_the_end
+from vtok.errors import StateError, UnsupportedModelError, VtokError
+from vtok.patches.transaction import all_or_nothing
 from vtok.plain import native
 from vtok.registry import METHODS
 from vtok.reports.prompt import PromptPlan
 from vtok.reports.results import Info, PlanReport, Support
-from vtok.targets.encoder import Patch, call, fit, foretell, measured, put
-from vtok.targets.resolve import Method, Size, own_class, require_module, run_of, wanted
-from vtok.targets.resolve import towers as _towers
+from vtok.targets import Request, Target, find_targets, lifecycle
+from vtok.targets.kernels import attention_kernels
+from vtok.targets.resolve import Method, Size, methods_for, require_module, run_of
 
 
 def patch(
@@ -73,51 +70,28 @@ def patch(
     """
     require_module(model)
     flops, input_size, prompt = native(flops), native(input_size), native(prompt)
-    _check_whole(model)
-    if vlms := find_vlms(model):
-        from vtok.targets import vlm
-        from vtok.targets import vlm_budget as prompt_budget
-        from vtok.targets import vlm_tower as vlm_towers
-
-        stated, (configs_of, saved) = Prompt.of(prompt, input_size), wanted([v.info for v in vlms], method, params, flops)
-        free = prompt is None and input_size is None
-        configs_of = vlm.calibrated(vlms, configs_of, calibration, measures=free and flops is not None)
-        configs_of, budgets = prompt_budget.budgeted(model, vlms, configs_of, flops, stated, calibration if free else None)
-        pruners = vlm.resolve_all(vlms, configs_of, saved, positions, budgets, trace)
-        vlm_towers.warn_of_grids(vlms, pruners)
-        all_or_nothing(model, lambda: vlm.put(unpatch(model), vlms, pruners))
-        return model
-    for name, value in (("positions", positions), ("prompt", prompt)):
-        if value is not None:
-            raise ConfigError(f"{name} is for vision-language models; {type(model).__name__} is none that vtok knows")
-    found = _towers(model, input_size)
-    configs_of, saved = wanted([tower.info for _, tower in found], method, params, flops)
-    ready = []
-    for (adapter, tower), configs in zip(found, configs_of):
-        if not configs:  # saved from a model of which this tower was not patched
-            continue
-        made = fit(adapter, tower, configs, flops, calibration)
-        check(tower, made.steps)
-        ready.append((adapter, tower, made))
-    traced = trace or (saved is not None and saved.trace)
-    all_or_nothing(model, lambda: _put_back(unpatch(model), [(*one, traced) for one in ready]))
+    lifecycle.check_whole(model)
+    targets = find_targets(model, input_size)
+    configs_of, saved = methods_for([target.info for target in targets], method, params, flops)
+    if saved is not None:
+        trace, positions = trace or saved.trace, saved.positions if positions is None else positions
+    request = Request(flops, input_size, calibration, trace, positions, prompt)
+    ready = [(target, target.resolve(configs, request)) for target, configs in zip(targets, configs_of) if configs]
+    for target, resolved in ready:
+        for sentence in target.warnings(resolved):
+            warnings.warn(sentence, stacklevel=2)
+    all_or_nothing(model, lambda: _install(unpatch(model), ready))
     return model
 
 
-def _check_whole(model: nn.Module) -> None:
-    """Raises if a module is part of a vision-language model that is patched."""
-    hooks = [hook for module in model.modules() for hook in shared_by(module) if hasattr(hook, "pruner")]
-    owned = {id(hook.pruner) for hook in hooks if hook.leads}
-    if any(id(hook.pruner) not in owned for hook in hooks):
-        raise StateError(
-            f"this {type(model).__name__} is part of a vision-language model that vtok patched; patch and unpatch that model: "
-            "what was patched into its parts belongs together"
-        )
+def _install(model: nn.Module, ready: list[tuple[Target, Any]]) -> None:
+    for target, resolved in ready:
+        target.install(resolved)
 
 
-def _put_back(model: nn.Module, patches: Iterable[tuple[Adapter, Tower, Patch, bool]]) -> None:
-    for adapter, tower, made, traced in patches:
-        put(adapter, tower, made, traced)
+def _installed(model: nn.Module) -> list[tuple[Target, Any]]:
+    """What is patched, as `_install` takes it."""
+    return [(target, resolved) for target in find_targets(model) if (resolved := target.installed()) is not None]
 
 
 def unpatch(model: nn.Module) -> nn.Module:
@@ -127,21 +101,8 @@ def unpatch(model: nn.Module) -> nn.Module:
         StateError: another tool has wrapped a patched module since, or this is a part of what was patched; nothing is changed.
     """
     require_module(model)
-    _check_whole(model)
-    for module in model.modules():
-        if isinstance(module, Mixin):
-            check_class(module)
-
-    def bare() -> nn.Module:
-        for module in model.modules():
-            if isinstance(module, Mixin):
-                take_off(module)
-            for name in ("_vtok", "_vtok_run", "_vtok_taps"):
-                module.__dict__.pop(name, None)
-            remove_hooks(module)
-        return model
-
-    return all_or_nothing(model, bare)
+    lifecycle.check_whole(model)
+    return lifecycle.unpatch(model)
 
 
 @contextmanager
@@ -149,46 +110,9 @@ def patched(model: nn.Module, method: Method = "pitome", **kwargs: Any) -> Itera
     """`with vtok.patched(model, "tome", r=8): ...`; at the end, whatever happens inside, the model is as it was before:
     unpatched, or with the patch that it had."""
     require_module(model)
-    before, pruners, marks = _installed(model), _pruners(model), _marks(model)
-
-    def restore() -> None:
-        if _marks(model) == marks:  # nothing has been patched
-            return
-        unpatch(model)
-        _put_back(model, before)
-        if pruners:
-            from vtok.targets import vlm
-
-            vlm.put(model, [v for v, _ in pruners], [p for _, p in pruners])
-
-    try:
-        patch(model, method, **kwargs)
+    before = _installed(model)
+    with lifecycle.temporarily(model, lambda: patch(model, method, **kwargs), lambda: _install(model, before)):
         yield model
-    finally:
-        to_the_end(lambda: all_or_nothing(model, restore))
-
-
-def _marks(model: nn.Module) -> list[int]:
-    """What is patched, as far as it can be told from what is patched anew."""
-    return [id(shared) for module in model.modules() for shared in shared_by(module)]
-
-
-def _pruners(model: nn.Module) -> list[Any]:
-    """(vision-language model, what its hooks share) where it is patched."""
-    vlms = find_vlms(model)
-    if not vlms:
-        return []
-    from vtok.patches.hf_vlm.install import pruner_of
-
-    return [(v, pruner) for v in vlms if (pruner := pruner_of(v)) is not None]
-
-
-def _installed(model: nn.Module) -> list[tuple[Adapter, Tower, Patch, bool]]:
-    """What is patched into each tower, as `put` takes it; towers of vision-language models are left to `_pruners`."""
-    if run_of(model) is None or find_vlms(model):
-        return []
-    found = [(adapter, tower, run_of(tower.module)) for adapter, tower in _towers(model, None)]
-    return [(adapter, tower, run.patch, run.trace) for adapter, tower, run in found if run is not None]
 
 
 def plan(
@@ -213,23 +137,9 @@ def plan(
     """
     require_module(model)
     flops, input_size, prompt = native(flops), native(input_size), native(prompt)
-    if vlms := find_vlms(model):
-        from vtok.targets import vlm
-        from vtok.targets import vlm_budget as prompt_budget
-
-        wishes, _ = wanted([v.info for v in vlms], method, params, flops)
-        wishes = vlm.calibrated(vlms[:1], wishes[:1], calibration, measures=prompt is None and input_size is None)
-        return prompt_budget.plan(model, vlms, wishes, flops, prompt, input_size, calibration)
-    if prompt is not None:
-        raise ConfigError(f"prompt is for vision-language models; {type(model).__name__} is none that vtok knows")
-    found = _towers(model, input_size)
-    configs_of, _ = wanted([tower.info for _, tower in found], method, params, flops)
-    adapter, tower = found[0]
-    made = fit(adapter, tower, configs_of[0], flops, calibration)
-    result = foretell(adapter, tower, made.steps)
-    if calibration is not None and not result.exact:
-        result = measured(adapter, tower, made.configs, calibration)
-    return PlanReport(type(tower.module).__name__, made.configs, result, made.budget, tower.info.num_patches)
+    targets = find_targets(model, input_size)
+    configs_of, _ = methods_for([target.info for target in targets], method, params, flops)
+    return targets[0].plan(configs_of[0], Request(flops, input_size, calibration, prompt=prompt))
 
 
 def prune_inputs(
@@ -266,12 +176,22 @@ def prune_inputs(
     Raises:
         ConfigError, UnsupportedModelError, UnknownNameError: as `patch` does.
     """
-    from vtok.targets import vlm
-
     require_module(model)
-    vlms = find_vlms(model)
-    configs_of, saved = wanted([v.info for v in vlms], method, params, None)
-    return vlm.shorten(model, vlms, inputs, configs_of, saved, positions, pad_token_id, calibration)
+    try:
+        targets = find_targets(model)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"prune_inputs takes one vision-language model with its language head: {error}") from error
+    if len(targets) > 1:
+        raise UnsupportedModelError(
+            f"prune_inputs takes one vision-language model with its language head, got {type(model).__name__}, which holds "
+            f"{len(targets)} models that can be patched"
+        )
+    (target,) = targets
+    (configs,), saved = methods_for([target.info], method, params, None)
+    if positions is None and saved is not None:
+        positions = saved.positions
+    request = Request(calibration=calibration, trace=saved is not None and saved.trace, positions=positions)
+    return target.shortened_inputs(inputs, configs, request, pad_token_id)
 
 
 def info(model: nn.Module, probe: Any = None) -> Info:
@@ -285,30 +205,18 @@ def info(model: nn.Module, probe: Any = None) -> Info:
         Tokens in and out of every block (per image where they differ), MACs of that pass; of a vision-language model tokens at
         every place and decoder layer (per row), MACs of tower, connector and decoder layers, KV-cache bytes. Print it.
     """
-    from vtok.targets.inspection import tower_info
-
-    require_module(model)
-    if vlms := find_vlms(model):
-        from vtok.targets import vlm
-        from vtok.targets import vlm_tower as vlm_towers
-
-        if probe is not None:
-            with torch.no_grad():
-                call(model, probe)
-        towers = (vlm_towers.describe_tower(v) for v in vlms)
-        return Info(tuple(t for t in towers if t is not None), tuple(vlm.describe(model, v) for v in vlms))
-    found = _towers(model, None)
-    kernels: dict[int, list[str]] = {}
+    targets = find_targets(model)
+    kernels: list[str] | None = None
     if probe is not None:
-        from vtok.targets.kernels import attention_kernels
-
-        modules = [b.module for _, tower in found for b in tower.blocks]
-        names = attention_kernels(modules, lambda: call(model, probe))
-        for i, (_, tower) in enumerate(found):
-            kernels[i], names = names[: len(tower.blocks)], names[len(tower.blocks) :]
-    return Info(
-        tuple(tower_info(adapter, tower, run_of(tower.module), kernels.get(i)) for i, (adapter, tower) in enumerate(found))
-    )
+        with torch.no_grad():
+            modules = [module for target in targets for module in target.layers.modules]
+            kernels = attention_kernels(modules, lambda: lifecycle.call(model, probe))
+    found = []
+    for target in targets:
+        count = len(target.layers.modules)
+        found.append(target.describe(None if kernels is None else kernels[:count]))
+        kernels = None if kernels is None else kernels[count:]
+    return Info(tuple(t for one in found for t in one.towers), tuple(p for one in found for p in one.prompts))
 
 
 def supports(model: nn.Module) -> Support:
@@ -322,35 +230,39 @@ def supports(model: nn.Module) -> Support:
 
 def _supports(model: nn.Module) -> Support:
     try:
-        require_module(model)
-        if vlms := find_vlms(model):
-            from vtok.targets import vlm
-
-            return vlm.support(vlms)
-        found = _towers(model, None)
+        targets = find_targets(model)
     except VtokError as error:
         return Support(reason=str(error))
-    towers: list[tuple[str, str, int, str]] = []
+    rows = []
+    for layers in (target.layers for target in targets):
+        kinds = ", ".join(f"{name} x{count}" for name, count in Counter(layers.kinds).items())
+        rows.append((layers.path, layers.name, len(layers.modules), kinds))
     methods: dict[str, str | None] = {}
-    for _, tower in found:
-        kinds = Counter(own_class(b.module).__name__ for b in tower.blocks)
-        towers.append(
-            (tower.path, own_class(tower.module).__name__, len(tower.blocks), ", ".join(f"{n} x{c}" for n, c in kinds.items()))
-        )
     on_request: dict[str, dict[str, Any]] = {}
+    places: dict[str, str] = {}
     for name in METHODS.names():
-        methods[name] = None
+        why: list[str] = []
         for extra, config in METHODS.get(name).variants():
             try:
-                for adapter, tower in found:
-                    check(tower, fit(adapter, tower, (config,), None, None).steps)
+                place = _place(targets, config)
             except VtokError as error:
-                methods[name] = methods[name] or str(error)
+                why.append(str(error))
                 continue
+            methods[name] = why[0] if extra else None
             if extra:
                 on_request[name] = extra
+            if place:
+                places[name] = place
             break
-    return Support(tuple(towers), methods, on_request=on_request)
+        else:
+            methods[name] = why[-1]
+    return Support(tuple(rows), methods, on_request=on_request, places=places)
+
+
+def _place(targets: list[Target], config: MethodConfig) -> str:
+    """Where a method acts, in words. Raises if it cannot act on one of the targets."""
+    resolved = [(target, target.resolve((config,), Request())) for target in targets]
+    return " or ".join(dict.fromkeys(place for target, one in resolved if (place := target.place((config,), one))))
 
 
 def unmerge(model: nn.Module, tokens: Tensor, fill: float = 0.0) -> Tensor:
@@ -369,14 +281,15 @@ def save_config(model: nn.Module, path: str | os.PathLike) -> None:
 
     `vtok.patch(other_model, path)` brings it back; numbers that a budget chose are written, not the budget.
     """
-    if pruners := _pruners(model):
-        if len(pruners) < len(find_vlms(model)):
-            raise StateError("of several vision-language models only some are patched; save each of these by itself")
-        saved = [(v.info, pruner.configs) for v, pruner in pruners]
-        trace = any(pruner.trace for _, pruner in pruners)
-        return files.save(path, saved, trace, "compact" if pruners[0][1].compact else "original")
-    found = [] if run_of(model) is None or find_vlms(model) else [(t, run_of(t.module)) for _, t in _towers(model)]
-    if not any(run is not None for _, run in found):
+    require_module(model)
+    found = [(target, target.installed()) for target in find_targets(model)]
+    patches = [resolved for _, resolved in found if resolved is not None]
+    if not patches:
         raise StateError("the model is not patched; there is nothing to save")
-    saved = [(tower.info, () if run is None else run.patch.configs) for tower, run in found]
-    files.save(path, saved, any(run is not None and run.trace for _, run in found))
+    prompts = any(target.reads_prompts for target, _ in found)
+    if prompts and len(patches) < len(found):
+        raise StateError("of several vision-language models only some are patched; save each of these by itself")
+    compact = any(getattr(resolved, "compact", False) for resolved in patches)
+    positions = ("compact" if compact else "original") if prompts else None
+    saved = [(target.info, () if resolved is None else resolved.configs) for target, resolved in found]
+    files.save(path, saved, any(resolved.trace for resolved in patches), positions)

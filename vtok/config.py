@@ -353,7 +353,7 @@ def fraction(value: Any, name: str) -> float:
 def whole(value: Any, name: str, least: int | None = None) -> None:
     """Checks that a value is a whole number, of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
-        raise ConfigError(f"{name} must be a whole number{'' if least is None else f' >= {least}'}, got {value!r}")
+        raise ConfigError(f"{name} must be a whole number{'' if least is None else f' >= {least}'}, got {shown(value)}")
 
 
 def block_numbers(layers: Any) -> tuple[int, ...]:

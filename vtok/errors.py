@@ -42,6 +42,7 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 6
 _SHORT.maxlevel = 3
+_LISTED = 50  # known names in a message
 
 
 def shown(value: object) -> str:
@@ -61,4 +62,5 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
     name = name if len(name) <= _SHORT.maxstring else f"{name[: _SHORT.maxstring]}..."
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" did you mean {near[0]!r}?" if near else ""
-    return UnknownNameError(f"unknown {kind} {name!r};{hint} known: {', '.join(known)}")
+    rest = f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
+    return UnknownNameError(f"unknown {kind} {name!r};{hint} known: {', '.join(known[:_LISTED])}{rest}")

@@ -5,9 +5,11 @@ A pipe, a device or a folder in the place of a file would make reading wait fore
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 from vtok.errors import ConfigError, brief
 
@@ -25,6 +27,11 @@ def exists(path: str | os.PathLike) -> bool:
 def is_folder(path: str | os.PathLike) -> bool:
     """Whether it is a folder, whatever the name looks like."""
     return exists(path) and os.path.isdir(path)
+
+
+def is_file(path: str | os.PathLike) -> bool:
+    """Whether it is a regular file, whatever the name looks like."""
+    return exists(path) and os.path.isfile(path)
 
 
 def regular(path: str | os.PathLike, what: str = "") -> Path:
@@ -72,3 +79,19 @@ def read_text(path: str | os.PathLike, what: str = "", biggest: int = BIGGEST) -
         raise ConfigError(f"{name} is no text in UTF-8: {error}") from error
     except OSError as error:
         raise ConfigError(f"{name} cannot be read: {error.strerror or error}") from error
+
+
+def from_json(text: str | bytes, wrong: str) -> Any:
+    """The values that a JSON text stands for.
+
+    Args:
+        text: of a file, or of a line of one.
+        wrong: what to say of a text that is none, with the file's name: "x.json is no JSON file".
+
+    Raises:
+        ConfigError: it is no JSON, nested beyond any use, or holds a number of endless digits.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, or a number of too many digits
+        raise ConfigError(f"{wrong}: {brief(error)}") from error

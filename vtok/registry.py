@@ -1,4 +1,4 @@
-"""The tables of what vtok knows: METHODS and ADAPTERS. To add one, write its file and one line here.
+"""The tables of what vtok knows: METHODS, ADAPTERS and VLM_ADAPTERS. To add one, write its file and one line here.
 
 Entries are "module:attribute" strings, imported on first use, so that `import vtok` imports no backend. Other packages add
 theirs through the entry-point groups `vtok.methods` and `vtok.adapters`, or by the decorator `METHODS.register(name)`.
@@ -137,4 +137,11 @@ ADAPTERS: Registry[Any] = Registry(
         "transformers": "vtok.patches.hf_vision.adapter:HfAdapter",
     },
     group="vtok.adapters",
+)
+
+# The same for vision-language models: what describes those of a backend.
+VLM_ADAPTERS: Registry[Any] = Registry(
+    "vision-language adapter",
+    {"transformers": "vtok.patches.hf_vlm.families:HfVLMAdapter"},
+    group="vtok.vlm_adapters",
 )

@@ -133,7 +133,7 @@ def load(path: str | os.PathLike) -> Saved:
         _check_keys(source, tower, (*_IDENTITY, "methods"))
     trace, positions = content.get("trace", False), content.get("positions")
     if not isinstance(trace, bool):
-        raise ConfigError(f"{source}: trace is true or false, found {trace!r}")
+        raise ConfigError(f"{source}: trace is true or false, found {shown(trace)}")
     if positions is not None and positions not in POSITIONS:
         raise ConfigError(f"{source}: positions is one of {', '.join(POSITIONS)}, found {shown(positions)}")
     saved = tuple((tower, _methods(source, tower)) for tower in towers)
@@ -148,7 +148,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A mapping of JSON, no key of which is written twice."""
     twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
     if twice:
-        raise ConfigError(f"the key {twice[0]!r} is written twice in one mapping; which of the two is meant?")
+        raise ConfigError(f"the key {shown(twice[0])} is written twice in one mapping; which of the two is meant?")
     return dict(pairs)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, brief
 
 _READ_BACK = 1 << 20  # bytes handed on at a time
 
@@ -130,7 +130,7 @@ def _target(path: str | os.PathLike) -> Path:
     try:
         return Path(os.path.realpath(path))
     except (OSError, ValueError) as error:  # a zero byte, a link to itself
-        raise ConfigError(f"{os.fspath(path)!r} cannot be written: {reason(error)}") from error
+        raise ConfigError(f"{brief(path)!r} cannot be written: {reason(error)}") from error
 
 
 def _identity(path: str | os.PathLike) -> tuple[object, ...] | None:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vtok.patches import find_vlms
 from vtok.patches.block import Link, ReducingBlock
+from vtok.targets import vlm_targets
 
 Shape = Sequence[int]
 _REDUCTION = "reduction"
@@ -203,9 +203,8 @@ def watched_prompt(model: nn.Module, around: Callable[[int], Any]) -> Iterator[N
         around: called with the decoder layer each time, `FEATURES` for the choice among image features; returns the context
             manager to enter.
     """
-    from vtok.patches.hf_vlm.install import pruner_of
 
-    pruners = [pruner for vlm in find_vlms(model) if (pruner := pruner_of(vlm)) is not None]
+    pruners = [pruner for target in vlm_targets(model) if (pruner := target.installed()) is not None]
     before = [(pruner.features, pruner.layers) for pruner in pruners]
 
     def watch(reducer: Any, layer: int) -> Any:

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 import vtok
 from vtok.cost.prefill import PromptEstimate
-from vtok.errors import ConfigError, UnsupportedModelError
+from vtok.errors import ConfigError, UnsupportedModelError, shown
 from vtok.eval.benchmarks.flops import watched_prompt, watched_reduction
 from vtok.eval.benchmarks.prefill_result import PromptResult
 from vtok.eval.benchmarks.throughput import (
@@ -62,7 +62,7 @@ from vtok.eval.benchmarks.throughput import (
 )
 from vtok.eval.common.settings import Setting, evaluating, placed, twin, versions
 from vtok.eval.common.statistics import paired_ratio, spread
-from vtok.patches import find_vlms
+from vtok.targets import vlm_targets
 
 NEW_TOKENS = 16
 _PLAIN_BLOCKS = 4  # the plain loop runs in as many stretches, spread over the run
@@ -121,7 +121,7 @@ def measure_prompts(
     _check(model, chosen, pairs, new_tokens)
     if isinstance(dtype, str):
         if dtype not in DTYPES:
-            raise ConfigError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+            raise ConfigError(f"unknown dtype {shown(dtype)}; known: {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     with _threads(threads), evaluating(model), torch.no_grad():
@@ -136,7 +136,7 @@ def measure_prompts(
         times, plain = _interleave([base, *patched], values, pairs, warmup, new_tokens, progress)
         common: dict[str, Any] = {
             "model": name or type(model).__name__,
-            "attention": find_vlms(base)[0].text.config._attn_implementation,
+            "attention": vlm_targets(base)[0].vlm.text.config._attn_implementation,
             "dtype": str(first.dtype).removeprefix("torch."),
             "device": str(first.device),
             "device_name": device_name(first.device),
@@ -170,7 +170,7 @@ def _check(model: nn.Module, settings: Sequence[Setting], pairs: int, new_tokens
         raise ConfigError(f"an interval from {pairs} pairs says nothing; take {PAIRS} or more ({FEWEST_PAIRS} at least)")
     if new_tokens < 2:
         raise ConfigError(f"decoding is timed from the second token on; new_tokens must be 2 or more, got {new_tokens}")
-    if not find_vlms(model) or not hasattr(model, "generate"):
+    if not vlm_targets(model) or not hasattr(model, "generate"):
         raise UnsupportedModelError(
             f"{type(model).__name__} is no vision-language model with a language head that vtok knows; encoders are measured "
             "by vtok.eval.benchmarks.throughput.measure"

@@ -96,8 +96,7 @@ import torch
 from torch import Tensor, nn
 
 import vtok
-from vtok.api import run_of
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, shown
 from vtok.eval.benchmarks.flops import watched_reduction
 from vtok.eval.benchmarks.memory import peak_memory
 from vtok.eval.benchmarks.throughput_result import Result
@@ -114,6 +113,7 @@ from vtok.eval.common.settings import (
     versions,
 )
 from vtok.eval.common.statistics import FEWEST, Interval, paired_ratio, spread
+from vtok.targets.resolve import run_of
 
 PAIRS, FEWEST_PAIRS, WARMUP = 20, FEWEST, 3
 BASELINE_TOLERANCE = 0.03
@@ -171,7 +171,7 @@ def measure(
         raise ConfigError("measure patches copies of the model itself; pass it unpatched (vtok.unpatch(model))")
     if isinstance(dtype, str):
         if dtype not in DTYPES:
-            raise ConfigError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+            raise ConfigError(f"unknown dtype {shown(dtype)}; known: {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
     with _threads(threads), evaluating(model):
         base = placed(model, dtype, device)

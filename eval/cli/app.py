@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 import vtok
-from vtok.errors import ConfigError, MissingExtraError, brief
+from vtok.errors import ConfigError, MissingExtraError, brief, shown
 from vtok.eval.cli.clip import evaluate_retrieval, evaluate_zeroshot
 from vtok.eval.cli.imagenet import evaluate_imagenet
 from vtok.eval.cli.matrix import print_matrix
@@ -24,8 +24,8 @@ from vtok.eval.common import terminal
 from vtok.eval.common.checked import MOST
 from vtok.eval.common.launch import check_command
 from vtok.eval.runs import loader as runs
-from vtok.patches import find_vlms
 from vtok.registry import METHODS
+from vtok.targets import vlm_targets
 from vtok.writing import write
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=vtok.__doc__)
@@ -100,7 +100,7 @@ def plan(
             console.print()
         return
     net = load_model(model, img_size=img_size, meta=True)
-    prompt = {"images": images, "text_tokens": text_tokens} if find_vlms(net) else None
+    prompt = {"images": images, "text_tokens": text_tokens} if vlm_targets(net) else None
     for text in method:
         chosen = runs.parse_setting(text)
         named, params = chosen if isinstance(chosen, tuple) else (chosen, {})
@@ -148,7 +148,7 @@ def bench(
     with terminal.progress(transient=True) as progress:
         bar = progress.add_task("timing", total=None)
         common["progress"] = lambda done, total: progress.update(bar, completed=done, total=total)
-        if find_vlms(net):
+        if vlm_targets(net):
             inputs = sample_prompts(net, batch_size, vtok.Prompt(images, text_tokens), seed)
             shown, results = prompt_bench_result, measure_prompts(net, inputs, settings, new_tokens=new_tokens, **common)
         else:
@@ -209,7 +209,7 @@ def demo(
     try:
         shares = tuple(float(b) for b in budgets.split(","))
     except ValueError:
-        raise ConfigError(f"--budgets takes numbers such as 0.8,0.6,0.4, got {budgets!r}") from None
+        raise ConfigError(f"--budgets takes numbers such as 0.8,0.6,0.4, got {shown(budgets)}") from None
     if not all(0 < share <= 1 for share in shares):
         raise ConfigError(f"--budgets takes shares of the FLOPs in (0, 1], got {brief(budgets)}")
     run_demo(out, None if full else images, shares, batch_size=batch_size, control=control, console=console)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, shown
 from vtok.eval.runs import yaml_text
 
 METHOD_HELP = "name or name:key=value,...; repeatable"
@@ -44,7 +44,7 @@ def value_of(options: type, name: str, value: Any) -> Any:
                 raise ValueError("not key=value")
             return parsed
     except ValueError as error:
-        raise ConfigError(f"--{name.replace('_', '-')} cannot be read: {value!r} ({error})") from error
+        raise ConfigError(f"--{name.replace('_', '-')} cannot be read: {shown(value)} ({error})") from error
     return value
 
 

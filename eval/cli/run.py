@@ -27,6 +27,7 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="folder of t
 Json = Annotated[Path | None, typer.Option("--json", help="file for the records of this run, besides")]
 
 
+_SKIPPED = 10  # files that are named one by one
 WRITTEN = ("results.jsonl", "sweep.csv", "sweep.png")  # into the folder of the results
 
 
@@ -96,7 +97,10 @@ def _show(wanted: runs.RunConfig, outcome: Outcome, out: Path, into: Path | None
         console.print(sweep_report.table(group))
         speeds = [line for record in group if (line := throughput_line(record["setting"], record))]
         notes = [f"note: {note}" for note in group[0].get("notes", ())]
-        for line in (*sweep_report.findings(group), *speeds, *notes):
+        left = [f"{one['file']} was skipped: {one['reason']}" for one in group[0].get("skipped", ())]
+        if len(left) > _SKIPPED:
+            left[_SKIPPED:] = [f"and {len(left) - _SKIPPED} other files were skipped, see {out / runner.RESULTS}"]
+        for line in (*sweep_report.findings(group), *speeds, *notes, *left):
             console.print(f"- {line}")
         if wanted.published:
             for record in group[1:]:

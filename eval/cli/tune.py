@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 import vtok
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, shown
 from vtok.eval.common import terminal
 from vtok.eval.common.checked import MOST
 from vtok.eval.runs import loader as runs
@@ -58,7 +58,7 @@ def tune(
     console = terminal.output()
     name, params = runs.parse_method(method)
     if "flops" in params:
-        raise ConfigError(f"{method!r}: give the budget as --flops {params['flops']}")
+        raise ConfigError(f"{shown(method)}: give the budget as --flops {params['flops']}")
     config = METHODS.get(name).create(**params)
     folder = out or Path("results") / f"tune-{model.replace('/', '-').replace(':', '-')}-{name}-{flops:g}"
     source = Source(

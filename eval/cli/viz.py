@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, brief
 from vtok.eval.cli.flags import SETTING_HELP
 from vtok.eval.common import terminal
 from vtok.eval.runs.loader import parse_setting
@@ -37,7 +37,7 @@ def draw_tokens(
     files = output or [Path("viz.png")]
     for path in files:  # not after the model has run
         if path.suffix.lower() not in FORMATS:
-            raise ConfigError(f"--output takes files that end in {' or '.join(FORMATS)}, got {str(path)!r}")
+            raise ConfigError(f"--output takes files that end in {' or '.join(FORMATS)}, got {brief(path)!r}")
     apart(files, [image, model, method])
     for path in files:
         writable(path)

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, brief
+from vtok.reading import is_folder
 
 EXTENSIONS = (".jpg", ".jpeg", ".png")
 LONGEST = 256  # a picture may be so many times as long as wide: no preprocessing is made for others
@@ -37,7 +38,7 @@ def open_picture(source: Any, mode: str = "RGB", name: str = "") -> Any:
     from PIL import Image
 
     path = isinstance(source, (str, os.PathLike))
-    name = name or (os.fspath(source) if path else "the picture")
+    name = brief(name or os.fspath(source) or "''" if path else name or "the picture")
     if path and not os.path.isfile(source):
         raise ConfigError(f"{name} is no file" if os.path.exists(source) else f"{name} does not exist; name an image file")
     try:
@@ -126,7 +127,7 @@ def find_files(root: Path, pattern: str = "*", deep: bool = True) -> list[Path]:
         pattern: of names, with `*`.
         deep: whether to look at any depth.
     """
-    if not root.is_dir():
+    if not is_folder(root):
         return []
     return sorted(path for path in (root.rglob(pattern) if deep else root.glob(pattern)) if visible(path, root))
 

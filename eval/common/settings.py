@@ -14,14 +14,13 @@ import torch
 from torch import nn
 
 import vtok
-from vtok.api import Method, Size, run_of
 from vtok.config import MethodConfig
 from vtok.cost.encoder import Estimate, estimate
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, shown
 from vtok.eval.common.records import key_of
 from vtok.patches import find_adapters
 from vtok.patches.protocol import Adapter, Tower
-from vtok.targets.resolve import towers as towers  # the same towers as those that are patched
+from vtok.targets.resolve import Method, Size, run_of, towers
 
 _FINGERPRINT = 64  # values of every parameter that identify weights
 
@@ -51,7 +50,7 @@ class Setting:
             return cls(*value)
         if value is None or isinstance(value, (str, MethodConfig, list, tuple)) or hasattr(value, "__fspath__"):
             return cls(value)
-        raise ConfigError(f"a setting is None (unpatched), a method or (method, parameters), got {value!r}")
+        raise ConfigError(f"a setting is None (unpatched), a method or (method, parameters), got {shown(value)}")
 
     @property
     def name(self) -> str:
@@ -213,7 +212,7 @@ def usable_device(device: str | torch.device) -> torch.device:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        raise ConfigError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"device {shown(str(device))} cannot be used: {str(error).splitlines()[0]}") from error
     return torch.device(device)
 
 

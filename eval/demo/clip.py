@@ -41,16 +41,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from torch import Tensor, nn
 
-from vtok.api import run_of
 from vtok.config import MethodConfig
 from vtok.eval.common import terminal
 from vtok.eval.common.records import Records, key_of
 from vtok.eval.common.settings import Setting, backend, twin, versions
 from vtok.eval.common.statistics import with_error
 from vtok.eval.demo.compare import Case, cases, given
+from vtok.eval.models.clip import CLIP_FOLDER, WEIGHTS_FILE
 from vtok.eval.models.reference import (
-    CLIP_FOLDER,
-    WEIGHTS_FILE,
     asset,
     load_reference_clip,
     load_reference_pages,
@@ -59,6 +57,7 @@ from vtok.eval.models.reference import (
 from vtok.eval.report.tables import FLOOR, Panel, Record, is_unpatched, ordered, plot_panels
 from vtok.eval.tasks import captions, retrieval, zeroshot
 from vtok.registry import encoder_methods
+from vtok.targets.resolve import run_of
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -74,8 +74,9 @@ from vtok.eval.report.questions import (
     title,
 )
 from vtok.eval.report.tables import FLOOR
-from vtok.eval.tasks.vqa.data import EASY_VQA, PAGES, Question, VQAData, open_vqa
+from vtok.eval.tasks.vqa.data import EASY_VQA, PAGES, Question, VQAData
 from vtok.eval.tasks.vqa.evaluate import VQAOptions, evaluate
+from vtok.eval.tasks.vqa.opening import open_vqa
 from vtok.eval.viz.prompt_overlay import by_cell, crops_grid, survivors, write_sheet
 from vtok.registry import METHODS
 

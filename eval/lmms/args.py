@@ -12,10 +12,10 @@ from torch import nn
 import vtok
 from vtok import serialization as files
 from vtok.config import MethodConfig
-from vtok.errors import ConfigError, unknown
+from vtok.errors import ConfigError, shown, unknown
 from vtok.eval.runs.methods import parse_method, parse_methods
 from vtok.registry import METHODS
-from vtok.targets.vlm import POSITIONS
+from vtok.targets.vlm_resolve import POSITIONS
 
 NONE = "none"
 OPTIONS = ("flops", "positions", "prompt")  # of vtok.patch, for all methods together
@@ -67,7 +67,7 @@ def read_args(args: Mapping[str, Any], known: Iterable[str]) -> tuple[Wish, dict
     options = {key: given.pop(key) for key in OPTIONS if key in given}
     count = given.pop("calibration", 0)
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-        raise ConfigError(f"calibration is a number of questions, got {count!r}")
+        raise ConfigError(f"calibration is a number of questions, got {shown(count)}")
     _check_options(options)
     if text == NONE or (text not in METHODS and files.is_path(text)):
         if given or options or count:
@@ -106,7 +106,7 @@ def _configs(text: str, given: Mapping[str, Any], own: set[str]) -> list[MethodC
             )
         name, params = pairs[owners[0]]
         if key in params:
-            raise ConfigError(f"{key} of {name} is given twice: {params[key]!r} and {value!r}")
+            raise ConfigError(f"{key} of {name} is given twice: {shown(params[key])} and {shown(value)}")
         params[key] = value
     return [METHODS.get(name).create(**params) for name, params in pairs]
 
@@ -114,7 +114,7 @@ def _configs(text: str, given: Mapping[str, Any], own: set[str]) -> list[MethodC
 def _check_options(options: Mapping[str, Any]) -> None:
     share, positions = options.get("flops"), options.get("positions")
     if share is not None and (isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1):
-        raise ConfigError(f"flops is the share of the model's FLOPs to leave, in (0, 1], got {share!r}")
+        raise ConfigError(f"flops is the share of the model's FLOPs to leave, in (0, 1], got {shown(share)}")
     if positions is not None and positions not in POSITIONS:
         raise unknown("positions", str(positions), POSITIONS)
     vtok.Prompt.of(options.get("prompt"))

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import vtok
-from vtok.api import Size
 from vtok.errors import VtokError
 from vtok.eval.matrix import tiny
 from vtok.eval.matrix.oracle import differences
 from vtok.patches.protocol import Example
 from vtok.registry import METHODS, encoder_methods
+from vtok.targets.resolve import Size
 
 YES, TOWER, ON_REQUEST, NO, FAILED = "yes", "tower", "on request", "no", "FAILED"
 STATUSES = (YES, TOWER, ON_REQUEST, NO, FAILED)

@@ -1,4 +1,7 @@
-"""The support matrix as a table: one row a model family, one column a method, reasons as numbered notes."""
+"""The support matrix as a table of model families and methods, reasons as numbered notes.
+
+What there is more of stands in the rows: families of encoders, methods for vision-language models.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +26,11 @@ LEGEND = (
     f"Checked in float64, to {TOLERANCE:g} of the largest output."
 )
 VLM_LEGEND = (
-    "Yes: both prompts of a batch, the shorter one padded on the left, lose visual tokens on every tiny model of the row, and "
-    "the logits are those of the unpatched model that reads the whole prompts, the features of the patched pass in them, under "
-    "a mask in every decoder layer that hides what was dropped. Tower: the same, but tokens go down in the vision tower alone. "
-    "On request: the same, with the parameters of the note. No: refused. Prompts hold several images; a method for videos, "
-    "or one that needs pages cut into crops or one image a prompt, got those. "
+    "Yes: both prompts of a batch, the shorter one padded on the left, lose visual tokens on every tiny model of the family, "
+    "and the logits are those of the unpatched model that reads the whole prompts, the features of the patched pass in them, "
+    "under a mask in every decoder layer that hides what was dropped. Tower: the same, but tokens go down in the vision tower "
+    "alone. On request: the same, with the parameters of the note. No: refused. Prompts hold several images; a method for "
+    "videos, or one that needs pages cut into crops or one image a prompt, got those. "
     f"Checked in float32, to {PROMPT_TOLERANCE:g} of the largest logit."
 )
 
@@ -36,22 +39,32 @@ class Report:
     """Rows and notes of a matrix.
 
     Attributes:
-        header: of the columns: family, number of tiny models, methods.
+        header: of the columns: a family, the number of its tiny models and methods; or a method and families with these
+            numbers.
+        numbers: columns that hold numbers.
         rows: texts of the cells, with the numbers of their notes.
+        groups: which rows belong together.
         notes: what the numbers stand for.
     """
 
     def __init__(self, found: Sequence[Cell]):
         methods = list(dict.fromkeys(c.method for c in found))
-        self.header = ("family", "models", *methods)
+        families = list(dict.fromkeys((c.backend, c.family) for c in found))
         self.notes: list[str] = []
         self._numbers: dict[str, int] = {}
-        self.rows: list[tuple[tuple[str, tuple[int, ...]], ...]] = []
-        for backend, family in dict.fromkeys((c.backend, c.family) for c in found):
-            row = [c for c in found if (c.backend, c.family) == (backend, family)]
-            by_method = [[c for c in row if c.method == method] for method in methods]
-            title, models = (f"{backend}: {family}", ()), (str(len(by_method[0])), ())
-            self.rows.append((title, models, *(self._summary(same) for same in by_method)))
+        cells = {f: [[c for c in found if (c.backend, c.family, c.method) == (*f, m)] for m in methods] for f in families}
+        size = {f: len(cells[f][0]) for f in families}
+        self.rows: list[tuple[tuple[str, tuple[int, ...]], ...]]
+        if len(methods) > len(families):
+            self.header: tuple[str, ...] = ("method", *(f"{f[1]} ({size[f]})" if size[f] > 1 else f[1] for f in families))
+            self.rows = [((method, ()), *(self._summary(cells[f][i]) for f in families)) for i, method in enumerate(methods)]
+            self.numbers, self.groups = frozenset[int](), [""] * len(methods)
+        else:
+            self.header = ("family", "models", *methods)
+            self.rows = [
+                ((f"{f[0]}: {f[1]}", ()), (str(size[f]), ()), *(self._summary(same) for same in cells[f])) for f in families
+            ]
+            self.numbers, self.groups = frozenset({1}), [f[0] for f in families]
         self.counts = counts(found)
 
     def _summary(self, same: Sequence[Cell]) -> tuple[str, tuple[int, ...]]:
@@ -92,10 +105,9 @@ def table(found: Sequence[Cell], caption: str) -> Table:
     report = Report(found)
     made = Table(caption=caption)
     for i, name in enumerate(report.header):
-        made.add_column(name, justify="right" if i == 1 else "left")
-    backends = [row[0][0].partition(":")[0] for row in report.rows]
+        made.add_column(name, justify="right" if i in report.numbers else "left")
     for i, row in enumerate(report.rows):
-        last = i + 1 == len(backends) or backends[i + 1] != backends[i]
+        last = i + 1 == len(report.groups) or report.groups[i + 1] != report.groups[i]
         made.add_row(*(text + "".join(f" [{n}]" for n in notes) for text, notes in row), end_section=last)
     return made
 
@@ -123,7 +135,8 @@ def markdown(found: Sequence[Cell]) -> str:
 
 def _markdown(found: Sequence[Cell]) -> str:
     report = Report(found)
-    lines = ["| " + " | ".join(report.header) + " |", "|---|---:|" + "---|" * (len(report.header) - 2)]
+    rules = ("---:" if i in report.numbers else "---" for i in range(len(report.header)))
+    lines = ["| " + " | ".join(report.header) + " |", "|" + "|".join(rules) + "|"]
     for row in report.rows:
         texts = [text + (f" <sup>{', '.join(map(str, marks))}</sup>" if marks else "") for text, marks in row]
         lines.append("| " + " | ".join(texts) + " |")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtok.errors import ConfigError, MissingExtraError, UnsupportedModelError
+from vtok.errors import ConfigError, MissingExtraError, UnsupportedModelError, shown
+from vtok.eval.models.data import asset
 from vtok.reading import is_folder
 
 BACKENDS = ("open_clip", "transformers")
 REFERENCE = "reference-clip"
+CLIP_FOLDER, WEIGHTS_FILE = "easyvqa_clip", "open_clip_model.safetensors"  # of the reference CLIP, in `assets/`
 _SCHEMES = ("local-dir:", "hf-hub:")
 
 
@@ -103,13 +105,11 @@ def load_clip(name: str, pretrained: str = "", backend: str | None = None, seed:
         UnsupportedModelError: the model has no image and text features in one space.
     """
     if name == REFERENCE:
-        from vtok.eval.models.reference import load_reference_clip
-
-        return load_reference_clip()
+        return replace(load_clip(f"local-dir:{asset(f'{CLIP_FOLDER}/{WEIGHTS_FILE}').parent}"), name=REFERENCE)
     if backend is None:
         backend = _backend_of(name)
     if backend not in BACKENDS:
-        raise ConfigError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
+        raise ConfigError(f"unknown backend {shown(backend)}; known: {', '.join(BACKENDS)}")
     torch.manual_seed(seed)
     return _load_open_clip(name, pretrained) if backend == "open_clip" else _load_hugging_face(name)
 
@@ -132,7 +132,7 @@ def _load_open_clip(name: str, pretrained: str) -> DualEncoder:
         name = f"local-dir:{folder}"
     elif not name.startswith(_SCHEMES) and name not in open_clip.list_models():
         raise ConfigError(
-            f"open_clip has no model {name!r} (see open_clip.list_models()); give a folder as local-dir:PATH, "
+            f"open_clip has no model {shown(name)} (see open_clip.list_models()); give a folder as local-dir:PATH, "
             "a Hugging Face model as OWNER/NAME"
         )
     try:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from vtok.cost.prefill import Prompt
 from vtok.errors import ConfigError, UnsupportedModelError
-from vtok.patches import find_vlms
 from vtok.patches.hf_vlm.families import VLM
 from vtok.patches.hf_vlm.macs import stated_image
+from vtok.targets import vlm_targets
 
 _FRONT = 2  # words in front of the first image
 # Name -> (class of transformers, its configuration). Random weights; the shares of tower and LLM are those of the real model.
@@ -74,8 +74,8 @@ def sample_prompts(model: nn.Module, batch_size: int, prompt: Prompt | None = No
         ConfigError: there are too few words for so many images.
         UnsupportedModelError: another model, whose inputs only its processor can make.
     """
-    prompt, found = prompt or Prompt(), find_vlms(model)
-    kind = type(found[0].module).__name__ if found else type(model).__name__
+    prompt, found = prompt or Prompt(), vlm_targets(model)
+    kind = type(found[0].vlm.module).__name__ if found else type(model).__name__
     if kind not in _PIXELS:
         raise UnsupportedModelError(
             f"prompts of noise are made for {', '.join(_PIXELS)}, got {kind}; make inputs with its processor and call "
@@ -86,7 +86,7 @@ def sample_prompts(model: nn.Module, batch_size: int, prompt: Prompt | None = No
             f"a prompt of {prompt.images} images needs words in front of, between and behind them: text_tokens must be "
             f"{_FRONT + prompt.images} or more, got {prompt.text_tokens}"
         )
-    vlm: VLM = found[0]
+    vlm: VLM = found[0].vlm
     generator = torch.Generator().manual_seed(seed)
     token, vocabulary = vlm.tokens["image"], vlm.text.config.vocab_size
     image = stated_image(vlm, prompt.input_size)

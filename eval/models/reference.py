@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
-from importlib.resources import as_file, files
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vtok.eval.models.clip import REFERENCE, DualEncoder, load_clip
-from vtok.eval.models.data import FASHION_MEAN, FASHION_STD, read_idx
+from vtok.eval.models.data import FASHION_MEAN, FASHION_STD, asset, read_idx
 from vtok.eval.models.easyvqa import BLANK, PAGE_SIZE, caption, compose
 
 VIT_WEIGHTS = "fashion_vit.safetensors"
-CLIP_FOLDER = "easyvqa_clip"
 DATA_FOLDER = "easyvqa"
-CONFIG_FILE, WEIGHTS_FILE, MERGES_FILE = "open_clip_config.json", "open_clip_model.safetensors", "bpe.txt.gz"
+CONFIG_FILE, MERGES_FILE = "open_clip_config.json", "bpe.txt.gz"
 MEAN = STD = 0.5
 
 
@@ -39,14 +36,6 @@ class FashionViT:
         from timm.models.vision_transformer import VisionTransformer
 
         return VisionTransformer(**asdict(self), **extra)
-
-
-def asset(name: str) -> Path:
-    """Path of a bundled file; works from a checkout and from an installed wheel."""
-    with as_file(files("vtok.assets") / name) as path:
-        if not path.is_file():
-            raise FileNotFoundError(f"vtok.assets has no {name}: this installation of vtok is incomplete")
-        return path
 
 
 def load_reference_vit() -> nn.Module:
@@ -161,8 +150,7 @@ def load_reference_clip() -> DualEncoder:
     Raises:
         MissingExtraError: open_clip is not installed.
     """
-    folder = asset(f"{CLIP_FOLDER}/{WEIGHTS_FILE}").parent
-    return replace(load_clip(f"local-dir:{folder}"), name=REFERENCE)
+    return load_clip(REFERENCE)
 
 
 class Pages(NamedTuple):

@@ -128,7 +128,8 @@ def load_reference_llava_next(folder: Path | None = None, llava: Path | None = N
     home = home_of(NEXT_FOLDER, folder)
     if not (home / DIFFERENCES).is_file():
         raise FileNotFoundError(
-            f"{home} lacks {DIFFERENCES}; train it: python -m vtok.eval.training.llava_next --export assets; or install vtok again"
+            f"{home} lacks {DIFFERENCES}; train it: python -m vtok.eval.training.llava_next --export assets; or install "
+            "vtok again"
         )
     weights = add_differences(load_file(home / DIFFERENCES), load_reference_llava(llava).state_dict())
     model = LlavaNextForConditionalGeneration(LlavaNextConfig.from_pretrained(home))

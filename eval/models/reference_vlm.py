@@ -251,7 +251,8 @@ def _complete(name: str, folder: Path | None) -> Path:
     home = home_of(name, folder)
     if not (home / LLAVA_WEIGHTS).is_file():
         raise FileNotFoundError(
-            f"{home} has no {LLAVA_WEIGHTS}; train it: python -m vtok.eval.training.llava --export assets, or install vtok again"
+            f"{home} has no {LLAVA_WEIGHTS}; train it: python -m vtok.eval.training.llava --export assets, or install vtok "
+            "again"
         )
     return home
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, shown
 from vtok.eval.runs.schema import FIGURES, Keys, check_choice, check_keys
 
 AVERAGE = "average"
@@ -78,7 +78,7 @@ def check(where: str, tasks: Sequence[str], published: Mapping[str, Any]) -> Non
     for i, other in enumerate(published.get("also") or ()):
         prefix = f"published.also.{i}"
         if not isinstance(other, Mapping):
-            raise ConfigError(f"{where}: {prefix} must be a mapping of figures and their source, got {other!r}")
+            raise ConfigError(f"{where}: {prefix} must be a mapping of figures and their source, got {shown(other)}")
         _check_one(where, f"{prefix}.", tasks, other, {})
 
 

@@ -16,7 +16,7 @@ import yaml
 from torch import nn
 
 import vtok
-from vtok.errors import ConfigError, unknown
+from vtok.errors import ConfigError, shown, unknown
 from vtok.eval.runs import loader as runs
 from vtok.eval.runs.loader import RunConfig
 from vtok.eval.tasks.timm_pipeline import Options
@@ -122,7 +122,7 @@ def missing() -> list[Missing]:
     content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     for i, row in enumerate(content):
         if set(row) != set(Missing._fields) or not all(isinstance(value, str) and value for value in row.values()):
-            raise ConfigError(f"{path}: entry {i} must have texts for {', '.join(Missing._fields)}, found {row!r}")
+            raise ConfigError(f"{path}: entry {i} must have texts for {', '.join(Missing._fields)}, found {shown(row)}")
     return [Missing(**row) for row in content]
 
 
@@ -162,10 +162,10 @@ def plans(run: RunConfig, model: nn.Module | None = None, prompt: Mapping[str, A
         model: as `meta_model` makes it, if it is at hand.
         prompt: of a vision-language model, see `vtok.plan`; default: one image and 64 other tokens.
     """
-    from vtok.patches import find_vlms
+    from vtok.targets import vlm_targets
 
     net = meta_model(run) if model is None else model
-    extra: dict[str, Any] = {"prompt": dict(prompt or {})} if find_vlms(net) else {}
+    extra: dict[str, Any] = {"prompt": dict(prompt or {})} if vlm_targets(net) else {}
     patched = (setting for setting in run.settings if setting.method is not None)
     return [vtok.plan(net, setting.method, **setting.params, **extra) for setting in patched]  # type: ignore[arg-type]  # None was left out above
 

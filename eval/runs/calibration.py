@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from vtok.errors import ConfigError
 from vtok.eval.models.clip import DualEncoder
+from vtok.eval.models.reference import load_reference_pages, load_reference_pictures
+from vtok.eval.tasks.fashion import open_fashion
 from vtok.eval.tasks.image_folder import CheckedImages, Sample, open_dataset
 
 
@@ -45,15 +48,26 @@ def _named(named: str, options: Any, mode: str, count: int) -> CheckedImages:
 
 
 def _bundled(task: str, count: int) -> CheckedImages:
-    from PIL import Image
+    return _BUNDLED[task](count)
 
-    from vtok.eval.models.reference import load_reference_pages, load_reference_pictures
-    from vtok.eval.tasks.fashion import open_fashion
 
-    if task == "imagenet":
-        return open_fashion(count, "calibration")
-    pixels = load_reference_pages("calibration").images if task == "retrieval" else load_reference_pictures("calibration")[0]
-    return CheckedImages([(Image.fromarray(one.permute(1, 2, 0).numpy()), 0) for one in pixels], "RGB", count)
+def _pictures(pixels: Callable[[], Tensor]) -> Callable[[int], CheckedImages]:
+    """Reads images from pixels [n, 3, H, W], uint8."""
+
+    def read(count: int) -> CheckedImages:
+        from PIL import Image
+
+        return CheckedImages([(Image.fromarray(one.permute(1, 2, 0).numpy()), 0) for one in pixels()], "RGB", count)
+
+    return read
+
+
+# Task -> what reads so many of the bundled images that its budgets are solved on.
+_BUNDLED: dict[str, Callable[[int], CheckedImages]] = {
+    "imagenet": lambda count: open_fashion(count, "calibration"),
+    "retrieval": _pictures(lambda: load_reference_pages("calibration").images),
+    "zeroshot": _pictures(lambda: load_reference_pictures("calibration")[0]),
+}
 
 
 def _channels(model: nn.Module, options: Any) -> int:

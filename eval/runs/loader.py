@@ -9,7 +9,8 @@ data: path                        # or a mapping task -> path; reference models 
 ```
 
 Then, as far as wanted, `num_samples`, `batch_size`, `dtype`, `seed`, `options` (of the tasks), `calibration` (data for budgets
-of methods whose counts depend on the image), `sweep`, `output` (a folder), `table` and `published` (see `vtok.eval.published.schema`).
+of methods whose counts depend on the image), `sweep`, `output` (a folder), `table` and `published` (see
+`vtok.eval.published.schema`).
 A file is read with `yaml.safe_load` and checked key by key; every complaint names the file, the key and what is allowed.
 """
 
@@ -19,6 +20,7 @@ import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -70,8 +72,8 @@ class RunConfig:
         batch_size: images or questions a forward pass.
         dtype: "fp32", "bf16" or "fp16".
         seed: of anything random.
-        sweep: dotted key -> values; the run stands for all combinations (see `vtok.eval.runs.sweep`). "flops" is a budget for every
-            setting.
+        sweep: dotted key -> values; the run stands for all combinations (see `vtok.eval.runs.sweep`). "flops" is a budget for
+            every setting.
         output: folder of the results; `None` = `results/NAME`.
         published: figures to compare with, see `vtok.eval.published.schema`.
         tables: of the reproduction book that the run belongs to.
@@ -137,8 +139,14 @@ class RunConfig:
 
 def bundled() -> list[str]:
     """Names of the runs that come with vtok."""
-    found = (p.name.removesuffix(".yaml") for p in files("vtok.configs").iterdir() if p.name.endswith(".yaml"))
-    return sorted(name for name in found if name != NOT_REPRODUCIBLE)
+    return sorted(_bundled())
+
+
+@cache
+def _bundled() -> dict[str, str]:
+    """Name of a bundled run -> its folder in `vtok.configs`."""
+    folders = [folder for folder in files("vtok.configs").iterdir() if folder.is_dir()]
+    return {p.name.removesuffix(".yaml"): f.name for f in folders for p in f.iterdir() if p.name.endswith(".yaml")}
 
 
 def find(name: str) -> Path:
@@ -151,9 +159,9 @@ def find(name: str) -> Path:
         if not exists(name):
             raise ConfigError(f"{brief(name)} does not exist; `vtok configs` lists the runs that come with vtok")
         return regular(name)
-    if name not in bundled():
+    if name not in _bundled():
         raise unknown("run", name, bundled())
-    return Path(str(files("vtok.configs") / f"{name}.yaml"))
+    return Path(str(files("vtok.configs") / _bundled()[name] / f"{name}.yaml"))
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -173,7 +181,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError(f"--set takes key=value, got {text!r}")
+            raise ConfigError(f"--set takes key=value, got {shown(text)}")
         put(content, key, yaml_text.parse(value, f"--set {text}", kind="the value is not YAML"), f"--set {text}")
     given = f" with --set {' --set '.join(overrides)}" if overrides else ""
     return replace(checked(f"{path}{given}", path.stem, content), file=str(path))

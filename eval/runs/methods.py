@@ -159,7 +159,7 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"cannot read {shown(text)}; write a method as {_FORM}")
     for key in params:
         if key in _NOT_PARAMETERS:
-            raise ConfigError(f"{text!r}: {key} is no parameter of a method")
+            raise ConfigError(f"{shown(text)}: {key} is no parameter of a method")
     return name, params
 
 

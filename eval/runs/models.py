@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import vtok
-from vtok.errors import ConfigError, VtokError, unknown
+from vtok.errors import ConfigError, VtokError, shown, unknown
 from vtok.eval.common.distributed import current
 from vtok.eval.common.settings import Setting, placed
 from vtok.eval.common.timing import named_kernels
@@ -24,7 +24,7 @@ from vtok.eval.models.vlm import REFERENCE_NEXT, VisionLanguageModel, load_vlm
 from vtok.eval.runs.again import ELSEWHERE
 from vtok.eval.runs.schema import REFERENCE
 from vtok.eval.tasks import TASKS
-from vtok.patches import find_vlms
+from vtok.targets import vlm_targets
 
 TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 CALIBRATION = 128  # images
@@ -87,7 +87,7 @@ def options_class(task: str) -> type:
     hint = get_type_hints(TASKS.get(task)).get("options")
     kind = next((one for one in (hint, *get_args(hint)) if dataclasses.is_dataclass(one)), None)
     if not isinstance(kind, type):
-        raise ConfigError(f"task {task} must annotate its parameter `options` with a dataclass, found {hint!r}")
+        raise ConfigError(f"task {task} must annotate its parameter `options` with a dataclass, found {shown(hint)}")
     return kind
 
 
@@ -136,7 +136,7 @@ def fitted(setting: Setting, model: Any, calibration: Any, prompt: Mapping[str, 
     if net is None or setting.method is None:
         return setting
     budget, extra = "flops" in setting.params, {}
-    if not find_vlms(net):
+    if not vlm_targets(net):
         extra = {"calibration": calibration} if budget and calibration is not None else {}
     elif budget:
         extra = _prompt_or_calibration(setting, net, calibration, prompt)
@@ -185,7 +185,7 @@ def calibration_for(task: str, config: Any, model: Any, options: Any) -> Any:
 def _prompts(model: VisionLanguageModel, named: str | None) -> Any:
     """Inputs of some questions, one a batch where they come from a run's own data."""
     if named is not None:
-        from vtok.eval.tasks.vqa.data import open_vqa
+        from vtok.eval.tasks.vqa.opening import open_vqa
 
         data = open_vqa(named).take(CALIBRATION_PROMPTS)
         return [model.inputs([data.read(q.image)], [q.text + data.prompt]) for q in data.questions]
@@ -209,7 +209,7 @@ def prompt_of(record: Mapping[str, Any], net: nn.Module | None) -> dict[str, int
 
     What is no image is text: as many tokens as the bytes of keys and values leave. `None` for other models.
     """
-    if net is None or "kv_bytes" not in record or not find_vlms(net):
+    if net is None or "kv_bytes" not in record or not vlm_targets(net):
         return None
     from vtok.eval.tasks.vqa.pipeline import kv_bytes
 
@@ -226,7 +226,7 @@ def prompt_kernel(model: VisionLanguageModel, setting: Setting) -> str:
     from vtok.eval.common.settings import twin
 
     net = setting.apply(twin(model.net))
-    vlm = find_vlms(net)[0]
+    vlm = vlm_targets(net)[0].vlm
     blocks = [block.module for block in vlm.tower.blocks] if vlm.tower is not None else []
     inputs = model.inputs([Image.new("RGB", (64, 64), "grey")], ["what?"])
     return named_kernels([*blocks, *vlm.text.layers], lambda: net(**inputs))

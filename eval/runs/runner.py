@@ -273,6 +273,8 @@ def _others(records: Records, jobs: Sequence[Job], done: Mapping[str, Any]) -> l
 def _acquire(lock: FileLock) -> None:
     try:
         lock.acquire(blocking=False)
+    except Timeout:  # an OSError too: another start has it
+        raise
     except OSError as error:
         raise ConfigError(f"{lock.lock_file} cannot be written: {reason(error)}") from error
 

@@ -153,7 +153,9 @@ def check_model(where: str, model: Mapping[str, Any], tasks: Sequence[str]) -> N
     for task in tasks:
         fitting = [name for name, data in BUNDLED_DATA.items() if _kind(task) in data]
         if model["name"] not in fitting:
-            raise ConfigError(f"{where}: task {task} needs as model.name one of {', '.join(fitting)}, got {model['name']!r}")
+            raise ConfigError(
+                f"{where}: task {task} needs as model.name one of {', '.join(fitting)}, got {shown(model['name'])}"
+            )
 
 
 def _kind(task: str) -> str:

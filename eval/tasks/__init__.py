@@ -26,7 +26,7 @@ QUESTION_TASKS: Registry[Any] = Registry("question task", _QUESTIONS, group="vto
 TASKS: Registry[Any] = Registry(
     "task",
     {
-        **{name: f"{entry}.evaluate" for name, entry in _QUESTIONS.items()},
+        **{name: f"vtok.eval.tasks.vqa.evaluate:BY_TASK.{name}" for name in _QUESTIONS},
         "imagenet": "vtok.eval.tasks.imagenet:evaluate",
         "retrieval": "vtok.eval.tasks.retrieval:evaluate",
         "vqa": "vtok.eval.tasks.vqa.evaluate:evaluate",

@@ -5,17 +5,19 @@ Such a file is `{"images": [{"filename", "filepath" (COCO), "split", "sentences"
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, brief, shown
 from vtok.eval.common.pictures import find_files, leaves, open_picture, within
+from vtok.reading import from_json, is_file, is_folder, read_text
 
 PAGES = "reference-pages"
+_FORM = '{"images": [{"filename", "split", "sentences": [{"raw"}]}]}'
+_BIGGEST = 1 << 30  # bytes; COCO's has 144 MB
 
 
 @dataclass(frozen=True)
@@ -84,48 +86,47 @@ def open_captions(
     if os.fspath(data) == PAGES:
         return reference_pages()
     path = _caption_file(Path(data))
+    content = from_json(read_text(path, "captions", _BIGGEST), f"{path} is no JSON file of Karpathy's form {_FORM}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
         entries = [entry for entry in content["images"] if entry["split"] == split]
         captions = [[_raw(sentence["raw"]) for sentence in entry["sentences"]][:max_captions] for entry in entries]
         files = [os.path.join(entry.get("filepath", ""), entry["filename"]) for entry in entries]
         splits = sorted({str(entry["split"]) for entry in content["images"]})
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f'{path} is not of Karpathy\'s form {{"images": [{{"filename", "split", "sentences": [{{"raw"}}]}}]}}: '
-            f"{type(error).__name__} {error}"
-        ) from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is not of Karpathy's form {_FORM}: {type(error).__name__} {brief(error)}") from error
     if not entries:
-        raise ConfigError(f"{path} has no images of split {split!r}; it has: {', '.join(splits)}")
+        raise ConfigError(f"{path} has no images of split {shown(split)}; it has: {brief(', '.join(splits))}")
     for file, own in zip(files, captions):
         if not own:
-            raise ConfigError(f"{path}: {file} has no captions (max_captions={max_captions})")
+            raise ConfigError(f"{path}: {brief(file)} has no captions (max_captions={max_captions})")
     root = _image_root(Path(images) if images else path.parent, files)
     outside = next((file for file in files if leaves(file) or not (images or within(root, root / file))), None)
     if outside is not None:
-        raise ConfigError(f"{path}: the image {outside} lies outside {root}; pass the folder that holds all of them (--images)")
+        raise ConfigError(
+            f"{path}: the image {brief(outside)} lies outside {root}; pass the folder that holds all of them (--images)"
+        )
     return CaptionedImages(path.stem, files, captions, _Files([root / file for file in files]))
 
 
 def _raw(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"'raw' must be a text, found {repr(value)[:80]}")
+        raise TypeError(f"'raw' must be a text, found {shown(value)}")
     return value
 
 
 def _caption_file(path: Path) -> Path:
-    if path.is_file():
+    if is_file(path):
         return path
     found = find_files(path, "dataset*.json", deep=False)
     if len(found) != 1:
-        what = f"holds {len(found)} files dataset*.json" if path.is_dir() else "does not exist"
-        raise ConfigError(f"{path} {what}; name Karpathy's JSON file (dataset_flickr30k.json, dataset_coco.json)")
+        what = f"holds {len(found)} files dataset*.json" if is_folder(path) else "does not exist"
+        raise ConfigError(f"{brief(path)} {what}; name Karpathy's JSON file (dataset_flickr30k.json, dataset_coco.json)")
     return found[0]
 
 
 def _image_root(folder: Path, files: Sequence[str]) -> Path:
     """The folder under which at least one of the images lies; which of them are missing shows when they are read."""
     for root in (folder, folder / "images"):
-        if any((root / file).is_file() for file in files):
+        if any(is_file(root / file) for file in files):
             return root
-    raise ConfigError(f"none of the {len(files)} images (the first: {files[0]}) lies in {folder} or its folder images")
+    raise ConfigError(f"none of the {len(files)} images (the first: {brief(files[0])}) lies in {folder} or its folder images")

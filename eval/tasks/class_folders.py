@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, BinaryIO, NamedTuple
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, brief
 from vtok.eval.common.pictures import hidden
 
 IMAGENET = "imagenet-1k"
@@ -183,6 +183,7 @@ def labels_for(
     known: Sequence[Sequence[str]],
     what: str,
     remedy: str,
+    ordered: bool = False,
 ) -> tuple[dict[int, int], str]:
     """The labels that classes of a data set have in a numbering of so many classes.
 
@@ -193,6 +194,7 @@ def labels_for(
         known: names of all of these classes in their order, as far as they are known; several kinds of names.
         what: has these classes, for messages: "the model has 1000 outputs".
         remedy: what to do about labels that nothing vouches for, for messages.
+        ordered: whether the caller has put the classes of the numbering into the order of those of the data.
 
     Returns:
         (label in the data -> label of the numbering, a note on how they were found, "" if there is nothing to say).
@@ -209,7 +211,11 @@ def labels_for(
             note = f"its {own} classes are {'those' if own == count else 'some'} of {what}, found by name"
             return {label: place[name] for name, label in class_to_idx.items()}, "" if own == count else note
     if own == count:
-        return {label: label for label in class_to_idx.values()}, ""
+        if not ordered:
+            _refuse_some(names, known, what, remedy)
+        numbered = all(name == str(i) for i, name in enumerate(sorted(names, key=natural_key)))
+        note = f"nothing names its {own} classes among {what}: they are taken in their natural order"
+        return {label: label for label in class_to_idx.values()}, "" if numbered or ordered else note
     if own + len(empty) == count:
         order = {name: i for i, name in enumerate(sorted([*names, *empty], key=natural_key))}
         moved = {label: order[name] for name, label in class_to_idx.items()}
@@ -220,3 +226,18 @@ def labels_for(
         return moved, f"its {own} classes are some of {what}, by the numbers that its folders are named"
     shown = ", ".join(names[:3]) + (", ..." if own > 3 else "")
     raise ConfigError(f"the data has {own} classes ({shown}), which of {what} they are is not known; {remedy}")
+
+
+def _refuse_some(names: Sequence[str], known: Sequence[Sequence[str]], what: str, remedy: str) -> None:
+    """Raises ConfigError where some names of the data, but not all, are found: by order, one slip would move all labels."""
+    for numbering in known:
+        found = [name for name in names if name in numbering]
+        if not found:
+            continue
+        if twice := [name for name, n in Counter(numbering).items() if n > 1]:
+            raise ConfigError(f"{what} hold {brief(twice[0])} twice, so classes are not found by name; no two may be the same")
+        strange = next(name for name in names if name not in numbering)
+        raise ConfigError(
+            f"{len(found)} of the data's {len(names)} classes are found among {what} by name, but {brief(strange)} is not; "
+            f"mend its name, or {remedy}"
+        )

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vtok.api import Size, run_of
 from vtok.errors import ConfigError, UnsupportedModelError, shown
 from vtok.eval.common.checked import check_fields, check_range
 from vtok.eval.common.distributed import current
@@ -38,6 +37,7 @@ from vtok.eval.models.clip import BACKENDS, DualEncoder, load_clip
 from vtok.eval.runs.again import run_file
 from vtok.eval.tasks.image_folder import CheckedImages, Unreadable, check_same_work, collate
 from vtok.eval.tasks.timm_pipeline import TYPES
+from vtok.targets.resolve import Size, run_of
 
 Progress = Callable[[int, int], None]
 
@@ -282,7 +282,7 @@ def _autocast(device: torch.device, options: ClipOptions) -> AbstractContextMana
 
 def _type(name: str) -> torch.dtype:
     if name not in TYPES:
-        raise ConfigError(f"unknown type {name!r}; known: {', '.join(TYPES)}")
+        raise ConfigError(f"unknown type {shown(name)}; known: {', '.join(TYPES)}")
     return TYPES[name]
 
 

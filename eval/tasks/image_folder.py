@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from vtok.errors import ConfigError, VtokError, brief
+from vtok.errors import ConfigError, VtokError, brief, shown
 from vtok.eval.common.distributed import Processes
 from vtok.eval.common.pictures import open_picture, visible
 from vtok.eval.common.records import key_of
@@ -199,8 +199,8 @@ def open_dataset(root: str, name: str, split: str, class_map: str, mode: str, nu
         raise ConfigError(f"{name} is a stream; paired evaluation needs an index: a folder, a .tar file, hfds/... or torch/...")
     if name and ("/" not in name or name.partition("/")[0].lower() not in _INDEXED):  # timm would take the folder all the same
         raise ConfigError(
-            f"unknown data set {name!r}; write TYPE/NAME with a TYPE of {', '.join(_INDEXED)}, or leave it out for an image "
-            "folder or a .tar file"
+            f"unknown data set {shown(name)}; write TYPE/NAME with a TYPE of {', '.join(_INDEXED)}, or leave it out for an "
+            "image folder or a .tar file"
         )
     if not name and os.path.isdir(root):
         return _some(open_folder(root, split, class_map), root, mode, num_samples)

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vtok.api import Size, run_of
 from vtok.errors import ConfigError
 from vtok.eval.common.distributed import current
 from vtok.eval.common.settings import (
@@ -43,6 +42,7 @@ from vtok.eval.tasks.fashion import FASHION, open_fashion
 from vtok.eval.tasks.image_folder import CheckedImages, Unreadable, check_same_work, open_dataset, other_files
 from vtok.eval.tasks.scoring import Scorer, Scores
 from vtok.eval.tasks.timm_pipeline import Options, create_loader, create_model, data_config
+from vtok.targets.resolve import Size, run_of
 
 REFERENCE_VIT = "reference-vit"
 
@@ -305,7 +305,8 @@ def _check_labels(data: CheckedImages, scorer: Scorer, model: nn.Module, options
         )
     if options.class_map:
         return []
-    data.relabel, note = labels_for(classes, data.empty, labels, _names(model, scorer), *_asked(labels))
+    chosen = scorer.valid is not None
+    data.relabel, note = labels_for(classes, data.empty, labels, _names(model, scorer), *_asked(labels), ordered=chosen)
     if note and are_ids(list(classes)) and labels > len(classes):
         note += "; predictions are among all of them: pass valid_labels where papers take the data's alone"
     return [note] if note else []

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from vtok.api import Size
 from vtok.errors import ConfigError, MissingExtraError, VtokError, brief, shown
 from vtok.eval.common.checked import check_fields, check_range
 from vtok.eval.common.settings import towers
 from vtok.eval.tasks.image_folder import CheckedImages, collate
+from vtok.targets.resolve import Size
 
 _INF = float("inf")
 _LIMITS = {
@@ -105,7 +105,7 @@ class Options:
         for name, allowed in (("mean", (1, channels)), ("std", (1, channels)), ("input_size", (3,))):
             value = getattr(self, name)
             if value is not None and len(value) not in allowed:
-                raise ConfigError(f"{name} takes {' or '.join(str(n) for n in allowed)} numbers, got {value!r}")
+                raise ConfigError(f"{name} takes {' or '.join(str(n) for n in allowed)} numbers, got {shown(value)}")
         check_range(self, _LIMITS)
         for type_ in (self.amp_dtype, self.model_dtype):
             if type_ is not None:
@@ -118,7 +118,7 @@ class Options:
     def dtype(self, name: str) -> torch.dtype:
         """`amp_dtype` or `model_dtype` as a torch type."""
         if name not in TYPES:
-            raise ConfigError(f"unknown type {name!r}; known: {', '.join(TYPES)}")
+            raise ConfigError(f"unknown type {shown(name)}; known: {', '.join(TYPES)}")
         return TYPES[name]
 
 

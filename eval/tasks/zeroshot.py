@@ -7,7 +7,6 @@ Shapes: n images, K classes, D width of the common space.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtok.errors import ConfigError, MissingExtraError
+from vtok.errors import ConfigError, MissingExtraError, brief, shown
 from vtok.eval.common.distributed import current
 from vtok.eval.common.statistics import mean_stderr, paired_difference, share
 from vtok.eval.common.timing import Memory
@@ -28,8 +27,10 @@ from vtok.eval.models.easyvqa import CLASSES, TEMPLATES
 from vtok.eval.tasks.class_folders import are_ids, labels_for, wordnet_ids
 from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, bits, finite, repeated, run
 from vtok.eval.tasks.image_folder import CheckedImages, open_dataset
+from vtok.reading import exists, from_json, read_text
 
 PICTURES = "reference-pictures"
+IMAGENET_NAMES = "imagenet"  # class names that open_clip brings
 Template = str | Callable[[str], str]
 
 
@@ -145,7 +146,7 @@ def templates(given: Sequence[str]) -> list[Template]:
         except (LookupError, ValueError):
             fits = False
         if not fits:
-            raise ConfigError(f"a prompt needs {{c}} where the class name goes, got {prompt!r}")
+            raise ConfigError(f"a prompt needs {{c}} where the class name goes, got {shown(prompt)}")
     return found
 
 
@@ -223,20 +224,17 @@ def _names(images: CheckedImages, options: ZeroshotOptions) -> tuple[list[str], 
 
 def _given(options: ZeroshotOptions) -> tuple[list[str] | None, Sequence[str]]:
     """(class names that were asked for, or `None`; WordNet ids of these classes, where they are known)."""
-    if options.classnames == "imagenet":
+    if options.classnames == IMAGENET_NAMES:
         return _imagenet_names(), wordnet_ids(len(_imagenet_names()))
     if not options.classnames:
         return None, ()
     path = Path(options.classnames)
-    if not path.is_file():
-        raise ConfigError(f"class names: {path} does not exist; name a file with one a line, or 'imagenet'")
-    text = path.read_text(encoding="utf-8-sig")
+    if not exists(path):
+        raise ConfigError(f"class names: {brief(path)} does not exist; name a file with one a line, or 'imagenet'")
+    text = read_text(path, "class names:")
     if path.suffix != ".json":
         return [line.strip() for line in text.splitlines() if line.strip()], ()
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"class names: {path} is no JSON file: {error}") from error
+    found = from_json(text, f"class names: {path} is no JSON file")
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
         raise ConfigError(f"class names: {path} must hold a list of texts")
     return found, ()

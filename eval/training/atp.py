@@ -9,33 +9,29 @@ By default the model is the reference LLaVA and the questions are easy-VQA's. Fo
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vtok.errors import ConfigError
-from vtok.eval.common.pictures import open_picture
 from vtok.eval.models.data import cache_dir
-from vtok.eval.models.vlm import BeginsOnce
-from vtok.eval.tasks.vqa.reading import text_of
+from vtok.eval.training.atp_questions import IGNORED, Asked, Batch, Host, load_easyvqa_questions, load_host, load_questions_file
+from vtok.eval.training.atp_report import load_test_questions, measure, table
 from vtok.eval.training.vit import save_atomically
 from vtok.methods.atp.losses import ATPLosses
 from vtok.methods.atp.modules import ATPModules
 from vtok.methods.atp.reducer import SoftATP
 from vtok.methods.atp.spec import ATPSpec
-from vtok.patches import find_vlms
 from vtok.patches.decoder.soft_gates import softened
+from vtok.targets import vlm_targets
 
-IGNORED = -100
 ATP_WEIGHTS = "easyvqa_llava_atp.safetensors"
-HELD_OUT = 178  # pictures that the reference LLaVA was not trained on either, see `train_llava`
 
 
 @dataclass(frozen=True)
@@ -88,122 +84,14 @@ class Recipe:
         return first * (last / first) ** (step / max(1, self.steps - 1))
 
 
-class Asked(NamedTuple):
-    """Questions about images.
-
-    Attributes:
-        images: what the processor takes, or paths.
-        questions: one for each of `rows`.
-        answers: likewise.
-        rows: number of the image that each is about.
-    """
-
-    images: Sequence[Any]
-    questions: Sequence[str]
-    answers: Sequence[str]
-    rows: Sequence[int]
-
-
-class Batch(NamedTuple):
-    """inputs of the model with answers behind the questions; labels [B, L], `IGNORED` outside the answers."""
-
-    inputs: dict[str, Tensor]
-    labels: Tensor
-
-
-class Host(NamedTuple):
-    """The frozen model and the processor that makes its prompts."""
-
-    model: Any
-    processor: Any
-
-    def prompt(self, question: str) -> str:
-        """One user turn of the processor's chat template, or the image's placeholder and the question."""
-        if getattr(self.processor, "chat_template", None):
-            content = [{"type": "image"}, {"type": "text", "text": question}]
-            return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return f"{self.processor.image_token} {question}"
-
-    def inputs(self, images: Sequence[Any], texts: Sequence[str]) -> dict[str, Tensor]:
-        """One batch, padded on the left."""
-        self.processor.tokenizer.padding_side = "left"
-        made = BeginsOnce(self.processor)(
-            images=[_opened(image) for image in images], text=list(texts), padding=True, return_tensors="pt"
-        )
-        weight = next(self.model.parameters())
-        return dict(made.to(weight.device, weight.dtype))
-
-    def batch(self, asked: Asked, numbers: Sequence[int]) -> Batch:
-        """Questions with their answers behind them."""
-        prompts = [self.prompt(asked.questions[i]) for i in numbers]
-        answered = [f"{prompt} {asked.answers[i]}" for prompt, i in zip(prompts, numbers)]
-        inputs = self.inputs([asked.images[asked.rows[i]] for i in numbers], answered)
-        count = torch.tensor([len(b) - len(a) for a, b in zip(self._tokens(prompts), self._tokens(answered))])
-        ids = inputs["input_ids"]
-        place = torch.arange(ids.shape[1], 0, -1, device=ids.device)  # 1 at the last token
-        return Batch(inputs, ids.where(place <= count[:, None].to(ids.device), IGNORED))
-
-    def _tokens(self, texts: list[str]) -> list[list[int]]:
-        return self.processor.tokenizer(texts)["input_ids"]
-
-
-def _opened(image: Any) -> Any:
-    return open_picture(image) if isinstance(image, (str, Path)) else image
-
-
-def load_host(folder: Path | None) -> Host:
-    """The model of a folder in eval mode, frozen, with its processor; `None` = the reference LLaVA."""
-    if folder is None:
-        from vtok.eval.models.reference_vlm import load_reference_llava, load_reference_llava_processor
-
-        return Host(load_reference_llava().requires_grad_(False), load_reference_llava_processor())
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval().requires_grad_(False)
-    return Host(model, AutoProcessor.from_pretrained(folder))
-
-
-def load_easyvqa_questions(data: Path | None) -> Asked:
-    """easy-VQA's training questions, those about the held-out pictures left out."""
-    from vtok.eval.training.llava import load_lessons
-
-    found, _, _ = load_lessons(HELD_OUT, data)
-    return Asked(list(found.pictures), found.texts, found.answers, found.rows.tolist())
-
-
-def load_questions_file(path: Path) -> Asked:
-    """Questions of a JSON lines file.
-
-    Raises:
-        ConfigError: it is missing, empty, or a line lacks `image`, `question` or `answer`.
-    """
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist; pass JSON lines with image, question and answer")
-    images: dict[str, int] = {}
-    questions, answers, rows = [], [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            image, question, answer = entry["image"], entry["question"], entry["answer"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}:{number}: expected an object with image, question and answer ({error})") from error
-        file = str(path.parent / text_of(image, "'image'", f"{path}:{number}"))
-        rows.append(images.setdefault(file, len(images)))
-        questions.append(text_of(question, "'question'", f"{path}:{number}"))
-        answers.append(text_of(answer, "'answer'", f"{path}:{number}"))
-    if not questions:
-        raise ConfigError(f"{path} holds no questions")
-    return Asked(list(images), questions, answers, rows)
-
-
 def make_modules(host: Host, recipe: Recipe) -> ATPModules:
     """Untrained modules for a model: all thresholds are 0.5.
 
     Raises:
         ConfigError: the model has no fixed grid of visual tokens, or the target is not below it.
     """
-    (vlm,) = find_vlms(host.model)
-    info = vlm.info
+    (target,) = vlm_targets(host.model)
+    info = target.info
     if info.grid is None:
         raise ConfigError(f"ATP needs the same grid of visual tokens for every image; those of {info.name} depend on the image")
     spec = ATPSpec(
@@ -336,8 +224,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             modules.save(args.export / ATP_WEIGHTS)
             print(f"modules are in {args.export / ATP_WEIGHTS}")
         return
-    from vtok.eval.training.atp_report import load_test_questions, measure, table
-
     questions = load_test_questions() if args.questions is None else load_questions_file(args.questions)
     print(table(measure(host, args.report, questions, args.count)))
 

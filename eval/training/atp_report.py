@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +22,12 @@ import vtok
 from vtok.config import MethodConfig
 from vtok.core.prompt import VLMInfo, VLMReducer
 from vtok.eval.common.statistics import Interval, mean_interval, mean_stderr, paired_difference, share, with_error
+from vtok.eval.training.atp_questions import Asked, Host
 from vtok.methods.atp import ATP, Slots
 from vtok.methods.atp.losses import average_tokens
 from vtok.methods.atp.modules import ATPModules, load
 from vtok.methods.atp.reducer import ATPReducer
-
-if TYPE_CHECKING:
-    from vtok.eval.training.atp import Asked, Host
+from vtok.targets import vlm_targets
 
 
 class _Exchanged(ATPModules):
@@ -90,7 +89,6 @@ class ATPReport:
 def load_test_questions() -> Asked:
     """The bundled test questions about easy-VQA's pictures."""
     from vtok.eval.models.reference_vlm import load_reference_questions
-    from vtok.eval.training.atp import Asked
 
     found = load_reference_questions()
     return Asked(list(found.pictures), found.texts, found.answers, found.rows.tolist())
@@ -145,10 +143,9 @@ def answer(host: Host, config: MethodConfig | None, asked: Asked, batches: Seque
 
 def _counts(model: Any, batch: int) -> tuple[Tensor, Tensor]:
     """(visual tokens [B, M] behind every module, [B] on average over the decoder layers) of the last prompts."""
-    from vtok.patches.hf_vlm.install import pruner_of
 
-    (vlm,) = vtok.patches.find_vlms(model)
-    pruner = pruner_of(vlm)
+    (target,) = vlm_targets(model)
+    pruner = target.installed()
     assert pruner is not None and pruner.last is not None
     visual, left, columns = pruner.last.visual, pruner.last.visual.sum(1), []
     total = left
@@ -158,7 +155,7 @@ def _counts(model: Any, batch: int) -> tuple[Tensor, Tensor]:
             left = (visual.gather(1, stage.column.clamp_min(0)) & (stage.column >= 0)).sum(1)
         columns.append(left)
     counts = torch.stack(columns, 1).double()
-    return counts, average_tokens(counts, sorted(pruner.layers), total.double(), vlm.info.depth)
+    return counts, average_tokens(counts, sorted(pruner.layers), total.double(), target.info.depth)
 
 
 def measure(host: Host, weights: Path, asked: Asked, count: int | None = None, batch_size: int = 50) -> ATPReport:

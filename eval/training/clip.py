@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vtok.eval.models.clip import CLIP_FOLDER, WEIGHTS_FILE
 from vtok.eval.models.data import cache_dir, write_idx
 from vtok.eval.models.easyvqa import (
     BLANK,
@@ -33,11 +34,9 @@ from vtok.eval.models.easyvqa import (
     load_easyvqa,
 )
 from vtok.eval.models.reference import (
-    CLIP_FOLDER,
     CONFIG_FILE,
     DATA_FOLDER,
     MERGES_FILE,
-    WEIGHTS_FILE,
     PageCLIP,
     normalise_page,
     preprocess_config,

@@ -1,7 +1,7 @@
 """Trains the reference LLaVA on easy-VQA's questions: `python -m vtok.eval.training.llava`. Resumes wherever it stopped.
 
-Ten questions about a picture go through the model in one sequence, each as if it were alone (see `vtok.eval.training.turns`), so that
-the picture is read once for all of them.
+Ten questions about a picture go through the model in one sequence, each as if it were alone (see
+`vtok.eval.training.turns`), so that the picture is read once for all of them.
 
 The tower starts by naming shape and colour, which is cheap to learn; then the model answers questions from 64 patches of 8 x 8
 pixels; then the patch embedding and the positions are resampled to the 256 patches of 4 x 4 that it ends with.

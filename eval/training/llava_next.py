@@ -1,9 +1,9 @@
 """Trains the reference LLaVA-NeXT on pages of easy-VQA pictures: `python -m vtok.eval.training.llava_next`. Resumes wherever it
 stopped. It starts from the LLaVA that `vtok.eval.training.llava` left behind at the end of its stage of 64 tokens.
 
-All sixteen questions about a page go through the model in one sequence, each as if it were alone (see `vtok.eval.training.turns`). So
-that the language model learns soon where a crop's tokens belong, its lower layers are also asked, for every token of a crop, in
-which cell it lies and what is in that cell.
+All sixteen questions about a page go through the model in one sequence, each as if it were alone (see
+`vtok.eval.training.turns`). So that the language model learns soon where a crop's tokens belong, its lower layers are also
+asked, for every token of a crop, in which cell it lies and what is in that cell.
 
 Shapes: B pages, P = 336 visual tokens: 64 of the whole page, then 16 lines of 16 tokens of the crops and the end of the line.
 """

@@ -1,4 +1,4 @@
-"""Trains the reference ViT on Fashion-MNIST: `python -m vtok.eval.training.vit`. Resumes from its checkpoint, wherever it stopped.
+"""Trains the reference ViT on Fashion-MNIST: `python -m vtok.eval.training.vit`. Resumes wherever it stopped.
 
 Most of the training runs on 49 patches of 4 x 4 pixels; then the patch embedding and the positions are resampled to the 196
 patches of 2 x 2 that the model ends with, and it goes on for a few epochs. That takes about an hour on two CPU cores. Patch

@@ -111,7 +111,7 @@ def _reference_clip(config: MethodConfig, source: Source) -> Prepared:
 
 
 def _reference_llava(config: MethodConfig, source: Source) -> Prepared:
-    from vtok.eval.tasks.vqa.data import calibration_questions, easy_vqa
+    from vtok.eval.tasks.vqa.opening import calibration_questions, easy_vqa
     from vtok.eval.tune.prompts import Prompts, prompt_samples
 
     net = _on(load_vlm(REFERENCE_LLAVA), source.device)
@@ -122,7 +122,7 @@ def _reference_llava(config: MethodConfig, source: Source) -> Prepared:
 
 
 def _questions(name: str, config: MethodConfig, source: Source) -> Prepared:
-    from vtok.eval.tasks.vqa.data import open_vqa
+    from vtok.eval.tasks.vqa.opening import open_vqa
     from vtok.eval.tune.prompts import Prompts, prompt_samples
 
     assert source.data is not None

@@ -29,11 +29,11 @@ from vtok.eval.tasks.vqa.job import fingerprint
 from vtok.eval.tune.samples import Batch, Samples, calibration_count, enough, shuffled
 from vtok.eval.tune.score import class_values
 from vtok.eval.tune.subjects import Priced
-from vtok.patches import find_vlms
 from vtok.patches.hf_vlm.families import VLM
-from vtok.targets.vlm import POSITIONS, resolve
+from vtok.targets import vlm_targets
 from vtok.targets.vlm_estimate import planned
-from vtok.targets.vlm_tower import in_tower, ladder
+from vtok.targets.vlm_resolve import POSITIONS, resolve
+from vtok.targets.vlm_tower import budget_candidates, in_tower
 
 PRICED = 16  # calibration prompts that say what a setting costs
 
@@ -54,11 +54,11 @@ class Prompts:
 
     def __init__(self, model: VisionLanguageModel, config: MethodConfig, calibration: Samples):
         self.patched: Any = twin(model.net)
-        found = find_vlms(self.patched)
+        found = vlm_targets(self.patched)
         if len(found) != 1:
             raise UnsupportedModelError(f"{model.name} is not one vision-language model that vtok knows, but {len(found)}")
         self.info, self.name, self.config = found[0].info, model.name, config
-        ladder(found[0], config)  # refuses a method that the model or its tower cannot have
+        budget_candidates(found[0].vlm, config)  # refuses a method that the model or its tower cannot have
         self.backend = backend(model.net)
         self.identity = {"model": model.name, "weights": fingerprint(model.net), "prompts": True}
         self._calibration, self._prices = calibration, dict[str, PromptEstimate]()
@@ -68,7 +68,7 @@ class Prompts:
         return self.config.search_space_vlm(self.info) if inside is None else self.config.search_space(inside)
 
     def default(self, flops: float) -> Priced:
-        steps = ladder(self._vlm(), self.config)
+        steps = budget_candidates(self._vlm(), self.config)
         config, budget = solve_prompt(self.config, flops, steps, self.info.name, self._price, "the calibration prompts")
         return config, budget.reached
 
@@ -103,7 +103,7 @@ class Prompts:
         return planned(self.patched, vlm, resolve(vlm, (config,), POSITIONS[0]), Prompt())
 
     def _vlm(self) -> VLM:
-        return find_vlms(self.patched)[0]
+        return vlm_targets(self.patched)[0].vlm
 
     def outputs(self, model: nn.Module, inputs: Any) -> Tensor:
         """[b, V]: scores of the first token of the answers."""

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vtok.api import Size
 from vtok.config import MethodConfig
 from vtok.core.search_space import Point, Space, draw
 from vtok.cost.budget import solve, steps_of, within
@@ -21,8 +20,8 @@ from vtok.eval.common.settings import Setting, backend, mean_cost, pass_cost, tw
 from vtok.eval.tasks.vqa.job import fingerprint
 from vtok.eval.tune.samples import Samples
 from vtok.eval.tune.score import class_values, classifies, embedding_values, run
-from vtok.targets.encoder import foretell, measured
-from vtok.targets.resolve import towers
+from vtok.targets.encoder import estimate_cost, measured
+from vtok.targets.resolve import Size, towers
 
 SLACK = 0.005  # how far under the default a candidate's cost may stay, as a share of the model's FLOPs
 DRAWS = 100  # points that are tried for one candidate
@@ -127,7 +126,7 @@ class Encoder:
         return config.resolved(self.tower.info), cost.fraction
 
     def _price(self, config: MethodConfig) -> Estimate:
-        cost = foretell(self.adapter, self.tower, steps_of([config.build(self.tower.info)]))
+        cost = estimate_cost(self.adapter, self.tower, steps_of([config.build(self.tower.info)]))
         return cost if cost.exact else self._measure(config)
 
     def _measure(self, config: MethodConfig) -> Estimate:

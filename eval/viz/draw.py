@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, brief
 from vtok.eval.viz.overlay import outlines, paint
 from vtok.writing import write
 
@@ -131,7 +131,7 @@ class TokenMaps:
         """
         target = Path(path)
         if target.suffix.lower() not in FORMATS:
-            raise ConfigError(f"token maps are written as {' or '.join(FORMATS)}, got {str(path)!r}")
+            raise ConfigError(f"token maps are written as {' or '.join(FORMATS)}, got {brief(path)!r}")
         data = self.png() if target.suffix.lower() == ".png" else self.gif()
         return write(target, data)
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import vtok
-from vtok.api import run_of
 from vtok.errors import StateError
+from vtok.targets.resolve import run_of
 from vtok.writing import replacing
 
 

@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 
 import vtok
-from vtok.api import run_of
 from vtok.core import prompt as prompts
 from vtok.errors import ConfigError, StateError
 from vtok.eval.common.pictures import open_picture
 from vtok.eval.common.settings import Setting, twin
 from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_NEXT, VisionLanguageModel
-from vtok.eval.tasks.vqa.data import EASY_VQA, PAGES, open_vqa
+from vtok.eval.tasks.vqa.data import EASY_VQA, PAGES
+from vtok.eval.tasks.vqa.opening import open_vqa
 from vtok.eval.tasks.vqa.pipeline import answer
 from vtok.eval.viz.draw import Stage, TokenMaps, View
 from vtok.eval.viz.prompt_overlay import kept_by_layer
-from vtok.patches import find_vlms
-from vtok.patches.hf_vlm.install import observed, pruner_of
+from vtok.patches.hf_vlm.install import observed
+from vtok.targets import vlm_targets
+from vtok.targets.resolve import run_of
 
 DEFAULT_QUESTION = "What is shown here?"
 QUESTIONS = {REFERENCE_LLAVA: EASY_VQA, REFERENCE_NEXT: PAGES}
@@ -47,26 +48,26 @@ def prompt_maps(
     """
     picture, question = _asked(model, image, question)
     inputs = model.inputs([picture], [question])
-    seen = list(observed(find_vlms(model.net)[0], inputs, ()))
+    seen = list(observed(vlm_targets(model.net)[0].vlm, inputs, ()))
     if len(seen) != 1 or len(seen[0].tokens) != 1:
         raise ConfigError(f"{model.name} takes the image as several; token maps are drawn of one")
     views = seen[0].views
     shown = _views(picture, views, inputs.get("pixel_values"), model)
     net = twin(model.net).eval()
     setting.apply(net)
-    (vlm,) = find_vlms(net)
-    pruner = pruner_of(vlm)
+    (target,) = vlm_targets(net)
+    pruner = target.installed()
     if pruner is not None and pruner.joint is not None:  # something acts in the vision tower: only then is there a map of it
         vtok.patch(net, list(pruner.configs), trace=True)
-        pruner = pruner_of(vlm)
+        pruner = target.installed()
     said = answer(model, net, inputs, new_tokens).texts[0]
     last = None if pruner is None else pruner.last
-    stages = _tower_stages(net, vlm, shown)
+    stages = _tower_stages(net, target.vlm, shown)
     if last is None and not stages:
         raise StateError(f"{setting.title} leaves this prompt as it is; there is no map to draw")
     if last is not None:
         kept = kept_by_layer(last)
-        for layer, name in _names(sorted(kept), vlm.info.depth):
+        for layer, name in _names(sorted(kept), target.info.depth):
             left = kept[layer][0][last.visual[0]].cpu().numpy()
             maps = tuple(_in_view(left, view) for view in views if not _newline_alone(view))
             stages.append(Stage(name, maps, int(left.sum())))

@@ -19,9 +19,8 @@ from vtok.eval.models.vlm import VisionLanguageModel
 from vtok.eval.tasks.vqa.data import Question, VQAData
 from vtok.eval.tasks.vqa.pipeline import answer
 from vtok.eval.viz.overlay import paint
-from vtok.patches import find_vlms
 from vtok.patches.decoder.pass_state import Counts
-from vtok.patches.hf_vlm.install import pruner_of
+from vtok.targets import vlm_targets
 from vtok.writing import replacing
 
 
@@ -52,8 +51,8 @@ def survivors(
     Raises:
         StateError: the model is not patched, or the prompts hold different numbers of visual tokens.
     """
-    (vlm,) = find_vlms(net)
-    pruner = pruner_of(vlm)
+    (target,) = vlm_targets(net)
+    pruner = target.installed()
     inputs = model.inputs([data.read(q.image) for q in questions], [q.text + data.prompt for q in questions])
     found = answer(model, net, inputs, new_tokens)
     last = None if pruner is None else pruner.last

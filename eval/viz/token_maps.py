@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import vtok
-from vtok.api import Method, run_of
 from vtok.errors import ConfigError, StateError
 from vtok.eval.common.settings import Setting, model_name, towers, twin
 from vtok.eval.models.by_name import REFERENCE, load_model
@@ -21,7 +20,8 @@ from vtok.eval.models.clip import REFERENCE as REFERENCE_CLIP
 from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_NEXT, VisionLanguageModel, load_vlm
 from vtok.eval.viz.draw import Stage, TokenMaps, View
 from vtok.eval.viz.input import Prepared, home_of, prepared, reference_pixels
-from vtok.patches import find_vlms
+from vtok.targets import vlm_targets
+from vtok.targets.resolve import Method, run_of
 
 _VLMS = (REFERENCE_LLAVA, REFERENCE_NEXT)
 _TRANSFORMERS = "transformers:"
@@ -70,7 +70,7 @@ def visualize(
         model = _load(name, question, pretrained)
     else:
         name = model.name if isinstance(model, VisionLanguageModel) else model_name(model)
-    if not isinstance(model, VisionLanguageModel) and find_vlms(model):
+    if not isinstance(model, VisionLanguageModel) and vlm_targets(model):
         if processor is None:
             raise ConfigError(f"{type(model).__name__} answers questions: pass its processor (processor=...)")
         model = VisionLanguageModel(model, processor, name)
@@ -129,7 +129,7 @@ def _load(name: str, question: str | None, pretrained: bool) -> nn.Module | Visi
     if question is not None:
         return load_vlm(name.removeprefix(_TRANSFORMERS))
     model = load_model(name, pretrained and not name.startswith("reference"))
-    if find_vlms(model):
+    if vlm_targets(model):
         raise ConfigError(f"{name} answers questions: pass one (--question), and a name or folder with a processor")
     return model
 

@@ -43,6 +43,7 @@ def layer_attention(
     later: bool = False,
     final_norm: nn.Module | None = None,
     entry: Entry | None = None,
+    real: Tensor | None = None,
 ) -> LayerAttention:
     """Describes what a decoder layer is about to attend to. Called in that layer's own hook.
 
@@ -55,12 +56,15 @@ def layer_attention(
             all columns are worked out now.
         final_norm: the last norm of the LLM.
         entry: what entered the LLM.
+        real: [B, L] bool, False = padding: positions then count from each row's first real column. `None` = as they are.
     """
     attention, device = layer.self_attn, hidden.device
     mask = kwargs.get("attention_mask")
     mask = mask.to(device) if isinstance(mask, Tensor) else mask
     cos, sin = kwargs["position_embeddings"]
     tables = cos.to(device), sin.to(device)
+    if real is not None:
+        tables = _counted_from(*tables, real.to(device))
     autocast = as_now(hidden.device.type)
 
     @functools.cache
@@ -111,6 +115,26 @@ def _settled(project: Callable[[Tensor | None], Tensor], hidden: Tensor) -> Call
     every = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
     q, k = project(every), project(None)
     return lambda rows: k if rows is None else take(q.transpose(1, 2), rows, 1).transpose(1, 2)
+
+
+def _counted_from(cos: Tensor, sin: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary tables for positions counted from each row's first real column.
+
+    Padding on the left moves positions where a caller gives none. Attention does not see that, a norm of rotated keys does.
+
+    Args:
+        cos: [.., B or 1, L, D].
+        sin: the same.
+        real: [B, L] bool.
+    """
+    first = real.to(torch.uint8).argmax(1)[:, None, None]
+    batch = (*cos.shape[:-3], len(real), *cos.shape[-2:])
+    cos, sin = cos.expand(batch), sin.expand(batch)
+    at = first.expand(*batch[:-2], 1, batch[-1])
+    start_cos, start_sin = cos.gather(-2, at), sin.gather(-2, at)
+    length = torch.hypot(start_cos.float(), start_sin.float()).clamp_min(1e-6).to(cos.dtype)  # some scale their tables
+    start_cos, start_sin = start_cos / length, start_sin / length
+    return cos * start_cos + sin * start_sin, sin * start_cos - cos * start_sin
 
 
 def _project(attention: Any, x: Tensor, tables: tuple[Tensor, Tensor], rows: Tensor | None) -> Tensor:

@@ -277,22 +277,23 @@ class BeforeLayer(PrunerHook):
         running.move(x.device)
         if self.index == 0 and self.pruner.reads_entry:
             running.entry = Entry(x.detach(), layout_of(x, running, state, state.before))
-        self._probe(module, x, fitting, running)
+        self._probe(module, x, fitting, running, state)
         if self.index > 0 and self.index in self.pruner.layers:
             shorter = self._drop(x, running, state)
             if shorter is not None:
                 x = shorter
                 fitting = _prompt_kwargs(module, self.index, x, kwargs, running, state, cache)
-                self._probe(module, x, fitting, running)  # for decisions in front of later layers
+                self._probe(module, x, fitting, running, state)  # for decisions in front of later layers
         if cache is not None and state_of(cache) is not state and (state.before is not None or state.between):
             remember(cache, state)
         return ((x, *args[1:]), fitting) if args else ((), {**fitting, "hidden_states": x})
 
-    def _probe(self, module: Any, x: Tensor, kwargs: dict[str, Any], running: Pass) -> None:
+    def _probe(self, module: Any, x: Tensor, kwargs: dict[str, Any], running: Pass, state: PromptState) -> None:
         if self.index in self.pruner.probed:
+            real = layout_of(x, running, state, state.at(self.index)).real
             later = self.index in self.pruner.probed_later
             running.probes[self.index] = layer_attention(
-                self.index, module, x.detach(), kwargs, later, running.final_norm, running.entry
+                self.index, module, x.detach(), kwargs, later, running.final_norm, running.entry, real
             )
 
     def _drop(self, x: Tensor, running: Pass, state: PromptState) -> Tensor | None:

@@ -1,7 +1,7 @@
 """What a patched vision-language model knows during one forward pass, and the plan that outlives it where there is no cache.
 
-A plan lies with the images that it was made for (`vtok.patches.hf_vlm.encoded`), or, where somebody else encoded them, with this
-thread's call of generate(): neither is lost when others take outputs apart and rebuild them, and both end by themselves.
+A plan lies with the images that it was made for (`vtok.patches.hf_vlm.encoded`), or, where somebody else encoded them, with
+this thread's call of generate(): neither is lost when others take outputs apart and rebuild them, and both end by themselves.
 
 Shapes: B rows, L columns of the prompt.
 """

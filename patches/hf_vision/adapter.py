@@ -11,8 +11,7 @@ from vtok.core.tracker import Run
 from vtok.cost.encoder import TowerCost
 from vtok.errors import UnsupportedModelError
 from vtok.patches.hf_vision.heads import HeadEnds, HeadStarts, MeanInput, MeanOutput, NoPoolMask, WholeAttentions
-from vtok.patches.hf_vision.tables import ATTENTIONS, BLOCKS, OWNERS, TOWERS, OwnerSpec, TowerSpec
-from vtok.patches.hf_vlm import families as hf_vlm
+from vtok.patches.hf_vision.tables import ATTENTIONS, BLOCKS, OWNERS, TOWERS, OwnerSpec, TowerSpec, release
 from vtok.patches.macs import block_cost, linear_macs, position_macs
 from vtok.patches.pooling import PoolBias
 from vtok.patches.protocol import Block, Example, Tower, look_up, qualified_name
@@ -24,13 +23,8 @@ class HfAdapter:
 
     supported = (
         "transformers' ViT, DeiT, BEiT, ViT-MAE and ViT-MSN encoders, DINOv2 (with registers) and DINOv3, the image towers of "
-        "CLIP, SigLIP, SigLIP2, BLIP, InternVL, Idefics2, Idefics3 and SmolVLM, and their image classifiers; the prompts of "
-        f"{hf_vlm.SUPPORTED}"
+        "CLIP, SigLIP, SigLIP2, BLIP, InternVL, Idefics2, Idefics3 and SmolVLM, and their image classifiers"
     )
-
-    def vlms(self, model: nn.Module) -> Sequence[hf_vlm.VLM]:
-        """The vision-language models inside `model`, whose prompts can be shortened."""
-        return hf_vlm.find(model)
 
     def towers(self, model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Sequence[Tower]:
         found = []
@@ -114,7 +108,7 @@ class HfAdapter:
         averages = tower.averaged_by is not None or _averages(module, spec)
         rows, columns = _grid(module.config, tower.input_size, masked=False)
         per_patch = position_macs(module.get_submodule(spec.embed))
-        if spec.positions and hf_vlm.release() >= spec.positions_since:
+        if spec.positions and release() >= spec.positions_since:
             per_patch += position_macs(module.get_submodule(spec.positions))
         return TowerCost(
             rows * columns * per_patch,

@@ -7,6 +7,7 @@ is patched only if it stands in `OWNERS`, because others may need every patch.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from vtok.patches.hf_vision.attention import BlipAttention, HfAttention, InternVLAttention, beit_mask
@@ -177,3 +178,11 @@ OWNERS: dict[str, OwnerSpec] = {
     _in("vit") + "ViTForImageClassification": _CLASSIFIER,
     _in("vit_msn") + "ViTMSNForImageClassification": _CLASSIFIER,
 }
+
+
+def release() -> tuple[int, ...]:
+    """The release of transformers that is installed: (major, minor); (0, 0) = none."""
+    try:
+        return tuple(int(part) for part in version("transformers").split(".")[:2])
+    except PackageNotFoundError:
+        return 0, 0

@@ -12,7 +12,8 @@ from torch import nn
 from vtok.core.prompt import TowerFacts, VLMInfo
 from vtok.errors import UnsupportedModelError
 from vtok.patches.decoder import attention_probe as decoder_probe
-from vtok.patches.hf_vision.tables import TOWERS
+from vtok.patches.hf_vision.adapter import HfAdapter
+from vtok.patches.hf_vision.tables import TOWERS, release
 from vtok.patches.hf_vlm import crops as hf_cuts
 from vtok.patches.hf_vlm import layout as hf_views
 from vtok.patches.hf_vlm.image_features import Cuts, ViewCounts, Views
@@ -62,11 +63,6 @@ class VLMSpec:
     packed: bool = False
     flat_positions: bool = True
     hands_on: bool = False
-
-
-def release() -> tuple[int, ...]:
-    """The release of transformers that is installed: (major, minor)."""
-    return tuple(int(part) for part in version("transformers").split(".")[:2])
 
 
 def _in(model: str) -> str:
@@ -190,6 +186,16 @@ def _check_release() -> None:
         )
 
 
+class HfVLMAdapter:
+    """Finds the vision-language models of Hugging Face transformers."""
+
+    supported = SUPPORTED
+
+    def vlms(self, model: nn.Module) -> Sequence[VLM]:
+        """See `find`."""
+        return find(model)
+
+
 def find(model: nn.Module) -> Sequence[VLM]:
     """The vision-language models inside a model; empty if there is none.
 
@@ -250,8 +256,6 @@ def _tower(module: Any, text: Any, spec: VLMSpec) -> tuple[Tower | None, TowerFa
         if spec.packed:
             return None, None, f"{type(named).__name__} runs the patches of all images as one sequence, cut where images end"
         return None, None, f"{type(named).__name__} is no vision tower whose blocks vtok knows"
-    from vtok.patches.hf_vision.adapter import HfAdapter  # describes this model too
-
     try:
         tower = HfAdapter().tower(*found[0])
         block = feature_block(getattr(module.config, "vision_feature_layer", -1), len(tower.blocks))
@@ -259,7 +263,15 @@ def _tower(module: Any, text: Any, spec: VLMSpec) -> tuple[Tower | None, TowerFa
         return None, None, str(error)
     info = tower.info
     facts = TowerFacts(
-        info.depth, info.has_cls, info.num_prefix, block, info.width, info.num_heads, info.head_dim, info.num_patches
+        info.depth,
+        info.has_cls,
+        info.num_prefix,
+        block,
+        info.width,
+        info.num_heads,
+        info.head_dim,
+        info.num_patches,
+        bool(info.num_prefix) and getattr(module.config, "vision_feature_select_strategy", None) == "full",
     )
     return tower, facts, ""
 

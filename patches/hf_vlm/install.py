@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vtok.core.prompt import ImageFeatures, VLMReducer
-from vtok.errors import ConfigError, StateError, UnsupportedModelError
+from vtok.errors import ConfigError, StateError, UnsupportedModelError, VtokError, brief, shown
 from vtok.patches.decoder import hooks, masks
 from vtok.patches.decoder import packed_rows as packed
 from vtok.patches.decoder.kv_cache import cache_in, compact, renumbered, stored, take, unknown, vouch
@@ -20,6 +21,7 @@ from vtok.patches.hf_vlm import tower_taps
 from vtok.patches.hf_vlm.families import VLM
 from vtok.patches.hf_vlm.macs import tower_of
 from vtok.patches.module_swap import Mixin, put_on
+from vtok.plain import check_numbers
 
 PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 
@@ -125,16 +127,31 @@ def calibration_inputs(inputs: Any) -> list[Mapping[str, Any]]:
     listed = [inputs] if isinstance(inputs, Mapping) or not isinstance(inputs, (list, tuple)) else list(inputs)
     for values in listed:
         if not isinstance(values, Mapping) or "input_ids" not in values or not hf.carries_images(values):
-            found = sorted(values) if isinstance(values, Mapping) else type(values).__name__
+            found = shown(list(values)) if isinstance(values, Mapping) else type(values).__name__
             raise ConfigError(
                 f"calibration takes inputs as the processor returns them, input_ids and pixels, or a list of these; got {found}"
             )
-        for name, value in values.items():
-            if name.startswith("pixel_values") and isinstance(value, Tensor) and not bool(value.isfinite().all()):
-                raise ConfigError(f"calibration: {name} holds NaN or infinity; what it would measure is nothing")
+        check_numbers(values, "calibration")
+        ids = values["input_ids"]
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+            found = f"{list(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else shown(ids)
+            raise ConfigError(f'calibration: input_ids is a tensor [B, N] of whole numbers (return_tensors="pt"), got {found}')
     if not listed:
         raise ConfigError("calibration takes inputs as the processor returns them, or a list of these; the list is empty")
     return listed
+
+
+@contextmanager
+def runs_calibration(vlm: VLM) -> Iterator[None]:
+    """Says of what a model raises inside, whatever it is, that the calibration inputs are not what it takes."""
+    try:
+        yield
+    except VtokError:
+        raise
+    except Exception as error:  # upstream's, of any kind
+        raise ConfigError(
+            f"{vlm.info.name} cannot run the calibration inputs ({type(error).__name__}: {brief(error)}); pass what it takes"
+        ) from error
 
 
 def observed(vlm: VLM, inputs: Any, blocks: Sequence[int]) -> Iterator[ImageFeatures]:
@@ -150,7 +167,7 @@ def observed(vlm: VLM, inputs: Any, blocks: Sequence[int]) -> Iterator[ImageFeat
     """
     for values in calibration_inputs(inputs):
         witness, taps = _Witness(blocks), tower_taps.TowerTaps(blocks)
-        with torch.no_grad(), taps.on(vlm.tower):
+        with runs_calibration(vlm), torch.no_grad(), taps.on(vlm.tower):
             hf.choose(vlm.module, hf.encode(vlm.module, values, taps), witness, vlm.spec, values)
         yield from witness.seen
 

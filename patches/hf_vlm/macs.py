@@ -20,6 +20,7 @@ from vtok.cost.prefill import LayerCost, LLMCost, StatedImage, VisionCost
 from vtok.errors import ConfigError, UnsupportedModelError
 from vtok.patches.decoder.masks import window_of
 from vtok.patches.decoder.pass_state import TowerCall
+from vtok.patches.hf_vision.adapter import HfAdapter
 from vtok.patches.hf_vision.tables import TOWERS
 from vtok.patches.hf_vlm.families import VLM
 from vtok.patches.hf_vlm.tower_bridge import Joint
@@ -250,8 +251,6 @@ def features_left(vlm: VLM, patches: int) -> int:
 
 
 def _viewed(spec: VisionSpec, vlm: VLM, calls: Sequence[TowerCall], seen: Estimate | None, joint: Joint | None) -> VisionCost:
-    from vtok.patches.hf_vision.adapter import HfAdapter
-
     adapter, model = HfAdapter(), vlm.module
     tower = vlm.tower or adapter.towers(model.get_submodule(spec.tower))[0]
     info = tower.info

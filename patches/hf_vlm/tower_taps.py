@@ -1,8 +1,8 @@
 """What the blocks of a vision tower attended to while a vision-language model encoded images.
 
 Hooks keep what enters the blocks that a method asked for, while the model's own `get_image_features` runs, and note it on what
-that returns (`vtok.patches.hf_vlm.encoded`): generate() encodes images before it reads the prompt. Nothing else is kept; queries and
-keys are worked out from it when a method looks at them, by the descriptions of the encoder adapters.
+that returns (`vtok.patches.hf_vlm.encoded`): generate() encodes images before it reads the prompt. Nothing else is kept;
+queries and keys are worked out from it when a method looks at them, by the descriptions of the encoder adapters.
 
 Shapes: V views (crops, tiles, frames) of all images, N tokens that enter a block, C width, H heads, D head dim.
 """

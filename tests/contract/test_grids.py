@@ -8,8 +8,8 @@ from torch import nn
 from zoo import BACKENDS, build
 
 import vtok
-from vtok.api import run_of
 from vtok.methods.baselines.uniform_grid import dither_rank
+from vtok.targets.resolve import run_of
 
 KEEP = 0.25
 SIZES = ((64, 64), (64, 128), (128, 64), (48, 80))

@@ -8,10 +8,10 @@ from torch import nn
 from zoo import EXAMPLES, MERGING, SETTINGS, attach, build, config_for, images
 
 import vtok
-from vtok.api import run_of
 from vtok.eval.matrix.oracle import differences
 from vtok.patches.block import ReducingBlock
 from vtok.registry import encoder_methods
+from vtok.targets.resolve import run_of, towers
 
 NAMES = [
     name
@@ -38,7 +38,7 @@ PAIRS = [(name, method) for name in NAMES for method in encoder_methods() if con
 
 
 def tower(model):
-    return vtok.api._towers(model, None)[0][1]
+    return towers(model)[0][1]
 
 
 def masked(model: nn.Module, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

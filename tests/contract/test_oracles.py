@@ -4,9 +4,9 @@ import pytest
 import torch
 from zoo import BACKENDS, EXAMPLES, MERGING, STATIC, attach, build, images, pairs
 
-from vtok.api import run_of
 from vtok.eval.matrix import encoder as matrix
 from vtok.registry import encoder_methods
+from vtok.targets.resolve import run_of
 
 PAIRS = pairs()
 

@@ -9,8 +9,8 @@ from torch.torch_version import TorchVersion
 from zoo import EXAMPLES, FAMILIES, STATIC, attach, block_list, build, images, pairs
 
 import vtok
-from vtok.api import run_of
 from vtok.registry import encoder_methods
+from vtok.targets.resolve import run_of, towers
 
 
 @pytest.mark.parametrize("method", encoder_methods())
@@ -142,7 +142,7 @@ def test_fused_attention_stays(name, method):
 
 
 def model_has_cls(model):
-    return vtok.api._towers(model, None)[0][1].has_cls
+    return towers(model, None)[0][1].has_cls
 
 
 def test_accelerate_hooks_before_and_after():

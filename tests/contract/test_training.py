@@ -5,8 +5,8 @@ import torch
 from zoo import FAMILIES, attach, build, checkpointing, images, pairs
 
 import vtok
-from vtok.api import run_of
 from vtok.registry import encoder_methods
+from vtok.targets.resolve import run_of
 
 
 def _gradients(model, x):

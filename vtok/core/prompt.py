@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -213,7 +213,7 @@ class Entry(NamedTuple):
 
     def to(self, device: torch.device) -> Entry:
         """The same on another device."""
-        fields = (part.to(device) if isinstance(part, Tensor) else part for part in self.layout)
+        fields: Any = (part.to(device) if isinstance(part, Tensor) else part for part in self.layout)
         return Entry(self.x.to(device), Layout(*fields))
 
 

@@ -28,6 +28,7 @@ class TowerFacts:
         num_heads: query heads, H.
         head_dim: width of one head, D.
         num_patches: tokens behind the prefix at the size the tower was built for; 0 = not known.
+        prefix_kept: whether the prefix stands among the features of an image (vision_feature_select_strategy="full").
     """
 
     depth: int
@@ -38,6 +39,7 @@ class TowerFacts:
     num_heads: int
     head_dim: int
     num_patches: int = 0
+    prefix_kept: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from vtok.core.prompt import View
 from vtok.cost.encoder import Row
-from vtok.errors import ConfigError, unknown
+from vtok.errors import ConfigError, shown, unknown
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,12 @@ class Prompt:
         for name in ("images", "text_tokens"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} of a prompt is a whole number from 1 on, got {value!r}")
+                raise ConfigError(f"{name} of a prompt is a whole number from 1 on, got {shown(value)}")
         size = self.input_size
         if size is None:
             return
         if not isinstance(size, (tuple, list)) or len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
-            raise ConfigError(f"input_size is (channels, height, width), got {size!r}")
+            raise ConfigError(f"input_size is (channels, height, width), got {shown(size)}")
         object.__setattr__(self, "input_size", tuple(size))
 
     @classmethod
@@ -149,7 +149,7 @@ class Prompt:
                     raise unknown("field of a prompt", str(name), known)
             value = cls(**value)
         if value is not None and not isinstance(value, cls):
-            raise ConfigError(f"prompt is {{'images': ..., 'text_tokens': ..., 'input_size': ...}}, got {value!r}")
+            raise ConfigError(f"prompt is {{'images': ..., 'text_tokens': ..., 'input_size': ...}}, got {shown(value)}")
         made = value or cls()
         return made if input_size is None else replace(made, input_size=input_size)
 

@@ -12,7 +12,7 @@ from vtok.config import MethodConfig, fraction
 from vtok.core.prompt import ImageFeatures, View, VLMInfo, VLMReducer
 from vtok.core.reduction import Plan
 from vtok.core.tokens import Place, Site
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, shown
 from vtok.ops.selection import kept_tokens
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class KeptShare(MethodConfig):
 def whole(value: Any, name: str, least: int) -> None:
     """Checks that a value is a whole number from `least` on."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} must be a whole number >= {least}, got {value!r}")
+        raise ConfigError(f"{name} must be a whole number >= {least}, got {shown(value)}")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,10 @@ def greedy_dpp(features: Tensor, quality: Tensor, k: int) -> Tensor:
     x = unit(features)
     quality = quality.to(x.dtype)
     batch, n, width = x.shape
-    gain = quality.square() * x.square().sum(2)
+    # 1 for every row that is not zero: the squares of rounded unit rows would rank what is equal
+    # Carried in fp64: near 1, where every token is almost all new, fp32 leaves rounding to choose. MPS has none.
+    precise = torch.float32 if x.device.type == "mps" else torch.float64
+    gain = (quality.square() * (x != 0).any(2)).to(precise)
     least = _RANK * gain.amax(1, keepdim=True)
     factor, order = x.new_zeros(batch, k, n), []
     taken = torch.zeros(batch, n, dtype=torch.bool, device=x.device)
@@ -51,7 +54,7 @@ def greedy_dpp(features: Tensor, quality: Tensor, k: int) -> Tensor:
         if step:
             done = factor[:, :step]
             row = row - torch.bmm(done.gather(2, last[:, None].expand(-1, step, -1)).transpose(1, 2), done).squeeze(1)
-        row = (row / best.clamp_min(torch.finfo(x.dtype).tiny).sqrt()).masked_fill(spent, 0)
+        row = (row / best.to(x.dtype).clamp_min(torch.finfo(x.dtype).tiny).sqrt()).masked_fill(spent, 0)
         factor[:, step] = row
-        gain = gain - row.square()
+        gain = gain - row.to(precise).square()
     return torch.cat(order, 1)

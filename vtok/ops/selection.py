@@ -18,6 +18,19 @@ def kept_tokens(n: int, keep: float | None = None, keep_tokens: int | None = Non
     return n if keep is None else min(n, max(1, round(n * keep)))
 
 
+def kept_of_parts(sizes: Sequence[int], keep: float) -> list[int]:
+    """How many stay of every part of something, the same share of each as far as whole numbers go: together `kept_tokens` of
+    all of it, whatever the parts round to by themselves. Small parts may keep none.
+    """
+    total, kept = kept_tokens(sum(sizes), keep), 0
+    counts, seen = [], 0
+    for size in sizes:
+        seen += size
+        counts.append(round(total * seen / sum(sizes)) - kept)
+        kept += counts[-1]
+    return counts
+
+
 def kept_counts(n: Tensor, keep: float | None = None, keep_tokens: int | None = None) -> Tensor:
     """`kept_tokens` of every row, without host synchronisation: n [B] int64 -> [B] int64; 0 of none."""
     if keep_tokens is not None:

@@ -1,34 +1,50 @@
-"""Methods on one tower: numbers chosen and checked, blocks patched, costs foretold or measured."""
+"""`EncoderTarget`: methods on one vision tower: numbers chosen and checked, blocks patched, costs estimated or measured."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vtok.config import MethodConfig, Reducer
+from vtok.config import MethodConfig, ModelInfo, Reducer
 from vtok.core.tokens import Site
 from vtok.core.tracker import Run
 from vtok.cost.budget import Budget, default_target, solve, steps_of
 from vtok.cost.encoder import Estimate, estimate
 from vtok.errors import ConfigError, UnsupportedModelError, VtokError
-from vtok.patches.block import install
+from vtok.patches.block import check
+from vtok.patches.block import install as install_blocks
+from vtok.patches.module_swap import own_class
 from vtok.patches.protocol import Adapter, Tower
-from vtok.targets.resolve import run_of
+from vtok.patches.transaction import all_or_nothing
+from vtok.plain import check_numbers
+from vtok.reports.results import Info, PlanReport
+from vtok.targets.base import Layers, Request, Target
+from vtok.targets.last_pass import tower_info
+from vtok.targets.lifecycle import call, evaluated, temporarily, unpatch
+from vtok.targets.resolve import run_of, towers
 
 
 @dataclass(frozen=True)
-class Patch:
-    """What was patched into one tower: kept on its `Run`, and all that `info` and `save_config` need."""
+class ResolvedMethods:
+    """Methods resolved for one tower: kept on its `Run`, and all that `info` and `save_config` need.
+
+    Attributes:
+        path: of the tower inside the model.
+        configs: the methods, with every number chosen.
+        steps: block -> (site, reducer).
+        budget: if a budget chose the setting.
+        trace: whether the map from original to reduced tokens is kept.
+    """
 
     path: str
     configs: tuple[MethodConfig, ...]
     steps: dict[int, tuple[Site, Reducer]]
     budget: Budget | None
+    trace: bool = False
 
     @property
     def merges(self) -> bool:
@@ -36,16 +52,71 @@ class Patch:
         return any(config.merges for config in self.configs)
 
 
-def put(adapter: Adapter, tower: Tower, made: Patch, trace: bool, spare: bool = False) -> Run:
-    """Installs what `fit` resolved; `check` comes first. For `trace` and `spare` see `Run`, which is returned."""
-    run = Run(len(tower.blocks), tower.num_prefix, any(r.prop_attn for _, r in made.steps.values()), trace, spare)
-    run.patch = made
-    install(tower.blocks, run, made.steps)
+class EncoderTarget(Target):
+    """One vision tower.
+
+    Args:
+        adapter: of its backend.
+        tower: described for the input size that plans and budgets are for.
+    """
+
+    def __init__(self, adapter: Adapter, tower: Tower):
+        self.adapter, self.tower = adapter, tower
+
+    @property
+    def info(self) -> ModelInfo:
+        return self.tower.info
+
+    @property
+    def layers(self) -> Layers:
+        modules = tuple(block.module for block in self.tower.blocks)
+        kinds = tuple(own_class(module).__name__ for module in modules)
+        return Layers(self.tower.path, own_class(self.tower.module).__name__, modules, kinds)
+
+    def resolve(self, configs: tuple[MethodConfig, ...], request: Request) -> ResolvedMethods:
+        self._check(request)
+        resolved = resolve(self.adapter, self.tower, configs, request.flops, request.calibration)
+        check(self.tower, resolved.steps)
+        return replace(resolved, trace=request.trace)
+
+    def _check(self, request: Request) -> None:
+        for name in ("positions", "prompt"):
+            if getattr(request, name) is not None:
+                raise ConfigError(f"{name} is for vision-language models; {self.layers.name} is none that vtok knows")
+
+    def install(self, resolved: ResolvedMethods) -> None:
+        install(self.adapter, self.tower, resolved)
+
+    def installed(self) -> ResolvedMethods | None:
+        run = run_of(self.tower.module)
+        return None if run is None else run.patch
+
+    def plan(self, configs: tuple[MethodConfig, ...], request: Request) -> PlanReport:
+        self._check(request)
+        adapter, tower = self.adapter, self.tower
+        resolved = resolve(adapter, tower, configs, request.flops, request.calibration)
+        cost = estimate_cost(adapter, tower, resolved.steps)
+        if request.calibration is not None and not cost.exact:
+            cost = measured(adapter, tower, resolved.configs, request.calibration)
+        return PlanReport(type(tower.module).__name__, resolved.configs, cost, resolved.budget, tower.info.num_patches)
+
+    def describe(self, kernels: Sequence[str] | None = None) -> Info:
+        return Info((tower_info(self.adapter, self.tower, run_of(self.tower.module), kernels),))
+
+
+def install(adapter: Adapter, tower: Tower, resolved: ResolvedMethods, spare: bool = False) -> Run:
+    """Patches a tower. For `spare` see `Run`, which is returned."""
+    prop_attn = any(reducer.prop_attn for _, reducer in resolved.steps.values())
+    run = Run(len(tower.blocks), tower.num_prefix, prop_attn, resolved.trace, spare)
+    run.patch = resolved
+    install_blocks(tower.blocks, run, resolved.steps)
     adapter.attach(tower, run)
     return run
 
 
-def fit(adapter: Adapter, tower: Tower, configs: tuple[MethodConfig, ...], flops: float | None, calibration: Any) -> Patch:
+def resolve(
+    adapter: Adapter, tower: Tower, configs: tuple[MethodConfig, ...], flops: float | None, calibration: Any
+) -> ResolvedMethods:
     """Configs with every number chosen, and where they act, checked against the tower."""
     info_, budget = tower.info, None
     if flops is not None and len(configs) > 1:
@@ -77,25 +148,13 @@ def fit(adapter: Adapter, tower: Tower, configs: tuple[MethodConfig, ...], flops
         for config, reducer in zip(chosen, reducers):
             if reducer.sites and (reducer.ragged or (reducer.sizes and reducer.prop_attn)):
                 raise UnsupportedModelError(f"{config.name} cannot be used on {info_.name}: {info_.blind_attention}")
-    return Patch(tower.path, tuple(chosen), steps_of(reducers), budget)
+    return ResolvedMethods(tower.path, tuple(chosen), steps_of(reducers), budget)
 
 
-def foretell(adapter: Adapter, tower: Tower, steps: dict[int, tuple[Site, Reducer]]) -> Estimate:
+def estimate_cost(adapter: Adapter, tower: Tower, steps: dict[int, tuple[Site, Reducer]]) -> Estimate:
     """What a forward pass at the tower's input size costs."""
     info_ = tower.info
     return estimate(adapter.cost(tower), steps, info_.num_prefix + info_.num_patches, info_.num_prefix)
-
-
-def check_finite(values: Mapping[str, Any], what: str) -> None:
-    """Raises if some tensor of numbers that a model is to be measured on holds NaN or infinity; masks may."""
-    for name, value in values.items():
-        if not isinstance(value, Tensor) or not value.is_floating_point() or "mask" in name:
-            continue
-        broken = int((~value.isfinite()).sum())
-        if broken:
-            raise ConfigError(
-                f"{what}: {name} holds {broken} numbers that are NaN or infinite; what it would measure is nothing"
-            )
 
 
 def _check_images(images: Any, tower: Tower) -> None:
@@ -113,14 +172,27 @@ def _check_images(images: Any, tower: Tower) -> None:
 
 def measured(adapter: Adapter, tower: Tower, configs: tuple[MethodConfig, ...], images: Any) -> Estimate:
     """What calibration images cost on average; the tower is patched for one pass and left as it was."""
-    from vtok.api import patched
-    from vtok.targets.inspection import tower_info
-
     if not isinstance(images, Mapping):
         _check_images(images, tower)
-    check_finite(images if isinstance(images, Mapping) else {"the batch of images": images}, "calibration")
-    one = configs if len(configs) > 1 else configs[0]
-    with evaluated(tower.module), patched(tower.module, one, input_size=tower.input_size), torch.no_grad():
+    check_numbers(images if isinstance(images, Mapping) else {"the batch of images": images}, "calibration")
+    inside = [EncoderTarget(*found) for found in towers(tower.module, tower.input_size)]  # of the tower alone
+    before = [(target, resolved) for target in inside if (resolved := target.installed()) is not None]
+
+    ready = [(target, target.resolve(configs, Request())) for target in inside]
+
+    def install_all() -> None:
+        unpatch(tower.module)
+        for target, resolved in ready:
+            target.install(resolved)
+
+    def patch() -> None:
+        all_or_nothing(tower.module, install_all)
+
+    def restore() -> None:
+        for target, resolved in before:
+            target.install(resolved)
+
+    with evaluated(tower.module), temporarily(tower.module, patch, restore), torch.no_grad():
         try:
             call(tower.module, images)
         except VtokError:
@@ -134,20 +206,3 @@ def measured(adapter: Adapter, tower: Tower, configs: tuple[MethodConfig, ...], 
     result = found.mean_estimate or found.estimate
     assert result is not None
     return result
-
-
-@contextmanager
-def evaluated(module: nn.Module) -> Iterator[None]:
-    """The module is in eval mode for a while."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-
-
-def call(module: nn.Module, inputs: Any) -> Any:
-    """Runs a model on one tensor, or on a mapping: by name."""
-    return module(**inputs) if isinstance(inputs, Mapping) else module(inputs)

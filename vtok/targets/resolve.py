@@ -15,9 +15,8 @@ from vtok.core.tracker import Run
 from vtok.errors import ConfigError, UnsupportedModelError, shown, unknown
 from vtok.patches import find_adapters
 from vtok.patches.block import ReducingBlock
-from vtok.patches.module_swap import Mixin
 from vtok.patches.protocol import Adapter, Tower
-from vtok.registry import ADAPTERS, METHODS
+from vtok.registry import ADAPTERS, METHODS, VLM_ADAPTERS
 
 Method = str | os.PathLike | MethodConfig | Sequence[str | MethodConfig]
 Size = tuple[int, int, int]
@@ -34,12 +33,7 @@ def run_of(module: nn.Module) -> Run | None:
     return next((m._vtok.run for m in module.modules() if isinstance(m, ReducingBlock)), None)
 
 
-def own_class(module: nn.Module) -> type:
-    """The class of a module before it was patched."""
-    return type(module).__bases__[1] if isinstance(module, Mixin) else type(module)
-
-
-def wanted(
+def methods_for(
     infos: Sequence[ModelInfo | VLMInfo], method: Method, params: dict[str, Any], flops: float | None
 ) -> tuple[list[tuple[MethodConfig, ...]], files.Saved | None]:
     """(configs for every tower or vision-language model, the file that they came from)."""
@@ -84,6 +78,7 @@ def towers(model: nn.Module, input_size: Size | None = None) -> list[tuple[Adapt
             outermost[key] = (adapter, tower)
     found = list(outermost.values())
     if not found:
-        known = "; ".join(ADAPTERS.get(name).supported for name in ADAPTERS) if len(ADAPTERS.names()) else ""
+        encoders = [ADAPTERS.get(name).supported for name in ADAPTERS]
+        known = "; ".join([*encoders, *(f"the prompts of {VLM_ADAPTERS.get(name).supported}" for name in VLM_ADAPTERS)])
         raise UnsupportedModelError(f"{type(model).__name__} holds nothing that vtok can patch; supported: {known}")
     return found

@@ -13,10 +13,13 @@ from vtok.errors import UnsupportedModelError
 from vtok.patches.decoder.pass_state import Counts, Pruner
 from vtok.patches.hf_vision.adapter import HfAdapter
 from vtok.patches.hf_vlm.families import VLM
+from vtok.patches.hf_vlm.install import pruner_of
 from vtok.patches.hf_vlm.macs import features_left, llm_cost, patches_left, stated_calls, stated_image, tower_of, vision_cost
-from vtok.targets.encoder import foretell
-from vtok.targets.inspection import tower_info
+from vtok.reports.results import PromptInfo, PromptRow
+from vtok.targets.encoder import estimate_cost
+from vtok.targets.last_pass import tower_info
 from vtok.targets.resolve import run_of
+from vtok.targets.vlm_resolve import POSITIONS
 
 
 def planned(model: nn.Module, vlm: VLM, pruner: Pruner, prompt: Prompt) -> PromptEstimate:
@@ -32,7 +35,7 @@ def planned(model: nn.Module, vlm: VLM, pruner: Pruner, prompt: Prompt) -> Promp
         ConfigError, UnsupportedModelError: see `stated_image`.
     """
     image = stated_image(vlm, prompt.input_size)
-    calls, inside = stated_calls(vlm, image, prompt.images), _foretold(vlm, pruner)
+    calls, inside = stated_calls(vlm, image, prompt.images), _tower_estimate(vlm, pruner)
     base = vision_cost(vlm, calls)
     vision = base if inside is None else vision_cost(vlm, calls, inside, pruner.joint)
     left, layout = patches_left(vlm, inside, pruner.joint), image.layout
@@ -57,12 +60,12 @@ def planned(model: nn.Module, vlm: VLM, pruner: Pruner, prompt: Prompt) -> Promp
     )
 
 
-def _foretold(vlm: VLM, pruner: Pruner) -> Estimate | None:
+def _tower_estimate(vlm: VLM, pruner: Pruner) -> Estimate | None:
     """What one view of a patched tower will cost; `None` = it is not patched."""
     if pruner.joint is None:
         return None
     assert vlm.tower is not None
-    return foretell(HfAdapter(), vlm.tower, pruner.tower.steps)
+    return estimate_cost(HfAdapter(), vlm.tower, pruner.tower.steps)
 
 
 def measured(
@@ -126,3 +129,41 @@ def _vision(vlm: VLM, pruner: Pruner, counts: Counts) -> tuple[VisionCost | None
     except UnsupportedModelError as error:
         return None, None, (f"note: {error}",)
     return (base if seen is None else vision_cost(vlm, counts.calls, seen, pruner.joint).divided(rows)), base, ()
+
+
+def describe(model: nn.Module, vlm: VLM) -> PromptInfo:
+    """What is patched into a model and what became of the last prompt of this thread."""
+    pruner = pruner_of(vlm)
+    name = type(vlm.module).__name__
+    if pruner is None:
+        return PromptInfo(vlm.path, name, ())
+    positions, last = POSITIONS[int(pruner.compact)], pruner.last
+    if last is None:
+        return PromptInfo(vlm.path, name, pruner.configs, positions, budget=pruner.budget, shortened=pruner.shortens)
+    entered = visual = tuple(last.visual.sum(1).tolist())
+    rows: list[PromptRow] = []
+    if last.alive is not None:
+        left = tuple((last.visual & last.alive).sum(1).tolist())
+        rows.append(PromptRow("vision tower", entered, left))
+        entered = left
+    for layer, stage in sorted(last.stages.items()):
+        if layer == 0 and pruner.features is None and 0 not in pruner.layers:
+            continue  # what left the tower is all that enters the LLM
+        left = tuple(visual_left(last.visual, stage.column))
+        rows.append(PromptRow("before the LLM" if layer == 0 else f"decoder layer {layer}", entered, left))
+        entered = left
+    text = tuple((last.real & ~last.visual).sum(1).tolist())
+    cost, mean, notes = measured(model, vlm, pruner, last)
+    return PromptInfo(
+        vlm.path,
+        name,
+        pruner.configs,
+        POSITIONS[int(pruner.compact)],
+        tuple(rows),
+        text,
+        visual,
+        cost,
+        mean,
+        pruner.budget,
+        notes,
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,8 +20,9 @@ from vtok.patches.protocol import Tower
 from vtok.patches.transaction import all_or_nothing, to_the_end
 from vtok.registry import METHODS
 from vtok.reports.results import TowerInfo
-from vtok.targets import encoder as fit
-from vtok.targets.inspection import tower_info
+from vtok.targets.encoder import ResolvedMethods, install, resolve
+from vtok.targets.last_pass import tower_info
+from vtok.targets.lifecycle import unpatch
 from vtok.targets.resolve import run_of
 
 ON_GRID = (
@@ -36,33 +36,33 @@ def in_tower(config: MethodConfig) -> bool:
     return config.for_encoders() and not config.for_vlms()
 
 
-def fitted(vlm: VLM, configs: tuple[MethodConfig, ...]) -> fit.Patch:
+def resolve_in_tower(vlm: VLM, configs: tuple[MethodConfig, ...]) -> ResolvedMethods:
     """Methods for the vision tower, with every number chosen."""
     names, info = " + ".join(config.name for config in configs), vlm.info
     tower, joint = _tower(vlm, names), vlm.joint()
     dropping = [] if joint.connector else [config.name for config in configs if not config.merges]
     try:
-        made = fit.fit(HfAdapter(), tower, configs, None, None)
+        resolved = resolve(HfAdapter(), tower, configs, None, None)
     except UnsupportedModelError:
         if not dropping:
             raise
-        made = None
-    if made is not None and not made.steps:
-        return made
-    if dropping or made is None:
+        resolved = None
+    if resolved is not None and not resolved.steps:
+        return resolved
+    if dropping or resolved is None:
         raise UnsupportedModelError(
             f"{' + '.join(dropping)} drops tokens inside the vision tower, but what follows it in {info.name} needs every "
             "patch at its place in the grid; choose a method that merges (pitome, tome), whose tokens are put back on the "
             f"grid, or one that acts on the prompt: {_for_prompts()}"
         )
-    check(tower, made.steps)
-    first = min(made.steps)
+    check(tower, resolved.steps)
+    first = min(resolved.steps)
     if first >= joint.state:
         raise ConfigError(
             f"{names} reduces tokens from block {first} of the vision tower on, but {info.name} takes what leaves block "
             f"{joint.state - 1}: nothing would change; name earlier blocks"
         )
-    return made
+    return resolved
 
 
 def _tower(vlm: VLM, names: str) -> Tower:
@@ -75,12 +75,12 @@ def _tower(vlm: VLM, names: str) -> Tower:
     return vlm.tower
 
 
-def ladder(vlm: VLM, config: MethodConfig) -> Sequence[MethodConfig]:
+def budget_candidates(vlm: VLM, config: MethodConfig) -> Sequence[MethodConfig]:
     """A method from its mildest setting to its strongest, in the vision tower or on the prompt: what a budget chooses from."""
     return config.ladder(_tower(vlm, config.name).info) if in_tower(config) else config.ladder_vlm(vlm.info)
 
 
-def check_readable(features: VLMReducer, info: VLMInfo, tower: fit.Patch, joint: Joint) -> None:
+def check_readable(features: VLMReducer, info: VLMInfo, tower: ResolvedMethods, joint: Joint) -> None:
     """Raises if a method looks at patches of the vision tower that methods inside it have merged or dropped by then."""
     blocks, first = features.tower_blocks, min(tower.steps)
     if blocks and not features.reads_reduced and (joint.connector or max(blocks) > first):
@@ -95,28 +95,21 @@ def _for_prompts() -> str:
     return ", ".join(name for name in METHODS if METHODS.get(name).for_vlms())
 
 
-def put_tower(vlm: VLM, pruner: Pruner) -> None:
+def install_tower(vlm: VLM, pruner: Pruner) -> None:
     """Installs the part of a resolved patch that acts in the vision tower, if there is one."""
     if pruner.joint is None:
         return
     assert vlm.tower is not None
     grid = not pruner.joint.connector
-    run = fit.put(HfAdapter(), vlm.tower, pruner.tower, pruner.trace or grid, spare=grid)
+    run = install(HfAdapter(), vlm.tower, replace(pruner.tower, trace=pruner.trace or grid), spare=grid)
     vlm_tower.install(vlm.module, vlm.tower.module, pruner.joint, run)
 
 
-def warn_of_grids(vlms: Sequence[VLM], pruners: Sequence[Pruner]) -> None:
-    """Says which towers are patched although prompts do not get shorter by it."""
-    for vlm, pruner in zip(vlms, pruners):
-        if pruner.joint is not None and not pruner.holed:
-            warnings.warn(f"{vlm.info.name}: {ON_GRID}", stacklevel=3)
-
-
-def place(config: MethodConfig, pruners: Sequence[Pruner]) -> str:
+def place(config: MethodConfig, pruner: Pruner) -> str:
     """Where a method acts, in words."""
     if not in_tower(config):
         return "on the prompt"
-    if all(pruner.holed for pruner in pruners):
+    if pruner.holed:
         return "in the vision tower: the prompt gets shorter too"
     return "in the vision tower alone: merged tokens are put back on the grid, the prompt keeps its length"
 
@@ -135,10 +128,8 @@ def describe_tower(vlm: VLM) -> TowerInfo | None:
 @contextmanager
 def tower_patched(vlm: VLM, pruner: Pruner) -> Iterator[None]:
     """The vision tower is patched for a while."""
-    from vtok.api import unpatch
-
     try:
-        all_or_nothing(vlm.module, lambda: put_tower(vlm, pruner))
+        all_or_nothing(vlm.module, lambda: install_tower(vlm, pruner))
         yield
     finally:
         if pruner.joint is not None:

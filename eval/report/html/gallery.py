@@ -227,7 +227,7 @@ def _title(name: str, section: Section, image: str, maps: TokenMaps) -> str:
 
 
 def _asked(name: str, number: int) -> Any:
-    from vtok.eval.tasks.vqa.data import open_vqa
+    from vtok.eval.tasks.vqa.opening import open_vqa
     from vtok.eval.viz.prompt import QUESTIONS
 
     return open_vqa(QUESTIONS[name]).questions[number]

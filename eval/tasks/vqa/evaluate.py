@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 import vtok
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, shown
 from vtok.eval.common.distributed import current
 from vtok.eval.common.settings import Setting, evaluating, placed
 from vtok.eval.models.vlm import VisionLanguageModel, load_vlm
@@ -100,6 +101,28 @@ def evaluate(
     return job.records(outside)
 
 
+class _ByTask:
+    """`evaluate` with one task, whichever task the options name: `BY_TASK.gqa(model, data, ...)`."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def evaluate_task(
+            model: Any,
+            data: Any,
+            settings: Sequence[Any] = (None,),
+            options: VQAOptions | None = None,
+            progress: Progress | None = None,
+        ) -> list[dict[str, Any]]:
+            return evaluate(model, data, settings, replace(options or VQAOptions(), task=name), progress)
+
+        return evaluate_task
+
+
+BY_TASK = _ByTask()
+
+
 def _foreign(path: Path, data: VQAData) -> tuple[str, list[str]]:
     answers = read_results(path)
     missing = [q.doc_id for q in data.questions if q.doc_id not in answers]
@@ -110,5 +133,5 @@ def _foreign(path: Path, data: VQAData) -> tuple[str, list[str]]:
 
 def _type(name: str | None) -> torch.dtype | None:
     if name is not None and name not in TYPES:
-        raise ConfigError(f"unknown type {name!r}; known: {', '.join(TYPES)}")
+        raise ConfigError(f"unknown type {shown(name)}; known: {', '.join(TYPES)}")
     return None if name is None else TYPES[name]

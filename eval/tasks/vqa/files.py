@@ -8,25 +8,25 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vtok import writing
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, brief, shown
 from vtok.eval.common.pictures import digest, find_files, find_pictures, open_picture
 from vtok.eval.tasks.vqa.data import Question, VQAData, kind_of
 from vtok.eval.tasks.vqa.reading import (
     Pictures,
     entries,
     fields,
+    group_of,
     load_json,
     load_lines,
     number_of,
     text_of,
     texts_of,
 )
-
-if TYPE_CHECKING:
-    from vtok.eval.tasks.vqa.task import Write
+from vtok.eval.tasks.vqa.sources import Write
+from vtok.reading import exists
 
 ONE_WORD = "\nAnswer the question using a single word or phrase."  # what lmms-eval puts behind VQAv2's questions
 _LAST_NUMBER = re.compile(r"(\d+)$")
@@ -44,14 +44,14 @@ def read_lines(path: Path, images: Path | None = None) -> VQAData:
     Raises:
         ConfigError: the line that is malformed, or the image that is missing, is named.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist; name a file with an object {{id, image, question, answers}} a line")
+    if not exists(path):
+        raise ConfigError(f"{brief(path)} does not exist; name a file with an object {{id, image, question, answers}} a line")
     questions, pictures = [], Pictures(images or path.parent, images is not None)
     for place, one in load_lines(path, _LINE_FORM):
         number, image, text, answers = fields(one, ("id", "image", "question", "answers"), place, _LINE_FORM)
         number = number_of(number, "'id'", place)
         if answers == []:
-            raise ConfigError(f"{place}: question {number} has no answers")
+            raise ConfigError(f"{place}: question {brief(number)} has no answers")
         said = (answers,) if isinstance(answers, str) else texts_of(answers, "'answers'", place)
         file = pictures.find(text_of(image, "'image'", place), place, deep=False)
         questions.append(Question(number, text_of(text, "'question'", place), said, str(file), {"kind": kind_of(*said)}))
@@ -89,9 +89,11 @@ def read_vqav2(questions: Path, annotations: Path | None, images: Path, named: b
     pictures, found = _Numbered(images, named), []
     for i, one in enumerate(asked):
         number, image, text = fields(one, ("question_id", "image_id", "question"), f"{questions}: entry {i}", form)
-        place = f"{questions}: question {number_of(number, 'question_id', f'{questions}: entry {i}')}"
+        place = f"{questions}: question {brief(number_of(number, 'question_id', f'{questions}: entry {i}'))}"
         if annotations is not None and number not in known:
-            raise ConfigError(f"{annotations} has no annotation of question {number}; do both files belong to the same split?")
+            raise ConfigError(
+                f"{annotations} has no annotation of question {brief(number)}; do both files belong to the same split?"
+            )
         answers, kind = known.get(number, ((), ""))
         pictures.find(number_of(image, "image_id", place), place)
         found.append(Question(number, text_of(text, "'question'", place), answers, image, {"kind": kind}))
@@ -104,14 +106,14 @@ def _notes(annotations: Path) -> dict[Any, tuple[tuple[str, ...], str]]:
     found: dict[Any, tuple[tuple[str, ...], str]] = {}
     for i, note in enumerate(entries(load_json(annotations, form), "annotations", annotations, form)):
         number, answers = fields(note, ("question_id", "answers"), f"{annotations}: entry {i}", form)
-        place = f"{annotations}: question {number_of(number, 'question_id', f'{annotations}: entry {i}')}"
+        place = f"{annotations}: question {brief(number_of(number, 'question_id', f'{annotations}: entry {i}'))}"
         if number in found:
-            raise ConfigError(f"{annotations} has two annotations of question {number}; every question needs one")
+            raise ConfigError(f"{annotations} has two annotations of question {brief(number)}; every question needs one")
         if not isinstance(answers, list) or not all(isinstance(one, dict) and "answer" in one for one in answers):
-            raise ConfigError(f"{annotations}: the answers to question {number} are no objects with 'answer'")
+            raise ConfigError(f"{annotations}: the answers to question {brief(number)} are no objects with 'answer'")
         if not answers:
-            raise ConfigError(f"{annotations}: question {number} has no answers")
-        found[number] = texts_of(answers, "'answers'", place), str(note.get("answer_type") or "")
+            raise ConfigError(f"{annotations}: question {brief(number)} has no answers")
+        found[number] = texts_of(answers, "'answers'", place), group_of(note, "answer_type", place)
     return found
 
 
@@ -134,7 +136,8 @@ def read_results(path: Path) -> dict[Any, str]:
         text = text_of(value, repr(answer), place)
         if found.setdefault(number_of(key, repr(number), place), text) != text:
             raise ConfigError(
-                f"{path} has two answers to question {key}, {found[key]!r} and {text!r}; every question needs one"
+                f"{path} has two answers to question {brief(key)}, {shown(found[key])} and {shown(text)}; every question "
+                "needs one"
             )
     return found
 
@@ -218,12 +221,14 @@ class _Numbered:
         found, folder = self._files.get(image, []), self._pictures.folder
         if not found:
             raise ConfigError(
-                f"{place}: its image is missing: no file in {folder} has a name that ends with {image} (.jpg, .png)"
+                f"{place}: its image is missing: no file in {folder} has a name that ends with {brief(image)} (.jpg, .png)"
             )
         named = [path for path in found if _of_coco(path)] or found
         others = [path for path in named[1:] if not filecmp.cmp(named[0], path, shallow=False)]
         if others:
-            raise ConfigError(f"{place}: the image {image} may be {named[0]} or {others[0]}; pass the folder of one (--images)")
+            raise ConfigError(
+                f"{place}: the image {brief(image)} may be {named[0]} or {others[0]}; pass the folder of one (--images)"
+            )
         return self._pictures.find(str(named[0].relative_to(folder)), place)
 
     def read(self, image: Any) -> Any:

@@ -20,11 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vtok.errors import ConfigError, MissingExtraError
+from vtok.errors import ConfigError, MissingExtraError, shown
 from vtok.eval.common.pictures import digest, open_picture
 from vtok.eval.tasks.vqa.data import Question, VQAData
 from vtok.eval.tasks.vqa.files import checked
-from vtok.eval.tasks.vqa.task import Sources
+from vtok.eval.tasks.vqa.sources import Sources
 
 HUB = "hub"
 _SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
@@ -97,7 +97,7 @@ def read(name: str, hub: Hub, sources: Sources) -> VQAData:
         if hub.images:
             image = of_id.get(row.get(hub.image_id))
             if image is None:
-                raise ConfigError(f"{place}: no image has the id {row.get(hub.image_id)!r} in {hub.images}")
+                raise ConfigError(f"{place}: no image has the id {shown(row.get(hub.image_id))} in {hub.images}")
         elif hub.same_image and row.get(hub.same_image) is not None:
             image = shared.setdefault(row[hub.same_image], i)
         found.append(hub.question({**row, "ocr": bool(sources.ocr)}, place, image, split))
@@ -162,7 +162,7 @@ def _load(data: str, hub: Hub, config: str | None, split: str) -> Any:
     if not isinstance(found, datasets.DatasetDict):
         return found
     if split not in found:
-        raise ConfigError(f"{data} has no split {split!r}, only {', '.join(found)}; name one with --split")
+        raise ConfigError(f"{data} has no split {shown(split)}, only {', '.join(found)}; name one with --split")
     return found[split]
 
 

@@ -26,9 +26,9 @@ from vtok.eval.models.vlm import VisionLanguageModel
 from vtok.eval.tasks.vqa.data import Question, VQAData
 from vtok.eval.tasks.vqa.plain import TASK
 from vtok.eval.tasks.vqa.task import QuestionTask
-from vtok.patches import find_vlms
 from vtok.patches.hf_vlm.families import VLM
 from vtok.patches.hf_vlm.image_features import encode, feature_list, visual_columns
+from vtok.targets import vlm_targets
 
 TIMED_AGAIN = 2
 Progress = Callable[[int, int], None]
@@ -354,13 +354,13 @@ def only_vlm(net: nn.Module) -> VLM:
     Raises:
         UnsupportedModelError: it holds none, or several.
     """
-    found = find_vlms(net)
+    found = vlm_targets(net)
     if len(found) != 1:
         raise UnsupportedModelError(
             f"{type(net).__name__} is no vision-language model that vtok knows: its visual tokens cannot be counted; see "
             "vtok.supports(model)"
         )
-    return found[0]
+    return found[0].vlm
 
 
 class Clock:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, brief, shown
 from vtok.eval.common.pictures import digest, find_files, find_pictures, leaves, open_picture, within
-from vtok.eval.tasks.vqa.task import Sources
+from vtok.eval.tasks.vqa.sources import Sources
+from vtok.reading import exists, from_json, is_file, is_folder, regular
 
 SHORT = "\nAnswer the question using a single word or phrase."  # what lmms-eval puts behind most questions
 
@@ -24,13 +24,13 @@ def located(sources: Sources, pattern: str) -> Path:
     Raises:
         ConfigError: there is none, or more than one.
     """
-    if sources.questions or sources.folder.is_file():
+    if sources.questions or is_file(sources.data):
         path = Path(sources.questions or sources.data)
-        if not path.is_file():
-            raise ConfigError(f"{path} does not exist; name the task's file with the questions ({pattern})")
-        return path
-    if not sources.folder.is_dir():
-        raise ConfigError(f"{sources.data} is neither a folder nor a file; name the folder that holds {pattern}")
+        if not exists(path):
+            raise ConfigError(f"{brief(path)} does not exist; name the task's file with the questions ({pattern})")
+        return regular(path)
+    if not is_folder(sources.data):
+        raise ConfigError(f"{brief(sources.data)} is neither a folder nor a file; name the folder that holds {pattern}")
     found = find_files(sources.folder, pattern)
     if len(found) != 1:
         others = "" if not found else ": " + ", ".join(str(path.relative_to(sources.folder)) for path in found[:4])
@@ -48,12 +48,7 @@ def load_json(path: Path, form: str) -> Any:
     Raises:
         ConfigError: the file is missing or no JSON.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))  # with a byte-order mark or without
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON file of the form {form}: {error}") from error
+    return from_json(_content(path), f"{path} is no JSON file of the form {form}")
 
 
 def load_lines(path: Path, form: str) -> Iterator[tuple[str, Any]]:
@@ -62,16 +57,16 @@ def load_lines(path: Path, form: str) -> Iterator[tuple[str, Any]]:
     Raises:
         ConfigError: the file is missing, or a line is no JSON.
     """
+    for number, line in enumerate(_content(path).splitlines(), 1):
+        if line.strip():
+            yield f"{path}:{number}", from_json(line, f"{path}:{number} is no JSON object of the form {form}")
+
+
+def _content(path: Path) -> bytes:
     try:
-        lines = path.read_bytes().splitlines()
+        return regular(path).read_bytes()
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except ValueError as error:
-                raise ConfigError(f"{path}:{number} is no JSON object of the form {form}: {error}") from error
 
 
 def entries(content: Any, key: str | None, path: Path, form: str) -> list[Any]:
@@ -82,7 +77,7 @@ def entries(content: Any, key: str | None, path: Path, form: str) -> list[Any]:
     """
     found = content if key is None else content.get(key) if isinstance(content, dict) else None
     if not isinstance(found, list):
-        raise ConfigError(f"{path} is not of the form {form}: no list" + ("" if key is None else f" under {key!r}"))
+        raise ConfigError(f"{path} is not of the form {form}: no list" + ("" if key is None else f" under {shown(key)}"))
     return found
 
 
@@ -126,7 +121,7 @@ def text_of(value: Any, what: str, place: str) -> str:
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
-    raise ConfigError(f"{place}: {what} must be a text, found {repr(value)[:80]}")
+    raise ConfigError(f"{place}: {what} must be a text, found {shown(value)}")
 
 
 def number_of(value: Any, what: str, place: str) -> Any:
@@ -137,6 +132,16 @@ def number_of(value: Any, what: str, place: str) -> Any:
     """
     text_of(value, what, place)
     return value
+
+
+def group_of(entry: Mapping[str, Any], name: str, place: str) -> str:
+    """What an object says that its question is counted under; "" if it does not.
+
+    Raises:
+        ConfigError: it is no text.
+    """
+    value = entry.get(name)
+    return "" if value is None else text_of(value, repr(name), place)
 
 
 def texts_of(value: Any, what: str, place: str) -> tuple[str, ...]:
@@ -151,7 +156,7 @@ def texts_of(value: Any, what: str, place: str) -> tuple[str, ...]:
         ConfigError: it is something else.
     """
     if not isinstance(value, (list, tuple)) or not value:
-        raise ConfigError(f"{place}: {what} must be a list of at least one text, found {repr(value)[:80]}")
+        raise ConfigError(f"{place}: {what} must be a list of at least one text, found {shown(value)}")
     return tuple(
         text_of(one["answer"] if isinstance(one, Mapping) and "answer" in one else one, f"every one of {what}", place)
         for one in value
@@ -184,7 +189,7 @@ def yes_no(value: Any, place: str) -> str:
     """
     found = str(value).strip().lower().rstrip(".")
     if found not in ("yes", "no"):
-        raise ConfigError(f"{place}: the answer must be yes or no, found {str(value)[:80]!r}")
+        raise ConfigError(f"{place}: the answer must be yes or no, found {shown(value)}")
     return found
 
 
@@ -222,8 +227,8 @@ class Pictures:
             found = self._find(name, place, deep)
             if not self.named and not within(self.folder, found):
                 raise ConfigError(
-                    f"{place}: the image {name} is a link to {found.resolve()}, outside {self.folder}; if that is meant, pass "
-                    "the folder of the images (--images)"
+                    f"{place}: the image {brief(name)} is a link to {found.resolve()}, outside {self.folder}; if that is "
+                    "meant, pass the folder of the images (--images)"
                 )
             self._known[name] = found
         return self._known[name]
@@ -232,18 +237,18 @@ class Pictures:
         out = leaves(name) and not _below(self.folder, name)
         if out and not self.named:
             raise ConfigError(
-                f"{place}: the image {name} lies outside {self.folder}; if that is meant, pass the folder of the images "
+                f"{place}: the image {brief(name)} lies outside {self.folder}; if that is meant, pass the folder of the images "
                 "(--images)"
             )
         direct = self.folder / name
-        if not out and direct.is_file():
+        if not out and is_file(direct):
             return direct
         found = self._by_name(Path(name).name) if deep or out else []
         nearer = [path for path in found if path.with_suffix("").as_posix().endswith(Path(name).with_suffix("").as_posix())]
         found = nearer or found
         if not found:
             raise ConfigError(
-                f"{place}: the image {name} is missing from {self.folder}; pass the folder of the images (--images)"
+                f"{place}: the image {brief(name)} is missing from {self.folder}; pass the folder of the images (--images)"
             )
         if len(found) > 1:
             raise ConfigError(f"{place}: the image {name} may be {found[0]} or {found[1]}; pass the folder of one (--images)")

@@ -6,20 +6,16 @@ records, paired differences, standard errors, tables, result files) follows from
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from vtok.eval.common.checked import check_fields, check_range
 from vtok.eval.tasks.vqa.data import Question, VQAData
+from vtok.eval.tasks.vqa.hub import Hub, is_dataset, read
+from vtok.eval.tasks.vqa.sources import Score, Sources, Write
 from vtok.eval.tasks.vqa.totals import Total
 
-if TYPE_CHECKING:
-    from vtok.eval.tasks.vqa.hub import Hub
-
-Score = Callable[[str, Question], float]
-Write = Callable[[Path, str, Sequence[Question], Sequence[str]], None]
+__all__ = ["QuestionTask", "Score", "Sources", "VQAOptions"]
 
 
 @dataclass(frozen=True)
@@ -73,32 +69,6 @@ class VQAOptions:
         check_range(self, {"batch_size": least_one, "max_new_tokens": least_one, "num_samples": (1, float("inf"))})
 
 
-class Sources(NamedTuple):
-    """Where a task finds its files.
-
-    Attributes:
-        data: folder, or one file.
-        questions, annotations, images, ocr, split: see `VQAOptions`.
-    """
-
-    data: str
-    questions: str = ""
-    annotations: str = ""
-    images: str = ""
-    ocr: str = ""
-    split: str = ""
-
-    @property
-    def folder(self) -> Path:
-        """Of the data."""
-        return Path(self.data)
-
-    @property
-    def image_folder(self) -> Path:
-        """Of the images, which lie in it at any depth."""
-        return Path(self.images) if self.images else self.folder
-
-
 @dataclass(frozen=True)
 class QuestionTask:
     """A set of questions, its scores and its files.
@@ -144,10 +114,8 @@ class QuestionTask:
             ConfigError: the data is not there or not of the form.
             MissingExtraError: `datasets` is needed and not installed.
         """
-        from vtok.eval.tasks.vqa import hub as vqa_hub
-
-        if self.hub is not None and vqa_hub.is_dataset(sources.data):
-            return vqa_hub.read(self.name, self.hub, sources)
+        if self.hub is not None and is_dataset(sources.data):
+            return read(self.name, self.hub, sources)
         return self.read(sources)
 
     def score_all(self, answer: str, question: Question) -> dict[str, float | None]:
@@ -158,16 +126,3 @@ class QuestionTask:
     def score_one(self, name: str, answer: str, question: Question) -> float:
         """One score; not a number where it does not count, as nothing does for questions whose answers are not published."""
         return float(self.scores[name](answer, question)) if question.answers else float("nan")
-
-    def evaluate(
-        self,
-        model: Any,
-        data: Any,
-        settings: Sequence[Any] = (None,),
-        options: VQAOptions | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> list[dict[str, Any]]:
-        """`vtok.eval.tasks.vqa.evaluate.evaluate` with this task, whichever task the options name."""
-        from vtok.eval.tasks.vqa.evaluate import evaluate
-
-        return evaluate(model, data, settings, replace(options or VQAOptions(), task=self.name), progress)

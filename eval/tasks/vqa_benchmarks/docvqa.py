@@ -16,10 +16,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vtok.errors import brief
 from vtok.eval.tasks.vqa.data import Question, VQAData
 from vtok.eval.tasks.vqa.files import checked, write_answers
 from vtok.eval.tasks.vqa.hub import Hub
-from vtok.eval.tasks.vqa.reading import SHORT, Pictures, answer_list, entries, fields, load_json, located, text_of
+from vtok.eval.tasks.vqa.reading import SHORT, Pictures, answer_list, entries, fields, load_json, located, text_of, texts_of
 from vtok.eval.tasks.vqa.task import QuestionTask, Sources
 
 SPLIT = "val"
@@ -63,7 +64,7 @@ def anls_definition(prediction: str, answers: Sequence[str]) -> float:
 def _question(entry: Any, place: str, image: Any, split: str) -> Question:
     number, text = fields(entry, ("questionId", "question"), place, _FORM)
     types = entry.get("question_types") or ()
-    groups = {"type": str(types[0])} if types else {}
+    groups = {"type": texts_of(types, "'question_types'", place)[0]} if types else {}
     return Question(number, text_of(text, "'question'", place), answer_list(entry, place, _FORM, split), image, groups)
 
 
@@ -73,7 +74,7 @@ def _read(sources: Sources) -> VQAData:
     pictures, found = Pictures.of(sources), []
     for i, entry in enumerate(entries(load_json(path, _FORM), "data", path, _FORM)):
         number, image = fields(entry, ("questionId", "image"), f"{path}: entry {i}", _FORM)
-        place = f"{path}: question {number}"
+        place = f"{path}: question {brief(number)}"
         found.append(_question(entry, place, str(pictures.find(text_of(image, "'image'", place), place)), split))
     return checked("docvqa", found, path, pictures, SHORT, split)
 

@@ -13,13 +13,14 @@ Files: `testdev_balanced_questions.json`, an object question -> `{"imageId", "qu
 from __future__ import annotations
 
 import string
+from collections.abc import Mapping
 from typing import Any
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, brief, shown
 from vtok.eval.tasks.vqa.data import Question, VQAData
 from vtok.eval.tasks.vqa.files import checked, write_answers
 from vtok.eval.tasks.vqa.hub import Hub
-from vtok.eval.tasks.vqa.reading import SHORT, Pictures, fields, load_json, located, text_of
+from vtok.eval.tasks.vqa.reading import SHORT, Pictures, fields, group_of, load_json, located, text_of
 from vtok.eval.tasks.vqa.task import QuestionTask, Sources
 
 SPLIT = "testdev_balanced"
@@ -40,7 +41,9 @@ def for_gqa(text: str) -> str:
 def _question(number: Any, entry: Any, place: str, image: Any) -> Question:
     text, answer = fields(entry, ("question", "answer"), place, _FORM)
     types = entry.get("types") or {}
-    groups = {name: str(types[name]) for name in ("structural", "semantic") if types.get(name)}
+    if not isinstance(types, Mapping):
+        raise ConfigError(f"{place}: 'types' must be an object of texts, found {shown(types)}")
+    groups = {name: kind for name in ("structural", "semantic") if (kind := group_of(types, name, place))}
     if "structural" in groups:
         groups["answer"] = "open" if groups["structural"] == "query" else "binary"
     said = text_of(answer, "'answer'", place)
@@ -55,7 +58,7 @@ def _read(sources: Sources) -> VQAData:
         raise ConfigError(f"{path} is not of the form {_FORM}: it holds {type(content).__name__}")
     found = []
     for number, entry in content.items():
-        place = f"{path}: question {number}"
+        place = f"{path}: question {brief(number)}"
         (image,) = fields(entry, ("imageId",), place, _FORM)
         found.append(_question(number, entry, place, str(pictures.find(f"{text_of(image, 'imageId', place)}.jpg", place))))
     return checked("gqa", found, path, pictures, SHORT, split)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, shown
 from vtok.eval.common.pictures import find_files, find_pictures
 from vtok.eval.tasks.vqa.data import Question, VQAData
 from vtok.eval.tasks.vqa.files import checked
@@ -138,7 +138,7 @@ def _pair(path: Path, category: str, image: Path) -> list[Question]:
 def _from_row(row: Any, place: str, image: Any, split: str) -> Question:
     number, category, text, answer = fields(row, ("question_id", "category", "question", "answer"), place, _HUB_FORM)
     if category not in CATEGORIES:
-        raise ConfigError(f"{place}: {category!r} is none of MME's categories: {', '.join(CATEGORIES)}")
+        raise ConfigError(f"{place}: {shown(category)} is none of MME's categories: {', '.join(CATEGORIES)}")
     key, file = f"{number}/{yes_no(answer, place)}", str(number).rpartition("/")[2]
     return _question(key, category, text_of(text, "'question'", place), answer, image, file, place)
 

@@ -24,13 +24,13 @@ from typing import Any
 
 import numpy as np
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, shown
 from vtok.eval.common.pictures import find_files
 from vtok.eval.tasks.vqa.data import Question, VQAData
 from vtok.eval.tasks.vqa.files import checked
 from vtok.eval.tasks.vqa.hub import Hub
 from vtok.eval.tasks.vqa.metrics import without_punctuation
-from vtok.eval.tasks.vqa.reading import SHORT, Pictures, fields, load_lines, text_of, yes_no
+from vtok.eval.tasks.vqa.reading import SHORT, Pictures, fields, group_of, load_lines, number_of, text_of, yes_no
 from vtok.eval.tasks.vqa.task import QuestionTask, Score, Sources
 from vtok.eval.tasks.vqa.totals import Total, ratio
 from vtok.writing import write
@@ -130,6 +130,7 @@ def _read(sources: Sources) -> VQAData:
             number, image, text, label = fields(entry, ("question_id", "image", "text", "label"), place, _FORM)
             file = str(pictures.find(text_of(image, "'image'", place), place))
             group = {"variant": variant} if variant else {}
+            number_of(number, "'question_id'", place)
             key = f"{variant}/{number}" if variant else number
             found.append(Question(key, text_of(text, "'text'", place).strip(), (yes_no(label, place),), file, group))
     return checked("pope", found, next(iter(files.values())), pictures, SHORT, "+".join(filter(None, files)))
@@ -141,7 +142,9 @@ def _files(sources: Sources) -> Mapping[str, Path]:
     if one:
         return {next((variant for variant in VARIANTS if variant in Path(one).stem), ""): Path(one)}
     if sources.split and sources.split not in VARIANTS:
-        raise ConfigError(f"POPE has no split {sources.split!r}; one of {', '.join(VARIANTS)}, or none for all that are there")
+        raise ConfigError(
+            f"POPE has no split {shown(sources.split)}; one of {', '.join(VARIANTS)}, or none for all that are there"
+        )
     wanted = (sources.split,) if sources.split else VARIANTS
     found = {variant: find_files(sources.folder, f"*pope_{variant}.json") for variant in wanted}
     for paths in found.values():
@@ -167,7 +170,7 @@ def _write(folder: Path, name: str, questions: Sequence[Question], answers: Sequ
 
 def _from_row(row: Any, place: str, image: Any, split: str) -> Question:
     number, text, label = fields(row, ("question_id", "question", "answer"), place, _HUB_FORM)
-    variant = str(row.get("category") or "")
+    variant = group_of(row, "category", place)
     key = f"{variant}/{number}" if variant else number
     group = {"variant": variant} if variant else {}
     return Question(key, text_of(text, "'question'", place).strip(), (yes_no(label, place),), image, group)

@@ -19,11 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, brief, shown
 from vtok.eval.tasks.vqa.data import Question, VQAData
 from vtok.eval.tasks.vqa.files import checked
 from vtok.eval.tasks.vqa.hub import Hub
-from vtok.eval.tasks.vqa.reading import Pictures, fields, load_json, located, text_of
+from vtok.eval.tasks.vqa.reading import Pictures, fields, group_of, load_json, located, text_of
 from vtok.eval.tasks.vqa.task import QuestionTask, Sources
 from vtok.writing import write
 
@@ -62,10 +62,13 @@ def prompt_text(question: str, choices: Sequence[str], hint: str) -> str:
 
 def _question(number: Any, entry: Any, place: str, image: Any) -> Question:
     text, choices, answer = fields(entry, ("question", "choices", "answer"), place, _FORM)
-    if not isinstance(choices, list) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise ConfigError(f"{place}: 'answer' must be the place of one of its choices {choices!r} from 0 on, got {answer!r}")
-    groups = {"subject": str(entry.get("subject") or ""), "kind": "text" if image is None else "image"}
-    grade = re.fullmatch(r"grade(\d+)", str(entry.get("grade")))
+    number_like = isinstance(answer, int) and not isinstance(answer, bool)
+    if not isinstance(choices, list) or not number_like or not 0 <= answer < len(choices):
+        raise ConfigError(
+            f"{place}: 'answer' must be the place of one of its choices {shown(choices)} from 0 on, got {shown(answer)}"
+        )
+    groups = {"subject": group_of(entry, "subject", place), "kind": "text" if image is None else "image"}
+    grade = re.fullmatch(r"grade(\d+)", group_of(entry, "grade", place))
     if grade:
         groups["grade"] = "1-6" if int(grade.group(1)) <= 6 else "7-12"
     prompt = prompt_text(
@@ -80,14 +83,18 @@ def _read(sources: Sources) -> VQAData:
     path, split = located(sources, "problems.json"), sources.split or SPLIT
     problems, splits = load_json(path, _FORM), load_json(path.parent / "pid_splits.json", _SPLIT_FORM)
     if not isinstance(splits, dict) or not isinstance(splits.get(split), list):
-        known = ", ".join(splits) if isinstance(splits, dict) else type(splits).__name__
-        raise ConfigError(f"{path.parent / 'pid_splits.json'} has no list of numbers under {split!r}, only {known} (--split)")
+        known = brief(", ".join(splits)) if isinstance(splits, dict) else type(splits).__name__
+        raise ConfigError(
+            f"{path.parent / 'pid_splits.json'} has no list of numbers under {shown(split)}, only {known} (--split)"
+        )
     pictures, found = Pictures.of(sources), []
     for number in splits[split]:
-        place = f"{path}: question {number}"
+        place = f"{path}: question {brief(number)}"
         entry = problems.get(str(number)) if isinstance(problems, dict) else None
         if entry is None:
-            raise ConfigError(f"{path} has no question {number}, which pid_splits.json counts among {split}; expected {_FORM}")
+            raise ConfigError(
+                f"{path} has no question {brief(number)}, which pid_splits.json counts among {split}; expected {_FORM}"
+            )
         image = entry.get("image") if isinstance(entry, dict) else None
         file = None if image is None else str(pictures.find(f"{split}/{number}/{text_of(image, 'image', place)}", place))
         found.append(_question(str(number), entry, place, file))

@@ -16,12 +16,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, brief
 from vtok.eval.tasks.vqa.data import Question, VQAData
 from vtok.eval.tasks.vqa.files import checked, write_answers
 from vtok.eval.tasks.vqa.hub import Hub
 from vtok.eval.tasks.vqa.metrics import soft_accuracy
-from vtok.eval.tasks.vqa.reading import SHORT, Pictures, answer_list, entries, fields, load_json, located, text_of
+from vtok.eval.tasks.vqa.reading import (
+    SHORT,
+    Pictures,
+    answer_list,
+    entries,
+    fields,
+    load_json,
+    located,
+    number_of,
+    text_of,
+    texts_of,
+)
 from vtok.eval.tasks.vqa.task import QuestionTask, Sources
 
 SPLIT = "val"
@@ -48,10 +59,12 @@ def _read(sources: Sources) -> VQAData:
     known = _ocr_tokens(Path(sources.ocr)) if sources.ocr else None
     for i, entry in enumerate(entries(load_json(path, _FORM), "data", path, _FORM)):
         number, image = fields(entry, ("question_id", "image_id"), f"{path}: entry {i}", _FORM)
-        place = f"{path}: question {number}"
+        place = f"{path}: question {brief(number)}"
         file = str(pictures.find(f"{text_of(image, 'image_id', place)}.jpg", place))
         if known is not None and image not in known:
-            raise ConfigError(f"{place}: {sources.ocr} has no tokens of image {image}; do both files belong to the same split?")
+            raise ConfigError(
+                f"{place}: {sources.ocr} has no tokens of image {brief(image)}; do both files belong to the same split?"
+            )
         tokens = None if known is None else known[image]
         found.append(_question(entry, place, file, split, tokens))
     name = "textvqa" if known is None else "textvqa with OCR tokens"
@@ -63,14 +76,21 @@ def _ocr_tokens(path: Path) -> dict[Any, list[str]]:
     found = {}
     for i, entry in enumerate(entries(load_json(path, _OCR_FORM), "data", path, _OCR_FORM)):
         image, tokens = fields(entry, ("image_id", "ocr_tokens"), f"{path}: entry {i}", _OCR_FORM)
-        found[image] = [str(token) for token in tokens]
+        number_of(image, "'image_id'", f"{path}: entry {i}")
+        found[image] = [*_tokens(tokens, f"{path}: image {brief(image)}")]
     return found
+
+
+def _tokens(value: Any, place: str) -> tuple[str, ...]:
+    """Texts, of which there may be none."""
+    return () if value == [] else texts_of(value, "'ocr_tokens'", place)
 
 
 def _from_row(row: Any, place: str, image: Any, split: str) -> Question:
     tokens = None
     if row["ocr"]:
-        (tokens,) = fields(row, ("ocr_tokens",), place, '{"ocr_tokens"} beside the question')
+        (named,) = fields(row, ("ocr_tokens",), place, '{"ocr_tokens"} beside the question')
+        tokens = _tokens(named, place)
     return _question(row, place, image, split, tokens)
 
 

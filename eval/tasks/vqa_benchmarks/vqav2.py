@@ -14,12 +14,12 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, brief
 from vtok.eval.tasks.vqa.data import Question, VQAData
 from vtok.eval.tasks.vqa.files import find_vqav2, write_answers
 from vtok.eval.tasks.vqa.hub import Hub
 from vtok.eval.tasks.vqa.metrics import soft_accuracy
-from vtok.eval.tasks.vqa.reading import SHORT, fields, secret, text_of, texts_of
+from vtok.eval.tasks.vqa.reading import SHORT, fields, group_of, secret, text_of, texts_of
 from vtok.eval.tasks.vqa.task import QuestionTask, Sources
 
 _SPLIT = re.compile(r"(train|val|test)(-dev)?\d{4}")
@@ -39,8 +39,8 @@ def _from_row(row: Any, place: str, image: Any, split: str) -> Question:
     answers = row.get("answers") or ()
     said = texts_of(answers, "'answers'", place) if answers else ()
     if not said and not secret(split):
-        raise ConfigError(f"{place}: question {number} has no answers; expected {_FORM}")
-    return Question(number, text_of(text, "'question'", place), said, image, {"kind": str(row.get("answer_type") or "")})
+        raise ConfigError(f"{place}: question {brief(number)} has no answers; expected {_FORM}")
+    return Question(number, text_of(text, "'question'", place), said, image, {"kind": group_of(row, "answer_type", place)})
 
 
 TASK = QuestionTask(

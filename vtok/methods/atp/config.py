@@ -51,8 +51,8 @@ class ATP(MethodConfig):
     learn nothing: they are trained by the command below, or with `vtok.patches.decoder.soft_gates.softened`.
 
     Attributes:
-        weights: file of trained modules, as `python -m vtok.eval.training.atp` or `ATPModules.save` writes it; needed. They serve
-            the model that they were trained for; modules with `inputs="means"` also other grids.
+        weights: file of trained modules, as `python -m vtok.eval.training.atp` or `ATPModules.save` writes it; needed. They
+            serve the model that they were trained for; modules with `inputs="means"` also other grids.
         layers: 0-based decoder layers in front of which tokens leave; default: all that the modules were trained for (paper: 4,
             14, 24 of 32), others are refused.
         target_tokens: N_target, visual tokens on average over layers that training aimed at (paper: 144 of 576). It is fixed by

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vtok.errors import ConfigError, MissingExtraError, UnknownNameError
+from vtok.errors import ConfigError, MissingExtraError, UnknownNameError, shown
 from vtok.methods.atp import scores as atp
 from vtok.methods.atp.attention import Attention, attention_scores, debiased, full_precision, self_logits
 from vtok.methods.atp.scores import Slots
@@ -245,5 +245,5 @@ def _read_header(header: str | None) -> ATPSpec:
         raise ConfigError(f"damaged header: {error}") from error
     found = values.pop("format", None) if isinstance(values, dict) else type(values).__name__
     if found != _FORMAT:
-        raise ConfigError(f"expected ATP modules of format {_FORMAT}, found {found!r}; another version of vtok wrote them")
+        raise ConfigError(f"expected ATP modules of format {_FORMAT}, found {shown(found)}; another version of vtok wrote them")
     return ATPSpec.from_dict(values)

@@ -74,8 +74,9 @@ class ATPReducer(VLMReducer):
 class SoftATP:
     """One forward pass of a model in training form: nothing leaves, visual tokens that a module would drop are attended less.
 
-    Pass it to `vtok.patches.decoder.soft_gates.softened`; afterwards it holds what every module decided. Scores are read without
-    gradient: what learns are the thresholds, and the model if it is not frozen, through the attention that gates change.
+    Pass it to `vtok.patches.decoder.soft_gates.softened`; afterwards it holds what every module decided. Scores are read
+    without gradient: what learns are the thresholds, and the model if it is not frozen, through the attention that gates
+    change.
 
     Args:
         modules: to train; on the device of the model.

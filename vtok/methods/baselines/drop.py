@@ -19,7 +19,7 @@ from vtok.core.search_space import Blocks, Point, Space
 from vtok.core.tokens import AttentionView, Place, Site, TokenState
 from vtok.errors import ConfigError
 from vtok.ops.rows import with_prefix
-from vtok.ops.selection import kept_tokens
+from vtok.ops.selection import kept_of_parts, kept_tokens
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -113,7 +113,7 @@ class DropReducer(Reducer):
 
 @dataclass(frozen=True)
 class ViewDrop(VLMReducer):
-    """Keeps the same share of every view of every image, before the LLM."""
+    """Keeps the same share of every view of an image, before the LLM, and of every image exactly what `keep` says."""
 
     exact: ClassVar[bool] = True
 
@@ -125,15 +125,16 @@ class ViewDrop(VLMReducer):
 
     def features(self, images: ImageFeatures) -> Plan | None:
         batch = len(images.tokens)
-        kept = [self._rows(i, view, images.tokens.device) for i, view in enumerate(images.views)]
+        counts = kept_of_parts([view.stop - view.start for view in images.views], self.config.keep)
+        kept = [self._rows(i, view, m, images.tokens.device) for i, (view, m) in enumerate(zip(images.views, counts))]
         return Plan(torch.cat(kept).expand(batch, -1))
 
     def feature_count(self, n: int, views: tuple[View, ...], modality: str = "image") -> int:
-        return sum(kept_tokens(view.stop - view.start, self.config.keep) for view in views)
+        return kept_tokens(n, self.config.keep)
 
-    def _rows(self, number: int, view: View, device: torch.device) -> Tensor:
+    def _rows(self, number: int, view: View, count: int, device: torch.device) -> Tensor:
         n = view.stop - view.start
         ranks = self.config.reducer((number,), n, (view.rows, view.columns)).rank(
             n, TokenState(0, n, grid=(view.rows, view.columns)), Site(Place.IMAGE_FEATURES, number), device
         )
-        return view.start + ranks[0].argsort(stable=True)[: kept_tokens(n, self.config.keep)].sort().values
+        return view.start + ranks[0].argsort(stable=True)[:count].sort().values

@@ -121,7 +121,7 @@ def crop_prompt(query: str, grid: tuple[int, int]) -> str:
         ConfigError: the query has no placeholder or several.
     """
     if query.count(PLACEHOLDER) != 1:
-        raise ConfigError(f"the query must hold {PLACEHOLDER} once, found {query.count(PLACEHOLDER)} times: {query!r}")
+        raise ConfigError(f"the query must hold {PLACEHOLDER} once, found {query.count(PLACEHOLDER)} times: {shown(query)}")
     names = ["<global_img>", *(f"<crop_img_row{r}_col{c}>" for r in range(grid[0]) for c in range(grid[1]))]
     return query.replace(PLACEHOLDER, "".join(name + PLACEHOLDER for name in names))
 

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from vtok.core.prompt import ImageFeatures, PromptText, View, VLMInfo
-from vtok.errors import ConfigError, StateError, unknown
+from vtok.errors import ConfigError, StateError, shown, unknown
 from vtok.methods.kept_share import FeatureChoice, KeptShare
 from vtok.ops.determinantal import greedy_dpp
 from vtok.ops.matching import unit
@@ -73,10 +73,10 @@ class CDPruner(KeptShare):
         if self.relevance not in RELEVANCE:
             raise unknown("relevance", str(self.relevance), RELEVANCE)
         if isinstance(self.sign, bool) or self.sign not in (1, -1):
-            raise ConfigError(f"sign is 1 or -1, got {self.sign!r}")
+            raise ConfigError(f"sign is 1 or -1, got {shown(self.sign)}")
         theta = self.theta
         if theta is not None and (isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 <= theta < 1):
-            raise ConfigError(f"theta is a number in [0, 1), got {theta!r}")
+            raise ConfigError(f"theta is a number in [0, 1), got {shown(theta)}")
 
     def build_vlm(self, info: VLMInfo) -> CDPrunerReducer:
         return CDPrunerReducer(self, info)

@@ -21,7 +21,7 @@ from vtok.config import whole
 from vtok.core.prompt import ImageFeatures, View, VLMInfo
 from vtok.core.reduction import Plan
 from vtok.core.search_space import Dimension, Real
-from vtok.errors import ConfigError, unknown
+from vtok.errors import ConfigError, shown, unknown
 from vtok.methods.features.view_tokens import (
     KeepConfig,
     ViewReducer,
@@ -74,7 +74,7 @@ class HiRED(KeepConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 <= self.alpha <= 1:
-            raise ConfigError(f"alpha is a share of the budget in [0, 1], got {self.alpha!r}")
+            raise ConfigError(f"alpha is a share of the budget in [0, 1], got {shown(self.alpha)}")
         whole(self.first_layer, "first_layer")
         if self.late_layer is not None:
             whole(self.late_layer, "late_layer")

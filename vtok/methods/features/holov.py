@@ -23,7 +23,7 @@ from vtok.core.prompt import ImageFeatures, View, VLMInfo
 from vtok.core.reduction import Plan
 from vtok.core.search_space import Choice, Dimension
 from vtok.core.tokens import at_least_fp32
-from vtok.errors import ConfigError, unknown
+from vtok.errors import ConfigError, shown, unknown
 from vtok.methods.features.view_tokens import KeepConfig, ViewReducer, ViewTokens, looked_at, view_sizes, view_tokens
 from vtok.ops.rows import take_rows
 from vtok.ops.selection import top
@@ -78,7 +78,7 @@ class HoloV(KeepConfig):
         if self.variant not in VARIANTS:
             raise unknown("variant", str(self.variant), VARIANTS)
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 <= self.alpha < math.inf:
-            raise ConfigError(f"alpha is a number >= 0, got {self.alpha!r}")
+            raise ConfigError(f"alpha is a number >= 0, got {shown(self.alpha)}")
         if self.layer is not None:
             whole(self.layer, "layer")
         if self.preset is not None and self.preset not in PRESETS:

@@ -22,7 +22,7 @@ from vtok.core.prompt import ImageFeatures, TowerBlock, View, VLMInfo
 from vtok.core.reduction import Plan
 from vtok.core.search_space import Choice, Dimension
 from vtok.core.tokens import at_least_fp32
-from vtok.errors import ConfigError, unknown
+from vtok.errors import ConfigError, shown, unknown
 from vtok.methods.features.view_tokens import Group, KeepConfig, ViewReducer, ViewTokens, looked_at, view_sizes, view_tokens
 from vtok.ops.attention import cls_attention, received_attention
 from vtok.ops.matching import unit
@@ -80,7 +80,7 @@ class PruMerge(KeepConfig):
         whole(self.neighbours, "neighbours", 1)
         factor = self.iqr_factor
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < float("inf"):
-            raise ConfigError(f"iqr_factor is a number >= 0, got {factor!r}")
+            raise ConfigError(f"iqr_factor is a number >= 0, got {shown(factor)}")
         if self.layer is not None:
             whole(self.layer, "layer")
         if self.preset is not None and self.preset not in PRESETS:

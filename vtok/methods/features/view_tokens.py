@@ -223,6 +223,11 @@ def looked_at(config: MethodConfig, info: VLMInfo, layer: int | None, name: str 
         raise UnsupportedModelError(
             f"{config.name} looks at the attention of {info.name}'s vision tower, which cannot be read: {info.no_tower}"
         )
+    if tower.prefix_kept:
+        raise UnsupportedModelError(
+            f"{config.name} scores patches, and {info.name} has the class token of its vision tower among the features, as "
+            "vision_feature_select_strategy='full' says"
+        )
     if layer is None:
         return tower, tower.feature_block
     if not -tower.depth <= layer < tower.depth:

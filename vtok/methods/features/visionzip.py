@@ -21,7 +21,7 @@ from vtok.config import flag, whole
 from vtok.core.prompt import ImageFeatures, View, VLMInfo
 from vtok.core.reduction import Plan
 from vtok.core.tokens import at_least_fp32
-from vtok.errors import ConfigError, unknown
+from vtok.errors import ConfigError, shown, unknown
 from vtok.methods.features.view_tokens import Group, KeepConfig, ViewReducer, ViewTokens, looked_at, view_sizes
 from vtok.ops.matching import unit
 from vtok.ops.rows import rows_where, take_rows
@@ -75,7 +75,8 @@ class VisionZip(KeepConfig):
             if None in counts or self.keep is not None or self.keep_tokens is not None:
                 raise ConfigError(
                     "dominant and contextual are given together, and instead of keep or keep_tokens; got "
-                    f"dominant={self.dominant}, contextual={self.contextual}, keep={self.keep}, keep_tokens={self.keep_tokens}"
+                    f"dominant={shown(self.dominant)}, contextual={shown(self.contextual)}, keep={shown(self.keep)}, "
+                    f"keep_tokens={shown(self.keep_tokens)}"
                 )
             whole(self.dominant, "dominant", 1)
             whole(self.contextual, "contextual", 0)

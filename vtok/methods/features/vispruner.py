@@ -20,7 +20,7 @@ from vtok.config import whole
 from vtok.core.prompt import ImageFeatures, View, VLMInfo
 from vtok.core.reduction import Plan
 from vtok.core.search_space import Dimension, Real
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, shown
 from vtok.methods.features.view_tokens import Group, KeepConfig, ViewReducer, ViewTokens, chosen_rows, looked_at, view_sizes
 from vtok.ops.matching import unit
 from vtok.ops.rows import take_rows
@@ -60,7 +60,7 @@ class VisPruner(KeepConfig):
         super().__post_init__()
         share = self.important
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
-            raise ConfigError(f"important is a share of the tokens that stay, in [0, 1]; got {share!r}")
+            raise ConfigError(f"important is a share of the tokens that stay, in [0, 1]; got {shown(share)}")
         if self.layer is not None:
             whole(self.layer, "layer")
 

@@ -35,7 +35,7 @@ from vtok.core.prompt import Entry, LayerAttention, Layout, VLMInfo, VLMReducer
 from vtok.core.reduction import Fold
 from vtok.core.search_space import Blocks, Ladder, Point, Space
 from vtok.core.tokens import Place, Site, at_least_fp32
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, shown
 from vtok.methods.in_llm.stages import check_stages, shares
 from vtok.methods.kept_share import whole
 from vtok.ops.density_peaks import density_peaks
@@ -153,10 +153,10 @@ def _counts(value: Any) -> tuple[int, ...]:
     """Counts of every stage, from a table's name or a list."""
     if isinstance(value, int) and not isinstance(value, bool):
         if value not in TABLES:
-            raise ConfigError(f"keep_tokens is one of {', '.join(map(str, TABLES))}, or one count a layer; got {value!r}")
+            raise ConfigError(f"keep_tokens is one of {', '.join(map(str, TABLES))}, or one count a layer; got {shown(value)}")
         return TABLES[value]
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise ConfigError(f"keep_tokens is one of {', '.join(map(str, TABLES))}, or one count a layer; got {value!r}")
+        raise ConfigError(f"keep_tokens is one of {', '.join(map(str, TABLES))}, or one count a layer; got {shown(value)}")
     for count in value:
         whole(count, "keep_tokens", 1)
     return tuple(value)

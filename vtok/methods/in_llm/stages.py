@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from vtok.config import fraction
-from vtok.errors import ConfigError
+from vtok.errors import ConfigError, shown
 
 
 def shares(value: Any, name: str) -> tuple[float, ...]:
     """Checks that a value lists fractions in (0, 1], none above the one in front of it."""
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise ConfigError(f"{name} lists one share a stage, such as [0.5, 0.25, 0.125]; got {value!r}")
+        raise ConfigError(f"{name} lists one share a stage, such as [0.5, 0.25, 0.125]; got {shown(value)}")
     listed = tuple(fraction(share, name) for share in value)
     if any(b > a for a, b in itertools.pairwise(listed)):
         raise ConfigError(f"{name} lists shares of the tokens that entered the LLM, which cannot grow; got {list(listed)}")

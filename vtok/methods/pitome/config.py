@@ -85,7 +85,9 @@ class PiToMe(MethodConfig):
             raise ConfigError(f"unknown preset {shown(self.preset)}; known: {', '.join(PRESETS)}")
         for name, what in (("margin", "margins"), ("metric", "metric")):
             if self.preset is not None and getattr(self, name) is not None:
-                raise ConfigError(f"preset {self.preset!r} fixes the {what}; drop {name}={getattr(self, name)} or the preset")
+                raise ConfigError(
+                    f"preset {shown(self.preset)} fixes the {what}; drop {name}={getattr(self, name)} or the preset"
+                )
         if self.ratio is None and self.r is None:
             object.__setattr__(self, "ratio", DEFAULT_RATIO)
         for name, integer in (("ratio", False), ("r", True), ("margin", False)):

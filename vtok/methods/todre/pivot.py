@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtok.core.tokens import AttentionView, at_least_fp32
-from vtok.errors import ConfigError, unknown
+from vtok.errors import ConfigError, shown, unknown
 from vtok.ops.hashing import splitmix
 
 PIVOTS = ("cls", "center", "farthest", "random")
@@ -76,7 +76,7 @@ def choose_pivot(
         rule = "center" if cls_attn is None else "cls"
     if not isinstance(rule, str):
         if isinstance(rule, bool) or not isinstance(rule, int) or not 0 <= rule < n:
-            raise ConfigError(f"pivot={rule!r} is no token of an image of {n}; pass 0 to {n - 1}")
+            raise ConfigError(f"pivot={shown(rule)} is no token of an image of {n}; pass 0 to {n - 1}")
         return torch.full((batch,), rule, device=features.device)
     if rule not in PIVOTS:
         raise unknown("pivot", rule, PIVOTS)

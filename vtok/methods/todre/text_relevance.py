@@ -217,5 +217,5 @@ def _probe_layer(one: float, depth: int) -> int:
     shared = math.floor(one * depth + 1e-9) - 1  # 0.29 of 100 layers is 28.999.. in floating point and means 29
     layer = int(named) if isinstance(one, int) else shared
     if not 0 <= layer < depth:
-        raise ConfigError(f"probe={one!r} names no layer of a decoder of {depth}")
+        raise ConfigError(f"probe={shown(one)} names no layer of a decoder of {depth}")
     return layer

@@ -20,7 +20,7 @@ from vtok.config import whole
 from vtok.core.prompt import ImageFeatures, View, VLMInfo
 from vtok.core.reduction import Plan
 from vtok.core.tokens import at_least_fp32
-from vtok.errors import ConfigError, UnsupportedModelError, unknown
+from vtok.errors import ConfigError, UnsupportedModelError, shown, unknown
 from vtok.methods.features.view_tokens import attention_macs, patch_attention, view_tokens
 from vtok.methods.video.video_tokens import Frames, VideoConfig, VideoReducer, shape_of
 from vtok.ops.matching import unit
@@ -72,7 +72,7 @@ class FastVID(VideoConfig):
             value = getattr(self, name)
             good = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
             if not good or (name == "context" and value == 1):
-                raise ConfigError(f"{name} lies in [{low}, {high}{')' if name == 'context' else ']'}, got {value!r}")
+                raise ConfigError(f"{name} lies in [{low}, {high}{')' if name == 'context' else ']'}, got {shown(value)}")
         if self.salience is not None and self.salience not in SALIENCE:
             raise unknown("salience", str(self.salience), SALIENCE)
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from vtok.core.tokens import TokenState
 from vtok.core.tracker import Pass, Run
 from vtok.cost.encoder import Estimate, TowerCost, estimate
+from vtok.patches.protocol import Adapter, Tower
 from vtok.reports.results import BlockInfo, TowerInfo
 
-if TYPE_CHECKING:
-    from vtok.patches.protocol import Adapter, Tower
 
-
-def tower_info(adapter: Adapter, tower: Tower, run: Run | None, kernels: list[str] | None) -> TowerInfo:
+def tower_info(adapter: Adapter, tower: Tower, run: Run | None, kernels: Sequence[str] | None) -> TowerInfo:
     """What is known about one tower; see `TowerInfo`."""
     name, patches = type(tower.module).__name__, tower.info.num_patches
     if run is None:

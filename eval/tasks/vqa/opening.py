@@ -1,0 +1,94 @@
+"""Questions by name or from files: those that come with vtok, lines of JSON, VQAv2's format."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from vtok.errors import ConfigError
+from vtok.eval.tasks.vqa.data import EASY_VQA, PAGES, Question, VQAData, blind_answers, kind_of
+from vtok.eval.tasks.vqa.files import find_vqav2, read_lines
+
+_BLIND_PAGES, _BLIND_SEED = 2000, 5
+
+
+def open_vqa(data: str | os.PathLike, questions: str = "", annotations: str = "", images: str = "") -> VQAData:
+    """Questions by name, or from files.
+
+    Args:
+        data: `"easy-vqa"` or `"easy-vqa-pages"`, which come with vtok; a file with an object
+            `{"id", "image", "question", "answers"}` a line; or a folder of files in VQAv2's format.
+        questions: VQAv2's question file; "" = the one in the folder whose name holds "uestions".
+        annotations: VQAv2's annotation file; "" = the one in the folder whose name holds "nnotations".
+        images: folder of the images; "" = look in the folder of the data, at any depth.
+
+    Raises:
+        ConfigError: no such data, a file that is not of the form, a question without answers or without its image.
+    """
+    name = os.fspath(data)
+    if name in (EASY_VQA, PAGES):
+        return easy_vqa() if name == EASY_VQA else easy_vqa_pages()
+    path = Path(name)
+    if path.suffix == ".jsonl":
+        return read_lines(path, Path(images) if images else None)
+    if not path.is_dir() and not questions:
+        raise ConfigError(
+            f"{name} is neither {EASY_VQA}, {PAGES}, a .jsonl file nor a folder with VQAv2's questions, annotations and images"
+        )
+    return find_vqav2(path, questions, annotations, images)
+
+
+def easy_vqa() -> VQAData:
+    """The bundled questions of easy-VQA's test set."""
+    from vtok.eval.models.reference import DATA_FOLDER, asset
+    from vtok.eval.models.reference_vlm import load_reference_questions
+
+    found = load_reference_questions("test")
+    groups = [{"kind": kind_of(answer)} for answer in found.answers]
+    blind = json.loads(asset(f"{DATA_FOLDER}/blind-answers.json").read_text(encoding="utf-8"))
+    return VQAData(EASY_VQA, _questions(found, groups), _reader(found.pictures), blind=blind)
+
+
+def calibration_questions() -> VQAData:
+    """The bundled questions about training pictures of easy-VQA that were kept out of training."""
+    from vtok.eval.models.reference_vlm import load_reference_questions
+
+    found = load_reference_questions("calibration")
+    return VQAData(f"{EASY_VQA}/calibration", _questions(found, [{}] * len(found.texts)), _reader(found.pictures))
+
+
+def easy_vqa_pages() -> VQAData:
+    """The bundled questions about pages of four cells; `density` is the number of cells that hold a picture."""
+    from vtok.eval.models.reference_next import load_reference_page_questions
+
+    found = load_reference_page_questions()
+    groups = [{"kind": kind_of(a), "density": str(d)} for a, d in zip(found.answers, found.density.tolist())]
+    return VQAData(PAGES, _questions(found, groups), _reader(found.pictures), blind=blind_page_answers())
+
+
+@cache
+def blind_page_answers() -> dict[str, str]:
+    """`blind_answers` of the questions about pages, from as many random pages, drawn like those of training."""
+    import torch
+
+    from vtok.eval.models.reference_next import draw_cells, questions_about
+
+    generator = torch.Generator().manual_seed(_BLIND_SEED)
+    asked = [pair for cells in draw_cells(_BLIND_PAGES, generator).tolist() for pair in questions_about(cells, generator)]
+    return blind_answers(*zip(*asked))
+
+
+def _questions(found: Any, groups: Sequence[Mapping[str, str]]) -> list[Question]:
+    asked = zip(found.texts, found.answers, found.rows.tolist(), groups)
+    return [Question(i, text, (answer,), row, group) for i, (text, answer, row, group) in enumerate(asked)]
+
+
+def _reader(pictures: Any) -> Callable[[int], Any]:
+    from PIL import Image
+
+    arrays = pictures.permute(0, 2, 3, 1).numpy()
+    return lambda row: Image.fromarray(arrays[row])

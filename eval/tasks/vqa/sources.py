@@ -1,0 +1,38 @@
+"""Where a task of questions finds its files, and what its functions take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from vtok.eval.tasks.vqa.data import Question
+
+Score = Callable[[str, Question], float]
+Write = Callable[[Path, str, Sequence[Question], Sequence[str]], None]
+
+
+class Sources(NamedTuple):
+    """Where a task finds its files.
+
+    Attributes:
+        data: folder, or one file.
+        questions, annotations, images, ocr, split: see `VQAOptions`.
+    """
+
+    data: str
+    questions: str = ""
+    annotations: str = ""
+    images: str = ""
+    ocr: str = ""
+    split: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Of the data."""
+        return Path(self.data)
+
+    @property
+    def image_folder(self) -> Path:
+        """Of the images, which lie in it at any depth."""
+        return Path(self.images) if self.images else self.folder

@@ -87,6 +87,30 @@ def test_rounding_does_not_choose(seed: int) -> None:
     assert_equal(greedy_dpp(x.double(), quality, 64), order)
 
 
+def test_copies_of_a_token_leave_from_the_end() -> None:
+    """Newline tokens are copies; what a batch rounds otherwise must not choose among them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 30, 64, generator=generator)
+    x[:, 5::6] = x[:, 5:6]
+    quality = torch.rand(1, 30, generator=generator)
+    quality[:, 5::6] = 1
+    order = greedy_dpp(x, quality, 12)
+    assert order[0, 0] == 5 and not {11, 17, 23, 29} & set(order[0].tolist())
+    for _ in range(5):
+        other = quality * (1 + 3e-7 * torch.randn(1, 30, generator=generator))
+        assert_equal(greedy_dpp(x, other, 12), order)
+
+
+@pytest.mark.parametrize("k", [24, 31, 32, 33, 40])
+@pytest.mark.parametrize("seed", range(4))
+def test_rounding_does_not_choose_near_the_rank(seed: int, k: int) -> None:
+    x = torch.randn(1, 60, 32, generator=torch.Generator().manual_seed(seed))
+    quality = torch.ones(1, 60)
+    order = greedy_dpp(x, quality, k)
+    for other in (1.7 * x, x.double()):
+        assert_equal(greedy_dpp(other, quality, k).sort().values, order.sort().values)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_beyond_the_rank_relevance_fills_up(dtype: torch.dtype) -> None:
     """The program asks 20 tokens of rank 8 for 20 and gets 15."""

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from vtok.ops.matching import unit
 
-_RANK = 1e-6  # of the largest entry of the kernel's diagonal: below it no direction is left
+_RANK = 1e-4  # of the largest entry of the kernel's diagonal: below it no direction is left; rows in fp32 are off by up to 1e-5
+_EQUAL = (
+    1e-5  # of the best: what is closer to it counts as equal. Copies (newline tokens) differ by the rounding of their batch
+)
 
 
 @torch.no_grad()
@@ -42,9 +45,10 @@ def greedy_dpp(features: Tensor, quality: Tensor, k: int) -> Tensor:
     taken = torch.zeros(batch, n, dtype=torch.bool, device=x.device)
     for step in range(k):
         gain = gain.masked_fill(taken, float("-inf"))
-        best, last = gain.max(1, keepdim=True)
+        last = _first_of_best(gain)
+        best = gain.gather(1, last)
         spent = best <= least
-        last = torch.where(spent, quality.masked_fill(taken, float("-inf")).argmax(1, keepdim=True), last)
+        last = torch.where(spent, _first_of_best(quality.masked_fill(taken, float("-inf"))), last)
         order.append(last)
         taken = taken.scatter(1, last, True)
         if step + 1 == k:
@@ -58,3 +62,9 @@ def greedy_dpp(features: Tensor, quality: Tensor, k: int) -> Tensor:
         factor[:, step] = row
         gain = gain - row.to(precise).square()
     return torch.cat(order, 1)
+
+
+def _first_of_best(value: Tensor) -> Tensor:
+    """[B, 1]: the lowest place in [B, n] of what is as large as the largest, which is no less than 0."""
+    best = value.amax(1, keepdim=True)
+    return (value >= best - _EQUAL * best.abs()).to(torch.uint8).argmax(1, keepdim=True)

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import vtok
+import vtok.eval
 from vtok.errors import MissingExtraError
 
 WITHOUT = ("vtok.assets", "vtok.configs")  # data, no texts
+UNREAD = r"!vtok\.eval\.lmms\.(models|record|task)"  # need lmms-eval, which is not among the dependencies of development
 
 
 def modules(package: str = "vtok") -> Iterator[str]:
@@ -37,12 +39,15 @@ def render(folder: Path) -> None:
         import pdoc.render
     except ImportError as error:
         raise MissingExtraError("pdoc", "dev") from error
-    for name in vtok.__all__:  # config classes are imported on first use, and pdoc looks at what is there
-        vars(vtok)[name] = getattr(vtok, name)
+    for module in (vtok, vtok.eval):  # both import on first use, and pdoc looks at what is there
+        for name in module.__all__:
+            vars(module)[name] = getattr(module, name)
     pdoc.render.configure(docformat="google", footer_text=f"vtok {vtok.__version__}")
     with warnings.catch_warnings():  # types that modules import for checkers alone are shown as they are written
         warnings.filterwarnings("ignore", "Error parsing type annotation")
-        pdoc.pdoc(*modules(), output_directory=folder)
+        warnings.filterwarnings("ignore", "Couldn't import vtok.eval.lmms")
+        warnings.filterwarnings("ignore", "The module specification")  # of a package holds its modules, which are named too
+        pdoc.pdoc(*modules(), UNREAD, output_directory=folder)
 
 
 if __name__ == "__main__":

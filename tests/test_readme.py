@@ -126,9 +126,9 @@ def test_the_docstrings_render(tmp_path):
     assert not done.stderr
     texts = {
         name: (tmp_path / name).read_text(encoding="utf-8")
-        for name in ("vtok.html", "vtok/patches.html", "vtok/eval/demo.html")
+        for name in ("vtok.html", "vtok/patches.html", "vtok/eval/demo/vit.html")
     }
     assert "276 of the 297" in texts["vtok/patches.html"]
-    assert "<table>" in texts["vtok/eval/demo.html"]
+    assert "<table>" in texts["vtok/eval/demo/vit.html"]
     assert 'id="PiToMe"' in texts["vtok.html"]
     assert (tmp_path / "vtok" / "methods" / "todre.html").is_file()

@@ -228,3 +228,13 @@ def test_a_family_whose_cost_nobody_wrote_down(monkeypatch):
         found = vtok.info(model).prompts[0]
         assert found.rows and words in " ".join(found.notes)
         assert words in str(vtok.info(model))
+
+
+@pytest.mark.parametrize("method", ["visionzip", "fastervlm", "vispruner", "holov", "hired", "prumerge", "downsample"])
+def test_a_class_token_among_the_features_is_refused_at_patch_time(method):
+    """LLaVA with "full": 17 features of 16 patches, which these methods would have to tell apart."""
+    model = build("LLaVA-1.5")
+    model.config.vision_feature_select_strategy = "full"
+    with pytest.raises(vtok.UnsupportedModelError, match="class token of its vision tower among the features"):
+        vtok.patch(model, method, keep=0.4)
+    assert f"{method}: no: {method} " in str(vtok.supports(model))

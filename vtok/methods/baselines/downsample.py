@@ -18,7 +18,7 @@ from torch import Tensor
 from vtok.core.prompt import ImageFeatures, View, VLMInfo, VLMReducer
 from vtok.core.reduction import Plan
 from vtok.core.tokens import Place, Site, at_least_fp32
-from vtok.errors import unknown
+from vtok.errors import UnsupportedModelError, unknown
 from vtok.methods.features.view_tokens import KeepConfig, view_sizes
 from vtok.ops.rows import take_rows
 
@@ -56,6 +56,16 @@ class Downsample(KeepConfig):
                 raise unknown(name, str(getattr(self, name)), allowed)
 
     def build_vlm(self, info: VLMInfo) -> DownsampleReducer:
+        """For one model.
+
+        Raises:
+            UnsupportedModelError: a class token stands among the tokens that would be pooled.
+        """
+        if info.tower is not None and info.tower.prefix_kept:
+            raise UnsupportedModelError(
+                f"downsample pools grids of patches, and {info.name} has the class token of its vision tower among the "
+                "features, as vision_feature_select_strategy='full' says"
+            )
         return DownsampleReducer(self)
 
 

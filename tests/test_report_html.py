@@ -128,11 +128,11 @@ def test_gaps_are_those_of_the_samples(records):
     hits = {row.method: row.correct.astype(float) for row in section.rows}
     gap = 100 * (hits["tome"] - hits["random"])
     rival = section.rivals[i]
-    assert rival.gap.value == pytest.approx(gap.mean())
+    assert rival.gap.point == pytest.approx(gap.mean())
     assert rival.gap.high - rival.gap.low == pytest.approx(2 * 1.96 * gap.std(ddof=1) / len(gap) ** 0.5, rel=0.01)
     records[1].pop("correct")
     again = sections.sections(records)[0].rivals[i]
-    assert not again.paired and again.gap.value == pytest.approx(gap.mean())
+    assert not again.paired and again.gap.point == pytest.approx(gap.mean())
     assert again.gap.high - again.gap.low > 0
 
 

@@ -125,7 +125,7 @@ def macs(row: Row) -> float | None:
 
 def measured(row: Row) -> float | None:
     """Speed-up over the unpatched model, which has 1."""
-    return 1.0 if row.unpatched else None if row.speedup is None else row.speedup.value
+    return 1.0 if row.unpatched else None if row.speedup is None else row.speedup.point
 
 
 def pareto(

@@ -133,7 +133,7 @@ def _table(
         return None
     note = ""
     if len(names) > MOST:
-        lost = {name: float(np.mean([g.value for (_, own), g in gaps.items() if own == name] or [0.0])) for name in names}
+        lost = {name: float(np.mean([g.point for (_, own), g in gaps.items() if own == name] or [0.0])) for name in names}
         kept = sorted(names, key=lambda name: (-abs(lost[name]), name))[:MOST]
         note = f"the {MOST} of {len(names)} groups that change most on average"
         names = [name for name in names if name in kept]
@@ -150,4 +150,4 @@ def _cell(gap: Interval | None) -> Cell:
         return Cell("–")
     kind, mark = _PIECES[gap.sign]
     known = "95 % interval" if gap.known else "no interval is known"
-    return Cell(figure(gap.value, 1, True), gap.value, f"{with_sign(gap)} points, {known}", kind, mark)
+    return Cell(figure(gap.point, 1, True), gap.point, f"{with_sign(gap)} points, {known}", kind, mark)

@@ -213,9 +213,9 @@ def _difference(metrics: dict[str, Any], name: str, primary: bool, factor: float
             continue
         error = number(metrics.get(f"{prefix}difference_stderr"))
         if not known.known and error and f"{prefix}difference_ci" not in metrics:
-            known = Interval(known.value, known.value - Z95 * error, known.value + Z95 * error)
+            known = Interval(known.point, known.point - Z95 * error, known.point + Z95 * error)
         if few or (known.known and known.low == known.high):
-            known = Interval(known.value)
+            known = Interval(known.point)
         return known.scaled(factor)
     return None
 
@@ -235,7 +235,7 @@ def _achieved(record: dict[str, Any]) -> Interval | None:
     ends, implied = speed_ends(record), number(record.get("implied_speedup"))
     found = interval(record.get("achieved"), record.get("achieved_ci") if ends else None)
     if found is not None and not found.known and ends and implied and len(ends) == 2:
-        return Interval(found.value, ends[0] / implied, ends[1] / implied)
+        return Interval(found.point, ends[0] / implied, ends[1] / implied)
     return found
 
 

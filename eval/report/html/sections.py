@@ -89,8 +89,8 @@ def _told(row: Row, base: Row) -> Row:
     a, b, score = row.correct, base.correct, row.score
     if score is None or score.difference is None or score.difference.known or a is None or b is None or len(a) != len(b):
         return row
-    found = Interval(*paired_difference(a.astype(float) - b.astype(float)).scaled(100))
-    if not _counts(row, a) or abs(found.value - score.difference.value) > 0.01:
+    found = paired_difference(a.astype(float) - b.astype(float)).scaled(100)
+    if not _counts(row, a) or abs(found.point - score.difference.point) > 0.01:
         return row
     return replace(row, scores={**row.scores, score.name: replace(score, difference=found)})
 
@@ -134,7 +134,7 @@ def _beside(row: Row, other: Row, cost: str) -> Rival | None:
     assert row.score is not None and other.score is not None
     a, b = row.correct, other.correct
     if a is not None and b is not None and len(a) == len(b) > 1 and _counts(row, a) and _counts(other, b):
-        return Rival(other, Interval(*paired_difference(a.astype(float) - b.astype(float)).scaled(100)), True, cost)
+        return Rival(other, paired_difference(a.astype(float) - b.astype(float)).scaled(100), True, cost)
     gap = row.score.value - other.score.value
     errors = [_error(one) for one in (row, other)]
     if None in errors or not any(errors):  # errors of nothing are not known

@@ -168,7 +168,7 @@ def speeds(section: Section) -> Speeds | None:
     timed = [row for row in section.patched if row.speedup is not None]
     if not timed:
         return None
-    tops = [v for r in timed if r.speedup for v in (r.speedup.value, r.speedup.high, r.implied) if v is not None]
+    tops = [v for r in timed if r.speedup for v in (r.speedup.point, r.speedup.high, r.implied) if v is not None]
     most = max(1.1, *tops) * 1.04
     lines = []
     for row in timed:
@@ -183,14 +183,14 @@ def speeds(section: Section) -> Speeds | None:
             if row.untold
             else ("good", "faster")
         )
-        low, high = (s.value if end is None else end for end in (s.low, s.high))
+        low, high = (s.point if end is None else end for end in (s.low, s.high))
         lines.append(
             Speed(
                 row=row,
                 kind=kind,
                 verdict=verdict,
                 low=_share(low, most),
-                point=_share(s.value, most),
+                point=_share(s.point, most),
                 high=_share(high, most),
                 implied=None if row.implied is None else _share(row.implied, most),
                 measured=with_ends(s, 2, unit="×"),
@@ -221,7 +221,7 @@ def _difference(row: Row) -> Cell:
 def _gap(gap: Interval, title: str) -> Cell:
     kind = {1: "good", -1: "bad", 0: ""}[gap.sign]
     told = {1: "the interval lies above zero", -1: "the interval lies below zero", 0: "the interval holds zero"}[gap.sign]
-    return Cell(with_sign(gap), gap.value, f"{title}; {told if gap.known else 'no interval is known'}", kind, _MARKS[gap.sign])
+    return Cell(with_sign(gap), gap.point, f"{title}; {told if gap.known else 'no interval is known'}", kind, _MARKS[gap.sign])
 
 
 def _macs(row: Row) -> Cell:
@@ -244,13 +244,13 @@ def _measured(row: Row) -> Cell:
         if row.untold
         else "faster than unpatched"
     )
-    return Cell(with_ends(row.speedup, 2, unit="×"), row.speedup.value, title, kind, "▼" if row.slower else "")
+    return Cell(with_ends(row.speedup, 2, unit="×"), row.speedup.point, title, kind, "▼" if row.slower else "")
 
 
 def _achieved(row: Row) -> Cell:
     a = row.achieved
     return (
-        Cell("–") if a is None else Cell(figure(100 * a.value, 0, unit=" %"), a.value, with_ends(a.scaled(100), 0, unit=" %"))
+        Cell("–") if a is None else Cell(figure(100 * a.point, 0, unit=" %"), a.point, with_ends(a.scaled(100), 0, unit=" %"))
     )
 
 

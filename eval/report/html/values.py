@@ -7,31 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
+
+from vtok.eval.common.statistics import Interval
 
 LONGEST = 300  # characters of a text from a record
-
-
-class Interval(NamedTuple):
-    """A value with the ends of its 95 % interval, which may be unknown."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    @property
-    def known(self) -> bool:
-        return self.low is not None and self.high is not None
-
-    @property
-    def sign(self) -> int:
-        """1 or -1 if the whole interval lies above or below zero, else 0."""
-        if self.low is not None and self.low > 0:
-            return 1
-        return -1 if self.high is not None and self.high < 0 else 0
-
-    def scaled(self, factor: float) -> Interval:
-        return Interval(self.value * factor, *(None if end is None else end * factor for end in self[1:]))
 
 
 def number(value: Any) -> float | None:
@@ -93,7 +73,7 @@ def with_ends(value: Interval | None, digits: int = 1, sign: bool = False, unit:
     """ "1.45× [1.40, 1.51]"."""
     if value is None:
         return "–"
-    words = figure(value.value, digits, sign, unit)
+    words = figure(value.point, digits, sign, unit)
     return f"{words} [{figure(value.low, digits, sign)}, {figure(value.high, digits, sign)}]" if value.known else words
 
 

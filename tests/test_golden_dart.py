@@ -1,6 +1,5 @@
 """DART against its authors' program (see golden/README.md)."""
 
-import random
 from typing import Any
 
 import pytest
@@ -87,16 +86,6 @@ def test_a_pivot_alone() -> None:
     keep = dart.dart_select(g["hidden"], g["keys"], whole, method)
     assert_equal(keep[0].nonzero()[:, 0], g["kept"][0])
     assert method.count(20) == 1
-
-
-def test_the_order_of_a_set_is_the_interpreters() -> None:
-    rng = random.Random(0)
-    for _ in range(300):
-        values = [rng.randrange(3000) for _ in range(rng.randint(1, 40))]
-        expected = set()
-        for value in values:
-            expected.add(value)
-        assert dart.set_order(values) == list(expected)
 
 
 def test_prompts_with_little_text_and_none_with_an_image() -> None:

@@ -203,8 +203,9 @@ def test_prompts_are_those_of_lmms_eval(task, suffix, limit, tmp_path):
 def test_files_of_answers(evaluated):
     said = {task: [(q, line["prediction"]) for q, line in lines(evaluated[task], evaluated[task][2][0])] for task in WRITERS}
 
-    def file(task, name="answers_0-unpatched.json"):
-        return evaluated[task][0] / name
+    def file(task, ending=".json"):
+        (found,) = evaluated[task][0].glob(f"answers_0-unpatched-*{ending}")
+        return found
 
     assert json.loads(file("gqa").read_text()) == [{"questionId": q.doc_id, "prediction": a} for q, a in said["gqa"]]
     for task in ("vqav2", "textvqa"):
@@ -214,11 +215,11 @@ def test_files_of_answers(evaluated):
     assert read_results(file("docvqa")) == {q.doc_id: a for q, a in said["docvqa"]}
     science = json.loads(file("scienceqa").read_text())
     assert set(science["results"]) == {q.doc_id for q, _ in said["scienceqa"]} and set(science["results"].values()) == {-1}
-    popular = [json.loads(x) for x in file("pope", "answers_0-unpatched-popular.jsonl").read_text().splitlines()]
+    popular = [json.loads(x) for x in file("pope", "-popular.jsonl").read_text().splitlines()]
     assert [(p["question"], p["answer"]) for p in popular] == [
         (q.text, a) for q, a in said["pope"] if q.groups["variant"] == "popular"
     ]
-    rows = file("mme", "answers_0-unpatched").joinpath("celebrity.txt").read_text().splitlines()
+    rows = file("mme", "").joinpath("celebrity.txt").read_text().splitlines()
     image, question, answer, prediction = rows[0].split("\t")
     assert image.endswith(".jpg") and question.endswith("Please answer yes or no.") and answer in ("Yes", "No")
     assert prediction == said["mme"][0][1] or len(rows) == 6
@@ -260,7 +261,7 @@ def test_questions_whose_answers_are_secret(task, llava, tmp_path):
     base, patched = getattr(BY_TASK, declared.name)(llava, sources.data, SETTINGS, options)
     assert base["metrics"][declared.primary] is None and base["split"].startswith("test")
     assert patched["metrics"][f"{declared.primary}_difference"] is None and 0 <= patched["metrics"]["loyalty"] <= 1
-    answers = json.loads((tmp_path / "out" / "answers_0-unpatched.json").read_text())
+    answers = json.loads(next((tmp_path / "out").glob("answers_0-unpatched-*.json")).read_text())
     assert len(answers) == len(asked()) and {a["answer"] for a in answers} > {"yes", "no"}
     print_records([base, patched], Console(file=(shown := io.StringIO()), width=160))
     assert "unpatched" in shown.getvalue()

@@ -12,7 +12,7 @@ from helpers_errors import message_of
 from vtok import writing
 from vtok.errors import ConfigError
 from vtok.eval.common.records import Records
-from vtok.writing import apart, replacing, writable, write
+from vtok.writing import apart, replacing, writable, write, write_beside
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -145,3 +145,11 @@ def test_nothing_else_writes_files():
                 if writes.search(line) and not re.search(r"replacing\(|savefig\(scratch|said\"\)", line):
                     assert allowed.get(name, "nothing") in line, f"{name}: {line.strip()}"
     assert writing.write is write
+
+
+def test_results_stand_beside_those_of_earlier_runs(tmp_path):
+    first = write_beside(tmp_path / "r.json", "1")
+    assert write_beside(tmp_path / "r.json", "1") == first == tmp_path / "r.json"
+    assert write_beside(tmp_path / "r.json", "2") == tmp_path / "r-2.json" == write_beside(tmp_path / "r.json", "2")
+    assert write_beside(tmp_path / "r.json", "3") == tmp_path / "r-3.json"
+    assert [path.read_text() for path in sorted(tmp_path.glob("*"))] == ["2", "3", "1"]

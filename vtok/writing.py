@@ -36,6 +36,27 @@ def write(path: str | os.PathLike, content: str | bytes) -> Path:
     return Path(path)
 
 
+def write_beside(path: str | os.PathLike, content: str) -> Path:
+    """Writes a file of results; one that holds something else keeps its place, and the new one gets a number: `name-2.json`.
+
+    Args:
+        path: of the file.
+        content: text.
+
+    Returns:
+        Where it stands.
+
+    Raises:
+        ConfigError: it cannot be written there.
+    """
+    first, number, wanted = Path(path), 1, content.encode("utf-8", "replace")
+    target = first
+    while target.is_file() and target.read_bytes() != wanted:
+        number += 1
+        target = first.with_name(f"{first.stem}-{number}{first.suffix}")
+    return write(target, wanted)
+
+
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A scratch file, with the ending of the target, that takes the target's place when the block ends without an error.

@@ -22,7 +22,7 @@ from vtok.eval.common.statistics import with_error
 from vtok.eval.runs.loader import parse_method
 from vtok.eval.tasks.retrieval import RetrievalOptions
 from vtok.eval.tasks.zeroshot import ZeroshotOptions
-from vtok.writing import apart, writable, write
+from vtok.writing import apart, writable, write_beside
 
 
 def evaluate_zeroshot(**flags: Any) -> None:
@@ -64,6 +64,8 @@ def _evaluate(task: Any, kind: type, flags: dict[str, Any]) -> None:
 def write_records(records: Sequence[dict[str, Any]], folder: Path, inputs: Sequence[str] = ()) -> list[Path]:
     """One JSON file a record, so that `clip_benchmark build FOLDER` makes one table of them; returns the files.
 
+    Files of earlier runs stay.
+
     Raises:
         ConfigError: one of them cannot be written, or is one of the inputs.
     """
@@ -72,7 +74,7 @@ def write_records(records: Sequence[dict[str, Any]], folder: Path, inputs: Seque
         parts = [record["dataset"], record["model"], record["pretrained"], record["task"], f"{number}-{record['method']}"]
         name = "_".join(re.sub(r"[^\w.@-]+", "-", part) for part in parts if part)
         apart([folder / f"{name}.json"], inputs)
-        paths.append(write(folder / f"{name}.json", json.dumps(record, allow_nan=False)))
+        paths.append(write_beside(folder / f"{name}.json", json.dumps(record, allow_nan=False)))
     return paths
 
 

@@ -23,7 +23,7 @@ from vtok.eval.tune.score import OBJECTIVES
 from vtok.eval.tune.search import SEARCHES
 from vtok.eval.tune.tuner import Tuning
 from vtok.registry import METHODS
-from vtok.writing import write
+from vtok.writing import write_beside
 
 
 def tune(
@@ -122,10 +122,10 @@ def _report(result: Any, made: Any, plan: Plan, folder: Path, console: Console) 
         f"{winner.fraction:.4f} of the unpatched model's FLOPs, the default has {result.candidates[0].fraction:.4f}.\n"
         f"On {made.held_out.name}: {verdict}."
     )
-    path = folder / "tuned.yaml"
-    write(path, tune_report.run_file(result, made, plan, about, str(folder / "run")))
+    path = write_beside(folder / "tuned.yaml", tune_report.run_file(result, made, plan, about, str(folder / "run")))
     tune_report.keep_records(folder / "results.jsonl", tune_report.records_of(result, made.subject, plan, made.held_out))
     made.subject.apply(winner.config)
-    vtok.save_config(made.subject.patched, folder / "tuned.json")
+    config = path.with_suffix(".json")  # of the same number
+    vtok.save_config(made.subject.patched, config)
     made.subject.apply(None)
-    console.print(f"- {path}: for `vtok run`; {folder / 'tuned.json'}: for vtok.patch(model, ...)", highlight=False)
+    console.print(f"- {path}: for `vtok run`; {config}: for vtok.patch(model, ...)", highlight=False)

@@ -239,7 +239,7 @@ def _describe(path: str, module: Any, spec: VLMSpec) -> VLM:
         no_attention=next((why for layer in text.layers if (why := decoder_probe.why_not(layer))), None),
         tower=facts,
         no_tower=no_tower,
-        grid=spec.grid(module),
+        grid=None if facts is not None and facts.prefix_kept else spec.grid(module),
         crops=spec.cuts is not hf_cuts.lone,
         videos=hasattr(module, "get_video_features"),
         connector_macs=linear_macs(getattr(module, spec.projector)) if spec.projector else 0,

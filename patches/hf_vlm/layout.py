@@ -134,9 +134,7 @@ def crop_counts(model: Any, modality: str, images: Sequence[Tensor], total: int,
 
 def tower_grid(model: Any) -> tuple[int, int] | None:
     """LLaVA-1.5, PaliGemma: the patches of the vision tower, one token each, whatever the image."""
-    full = getattr(model.config, "vision_feature_select_strategy", "default") == "full"
-    prefixed = model.config.vision_config.model_type == "clip_vision_model" and full  # a class token among the visual ones
-    if _varies(model) or prefixed:
+    if _varies(model):
         return None
     return _side(model), _side(model)
 

@@ -135,7 +135,8 @@ class Job:
             for number, entry in enumerate(self.entries if self.task.write is not None else ()):
                 title = re.sub(r"[^\w.@-]+", "-", entry.setting.title).strip("-")
                 answers = [line["prediction"] for line in self.lines(entry)]
-                self.task.write(self.folder, f"answers_{number}-{title[:60]}", self.data.questions, answers)  # type: ignore[misc]
+                name = f"answers_{number}-{title[:60]}-{entry.key[:8]}"  # other data or another seed has files of its own
+                self.task.write(self.folder, name, self.data.questions, answers)  # type: ignore[misc]
         return records
 
     def _scored(self, answers: list[str]) -> Scored:

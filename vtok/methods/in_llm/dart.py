@@ -154,45 +154,12 @@ def choose_pivots(norm: Tensor, visual: Tensor, text: Tensor, config: DART) -> t
     return place.where(real, place[:, :1]), real
 
 
-def set_order(values: Sequence[int]) -> list[int]:
-    """Whole numbers >= 0 in the order in which a CPython set gives them that they were added to one by one.
-
-    Open addressing: a table of 8 slots, of which a number's own is its value modulo the size; nine neighbours are tried, then a
-    slot made from its higher bits. Beyond three fifths of its slots the table grows to the power of two above four times its
-    entries.
-    """
-    table: list[int | None] = [None] * 8
-    for fill, value in enumerate(dict.fromkeys(values), 1):
-        _insert(table, value)
-        if 5 * fill >= 3 * (len(table) - 1):
-            size = 8
-            while size <= 4 * fill:
-                size *= 2
-            old, table = table, [None] * size
-            for entry in old:
-                if entry is not None:
-                    _insert(table, entry)
-    return [entry for entry in table if entry is not None]
-
-
-def _insert(table: list[int | None], value: int) -> None:
-    last, perturb = len(table) - 1, value
-    slot = value & last
-    while True:
-        for place in range(slot, slot + 10 if slot + 9 <= last else slot + 1):
-            if table[place] is None:
-                table[place] = value
-                return
-        perturb >>= 5
-        slot = (5 * slot + 1 + perturb) & last
-
-
 def visiting_order(place: Tensor, real: Tensor) -> Tensor:
-    """[B, P] int64, which pivot comes first, second, ..: those that are real by `set_order`, then the others."""
+    """[B, P] int64, which pivot comes first, second, ..: those that are real as a set gives them, then the others."""
     rows = []
     for places, there in zip(place.tolist(), real.tolist()):
         at = {p: i for i, (p, yes) in enumerate(zip(places, there)) if yes}
-        order = [at[p] for p in set_order(list(at))]
+        order = [at[p] for p in set(list(at))]  # noqa: C414  # of a list: made of a mapping, a set may be laid out otherwise
         rows.append([*order, *(i for i, yes in enumerate(there) if not yes)])
     return torch.tensor(rows, device=place.device)
 

@@ -230,6 +230,14 @@ def test_a_family_whose_cost_nobody_wrote_down(monkeypatch):
         assert words in str(vtok.info(model))
 
 
+def test_what_names_nothing_to_do():
+    model = build("LLaVA-1.5")
+    assert "list of methods is empty" in message_of(vtok.ConfigError, vtok.patch, model, [])
+    last = vtok.SparseVLM(keep=[0.5], layers=[3])
+    assert "decoder layer 3, the last one of LlavaModel" in message_of(vtok.ConfigError, vtok.patch, model, last)
+    assert "so 2 is the last" in message_of(vtok.ConfigError, vtok.patch, model, last)
+
+
 @pytest.mark.parametrize("method", ["visionzip", "fastervlm", "vispruner", "holov", "hired", "prumerge", "downsample"])
 def test_a_class_token_among_the_features_is_refused_at_patch_time(method):
     """LLaVA with "full": 17 features of 16 patches, which these methods would have to tell apart."""

@@ -54,7 +54,9 @@ def configs(method: Method, params: dict[str, Any]) -> tuple[MethodConfig, ...]:
         if params:
             raise ConfigError(f"parameters belong into the config object: {type(method).__name__}({', '.join(params)}=...)")
         return (method,)
-    if isinstance(method, Sequence) and method:
+    if isinstance(method, Sequence):
+        if not method:
+            raise ConfigError("the list of methods is empty; name at least one, or leave the model unpatched")
         if params:
             raise ConfigError("with a list of methods, give parameters as config objects: [vtok.ToMe(r=8), ...]")
         return tuple(config for one in method for config in configs(one, {}))

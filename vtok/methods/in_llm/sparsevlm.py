@@ -140,6 +140,11 @@ class SparseVLM(MethodConfig):
 
     def build_vlm(self, info: VLMInfo) -> SparseVLMReducer:
         layers = self.stage_layers(info)
+        if self.layers is not None and layers[-1] + 1 >= info.depth > layers[-1]:
+            raise ConfigError(
+                f"layers names decoder layer {layers[-1]}, the last one of {info.name}: tokens leave behind the layers that "
+                f"are named, so {info.depth - 2} is the last that can be"
+            )
         if isinstance(self.keep_tokens, tuple):
             return SparseVLMReducer(
                 tuple((layer + 1, None, n) for layer, n in zip(layers, self.keep_tokens)), self.recycle, info

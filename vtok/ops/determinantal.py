@@ -11,9 +11,7 @@ from torch import Tensor
 from vtok.ops.matching import unit
 
 _RANK = 1e-4  # of the largest entry of the kernel's diagonal: below it no direction is left; rows in fp32 are off by up to 1e-5
-_EQUAL = (
-    1e-5  # of the best: what is closer to it counts as equal. Copies (newline tokens) differ by the rounding of their batch
-)
+_EQUAL = 1e-5  # of the best: what is closer counts as equal; copies (newline tokens) differ by the rounding of their batch
 
 
 @torch.no_grad()
@@ -37,9 +35,7 @@ def greedy_dpp(features: Tensor, quality: Tensor, k: int) -> Tensor:
     quality = quality.to(x.dtype)
     batch, n, width = x.shape
     # 1 for every row that is not zero: the squares of rounded unit rows would rank what is equal
-    # Carried in fp64: near 1, where every token is almost all new, fp32 leaves rounding to choose. MPS has none.
-    precise = torch.float32 if x.device.type == "mps" else torch.float64
-    gain = (quality.square() * (x != 0).any(2)).to(precise)
+    gain = quality.square() * (x != 0).any(2)
     least = _RANK * gain.amax(1, keepdim=True)
     factor, order = x.new_zeros(batch, k, n), []
     taken = torch.zeros(batch, n, dtype=torch.bool, device=x.device)
@@ -58,9 +54,9 @@ def greedy_dpp(features: Tensor, quality: Tensor, k: int) -> Tensor:
         if step:
             done = factor[:, :step]
             row = row - torch.bmm(done.gather(2, last[:, None].expand(-1, step, -1)).transpose(1, 2), done).squeeze(1)
-        row = (row / best.to(x.dtype).clamp_min(torch.finfo(x.dtype).tiny).sqrt()).masked_fill(spent, 0)
+        row = (row / best.clamp_min(torch.finfo(x.dtype).tiny).sqrt()).masked_fill(spent, 0)
         factor[:, step] = row
-        gain = gain - row.to(precise).square()
+        gain = gain - row.square()
     return torch.cat(order, 1)
 
 

@@ -201,7 +201,7 @@ def demo(
     clip: Annotated[bool, typer.Option(help="also: the bundled CLIP, zero-shot and retrieval")] = True,
     vqa: Annotated[bool, typer.Option(help="also: questions to the bundled LLaVA and LLaVA-NeXT")] = True,
 ) -> None:
-    """Every method on the bundled models and images at several budgets: accuracy, tokens, MACs, time."""
+    """Methods for encoders, todre, atp and correlation on the bundled models and images: accuracy, tokens, MACs, time."""
     from vtok.eval.demo import clip as clip_demo
     from vtok.eval.demo import questions as vqa_demo
     from vtok.eval.demo.vit import run_demo

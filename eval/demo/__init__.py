@@ -1,1 +1,1 @@
-"""The main job: every method on the reference models, beside random, uniform and unpatched."""
+"""The main job: methods for encoders, todre, atp and correlation on the reference models, beside random and uniform."""

@@ -1,11 +1,11 @@
 """The part of the demo on vision-language models: questions about pictures to the reference LLaVA, questions about pages to the
-reference LLaVA-NeXT, every method beside random, uniform, unpatched and what can be answered without the image.
+reference LLaVA-NeXT, todre, atp and correlation beside random, uniform, unpatched and what can be answered without the image.
 
 # What it shows
 
 The third part asks questions. The bundled LLaVA (2.25 M parameters, 256 visual tokens; card: assets/easyvqa_llava.md) answers
 97.27 ± 0.17 % of all 9,673 test questions of easy-VQA by single-question `generate()` (open questions 98.90 %, yes or no 96.69 %).
-Here 500 of them (`--full`: all), every method beside random and uniform with as many visual tokens; "tokens" is the mean over
+Here 500 of them (`--full`: all), todre and atp beside random and uniform with as many visual tokens; "tokens" is the mean over
 decoder layers, GMACs are those of tower, connector and prefill. "blind" is the most frequent answer of the training questions to the same
 words, without a look at the picture: 67.0 % on the whole test set.
 
@@ -38,7 +38,7 @@ and under random with as many tokens on average:
 | random | 166 | 0.577 | 1.76x | 1.65x | 95.0 ± 2.0 | -2.5 ± 1.4 | 96.6 ± 3.4 | 96.8 ± 3.2 | 90.3 ± 5.4 | 96.6 ± 3.4 | 31.4 | 31.6 |
 | blind | - | - | - | - | 30.8 | - | 31.0 | 25.8 | 29.0 | 37.9 | - | - |
 
-**Random is hard to beat here, and nothing does.** Why was not measured; a guess: pictures with one large shape on a plain ground
+**Random is hard to beat here, and none of these does.** Other methods for language models are not in this demo. Why was not measured; a guess: pictures with one large shape on a plain ground
 survive any even sample, while ToDRE keeps the shape whole and leaves large parts of the ground out, as the pictures show. ATP, trained
 for 200 steps on the frozen model, reaches its target of 36 tokens and gives prompts different numbers, and loses a further
 2.0 ± 0.7 points when the prompts exchange their thresholds, so these hold something; yet its tokens are worth less than an even
@@ -137,7 +137,7 @@ def run_vqa_demo(
 
 
 def picture_settings(model: VisionLanguageModel, shares: Sequence[float]) -> list[Setting]:
-    """Every method for prompts of one picture, most tokens first; those with trained modules at the budget they were trained
+    """The settings for prompts of one picture, most tokens first; those with trained modules at the budget they were trained
     for.
     """
     found = []

@@ -1,4 +1,4 @@
-"""The main job: every method on the reference ViT and real images at three FLOPs budgets, beside random, uniform, unpatched.
+"""The main job: every method for encoders on the reference ViT and real images at three FLOPs budgets, beside random, uniform, unpatched.
 
 # What it shows
 

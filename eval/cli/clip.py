@@ -100,16 +100,16 @@ def print_records(records: Sequence[dict[str, Any]], console: Console) -> None:
         table.add_column(column, justify="right")
     for record in records:
         cost = [f"{record['tokens']['out']:.1f}", f"{record['implied_speedup']:.2f}x"] if "tokens" in record else ["-", "-"]
-        table.add_row(record["method"], *(with_error(record["metrics"], name, 100, 2) for name in names), *cost)
+        table.add_row(record["setting"], *(with_error(record["metrics"], name, 100, 2) for name in names), *cost)
     console.print(table)
     for record in records:
-        if line := throughput_line(record["method"], record):
+        if line := throughput_line(record["setting"], record):
             console.print(f"- {line}", highlight=False)
     for record in records[1:]:
         changes = {name: value for name, value in record["metrics"].items() if name.endswith("difference")}
         text = ", ".join(f"{_label(name)} {with_error(record['metrics'], name, 100, 2, '+')}" for name in changes)
         if text:
-            console.print(f"- {record['method']} against unpatched, paired: {text}")
+            console.print(f"- {record['setting']} against unpatched, paired: {text}")
     for note in first.get("notes", ()):
         console.print(f"- {note}", highlight=False)
     if first["num_skipped"]:

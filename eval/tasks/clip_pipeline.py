@@ -113,7 +113,7 @@ class Embedded:
 
     def fields(self) -> dict[str, Any]:
         """Method, parameters, costs and times of the image tower; no costs for a model that vtok knows no tower of."""
-        what = {"method": method_name(self.model), "params": resolved_params(self.model)}
+        what = {"method": method_name(self.model), "setting": self.setting.title, "params": resolved_params(self.model)}
         return what | ({} if self.cost is None else self.cost.fields()) | self.times
 
 

@@ -139,6 +139,15 @@ def test_tokens_that_llava_is_handed_by_the_settings_of_the_authors(name, visual
     assert plan.estimate.layers[0].visual == visual
 
 
+def test_the_plans_of_a_sweep_are_those_of_its_points():
+    """Six methods at three budgets, and not each of them once at its default."""
+    found = book.plans(runs.load("sweep_reference_vit"))
+    macs = [plan.estimate.macs / plan.estimate.base_macs for plan in found]
+    assert len(found) == 18
+    for i, budget in enumerate((0.8, 0.6, 0.4)):
+        assert all(budget - 0.08 < share <= budget + 0.01 for share in macs[6 * i : 6 * i + 6])
+
+
 def test_what_the_formula_of_todre_gives():
     """The reason why its FLOPs are not compared: T (4 n d^2 + 2 n^2 d + 2 n d m), in multiply-adds."""
     n, d, m = 2880, 4096, 11008

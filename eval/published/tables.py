@@ -19,6 +19,7 @@ import vtok
 from vtok.errors import ConfigError, shown, unknown
 from vtok.eval.runs import loader as runs
 from vtok.eval.runs.loader import RunConfig
+from vtok.eval.runs.sweep import points
 from vtok.eval.tasks.timm_pipeline import Options
 from vtok.reading import is_folder
 
@@ -155,7 +156,7 @@ def load_reference(name: str) -> Any:
 
 
 def plans(run: RunConfig, model: nn.Module | None = None, prompt: Mapping[str, Any] | None = None) -> list[Any]:
-    """What the settings of a run do to its model, before anything runs: one `vtok.plan` a setting.
+    """What the settings of a run, at every point of its sweep, do to its model, before anything runs: one `vtok.plan` each.
 
     Args:
         run: the run.
@@ -166,8 +167,9 @@ def plans(run: RunConfig, model: nn.Module | None = None, prompt: Mapping[str, A
 
     net = meta_model(run) if model is None else model
     extra: dict[str, Any] = {"prompt": dict(prompt or {})} if vlm_targets(net) else {}
-    patched = (setting for setting in run.settings if setting.method is not None)
-    return [vtok.plan(net, setting.method, **setting.params, **extra) for setting in patched]  # type: ignore[arg-type]  # None was left out above
+    patched = [setting for point in points(run) for setting in point.settings if setting.method is not None]
+    different = {repr(setting): setting for setting in patched}  # a setting may have its own numbers under every budget
+    return [vtok.plan(net, setting.method, **setting.params, **extra) for setting in different.values()]  # type: ignore[arg-type]  # None was left out above
 
 
 def cost(run: RunConfig, model: nn.Module | None = None) -> Cost:

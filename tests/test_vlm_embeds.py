@@ -1,6 +1,7 @@
 """Features of a tower that dropped tokens, in the hands of a caller: finite, and right in whatever prompt they are put."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -90,3 +91,18 @@ def test_holes_stay_holes(dtype):
     for changed in (x.to(dtype), x.to(dtype) / 4096**0.5, (x.half() * 3).to(dtype), x[None].expand(2, 6, 64).to(dtype)[1]):
         assert torch.equal(holes(changed), expected)
     assert not holes(torch.zeros(2, 4)).any()
+
+
+def test_features_from_elsewhere_are_not_passed_over_in_silence():
+    """Merged in by another model, they cannot be told from words."""
+    values, plain = inputs("LLaVA-1.5"), deep("LLaVA-1.5")
+    given, _ = _merged(plain, values)
+    with torch.no_grad():
+        expected = plain(**given).logits
+        model = vtok.patch(plain, "uniform", keep=0.5)
+        with pytest.warns(UserWarning, match="as inputs_embeds without images, of which vtok drops nothing"):
+            assert torch.equal(model(**given).logits, expected)
+        with warnings.catch_warnings():  # a prompt of token ids, and what follows on a cache
+            warnings.simplefilter("error")
+            generate(model, values, steps=3)
+            model(input_ids=torch.tensor([[1, 5, 6]]))

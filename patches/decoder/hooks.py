@@ -81,8 +81,10 @@ class BeforeModel(PrunerHook):
         elif pruner.holed and (holes := embedded.holes_in(kwargs)) is not None:
             masks.check_text(getattr(module, pruner.spec.text))
             embedded.read(module, pruner, running, kwargs, holes)
-        elif pruner.shortens and kwargs.get("input_ids") is None and stored(cache) == 0 and pruner.encoded:
-            hf.refuse_merged(module)
+        elif pruner.shortens and kwargs.get("input_ids") is None and stored(cache) == 0:
+            if pruner.encoded:
+                hf.refuse_merged(module)
+            hf.warn_unseen(module)
         return (), kwargs
 
     def _read(self, module: Any, running: Pass, kwargs: dict[str, Any]) -> dict[str, Any]:

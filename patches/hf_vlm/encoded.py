@@ -23,7 +23,8 @@ class Note:
 
     Args:
         blocks: of the vision tower that a method looks at: number -> what entered it (vtok.patches.hf_vlm.tower_taps.Caught).
-        call: other arguments of `get_image_features` than pixels: sizes of images and the like.
+        call: other arguments of `get_image_features` than pixels: sizes of images and the like; "pixel_size" is (height, width)
+            of the pixels, if these were images of one size.
         images: their features [n, D], by which they are found again after generate() has repeated them for beams.
 
     Attributes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -165,6 +166,9 @@ def _choose(
         rows[modality] = stay
         if reducer is None:
             continue
+        note = note_of(output)
+        call = kwargs if note is None else tower_taps.merge_call(kwargs, note)
+        original = range(len(images)) if note is None else tower_taps.original(note, images)
         tower = _Towers(model, modality, output, reducer.tower_blocks, anatomy, kwargs)
         left = [mask.nonzero()[:, 0] for mask in stay] if holed else []  # rows of the tokens that the tower left
         alike: dict[tuple[int, tuple[View, ...], int, int, Any], list[int]] = {}
@@ -174,7 +178,9 @@ def _choose(
             if not len(x):  # a prompt without images, where a model returns the features of a prompt as one
                 continue
             whole, cut = not holed or len(left[i]) == len(x), tower.cuts[i]
-            parts = anatomy.views(model, modality, i, first, x.detach(), kwargs) if whole else (View(0, 1, len(left[i])),)
+            parts = (
+                anatomy.views(model, modality, original[i], first, x.detach(), call) if whole else (View(0, 1, len(left[i])),)
+            )
             alike.setdefault((parts[-1].stop, parts, len(tower.views[i]), whole or len(x), cut and cut.shape), []).append(i)
             first += len(x)
         for (_, parts, number, kind, _), numbers in alike.items():
@@ -314,6 +320,15 @@ def refuse_merged(model: Any) -> None:
         f"images were encoded ahead of this call, and {type(model).__name__} got a prompt as inputs_embeds without any: if its "
         "caller puts features into the prompt itself, vtok cannot tell which columns are visual; pass mm_encoder_outputs or "
         "pixels with the prompt, or call vtok.unpatch(model)"
+    )
+
+
+def warn_unseen(model: Any) -> None:
+    """Says of a prompt of embeddings without images that none of it is shortened; features from elsewhere look like words."""
+    warnings.warn(
+        f"{type(model).__name__} got a prompt as inputs_embeds without images, of which vtok drops nothing: if image features "
+        "are in it already, pass input_ids and pixels (or mm_encoder_outputs) instead",
+        stacklevel=4,
     )
 
 

@@ -85,8 +85,7 @@ def install(model: nn.Module, vlm: VLM, pruner: Pruner) -> None:
     for owner in generators(model, vlm) if pruner.shortens else ():
         put_on(owner, Guard)
     blocks = () if pruner.features is None else pruner.features.tower_blocks
-    if blocks or pruner.layers or pruner.holed:
-        tower_taps.install(vlm.module, vlm.tower if blocks else None, blocks)
+    tower_taps.install(vlm.module, vlm.tower if blocks else None, blocks)
 
 
 def generators(model: nn.Module, vlm: VLM) -> list[Any]:

@@ -33,8 +33,9 @@ def patches(model: Any, modality: str, number: int, first: int, x: Tensor, kwarg
 
 def tiles(model: Any, modality: str, number: int, first: int, x: Tensor, kwargs: Kwargs) -> tuple[View, ...]:
     """Idefics3 and SmolVLM: the tiles of all images of a row, one behind the other, each a square grid."""
-    config, pixels = model.config, kwargs.get("pixel_values")  # which generate() has used up when the prompt is read
-    image = config.vision_config.image_size if pixels is None else pixels.shape[-1]
+    config, pixels = model.config, kwargs.get("pixel_values")
+    built = config.vision_config.image_size
+    image = kwargs.get("pixel_size", (built, built))[-1] if pixels is None else pixels.shape[-1]
     side = image // config.vision_config.patch_size
     size = side * side // config.scale_factor**2
     if len(x) % size:

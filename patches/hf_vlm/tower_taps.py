@@ -260,6 +260,9 @@ def watched(model: nn.Module, function: Callable[..., Any], taps: TowerTaps) -> 
             return output
         named = {**dict(zip(inspect.signature(function).parameters, args)), **kwargs}
         call = {name: value for name, value in named.items() if not name.startswith("pixel_values")}
+        pixels = named.get("pixel_values")
+        if isinstance(pixels, Tensor) and pixels.ndim >= 4:  # [..., C, H, W]
+            call["pixel_size"] = tuple(pixels.shape[-2:])
         return noted(output, Note(blocks, call, list(output.pooler_output)))
 
     return encode

@@ -45,18 +45,28 @@ def note_of(output: Any) -> Note | None:
 def noted(output: Any, note: Note) -> Any:
     """A copy of an output that carries the note."""
     output = plain(output)
-    return _carrier(plain_class(output))(**_values(output), **{_FIELD: note})
+    return _in_order(_carrier(plain_class(output))(**_values(output), **{_FIELD: note}), output)
 
 
 def plain(output: Any) -> Any:
     """The output in its own class, without a note: what a patched model returns to its caller."""
     base = plain_class(output)
-    return output if base is type(output) else base(**{name: x for name, x in _values(output).items() if name != _FIELD})
+    if base is type(output):
+        return output
+    return _in_order(base(**{name: x for name, x in _values(output).items() if name != _FIELD}), output)
 
 
 def plain_class(output: Any) -> Any:
     """The model's own class of an output."""
     return getattr(type(output), _BASE, type(output))
+
+
+def _in_order(rebuilt: Any, output: Any) -> Any:
+    """Entries in the order of another output: models set some of them later than their class names them."""
+    for key in output:
+        if key in rebuilt:
+            rebuilt.move_to_end(key)
+    return rebuilt
 
 
 def _values(output: Any) -> dict[str, Any]:

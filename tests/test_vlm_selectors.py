@@ -177,15 +177,15 @@ def test_ladders_start_with_a_no_op_and_never_ease(method: str) -> None:
     """A FLOPs budget is found by bisection over this order; so it is for every schedule that a search may draw."""
     (vlm,) = find(build("LLaVA-1.5"))
     info, config = dataclasses.replace(vlm.info, depth=32), vtok.METHODS.get(method)()
-    steps = [config.ladder_vlm(info)]
+    steps = [config.budget_candidates(info)]
     try:
-        space = config.search_space_vlm(info)
+        space = config.search_space(info)
     except vtok.ConfigError:
         assert method in ("cdpruner", "divprune")  # they act once, in one place
         space = {}
     if space:
         points = [draw(space, random.Random(seed)) for seed in range(3)]
-        steps += [config.ladder_at_vlm(info, point) for point in points]
+        steps += [config.candidates_at(info, point) for point in points]
         assert len({repr(ladder[1].build_vlm(info).sites) for ladder in steps}) > 1
     for ladder in steps:
         before = None

@@ -18,7 +18,9 @@ from vtok.eval.matrix import tiny
 from vtok.eval.matrix.oracle import differences
 from vtok.patches.protocol import Example
 from vtok.registry import METHODS, encoder_methods
+from vtok.targets import find_targets
 from vtok.targets.resolve import Size
+from vtok.testing.trials import trial
 
 YES, TOWER, ON_REQUEST, NO, FAILED = "yes", "tower", "on request", "no", "FAILED"
 STATUSES = (YES, TOWER, ON_REQUEST, NO, FAILED)
@@ -97,21 +99,20 @@ def check_reduction(model: nn.Module, x: Tensor) -> Evidence:
 def judge(
     model: nn.Module, x: Tensor, method: str, input_size: Size | None = None, check: Check = check_reduction
 ) -> dict[str, Any]:
-    """Tries a method on a model, as it is and then with each of its substitutes.
+    """Tries a method on a model, as it is and then with each of its alternatives.
 
     Args:
         model: unpatched, float64, in eval mode; left as it was.
         x: what it takes.
-        method: name; its setting is its config's `trial`.
+        method: name; its setting is that of its `trial`.
         input_size: (channels, height, width), as for `vtok.patch`.
         check: what a patched model must pass.
 
     Returns:
         The fields of a `Cell` that the run decides.
     """
-    config_class, refusal = METHODS.get(method), ""
-    trial = dict(config_class.trial)
-    for request, config in config_class.variants(**trial):
+    params, refusal = dict(trial(method).encoder), ""
+    for request, config in METHODS.get(method).variants(find_targets(model, input_size)[0].info, **params):
         try:
             vtok.patch(model, config, input_size=input_size, trace=True)
         except VtokError as error:
@@ -124,12 +125,12 @@ def judge(
         status = FAILED if evidence.fault else ON_REQUEST if request else YES
         return {
             "status": status,
-            "params": {**trial, **request},
+            "params": {**params, **request},
             "request": request,
             "reason": evidence.fault or refusal,
             "evidence": evidence,
         }
-    return {"status": NO, "params": trial, "reason": refusal}
+    return {"status": NO, "params": params, "reason": refusal}
 
 
 def _checked(model: nn.Module, x: Tensor, check: Check) -> Evidence:

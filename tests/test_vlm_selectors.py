@@ -17,6 +17,7 @@ from torch import Tensor
 from vlm_zoo import MaskOracle, assert_same, build, generate, inputs
 
 import vtok
+from vtok.capabilities import search_space
 from vtok.core.prompt import View
 from vtok.core.search_space import draw
 from vtok.core.tokens import Place
@@ -179,7 +180,7 @@ def test_ladders_start_with_a_no_op_and_never_ease(method: str) -> None:
     info, config = dataclasses.replace(vlm.info, depth=32), vtok.METHODS.get(method)()
     steps = [config.budget_candidates(info)]
     try:
-        space = config.search_space(info)
+        space = search_space(config, info)
     except vtok.ConfigError:
         assert method in ("cdpruner", "divprune")  # they act once, in one place
         space = {}

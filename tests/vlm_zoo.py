@@ -17,9 +17,9 @@ from vtok.core.prompt import ImageFeatures, LayerAttention, Layout, VLMInfo, VLM
 from vtok.core.reduction import Plan
 from vtok.core.tokens import Place, Site
 from vtok.patches.decoder.kv_cache import cache_in
-from vtok.patches.hf_vlm.examples import EXAMPLES
-from vtok.patches.hf_vlm.families import find
+from vtok.patches.hf_vlm.families import examples, find
 
+EXAMPLES = examples()
 NEW = 8  # greedy steps
 TOLERANCE = 1e-5
 
@@ -226,7 +226,7 @@ def feature_keeps(model: Any, values: dict[str, Tensor], keep: float, method: st
     for modality, output in outputs.items():
         first, rows = 0, []
         for i, x in enumerate(output.pooler_output):
-            views = vlm.spec.views(vlm.module, modality, i, first, x, values)
+            views = vlm.family.views(vlm.module, modality, i, first, x, values)
             plan: Plan = reducer.features(ImageFeatures(x[None], views, modality))
             row = torch.zeros(len(x), dtype=torch.bool)
             row[plan.keep[0]] = True

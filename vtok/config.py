@@ -91,7 +91,7 @@ class MethodConfig(RenamedMethods):
     def alternatives(cls, info: Info) -> Sequence[Mapping[str, Any]]:
         """Parameters with which the method works where its default refuses a model, in the order to try.
 
-        A method for encoders is asked for vision-language models, too, in whose towers it acts; one for prompts for these alone.
+        A method for encoders is asked for vision-language models, too, in whose towers it acts.
         """
         return ()
 

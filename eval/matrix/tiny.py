@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from vtok.errors import MissingExtraError
-from vtok.patches.hf_vlm.examples import EXAMPLES, PAD, VLMExample
+from vtok.patches.hf_vlm.examples import PAD, VLMExample
+from vtok.patches.hf_vlm.families import examples as vlms
 from vtok.patches.protocol import Example
 from vtok.registry import ADAPTERS
 
@@ -83,7 +84,7 @@ def images(example: Example, batch: int = 2, dtype: torch.dtype = torch.float32,
 def vlm_examples(names: Sequence[str] | None = None) -> dict[str, VLMExample]:
     """The tiny vision-language models, if their backend is among those named and installed."""
     wanted = "transformers" in (backends() if names is None else names)
-    return dict(EXAMPLES) if wanted else {}
+    return vlms() if wanted else {}
 
 
 def build_vlm(example: VLMExample) -> Any:

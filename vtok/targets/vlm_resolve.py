@@ -69,7 +69,7 @@ def resolve(vlm: VLM, configs: Sequence[MethodConfig], positions: str, trace: bo
         _check_compact(vlm, layers)
     left = iter(() if tower is None else tower.configs)
     chosen = tuple(next(left) if in_tower(config) else config for config in configs)
-    return Pruner(vlm.spec, vlm.tokens, features, layers, compact, chosen, vlm.path, tower, joint, trace)
+    return Pruner(vlm.family, vlm.tokens, features, layers, compact, chosen, vlm.path, tower, joint, trace)
 
 
 def _check_site(config: MethodConfig, site: Site, info: VLMInfo) -> None:
@@ -120,7 +120,7 @@ def _check_probe(layer: int, probed: int, layers: Mapping[int, Any], info: VLMIn
 
 
 def _check_compact(vlm: VLM, layers: Mapping[int, Any]) -> None:
-    if vlm.spec.rotary_3d:
+    if vlm.family.rotary_3d:
         raise UnsupportedModelError(
             f"positions='compact' numbers the tokens that are left one after the other, but {vlm.info.name} gives visual "
             "tokens positions in time, height and width; use positions='original'"

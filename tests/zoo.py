@@ -16,9 +16,9 @@ from torch import nn
 import vtok
 from vtok.config import MethodConfig, ModelInfo, Reducer
 from vtok.core.tokens import Place, Site
-from vtok.eval.matrix import tiny
 from vtok.registry import METHODS, encoder_methods
 from vtok.targets.resolve import towers
+from vtok.testing import tiny
 from vtok.testing.trials import trial
 
 # Settings under which a method really reduces 64 patches in 4 blocks.

@@ -1,5 +1,5 @@
 """The support matrix: every method on every tiny model of every backend, patched, run and compared. Nothing is taken on trust:
-a cell says yes only if tokens went down and the output is that of the full-length pass (`vtok.eval.matrix.oracle`)."""
+a cell says yes only if tokens went down and the output is that of the full-length pass (`vtok.testing.encoder_oracle`)."""
 
 from __future__ import annotations
 
@@ -7,43 +7,25 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import vtok
 from vtok.errors import VtokError
-from vtok.eval.matrix import tiny
-from vtok.eval.matrix.oracle import differences
 from vtok.patches.protocol import Example
 from vtok.registry import METHODS, encoder_methods
 from vtok.targets import find_targets
 from vtok.targets.resolve import Size
+from vtok.testing import tiny
+from vtok.testing.encoder_oracle import Evidence, check_reduction
 from vtok.testing.trials import trial
 
 YES, TOWER, ON_REQUEST, NO, FAILED = "yes", "tower", "on request", "no", "FAILED"
 STATUSES = (YES, TOWER, ON_REQUEST, NO, FAILED)
 VLM = "VLM"  # stands for the backend in cells of vision-language models
-TOLERANCE = 1e-10  # of the largest output, in float64
 IMAGES = 3
-
-
-class Evidence(NamedTuple):
-    """What a patched model did.
-
-    Attributes:
-        tokens: (tokens that entered, mean number of real ones that left) of every tower; of a vision-language model whose
-            prompts get shorter, (visual tokens that entered, that left) of every prompt.
-        differences: see `vtok.eval.matrix.oracle.differences`.
-        fault: what was wrong, `None` = nothing.
-        prompts: kind of prompts that were read, see `vtok.eval.matrix.tiny.vlm_prompts`.
-    """
-
-    tokens: tuple[tuple[float, float], ...] = ()
-    differences: Mapping[str, float] = {}
-    fault: str | None = None
-    prompts: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,19 +63,6 @@ class Cell:
 
 
 Check = Callable[[nn.Module, Tensor], Evidence]
-
-
-def check_reduction(model: nn.Module, x: Tensor) -> Evidence:
-    """Runs a model that is patched with `trace=True`: do tokens go down, and does removing them equal masking them?"""
-    with torch.no_grad():
-        model(x)
-    towers = vtok.info(model).towers
-    tokens = tuple((float(t.blocks[0].tokens_in), float(t.blocks[-1].mean_tokens)) for t in towers if t.blocks)
-    if not tokens or any(left >= entered for entered, left in tokens):
-        return Evidence(tokens, fault="no token was taken away")
-    found = differences(model, x)
-    wrong = [f"{name} replay differs by {value:.1e}" for name, value in found.items() if not value <= TOLERANCE]
-    return Evidence(tokens, found, "; ".join(wrong) or None)
 
 
 def judge(

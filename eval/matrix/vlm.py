@@ -1,4 +1,5 @@
-"""The support matrix of vision-language models: every method on every tiny one, patched, run and compared (`vlm_oracle`)."""
+"""The support matrix of vision-language models: every method on every tiny one, patched, run and compared with the oracle
+(`vtok.testing.prompt_oracle`)."""
 
 from __future__ import annotations
 
@@ -8,16 +9,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import vtok
-from vtok.errors import UnsupportedModelError, VtokError
+from vtok.errors import VtokError
 from vtok.eval.matrix import encoder as matrix
-from vtok.eval.matrix import tiny
-from vtok.eval.matrix.encoder import FAILED, NO, ON_REQUEST, TOWER, YES, Cell, Evidence
-from vtok.eval.matrix.vlm_oracle import NOTHING, check_prompts
+from vtok.eval.matrix.encoder import FAILED, NO, ON_REQUEST, TOWER, YES, Cell
 from vtok.patches.hf_vlm.examples import VLMExample
 from vtok.patches.hf_vlm.families import VLM, find
 from vtok.patches.hf_vlm.install import pruner_of
 from vtok.registry import METHODS
 from vtok.targets.vlm_tower import ON_GRID
+from vtok.testing import tiny
+from vtok.testing.encoder_oracle import Evidence
+from vtok.testing.prompt_oracle import NOTHING, check_any_prompts
 from vtok.testing.trials import trial
 
 
@@ -44,7 +46,7 @@ def judge(model: Any, example: VLMExample, method: str) -> dict[str, Any]:
                     vtok.patch(model, config_class.create(**{**params, **request}))
                 pruner = pruner_of(find(model)[0])
                 alone = pruner is not None and not pruner.shortens
-                evidence = _checked(model, example)
+                evidence = check_any_prompts(model, example)
             except VtokError as error:
                 why.append(str(error))
                 continue
@@ -66,23 +68,6 @@ def judge(model: Any, example: VLMExample, method: str) -> dict[str, Any]:
                 return last
             why.append(evidence.fault)
     return last or {"status": NO, "params": params, "reason": why[-1]}
-
-
-def _checked(model: Any, example: VLMExample) -> Evidence:
-    """What the check finds on the first kind of prompts that the method takes, and on which it acts."""
-    kinds, found, refusal = tiny.vlm_prompts(example, model), None, None
-    for kind, values in kinds:
-        try:
-            found = check_prompts(model, values)._replace(prompts=kind)
-        except UnsupportedModelError as error:
-            refusal = refusal or error
-            continue
-        if found.fault != NOTHING:
-            break
-    if found is None and refusal is not None:
-        raise refusal
-    assert found is not None
-    return found
 
 
 def _classes(vlm: VLM) -> dict[str, str]:

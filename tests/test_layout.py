@@ -17,6 +17,7 @@ FLOORS = (
     ("errors", "_version", "plain"),
     ("reading", "writing"),
     ("registry", "core", "ops"),
+    ("capabilities", "deprecated"),
     ("config",),
     ("methods", "cost", "serialization"),
     ("reports",),
@@ -24,6 +25,7 @@ FLOORS = (
     ("targets",),
     ("api",),
     ("",),  # vtok itself
+    ("testing",),
     ("eval",),
 )
 # Ours that are imported inside a function although they are no optional dependency, and why.

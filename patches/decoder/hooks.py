@@ -224,6 +224,8 @@ class BeforeText(PrunerHook):
             running.slots_counted = True
         if state.sample is not None and masks.is_flash(kind):
             changed |= {"attention_mask": None, **packed.lengths(packed.of_columns(state.sample, stage.column))}
+        riders = {name: value for name, value in kwargs.items() if name not in changed and _rides(value, x)}
+        changed |= {name: take(value, rows, 1) for name, value in riders.items()}
         visual = kwargs.get("visual_pos_masks")
         if visual is not None:  # features of deeper tower layers, added to the visual tokens inside the LLM
             visual = visual.to(x.device)
@@ -369,6 +371,11 @@ def _later_kwargs(
         return masks.text_mask(column, real, queries, x, kind, int(keys), int(offset), window)
 
     return {**kwargs, "attention_mask": _once(running, ("text", id(stage), count, int(keys), int(offset), window), None, build)}
+
+
+def _rides(value: Any, x: Tensor) -> bool:
+    """Whether an argument holds something of every column of a prompt x [B, L, C], such as embeddings for every layer."""
+    return isinstance(value, Tensor) and value.ndim >= 2 and value.shape[:2] == x.shape[:2]
 
 
 _once = Pass.once  # what several layers share

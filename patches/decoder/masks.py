@@ -41,7 +41,9 @@ def check_implementation(implementation: str, window: bool) -> None:
 
 def window_of(layer: Any, index: int) -> int | None:
     """Columns that a decoder layer looks back, or `None` = all."""
-    config = layer.self_attn.config
+    config = getattr(getattr(layer, "self_attn", None), "config", None)
+    if config is None:  # no attention that could look back, such as a recurrent layer
+        return None
     kinds = getattr(config, "layer_types", None)
     if kinds and kinds[index] != "sliding_attention":
         return None

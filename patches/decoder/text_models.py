@@ -1,4 +1,4 @@
-"""The language models inside vision-language models whose prompts can be shortened."""
+"""The language models inside vision-language models: between the layers of which tokens may leave. Before the first, they always may."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ TEXT_MODELS = frozenset(
 )
 
 
-def why_not_shortened(text: Any) -> str | None:
-    """Why an LLM's prompts cannot be shortened, or `None`."""
+def why_not_between(text: Any) -> str | None:
+    """Why tokens cannot leave between the layers of an LLM, or `None` if they can."""
     config = text.config
     odd = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
     if odd:
-        return f"has layers of type {', '.join(odd)}, whose state cannot forget single tokens or depends on where they stand"
+        return f"its LLM has layers of type {', '.join(odd)}, whose state cannot forget single tokens or depends on where they stand"
     if getattr(config, "num_kv_shared_layers", 0):
-        return "shares keys and values between layers, which would have to hold the same tokens"
+        return "layers of its LLM share keys and values, and would have to hold the same tokens"
     if not any(qualified_name(cls) in TEXT_MODELS for cls in type(text).__mro__):
-        return "is not among those that vtok has been tested with"
+        return f"its LLM, {qualified_name(type(text))}, is not among those whose layers vtok has been tested with"
     return None

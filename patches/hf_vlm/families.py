@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -12,7 +13,7 @@ from torch import nn
 from vtok.core.prompt import TowerFacts, VLMInfo
 from vtok.errors import UnsupportedModelError
 from vtok.patches.decoder import attention_probe as decoder_probe
-from vtok.patches.decoder.text_models import why_not_shortened
+from vtok.patches.decoder.text_models import why_not_between
 from vtok.patches.hf_vision.adapter import HfAdapter
 from vtok.patches.hf_vision.tables import TOWERS, release
 from vtok.patches.hf_vlm import crops as hf_cuts
@@ -26,6 +27,7 @@ from vtok.patches.hf_vlm.tower_bridge import Joint
 from vtok.patches.macs import linear_macs
 from vtok.patches.protocol import Tower, look_up, qualified_name
 
+TEXT_CHILDREN = ("language_model", "text_model", "model")  # as models call the LLM inside them
 OLDEST = (5, 23)  # release of transformers
 
 
@@ -40,7 +42,7 @@ class Family:
     Attributes:
         name: as users know it.
         text: child that is the LLM.
-        tower: path of the vision tower.
+        tower: path of the vision tower; "" = not known.
         views: says what the visual tokens of an image are.
         view_counts: says of how many views of the vision tower an image is made.
         grid: rows and columns of visual tokens of every image; says `None` where they depend on the image.
@@ -55,6 +57,7 @@ class Family:
         hands_on: whether forward gives the vision tower the keywords that it does not name itself.
         costs: what the vision side costs beside its tower; `None` = not known: plans and FLOPs budgets are refused.
         examples: name -> tiny model that the contract tests and the support matrix run.
+        generic: whether this is no row, but what the interfaces of a model say of it.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Family:
     hands_on: bool = False
     costs: VisionCosts | None = None
     examples: Mapping[str, VLMExample] = field(default_factory=dict)
+    generic: bool = False
 
 
 def _in(model: str) -> str:
@@ -169,22 +173,16 @@ def supported() -> str:
 
 
 _CROSS = "its LLM attends to the image by cross-attention: visual tokens are no part of the prompt that could be shortened"
-_SHARED = "later layers of its LLM share keys and values with earlier ones, which would have to hold the same tokens"
-_LINEAR = "its LLM has linear-attention layers, whose state cannot forget single tokens"
 _MERGED = "it puts image features into the prompt itself, so that vtok is not told which columns are visual"
-_CHUNKED = "its LLM attends within chunks of the prompt, whose borders dropped tokens would move"
+_ENCODED = "its LLM is an encoder and a decoder: what is generated attends to the image, which is no part of it"
 
 REFUSED: dict[str, str] = {
     _in("colqwen2") + "ColQwen2ForRetrieval": _MERGED,
-    _in("gemma3n") + "Gemma3nModel": _SHARED,
-    _in("gemma4") + "Gemma4Model": _SHARED,
+    _in("florence2") + "Florence2Model": _ENCODED,
     _in("idefics") + "IdeficsModel": _CROSS,
-    _in("lfm2_vl") + "Lfm2VlModel": _LINEAR,
-    _in("llama4") + "Llama4ForConditionalGeneration": _CHUNKED,
     _in("mllama") + "MllamaModel": _CROSS,
     _in("pi0") + "PI0Model": _MERGED,
-    _in("qwen3_5") + "Qwen3_5Model": _LINEAR,
-    _in("qwen3_5_moe") + "Qwen3_5MoeModel": _LINEAR,
+    _in("t5gemma2") + "T5Gemma2Model": _ENCODED,
 }
 
 
@@ -270,15 +268,53 @@ def find(model: nn.Module) -> Sequence[VLM]:
         why = look_up(module, REFUSED)
         if why is not None:
             raise UnsupportedModelError(f"{type(module).__name__} cannot be patched: {why}; supported: {supported()}")
-        family = look_up(module, FAMILIES)
+        family = look_up(module, FAMILIES) or generic(module)
         if family is not None:
             _check_release()
             found.append(_describe(path, module, family))
     return found
 
 
+def generic(module: nn.Module) -> Family | None:
+    """What the interfaces of a model of transformers say of it, where no row describes its family: enough to shorten its prompt
+    before the LLM by methods that look at image features alone, those of an image taken as one row. `None` if it is no such model.
+
+    It encodes images by itself (`get_image_features`), knows its placeholder (`image_token_id`), and takes images that were
+    encoded ahead (`mm_encoder_outputs`). A model that only hands all this on to a part is not meant, but its part.
+    """
+    if not _encodes(module) or any(_encodes(child) for child in module.children()):
+        return None
+    text = next((name for name in TEXT_CHILDREN if hasattr(getattr(module, name, None), "layers")), None)
+    if text is None:
+        return None
+    return Family(type(module).__name__, text=text, tower="", views=hf_views.one_row, hands_on=False, generic=True)
+
+
+def _encodes(module: nn.Module) -> bool:
+    """Whether a module is a vision-language model of transformers as `generic` takes it, or wraps one."""
+    if not type(module).__module__.startswith("transformers.models."):
+        return False
+    config, forward = getattr(module, "config", None), inspect.signature(module.forward).parameters
+    return (
+        callable(getattr(module, "get_image_features", None))
+        and isinstance(getattr(config, "image_token_id", None), int)
+        and {"mm_encoder_outputs", "inputs_embeds", "input_ids"} <= set(forward)
+    )
+
+
+def _stated(config: Any, name: str) -> int | None:
+    """A number that a config states for all its layers, or `None`: some have one for each."""
+    try:
+        value = getattr(config, name, None)
+    except AttributeError:
+        return None
+    return value if isinstance(value, int) else None
+
+
 def _check_row(module: nn.Module, family: Family) -> None:
     """Raises if a row names modules that a model does not have."""
+    if family.generic:
+        return
     named: dict[str, tuple[str, ...]] = {key: (getattr(family, key),) for key in ("text", "tower", "connector", "projector")}
     named["costs.modules"] = () if family.costs is None else family.costs.modules
     for key, paths in named.items():
@@ -297,14 +333,12 @@ def _describe(path: str, module: Any, family: Family) -> VLM:
     _check_row(module, family)
     name, text = type(module).__name__, getattr(module, family.text)
     config = text.config
-    problem = why_not_shortened(text)
-    if problem is not None:
-        raise UnsupportedModelError(f"the LLM of {name}, {qualified_name(type(text))}, {problem}; supported: {supported()}")
     if getattr(module.config, "vision_feature_layer", None) == 0:
         raise UnsupportedModelError(
             f"vision_feature_layer=0 of {name}: transformers takes 0 for no layer at all and fails when it encodes an image; "
             "name the output of a block, such as -1 or -2"
         )
+    heads = _stated(config, "num_attention_heads") or max(config.hidden_size // 64, 1)
     tokens = {m: getattr(module.config, f"{m}_token_id", None) for m in ("image", "video")}
     tower, facts, no_tower = _tower(module, text, family)
     deep = getattr(getattr(module.config, "vision_config", None), "deepstack_visual_indexes", None) or ()
@@ -312,10 +346,10 @@ def _describe(path: str, module: Any, family: Family) -> VLM:
         name=name,
         depth=len(text.layers),
         width=config.hidden_size,
-        num_heads=config.num_attention_heads,
+        num_heads=heads,
         first_layer=max(len(deep), 1),
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        num_kv_heads=_stated(config, "num_key_value_heads") or heads,
+        head_dim=_stated(config, "head_dim") or config.hidden_size // heads,
         no_attention=next((why for layer in text.layers if (why := decoder_probe.why_not(layer))), None),
         tower=facts,
         no_tower=no_tower,
@@ -323,12 +357,16 @@ def _describe(path: str, module: Any, family: Family) -> VLM:
         crops=family.cuts is not hf_cuts.lone,
         videos=hasattr(module, "get_video_features"),
         connector_macs=linear_macs(getattr(module, family.projector)) if family.projector else 0,
+        no_layers=why_not_between(text),
+        generic=family.generic,
     )
     return VLM(path, module, family, info, {m: token for m, token in tokens.items() if token is not None}, tower)
 
 
 def _tower(module: Any, text: Any, family: Family) -> tuple[Tower | None, TowerFacts | None, str]:
     """(the vision tower, what is known of it, why it cannot be looked into)."""
+    if family.generic:
+        return None, None, f"no row says which views of its vision tower an image of {type(module).__name__} is made of"
     inside = set(text.modules())
     found = [(path, m) for path, m in module.named_modules() if m not in inside and look_up(m, TOWERS) is not None]
     if len(found) != 1:

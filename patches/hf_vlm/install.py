@@ -74,7 +74,8 @@ def install(model: nn.Module, vlm: VLM, pruner: Pruner) -> None:
     vlm.module.register_forward_hook(hooks.AfterModel(pruner), always_call=True)
     if not pruner.acts:
         return
-    vision_tower(vlm).register_forward_pre_hook(hooks.BeforeTower(pruner), with_kwargs=True)
+    if vlm.family.tower:
+        vision_tower(vlm).register_forward_pre_hook(hooks.BeforeTower(pruner), with_kwargs=True)
     text = vlm.text
     text.register_forward_pre_hook(hooks.BeforeText(pruner), with_kwargs=True)
     text.register_forward_hook(hooks.AfterText(pruner), with_kwargs=True)

@@ -55,6 +55,8 @@ class VLMInfo:
         crops: whether it may cut an image into crops beside a view of the whole.
         connector_macs: multiply-accumulates of `ImageFeatures.connector` for one token; 0 = there is none.
         videos: whether it reads videos.
+        no_layers: why tokens cannot leave between decoder layers, or `None` if they can; before the LLM they always can.
+        generic: whether all that is known of it is what its interfaces say, as no row describes its family.
     """
 
     name: str
@@ -71,6 +73,8 @@ class VLMInfo:
     crops: bool = False
     connector_macs: int = 0
     videos: bool = False
+    no_layers: str | None = None
+    generic: bool = False
 
     def probe_macs(self, rows: int, length: int) -> int:
         """Multiply-accumulates of `LayerAttention.probs` for so many query rows over so many columns: keys of all columns,

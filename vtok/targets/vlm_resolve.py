@@ -82,6 +82,11 @@ def _check_site(config: MethodConfig, site: Site, info: VLMInfo) -> None:
             f"{config.name} drops tokens in front of decoder layer {site.index}, {info.name} has decoder layers 0 to "
             f"{info.depth - 1}"
         )
+    if site.index > 0 and info.no_layers is not None:
+        raise UnsupportedModelError(
+            f"{config.name} drops tokens in front of decoder layer {site.index}, but between the layers of {info.name} none can "
+            f"leave: {info.no_layers}; methods that shorten its prompt before the LLM work"
+        )
     if 0 < site.index < info.first_layer:
         raise UnsupportedModelError(
             f"{config.name} drops tokens in front of decoder layer {site.index}, but {info.name} adds tower features to its "

@@ -1,8 +1,10 @@
 """Gradients, gradient checkpointing, low precision."""
 
+from collections import Counter
+
 import pytest
 import torch
-from zoo import FAMILIES, attach, build, checkpointing, images, pairs
+from zoo import FAMILIES, attach, block_list, build, checkpointing, images, pairs
 
 import vtok
 from vtok.registry import encoder_methods
@@ -25,6 +27,16 @@ def test_every_parameter_that_upstream_reaches_gets_a_gradient(name, method):
     assert all(torch.isfinite(g).all() for g in patched.values() if g is not None)
 
 
+def _counted(blocks):
+    """(number of a block, name of a linear layer in it) -> how often it has run since."""
+    runs = Counter()
+    for i, block in enumerate(blocks):
+        for part, module in block.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(lambda *_, key=(i, part): runs.update([key]))
+    return runs
+
+
 # Upstream cannot checkpoint these; a test of the backend watches whether that is still so.
 NOT_CHECKPOINTED = ("open_clip: ViT custom blocks, all norms",)
 
@@ -35,7 +47,10 @@ def test_checkpointing_gives_equal_gradients(name, method):
     attach(name, model, method)
     reference = _gradients(model, x)
     checkpointing(model)
+    runs = _counted(block_list(model))
     checkpointed = _gradients(model, x)
+    for i in range(len(block_list(model))):  # all but its last step: nothing behind that needs it again
+        assert max(count for (block, _), count in runs.items() if block == i) == 2, f"block {i} runs again for its gradients"
     for parameter, gradient in reference.items():
         assert gradient is None or torch.equal(gradient, checkpointed[parameter]), parameter
 

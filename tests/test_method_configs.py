@@ -7,7 +7,6 @@ import pytest
 from helpers_golden import model_info
 
 import vtok
-from vtok.capabilities import HasBudget
 from vtok.config import MethodConfig
 from vtok.methods.pitome.presets import PRESETS
 from vtok.registry import METHODS, encoder_methods
@@ -172,7 +171,7 @@ def test_default_schedules() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("method", [name for name in encoder_methods() if isinstance(METHODS.get(name)(), HasBudget)])
+@pytest.mark.parametrize("method", encoder_methods(budget=True))
 def test_candidates_start_with_a_no_op_and_never_ease(method: str) -> None:
     """A FLOPs budget is found by bisection over this order."""
     facts = model_info(num_patches=64, grid=(8, 8))

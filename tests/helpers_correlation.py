@@ -12,11 +12,10 @@ from vlm_zoo import build
 
 import vtok
 from vtok.patches.hf_vlm import image_features as hf
-from vtok.patches.hf_vlm.examples import EXAMPLES
-from vtok.patches.hf_vlm.families import find
+from vtok.patches.hf_vlm.families import examples, find
 from vtok.patches.hf_vlm.tower_taps import TowerTaps
 
-CROPPING = [name for name, example in EXAMPLES.items() if example.pages is not None]
+CROPPING = [name for name, example in examples().items() if example.pages is not None]
 BETA = 2
 ALPHA = {**dict.fromkeys(CROPPING, 0.6), "InternVL": 0.42}  # patches of that tower are less alike
 
@@ -32,7 +31,7 @@ def cropping(name: str, kernel: str = "sdpa") -> Any:
 
 def pages(name: str, seed: int = 0) -> dict[str, Tensor]:
     """Two prompts, the second padded on the left: a page of two crops, one without (not LLaVA), one of four."""
-    make = EXAMPLES[name].pages
+    make = examples()[name].pages
     assert make is not None
     return make(cropping(name), torch.Generator().manual_seed(seed))
 
@@ -53,7 +52,7 @@ def chosen(
     with torch.no_grad(), taps.on(vlm.tower):
         outputs = hf.encode(vlm.module, values, taps)
         whole = list(outputs["image"].pooler_output)
-        found = hf.choose(vlm.module, outputs, reducer, vlm.spec, values)
+        found = hf.choose(vlm.module, outputs, reducer, vlm.family, values)
     lengths = [len(x) for x in whole]
     return list(found.rows["image"].split(lengths)), list(found.outputs["image"].pooler_output), whole
 

@@ -37,7 +37,7 @@ class Chosen:
         taps = tower_taps.TowerTaps(reducer.tower_blocks)
         with torch.no_grad(), taps.on(vlm.tower):
             outputs = hf.encode(vlm.module, values, taps)
-            chosen = hf.choose(vlm.module, outputs, reducer, vlm.spec, values)
+            chosen = hf.choose(vlm.module, outputs, reducer, vlm.family, values)
         self.outputs, self.rows = chosen.outputs, chosen.rows
         self.whole = [x for output in outputs.values() for x in output.pooler_output]
         self.features = [x for output in chosen.outputs.values() for x in output.pooler_output]
@@ -60,7 +60,7 @@ def seen_by(model: Any, values: Values, blocks: tuple[int, ...]) -> list[ImageFe
     (vlm,) = find(model)
     taps = tower_taps.TowerTaps(blocks)
     with torch.no_grad(), taps.on(vlm.tower):
-        hf.choose(vlm.module, hf.encode(vlm.module, values, taps), Witness(), vlm.spec, values)
+        hf.choose(vlm.module, hf.encode(vlm.module, values, taps), Witness(), vlm.family, values)
     return found
 
 

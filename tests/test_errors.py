@@ -321,9 +321,8 @@ def test_registries_refuse_collisions():
 
 def test_vision_language_models_need_a_younger_transformers_than_encoders(monkeypatch):
     from vtok.patches.hf_vlm import families as hf_vlm
-    from vtok.patches.hf_vlm.examples import EXAMPLES
 
-    model = EXAMPLES["LLaVA-1.5"].build()
+    model = hf_vlm.examples()["LLaVA-1.5"].build()
     monkeypatch.setattr(hf_vlm, "OLDEST", (99, 0))
     text = message_of(vtok.UnsupportedModelError, vtok.patch, model, "uniform", keep=0.5)
     assert "need transformers 99.0 or newer, found 5." in text

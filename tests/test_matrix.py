@@ -20,12 +20,12 @@ from vtok.core.tokens import gather_mask, gather_positions, log_size_bias
 from vtok.eval.cli.app import app
 from vtok.eval.matrix import encoder as matrix
 from vtok.eval.matrix import report as matrix_report
-from vtok.eval.matrix import tiny, vlm_oracle
 from vtok.eval.matrix import vlm as vlm_matrix
-from vtok.eval.matrix.encoder import FAILED, NO, ON_REQUEST, TOWER, YES, Cell, Evidence
-from vtok.eval.matrix.oracle import Decision, differences, masked_plan
+from vtok.eval.matrix.encoder import FAILED, NO, ON_REQUEST, TOWER, YES, Cell
 from vtok.methods.baselines.random_drop import RandomDrop
 from vtok.patches import block, pooling
+from vtok.testing import prompt_oracle, tiny
+from vtok.testing.encoder_oracle import Decision, Evidence, differences, masked_plan
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 complete = pytest.mark.skipif(
@@ -160,7 +160,7 @@ def test_every_cell_of_a_vision_language_model(spoken, name, method):
     else:
         assert found.status == TOWER or len(found.evidence.tokens) == 2
         assert all(left < entered for entered, left in found.evidence.tokens)
-        assert found.evidence.differences["masked"] <= vlm_oracle.TOLERANCE
+        assert found.evidence.differences["masked"] <= prompt_oracle.TOLERANCE
 
 
 def test_prompts_are_those_that_a_method_takes(spoken):
@@ -191,15 +191,15 @@ def test_the_check_of_vision_language_models_notices(monkeypatch):
     example = tiny.vlm_examples()["LLaVA-OneVision"]
     model = tiny.build_vlm(example)
     (_, values), _, (_, pages), _ = tiny.vlm_prompts(example, model)
-    kept = vlm_oracle.check_prompts(vtok.patch(model, "uniform", keep=1.0), values)
-    assert kept.fault == vlm_oracle.NOTHING
+    kept = prompt_oracle.check_prompts(vtok.patch(model, "uniform", keep=1.0), values)
+    assert kept.fault == prompt_oracle.NOTHING
     vtok.patch(model, "correlation", alpha=0.2)
-    half = vlm_oracle.check_prompts(model, values)  # the second prompt is a video, which the method leaves alone
-    assert half.fault == vlm_oracle.NOTHING
+    half = prompt_oracle.check_prompts(model, values)  # the second prompt is a video, which the method leaves alone
+    assert half.fault == prompt_oracle.NOTHING
     assert [left < entered for entered, left in half.tokens] == [True, False]
-    assert vlm_oracle.check_prompts(model, pages).fault is None
-    right = vlm_oracle._alive
-    monkeypatch.setattr(vlm_oracle, "_alive", lambda last, depth: {i: x.roll(1, 1) for i, x in right(last, depth).items()})
+    assert prompt_oracle.check_prompts(model, pages).fault is None
+    right = prompt_oracle._alive
+    monkeypatch.setattr(prompt_oracle, "_alive", lambda last, depth: {i: x.roll(1, 1) for i, x in right(last, depth).items()})
     assert "masked replay differs by" in vlm_matrix.judge(model, example, "uniform")["reason"]
     assert not vtok.info(model).patched
 

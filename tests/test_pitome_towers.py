@@ -15,9 +15,9 @@ from zoo import BACKENDS, images
 
 import vtok
 from vtok.eval.benchmarks.flops import count_macs
-from vtok.eval.matrix.tiny import randomise
 from vtok.patches.attention import Tap
 from vtok.targets.resolve import run_of
+from vtok.testing.tiny import randomise
 
 DEPTH, WIDTH, HEADS, RATIO = 16, 32, 2, 0.9  # deeper than 13: the last blocks of `official_llava` match by energy
 Keys = Callable[[Any, Tensor], Tensor]

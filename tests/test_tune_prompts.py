@@ -84,7 +84,7 @@ def test_the_space_leaves_what_is_given(llava, cheap):
         space = subject.space()
         assert set(space) == searched
         for seed in range(5):
-            config = subject.config.ladder_at_vlm(subject.info, draw(space, random.Random(seed)))[500]
+            config = subject.config.candidates_at(subject.info, draw(space, random.Random(seed)))[500]
             assert config.keep == 0.5 and all(config.to_dict()[name] == value for name, value in params.items())
             config.build_vlm(subject.info)
     assert set(tune_prompts.Prompts(llava, METHODS.get("pitome")(), calibration).space()) == {"weights"}

@@ -1,12 +1,17 @@
 """What is refused on vision-language models, and in which words; prompts that are odd but fine."""
 
+import dataclasses
+
 import pytest
 import torch
 from helpers_errors import message_of
+from transformers.models.llava.modeling_llava import LlavaModel
 from vlm_zoo import EXAMPLES, Attended, Columns, Nearest, build, generate, inputs, text_model
 
 import vtok
-from vtok.patches.hf_vlm.families import REFUSED
+from vtok.patches.hf_vlm.families import FAMILIES, REFUSED
+from vtok.patches.hf_vlm.stated_images import VisionCosts
+from vtok.patches.protocol import qualified_name
 
 
 @pytest.mark.parametrize("method", ["ats", "pitome", "tome", "zero_tprune"])
@@ -212,11 +217,8 @@ def test_features_of_no_block(name):
 
 def test_a_family_whose_cost_nobody_wrote_down(monkeypatch):
     """Its prompts are shortened; what needs costs says what is missing."""
-    from vtok.patches.hf_vlm import macs as hf_vlm_cost
-
-    rows = {name: row for name, row in hf_vlm_cost.VISION.items() if not name.endswith(".LlavaModel")}
-    monkeypatch.setattr(hf_vlm_cost, "VISION", rows)
-    model = build("LLaVA-1.5")
+    model, name = build("LLaVA-1.5"), qualified_name(LlavaModel)
+    monkeypatch.setitem(FAMILIES, name, dataclasses.replace(FAMILIES[name], costs=None))
     words = "what LlavaModel costs is not known in closed form"
     assert words in message_of(vtok.UnsupportedModelError, vtok.plan, model, "random", keep=0.5)
     for method in ("random", "tome"):
@@ -228,6 +230,37 @@ def test_a_family_whose_cost_nobody_wrote_down(monkeypatch):
         found = vtok.info(model).prompts[0]
         assert found.rows and words in " ".join(found.notes)
         assert words in str(vtok.info(model))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"text": "lm"},
+            "LlavaModel has no module 'lm', which the row of LLaVA-1.5 in FAMILIES",
+        ),
+        ({"tower": "eyes.tower"}, "no module 'eyes.tower', which the row of LLaVA-1.5"),
+        ({"connector": "bridge"}, "families.py) names as connector: an error there"),
+        (
+            {"costs": VisionCosts(("bridge",))},
+            "families.py) names as costs.modules: an error there",
+        ),
+    ],
+)
+def test_a_row_that_names_what_is_not_there(changes, words, monkeypatch):
+    name = qualified_name(LlavaModel)
+    monkeypatch.setitem(FAMILIES, name, dataclasses.replace(FAMILIES[name], **changes))
+    assert words in message_of(vtok.UnsupportedModelError, vtok.patch, build("LLaVA-1.5"), "random", keep=0.5)
+
+
+def test_supports_names_what_works_on_request():
+    """Qwen3-VL adds tower features to visual tokens in front of early layers."""
+    support = vtok.supports(build("Qwen3-VL"))
+    assert support.on_request["pyramiddrop"] == {"keep": [0.5, 0.25], "layers": [2, 3]}
+    assert support.on_request["sparsevlm"]["layers"] == [1, 2]
+    assert support.methods["fastv"] is None and "fastv" not in support.on_request
+    model = vtok.patch(build("Qwen3-VL"), "pyramiddrop", **support.on_request["pyramiddrop"])
+    assert vtok.info(model).patched
 
 
 def test_what_names_nothing_to_do():

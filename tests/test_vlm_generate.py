@@ -19,7 +19,8 @@ from vlm_zoo import (
 
 import vtok
 from vtok.core.tokens import Site
-from vtok.patches.hf_vlm.families import REFUSED, TEXT_MODELS, VLMS
+from vtok.patches.decoder.text_models import TEXT_MODELS
+from vtok.patches.hf_vlm.families import FAMILIES, REFUSED
 from vtok.patches.protocol import qualified_name
 
 ALL = [(name, kernel) for name, example in EXAMPLES.items() for kernel in example.kernels]
@@ -172,9 +173,9 @@ def test_one_row_without_padding(name):
 
 def test_every_row_of_the_tables_is_run():
     found = {qualified_name(type(m)) for name in EXAMPLES for m in build(name, EXAMPLES[name].kernels[0]).modules()}
-    assert set(VLMS) <= found
+    assert set(FAMILIES) <= found
     assert found >= TEXT_MODELS
-    assert not set(VLMS) & set(REFUSED)
+    assert not set(FAMILIES) & set(REFUSED)
     assert str(Site(*next(iter(Columns(((2, 3),)).build_vlm(None).sites)))) == "in front of decoder layer 2"
 
 

@@ -17,12 +17,13 @@ from torch import Tensor
 from vlm_zoo import MaskOracle, assert_same, build, generate, inputs
 
 import vtok
+from vtok.capabilities import search_space
 from vtok.core.prompt import View
 from vtok.core.search_space import draw
 from vtok.core.tokens import Place
-from vtok.eval.matrix import vlm_oracle
 from vtok.patches.hf_vlm.families import find
 from vtok.patches.hf_vlm.install import pruner_of
+from vtok.testing import prompt_oracle
 
 METHODS: dict[str, dict[str, Any]] = {
     "divprune": {"keep": 0.4},
@@ -47,7 +48,7 @@ def alive(model: Any, values: dict[str, Tensor]) -> tuple[dict[int, Tensor], dic
     generate(model, values, steps=1)
     (vlm,) = find(model)
     last = pruner_of(vlm).last
-    return vlm_oracle._alive(last, len(vlm.text.layers)), vlm_oracle.folds(last)
+    return prompt_oracle._alive(last, len(vlm.text.layers)), prompt_oracle.folds(last)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -120,7 +121,7 @@ def test_rows_without_an_image_and_padding_on_either_side(method: str, side: str
             first = 0
             if pictures:  # what is dropped in front of the first token that stays has no output of its own
                 (vlm,) = find(model)
-                first = int(vlm_oracle._alive(pruner_of(vlm).last, 4)[3][0].int().argmax())
+                first = int(prompt_oracle._alive(pruner_of(vlm).last, 4)[3][0].int().argmax())
             found, expected = together[b][real[b]][first:], alone.logits[0, first:]
             assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
@@ -177,15 +178,15 @@ def test_ladders_start_with_a_no_op_and_never_ease(method: str) -> None:
     """A FLOPs budget is found by bisection over this order; so it is for every schedule that a search may draw."""
     (vlm,) = find(build("LLaVA-1.5"))
     info, config = dataclasses.replace(vlm.info, depth=32), vtok.METHODS.get(method)()
-    steps = [config.ladder_vlm(info)]
+    steps = [config.budget_candidates(info)]
     try:
-        space = config.search_space_vlm(info)
+        space = search_space(config, info)
     except vtok.ConfigError:
         assert method in ("cdpruner", "divprune")  # they act once, in one place
         space = {}
     if space:
         points = [draw(space, random.Random(seed)) for seed in range(3)]
-        steps += [config.ladder_at_vlm(info, point) for point in points]
+        steps += [config.candidates_at(info, point) for point in points]
         assert len({repr(ladder[1].build_vlm(info).sites) for ladder in steps}) > 1
     for ladder in steps:
         before = None
@@ -227,7 +228,7 @@ def test_together(name: str, methods: tuple[str, str]) -> None:
         found = vtok.info(model).prompts[0].estimate
         pairs = [(a.visual, b.visual) for a, b in zip(planned.layers, found.layers)]
         assert all(a == b if planned.exact else a >= b for a, b in pairs), pairs
-    evidence = vlm_oracle.check_prompts(model, values)
+    evidence = prompt_oracle.check_prompts(model, values)
     assert evidence.fault is None, evidence
 
 

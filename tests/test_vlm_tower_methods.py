@@ -352,18 +352,16 @@ def test_what_a_search_varies(config):
     info = find(build("LLaVA-1.5"))[0].info
     if config.name == "downsample":
         with pytest.raises(vtok.ConfigError, match="downsample has no schedule on vision-language models"):
-            config.search_space_vlm(info)
+            config.search_space(info)
         return
-    space = type(config)().search_space_vlm(info)
+    space = type(config)().search_space(info)
     assert space and not set(space) & set(config.set_by_budget)
     for seed in range(5):
         drawn = draw(space, random.Random(seed))
-        found = type(config)().ladder_at_vlm(info, drawn)[500]
+        found = type(config)().candidates_at(info, drawn)[500]
         assert found.keep == 0.5
         found.build_vlm(info)
-        assert not set(found.replace(keep=None).search_space_vlm(info)) - {
-            k for k, v in drawn.items() if v == found.to_dict()[k]
-        }
+        assert not set(found.replace(keep=None).search_space(info)) - {k for k, v in drawn.items() if v == found.to_dict()[k]}
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,9 @@ from vtok.config import MethodConfig
 from vtok.core.prompt import ImageFeatures, LayerAttention, Layout, VLMInfo, VLMReducer
 from vtok.core.reduction import Plan
 from vtok.core.tokens import Place, Site
-from vtok.patches.decoder.kv_cache import cache_in
-from vtok.patches.hf_vlm.examples import EXAMPLES
-from vtok.patches.hf_vlm.families import find
+from vtok.patches.hf_vlm.families import examples, find
 
+EXAMPLES = examples()
 NEW = 8  # greedy steps
 TOLERANCE = 1e-5
 
@@ -107,76 +106,6 @@ def column_keeps(model: Any, values: dict[str, Tensor], shares: tuple[tuple[int,
     return result
 
 
-class MaskOracle:
-    """The unpatched model on the whole prompt, with an explicit 4-D mask in every layer that hides dropped columns.
-
-    Args:
-        model: not patched.
-        alive: decoder layer -> [B, L] bool.
-        into: decoder layer -> [B, L] int64, column that each column of the prompt is averaged into in front of it, -1 = none.
-    """
-
-    def __init__(self, model: Any, alive: dict[int, Tensor], into: dict[int, Tensor] | None = None):
-        self.into = into or {}
-        self.model, self.layers, self.alive, self.handles = model, text_model(model).layers, alive, []
-        self.window = [self._window(layer) for layer in self.layers]
-
-    @staticmethod
-    def _window(layer: Any) -> Any:
-        return getattr(layer.self_attn.config, "sliding_window", None)
-
-    def __enter__(self) -> MaskOracle:
-        self.handles = [
-            layer.register_forward_pre_hook(functools.partial(self._hook, i), with_kwargs=True)
-            for i, layer in enumerate(self.layers)
-        ]
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _hook(self, i: int, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        x, mask, cache = args[0], kwargs.get("attention_mask"), cache_in(kwargs)
-        alive = self.alive[i]
-        if i in self.into and x.shape[1] == self.into[i].shape[1]:  # the prompt is read
-            x = _averaged(x, self.into[i].repeat_interleave(len(x) // len(self.into[i]), 0))
-            args = (x, *args[1:])
-        if len(alive) != len(x):
-            alive = alive.repeat_interleave(len(x) // len(alive), 0)
-        queries = x.shape[1]
-        past = 0 if cache is None else int(cache.get_seq_length(i))
-        keys = past + queries if mask is None else mask.shape[-1]
-        held = past + queries if cache is None else cache.get_mask_sizes(queries, i)[0]
-        assert mask is None or keys == held
-        first = past + queries - keys if cache is not None and cache.is_sliding[i] and keys < past + queries else 0
-        column = torch.arange(first, first + keys)
-        alive = torch.cat([alive, alive.new_ones(len(x), max(first + keys - alive.shape[1], 0))], 1)[:, column]
-        asks = torch.arange(past, past + queries)
-        causal = column <= asks[:, None]
-        if mask is None:
-            mask = causal[None, None].expand(len(x), 1, -1, -1)
-        hidden = ~(alive[:, None, None] | (column == asks[:, None]))
-        mask = mask.expand(len(x), -1, -1, -1)
-        off = torch.finfo(x.dtype).min
-        if mask.dtype == torch.bool:
-            mask = mask & ~hidden
-            if module.self_attn.config._attn_implementation == "eager":
-                mask = torch.zeros(mask.shape).masked_fill(~mask, off)
-        else:
-            mask = mask.masked_fill(hidden, off)
-        return args, {**kwargs, "attention_mask": mask}
-
-
-def _averaged(x: Tensor, into: Tensor) -> Tensor:
-    """Every column that others are folded into becomes their mean, one by one."""
-    out = x.clone()
-    for b, row in enumerate(into.tolist()):
-        for target in set(row) - {-1}:
-            out[b, target] = x[b, [i for i, t in enumerate(row) if t == target]].mean(0)
-    return out
-
-
 def generate(model: Any, values: dict[str, Any], steps: int = NEW, **kwargs: Any) -> tuple[Tensor, Tensor, Any]:
     """(new tokens [B, steps], logits [B, steps, V], whole output) of greedy decoding."""
     values = {k: copy.copy(v) for k, v in values.items()}
@@ -226,7 +155,7 @@ def feature_keeps(model: Any, values: dict[str, Tensor], keep: float, method: st
     for modality, output in outputs.items():
         first, rows = 0, []
         for i, x in enumerate(output.pooler_output):
-            views = vlm.spec.views(vlm.module, modality, i, first, x, values)
+            views = vlm.family.views(vlm.module, modality, i, first, x, values)
             plan: Plan = reducer.features(ImageFeatures(x[None], views, modality))
             row = torch.zeros(len(x), dtype=torch.bool)
             row[plan.keep[0]] = True

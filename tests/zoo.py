@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,19 +17,20 @@ from torch import nn
 import vtok
 from vtok.config import MethodConfig, ModelInfo, Reducer
 from vtok.core.tokens import Place, Site
-from vtok.eval.matrix import tiny
 from vtok.registry import METHODS, encoder_methods
 from vtok.targets.resolve import towers
+from vtok.testing import tiny
+from vtok.testing.trials import trial
 
 # Settings under which a method really reduces 64 patches in 4 blocks.
-SETTINGS: dict[str, dict[str, Any]] = {name: dict(METHODS.get(name).trial) for name in encoder_methods()}
+SETTINGS: dict[str, dict[str, Any]] = {name: dict(trial(name).encoder) for name in encoder_methods()}
 # Static shapes, for compilation and fake tensors.
 STATIC: dict[str, dict[str, Any]] = {"ats": {"mode": "mask"}}
 
 
 def _first_built(method: str, info: ModelInfo) -> tuple[dict[str, Any], Reducer] | None:
     """(parameters that a model asks for, reducer), or `None` if the method refuses such a model."""
-    for extra, config in METHODS.get(method).variants(**SETTINGS[method]):
+    for extra, config in METHODS.get(method).variants(info, **SETTINGS[method]):
         with contextlib.suppress(vtok.UnsupportedModelError):
             return extra, config.build(info)
     return None
@@ -105,8 +107,9 @@ def checkpointing(model: nn.Module) -> None:
 
 
 def config_for(name: str, method: str, model: nn.Module, **extra: Any) -> MethodConfig | None:
-    """The method's config for an example, with a substitute where the default is refused; `None` if all are."""
-    for _, config in METHODS.get(method).variants(**{**SETTINGS[method], **extra}):
+    """The method's config for an example, with one of its alternatives where the default is refused; `None` if all are."""
+    info = towers(model, EXAMPLES[name].input_size)[0][1].info
+    for _, config in METHODS.get(method).variants(info, **{**SETTINGS[method], **extra}):
         try:
             vtok.plan(model, config, input_size=EXAMPLES[name].input_size)
         except vtok.UnsupportedModelError:
@@ -132,6 +135,12 @@ def attach(name: str, model: nn.Module, method: str, **extra: Any) -> nn.Module:
     config = config_for(name, method, model, **extra)
     assert config is not None
     return vtok.patch(model, config, input_size=EXAMPLES[name].input_size, trace=trace)
+
+
+def run(check: Callable[..., None], name: str, method: str, batch: int = 2, dtype: torch.dtype = torch.float32) -> None:
+    """One of `vtok.testing.encoder_checks` for an example and a method's setting."""
+    model = build(name, dtype)
+    check(model, images(name, batch, dtype), config_for(name, method, model), EXAMPLES[name].input_size)
 
 
 @dataclass(frozen=True)

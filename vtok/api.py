@@ -242,7 +242,7 @@ def _supports(model: nn.Module) -> Support:
     places: dict[str, str] = {}
     for name in METHODS.names():
         why: list[str] = []
-        for extra, config in METHODS.get(name).variants():
+        for extra, config in METHODS.get(name).variants(targets[0].info):
             try:
                 place = _place(targets, config)
             except VtokError as error:

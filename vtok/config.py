@@ -1,123 +1,56 @@
-"""Configs of methods, schedules over blocks, and the facts about a model that turn a config into a reducer."""
+"""Configs of methods, schedules over blocks, and checks of what users write."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
-
-from vtok.core.prompt import ImageFeatures, VLMInfo, VLMReducer
-from vtok.core.reduction import Plan
-from vtok.core.search_space import Point, Space
-from vtok.core.tokens import AttentionView, Site, TokenState
+from vtok.capabilities import EncoderMethod, Info, PromptMethod
+from vtok.core.encoder import ModelInfo, Reducer
+from vtok.deprecated import RenamedMethods
 from vtok.errors import ConfigError, UnsupportedModelError, shown, unknown
 from vtok.plain import BITS, countable, native
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What a method may know of a tower before any image has been seen.
-
-    Attributes:
-        name: class name of the tower, for messages.
-        depth: number of blocks.
-        num_prefix: tokens at the front that are never reduced (CLS, distillation, registers).
-        num_patches: patch tokens at the stated input size.
-        grid: rows and columns of patches; rows x columns may differ from `num_patches` where no grid is known.
-        has_cls: whether token 0 is a class token.
-        width: of a token between blocks, C.
-        head_dim: width of one attention head, D.
-        num_heads: query heads, H.
-        num_kv_heads: key and value heads; fewer under grouped-query attention.
-        plain_softmax: whether attention is one softmax over q k^T (differential attention is not).
-        blind_pool: why the pooling head can see neither sizes nor padding, or `None` if it can.
-        blind_attention: why attention to the tokens, as it is set up, can see neither sizes nor padding, or `None` if it can.
-    """
-
-    name: str
-    depth: int
-    num_prefix: int
-    num_patches: int
-    grid: tuple[int, int]
-    has_cls: bool
-    width: int
-    head_dim: int
-    num_heads: int
-    num_kv_heads: int
-    plain_softmax: bool = True
-    blind_pool: str | None = None
-    blind_attention: str | None = None
-
-
-class Reducer:
-    """Base of a config resolved for one model: pure, stateless, frozen.
-
-    Attributes:
-        needs: which of "q", "k", "v" a plan looks at; nothing is caught for a plan that looks at the tokens alone.
-        prop_attn: whether later attention must see token sizes.
-        sizes: whether plans merge tokens and record how many patches each stands for.
-        ragged: whether images of one batch may keep different numbers of tokens.
-        exact: whether `count` is exact; False = an upper bound, the true number depends on the image.
-    """
-
-    needs: ClassVar[frozenset[str]] = frozenset()
-    sizes: ClassVar[bool] = False
-    ragged: ClassVar[bool] = False
-    exact: ClassVar[bool] = True
-    prop_attn: bool = False
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """Where tokens are reduced; sites that would change nothing are left out, so 1.0 and r=0 cost nothing."""
-        raise NotImplementedError
-
-    def plan(self, x: Tensor, state: TokenState, view: AttentionView, at: Site) -> Plan | None:
-        """Decides; `None` = leave the tokens as they are. x [B, N, C]: the tokens that the plan will be applied to."""
-        raise NotImplementedError
-
-    def attention(self, state: TokenState, view: AttentionView, rows: Tensor | None) -> Tensor | None:
-        """Attention output [B, H, M, D] of the kept query rows, at a BLOCK_PRE site; `None` = the model's own attention.
-
-        `state` is that of the N tokens before the plan, `rows` [B, M] the plan's kept rows (`None` = all).
-        """
-        return None
-
-    def count(self, at: Site, n: int, num_prefix: int) -> int:
-        """Tokens after this site when `n` (prefix included) arrive."""
-        raise NotImplementedError
-
-    def macs(self, at: Site, n: int, num_prefix: int) -> int:
-        """Multiply-accumulates of the matrix products that deciding costs, per image."""
-        return 0
+__all__ = [
+    "MethodConfig",
+    "ModelInfo",
+    "Reducer",
+    "Schedule",
+    "block_indices",
+    "block_numbers",
+    "flag",
+    "fraction",
+    "require_cls",
+    "require_softmax",
+    "whole",
+]
 
 
 @dataclass(frozen=True)
-class MethodConfig:
+class MethodConfig(RenamedMethods):
     """Base of all method configs: frozen, comparable, with a JSON form.
 
     A subclass documents each field with the paper's symbol, unit, default and range; it is the value a user may pass to
-    `vtok.patch` in place of a name and keywords.
+    `vtok.patch` in place of a name and keywords. What it can do is which interfaces of `vtok.capabilities` it implements: at
+    least `build` (inside vision encoders) or `build_vlm` (on prompts of vision-language models).
+
+    Attributes:
+        name: of the method.
+        merges: inside an encoder, every token that goes is folded into one that stays: none is dropped.
+        set_by_budget: parameters that a FLOPs budget sets: given beside a budget they are refused.
+        default_flops: share of the blocks' FLOPs that is taken when `needs_budget()`.
     """
 
     name: ClassVar[str]
-    default_flops: ClassVar[float | None] = None  # share of the blocks' FLOPs taken when `needs_budget()`
-    merges: ClassVar[bool] = False  # inside an encoder, every token that goes is folded into one that stays: none is dropped
-    set_by_budget: ClassVar[tuple[str, ...]] = ()  # parameters that `ladder` replaces: given beside a budget they are refused
-    # Under these parameters several blocks of a tiny model (64 patches, 4 blocks) lose tokens: what the support matrix and the
-    # contract tests run. Empty = the defaults do.
-    trial: ClassVar[Mapping[str, Any]] = {}
-    # Parameters to pass where a model lacks what the default needs, in the order to try: "works on request".
-    substitutes: ClassVar[tuple[Mapping[str, Any], ...]] = ()
-    # The same as `trial` for tiny vision-language models (16 visual tokens an image, 2 tower blocks, 4 decoder layers).
-    trial_vlm: ClassVar[Mapping[str, Any]] = {}
-    remark_vlm: ClassVar[str] = ""  # on `substitutes_vlm`, for readers of the support matrix: a sentence, without its stop
+    merges: ClassVar[bool] = False
+    set_by_budget: ClassVar[tuple[str, ...]] = ()
+    default_flops: ClassVar[float | None] = None
 
     def __post_init__(self) -> None:
         """Numbers of NumPy and of torch become Python's; a method that checks its fields calls this first.
@@ -132,52 +65,15 @@ class MethodConfig:
             if not countable(found):
                 raise ConfigError(f"{field.name} takes whole numbers up to 2^{BITS}, got {shown(value)}")
 
-    def build(self, info: ModelInfo) -> Reducer:
-        """Resolves the config for a model.
-
-        Raises:
-            UnsupportedModelError: the model lacks what the method needs, or the method acts on vision-language models alone.
-            ConfigError: a value does not fit the model.
-        """
-        raise UnsupportedModelError(
-            f"{self.name} drops visual tokens from the prompts of vision-language models; {info.name} is a vision encoder"
-        )
-
-    def build_vlm(self, info: VLMInfo) -> VLMReducer:
-        """Resolves the config for a vision-language model; a method that acts on visual tokens before or in the LLM has it.
-
-        Raises:
-            UnsupportedModelError: the method acts inside vision encoders only, or the model lacks what it needs.
-            ConfigError: a value does not fit the model.
-        """
-        raise UnsupportedModelError(
-            f"{self.name} reduces tokens inside vision encoders; it does not act on prompts of vision-language models such as "
-            f"{info.name}"
-        )
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether the config still lacks a number that `calibrated` finds."""
-        return False
-
-    def calibrated(self, info: VLMInfo, observe: Callable[[Sequence[int]], Iterable[ImageFeatures]]) -> Self:
-        """The same config with numbers found on a few inputs of a vision-language model.
-
-        Args:
-            info: of the model.
-            observe: blocks of the vision tower (0-based) -> image features of the inputs, with what these blocks attended to.
-        """
-        raise ConfigError(f"{self.name} has nothing to calibrate: leave calibration out")
-
     @classmethod
     def for_encoders(cls) -> bool:
         """Whether the method acts inside vision encoders."""
-        return cls.build is not MethodConfig.build
+        return issubclass(cls, EncoderMethod)
 
     @classmethod
     def for_vlms(cls) -> bool:
         """Whether the method acts on the visual tokens of vision-language models."""
-        return cls.build_vlm is not MethodConfig.build_vlm
+        return issubclass(cls, PromptMethod)
 
     def resolved(self, info: ModelInfo) -> Self:
         """The same config with defaults that depend on the model written out, as `info`, `plan` and saved files show it."""
@@ -187,33 +83,24 @@ class MethodConfig:
         """True when no knob is set and the default operating point is a share of FLOPs (`default_flops`)."""
         return False
 
-    def ladder(self, info: ModelInfo) -> Sequence[Self]:
-        """The same method from the mildest setting (a no-op) to the strongest: what a FLOPs budget chooses from."""
-        raise ConfigError(f"{self.name} has no single knob that a FLOPs budget could set")
-
-    def ladder_vlm(self, info: VLMInfo) -> Sequence[Self]:
-        """The same for a vision-language model."""
-        raise ConfigError(f"{self.name} has no single knob that a FLOPs budget for a vision-language model could set")
-
     def knob(self) -> dict[str, Any]:
-        """The parameters that `ladder` varies."""
-        return {}
+        """The parameters that a FLOPs budget has set, as plain values."""
+        return {name: _plain(value) for name in self.set_by_budget if (value := getattr(self, name)) is not None}
 
-    def search_space(self, info: ModelInfo) -> Space:
-        """What a search over schedules may vary on a model; empty if nothing is left, because it was given."""
-        raise ConfigError(f"{self.name} has no schedule inside vision encoders that could be searched")
+    @classmethod
+    def alternatives(cls, info: Info) -> Sequence[Mapping[str, Any]]:
+        """Parameters with which the method works where its default refuses a model, in the order to try.
 
-    def ladder_at(self, info: ModelInfo, point: Point) -> Sequence[Self]:
-        """As `ladder`, for the shape of schedule that a point of the search space describes."""
-        raise NotImplementedError
+        A method for encoders is asked for vision-language models, too, in whose towers it acts.
+        """
+        return ()
 
-    def search_space_vlm(self, info: VLMInfo) -> Space:
-        """The same for a vision-language model."""
-        raise ConfigError(f"{self.name} has no schedule on vision-language models that could be searched")
-
-    def ladder_at_vlm(self, info: VLMInfo, point: Point) -> Sequence[Self]:
-        """The same for a vision-language model."""
-        raise NotImplementedError
+    @classmethod
+    def variants(cls, info: Info, **params: Any) -> Iterator[tuple[dict[str, Any], Self]]:
+        """(what is passed in addition, config): as asked for, then with each of the method's `alternatives` for a model."""
+        refused = isinstance(info, ModelInfo) and not cls.for_encoders()  # whatever is passed
+        for extra in ({}, *(() if refused else cls.alternatives(info))):
+            yield dict(extra), cls.create(**{**params, **extra})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON or YAML; `from_dict` restores an equal config."""
@@ -237,17 +124,6 @@ class MethodConfig:
             if key not in known:
                 raise unknown(f"parameter of {cls.name}", key, known)
         return cls(**params)
-
-    @classmethod
-    def variants(cls, **params: Any) -> Iterator[tuple[dict[str, Any], Self]]:
-        """(what is passed in addition, config): as asked for, then with each of the method's `substitutes`."""
-        for extra in ({}, *cls.substitutes):
-            yield dict(extra), cls.create(**{**params, **extra})
-
-    @classmethod
-    def substitutes_vlm(cls, info: VLMInfo, folder: str) -> Sequence[Mapping[str, Any]]:
-        """`substitutes` for a tiny vision-language model; files that they name are written into `folder`."""
-        return cls.substitutes
 
     def given(self) -> dict[str, Any]:
         """Parameters that were set to something else than their defaults, as plain values."""

@@ -13,10 +13,10 @@ from vtok.eval.common import terminal
 from vtok.eval.common.settings import versions
 from vtok.eval.matrix import encoder as matrix
 from vtok.eval.matrix import report as matrix_report
-from vtok.eval.matrix import tiny
 from vtok.eval.matrix import vlm as vlm_matrix
 from vtok.eval.runs import loader as runs
 from vtok.registry import METHODS, encoder_methods
+from vtok.testing import tiny
 from vtok.writing import write
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vtok.api import patched
+from vtok.capabilities import encoder_reducer
 from vtok.config import MethodConfig, ModelInfo, Reducer, require_cls
 from vtok.core.reduction import Plan
 from vtok.core.tokens import AttentionView, Place, Site, TokenState
@@ -51,7 +52,7 @@ class RandomChoice(MethodConfig):
         return {"method": self.name, "of": self.method.to_dict(), "seed": self.seed}
 
     def build(self, info: ModelInfo) -> RandomChoiceReducer:
-        return RandomChoiceReducer(self.method.build(info), self.seed)
+        return RandomChoiceReducer(encoder_reducer(self.method, info), self.seed)
 
 
 @dataclass(frozen=True)

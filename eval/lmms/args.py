@@ -11,6 +11,7 @@ from torch import nn
 
 import vtok
 from vtok import serialization as files
+from vtok.capabilities import to_calibrate
 from vtok.config import MethodConfig
 from vtok.errors import ConfigError, shown, unknown
 from vtok.eval.runs.methods import parse_method, parse_methods
@@ -78,7 +79,7 @@ def read_args(args: Mapping[str, Any], known: Iterable[str]) -> tuple[Wish, dict
             files.load(text)
         return Wish(None if text == NONE else text), rest
     configs = _configs(text, given, own)
-    needy = [config.name for config in configs if config.calibrates]
+    needy = [config.name for config in configs if to_calibrate(config)]
     if needy and not count:
         raise ConfigError(
             f"{' and '.join(needy)} lacks a number that it finds on images: add calibration=16, the questions to take them "

@@ -1,5 +1,5 @@
 """The support matrix: every method on every tiny model of every backend, patched, run and compared. Nothing is taken on trust:
-a cell says yes only if tokens went down and the output is that of the full-length pass (`vtok.eval.matrix.oracle`)."""
+a cell says yes only if tokens went down and the output is that of the full-length pass (`vtok.testing.encoder_oracle`)."""
 
 from __future__ import annotations
 
@@ -7,41 +7,25 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import vtok
 from vtok.errors import VtokError
-from vtok.eval.matrix import tiny
-from vtok.eval.matrix.oracle import differences
 from vtok.patches.protocol import Example
 from vtok.registry import METHODS, encoder_methods
+from vtok.targets import find_targets
 from vtok.targets.resolve import Size
+from vtok.testing import tiny
+from vtok.testing.encoder_oracle import Evidence, check_reduction
+from vtok.testing.trials import trial
 
 YES, TOWER, ON_REQUEST, NO, FAILED = "yes", "tower", "on request", "no", "FAILED"
 STATUSES = (YES, TOWER, ON_REQUEST, NO, FAILED)
 VLM = "VLM"  # stands for the backend in cells of vision-language models
-TOLERANCE = 1e-10  # of the largest output, in float64
 IMAGES = 3
-
-
-class Evidence(NamedTuple):
-    """What a patched model did.
-
-    Attributes:
-        tokens: (tokens that entered, mean number of real ones that left) of every tower; of a vision-language model whose
-            prompts get shorter, (visual tokens that entered, that left) of every prompt.
-        differences: see `vtok.eval.matrix.oracle.differences`.
-        fault: what was wrong, `None` = nothing.
-        prompts: kind of prompts that were read, see `vtok.eval.matrix.tiny.vlm_prompts`.
-    """
-
-    tokens: tuple[tuple[float, float], ...] = ()
-    differences: Mapping[str, float] = {}
-    fault: str | None = None
-    prompts: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,37 +65,23 @@ class Cell:
 Check = Callable[[nn.Module, Tensor], Evidence]
 
 
-def check_reduction(model: nn.Module, x: Tensor) -> Evidence:
-    """Runs a model that is patched with `trace=True`: do tokens go down, and does removing them equal masking them?"""
-    with torch.no_grad():
-        model(x)
-    towers = vtok.info(model).towers
-    tokens = tuple((float(t.blocks[0].tokens_in), float(t.blocks[-1].mean_tokens)) for t in towers if t.blocks)
-    if not tokens or any(left >= entered for entered, left in tokens):
-        return Evidence(tokens, fault="no token was taken away")
-    found = differences(model, x)
-    wrong = [f"{name} replay differs by {value:.1e}" for name, value in found.items() if not value <= TOLERANCE]
-    return Evidence(tokens, found, "; ".join(wrong) or None)
-
-
 def judge(
     model: nn.Module, x: Tensor, method: str, input_size: Size | None = None, check: Check = check_reduction
 ) -> dict[str, Any]:
-    """Tries a method on a model, as it is and then with each of its substitutes.
+    """Tries a method on a model, as it is and then with each of its alternatives.
 
     Args:
         model: unpatched, float64, in eval mode; left as it was.
         x: what it takes.
-        method: name; its setting is its config's `trial`.
+        method: name; its setting is that of its `trial`.
         input_size: (channels, height, width), as for `vtok.patch`.
         check: what a patched model must pass.
 
     Returns:
         The fields of a `Cell` that the run decides.
     """
-    config_class, refusal = METHODS.get(method), ""
-    trial = dict(config_class.trial)
-    for request, config in config_class.variants(**trial):
+    params, refusal = dict(trial(method).encoder), ""
+    for request, config in METHODS.get(method).variants(find_targets(model, input_size)[0].info, **params):
         try:
             vtok.patch(model, config, input_size=input_size, trace=True)
         except VtokError as error:
@@ -124,12 +94,12 @@ def judge(
         status = FAILED if evidence.fault else ON_REQUEST if request else YES
         return {
             "status": status,
-            "params": {**trial, **request},
+            "params": {**params, **request},
             "request": request,
             "reason": evidence.fault or refusal,
             "evidence": evidence,
         }
-    return {"status": NO, "params": trial, "reason": refusal}
+    return {"status": NO, "params": params, "reason": refusal}
 
 
 def _checked(model: nn.Module, x: Tensor, check: Check) -> Evidence:

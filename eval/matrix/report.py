@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vtok.errors import ConfigError
-from vtok.eval.matrix.encoder import FAILED, NO, ON_REQUEST, STATUSES, TOLERANCE, TOWER, VLM, YES, Cell, counts
-from vtok.eval.matrix.vlm_oracle import TOLERANCE as PROMPT_TOLERANCE
+from vtok.eval.matrix.encoder import FAILED, NO, ON_REQUEST, STATUSES, TOWER, VLM, YES, Cell, counts
 from vtok.reports.text import keywords
+from vtok.testing.encoder_oracle import TOLERANCE
+from vtok.testing.prompt_oracle import TOLERANCE as PROMPT_TOLERANCE
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -1,4 +1,5 @@
-"""The support matrix of vision-language models: every method on every tiny one, patched, run and compared (`vlm_oracle`)."""
+"""The support matrix of vision-language models: every method on every tiny one, patched, run and compared with the oracle
+(`vtok.testing.prompt_oracle`)."""
 
 from __future__ import annotations
 
@@ -8,40 +9,44 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import vtok
-from vtok.errors import UnsupportedModelError, VtokError
+from vtok.errors import VtokError
 from vtok.eval.matrix import encoder as matrix
-from vtok.eval.matrix import tiny
-from vtok.eval.matrix.encoder import FAILED, NO, ON_REQUEST, TOWER, YES, Cell, Evidence
-from vtok.eval.matrix.vlm_oracle import NOTHING, check_prompts
+from vtok.eval.matrix.encoder import FAILED, NO, ON_REQUEST, TOWER, YES, Cell
 from vtok.patches.hf_vlm.examples import VLMExample
 from vtok.patches.hf_vlm.families import VLM, find
 from vtok.patches.hf_vlm.install import pruner_of
 from vtok.registry import METHODS
 from vtok.targets.vlm_tower import ON_GRID
+from vtok.testing import tiny
+from vtok.testing.encoder_oracle import Evidence
+from vtok.testing.prompt_oracle import NOTHING, check_any_prompts
+from vtok.testing.trials import trial
 
 
 def judge(model: Any, example: VLMExample, method: str) -> dict[str, Any]:
-    """Tries a method on a model, as it is and then with each of its substitutes.
+    """Tries a method on a model, as it is and then with each of its alternatives.
 
     Args:
         model: unpatched, in eval mode; left as it was.
         example: that it was built from.
-        method: name; its setting is its config's `trial_vlm`.
+        method: name; its setting is that of its `trial`.
 
     Returns:
         The fields of a `Cell` that the run decides.
     """
     config_class, (vlm,) = METHODS.get(method), find(model)
-    trial, why, last = dict(config_class.trial_vlm), [], None
+    tried, why, last = trial(method), [], None
+    params = dict(tried.prompt)
     with tempfile.TemporaryDirectory() as folder:
-        for request in ({}, *config_class.substitutes_vlm(vlm.info, folder)):
+        requests = tried.requests(config_class, vlm.info, folder) if tried.requests else config_class.alternatives(vlm.info)
+        for request in ({}, *requests):
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # that prompts keep their length is what the cell says
-                    vtok.patch(model, config_class.create(**{**trial, **request}))
+                    vtok.patch(model, config_class.create(**{**params, **request}))
                 pruner = pruner_of(find(model)[0])
                 alone = pruner is not None and not pruner.shortens
-                evidence = _checked(model, example)
+                evidence = check_any_prompts(model, example)
             except VtokError as error:
                 why.append(str(error))
                 continue
@@ -53,33 +58,16 @@ def judge(model: Any, example: VLMExample, method: str) -> dict[str, Any]:
             status = FAILED if evidence.fault else ON_REQUEST if request else TOWER if alone else YES
             last = {
                 "status": status,
-                "params": {**trial, **shown},
+                "params": {**params, **shown},
                 "request": shown,
                 "reason": evidence.fault or (ON_GRID if status == TOWER else why[0] if why else ""),
                 "evidence": evidence,
-                "remark": config_class.remark_vlm if request else "",
+                "remark": tried.remark if request else "",
             }
             if evidence.fault != NOTHING:  # a wrong answer is not hidden by a right one under other parameters
                 return last
             why.append(evidence.fault)
-    return last or {"status": NO, "params": trial, "reason": why[-1]}
-
-
-def _checked(model: Any, example: VLMExample) -> Evidence:
-    """What the check finds on the first kind of prompts that the method takes, and on which it acts."""
-    kinds, found, refusal = tiny.vlm_prompts(example, model), None, None
-    for kind, values in kinds:
-        try:
-            found = check_prompts(model, values)._replace(prompts=kind)
-        except UnsupportedModelError as error:
-            refusal = refusal or error
-            continue
-        if found.fault != NOTHING:
-            break
-    if found is None and refusal is not None:
-        raise refusal
-    assert found is not None
-    return found
+    return last or {"status": NO, "params": params, "reason": why[-1]}
 
 
 def _classes(vlm: VLM) -> dict[str, str]:

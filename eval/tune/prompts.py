@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import vtok
+from vtok.capabilities import candidates_at, search_space
 from vtok.config import MethodConfig, ModelInfo
 from vtok.core.search_space import Point, Space
 from vtok.cost.budget import solve_prompt, within
@@ -64,8 +65,7 @@ class Prompts:
         self._calibration, self._prices = calibration, dict[str, PromptEstimate]()
 
     def space(self) -> Space:
-        inside = self._inside()
-        return self.config.search_space_vlm(self.info) if inside is None else self.config.search_space(inside)
+        return search_space(self.config, self._inside() or self.info)
 
     def default(self, flops: float) -> Priced:
         steps = budget_candidates(self._vlm(), self.config)
@@ -73,9 +73,7 @@ class Prompts:
         return config, budget.reached
 
     def at(self, point: Point, limit: float) -> Priced:
-        inside = self._inside()
-        steps = self.config.ladder_at_vlm(self.info, point) if inside is None else self.config.ladder_at(inside, point)
-        config, cost = within(steps, limit, self._price)
+        config, cost = within(candidates_at(self.config, self._inside() or self.info, point), limit, self._price)
         return config, cost.fraction
 
     def _inside(self) -> ModelInfo | None:

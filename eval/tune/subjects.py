@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vtok.capabilities import candidates_at, encoder_reducer, search_space
 from vtok.config import MethodConfig
 from vtok.core.search_space import Point, Space, draw
 from vtok.cost.budget import solve, steps_of, within
@@ -115,18 +116,18 @@ class Encoder:
         self._calibration = calibration
 
     def space(self) -> Space:
-        return self.config.search_space(self.tower.info)
+        return search_space(self.config, self.tower.info)
 
     def default(self, flops: float) -> Priced:
         config, budget = solve(self.config, flops, self.tower.info, self.adapter.cost(self.tower), self._measure)
         return config.resolved(self.tower.info), budget.reached
 
     def at(self, point: Point, limit: float) -> Priced:
-        config, cost = within(self.config.ladder_at(self.tower.info, point), limit, self._price)
+        config, cost = within(candidates_at(self.config, self.tower.info, point), limit, self._price)
         return config.resolved(self.tower.info), cost.fraction
 
     def _price(self, config: MethodConfig) -> Estimate:
-        cost = estimate_cost(self.adapter, self.tower, steps_of([config.build(self.tower.info)]))
+        cost = estimate_cost(self.adapter, self.tower, steps_of([encoder_reducer(config, self.tower.info)]))
         return cost if cost.exact else self._measure(config)
 
     def _measure(self, config: MethodConfig) -> Estimate:

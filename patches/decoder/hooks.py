@@ -79,7 +79,7 @@ class BeforeModel(PrunerHook):
         if (pruner.shortens or counts) and hf.carries_images(kwargs):
             kwargs = self._read(module, running, kwargs)
         elif pruner.holed and (holes := embedded.holes_in(kwargs)) is not None:
-            masks.check_text(getattr(module, pruner.spec.text))
+            masks.check_text(getattr(module, pruner.family.text))
             embedded.read(module, pruner, running, kwargs, holes)
         elif pruner.shortens and kwargs.get("input_ids") is None and stored(cache) == 0:
             if pruner.encoded:
@@ -98,17 +98,17 @@ class BeforeModel(PrunerHook):
                 "from an empty cache (chunked prefill and images in a later turn are not supported)"
             )
         visual = hf.visual_columns(ids, pruner.tokens)
-        sample = packed.samples(module, pruner.spec, kwargs, *ids.shape) if pruner.shortens else None
+        sample = packed.samples(module, pruner.family, kwargs, *ids.shape) if pruner.shortens else None
         found = [visual.any()] if sample is None else [visual.any(), packed.several(sample)]
         shown, *several = torch.stack(found).tolist()
         if not shown:
             return kwargs
         if pruner.shortens:
-            masks.check_text(getattr(module, pruner.spec.text))
+            masks.check_text(getattr(module, pruner.family.text))
         given = kwargs.get("mm_encoder_outputs")
         check_kind(kwargs)
-        encoded = hf.encode(module, kwargs, hands_on=pruner.spec.hands_on)
-        chosen = hf.choose(module, encoded, pruner.features, pruner.spec, kwargs, pruner.holed)
+        encoded = hf.encode(module, kwargs, hands_on=pruner.family.hands_on)
+        chosen = hf.choose(module, encoded, pruner.features, pruner.family, kwargs, pruner.holed)
         keep = hf.kept_columns(ids, pruner.tokens, chosen.rows)
         kwargs = {name: value for name, value in kwargs.items() if name not in hf.PIXELS.values()}
         kwargs["mm_encoder_outputs"] = {modality: plain(output) for modality, output in chosen.outputs.items()}

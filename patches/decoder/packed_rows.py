@@ -21,18 +21,18 @@ from vtok.core.tokens import Site
 from vtok.errors import UnsupportedModelError
 from vtok.patches.decoder.kv_cache import cache_in
 from vtok.patches.decoder.masks import is_flash
-from vtok.patches.hf_vlm.families import VLMSpec
+from vtok.patches.hf_vlm.families import Family
 from vtok.patches.hf_vlm.image_features import feature_list
 
 _VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
-def samples(model: Any, spec: VLMSpec, kwargs: Mapping[str, Any], batch: int, length: int) -> Tensor | None:
-    """`sample_of` a call of a model without language head, described by `spec`."""
-    text = getattr(model, spec.text)
+def samples(model: Any, family: Family, kwargs: Mapping[str, Any], batch: int, length: int) -> Tensor | None:
+    """`sample_of` a call of a model without language head, described by `family`."""
+    text = getattr(model, family.text)
     checkpoints = getattr(text, "gradient_checkpointing", False) and text.training and torch.is_grad_enabled()
     cached = cache_in(kwargs) is not None or (caches(model, kwargs) and not checkpoints)
-    return sample_of(kwargs, batch, length, text.config._attn_implementation, cached, spec.flat_positions)
+    return sample_of(kwargs, batch, length, text.config._attn_implementation, cached, family.flat_positions)
 
 
 def caches(model: Any, kwargs: Mapping[str, Any]) -> bool:

@@ -24,7 +24,7 @@ from vtok.core.tokens import Site
 from vtok.errors import StateError
 from vtok.patches.decoder.kv_cache import PromptState, Stage, to_places
 from vtok.patches.hf_vlm.encoded import note_of
-from vtok.patches.hf_vlm.families import VLMSpec
+from vtok.patches.hf_vlm.families import Family
 from vtok.patches.hf_vlm.tower_bridge import Joint
 
 _CALLS = 64  # of a vision tower that are remembered for the next prompt
@@ -191,7 +191,7 @@ class Pruner:
     """Shared by the hooks of one vision-language model. Passes belong to their thread; all else never changes.
 
     Args:
-        spec: of the model.
+        family: of the model.
         tokens: modality -> id of its placeholder.
         features: what chooses among image features, if anything does.
         layers: decoder layer -> (site, reducer); 0 = before the LLM.
@@ -205,7 +205,7 @@ class Pruner:
 
     def __init__(
         self,
-        spec: VLMSpec,
+        family: Family,
         tokens: dict[str, int],
         features: VLMReducer | None,
         layers: dict[int, tuple[Site, VLMReducer]],
@@ -216,7 +216,7 @@ class Pruner:
         joint: Joint | None = None,
         trace: bool = False,
     ):
-        self.spec, self.tokens, self.features, self.layers = spec, tokens, features, layers
+        self.family, self.tokens, self.features, self.layers = family, tokens, features, layers
         self.compact, self.configs, self.path = compact, configs, path
         self.tower, self.joint, self.trace = tower, joint, trace
         probed = [(r.probe(site), site.index) for site, r in layers.values() if "attention" in r.needs]

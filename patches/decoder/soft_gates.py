@@ -134,7 +134,7 @@ class _BeforeModel(Hook):
         ids = kwargs.get("input_ids")
         if ids is None or stored(cache_in(kwargs)) > 0:
             raise StateError("the training form reads whole prompts: pass input_ids and no cache that holds text already")
-        sample = packed.samples(run.vlm.module, run.vlm.spec, kwargs, *ids.shape)
+        sample = packed.samples(run.vlm.module, run.vlm.family, kwargs, *ids.shape)
         if sample is not None and bool(packed.several(sample)):
             raise StateError(
                 "the training form takes a row for one prompt, but rows hold several samples (their positions start over); "

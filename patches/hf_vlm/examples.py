@@ -175,7 +175,10 @@ def _idefics(family: str) -> VLMExample:
     )
 
 
-EXAMPLES: dict[str, VLMExample] = {
+# One table for each family, which its row in `families` names: name -> tiny model.
+Examples = dict[str, VLMExample]
+
+LLAVA: Examples = {
     "LLaVA-1.5": _llava({"model_type": "llama", **_TEXT}),
     "LLaVA, Qwen2 text": _llava({"model_type": "qwen2", **_TEXT}),
     "LLaVA, Qwen3 text": _llava({"model_type": "qwen3", **_TEXT, "head_dim": 16}),
@@ -189,6 +192,8 @@ EXAMPLES: dict[str, VLMExample] = {
             "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
         }
     ),
+}
+LLAVA_NEXT: Examples = {
     "LLaVA-NeXT": VLMExample(
         _model(
             "LlavaNext",
@@ -200,6 +205,8 @@ EXAMPLES: dict[str, VLMExample] = {
         _next,
         pages=pages.any_resolution,
     ),
+}
+LLAVA_ONEVISION: Examples = {
     "LLaVA-OneVision": VLMExample(
         _model(
             "LlavaOnevision",
@@ -213,6 +220,8 @@ EXAMPLES: dict[str, VLMExample] = {
         pages=pages.any_resolution,
         videos=videos.framed,
     ),
+}
+QWEN2_VL: Examples = {
     "Qwen2-VL": VLMExample(
         _model(
             "Qwen2VL",
@@ -223,6 +232,8 @@ EXAMPLES: dict[str, VLMExample] = {
         _qwen,
         videos=videos.whole,
     ),
+}
+QWEN2_5_VL: Examples = {
     "Qwen2.5-VL": VLMExample(
         _model(
             "Qwen2_5_VL",
@@ -241,6 +252,8 @@ EXAMPLES: dict[str, VLMExample] = {
         _qwen,
         videos=videos.whole,
     ),
+}
+QWEN3_VL: Examples = {
     "Qwen3-VL": VLMExample(
         _model(
             "Qwen3VL",
@@ -261,6 +274,8 @@ EXAMPLES: dict[str, VLMExample] = {
         first_layer=2,
         videos=videos.timed,
     ),
+}
+INTERNVL: Examples = {
     "InternVL": VLMExample(
         _model(
             "InternVL",
@@ -273,10 +288,18 @@ EXAMPLES: dict[str, VLMExample] = {
         _fixed(16, 32),
         pages=pages.plain_tiles,
     ),
+}
+IDEFICS3: Examples = {
     "Idefics3": _idefics("Idefics3"),
+}
+SMOLVLM: Examples = {
     "SmolVLM": _idefics("SmolVLM"),
+}
+GEMMA3: Examples = {
     "Gemma3": _gemma3(256),
     "Gemma3, window 9": _gemma3(9),
+}
+PALIGEMMA: Examples = {
     "PaliGemma": VLMExample(
         _model(
             "PaliGemma",

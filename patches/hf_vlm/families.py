@@ -1,9 +1,9 @@
-"""Hugging Face vision-language models as data: where each keeps its LLM, what its visual tokens are, and which are refused."""
+"""Hugging Face vision-language models as data: one row says all of a family. Which are refused, and how one is found."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -12,20 +12,21 @@ from torch import nn
 from vtok.core.prompt import TowerFacts, VLMInfo
 from vtok.errors import UnsupportedModelError
 from vtok.patches.decoder import attention_probe as decoder_probe
+from vtok.patches.decoder.text_models import why_not_shortened
 from vtok.patches.hf_vision.adapter import HfAdapter
 from vtok.patches.hf_vision.tables import TOWERS, release
 from vtok.patches.hf_vlm import crops as hf_cuts
+from vtok.patches.hf_vlm import examples as tiny
 from vtok.patches.hf_vlm import layout as hf_views
+from vtok.patches.hf_vlm import stated_images as stated
+from vtok.patches.hf_vlm.examples import VLMExample
 from vtok.patches.hf_vlm.image_features import Cuts, ViewCounts, Views
+from vtok.patches.hf_vlm.stated_images import VisionCosts
 from vtok.patches.hf_vlm.tower_bridge import Joint
 from vtok.patches.macs import linear_macs
 from vtok.patches.protocol import Tower, look_up, qualified_name
 
 OLDEST = (5, 23)  # release of transformers
-SUPPORTED = (
-    "transformers' LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, Idefics3, SmolVLM, Gemma3 "
-    "and PaliGemma"
-)
 
 
 def _no_grid(model: Any) -> tuple[int, int] | None:
@@ -33,11 +34,13 @@ def _no_grid(model: Any) -> tuple[int, int] | None:
 
 
 @dataclass(frozen=True)
-class VLMSpec:
-    """One class of models.
+class Family:
+    """One class of models: all that is said of it.
 
     Attributes:
+        name: as users know it.
         text: child that is the LLM.
+        tower: path of the vision tower.
         views: says what the visual tokens of an image are.
         view_counts: says of how many views of the vision tower an image is made.
         grid: rows and columns of visual tokens of every image; says `None` where they depend on the image.
@@ -50,9 +53,13 @@ class VLMSpec:
         flat_positions: whether the LLM finds the borders of packed samples in positions [rows, columns]; some look for them
             only in a row of their own in front of time, height and width.
         hands_on: whether forward gives the vision tower the keywords that it does not name itself.
+        costs: what the vision side costs beside its tower; `None` = not known: plans and FLOPs budgets are refused.
+        examples: name -> tiny model that the contract tests and the support matrix run.
     """
 
+    name: str
     text: str = "language_model"
+    tower: str = "vision_tower"
     views: Views = hf_views.square
     view_counts: ViewCounts = hf_views.even_counts
     grid: Callable[[Any], tuple[int, int] | None] = _no_grid
@@ -63,50 +70,103 @@ class VLMSpec:
     packed: bool = False
     flat_positions: bool = True
     hands_on: bool = False
+    costs: VisionCosts | None = None
+    examples: Mapping[str, VLMExample] = field(default_factory=dict)
 
 
 def _in(model: str) -> str:
     return f"transformers.models.{model}.modeling_{model}."
 
 
-_PROJECTED = VLMSpec(grid=hf_views.tower_grid, connector="multi_modal_projector")
-_LLAVA = replace(_PROJECTED, projector="multi_modal_projector", views=hf_views.patches, hands_on=release() >= (5, 24))
-_QWEN = VLMSpec(views=hf_views.frames, rotary_3d=True, packed=True, hands_on=True)
-_QWEN_2 = replace(_QWEN, flat_positions=False)
-_IDEFICS = VLMSpec("text_model", hf_views.tiles, cuts=hf_cuts.rows)
-_ANYRES = VLMSpec(
-    views=hf_views.any_resolution, view_counts=hf_views.crop_counts, cuts=hf_cuts.packed, projector="multi_modal_projector"
+_ANYRES = Family(
+    "LLaVA-NeXT",
+    views=hf_views.any_resolution,
+    view_counts=hf_views.crop_counts,
+    cuts=hf_cuts.packed,
+    projector="multi_modal_projector",
+    costs=VisionCosts(image=stated.any_resolution),
+    examples=tiny.LLAVA_NEXT,
+)
+_IDEFICS = Family(
+    "Idefics3",
+    text="text_model",
+    tower="vision_model",
+    views=hf_views.tiles,
+    cuts=hf_cuts.rows,
+    costs=VisionCosts(("connector",), per_view=stated.shuffled),
+    examples=tiny.IDEFICS3,
+)
+_QWEN2 = Family(
+    "Qwen2-VL",
+    tower="visual",
+    views=hf_views.frames,
+    rotary_3d=True,
+    packed=True,
+    flat_positions=False,
+    hands_on=True,
+    costs=VisionCosts(("visual.merger",), per_view=stated.merged, image=stated.packed_image),
+    examples=tiny.QWEN2_VL,
 )
 
-VLMS: dict[str, VLMSpec] = {
-    _in("gemma3") + "Gemma3Model": VLMSpec(grid=hf_views.pooled_grid),
-    _in("idefics3") + "Idefics3Model": _IDEFICS,
-    _in("internvl") + "InternVLModel": VLMSpec(grid=hf_views.shuffled_grid, cuts=hf_cuts.tiles),
-    _in("llava") + "LlavaModel": _LLAVA,
+# Class of the model without its language head -> its family. To add one, add a row, and what it names: functions in `layout`,
+# `crops` and `stated_images`, where no family has them yet, and a tiny model in `examples`.
+FAMILIES: dict[str, Family] = {
+    _in("llava") + "LlavaModel": Family(
+        "LLaVA-1.5",
+        views=hf_views.patches,
+        grid=hf_views.tower_grid,
+        connector="multi_modal_projector",
+        projector="multi_modal_projector",
+        hands_on=release() >= (5, 24),
+        costs=VisionCosts(),
+        examples=tiny.LLAVA,
+    ),
     _in("llava_next") + "LlavaNextModel": _ANYRES,
-    _in("llava_onevision") + "LlavaOnevisionModel": _ANYRES,
-    _in("paligemma") + "PaliGemmaModel": _PROJECTED,
-    _in("qwen2_5_vl") + "Qwen2_5_VLModel": _QWEN_2,
-    _in("qwen2_vl") + "Qwen2VLModel": _QWEN_2,
-    _in("qwen3_vl") + "Qwen3VLModel": _QWEN,
-    _in("smolvlm") + "SmolVLMModel": _IDEFICS,
+    _in("llava_onevision") + "LlavaOnevisionModel": replace(_ANYRES, name="LLaVA-OneVision", examples=tiny.LLAVA_ONEVISION),
+    _in("qwen2_vl") + "Qwen2VLModel": _QWEN2,
+    _in("qwen2_5_vl") + "Qwen2_5_VLModel": replace(_QWEN2, name="Qwen2.5-VL", examples=tiny.QWEN2_5_VL),
+    _in("qwen3_vl") + "Qwen3VLModel": replace(
+        _QWEN2,
+        name="Qwen3-VL",
+        flat_positions=True,
+        costs=VisionCosts(("visual.merger", "visual.deepstack_merger_list"), per_view=stated.merged, image=stated.packed_image),
+        examples=tiny.QWEN3_VL,
+    ),
+    _in("internvl") + "InternVLModel": Family(
+        "InternVL",
+        grid=hf_views.shuffled_grid,
+        cuts=hf_cuts.tiles,
+        costs=VisionCosts(per_view=stated.downsampled),
+        examples=tiny.INTERNVL,
+    ),
+    _in("idefics3") + "Idefics3Model": _IDEFICS,
+    _in("smolvlm") + "SmolVLMModel": replace(_IDEFICS, name="SmolVLM", examples=tiny.SMOLVLM),
+    _in("gemma3") + "Gemma3Model": Family(
+        "Gemma3",
+        grid=hf_views.pooled_grid,
+        costs=VisionCosts(weights=("multi_modal_projector.mm_input_projection_weight",), per_view=stated.pooled),
+        examples=tiny.GEMMA3,
+    ),
+    _in("paligemma") + "PaliGemmaModel": Family(
+        "PaliGemma",
+        grid=hf_views.tower_grid,
+        connector="multi_modal_projector",
+        costs=VisionCosts(),
+        examples=tiny.PALIGEMMA,
+    ),
 }
 
-# LLMs whose layers are known to take gathered masks, positions and rotary tables.
-TEXT_MODELS = frozenset(
-    {
-        _in("gemma") + "GemmaModel",
-        _in("gemma2") + "Gemma2Model",
-        _in("gemma3") + "Gemma3TextModel",
-        _in("llama") + "LlamaModel",
-        _in("mistral") + "MistralModel",
-        _in("qwen2") + "Qwen2Model",
-        _in("qwen2_5_vl") + "Qwen2_5_VLTextModel",
-        _in("qwen2_vl") + "Qwen2VLTextModel",
-        _in("qwen3") + "Qwen3Model",
-        _in("qwen3_vl") + "Qwen3VLTextModel",
-    }
-)
+
+def examples() -> dict[str, VLMExample]:
+    """The tiny models of all families."""
+    return {name: example for family in FAMILIES.values() for name, example in family.examples.items()}
+
+
+def supported() -> str:
+    """The families, in words."""
+    *names, last = [family.name for family in FAMILIES.values()]
+    return f"transformers' {', '.join(names)} and {last}"
+
 
 _CROSS = "its LLM attends to the image by cross-attention: visual tokens are no part of the prompt that could be shortened"
 _SHARED = "later layers of its LLM share keys and values with earlier ones, which would have to hold the same tokens"
@@ -135,7 +195,7 @@ class VLM:
     Attributes:
         path: name inside the patched model, "" = the model itself.
         module: the model without its language head: it merges features into the prompt and runs the LLM.
-        spec: its row in the table.
+        family: its row in the table.
         info: what methods may know.
         tokens: modality -> id of its placeholder.
         tower: its vision tower, if its blocks can be looked into.
@@ -143,7 +203,7 @@ class VLM:
 
     path: str
     module: Any
-    spec: VLMSpec
+    family: Family
     info: VLMInfo
     tokens: dict[str, int]
     tower: Tower | None = None
@@ -151,7 +211,7 @@ class VLM:
     @property
     def text(self) -> Any:
         """The LLM."""
-        return getattr(self.module, self.spec.text)
+        return getattr(self.module, self.family.text)
 
     def joint(self) -> Joint:
         """How this model takes what its vision tower yields, once the tower yields fewer tokens.
@@ -163,17 +223,17 @@ class VLM:
         config, name = self.module.config, self.info.name
         layers = getattr(config, "vision_feature_layer", -1)
         skip = int(getattr(config, "vision_feature_select_strategy", None) == "default")
-        if self.spec.connector and isinstance(layers, Sequence) and len(set(layers)) > 1:
+        if self.family.connector and isinstance(layers, Sequence) and len(set(layers)) > 1:
             raise UnsupportedModelError(
                 f"{name} takes its features from layers {list(layers)} of the vision tower side by side, which would hold "
                 "different tokens; drop visual tokens before the LLM instead"
             )
-        if self.spec.connector and skip > self.tower.num_prefix:
+        if self.family.connector and skip > self.tower.num_prefix:
             raise UnsupportedModelError(
                 f"{name} leaves out the first token of its vision tower (vision_feature_select_strategy='default'), which has "
                 "no class token: once patches are merged or dropped, the first is not always the same"
             )
-        return Joint(self.spec.connector, self.info.tower.feature_block + 1, skip)
+        return Joint(self.family.connector, self.info.tower.feature_block + 1, skip)
 
 
 def _check_release() -> None:
@@ -189,7 +249,10 @@ def _check_release() -> None:
 class HfVLMAdapter:
     """Finds the vision-language models of Hugging Face transformers."""
 
-    supported = SUPPORTED
+    @property
+    def supported(self) -> str:
+        """The families, in words."""
+        return supported()
 
     def vlms(self, model: nn.Module) -> Sequence[VLM]:
         """See `find`."""
@@ -206,27 +269,44 @@ def find(model: nn.Module) -> Sequence[VLM]:
     for path, module in model.named_modules(remove_duplicate=True):
         why = look_up(module, REFUSED)
         if why is not None:
-            raise UnsupportedModelError(f"{type(module).__name__} cannot be patched: {why}; supported: {SUPPORTED}")
-        spec = look_up(module, VLMS)
-        if spec is not None:
+            raise UnsupportedModelError(f"{type(module).__name__} cannot be patched: {why}; supported: {supported()}")
+        family = look_up(module, FAMILIES)
+        if family is not None:
             _check_release()
-            found.append(_describe(path, module, spec))
+            found.append(_describe(path, module, family))
     return found
 
 
-def _describe(path: str, module: Any, spec: VLMSpec) -> VLM:
-    name, text = type(module).__name__, getattr(module, spec.text)
+def _check_row(module: nn.Module, family: Family) -> None:
+    """Raises if a row names modules that a model does not have."""
+    named: dict[str, tuple[str, ...]] = {key: (getattr(family, key),) for key in ("text", "tower", "connector", "projector")}
+    named["costs.modules"] = () if family.costs is None else family.costs.modules
+    for key, paths in named.items():
+        for path in paths:
+            try:
+                module.get_submodule(path)
+            except AttributeError:
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} has no module {path!r}, which the row of {family.name} in FAMILIES "
+                    f"(vtok/patches/hf_vlm/families.py) names as {key}: an error there, or a release of transformers that vtok "
+                    "does not know"
+                ) from None
+
+
+def _describe(path: str, module: Any, family: Family) -> VLM:
+    _check_row(module, family)
+    name, text = type(module).__name__, getattr(module, family.text)
     config = text.config
-    problem = _problem(text)
+    problem = why_not_shortened(text)
     if problem is not None:
-        raise UnsupportedModelError(f"the LLM of {name}, {qualified_name(type(text))}, {problem}; supported: {SUPPORTED}")
+        raise UnsupportedModelError(f"the LLM of {name}, {qualified_name(type(text))}, {problem}; supported: {supported()}")
     if getattr(module.config, "vision_feature_layer", None) == 0:
         raise UnsupportedModelError(
             f"vision_feature_layer=0 of {name}: transformers takes 0 for no layer at all and fails when it encodes an image; "
             "name the output of a block, such as -1 or -2"
         )
     tokens = {m: getattr(module.config, f"{m}_token_id", None) for m in ("image", "video")}
-    tower, facts, no_tower = _tower(module, text, spec)
+    tower, facts, no_tower = _tower(module, text, family)
     deep = getattr(getattr(module.config, "vision_config", None), "deepstack_visual_indexes", None) or ()
     info = VLMInfo(
         name=name,
@@ -239,21 +319,21 @@ def _describe(path: str, module: Any, spec: VLMSpec) -> VLM:
         no_attention=next((why for layer in text.layers if (why := decoder_probe.why_not(layer))), None),
         tower=facts,
         no_tower=no_tower,
-        grid=None if facts is not None and facts.prefix_kept else spec.grid(module),
-        crops=spec.cuts is not hf_cuts.lone,
+        grid=None if facts is not None and facts.prefix_kept else family.grid(module),
+        crops=family.cuts is not hf_cuts.lone,
         videos=hasattr(module, "get_video_features"),
-        connector_macs=linear_macs(getattr(module, spec.projector)) if spec.projector else 0,
+        connector_macs=linear_macs(getattr(module, family.projector)) if family.projector else 0,
     )
-    return VLM(path, module, spec, info, {m: token for m, token in tokens.items() if token is not None}, tower)
+    return VLM(path, module, family, info, {m: token for m, token in tokens.items() if token is not None}, tower)
 
 
-def _tower(module: Any, text: Any, spec: VLMSpec) -> tuple[Tower | None, TowerFacts | None, str]:
+def _tower(module: Any, text: Any, family: Family) -> tuple[Tower | None, TowerFacts | None, str]:
     """(the vision tower, what is known of it, why it cannot be looked into)."""
     inside = set(text.modules())
     found = [(path, m) for path, m in module.named_modules() if m not in inside and look_up(m, TOWERS) is not None]
     if len(found) != 1:
         named = next((m for name, m in module.named_children() if name.startswith("vision") or name == "visual"), module)
-        if spec.packed:
+        if family.packed:
             return None, None, f"{type(named).__name__} runs the patches of all images as one sequence, cut where images end"
         return None, None, f"{type(named).__name__} is no vision tower whose blocks vtok knows"
     try:
@@ -293,16 +373,3 @@ def feature_block(vision_feature_layer: int | Sequence[int], depth: int) -> int:
             f"vision_feature_layer={vision_feature_layer} is the output of no block; the vision tower has {depth}"
         )
     return block
-
-
-def _problem(text: Any) -> str | None:
-    """Why an LLM's prompts cannot be shortened, or `None`."""
-    config = text.config
-    odd = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
-    if odd:
-        return f"has layers of type {', '.join(odd)}, whose state cannot forget single tokens or depends on where they stand"
-    if getattr(config, "num_kv_shared_layers", 0):
-        return "shares keys and values between layers, which would have to hold the same tokens"
-    if not any(qualified_name(cls) in TEXT_MODELS for cls in type(text).__mro__):
-        return "is not among those that vtok has been tested with"
-    return None

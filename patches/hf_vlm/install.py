@@ -19,7 +19,7 @@ from vtok.patches.decoder.pass_state import Pruner
 from vtok.patches.hf_vlm import image_features as hf
 from vtok.patches.hf_vlm import tower_taps
 from vtok.patches.hf_vlm.families import VLM
-from vtok.patches.hf_vlm.macs import tower_of
+from vtok.patches.hf_vlm.macs import vision_tower
 from vtok.patches.module_swap import Mixin, put_on
 from vtok.plain import check_numbers
 
@@ -74,9 +74,7 @@ def install(model: nn.Module, vlm: VLM, pruner: Pruner) -> None:
     vlm.module.register_forward_hook(hooks.AfterModel(pruner), always_call=True)
     if not pruner.acts:
         return
-    tower = tower_of(vlm)
-    if tower is not None:
-        tower.register_forward_pre_hook(hooks.BeforeTower(pruner), with_kwargs=True)
+    vision_tower(vlm).register_forward_pre_hook(hooks.BeforeTower(pruner), with_kwargs=True)
     text = vlm.text
     text.register_forward_pre_hook(hooks.BeforeText(pruner), with_kwargs=True)
     text.register_forward_hook(hooks.AfterText(pruner), with_kwargs=True)
@@ -167,7 +165,7 @@ def observed(vlm: VLM, inputs: Any, blocks: Sequence[int]) -> Iterator[ImageFeat
     for values in calibration_inputs(inputs):
         witness, taps = _Witness(blocks), tower_taps.TowerTaps(blocks)
         with runs_calibration(vlm), torch.no_grad(), taps.on(vlm.tower):
-            hf.choose(vlm.module, hf.encode(vlm.module, values, taps), witness, vlm.spec, values)
+            hf.choose(vlm.module, hf.encode(vlm.module, values, taps), witness, vlm.family, values)
         yield from witness.seen
 
 
@@ -198,7 +196,7 @@ def short_inputs(model: Any, vlm: VLM, inputs: Mapping[str, Any], pruner: Pruner
     if not hf.carries_images(values):
         return values
     (batch, length), kind = ids.shape, vlm.text.config._attn_implementation
-    sample = packed.sample_of(values, batch, length, kind, cached=False, flat=vlm.spec.flat_positions)
+    sample = packed.sample_of(values, batch, length, kind, cached=False, flat=vlm.family.flat_positions)
     if sample is not None and not bool(packed.several(sample)):
         sample = None
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -215,7 +213,7 @@ def short_inputs(model: Any, vlm: VLM, inputs: Mapping[str, Any], pruner: Pruner
     taps, given = tower_taps.TowerTaps(() if reducer is None else reducer.tower_blocks), {**values, "position_ids": position}
     with torch.no_grad(), taps.on(vlm.tower):
         outputs = hf.encode(vlm.module, values, taps)
-        chosen = hf.choose(vlm.module, outputs, reducer, vlm.spec, given, pruner.holed)
+        chosen = hf.choose(vlm.module, outputs, reducer, vlm.family, given, pruner.holed)
     keep = hf.kept_columns(ids, vlm.tokens, chosen.rows)
     if keep is None:
         counts = {m: (int((ids == vlm.tokens[m]).sum()), len(rows)) for m, rows in chosen.rows.items()}

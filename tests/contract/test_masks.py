@@ -8,10 +8,10 @@ from torch import nn
 from zoo import EXAMPLES, MERGING, SETTINGS, attach, build, config_for, images
 
 import vtok
-from vtok.eval.matrix.oracle import differences
 from vtok.patches.block import ReducingBlock
 from vtok.registry import encoder_methods
 from vtok.targets.resolve import run_of, towers
+from vtok.testing.encoder_oracle import differences
 
 NAMES = [
     name

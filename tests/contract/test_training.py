@@ -4,27 +4,17 @@ from collections import Counter
 
 import pytest
 import torch
-from zoo import FAMILIES, attach, block_list, build, checkpointing, images, pairs
+from zoo import FAMILIES, attach, block_list, build, checkpointing, images, pairs, run
 
 import vtok
 from vtok.registry import encoder_methods
 from vtok.targets.resolve import run_of
-
-
-def _gradients(model, x):
-    model.zero_grad()
-    torch.manual_seed(0)  # stochastic depth and jittered positions draw the same numbers every time
-    model(x).square().sum().backward()
-    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+from vtok.testing import encoder_checks
 
 
 @pytest.mark.parametrize(("name", "method"), pairs())
 def test_every_parameter_that_upstream_reaches_gets_a_gradient(name, method):
-    model, x = build(name), images(name)
-    upstream = {n for n, g in _gradients(model, x).items() if g is not None}
-    patched = _gradients(attach(name, model, method), x)
-    assert {n for n, g in patched.items() if g is not None} == upstream
-    assert all(torch.isfinite(g).all() for g in patched.values() if g is not None)
+    run(encoder_checks.check_gradients, name, method)
 
 
 def _counted(blocks):
@@ -45,10 +35,10 @@ NOT_CHECKPOINTED = ("open_clip: ViT custom blocks, all norms",)
 def test_checkpointing_gives_equal_gradients(name, method):
     model, x = build(name, torch.float64).train(), images(name, dtype=torch.float64)
     attach(name, model, method)
-    reference = _gradients(model, x)
+    reference = encoder_checks.gradients(model, x)
     checkpointing(model)
     runs = _counted(block_list(model))
-    checkpointed = _gradients(model, x)
+    checkpointed = encoder_checks.gradients(model, x)
     for i in range(len(block_list(model))):  # all but its last step: nothing behind that needs it again
         assert max(count for (block, _), count in runs.items() if block == i) == 2, f"block {i} runs again for its gradients"
     for parameter, gradient in reference.items():

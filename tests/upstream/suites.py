@@ -14,7 +14,7 @@ import torch
 from tests.test_modeling_common import GenerationTesterMixin, ModelTesterMixin
 
 import vtok
-from vtok.patches.hf_vlm.examples import EXAMPLES
+from vtok.patches.hf_vlm.families import examples
 
 ROWS = 7  # to which some tests fill a batch up, with rows that have no image
 LAYERS = 2  # they take no deeper models
@@ -37,7 +37,7 @@ class Tester:
 
     def __init__(self, name: str):
         torch.manual_seed(0)
-        model = EXAMPLES[name].build()
+        model = examples()[name].build()
         self.config = type(model.config).from_dict(model.config.to_dict())  # no kernel has been chosen in it yet
         for key, token in TOKENS.items():
             if hasattr(self.config, key):
@@ -52,7 +52,7 @@ class Tester:
         self.text_config, self.vision_config = text.to_dict(), self.config.vision_config.to_dict()
         self.vision_config.setdefault("num_hidden_layers", self.vision_config.get("depth"))
         self.classes = (type(model.model), type(model))
-        self.picture = self._picture(model, EXAMPLES[name].inputs(model, torch.Generator().manual_seed(0)))
+        self.picture = self._picture(model, examples()[name].inputs(model, torch.Generator().manual_seed(0)))
         with torch.no_grad():
             self.count = len(model.model.get_image_features(**self.picture, return_dict=True).pooler_output[0])
         self.seq_length = self.prepare_config_and_inputs_for_common()[1]["input_ids"].shape[1]
@@ -213,7 +213,7 @@ for _name, _options in GENERATE.items():
 
 
 def suite(name: str) -> type[unittest.TestCase]:
-    """The tests, for one of `EXAMPLES`."""
+    """The tests, for one of `examples()`."""
     tester = Tester(name)
     packed = "image_grid_thw" in tester.picture  # as many rows of pixels as patches: no batch to be cut
 

@@ -1,4 +1,4 @@
-"""From "60 % of the FLOPs" to a setting: the step of a method's ladder whose cost comes closest."""
+"""From "60 % of the FLOPs" to a setting: that of a method's budget candidates whose cost comes closest."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from vtok.capabilities import candidates, encoder_reducer
 from vtok.config import MethodConfig, ModelInfo, Reducer
 from vtok.core.tokens import Site
 from vtok.cost.encoder import Estimate, TowerCost, estimate
@@ -15,7 +16,7 @@ from vtok.errors import BudgetError, ConfigError, shown
 
 _Cost = TypeVar("_Cost", Estimate, PromptEstimate)
 TOLERANCE = 0.02  # how far above the budget the strongest setting may stay, as a share of the model's FLOPs
-OVERSHOOT = 0.1  # how far above it the closest setting may stay, where the steps of a ladder are coarse
+OVERSHOOT = 0.1  # how far above it the closest setting may stay, where the steps are coarse
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def solve(
     """Finds the setting of a method that meets a budget.
 
     Args:
-        config: the method; parameters that its ladder does not vary are kept.
+        config: the method; parameters that its candidates do not vary are kept.
         target: share of the model's FLOPs, reduction included, in (0, 1].
         info: of the tower.
         cost: of the tower.
@@ -99,18 +100,18 @@ def solve(
 
     def price(candidate: MethodConfig) -> Estimate:
         n0 = info.num_prefix + info.num_patches
-        result = estimate(cost, steps_of([candidate.build(info)]), n0, info.num_prefix)
+        result = estimate(cost, steps_of([encoder_reducer(candidate, info)]), n0, info.num_prefix)
         return result if result.exact or measure is None else measure(candidate)
 
     _check(config, target)
-    chosen, found = _search(config, config.ladder(info), target, info.name, price)
+    chosen, found = _search(config, candidates(config, info), target, info.name, price)
     return chosen, Budget(float(target), found.fraction, chosen.knob(), info.num_patches, found.exact)
 
 
 def solve_prompt(
     config: MethodConfig,
     target: float,
-    ladder: Sequence[MethodConfig],
+    settings: Sequence[MethodConfig],
     model: str,
     price: Callable[[MethodConfig], PromptEstimate],
     where: str,
@@ -120,7 +121,7 @@ def solve_prompt(
     Args:
         config: the method.
         target: share of the FLOPs of tower, connector and prefill, reduction included, in (0, 1].
-        ladder: the method from its mildest setting to its strongest.
+        settings: the method from its mildest setting to its strongest.
         model: its name.
         price: what a prompt costs under a setting.
         where: the prompt in words.
@@ -129,21 +130,23 @@ def solve_prompt(
         BudgetError: no setting comes close: text and tower cost what they cost.
     """
     _check(config, target)
-    chosen, found = _search(config, ladder, target, model, price, f" for {where}")
+    chosen, found = _search(config, settings, target, model, price, f" for {where}")
     return chosen, Budget(float(target), found.fraction, chosen.knob(), 0, found.exact, where)
 
 
-def within(ladder: Sequence[MethodConfig], limit: float, price: Callable[[MethodConfig], _Cost]) -> tuple[MethodConfig, _Cost]:
-    """(the mildest setting of a ladder that costs at most `limit` of the model's FLOPs, its cost).
+def within(
+    settings: Sequence[MethodConfig], limit: float, price: Callable[[MethodConfig], _Cost]
+) -> tuple[MethodConfig, _Cost]:
+    """(the mildest of several settings that costs at most `limit` of the model's FLOPs, its cost).
 
     Raises:
         BudgetError: the strongest still costs more.
     """
-    at = functools.cache(lambda i: price(ladder[i]))
-    if at(len(ladder) - 1).fraction > limit:
-        raise BudgetError(f"the strongest setting still needs {at(len(ladder) - 1).fraction:.3f} of the FLOPs, not {limit:g}")
-    first = _first_within(at, len(ladder), limit)
-    return ladder[first], at(first)
+    at = functools.cache(lambda i: price(settings[i]))
+    if at(len(settings) - 1).fraction > limit:
+        raise BudgetError(f"the strongest setting still needs {at(len(settings) - 1).fraction:.3f} of the FLOPs, not {limit:g}")
+    first = _first_within(at, len(settings), limit)
+    return settings[first], at(first)
 
 
 def _check(config: MethodConfig, target: float) -> None:
@@ -156,30 +159,30 @@ def _check(config: MethodConfig, target: float) -> None:
 
 def _search(
     config: MethodConfig,
-    ladder: Sequence[MethodConfig],
+    settings: Sequence[MethodConfig],
     target: float,
     model: str,
     price: Callable[[MethodConfig], _Cost],
     where: str = "",
 ) -> tuple[MethodConfig, _Cost]:
-    """(the setting on the ladder that comes closest to the target, its cost)."""
-    at = functools.cache(lambda i: price(ladder[i]))
-    strongest = at(len(ladder) - 1).fraction
+    """(the setting that comes closest to the target, its cost)."""
+    at = functools.cache(lambda i: price(settings[i]))
+    strongest = at(len(settings) - 1).fraction
     if strongest > target + TOLERANCE:
         raise BudgetError(
             f"{config.name} cannot bring {model} down to flops={target:g}: its strongest setting still needs "
             f"{strongest:.3f}{where}"
         )
-    low = _first_within(at, len(ladder), target)
+    low = _first_within(at, len(settings), target)
     near = [i for i in (low - 1, low) if i == low or (i >= 0 and at(i).fraction <= target + OVERSHOOT)]
     best = min(near, key=lambda i: abs(at(i).fraction - target))
-    if target >= at(0).fraction:  # nothing to save: the mildest steps of some ladders cost more than they save
+    if target >= at(0).fraction:  # nothing to save: the mildest settings of some methods cost more than they save
         best = 0
-    return ladder[best], at(best)
+    return settings[best], at(best)
 
 
 def _first_within(at: Callable[[int], Estimate | PromptEstimate], steps: int, limit: float) -> int:
-    """The first step that costs at most `limit`, else the last; FLOPs fall along a ladder."""
+    """The first step that costs at most `limit`, else the last; FLOPs fall along the settings."""
     low, high = 0, steps - 1
     while low < high:
         middle = (low + high) // 2

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from vtok.capabilities import Info
 from vtok.config import (
     MethodConfig,
     ModelInfo,
@@ -65,9 +66,6 @@ class ATS(MethodConfig):
 
     name: ClassVar[str] = "ats"
     set_by_budget: ClassVar[tuple[str, ...]] = ("num_tokens", "keep")
-    trial: ClassVar[Mapping[str, Any]] = {"num_tokens": 24}
-    trial_vlm: ClassVar[Mapping[str, Any]] = {"num_tokens": 10, "layers": [0, 1]}
-    substitutes: ClassVar[tuple[Mapping[str, Any], ...]] = ({"query": "mean"},)
 
     num_tokens: int | None = None
     keep: float | None = None
@@ -97,13 +95,14 @@ class ATS(MethodConfig):
             object.__setattr__(self, "layers", block_numbers(self.layers))
         flag(self.parity, "parity")
 
-    def knob(self) -> dict[str, Any]:
-        return {"num_tokens": self.num_tokens}
+    @classmethod
+    def alternatives(cls, info: Info) -> Sequence[Mapping[str, Any]]:
+        return ({"query": "mean"},)
 
-    def ladder(self, info: ModelInfo) -> Sequence[Self]:
-        return self._ladder(info, 4)
+    def budget_candidates(self, info: ModelInfo) -> Sequence[Self]:
+        return self._candidates(info, 4)
 
-    def _ladder(self, info: ModelInfo, per_octave: int) -> Sequence[Self]:
+    def _candidates(self, info: ModelInfo, per_octave: int) -> Sequence[Self]:
         """Settings with K up to 128 per patch: where attention is peaked, one per patch already drops most of them."""
         n = info.num_patches
         finer = [round(n * 2 ** (step / per_octave)) for step in range(7 * per_octave, 0, -1)]
@@ -113,8 +112,8 @@ class ATS(MethodConfig):
     def search_space(self, info: ModelInfo) -> Space:
         return {} if self.layers is not None else {"layers": Blocks(tuple(range(info.depth)))}
 
-    def ladder_at(self, info: ModelInfo, point: Point) -> Sequence[Self]:
-        return self.replace(layers=point["layers"])._ladder(info, 16)
+    def candidates_at(self, info: ModelInfo, point: Point) -> Sequence[Self]:
+        return self.replace(layers=point["layers"])._candidates(info, 16)
 
     def blocks(self, info: ModelInfo) -> tuple[int, ...]:
         return block_indices(self.layers, range(info.depth // 4, info.depth), info.depth)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,7 +31,6 @@ class KeptShare(MethodConfig):
 
     set_by_budget: ClassVar[tuple[str, ...]] = ("keep", "keep_tokens")
     default_keep: ClassVar[float]
-    trial_vlm: ClassVar[Mapping[str, Any]] = {"keep": 0.5}
 
     keep: float | None = None
     keep_tokens: int | None = None
@@ -55,10 +54,7 @@ class KeptShare(MethodConfig):
         """Tokens that stay of n."""
         return kept_tokens(n, self.keep, self.keep_tokens)
 
-    def knob(self) -> dict[str, Any]:
-        return {"keep": self.keep}
-
-    def ladder_vlm(self, info: VLMInfo) -> Sequence[Self]:
+    def budget_candidates(self, info: VLMInfo) -> Sequence[Self]:
         return [self.replace(keep=(1000 - step) / 1000, keep_tokens=None) for step in range(1000)]
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from vtok.capabilities import Info
 from vtok.config import MethodConfig, ModelInfo, Reducer, Schedule, flag
 from vtok.core.reduction import Plan
 from vtok.core.search_space import Ladder, Point, Space, Weights
@@ -41,9 +42,6 @@ class ToMe(MethodConfig):
     merges: ClassVar[bool] = True
     default_flops: ClassVar[float | None] = 0.6
     set_by_budget: ClassVar[tuple[str, ...]] = ("r",)
-    trial: ClassVar[Mapping[str, Any]] = {"r": 6}
-    trial_vlm: ClassVar[Mapping[str, Any]] = {"r": 3}
-    substitutes: ClassVar[tuple[Mapping[str, Any], ...]] = ({"prop_attn": False},)
 
     r: Any = None
     prop_attn: bool = True
@@ -59,16 +57,17 @@ class ToMe(MethodConfig):
     def needs_budget(self) -> bool:
         return self.r is None
 
-    def knob(self) -> dict[str, Any]:
-        return {"r": self.r.to_plain()}
+    @classmethod
+    def alternatives(cls, info: Info) -> Sequence[Mapping[str, Any]]:
+        return ({"prop_attn": False},)
 
-    def ladder(self, info: ModelInfo) -> Sequence[Self]:
+    def budget_candidates(self, info: ModelInfo) -> Sequence[Self]:
         return [self.replace(r=r) for r in range(info.num_patches // 2 + 1)]
 
     def search_space(self, info: ModelInfo) -> Space:
         return {"weights": Weights(info.depth)}
 
-    def ladder_at(self, info: ModelInfo, point: Point) -> Sequence[Self]:
+    def candidates_at(self, info: ModelInfo, point: Point) -> Sequence[Self]:
         weights, most = point["weights"], info.num_patches // 2
         reach = list(itertools.accumulate(weights, initial=0.0))
 

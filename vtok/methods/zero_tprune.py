@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vtok.capabilities import Info
 from vtok.config import MethodConfig, ModelInfo, Reducer, block_indices, block_numbers, fraction, require_cls, require_softmax
 from vtok.core.reduction import Plan
 from vtok.core.search_space import Blocks, Dimension, Ladder, Point, Real, Space, Weights
@@ -57,9 +58,6 @@ class ZeroTPrune(MethodConfig):
     """
 
     name: ClassVar[str] = "zero_tprune"
-    trial: ClassVar[Mapping[str, Any]] = {"layers": [0, 2], "retain": 0.8, "r": 5}
-    trial_vlm: ClassVar[Mapping[str, Any]] = {"layers": [0, 1], "retain": 0.7}
-    substitutes: ClassVar[tuple[Mapping[str, Any], ...]] = ({"cls_init": "uniform"},)
 
     layers: Any = None
     retain: Any = None
@@ -93,10 +91,14 @@ class ZeroTPrune(MethodConfig):
         if self.head_filter is not None and not _is_range(self.head_filter):
             raise ConfigError(f"head_filter is (low, high) or None, got {shown(self.head_filter)}")
 
+    @classmethod
+    def alternatives(cls, info: Info) -> Sequence[Mapping[str, Any]]:
+        return ({"cls_init": "uniform"},)
+
     def knob(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("layers", "retain", "r")}
 
-    def ladder(self, info: ModelInfo) -> Sequence[ZeroTPrune]:
+    def budget_candidates(self, info: ModelInfo) -> Sequence[ZeroTPrune]:
         full, steps = self.resolved(info), self._steps(info)
 
         def at(strength: float) -> ZeroTPrune:
@@ -117,7 +119,7 @@ class ZeroTPrune(MethodConfig):
             space["layers"] = Blocks(places, 2, max(2, info.depth // 2), tuple(step.block for step in steps))
         return space
 
-    def ladder_at(self, info: ModelInfo, point: Point) -> Sequence[ZeroTPrune]:
+    def candidates_at(self, info: ModelInfo, point: Point) -> Sequence[ZeroTPrune]:
         layers, similar = point.get("layers", self.layers), point["similar"]
         weights = [point["weights"][layer] for layer in layers]
 

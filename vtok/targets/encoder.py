@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtok.capabilities import encoder_reducer
 from vtok.config import MethodConfig, ModelInfo, Reducer
 from vtok.core.tokens import Site
 from vtok.core.tracker import Run
@@ -134,7 +135,7 @@ def resolve(
 
             config, budget = solve(config, target, info_, adapter.cost(tower), measure if calibration is not None else None)
         chosen.append(config.resolved(info_))
-    reducers = [config.build(info_) for config in chosen]
+    reducers = [encoder_reducer(config, info_) for config in chosen]
     if len(reducers) > 1 and any(r.ragged for r in reducers):
         raise UnsupportedModelError(
             "a method that keeps a different number of tokens for every image leaves padding, which other methods do not "

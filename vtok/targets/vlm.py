@@ -13,7 +13,7 @@ from vtok.core.prompt import VLMInfo
 from vtok.cost.prefill import Prompt
 from vtok.errors import ConfigError, UnsupportedModelError
 from vtok.patches.decoder.pass_state import Pruner
-from vtok.patches.hf_vlm.families import SUPPORTED, VLM
+from vtok.patches.hf_vlm.families import VLM, supported
 from vtok.patches.hf_vlm.install import pruner_of, short_inputs
 from vtok.reports.prompt import PromptPlan
 from vtok.reports.results import Info
@@ -93,7 +93,7 @@ class VLMTarget(Target):
         if not hasattr(model, "_prepare_position_ids_for_generation"):
             raise UnsupportedModelError(
                 f"prune_inputs takes one vision-language model with its language head, got {type(model).__name__}; supported: "
-                f"{SUPPORTED}"
+                f"{supported()}"
             )
         if self.installed() is not None or run_of(vlm.module) is not None:
             raise ConfigError("the model is patched and would shorten the prompt a second time; call vtok.unpatch(model) first")

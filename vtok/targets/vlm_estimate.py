@@ -14,7 +14,7 @@ from vtok.patches.decoder.pass_state import Counts, Pruner
 from vtok.patches.hf_vision.adapter import HfAdapter
 from vtok.patches.hf_vlm.families import VLM
 from vtok.patches.hf_vlm.install import pruner_of
-from vtok.patches.hf_vlm.macs import features_left, llm_cost, patches_left, stated_calls, stated_image, tower_of, vision_cost
+from vtok.patches.hf_vlm.macs import features_left, llm_cost, patches_left, stated_calls, stated_image, vision_cost
 from vtok.reports.results import PromptInfo, PromptRow
 from vtok.targets.encoder import estimate_cost
 from vtok.targets.last_pass import tower_info
@@ -118,7 +118,7 @@ def visual_left(visual: Tensor, column: Tensor) -> list[int]:
 def _vision(vlm: VLM, pruner: Pruner, counts: Counts) -> tuple[VisionCost | None, VisionCost | None, tuple[str, ...]]:
     """(the vision side per prompt, the same unpatched, what a user should know of it)."""
     missing = "note: the images were encoded before this prompt was read; tower and connector are not in these costs"
-    if not counts.calls and tower_of(vlm) is not None:
+    if not counts.calls:
         return None, None, (missing,)
     rows, seen = len(counts.visual), None
     if pruner.joint is not None:

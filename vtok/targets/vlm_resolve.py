@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from vtok.capabilities import prompt_reducer, to_calibrate
 from vtok.config import MethodConfig
 from vtok.core.prompt import POSITIONS, ImageFeatures, VLMInfo, VLMReducer
 from vtok.core.tokens import Place, Site
@@ -47,7 +48,7 @@ def resolve(vlm: VLM, configs: Sequence[MethodConfig], positions: str, trace: bo
     for config in configs:
         if in_tower(config):
             continue
-        reducer = config.build_vlm(vlm.info)
+        reducer = prompt_reducer(config, vlm.info)
         _check_tower(config, reducer, vlm.info)
         for site in reducer.sites:
             _check_site(config, site, vlm.info)
@@ -68,7 +69,7 @@ def resolve(vlm: VLM, configs: Sequence[MethodConfig], positions: str, trace: bo
         _check_compact(vlm, layers)
     left = iter(() if tower is None else tower.configs)
     chosen = tuple(next(left) if in_tower(config) else config for config in configs)
-    return Pruner(vlm.spec, vlm.tokens, features, layers, compact, chosen, vlm.path, tower, joint, trace)
+    return Pruner(vlm.family, vlm.tokens, features, layers, compact, chosen, vlm.path, tower, joint, trace)
 
 
 def _check_site(config: MethodConfig, site: Site, info: VLMInfo) -> None:
@@ -119,7 +120,7 @@ def _check_probe(layer: int, probed: int, layers: Mapping[int, Any], info: VLMIn
 
 
 def _check_compact(vlm: VLM, layers: Mapping[int, Any]) -> None:
-    if vlm.spec.rotary_3d:
+    if vlm.family.rotary_3d:
         raise UnsupportedModelError(
             f"positions='compact' numbers the tokens that are left one after the other, but {vlm.info.name} gives visual "
             "tokens positions in time, height and width; use positions='original'"
@@ -145,7 +146,7 @@ def calibrated(vlm: VLM, configs: Sequence[MethodConfig], calibration: Any, meas
     """
     if calibration is None:
         return tuple(configs)
-    if not measures and not any(config.calibrates for config in configs):
+    if not measures and not any(to_calibrate(config) for config in configs):
         names = " + ".join(config.name for config in configs)
         raise ConfigError(
             f"calibration cannot be used on a vision-language model with {names}, which has no number to find; leave it out "
@@ -156,7 +157,11 @@ def calibrated(vlm: VLM, configs: Sequence[MethodConfig], calibration: Any, meas
     def observe(blocks: Sequence[int]) -> Iterator[ImageFeatures]:
         return observed(vlm, calibration, blocks)
 
-    return tuple(config.calibrated(vlm.info, observe) if config.calibrates else config for config in configs)
+    found: list[MethodConfig] = []
+    for config in configs:
+        lacking = to_calibrate(config)
+        found.append(config if lacking is None else lacking.calibrated(vlm.info, observe))
+    return tuple(found)
 
 
 def install(model: nn.Module, vlm: VLM, pruner: Pruner) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+from vtok.capabilities import candidates
 from vtok.config import MethodConfig
 from vtok.core.prompt import VLMInfo, VLMReducer
 from vtok.errors import ConfigError, UnsupportedModelError
@@ -77,7 +78,7 @@ def _tower(vlm: VLM, names: str) -> Tower:
 
 def budget_candidates(vlm: VLM, config: MethodConfig) -> Sequence[MethodConfig]:
     """A method from its mildest setting to its strongest, in the vision tower or on the prompt: what a budget chooses from."""
-    return config.ladder(_tower(vlm, config.name).info) if in_tower(config) else config.ladder_vlm(vlm.info)
+    return candidates(config, _tower(vlm, config.name).info if in_tower(config) else vlm.info)
 
 
 def check_readable(features: VLMReducer, info: VLMInfo, tower: ResolvedMethods, joint: Joint) -> None:

@@ -28,11 +28,8 @@ padding on the left, unequal numbers of visual tokens, and samples without any.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import torch
+from typing import ClassVar
 
 from vtok.config import MethodConfig, block_numbers
 from vtok.core.prompt import VLMInfo, VLMReducer
@@ -62,10 +59,6 @@ class ATP(MethodConfig):
     """
 
     name: ClassVar[str] = "atp"
-    remark_vlm: ClassVar[str] = (
-        "Here the modules are random, nobody trained them: the cell shows that tokens go down and are dropped exactly, not "
-        "that the right ones are"
-    )
 
     weights: str | None = None
     layers: tuple[int, ...] | None = None
@@ -85,22 +78,6 @@ class ATP(MethodConfig):
             raise ConfigError(f"target_tokens must be a number > 0, got {shown(target)}")
         if isinstance(self.min_tokens, bool) or not isinstance(self.min_tokens, int) or self.min_tokens < 0:
             raise ConfigError(f"min_tokens is a whole number >= 0, got {shown(self.min_tokens)}")
-
-    @classmethod
-    def substitutes_vlm(cls, info: VLMInfo, folder: str) -> Sequence[Mapping[str, Any]]:
-        """Modules that nobody trained: random, they drop some tokens and keep others."""
-        from vtok.methods.atp.modules import ATPModules
-        from vtok.methods.atp.spec import ATPSpec
-
-        layers = tuple(range(max(1, info.first_layer), info.depth))
-        made = ATPModules(ATPSpec(depth=info.depth, width=info.width, grid=info.grid or (1, 1), layers=layers, hidden=6))
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for p in made.parameters():
-                p.copy_(0.7 * torch.randn(p.shape, generator=generator))
-        path = os.path.join(folder, "untrained.safetensors")
-        made.save(path)
-        return ({"weights": path},)
 
     def build_vlm(self, info: VLMInfo) -> VLMReducer:
         from vtok.methods.atp.modules import load

@@ -5,13 +5,14 @@ On a vision-language model they act once, on the image features before the LLM: 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from vtok.capabilities import Info, no_schedule
 from vtok.config import MethodConfig, ModelInfo, Reducer, block_indices, block_numbers, fraction
 from vtok.core.prompt import ImageFeatures, View, VLMInfo, VLMReducer
 from vtok.core.reduction import Plan
@@ -37,8 +38,6 @@ class DropConfig(MethodConfig):
     """
 
     set_by_budget: ClassVar[tuple[str, ...]] = ("keep",)
-    trial: ClassVar[Mapping[str, Any]] = {"keep": 0.8}
-    trial_vlm: ClassVar[Mapping[str, Any]] = {"keep": 0.5}
 
     keep: float = 0.925
     layers: Iterable[int] | None = None
@@ -49,20 +48,16 @@ class DropConfig(MethodConfig):
         if self.layers is not None:
             object.__setattr__(self, "layers", block_numbers(self.layers))
 
-    def knob(self) -> dict[str, Any]:
-        return {"keep": self.keep}
-
-    def ladder(self, info: ModelInfo) -> Sequence[Self]:
+    def budget_candidates(self, info: Info) -> Sequence[Self]:
         return [self.replace(keep=1 - step / 1000) for step in range(1000)]
 
-    def search_space(self, info: ModelInfo) -> Space:
+    def search_space(self, info: Info) -> Space:
+        if not isinstance(info, ModelInfo):
+            raise no_schedule(self, info)
         return {} if self.layers is not None else {"layers": Blocks(tuple(range(info.depth)))}
 
-    def ladder_at(self, info: ModelInfo, point: Point) -> Sequence[Self]:
-        return self.replace(layers=point["layers"]).ladder(info)
-
-    def ladder_vlm(self, info: VLMInfo) -> Sequence[Self]:
-        return [self.replace(keep=1 - step / 1000) for step in range(1000)]
+    def candidates_at(self, info: ModelInfo, point: Point) -> Sequence[Self]:
+        return self.replace(layers=point["layers"]).budget_candidates(info)
 
     def blocks(self, info: ModelInfo) -> tuple[int, ...]:
         return block_indices(self.layers, range(info.depth), info.depth)

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from vtok.capabilities import Info
 from vtok.config import MethodConfig, flag
 from vtok.core.prompt import ImageFeatures, TowerBlock, TowerFacts, View, VLMInfo, VLMReducer
 from vtok.core.reduction import Plan
@@ -77,7 +78,6 @@ class Correlation(MethodConfig):
     """
 
     name: ClassVar[str] = "correlation"
-    substitutes: ClassVar[tuple[Mapping[str, Any], ...]] = ({"alpha": 0.5}, {"alpha": 0.5, "overview": True})
 
     alpha: float | None = None
     target_keep: float | None = None
@@ -120,9 +120,8 @@ class Correlation(MethodConfig):
         flag(self.overview, "overview")
 
     @classmethod
-    def substitutes_vlm(cls, info: VLMInfo, folder: str) -> Sequence[Mapping[str, Any]]:
-        """Random towers give patches that are less alike."""
-        return tuple({**extra, "alpha": 0.2} for extra in cls.substitutes)
+    def alternatives(cls, info: Info) -> Sequence[Mapping[str, Any]]:
+        return ({"alpha": 0.5}, {"alpha": 0.5, "overview": True})
 
     def build_vlm(self, info: VLMInfo) -> CorrelationReducer:
         reducer = self._reducer(info)

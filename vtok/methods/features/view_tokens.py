@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtok.capabilities import no_schedule
 from vtok.config import MethodConfig, fraction, whole
 from vtok.core.prompt import ImageFeatures, TowerBlock, TowerFacts, View, VLMInfo, VLMReducer
 from vtok.core.search_space import Choice, Dimension, Point, Space
@@ -268,7 +269,6 @@ class KeepConfig(MethodConfig):
     """
 
     set_by_budget: ClassVar[tuple[str, ...]] = ("keep", "keep_tokens")
-    trial_vlm: ClassVar[Mapping[str, Any]] = {"keep": 0.5}
     default_keep: ClassVar[float | None] = DEFAULT_KEEP
     searched: ClassVar[Mapping[str, Dimension]] = {}  # what a search may vary beside `keep`, if it is left at its default
     searched_layer: ClassVar[str] = ""  # the parameter that names a block of the vision tower; "" = there is none
@@ -286,21 +286,20 @@ class KeepConfig(MethodConfig):
         if self.keep_tokens is not None:
             whole(self.keep_tokens, "keep_tokens", 1)
 
-    def knob(self) -> dict[str, Any]:
-        return {"keep": self.keep}
-
-    def ladder_vlm(self, info: VLMInfo) -> Sequence[Self]:
+    def budget_candidates(self, info: VLMInfo) -> Sequence[Self]:
         return [self.replace(keep=(1000 - step) / 1000, keep_tokens=None) for step in range(1000)]
 
-    def search_space_vlm(self, info: VLMInfo) -> Space:
+    def search_space(self, info: VLMInfo) -> Space:
         given = self.given()
         space = {name: dimension for name, dimension in self.searched.items() if name not in given}
         if self.searched_layer and info.tower is not None and getattr(self, self.searched_layer) is None:
             space[self.searched_layer] = Choice(tuple(range(info.tower.depth)))
-        return space if space or self.searched or self.searched_layer else super().search_space_vlm(info)
+        if not self.searched and not self.searched_layer:
+            raise no_schedule(self, info)
+        return space
 
-    def ladder_at_vlm(self, info: VLMInfo, point: Point) -> Sequence[Self]:
-        return self.replace(**{k: round(v, 3) if isinstance(v, float) else v for k, v in point.items()}).ladder_vlm(info)
+    def candidates_at(self, info: VLMInfo, point: Point) -> Sequence[Self]:
+        return self.replace(**{k: round(v, 3) if isinstance(v, float) else v for k, v in point.items()}).budget_candidates(info)
 
     def count(self, n: int) -> int:
         """Tokens that stay of n."""

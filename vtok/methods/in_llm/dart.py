@@ -22,32 +22,30 @@ Shapes: B prompts, L columns in front of the layer, P pivots, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from vtok.core.prompt import LayerAttention, Layout, VLMInfo, VLMReducer
-from vtok.core.search_space import Choice, Point, Space
-from vtok.core.tokens import Place, Site, at_least_fp32
+from vtok.core.prompt import LayerAttention, Layout, VLMInfo
+from vtok.core.tokens import Site, at_least_fp32
 from vtok.errors import ConfigError, unknown
-from vtok.methods.kept_share import KeptShare, whole
+from vtok.methods.in_llm.one_layer import OneLayer, OneLayerReducer
+from vtok.methods.kept_share import whole
 from vtok.ops.rows import take_rows
 from vtok.ops.selection import largest
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    pass
 
-DEFAULT_LAYER = 2
 ORDERS = ("list", "set")
 PRESETS = ("official",)
 _EPS = 1e-8  # shortest length in a cosine
 
 
 @dataclass(frozen=True)
-class DART(KeptShare):
+class DART(OneLayer):
     """Config of DART.
 
     Attributes:
@@ -67,7 +65,6 @@ class DART(KeptShare):
     name: ClassVar[str] = "dart"
     default_keep: ClassVar[float] = 0.222
 
-    layer: int = DEFAULT_LAYER
     visual_pivots: int = 4
     text_pivots: int = 4
     order: str | None = None
@@ -75,7 +72,6 @@ class DART(KeptShare):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole(self.layer, "layer", 1)
         whole(self.visual_pivots, "visual_pivots", 1)
         whole(self.text_pivots, "text_pivots", 0)
         if self.preset is not None and self.preset not in PRESETS:
@@ -104,18 +100,6 @@ class DART(KeptShare):
 
     def count(self, n: int) -> int:
         return min(n, self.visual_pivots + self.picks(n) * self.pivots)
-
-    @classmethod
-    def substitutes_vlm(cls, info: VLMInfo, folder: str) -> Sequence[Mapping[str, Any]]:
-        return ({"layer": info.first_layer},) if info.first_layer > DEFAULT_LAYER else ()
-
-    def search_space_vlm(self, info: VLMInfo) -> Space:
-        """In front of which layer; given ones are left alone."""
-        layers = tuple(range(info.first_layer, info.depth))
-        return {"layer": Choice(layers)} if self.layer == DEFAULT_LAYER and layers else {}
-
-    def ladder_at_vlm(self, info: VLMInfo, point: Point) -> Sequence[Self]:
-        return self.replace(layer=point.get("layer", self.layer)).ladder_vlm(info)
 
     def build_vlm(self, info: VLMInfo) -> DARTReducer:
         return DARTReducer(self, info)
@@ -212,7 +196,7 @@ def dart_select(hidden: Tensor, keys: Tensor, layout: Layout, config: DART) -> T
 
 
 @dataclass(frozen=True)
-class DARTReducer(VLMReducer):
+class DARTReducer(OneLayerReducer):
     """DART for one model.
 
     Attributes:
@@ -220,25 +204,11 @@ class DARTReducer(VLMReducer):
         info: of the model.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
-    exact: ClassVar[bool] = True
-
     config: DART
-    info: VLMInfo
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        return () if self.config.idle else (Site(Place.DECODER_IN, self.config.layer),)
-
-    def probe(self, at: Site) -> int:
-        return at.index - 1
 
     def keep(self, x: Tensor, layout: Layout, attention: LayerAttention | None, at: Site) -> Tensor:
         assert attention is not None and attention.final_norm is not None
         return dart_select(attention.final_norm(x), attention.k, layout, self.config)
-
-    def layer_count(self, at: Site, visual: int, entered: int) -> int:
-        return self.config.count(visual)
 
     def layer_macs(self, at: Site, visual: int, text: int, entered: int) -> int:
         length = visual + text

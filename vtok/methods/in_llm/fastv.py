@@ -16,26 +16,22 @@ Shapes: B prompts, L columns in front of the layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from vtok.core.prompt import LayerAttention, Layout, VLMInfo, VLMReducer
-from vtok.core.search_space import Choice, Point, Space
-from vtok.core.tokens import Place, Site
-from vtok.methods.kept_share import KeptShare, whole
+from vtok.core.prompt import LayerAttention, Layout, VLMInfo
+from vtok.core.tokens import Site
+from vtok.methods.in_llm.one_layer import OneLayer, OneLayerReducer
 from vtok.ops.selection import kept_counts, largest
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
-DEFAULT_LAYER = 2
+    pass
 
 
 @dataclass(frozen=True)
-class FastV(KeptShare):
+class FastV(OneLayer):
     """Config of FastV.
 
     Attributes:
@@ -49,24 +45,6 @@ class FastV(KeptShare):
 
     name: ClassVar[str] = "fastv"
     default_keep: ClassVar[float] = 0.5
-
-    layer: int = DEFAULT_LAYER
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        whole(self.layer, "layer", 1)
-
-    @classmethod
-    def substitutes_vlm(cls, info: VLMInfo, folder: str) -> Sequence[Mapping[str, Any]]:
-        return ({"layer": info.first_layer},) if info.first_layer > DEFAULT_LAYER else ()
-
-    def search_space_vlm(self, info: VLMInfo) -> Space:
-        """In front of which layer; given ones are left alone."""
-        layers = tuple(range(info.first_layer, info.depth))
-        return {"layer": Choice(layers)} if self.layer == DEFAULT_LAYER and layers else {}
-
-    def ladder_at_vlm(self, info: VLMInfo, point: Point) -> Sequence[Self]:
-        return self.replace(layer=point.get("layer", self.layer)).ladder_vlm(info)
 
     def build_vlm(self, info: VLMInfo) -> FastVReducer:
         return FastVReducer(self, info)
@@ -92,7 +70,7 @@ def attended(score: Tensor, visual: Tensor, keep: float | None = None, keep_toke
 
 
 @dataclass(frozen=True)
-class FastVReducer(VLMReducer):
+class FastVReducer(OneLayerReducer):
     """FastV for one model.
 
     Attributes:
@@ -100,26 +78,12 @@ class FastVReducer(VLMReducer):
         info: of the model.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
-    exact: ClassVar[bool] = True
-
     config: FastV
-    info: VLMInfo
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        return () if self.config.idle else (Site(Place.DECODER_IN, self.config.layer),)
-
-    def probe(self, at: Site) -> int:
-        return at.index - 1
 
     def keep(self, x: Tensor, layout: Layout, attention: LayerAttention | None, at: Site) -> Tensor:
         assert attention is not None
         config = self.config
         return attended(last_query_attention(attention, layout), layout.visual, config.keep, config.keep_tokens)
-
-    def layer_count(self, at: Site, visual: int, entered: int) -> int:
-        return self.config.count(visual)
 
     def layer_macs(self, at: Site, visual: int, text: int, entered: int) -> int:
         return self.info.probe_macs(1, visual + text)

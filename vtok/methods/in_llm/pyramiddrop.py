@@ -60,16 +60,13 @@ class PyramidDrop(MethodConfig):
         if self.layers is not None:
             object.__setattr__(self, "layers", check_stages(block_numbers(self.layers), len(self.keep)))
 
-    def knob(self) -> dict[str, Any]:
-        return {"keep": list(self.keep)}
-
-    def ladder_vlm(self, info: VLMInfo) -> Sequence[Self]:
+    def budget_candidates(self, info: VLMInfo) -> Sequence[Self]:
         """Every stage leaves the same share of what arrives, as in the paper."""
         rates = [(1000 - step) / 1000 for step in range(1000)]
         return [self.replace(keep=tuple(rate ** (i + 1) for i in range(len(self.keep)))) for rate in rates]
 
     @classmethod
-    def substitutes_vlm(cls, info: VLMInfo, folder: str) -> Sequence[Mapping[str, Any]]:
+    def alternatives(cls, info: VLMInfo) -> Sequence[Mapping[str, Any]]:
         """Later layers, where a model lets no token go at the first quarter of its depth."""
         usual = cls()
         layers = tuple(range(info.first_layer, info.depth))[: len(usual.keep)]
@@ -77,15 +74,15 @@ class PyramidDrop(MethodConfig):
             return ()
         return ({"keep": list(usual.keep[: len(layers)]), "layers": list(layers)},)
 
-    def search_space_vlm(self, info: VLMInfo) -> Space:
+    def search_space(self, info: VLMInfo) -> Space:
         """In front of which layers; given ones are left alone."""
         stages, layers = len(self.keep), tuple(range(info.first_layer, info.depth))
         if self.layers is not None or len(layers) < stages:
             return {}
         return {"layers": Blocks(layers, stages, stages, self.stages(info))}
 
-    def ladder_at_vlm(self, info: VLMInfo, point: Point) -> Sequence[Self]:
-        return self.replace(layers=point.get("layers", self.layers)).ladder_vlm(info)
+    def candidates_at(self, info: VLMInfo, point: Point) -> Sequence[Self]:
+        return self.replace(layers=point.get("layers", self.layers)).budget_candidates(info)
 
     def stages(self, info: VLMInfo) -> tuple[int, ...]:
         """The decoder layer of every stage.

@@ -99,17 +99,14 @@ class SparseVLM(MethodConfig):
         return len(listed)
 
     @classmethod
-    def substitutes_vlm(cls, info: VLMInfo, folder: str) -> Sequence[Mapping[str, Any]]:
+    def alternatives(cls, info: VLMInfo) -> Sequence[Mapping[str, Any]]:
         """Later layers, where a model lets no token go behind the default ones."""
         layers = tuple(range(info.first_layer - 1, info.depth - 1))[: len(LAYERS)]
         if cls().stage_layers(info)[0] + 1 >= info.first_layer or not layers:
             return ()
         return ({"keep": list(DEFAULT_KEEP[: len(layers)]), "layers": list(layers)},)
 
-    def knob(self) -> dict[str, Any]:
-        return {"keep": self.keep}
-
-    def ladder_vlm(self, info: VLMInfo) -> Sequence[Self]:
+    def budget_candidates(self, info: VLMInfo) -> Sequence[Self]:
         """Powers of the default shares, or of those that were given."""
         base = self.keep if self.keep is not None and self.keep[-1] < 1 else DEFAULT_KEEP
         if len(base) != self.stages:
@@ -117,15 +114,15 @@ class SparseVLM(MethodConfig):
         assert base is not None
         return Ladder(lambda s: self.replace(keep=tuple(share**s for share in base), keep_tokens=None), 4.0)
 
-    def search_space_vlm(self, info: VLMInfo) -> Space:
+    def search_space(self, info: VLMInfo) -> Space:
         """Behind which layers; given ones are left alone."""
         layers = tuple(range(info.first_layer - 1, info.depth - 1))
         if self.layers is not None or len(layers) < self.stages:
             return {}
         return {"layers": Blocks(layers, self.stages, self.stages, self.stage_layers(info))}
 
-    def ladder_at_vlm(self, info: VLMInfo, point: Point) -> Sequence[Self]:
-        return self.replace(layers=point.get("layers", self.layers)).ladder_vlm(info)
+    def candidates_at(self, info: VLMInfo, point: Point) -> Sequence[Self]:
+        return self.replace(layers=point.get("layers", self.layers)).budget_candidates(info)
 
     def stage_layers(self, info: VLMInfo) -> tuple[int, ...]:
         """The decoder layers whose attention decides."""

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtok.capabilities import Info
 from vtok.config import MethodConfig, ModelInfo, Reducer, Schedule, flag, fraction
 from vtok.core.reduction import Plan
 from vtok.core.search_space import Ladder, Point, Space, Weights
@@ -65,9 +66,6 @@ class PiToMe(MethodConfig):
     name: ClassVar[str] = "pitome"
     merges: ClassVar[bool] = True
     set_by_budget: ClassVar[tuple[str, ...]] = ("ratio", "r")
-    trial: ClassVar[Mapping[str, Any]] = {"ratio": 0.8}
-    trial_vlm: ClassVar[Mapping[str, Any]] = {"ratio": 0.8}
-    substitutes: ClassVar[tuple[Mapping[str, Any], ...]] = ({"prop_attn": False},)
 
     ratio: Any = None
     r: Any = None
@@ -112,16 +110,17 @@ class PiToMe(MethodConfig):
                 f"preset {shown(self.preset)} ignores sizes, so prop_attn=True would see none; drop prop_attn or the preset"
             )
 
-    def knob(self) -> dict[str, Any]:
-        return {"ratio": self.ratio.to_plain()} if self.ratio is not None else {}
+    @classmethod
+    def alternatives(cls, info: Info) -> Sequence[Mapping[str, Any]]:
+        return ({"prop_attn": False},)
 
-    def ladder(self, info: ModelInfo) -> Sequence[Self]:
+    def budget_candidates(self, info: ModelInfo) -> Sequence[Self]:
         return [self.replace(ratio=1 - step / 1000, r=None) for step in range(501)]
 
     def search_space(self, info: ModelInfo) -> Space:
         return {"weights": Weights(info.depth)}
 
-    def ladder_at(self, info: ModelInfo, point: Point) -> Sequence[Self]:
+    def candidates_at(self, info: ModelInfo, point: Point) -> Sequence[Self]:
         weights = point["weights"]
 
         def ratios(strength: float) -> list[float]:

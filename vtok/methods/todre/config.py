@@ -129,13 +129,10 @@ class ToDRE(MethodConfig):
         if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)) or not 0 <= self.tau <= 1:
             raise ConfigError(f"tau is a share of attention in [0, 1], got {shown(self.tau)}")
 
-    def knob(self) -> dict[str, Any]:
-        return {"keep": self.keep}
-
-    def ladder_vlm(self, info: VLMInfo) -> Sequence[Self]:
+    def budget_candidates(self, info: VLMInfo) -> Sequence[Self]:
         return [self.replace(keep=(1000 - step) / 1000, keep_tokens=None) for step in range(1000)]
 
-    def search_space_vlm(self, info: VLMInfo) -> Space:
+    def search_space(self, info: VLMInfo) -> Space:
         """Where stage 2 looks, if anywhere, and what it asks for; the last layer is left out, behind which nothing is left."""
         space: dict[str, Dimension] = {}
         if self.probe == DEFAULT_PROBE:
@@ -144,9 +141,9 @@ class ToDRE(MethodConfig):
             space["tau"] = Real(*_TAUS)
         return space
 
-    def ladder_at_vlm(self, info: VLMInfo, point: Point) -> Sequence[Self]:
+    def candidates_at(self, info: VLMInfo, point: Point) -> Sequence[Self]:
         probe, tau = point.get("probe", self.probe), round(point.get("tau", self.tau), 3)
-        return self.replace(probe=probe, tau=self.tau if probe is None else tau).ladder_vlm(info)
+        return self.replace(probe=probe, tau=self.tau if probe is None else tau).budget_candidates(info)
 
     def build_vlm(self, info: VLMInfo) -> ToDREReducer:
         probes = probe_layers(self.probe, info.depth)

@@ -14,18 +14,38 @@ Shapes: B batch, N tokens that a decision was made for, N0 tokens that entered b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+import vtok
 from vtok.core.reduction import Plan, apply_plan
 from vtok.core.tokens import AttentionView, TokenState
 from vtok.errors import StateError
 from vtok.ops.rows import take_rows
 from vtok.patches.block import Link, ReducingBlock
+
+TOLERANCE = 1e-10  # of the largest output, in float64
+
+
+class Evidence(NamedTuple):
+    """What a patched model did.
+
+    Attributes:
+        tokens: (tokens that entered, mean number of real ones that left) of every tower; of a vision-language model whose
+            prompts get shorter, (visual tokens that entered, that left) of every prompt.
+        differences: see `differences`.
+        fault: what was wrong, `None` = nothing.
+        prompts: kind of prompts that were read, see `vtok.testing.tiny.vlm_prompts`.
+    """
+
+    tokens: tuple[tuple[float, float], ...] = ()
+    differences: Mapping[str, float] = {}
+    fault: str | None = None
+    prompts: str = ""
 
 
 class Decision(NamedTuple):
@@ -68,6 +88,19 @@ def differences(model: nn.Module, x: Any) -> dict[str, float]:
             with _replaced(links, [replay(made.get(id(link))) for link in links]):
                 found[name] = _distance(reduced, model(x))
     return found
+
+
+def check_reduction(model: nn.Module, x: Tensor) -> Evidence:
+    """Runs a model that is patched with `trace=True`: do tokens go down, and does removing them equal masking them?"""
+    with torch.no_grad():
+        model(x)
+    towers = vtok.info(model).towers
+    tokens = tuple((float(t.blocks[0].tokens_in), float(t.blocks[-1].mean_tokens)) for t in towers if t.blocks)
+    if not tokens or any(left >= entered for entered, left in tokens):
+        return Evidence(tokens, fault="no token was taken away")
+    found = differences(model, x)
+    wrong = [f"{name} replay differs by {value:.1e}" for name, value in found.items() if not value <= TOLERANCE]
+    return Evidence(tokens, found, "; ".join(wrong) or None)
 
 
 def _distance(reduced: Tensor, full: Tensor) -> float:

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from vtok.errors import MissingExtraError
-from vtok.patches.hf_vlm.examples import EXAMPLES, PAD, VLMExample
+from vtok.patches.hf_vlm import image_features as hf
+from vtok.patches.hf_vlm.example_pages import END, IMAGE, PAD, START
+from vtok.patches.hf_vlm.example_videos import VIDEO
+from vtok.patches.hf_vlm.examples import VLMExample
+from vtok.patches.hf_vlm.families import examples as vlms
+from vtok.patches.hf_vlm.families import find
 from vtok.patches.protocol import Example
 from vtok.registry import ADAPTERS
 
@@ -83,11 +88,11 @@ def images(example: Example, batch: int = 2, dtype: torch.dtype = torch.float32,
 def vlm_examples(names: Sequence[str] | None = None) -> dict[str, VLMExample]:
     """The tiny vision-language models, if their backend is among those named and installed."""
     wanted = "transformers" in (backends() if names is None else names)
-    return dict(EXAMPLES) if wanted else {}
+    return vlms() if wanted else {}
 
 
 def build_vlm(example: VLMExample) -> Any:
-    """The model in eval mode, with SDPA where it has it; attention and logits are far from uniform."""
+    """The model in eval mode, with SDPA where it has it; attention and logits are far from uniform, no answer ends early."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = example.build()
@@ -97,6 +102,7 @@ def build_vlm(example: VLMExample) -> Any:
             elif p.ndim > 1:
                 p.data.mul_(3.0)
     model.set_attn_implementation("sdpa" if "sdpa" in example.kernels else "eager")
+    model.generation_config.update(eos_token_id=None, pad_token_id=PAD, suppress_tokens=[END, START, VIDEO, IMAGE])
     return model
 
 
@@ -127,3 +133,72 @@ def one_image_each(values: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             made[name] = value[-2:]
     return made
+
+
+# What belongs to one image (or video) each, beside its pixels; patches of all of them may be packed along a grid.
+_PER_IMAGE = {
+    "image": ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask"),
+    "video": ("pixel_values_videos", "video_grid_thw"),
+}
+
+
+def alone(model: Any, values: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The prompts of a batch one by one, without padding, each with its own images and videos.
+
+    Args:
+        model: unpatched or not.
+        values: of a batch, as `vlm_prompts` makes them.
+    """
+    (vlm,) = find(model)
+    ids, made = values["input_ids"], []
+    with torch.no_grad():
+        sizes = {kind: [len(x) for x in output.pooler_output] for kind, output in hf.encode(vlm.module, values).items()}
+    first = dict.fromkeys(sizes, 0)
+    for row, real in enumerate(values["attention_mask"].bool()):
+        one = {name: value[row : row + 1, real] for name, value in values.items() if value.shape == ids.shape}
+        for kind, counts in sizes.items():
+            left, start = int((ids[row] == vlm.tokens[kind]).sum()), first[kind]
+            while left > 0:
+                left -= counts[first[kind]]
+                first[kind] += 1
+            if first[kind] > start:
+                one |= _images(values, kind, start, first[kind])
+        made.append(one)
+    return made
+
+
+def _images(values: dict[str, Tensor], kind: str, start: int, stop: int) -> dict[str, Tensor]:
+    """Pixels of some images of a batch and what belongs to them."""
+    pixels, *_ = _PER_IMAGE[kind]
+    found = {name: values[name][start:stop] for name in _PER_IMAGE[kind] if name in values}
+    grid = next((values[name] for name in _PER_IMAGE[kind] if name.endswith("grid_thw") and name in values), None)
+    if grid is not None:
+        patches = grid.prod(1)
+        found[pixels] = values[pixels][int(patches[:start].sum()) : int(patches[:stop].sum())]
+    return found
+
+
+def single_image(model: Any, example: VLMExample) -> tuple[dict[str, Tensor], tuple[int, int, int] | None] | None:
+    """(a prompt with one image, its size as `vtok.plan` takes it; `None` = the usual one), if an example has one."""
+    (vlm,) = find(model)
+    for values in alone(model, example.inputs(model, torch.Generator().manual_seed(0))):
+        if "pixel_values" not in values or "pixel_values_videos" in values:
+            continue
+        if "image_grid_thw" in values:
+            grid = values["image_grid_thw"]
+            if len(grid) > 1:
+                continue
+            side = vlm.module.config.vision_config.patch_size
+            return values, (3, int(grid[0, 1]) * side, int(grid[0, 2]) * side)
+        if "image_sizes" in values:
+            if len(values["image_sizes"]) > 1:
+                continue
+            height, width = values["image_sizes"][0].tolist()
+            return values, (3, height, width)
+        pixels = values["pixel_values"]
+        if pixels.ndim == 5:  # tiles of one row; blank ones are none
+            pixels = pixels[:, pixels[0].flatten(1).any(1)]
+            values["pixel_values"] = pixels
+        if pixels.shape[:-3].numel() == 1:
+            return values, None
+    return None

@@ -1,0 +1,41 @@
+"""The language models inside vision-language models whose prompts can be shortened."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vtok.patches.protocol import qualified_name
+
+
+def _in(model: str) -> str:
+    return f"transformers.models.{model}.modeling_{model}."
+
+
+# LLMs whose layers are known to take gathered masks, positions and rotary tables.
+TEXT_MODELS = frozenset(
+    {
+        _in("gemma") + "GemmaModel",
+        _in("gemma2") + "Gemma2Model",
+        _in("gemma3") + "Gemma3TextModel",
+        _in("llama") + "LlamaModel",
+        _in("mistral") + "MistralModel",
+        _in("qwen2") + "Qwen2Model",
+        _in("qwen2_5_vl") + "Qwen2_5_VLTextModel",
+        _in("qwen2_vl") + "Qwen2VLTextModel",
+        _in("qwen3") + "Qwen3Model",
+        _in("qwen3_vl") + "Qwen3VLTextModel",
+    }
+)
+
+
+def why_not_shortened(text: Any) -> str | None:
+    """Why an LLM's prompts cannot be shortened, or `None`."""
+    config = text.config
+    odd = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    if odd:
+        return f"has layers of type {', '.join(odd)}, whose state cannot forget single tokens or depends on where they stand"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "shares keys and values between layers, which would have to hold the same tokens"
+    if not any(qualified_name(cls) in TEXT_MODELS for cls in type(text).__mro__):
+        return "is not among those that vtok has been tested with"
+    return None

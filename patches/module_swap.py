@@ -35,10 +35,10 @@ class Mixin(_Base):
     """
 
     def __init_subclass__(cls, **kwargs: Any):
-        super().__init_subclass__(**kwargs)
         for name, method in list(vars(cls).items()):
             if isinstance(method, types.FunctionType) and not name.startswith("__"):
                 setattr(cls, name, _or_own(method))
+        super().__init_subclass__(**kwargs)  # last: layers of transformers checkpoint in a `forward` that must be the outermost
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # the class exists only here: rebuild it from its two parts
         return rebuilt(self)

@@ -49,7 +49,7 @@ def test_known_operating_points(deit):
 
 
 @pytest.mark.parametrize("target", [0.8, 0.6, 0.4])
-@pytest.mark.parametrize("method", encoder_methods())
+@pytest.mark.parametrize("method", encoder_methods(budget=True))
 def test_budgets_are_met(deit, method, target):
     plan = vtok.plan(deit, method, flops=target)
     assert plan.budget.reached == plan.estimate.fraction
@@ -59,7 +59,7 @@ def test_budgets_are_met(deit, method, target):
     assert knob in str(plan) or knob.split(",")[0] in str(plan)
 
 
-@pytest.mark.parametrize("method", encoder_methods())
+@pytest.mark.parametrize("method", encoder_methods(budget=True))
 def test_the_whole_budget_reduces_nothing(method):
     model, x = build("timm: ViT"), images("timm: ViT")
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_plans_for_another_input_size(deit):
 
 
 @pytest.mark.parametrize("as_folder", [False, True])
-@pytest.mark.parametrize("method", encoder_methods())
+@pytest.mark.parametrize("method", encoder_methods(budget=True))
 def test_saved_configs_come_back(tmp_path, method, as_folder):
     path = tmp_path if as_folder else tmp_path / "run.json"
     model, x = build("timm: ViT"), images("timm: ViT")

@@ -171,8 +171,8 @@ def test_default_schedules() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("method", encoder_methods())
-def test_ladders_start_with_a_no_op_and_never_ease(method: str) -> None:
+@pytest.mark.parametrize("method", encoder_methods(budget=True))
+def test_candidates_start_with_a_no_op_and_never_ease(method: str) -> None:
     """A FLOPs budget is found by bisection over this order."""
     facts = model_info(num_patches=64, grid=(8, 8))
     before = 1 + 64

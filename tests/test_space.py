@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import vtok
 from tests import zoo
 from tests.strategies import properties, seeds
-from vtok.capabilities import search_space
+from vtok.capabilities import HasSearchSpace, search_space
 from vtok.core.search_space import Blocks, Choice, Ladder, Real, Weights, draw
 from vtok.cost.budget import steps_of, within
 from vtok.cost.encoder import estimate
@@ -23,7 +23,7 @@ from vtok.targets.resolve import towers
 MODEL = zoo.build("timm: ViT")
 ((ADAPTER, TOWER),) = towers(MODEL, None)
 INFO, COST = TOWER.info, ADAPTER.cost(TOWER)
-SEARCHED = [name for name in encoder_methods() if METHODS.get(name)().search_space(INFO)]
+SEARCHED = [name for name in encoder_methods() if isinstance(METHODS.get(name)(), HasSearchSpace)]
 EXACT = [name for name in SEARCHED if METHODS.get(name)(**zoo.SETTINGS[name]).build(INFO).exact]
 
 
@@ -36,8 +36,9 @@ def ladder(method, seed):
     return config.candidates_at(INFO, draw(config.search_space(INFO), random.Random(seed)))
 
 
-def test_every_encoder_method_has_a_space():
-    assert encoder_methods() == SEARCHED
+def test_methods_for_encoders_have_a_space():
+    assert {"ats", "pitome", "random", "tome", "uniform", "zero_tprune"} <= set(SEARCHED)
+    assert all(search_space(METHODS.get(name)(), INFO) for name in SEARCHED)
 
 
 @given(st.integers(1, 40), st.booleans(), seeds)

@@ -9,6 +9,8 @@ import os
 import pytest
 from helpers_upstream import Failure, outcomes, release_tests
 
+# It wants transformers' own class of cache and skips itself else; that of a shortened prompt is a subclass.
+OTHER_CACHE = {"test_bc_cache_name_forward"}
 KEEPING, ALL = ("kept", "live"), ("kept", "live", "half", "layers", "merged")
 FAMILIES = {
     "LLaVA-1.5": ALL,
@@ -39,8 +41,9 @@ def test_nothing_new_fails(name, tests, tmp_path):
     assert len(plain.ran) > 120
     assert len(plain.failed) < 10, _listed(plain.failed)
     for way, outcome in found.items():
-        assert outcome.ran == plain.ran, way
-        assert outcome.skipped == plain.skipped, way
+        skipped = set() if way in KEEPING else OTHER_CACHE
+        assert outcome.ran | skipped == plain.ran | skipped, way
+        assert outcome.skipped | skipped == plain.skipped | skipped, way
         assert bool(outcome.tokens) == (way not in KEEPING), way
         assert all(after < before for before, after in outcome.tokens), way
     assert found["live"].asked > 100

@@ -253,6 +253,16 @@ def test_a_row_that_names_what_is_not_there(changes, words, monkeypatch):
     assert words in message_of(vtok.UnsupportedModelError, vtok.patch, build("LLaVA-1.5"), "random", keep=0.5)
 
 
+def test_supports_names_what_works_on_request():
+    """Qwen3-VL adds tower features to visual tokens in front of early layers."""
+    support = vtok.supports(build("Qwen3-VL"))
+    assert support.on_request["pyramiddrop"] == {"keep": [0.5, 0.25], "layers": [2, 3]}
+    assert support.on_request["sparsevlm"]["layers"] == [1, 2]
+    assert support.methods["fastv"] is None and "fastv" not in support.on_request
+    model = vtok.patch(build("Qwen3-VL"), "pyramiddrop", **support.on_request["pyramiddrop"])
+    assert vtok.info(model).patched
+
+
 def test_what_names_nothing_to_do():
     model = build("LLaVA-1.5")
     assert "list of methods is empty" in message_of(vtok.ConfigError, vtok.patch, model, [])

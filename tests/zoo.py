@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -134,6 +135,12 @@ def attach(name: str, model: nn.Module, method: str, **extra: Any) -> nn.Module:
     config = config_for(name, method, model, **extra)
     assert config is not None
     return vtok.patch(model, config, input_size=EXAMPLES[name].input_size, trace=trace)
+
+
+def run(check: Callable[..., None], name: str, method: str, batch: int = 2, dtype: torch.dtype = torch.float32) -> None:
+    """One of `vtok.testing.encoder_checks` for an example and a method's setting."""
+    model = build(name, dtype)
+    check(model, images(name, batch, dtype), config_for(name, method, model), EXAMPLES[name].input_size)
 
 
 @dataclass(frozen=True)

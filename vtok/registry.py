@@ -122,9 +122,14 @@ METHODS: Registry[Any] = Registry(
 )
 
 
-def encoder_methods() -> list[str]:
-    """Names of the methods that act inside vision encoders; the others act on the prompts of vision-language models alone."""
-    return [name for name in METHODS if METHODS.get(name).for_encoders()]
+def encoder_methods(budget: bool = False) -> list[str]:
+    """Names of the methods that act inside vision encoders; the others act on the prompts of vision-language models alone.
+
+    Args:
+        budget: only those that a FLOPs budget can set.
+    """
+    inside = [name for name in METHODS if METHODS.get(name).for_encoders()]
+    return [name for name in inside if not budget or hasattr(METHODS.get(name), "budget_candidates")]
 
 
 # The name of an adapter is the first part of the module names of the classes it patches: an adapter is imported only when

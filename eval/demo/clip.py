@@ -100,7 +100,7 @@ def run_clip_demo(
     console = console or terminal.output()
     counts = (pictures, pages)
     records = Records(out / "results.jsonl")
-    wanted = cases(sorted(methods or encoder_methods()), budgets)
+    wanted = cases(sorted(methods or encoder_methods(budget=True)), budgets)
     keys = {_key(case, counts): case for case in wanted}
     missing = [case for key, case in keys.items() if key not in records.by_key()]
     if missing:

@@ -127,7 +127,7 @@ def run_demo(
     ]
     command = ["vtok", "demo", *shown, "-b", str(batch_size), *(["--control"] if control else []), "--no-clip", "--no-vqa"]
     comparison = Comparison(load_reference_vit(), model_name(), data, records, batch_size, command)
-    wanted = cases(sorted(methods or encoder_methods()), budgets)
+    wanted = cases(sorted(methods or encoder_methods(budget=True)), budgets)
     with warnings.catch_warnings(record=True) as damaged:
         warnings.simplefilter("always")
         todo = comparison.pending(wanted)
@@ -154,7 +154,7 @@ def run_demo(
         )
     report.write_csv(done, out / "sweep.csv")
     report.plot(done, out / "pareto.png", title)
-    write_overlays(comparison, out / "overlays.png", sorted(methods or encoder_methods()))
+    write_overlays(comparison, out / "overlays.png", sorted(methods or encoder_methods(budget=True)))
     console.print(f"results.jsonl, sweep.csv, pareto.png and overlays.png are in {out}")
     return done
 

@@ -5,51 +5,23 @@ import io
 
 import pytest
 import torch
-from zoo import EXAMPLES, Nothing, attach, build, images, pairs
+from zoo import EXAMPLES, Nothing, attach, build, config_for, images, pairs, run
 
 import vtok
+from vtok.capabilities import HasBudget
 from vtok.core.tokens import Place
-from vtok.patches.module_swap import Hook, Mixin
+from vtok.patches.module_swap import Hook
 from vtok.registry import encoder_methods
-
-NO_OPS = {
-    "ats": {"keep": 1.0},
-    "pitome": {"ratio": 1.0},
-    "random": {"keep": 1.0},
-    "tome": {"r": 0},
-    "uniform": {"keep": 1.0},
-    "zero_tprune": {"layers": [1], "retain": 1.0, "r": 0, "cls_init": "uniform"},
-}
+from vtok.testing import encoder_checks
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_no_ops_are_bit_identical(name):
+def test_the_mildest_settings_are_bit_identical(name):
     model, x = build(name), images(name)
-    with torch.no_grad():
-        reference = model(x)
-    graded = model(x).detach()
-    for method, knobs in NO_OPS.items():
-        if not _accepts(name, model, method, knobs):
-            continue
-        vtok.patch(model, method, input_size=EXAMPLES[name].input_size, **knobs)
-        with torch.no_grad():
-            assert torch.equal(model(x), reference), method
-        assert torch.equal(model(x).detach(), graded), method
-        vtok.unpatch(model)
-
-
-def test_every_method_has_a_no_op():
-    assert set(NO_OPS) == set(encoder_methods())
-    # ATS refuses models without a class token; its no-op is checked wherever it runs.
-    assert _accepts("timm: ViT", build("timm: ViT"), "ats", {"keep": 1.0})
-
-
-def _accepts(name, model, method, knobs):
-    try:
-        vtok.plan(model, method, input_size=EXAMPLES[name].input_size, **knobs)
-    except vtok.UnsupportedModelError:
-        return False
-    return True
+    for method in encoder_methods():
+        config = config_for(name, method, model)
+        if isinstance(config, HasBudget):  # else it is refused on this model, or has no setting that does nothing
+            encoder_checks.check_no_op(model, x, config, EXAMPLES[name].input_size)
 
 
 @pytest.mark.parametrize("place", list(Place))
@@ -72,25 +44,7 @@ def test_the_split_path_equals_upstream(name, place):
 
 @pytest.mark.parametrize(("name", "method"), pairs())
 def test_unpatching_restores_everything(name, method):
-    model, x = build(name), images(name)
-    with torch.no_grad():
-        reference = model(x)
-    classes, keys = [type(m) for m in model.modules()], list(model.state_dict())
-    attributes = [set(m.__dict__) for m in model.modules()]
-    attach(name, model, method)
-    assert list(model.state_dict()) == keys
-    with torch.no_grad():
-        assert not torch.equal(model(x), reference), "the patch did nothing"
-    vtok.unpatch(model)
-    assert [type(m) for m in model.modules()] == classes
-    assert [set(m.__dict__) for m in model.modules()] == attributes
-    assert not any(isinstance(m, Mixin) for m in model.modules())
-    for m in model.modules():
-        assert not any(isinstance(h, Hook) for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
-        assert not m._forward_hooks_with_kwargs
-        assert not m._forward_pre_hooks_with_kwargs
-    with torch.no_grad():
-        assert torch.equal(model(x), reference)
+    run(encoder_checks.check_unpatching, name, method)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from zoo import BACKENDS, EXAMPLES, MERGING, STATIC, attach, build, images, pairs
+from zoo import BACKENDS, EXAMPLES, MERGING, STATIC, attach, build, images, pairs, run
 
 from vtok.eval.matrix import encoder as matrix
 from vtok.registry import encoder_methods
 from vtok.targets.resolve import run_of
+from vtok.testing import encoder_checks
 
 PAIRS = pairs()
 
@@ -90,14 +91,12 @@ def test_merging_duplicates_is_lossless(name, method):
 
 @pytest.mark.parametrize(("name", "method"), PAIRS)
 def test_a_batch_equals_one_image_at_a_time(name, method):
-    model, x = build(name, torch.float64), images(name, batch=4, dtype=torch.float64)
-    attach(name, model, method)
-    with torch.no_grad():
-        together = model(x)
-        alone = torch.cat([model(image[None]) for image in x])
-        again = model(x)
-    assert torch.equal(together, again)
-    assert (together - alone).abs().max() <= 1e-10 * together.abs().max()
+    run(encoder_checks.check_batch, name, method, batch=4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("name", "method"), PAIRS)
+def test_plans_count_the_tokens_that_stay(name, method):
+    run(encoder_checks.check_counts, name, method)
 
 
 def test_ats_keeps_the_same_ids_alone_and_in_any_batch():

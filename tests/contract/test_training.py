@@ -1,28 +1,30 @@
 """Gradients, gradient checkpointing, low precision."""
 
+from collections import Counter
+
 import pytest
 import torch
-from zoo import FAMILIES, attach, build, checkpointing, images, pairs
+from zoo import FAMILIES, attach, block_list, build, checkpointing, images, pairs, run
 
 import vtok
 from vtok.registry import encoder_methods
 from vtok.targets.resolve import run_of
-
-
-def _gradients(model, x):
-    model.zero_grad()
-    torch.manual_seed(0)  # stochastic depth and jittered positions draw the same numbers every time
-    model(x).square().sum().backward()
-    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+from vtok.testing import encoder_checks
 
 
 @pytest.mark.parametrize(("name", "method"), pairs())
 def test_every_parameter_that_upstream_reaches_gets_a_gradient(name, method):
-    model, x = build(name), images(name)
-    upstream = {n for n, g in _gradients(model, x).items() if g is not None}
-    patched = _gradients(attach(name, model, method), x)
-    assert {n for n, g in patched.items() if g is not None} == upstream
-    assert all(torch.isfinite(g).all() for g in patched.values() if g is not None)
+    run(encoder_checks.check_gradients, name, method)
+
+
+def _counted(blocks):
+    """(number of a block, name of a linear layer in it) -> how often it has run since."""
+    runs = Counter()
+    for i, block in enumerate(blocks):
+        for part, module in block.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(lambda *_, key=(i, part): runs.update([key]))
+    return runs
 
 
 # Upstream cannot checkpoint these; a test of the backend watches whether that is still so.
@@ -33,9 +35,12 @@ NOT_CHECKPOINTED = ("open_clip: ViT custom blocks, all norms",)
 def test_checkpointing_gives_equal_gradients(name, method):
     model, x = build(name, torch.float64).train(), images(name, dtype=torch.float64)
     attach(name, model, method)
-    reference = _gradients(model, x)
+    reference = encoder_checks.gradients(model, x)
     checkpointing(model)
-    checkpointed = _gradients(model, x)
+    runs = _counted(block_list(model))
+    checkpointed = encoder_checks.gradients(model, x)
+    for i in range(len(block_list(model))):  # all but its last step: nothing behind that needs it again
+        assert max(count for (block, _), count in runs.items() if block == i) == 2, f"block {i} runs again for its gradients"
     for parameter, gradient in reference.items():
         assert gradient is None or torch.equal(gradient, checkpointed[parameter]), parameter
 

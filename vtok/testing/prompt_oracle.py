@@ -149,8 +149,8 @@ def folds(last: Counts) -> dict[int, Tensor]:
 
 
 class MaskedPrompt:
-    """The unpatched model on the whole prompt, with an explicit 4-D mask in every layer that hides dropped columns; with a cache
-    or without one, of any number of beams.
+    """The unpatched model on the whole prompt, with an explicit 4-D mask in every layer that hides dropped columns; with or
+    without a cache, for any number of beams.
 
     Args:
         model: not patched.

@@ -6,7 +6,7 @@
         config = Loudest(keep=0.8)
 
 `config` has parameters under which tiny models lose tokens in several blocks. Every test runs once for every tiny model of the
-backends that are installed; where a model is refused with its reason (`UnsupportedModelError`), `alternatives` of the config are
+backends that are installed; where a model is refused with its reason (`UnsupportedModelError`), the config's `alternatives` are
 tried, and the test is skipped if all are refused.
 """
 

@@ -92,8 +92,7 @@ def vlm_examples(names: Sequence[str] | None = None) -> dict[str, VLMExample]:
 
 
 def build_vlm(example: VLMExample) -> Any:
-    """The model in eval mode, with SDPA where it has it; attention and logits are far from uniform. It generates words alone, and
-    no end."""
+    """The model in eval mode, with SDPA where it has it; attention and logits are far from uniform, no answer ends early."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = example.build()
@@ -200,6 +199,6 @@ def single_image(model: Any, example: VLMExample) -> tuple[dict[str, Tensor], tu
         if pixels.ndim == 5:  # tiles of one row; blank ones are none
             pixels = pixels[:, pixels[0].flatten(1).any(1)]
             values["pixel_values"] = pixels
-        if pixels.shape[-4 if pixels.ndim == 4 else 1] == 1:
+        if pixels.shape[:-3].numel() == 1:
             return values, None
     return None

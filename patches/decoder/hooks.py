@@ -147,7 +147,14 @@ class AfterModel(PrunerHook):
     leads: ClassVar[bool] = True
 
     def __call__(self, module: Any, args: Any, output: Any) -> None:
-        self.pruner.close(failed=output is None)
+        running = self.pruner.current
+        missed = output is not None and running is not None and running.prunes and not running.reached
+        self.pruner.close(failed=output is None or missed)
+        if missed:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} read a prompt without calling {self.pruner.family.text}, which vtok takes for its LLM: "
+                "nothing was shortened; this family needs a row in vtok/patches/hf_vlm/families.py"
+            )
 
 
 class BeforeText(PrunerHook):
@@ -170,6 +177,7 @@ class BeforeText(PrunerHook):
             return None
         state.inside = True
         running.final_norm = getattr(module, "norm", None)
+        running.reached = True
         if running.prunes:
             return self._first(module, args, kwargs, running, state)
         return (args, self._later(kwargs, running, state, cache)) if state.before is not None else None

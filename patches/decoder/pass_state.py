@@ -89,6 +89,7 @@ class Pass:
         memo: masks and tables that several layers share.
         final_norm: the last norm of the LLM.
         entry: what entered the LLM, if a method looks at it.
+        reached: whether the LLM has been called.
     """
 
     prunes: bool = False
@@ -108,6 +109,7 @@ class Pass:
     memo: dict[Any, Any] = field(default_factory=dict)
     final_norm: Any = None
     entry: Entry | None = None
+    reached: bool = False
 
     def move(self, device: torch.device) -> None:
         """The layers of an LLM may be spread over devices: what is known of the prompt goes along with its hidden states."""

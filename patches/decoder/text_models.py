@@ -1,4 +1,4 @@
-"""The language models inside vision-language models: between the layers of which tokens may leave. Before the first, they always may."""
+"""Language models inside vision-language models, between whose layers tokens may leave. Before the first, they always may."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def why_not_between(text: Any) -> str | None:
     config = text.config
     odd = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
     if odd:
-        return f"its LLM has layers of type {', '.join(odd)}, whose state cannot forget single tokens or depends on where they stand"
+        return f"its LLM has layers of type {', '.join(odd)}, whose state cannot forget single tokens or counts them"
     if getattr(config, "num_kv_shared_layers", 0):
         return "layers of its LLM share keys and values, and would have to hold the same tokens"
     if not any(qualified_name(cls) in TEXT_MODELS for cls in type(text).__mro__):

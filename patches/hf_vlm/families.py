@@ -25,7 +25,7 @@ from vtok.patches.hf_vlm.image_features import Cuts, ViewCounts, Views
 from vtok.patches.hf_vlm.stated_images import VisionCosts
 from vtok.patches.hf_vlm.tower_bridge import Joint
 from vtok.patches.macs import linear_macs
-from vtok.patches.protocol import Tower, look_up, qualified_name
+from vtok.patches.protocol import Tower, look_up
 
 TEXT_CHILDREN = ("language_model", "text_model", "model")  # as models call the LLM inside them
 OLDEST = (5, 23)  # release of transformers
@@ -276,8 +276,10 @@ def find(model: nn.Module) -> Sequence[VLM]:
 
 
 def generic(module: nn.Module) -> Family | None:
-    """What the interfaces of a model of transformers say of it, where no row describes its family: enough to shorten its prompt
-    before the LLM by methods that look at image features alone, those of an image taken as one row. `None` if it is no such model.
+    """What the interfaces of a model say of it, where no row describes its family; `None` if it is no vision-language model.
+
+    It is enough to shorten its prompt before the LLM, by methods that look at image features alone, those of an image taken as
+    one row.
 
     It encodes images by itself (`get_image_features`), knows its placeholder (`image_token_id`), and takes images that were
     encoded ahead (`mm_encoder_outputs`). A model that only hands all this on to a part is not meant, but its part.
@@ -287,7 +289,8 @@ def generic(module: nn.Module) -> Family | None:
     text = next((name for name in TEXT_CHILDREN if hasattr(getattr(module, name, None), "layers")), None)
     if text is None:
         return None
-    return Family(type(module).__name__, text=text, tower="", views=hf_views.one_row, hands_on=False, generic=True)
+    name, rotary_3d = type(module).__name__, hasattr(module, "get_rope_index")
+    return Family(name, text=text, tower="", views=hf_views.one_row, rotary_3d=rotary_3d, generic=True)
 
 
 def _encodes(module: nn.Module) -> bool:

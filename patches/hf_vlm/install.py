@@ -170,6 +170,16 @@ def observed(vlm: VLM, inputs: Any, blocks: Sequence[int]) -> Iterator[ImageFeat
         yield from witness.seen
 
 
+def _check_numbering(model: Any, ids: Tensor, mask: Tensor, position: Tensor) -> None:
+    """Raises if `generate()` of a model drops the positions that its caller passes, and numbers a short prompt anew."""
+    given = model.prepare_inputs_for_generation(ids, position_ids=position, attention_mask=mask, is_first_iteration=True)
+    if given.get("position_ids") is None:
+        raise UnsupportedModelError(
+            f"generate() of {type(model).__name__} numbers the tokens of its prompt itself, whatever position_ids say: what "
+            "prune_inputs makes of a prompt cannot keep the positions of the long one; use vtok.patch, which can"
+        )
+
+
 def short_inputs(model: Any, vlm: VLM, inputs: Mapping[str, Any], pruner: Pruner, pad: int) -> dict[str, Any]:
     """Inputs of `generate()` or of the model, with the dropped placeholders gone.
 
@@ -206,6 +216,8 @@ def short_inputs(model: Any, vlm: VLM, inputs: Mapping[str, Any], pruner: Pruner
     if position is None:  # as generate() would number the long prompt
         position = model._prepare_position_ids_for_generation(ids, values)
     reducer, compacted = pruner.features, pruner.compact
+    if vlm.family.generic and not compacted:
+        _check_numbering(model, ids, values["attention_mask"], position)
     if sample is not None and not compacted:
         raise StateError(
             "rows hold several samples (their positions start over), which the model tells apart by positions without gaps; "

@@ -84,8 +84,8 @@ def _check_site(config: MethodConfig, site: Site, info: VLMInfo) -> None:
         )
     if site.index > 0 and info.no_layers is not None:
         raise UnsupportedModelError(
-            f"{config.name} drops tokens in front of decoder layer {site.index}, but between the layers of {info.name} none can "
-            f"leave: {info.no_layers}; methods that shorten its prompt before the LLM work"
+            f"{config.name} drops tokens in front of decoder layer {site.index}, but none can leave between the layers of "
+            f"{info.name}: {info.no_layers}; methods that shorten its prompt before the LLM work"
         )
     if 0 < site.index < info.first_layer:
         raise UnsupportedModelError(

@@ -1,0 +1,170 @@
+"""Vision-language models that no row describes: their prompts are shortened before the LLM, whatever its layers are."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from helpers_errors import message_of
+from vlm_classes import CLASSES, build, inputs
+
+import vtok
+from vtok.patches.hf_vlm import image_features as hf
+from vtok.patches.hf_vlm.families import find
+
+KEEP = 0.5
+FAST = ("aya_vision", "mistral3", "glm4v", "qwen3_5", "qwen3_vl_moe", "exaone4_5")  # sliding, plain, M-RoPE, hybrid, DeepStack
+EACH = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CLASSES]
+OWN_NUMBERS = ("exaone4_5", "hyperclovax_vision_v2")  # generate() passes them no positions
+
+
+def _stays(model, values, method):
+    """[B, L] bool: what a method leaves, by asking it about the images that the unpatched model encodes."""
+    (vlm,) = find(model)
+    reducer = vtok.METHODS.get(method)(keep=KEEP).build_vlm(vlm.info)
+    with torch.no_grad():
+        chosen = hf.choose(vlm.module, hf.encode(vlm.module, values), reducer, vlm.family, values)
+    keep = hf.kept_columns(values["input_ids"], vlm.tokens, chosen.rows)
+    assert keep is not None and not keep.all()
+    return keep & (values["attention_mask"] == 1)
+
+
+def _by_hand(model, values, keep):
+    """Logits [B, V] of the last column: the LLM alone, row by row, fed with the columns that stay of what the unpatched model
+    fed it with. Everything but the cache goes along, positions as they were."""
+    (vlm,) = find(model)
+    given = {}
+    handle = vlm.text.register_forward_pre_hook(lambda m, args, kwargs: given.update(kwargs), with_kwargs=True)
+    with torch.no_grad():
+        model(**values, use_cache=False)
+    handle.remove()
+    x, rows = given["inputs_embeds"], []
+    for b, stays in enumerate(keep):
+        at = stays.nonzero()[:, 0]
+        call = {**given, "use_cache": False, "cache": None, "attention_mask": torch.ones(1, len(at), dtype=torch.long)}
+        for name, value in given.items():
+            if isinstance(value, torch.Tensor) and name != "attention_mask" and value.shape[:2] == x.shape[:2]:
+                call[name] = value[b : b + 1, at]
+        position = given.get("position_ids")
+        position = torch.arange(x.shape[1])[None] if position is None else position
+        call["position_ids"] = position.expand(*position.shape[:-2], len(keep), -1)[..., b : b + 1, at]
+        deep = given.get("deepstack_visual_embeds")
+        if deep is not None:
+            here = torch.zeros_like(keep)
+            here[b, at] = True
+            call["deepstack_visual_embeds"] = [features[here[given["visual_pos_masks"]]] for features in deep]
+        with torch.no_grad():
+            rows.append(model.get_output_embeddings()(vlm.text(**call)[0][:, -1])[0])
+    return torch.stack(rows)
+
+
+def _generate(model, values, **kwargs):
+    values = {key: copy.copy(value) for key, value in values.items()}
+    out = model.generate(
+        **values, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True, **kwargs
+    )
+    return torch.stack(out.logits, 1)
+
+
+def _close(found, expected):
+    assert (found - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max())
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_removing_columns_by_hand(name):
+    model = build(name)
+    values = inputs(model)
+    keep = _stays(model, values, "random")
+    expected = _by_hand(model, values, keep)
+    with torch.no_grad():
+        whole = model(**values, use_cache=False).logits[:, -1]
+    assert (whole - expected).abs().max() > 1e-2
+    if name in OWN_NUMBERS:
+        text = message_of(vtok.UnsupportedModelError, vtok.prune_inputs, model, values, "random", keep=KEEP)
+        assert "numbers the tokens of its prompt itself" in text
+    else:
+        short = _generate(model, vtok.prune_inputs(model, values, "random", keep=KEEP))
+        _close(short[:, 0], expected)
+    untouched = _generate(model, values)
+
+    vtok.patch(model, "random", keep=KEEP)
+    with torch.no_grad():
+        _close(model(**values, use_cache=False).logits[:, -1], expected)
+    found = _generate(model, values)
+    _close(found[:, 0], expected)
+    assert name in OWN_NUMBERS or torch.equal(found.argmax(-1), short.argmax(-1))
+    _close(_generate(model, values, use_cache=False), found)
+    left = (keep & (values["input_ids"] == model.config.image_token_id)).sum(1)
+    assert vtok.info(model).prompts[0].rows[0].tokens_in == tuple(left.tolist())
+    assert torch.equal(_generate(vtok.unpatch(model), values), untouched)
+
+
+@pytest.mark.parametrize("name", ["glm4v", "qwen3_5"])
+def test_a_batch_is_its_rows(name):
+    model = build(name)
+    values = inputs(model)
+    vtok.patch(model, "todre", keep=KEEP)
+    both = _generate(model, values)
+    grid, start = values["image_grid_thw"], [0, 2, 3]
+    ends = [0, *grid.prod(1).cumsum(0).tolist()]
+    for row in range(2):
+        real = values["attention_mask"][row] == 1
+        one = {
+            key: values[key][row, real][None] for key in ("input_ids", "attention_mask", "mm_token_type_ids") if key in values
+        }
+        images = slice(start[row], start[row + 1])
+        one |= {"image_grid_thw": grid[images], "pixel_values": values["pixel_values"][ends[images.start] : ends[images.stop]]}
+        _close(_generate(model, one)[0], both[row])
+
+
+def test_both_questions_are_answered():
+    """Whether its prompt may be shortened, and whether tokens may leave between its layers."""
+    model = build("qwen3_5")
+    support = vtok.supports(model)
+    assert {"random", "uniform", "divprune", "todre"} <= {name for name, why in support.methods.items() if why is None}
+    assert "none can leave between the layers of Qwen3_5Model" in support.methods["fastv"]
+    assert "linear_attention" in support.methods["fastv"]
+    assert "no row says which views" in support.methods["visionzip"]
+    text = message_of(vtok.UnsupportedModelError, vtok.plan, model, "random", keep=KEEP, prompt={"images": 1, "text_tokens": 8})
+    assert "Qwen3_5Model" in text and "not known" in text
+
+
+def test_layers_that_are_known_from_other_models_may_drop():
+    """Mistral 3 has no row; its LLM is LLaVA's."""
+    model = build("mistral3")
+    values = inputs(model)
+    vtok.patch(model, "fastv", layer=2, keep=KEEP)
+    with torch.no_grad():
+        found = model(**values).logits[:, -1]
+    _close(_generate(model, values)[:, 0], found)
+    assert len({row.tokens_in for row in vtok.info(model).prompts[0].rows}) > 1
+
+
+def test_a_prompt_without_images_and_nothing_to_drop():
+    model = build("qwen3_5")
+    values, text = inputs(model), {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    with torch.no_grad(), warnings.catch_warnings():
+        expected = [_generate(model, given) for given in (text, values)]
+        vtok.patch(model, "random", keep=1.0)
+        assert torch.equal(_generate(model, values), expected[1])
+        vtok.patch(model, "random", keep=KEEP)
+        assert torch.equal(_generate(model, text), expected[0])
+
+
+def test_an_llm_that_is_not_called_is_noticed():
+    model = build("mistral3")
+    values = inputs(model)
+    vtok.patch(model, "random", keep=KEEP)
+    text = model.model.language_model
+    hooks = [key for key, hook in text._forward_pre_hooks.items() if type(hook).__name__ == "BeforeText"]
+    for key in hooks:
+        del text._forward_pre_hooks[key]
+    assert "nothing was shortened" in message_of(vtok.UnsupportedModelError, model, **values)
+
+
+def test_classes_are_counted():
+    """What is exercised here and by rows, of all that transformers lists."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as LISTED
+
+    assert set(CLASSES) <= set(LISTED)
+    assert len(CLASSES) >= 24

@@ -17,8 +17,10 @@ from vtok.core.prompt import ImageFeatures, LayerAttention, Layout, VLMInfo, VLM
 from vtok.core.reduction import Plan
 from vtok.core.tokens import Place, Site
 from vtok.patches.hf_vlm.families import examples, find
+from vtok.testing.prompt_oracle import MaskedPrompt
 
 EXAMPLES = examples()
+MaskOracle = MaskedPrompt
 NEW = 8  # greedy steps
 TOLERANCE = 1e-5
 

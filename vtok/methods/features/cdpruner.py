@@ -62,7 +62,7 @@ class CDPruner(KeptShare):
     """
 
     name: ClassVar[str] = "cdpruner"
-    default_keep: ClassVar[float] = 1 / 9
+    default_keep: ClassVar[float | None] = 1 / 9
 
     relevance: str = RELEVANCE[0]
     sign: int = -1

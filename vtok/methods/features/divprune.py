@@ -40,7 +40,7 @@ class DivPrune(KeptShare):
     """
 
     name: ClassVar[str] = "divprune"
-    default_keep: ClassVar[float] = 0.098
+    default_keep: ClassVar[float | None] = 0.098
 
     def build_vlm(self, info: VLMInfo) -> DivPruneReducer:
         return DivPruneReducer(self, info)

@@ -30,14 +30,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from vtok.config import MethodConfig, block_numbers, flag
+from vtok.config import MethodConfig, block_numbers, flag, whole
 from vtok.core.prompt import Entry, LayerAttention, Layout, VLMInfo, VLMReducer
 from vtok.core.reduction import Fold
 from vtok.core.search_space import Blocks, Ladder, Point, Space
 from vtok.core.tokens import Place, Site, at_least_fp32
 from vtok.errors import ConfigError, shown
 from vtok.methods.in_llm.stages import check_stages, shares
-from vtok.methods.kept_share import whole
 from vtok.ops.density_peaks import density_peaks
 from vtok.ops.rows import rows_where, take_rows
 from vtok.ops.selection import kept_counts, kept_tokens, largest

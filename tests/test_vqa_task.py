@@ -399,7 +399,7 @@ def _results(tmp_path, content):
     [
         (lambda v, p: evaluate(v, questions(4), []), "at least one setting"),
         (lambda v, p: evaluate(v, questions(4), [None], options(batch_size=0)), "batch_size must be at least 1, got 0"),
-        (lambda v, p: evaluate(v, questions(4), [None], options(model_dtype="int4")), "unknown type 'int4'"),
+        (lambda v, p: evaluate(v, questions(4), [None], options(model_dtype="int4")), "bfloat16, float16, got 'int4'"),
         (lambda v, p: evaluate(v, questions(4), ["atp"]), "atp needs modules that were trained for this LlavaModel"),
         (lambda v, p: evaluate(v, questions(4), ["unifrm"]), "did you mean 'uniform'"),
         (lambda v, p: evaluate(str(p), questions(4)), "transformers cannot load"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,8 +19,7 @@ from vtok.eval.tune import report as tune_report
 from vtok.eval.tune.models import BUNDLED, Source, prepared_subject
 from vtok.eval.tune.result import Plan
 from vtok.eval.tune.score import OBJECTIVES
-from vtok.eval.tune.search import SEARCHES
-from vtok.eval.tune.tuner import Tuning
+from vtok.eval.tune.tuner import JOURNAL, Tuning
 from vtok.registry import METHODS
 from vtok.writing import write_beside
 
@@ -34,7 +32,9 @@ def tune(
     held_out: Annotated[
         str | None, typer.Option("--held-out", help="others to compare on (default: the rest of --data)")
     ] = None,
-    search: Annotated[str, typer.Option(help=" or ".join(SEARCHES))] = "halving",
+    search: Annotated[
+        str, typer.Option(help="tpe learns from earlier candidates; halving and random do not, and random drops none early")
+    ] = "tpe",
     candidates: Annotated[int, typer.Option("--candidates", "-n", min=2, help="schedules, the default among them")] = 48,
     images: Annotated[int | None, typer.Option(min=1, help="to calibrate on (default: 400, or what there is)")] = None,
     held_out_images: Annotated[int | None, typer.Option(min=2, help="images to compare on (default: all there are)")] = None,
@@ -83,14 +83,9 @@ def tune(
         def advance(what: str, done: int, total: int) -> None:
             progress.update(bar, description=f"{what:<28}", completed=done, total=total)
 
-        with warnings.catch_warnings(record=True) as damaged:
-            warnings.simplefilter("always")
-            tuning = Tuning(made.subject, plan, made.calibration, made.held_out, folder, advance)
-        for warning in damaged:
-            progress.console.print(str(warning.message), style=terminal.WARNING)
-        if tuning.known:
-            progress.console.print(f"{tuning.records.path} holds {len(tuning.known)} steps; none is repeated")
-        result = tuning.run()
+        result = Tuning(made.subject, plan, made.calibration, made.held_out, folder, advance).run()
+    if result.resumed:
+        console.print(f"{folder / JOURNAL} held {result.resumed} candidates; none was repeated")
     _report(result, made, plan, folder, console)
 
 
@@ -101,19 +96,16 @@ def _report(result: Any, made: Any, plan: Plan, folder: Path, console: Console) 
     for note in (*made.calibration.notes, *made.held_out.notes):
         console.print(f"- {note}")
     verdict = tune_report.finding(result)
-    last = result.rounds[-1]
-    at_default = next(one for one in last if one.candidate == 0)
+    default = result.candidates[0]
     console.print(
-        f"- {len(result.candidates)} schedules at {result.candidates[0].fraction:.3f} of the FLOPs, {plan.objective} on "
-        f"{last[0].samples} calibration samples: default {at_default.loss[0]:.4f}, best {last[0].loss[0]:.4f}"
+        f"- {len(result.candidates)} schedules at {default.fraction:.3f} of the FLOPs, {plan.objective} on "
+        f"{default.samples} calibration samples: default {default.loss[0]:.4f}, best {winner.loss[0]:.4f}"
     )
     console.print(f"- {verdict}", highlight=False)
-    tuned, default = (
-        sum(result.held_out[name].cost["gmacs"][part] for part in ("model", "pruner")) for name in ("tuned", "default")
-    )
-    console.print(
-        f"- on held-out samples the tuned schedule needs {100 * (tuned / default - 1):+.1f} % MACs against the default"
-    )
+    costs = {name: held.cost["gmacs"] for name, held in result.held_out.items() if held.cost}
+    macs = {name: cost["model"] + cost["pruner"] for name, cost in costs.items()}
+    more = 100 * (macs["tuned"] / macs["default"] - 1)
+    console.print(f"- on held-out samples the tuned schedule needs {more:+.1f} % MACs against the default")
     for name, number in (("default", 0), ("tuned", result.best)):
         console.print(f"- {name}: {tune_report.schedule(result.candidates[number].config)}", highlight=False)
         console.print(f"  tokens, block by block: {tune_report.tokens(result.held_out[name])}", highlight=False)

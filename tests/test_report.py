@@ -115,7 +115,7 @@ def test_findings_speak_up():
     assert any("ats at 0.4 was slower than unpatched" in line for line in lines)
     few = report.findings([rows[0], _fake("ats", 0.4, 89.0, 1.0, 0.9, 1200) | {"speedup_ci": None}])
     assert not any("slower" in line for line in few)
-    assert few[-1] == "timed too few times for an interval of the speed-up: 1 of 2 settings"
+    assert few[-1] == "1 settings were timed too few times for an interval of their speed-up"
     assert "too little" in report.findings([_fake("random", 0.4, 89.9, 1.0)])[0]
 
 

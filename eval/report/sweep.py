@@ -117,8 +117,8 @@ def findings(records: Sequence[Record]) -> list[str]:
     ]
     if few:
         lines.append(
-            f"timed in fewer than {FEWEST} pairs of batches, too few for an interval of the speed-up: {len(few)} of "
-            f"{len(records)} settings; take more samples or smaller batches"
+            f"{len(few)} settings were timed in fewer than {FEWEST} pairs of batches: too few for an interval of their "
+            "speed-up; take more samples or smaller batches"
         )
     return lines
 

@@ -101,7 +101,7 @@ def findings(records: Sequence[Record]) -> list[str]:
             )
     lines += [f"{r['method']} at {r['budget']:g} was slower than unpatched" for r in patched if _slower(r)]
     few = sum("speedup" in r and r["speedup_ci"] is None for r in patched)
-    return [*lines, f"timed too few times for an interval of the speed-up: {few} of {len(patched)} settings"] if few else lines
+    return [*lines, f"{few} settings were timed too few times for an interval of their speed-up"] if few else lines
 
 
 def _slower(record: Record) -> bool:

@@ -16,7 +16,7 @@ from vtok.eval.runs import yaml_text
 
 METHOD_HELP = "name or name:key=value,...; repeatable"
 SETTING_HELP = "name or name:key=value,...; several patched together joined by +; repeatable"
-_SHORT = {"batch_size": "-b", "workers": "-j"}
+_SHORT = {"batch_size": "-b", "candidates": "-n", "workers": "-j"}
 
 
 def value_of(options: type, name: str, value: Any) -> Any:
@@ -60,6 +60,8 @@ def signature(options: type, leading: Mapping[str, tuple[Any, Any]]) -> inspect.
         (kind, _), default = _kind(hints[field.name]), field.default
         if kind in (tuple, Mapping):
             kind, default = str, " ".join(map(str, default)) if isinstance(default, tuple) and default else None
+        elif default is dataclasses.MISSING:
+            default = inspect.Parameter.empty
         flag = "--" + field.name.replace("_", "-")
         names = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag, *([_SHORT[field.name]] if field.name in _SHORT else [])]
         typed = kind | None if default is None else kind

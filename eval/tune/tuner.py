@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ class Tuning:
         out: Path,
         progress: Progress | None = None,
     ):
-        self.subject, self.plan, self.calibration, self.held_out, self.out = subject, plan, calibration, held_out, out
+        self.subject, self.calibration, self.held_out, self.out = subject, calibration, held_out, out
+        self.plan = replace(plan, objective=plan.objective or subject.objective)
         self.stages = stages(plan.search, len(calibration), plan.eta)  # refuses what makes no sense, now
         self._progress, self._done = progress, 0
         self._base: dict[str, Tensor] = {}
@@ -255,8 +257,7 @@ def tune(
     samples = in_memory("images", images, labels, digest(images))
     other = None if held_out is None else in_memory("held-out images", *held_out, digest(held_out[0]))
     subject = Encoder(model, model_name(model), config, samples, (channels, height, width))
-    wanted = Plan(flops, **{"objective": subject.objective, **plan})
-    return Tuning(subject, wanted, samples, other, Path(out), progress).run()
+    return Tuning(subject, Plan(flops, **plan), samples, other, Path(out), progress).run()
 
 
 def _seen(stop: int) -> str:

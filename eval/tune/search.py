@@ -67,7 +67,7 @@ class TrialRandom(random.Random):
     def choice(self, seq: Any) -> Any:
         return seq[self._trial.suggest_categorical(self._called("choice"), range(len(seq)))]
 
-    def sample(self, population: Sequence[Any], k: int, *, counts: Any = None) -> list[Any]:  # type: ignore[override]  # no counts
+    def sample(self, population: Sequence[Any], k: int, *, counts: Any = None) -> list[Any]:
         name = self._called("first of")
         ranks = [self._trial.suggest_float(f"{name}.{i}", 0, 1) for i in range(len(population))]
         return [population[i] for i in sorted(range(len(population)), key=ranks.__getitem__)[:k]]

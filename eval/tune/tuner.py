@@ -89,9 +89,14 @@ class Tuning:
             lock.release()
 
     def _run(self) -> Tuned:
-        plan, about = self.plan, {"method": self.subject.config.to_dict(), "calibration": self.calibration.identity}
-        about |= {"flops": plan.flops, "search": plan.search, "eta": plan.eta, "objective": plan.objective, "seed": plan.seed}
-        search = Search(self.out / JOURNAL, {**self._common, **about}, plan.search, plan.eta, plan.seed)
+        plan = self.plan
+        about: dict[str, Any] = {
+            **self._common,
+            "method": self.subject.config.to_dict(),
+            "calibration": self.calibration.identity,
+            **{name: getattr(plan, name) for name in ("flops", "search", "eta", "objective", "seed")},
+        }
+        search = Search(self.out / JOURNAL, about, plan.search, plan.eta, plan.seed)
         resumed = len(found := self._candidates(search))
         while len(found) < plan.candidates and (trial := self._drawn(search, found)) is not None:
             self._evaluate(search, trial)

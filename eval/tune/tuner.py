@@ -28,6 +28,7 @@ from vtok.eval.tune.score import loss
 from vtok.eval.tune.search import Search, TrialRandom, stages
 from vtok.eval.tune.subjects import DRAWS, Encoder, Subject, at_budget
 from vtok.registry import METHODS
+from vtok.writing import writable
 
 DIGITS = 7  # of stored measures: a resumed search must see exactly what the first one saw
 JOURNAL = "search.journal"
@@ -75,7 +76,7 @@ class Tuning:
         if not self.subject.space():
             given = ", ".join(f"{name}={value}" for name, value in self.subject.config.given().items()) or "the budget alone"
             raise ConfigError(f"nothing is left to search for {self.subject.config.name}: {given} fixes its schedule")
-        self.out.mkdir(parents=True, exist_ok=True)
+        writable(self.out / JOURNAL)
         lock = FileLock(self.out / ".search.lock")
         try:
             lock.acquire(blocking=False)
@@ -98,6 +99,7 @@ class Tuning:
         }
         search = Search(self.out / JOURNAL, about, plan.search, plan.eta, plan.seed)
         resumed = len(found := self._candidates(search))
+        self._done = resumed * len(self.calibration)
         while len(found) < plan.candidates and (trial := self._drawn(search, found)) is not None:
             self._evaluate(search, trial)
             found = self._candidates(search)

@@ -163,3 +163,11 @@ def test_every_flag_of_the_evaluations_is_explained():
 
     for options in (Options, ZeroshotOptions, RetrievalOptions):
         assert {field.name for field in dataclasses.fields(options)} <= set(_help(options)), options.__name__
+
+
+def test_each_evaluation_offers_the_data_that_it_takes():
+    def helped(task):
+        return " ".join(run.invoke(app, ["eval", task, "--help"], env={"COLUMNS": "200"}).output.split())
+
+    assert "reference-pictures" in helped("zeroshot") and "reference-pages" not in helped("zeroshot")
+    assert "reference-pages" in helped("retrieval") and "reference-pictures" not in helped("retrieval")

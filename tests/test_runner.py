@@ -232,7 +232,7 @@ def test_points_of_a_sweep(tmp_path):
     [
         (
             {"sweep": {"flops": [2]}},
-            "some.yaml: sweep point flops=2: methods.0.flops is a share of the model's FLOPs in (0, 1]",
+            "some.yaml: sweep point flops=2: methods.0.flops must be a share of the model's FLOPs in (0, 1]",
         ),
         ({"sweep": {"methods.0.rr": [2]}}, "sweep point methods.0.rr=2: methods.0: unknown parameter of tome 'rr'"),
         ({"sweep": {"methods.7.r": [2]}}, "methods is a list of 2; say which by a number from 0"),

@@ -324,7 +324,12 @@ def test_floors_keep_as_many_tokens(llava):
     share = (VISUAL * 2 + VISUAL / 2) / 4 / VISUAL
     assert [(r["method"], r["params"].get("keep")) for r in records[2:]] == [("random", share), ("uniform", share)]
     assert [sum(r["tokens"]["mean_per_layer"]) / 4 for r in records[1:]] == [VISUAL * share] * 3
-    assert len(evaluate(llava, questions(4), [None, ("random", {"keep": 0.5})], options(floors=True))) == 2
+    for name, other in (("random", "uniform"), ("uniform", "random")):
+        records = evaluate(llava, questions(4), [None, (name, {"keep": 0.5})], options(floors=True))
+        assert [record["method"] for record in records] == ["unpatched", name, other]
+        assert records[1]["tokens"]["out"] == records[2]["tokens"]["out"]
+    both = [None, ("random", {"keep": 0.5}), ("uniform", {"keep": 0.5})]
+    assert len(evaluate(llava, questions(4), both, options(floors=True))) == 3, "each is the other's floor already"
 
 
 def test_vqav2_files(llava, tmp_path):
@@ -399,7 +404,7 @@ def _results(tmp_path, content):
     [
         (lambda v, p: evaluate(v, questions(4), []), "at least one setting"),
         (lambda v, p: evaluate(v, questions(4), [None], options(batch_size=0)), "batch_size must be at least 1, got 0"),
-        (lambda v, p: evaluate(v, questions(4), [None], options(model_dtype="int4")), "unknown type 'int4'"),
+        (lambda v, p: evaluate(v, questions(4), [None], options(model_dtype="int4")), "bfloat16, float16, got 'int4'"),
         (lambda v, p: evaluate(v, questions(4), ["atp"]), "atp needs modules that were trained for this LlavaModel"),
         (lambda v, p: evaluate(v, questions(4), ["unifrm"]), "did you mean 'uniform'"),
         (lambda v, p: evaluate(str(p), questions(4)), "transformers cannot load"),

@@ -20,8 +20,9 @@ from vtok.eval.common.distributed import is_main
 from vtok.eval.common.rates import throughput_line
 from vtok.eval.common.statistics import with_error
 from vtok.eval.runs.loader import parse_method
+from vtok.eval.tasks.captions import PAGES
 from vtok.eval.tasks.retrieval import RetrievalOptions
-from vtok.eval.tasks.zeroshot import ZeroshotOptions
+from vtok.eval.tasks.zeroshot import PICTURES, ZeroshotOptions
 from vtok.writing import apart, writable, write_beside
 
 
@@ -123,18 +124,21 @@ def _label(name: str) -> str:
     return short or "top-1"
 
 
-_LEADING: dict[str, tuple[Any, Any]] = {
-    "model": (
-        Annotated[str, typer.Option("--model", "-m", help="open_clip or Hugging Face name or folder, or reference-clip")],
-        inspect.Parameter.empty,
-    ),
-    "data": (
-        Annotated[str, typer.Option("--data", help="folder or caption file, or reference-pictures, reference-pages")],
-        inspect.Parameter.empty,
-    ),
-    "method": (Annotated[list[str] | None, typer.Option("--method", "-M", help=METHOD_HELP)], None),
-    "output": (Annotated[Path | None, typer.Option("--output", help="folder for one JSON file a record")], None),
-}
+def _leading(data: str) -> dict[str, tuple[Any, Any]]:
+    """The flags beside those of the options; `data` is what the task reads."""
+    model = "open_clip or Hugging Face name or folder, or reference-clip"
+    return {
+        "model": (Annotated[str, typer.Option("--model", "-m", help=model)], inspect.Parameter.empty),
+        "data": (Annotated[str, typer.Option("--data", help=data)], inspect.Parameter.empty),
+        "method": (Annotated[list[str] | None, typer.Option("--method", "-M", help=METHOD_HELP)], None),
+        "output": (Annotated[Path | None, typer.Option("--output", help="folder for one JSON file a record")], None),
+    }
+
+
 # typer reads a command's flags off its signature.
-evaluate_zeroshot.__signature__ = signature(ZeroshotOptions, _LEADING)  # type: ignore[attr-defined]
-evaluate_retrieval.__signature__ = signature(RetrievalOptions, _LEADING)  # type: ignore[attr-defined]
+evaluate_zeroshot.__signature__ = signature(  # type: ignore[attr-defined]
+    ZeroshotOptions, _leading(f"folder with one sub-folder a class, what --dataset reads, or {PICTURES}")
+)
+evaluate_retrieval.__signature__ = signature(  # type: ignore[attr-defined]
+    RetrievalOptions, _leading(f"Karpathy's JSON file or its folder, or {PAGES}")
+)

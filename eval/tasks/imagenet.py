@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vtok.errors import ConfigError
 from vtok.eval.common.distributed import current
+from vtok.eval.common.dtypes import TYPES, dtype_of
 from vtok.eval.common.settings import (
     PassCost,
     Setting,
@@ -138,7 +139,7 @@ def evaluate(
     processes = current()
     device = processes.device(options.device)
     with evaluating(net):
-        base = placed(net, options.dtype(options.model_dtype) if options.model_dtype else None, device)
+        base = placed(net, dtype_of(options.model_dtype), device)
         if options.channels_last:
             base = copy.deepcopy(base).to(memory_format=torch.channels_last)
         config = data_config(base, options)
@@ -281,7 +282,7 @@ def _run(
 
 
 def _autocast(device: torch.device, options: Options) -> AbstractContextManager:
-    return torch.autocast(device.type, options.dtype(options.amp_dtype)) if options.amp else nullcontext()
+    return torch.autocast(device.type, TYPES[options.amp_dtype]) if options.amp else nullcontext()
 
 
 def _check_labels(data: CheckedImages, scorer: Scorer, model: nn.Module, options: Options) -> list[str]:

@@ -89,13 +89,15 @@ class Job:
         ask(self.model, self.data, [*base, *entries], self.samples, *limits, progress, self.task)
 
     def floors(self) -> list[Entry]:
-        """Random and uniform at the mean share of visual tokens that every setting kept."""
-        shares = []
+        """Random and uniform at the mean share of visual tokens that every setting kept; of these two the other one."""
+        wanted: dict[tuple[float, str], None] = {}
         for entry in self.entries:
             share = float(self.kept(entry).mean()) / self.visual(entry)
-            if not entry.unpatched and entry.setting.name not in FLOOR and 0 < share < 1:
-                shares.append(round(share, 4))
-        return [self.entry(Setting(name, {"keep": share})) for share in dict.fromkeys(shares) for name in FLOOR]
+            if not entry.unpatched and 0 < share < 1:
+                wanted |= dict.fromkeys((round(share, 4), name) for name in FLOOR if name != entry.setting.name)
+        found = [self.entry(Setting(name, {"keep": share})) for share, name in wanted]
+        there = {entry.key for entry in self.entries}
+        return [entry for entry in found if entry.key not in there]
 
     def lines(self, entry: Entry) -> list[Line]:
         """Samples of a setting, in the order of the questions."""

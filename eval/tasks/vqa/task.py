@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from vtok.eval.common.checked import check_fields, check_range
+from vtok.eval.common.checked import Count, DType, Seed, check_fields
 from vtok.eval.tasks.vqa.data import Question, VQAData
 from vtok.eval.tasks.vqa.hub import Hub, is_dataset, read
 from vtok.eval.tasks.vqa.sources import Score, Sources, Write
@@ -54,19 +54,17 @@ class VQAOptions:
     split: str = ""
     results: str = ""
     prompt: str | None = None
-    max_new_tokens: int | None = None
-    num_samples: int | None = None
-    batch_size: int = 16
+    max_new_tokens: Count | None = None
+    num_samples: Count | None = None
+    batch_size: Count = 16
     floors: bool = False
     device: str | None = None
-    model_dtype: str | None = None
-    seed: int = 0
+    model_dtype: DType | None = None
+    seed: Seed = 0
     output: str = ""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        least_one = (1, float("inf"))
-        check_range(self, {"batch_size": least_one, "max_new_tokens": least_one, "num_samples": (1, float("inf"))})
 
 
 @dataclass(frozen=True)

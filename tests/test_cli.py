@@ -1,5 +1,6 @@
 """The commands, as a user types them."""
 
+import csv
 import dataclasses
 import json
 import os
@@ -75,6 +76,10 @@ def test_eval_imagenet(folder, tmp_path):
     records = json.loads(out.read_text())
     assert [r["method"] for r in records] == ["unpatched", "tome", "random"]
     assert records[0]["n"] == 6
+    first = out.read_bytes()
+    _ok(*args, "--results-file", out)
+    assert out.read_bytes() == first, "a file of results is not replaced"
+    assert len(json.loads((tmp_path / "r-2.json").read_text())) == 3
 
 
 def test_eval_imagenet_with_real_labels(tmp_path):
@@ -118,6 +123,11 @@ def test_run_prints_published_beside_measured(folder, tmp_path):
     for word in ("69.34", "72.13", "-2.790", "0.712", "published", "measured", "a log"):
         assert word in text
     assert json.loads((tmp_path / "r.json").read_text())[1]["params"]["ratio"] == 0.95
+    args[-1] = "method.ratio=0.8"
+    assert "ratio=0.95" not in _ok(*args), "the table is that of this call"
+    with open(tmp_path / "out" / "sweep.csv") as file:
+        found = [row["setting"] for row in csv.DictReader(file)]
+    assert found == ["unpatched", "pitome(ratio=0.95)", "pitome(ratio=0.8)"], "the file holds what the folder holds"
 
 
 @pytest.mark.parametrize(
@@ -149,7 +159,8 @@ def test_demo(tmp_path):
     for name in ("results.jsonl", "sweep.csv", "pareto.png", "overlays.png", "clip.png"):
         assert (tmp_path / "d" / name).stat().st_size > 0
     lines = (tmp_path / "d" / "results.jsonl").read_text().splitlines()
-    assert len(lines) == 7 + 13  # the ViT's at one budget, the CLIP's at two
+    assert len(lines) == 7 + 2 * 13  # the ViT's at one budget, the CLIP's at two on pictures and on pages
+    assert len((tmp_path / "d" / "sweep.csv").read_text().splitlines()) == 1 + len(lines)
     second = _ok(*args)
     assert "7 of 7 configurations are in" in second
     assert (tmp_path / "d" / "results.jsonl").read_text().splitlines() == lines

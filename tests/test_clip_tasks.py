@@ -16,7 +16,7 @@ import vtok
 from vtok.eval.common.statistics import paired_difference
 from vtok.eval.models.clip import BACKENDS, hugging_face_encoder, load_clip
 from vtok.eval.report.html.repeat import repeat
-from vtok.eval.report.html.sections import sections
+from vtok.eval.report.sections import sections
 from vtok.eval.runs import loader as runs
 from vtok.eval.runs import runner
 from vtok.eval.tasks import TASKS

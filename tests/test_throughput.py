@@ -19,7 +19,7 @@ import vtok
 from vtok.config import MethodConfig, Reducer
 from vtok.core.tokens import Place, Site
 from vtok.eval.benchmarks import memory, throughput
-from vtok.eval.benchmarks import throughput_result as bench_result
+from vtok.eval.benchmarks import result as bench_result
 from vtok.eval.benchmarks.throughput import compare, measure, reduction_share, verdict
 from vtok.eval.common.settings import PassCost, Setting, mean_cost, pass_cost, twin
 from vtok.eval.common.statistics import Interval

@@ -18,9 +18,8 @@ from helpers_vqa import ANATOMY, PICTURES, picture, questions, save_tiny, tiny_l
 from typer.testing import CliRunner
 
 import vtok
-from vtok.eval.common.records import Records
+from vtok.eval.common.records import Records, correctness
 from vtok.eval.models.vlm import load_vlm
-from vtok.eval.report.tables import correctness
 from vtok.eval.runs import loader as runs
 from vtok.eval.tasks import TASKS
 from vtok.eval.tasks.vqa import pipeline as vqa_pipeline

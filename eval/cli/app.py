@@ -132,8 +132,7 @@ def bench(
 
     Of vision-language models it times prefill, first token and decoding (peak memory and the profiler are for encoders).
     """
-    from vtok.eval.benchmarks import prefill_result as prompt_bench_result
-    from vtok.eval.benchmarks import throughput_result as bench_result
+    from vtok.eval.benchmarks import result as bench_result
     from vtok.eval.benchmarks.prefill import measure_prompts
     from vtok.eval.benchmarks.throughput import measure
     from vtok.eval.models.by_name import load_model, sample_images
@@ -143,23 +142,22 @@ def bench(
     net = load_model(model, pretrained, img_size, seed)
     common: dict[str, Any] = {"pairs": pairs, "dtype": dtype, "device": device, "threads": threads, "name": model, "seed": seed}
     settings = [runs.parse_setting(text) for text in method]
-    shown: Any = bench_result
     results: Any
     with terminal.progress(transient=True) as progress:
         bar = progress.add_task("timing", total=None)
         common["progress"] = lambda done, total: progress.update(bar, completed=done, total=total)
         if vlm_targets(net):
             inputs = sample_prompts(net, batch_size, vtok.Prompt(images, text_tokens), seed)
-            shown, results = prompt_bench_result, measure_prompts(net, inputs, settings, new_tokens=new_tokens, **common)
+            results = measure_prompts(net, inputs, settings, new_tokens=new_tokens, **common)
         else:
             pictures = sample_images(model, net, batch_size, seed)
             results = measure(net, pictures, settings, memory=memory, profile=profile, **common)
     if output is not None:
-        write(output, shown.to_json(results))
+        write(output, bench_result.to_json(results))
     if markdown:
-        print(shown.markdown(results))
+        print(bench_result.markdown(results))
     else:
-        console.print(shown.table(results))
+        console.print(bench_result.table(results))
 
 
 @app.command()

@@ -12,7 +12,7 @@ import yaml
 from rich.table import Table
 
 from vtok.config import MethodConfig
-from vtok.eval.common.records import Records, key_of
+from vtok.eval.common.records import Records, bits, key_of
 from vtok.eval.common.settings import versions
 from vtok.eval.common.statistics import Interval, in_brackets, mean_interval, mean_stderr, paired_difference, share, with_error
 from vtok.eval.tune.models import Prepared
@@ -150,7 +150,7 @@ def records_of(tuned: Tuned, subject: Subject, plan: Plan, held_out: Samples) ->
             "versions": versions(),
         }
         if "top1" in held.values:
-            record["correct"] = np.packbits(held.values["top1"] > 0.5).tobytes().hex()
+            record["correct"] = bits(held.values["top1"] > 0.5)
         record["key"] = key_of({**subject.identity, "setting": record["setting"], "data": held_out.identity, "of": "tune"})
         found.append(record)
     return found

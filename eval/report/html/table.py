@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vtok.eval.report.html.rows import Row, Score
-from vtok.eval.report.html.sections import Section, with_sign
-from vtok.eval.report.html.values import Interval, at, figure, number, with_ends
+from vtok.eval.report.rows import Row, Score
+from vtok.eval.report.sections import Section, with_sign
+from vtok.eval.report.values import Interval, at, figure, number, with_ends
 
 _EXTRAS = ("top5", "acc5", "loyalty", "agreement", "image_retrieval_recall@1", "text_retrieval_recall@1")
 _MARKS = {1: "▲", -1: "▼", 0: ""}
@@ -174,15 +174,7 @@ def speeds(section: Section) -> Speeds | None:
     for row in timed:
         s = row.speedup
         assert s is not None
-        kind, verdict = (
-            ("bad", "slower than unpatched")
-            if row.slower
-            else ("plain", "not clearly faster")
-            if row.not_faster
-            else ("plain", "too few pairs to tell")
-            if row.untold
-            else ("good", "faster")
-        )
+        kind, verdict = row.verdict
         low, high = (s.point if end is None else end for end in (s.low, s.high))
         lines.append(
             Speed(
@@ -234,17 +226,8 @@ def _macs(row: Row) -> Cell:
 def _measured(row: Row) -> Cell:
     if row.speedup is None:
         return Cell("–")
-    kind = "bad" if row.slower else ""
-    title = (
-        "slower than unpatched"
-        if row.slower
-        else "not clearly faster"
-        if row.not_faster
-        else "too few pairs to tell"
-        if row.untold
-        else "faster than unpatched"
-    )
-    return Cell(with_ends(row.speedup, 2, unit="×"), row.speedup.point, title, kind, "▼" if row.slower else "")
+    kind, mark = ("bad", "▼") if row.slower else ("", "")
+    return Cell(with_ends(row.speedup, 2, unit="×"), row.speedup.point, row.verdict[1], kind, mark)
 
 
 def _achieved(row: Row) -> Cell:

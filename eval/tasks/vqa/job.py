@@ -14,10 +14,9 @@ from torch import nn
 import vtok
 from vtok.config import MethodConfig
 from vtok.eval.common.distributed import current
-from vtok.eval.common.records import Records, key_of
+from vtok.eval.common.records import BASELINES, Records, key_of
 from vtok.eval.common.settings import Setting, fingerprint, twin, versions
 from vtok.eval.models.vlm import VisionLanguageModel
-from vtok.eval.report.tables import FLOOR
 from vtok.eval.tasks.vqa.data import VQAData
 from vtok.eval.tasks.vqa.pipeline import Entry, Line, Progress, Samples, ask
 from vtok.eval.tasks.vqa.plain import TASK
@@ -93,9 +92,9 @@ class Job:
         shares = []
         for entry in self.entries:
             share = float(self.kept(entry).mean()) / self.visual(entry)
-            if not entry.unpatched and entry.setting.name not in FLOOR and 0 < share < 1:
+            if not entry.unpatched and entry.setting.name not in BASELINES and 0 < share < 1:
                 shares.append(round(share, 4))
-        return [self.entry(Setting(name, {"keep": share})) for share in dict.fromkeys(shares) for name in FLOOR]
+        return [self.entry(Setting(name, {"keep": share})) for share in dict.fromkeys(shares) for name in BASELINES]
 
     def lines(self, entry: Entry) -> list[Line]:
         """Samples of a setting, in the order of the questions."""

@@ -1,6 +1,7 @@
 """Tables, frames, plots, findings and overlays made from records: of this release and of earlier ones."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,8 +12,10 @@ from test_report_html import record
 from zoo import build, images
 
 import vtok
+from vtok.eval import write_report
 from vtok.eval.report import plots
 from vtok.eval.report.frame import CSV, frame
+from vtok.eval.report.read import read
 from vtok.eval.report.sections import findings, sections
 from vtok.eval.report.summary import metric_columns, table
 from vtok.eval.report.tables import Column, Table, write_csv
@@ -132,3 +135,41 @@ def test_overlay_sheet(tmp_path):
     assert not vtok.info(model).patched
     with pytest.raises(vtok.StateError, match="trace=True"):
         token_groups(vtok.patch(model, "tome"), x)
+
+
+# What the release that wrote them printed: tokens, GMACs, score, difference to unpatched, implied, measured.
+PRINTED = {
+    "fashion_vit@145cd04e on fashion-mnist/test": {
+        "tome at 40\u00a0%": ("79", "0.141", "88.00 ± 2.30", "-1.50", "2.48x", "2.25x"),
+        "ats at 40\u00a0%": ("80", "0.140", "78.00 ± 2.94", "-11.50", "2.51x", "1.86x"),
+    },
+    "reference-llava on easy-vqa": {
+        "todre": ("26", "0.309", "92.5 ± 1.9", "-4.5", "2.58x", "3.56x"),
+        "random(keep=0.1)": ("26", "0.309", "96.5 ± 1.3", "-0.5", "2.58x", "4.26x"),
+    },
+    "reference-llava-next on easy-vqa-pages": {
+        "correlation(target_keep=0.33)": ("166", "0.577", "92.5 ± 2.4", "-5.0", "1.75x", "1.28x"),
+    },
+}
+
+
+def test_records_of_the_first_release_are_read_as_it_printed_them(tmp_path):
+    path = Path(__file__).parent / "golden" / "records_0_1_0.jsonl"
+    found = {section.title: section for section in sections(read([path]).records)}
+    assert set(found) == {*PRINTED, "reference-clip on easyvqa + easyvqa_pages"}
+    for title, rows in PRINTED.items():
+        made = table(found[title], digits=2 if "vit" in title else 1)
+        cells = {row[0].removesuffix(" *"): row for row in made.rows}
+        for label, (tokens, macs, score, change, implied, measured) in rows.items():
+            row = cells[label]
+            assert f"{float(row[1]):.0f}" == tokens
+            assert (row[2], row[4], row[5].split()[0], row[6], row[7]) == (macs, score, change, implied, measured)
+    clip = found["reference-clip on easyvqa + easyvqa_pages"]
+    recalls = {row.method: round(row.scores["text_retrieval_recall@1"].value, 1) for row in clip.rows if not row.baseline}
+    assert recalls == {
+        "unpatched": 96.0, "tome": 94.7, "zero_tprune": 9.7,
+    }  # fmt: skip
+    report = write_report([path], tmp_path / "r.html")
+    text = report.path.read_text(encoding="utf-8")
+    assert report.problems == [] and "vtok demo --images 200" in text and "vtok run run-3.yaml" in text
+    assert "88.0 ± 2.3" in text and "92.5 ± 1.9" in text

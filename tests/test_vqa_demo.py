@@ -24,12 +24,12 @@ from vtok.eval.viz import prompt_overlay as vqa_overlay
 
 QUESTIONS, PAGE_QUESTIONS = 10, 8
 SETTINGS = {
-    "pictures": [
+    "demo_llava": [
         [{"name": "pitome", "ratio": 0.9}, {"name": "todre", "keep_tokens": 8}],
         {"name": "todre", "keep": 0.5},
         {"name": "random", "keep": 0.5},
     ],
-    "pages": [{"name": "correlation", "target_keep": 0.5}, {"name": "random", "keep": 0.6}],
+    "demo_llava_next": [{"name": "correlation", "target_keep": 0.5}, {"name": "random", "keep": 0.6}],
 }
 
 
@@ -49,7 +49,7 @@ def demo(models, tmp_path_factory):
 
         def run():
             console = Console(width=260, record=True, file=io.StringIO())
-            return vqa_demo.run_vqa_demo(out, QUESTIONS, PAGE_QUESTIONS, console, **SETTINGS), console.export_text()
+            return vqa_demo.run_vqa_demo(out, QUESTIONS, PAGE_QUESTIONS, console, SETTINGS), console.export_text()
 
         yield out, *run(), run
 

@@ -6,7 +6,7 @@ reference LLaVA-NeXT, todre, atp and correlation beside random, uniform, unpatch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def run_vqa_demo(
     questions: int | None = QUESTIONS,
     page_questions: int | None = PAGE_QUESTIONS,
     console: Console | None = None,
-    **changes: Any,
+    methods: Mapping[str, Any] | None = None,
 ) -> tuple[list[Record], list[Record]]:
     """Asks what has no answer yet, prints two tables, writes `vqa.png`, `vqa_overlay.png` and `vqa_pages_overlay.png`.
 
@@ -47,7 +47,7 @@ def run_vqa_demo(
         questions: how many about pictures; `None` = all 9,673.
         page_questions: how many about pages; `None` = all 3,600.
         console: where the tables go.
-        changes: `pictures` and `pages`, settings other than those of the run files, as these write them.
+        methods: run file (`demo_llava`, `demo_llava_next`) -> settings other than its own, as it writes them.
 
     Returns:
         The records about pictures and about pages, unpatched first.
@@ -56,9 +56,9 @@ def run_vqa_demo(
         MissingExtraError: transformers is not installed.
     """
     console = console or terminal.output()
-    methods = {name: {"methods": changes[name]} if name in changes else {} for name in ("pictures", "pages")}
-    pictures = measured("demo_llava", out, console, num_samples=questions, **methods["pictures"])
-    pages = measured("demo_llava_next", out, console, num_samples=page_questions, **methods["pages"])
+    changes = {name: {"methods": own} for name, own in (methods or {}).items()}
+    pictures = measured("demo_llava", out, console, num_samples=questions, **changes.get("demo_llava", {}))
+    pages = measured("demo_llava_next", out, console, num_samples=page_questions, **changes.get("demo_llava_next", {}))
     llava, next_ = load_vlm(REFERENCE_LLAVA), load_vlm(REFERENCE_NEXT)
     records = _show(pictures, [*part_columns(pictures, "kind"), *metric_columns(["loyalty"])], console)
     crops = _kept_by_cell(next_, pages)

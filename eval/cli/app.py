@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 import vtok
 from vtok.errors import ConfigError, MissingExtraError, brief, shown
@@ -23,6 +22,7 @@ from vtok.eval.cli.vqa import evaluate_vqa
 from vtok.eval.common import terminal
 from vtok.eval.common.checked import MOST
 from vtok.eval.common.launch import check_command
+from vtok.eval.report.tables import Table
 from vtok.eval.runs import loader as runs
 from vtok.registry import METHODS
 from vtok.targets import vlm_targets
@@ -69,15 +69,13 @@ def _main(
 @app.command()
 def methods() -> None:
     """Lists the methods with their parameters and defaults."""
-    table = Table(show_lines=False)
-    for column in ("method", "config class", "parameters and defaults", "what it does"):
-        table.add_column(column)
+    rows = []
     for name in METHODS:
         cls = METHODS.get(name)
         defaults = ", ".join(f"{k}={v}" for k, v in cls().to_dict().items() if k != "method")
         about = (sys.modules[cls.__module__].__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
-        table.add_row(name, cls.__name__, defaults, about)
-    console.print(table)
+        rows.append((name, cls.__name__, defaults, about))
+    console.print(Table.plain(("method", "config class", "parameters and defaults", "what it does"), rows, 4))
 
 
 @app.command()

@@ -23,11 +23,15 @@ class Column(NamedTuple):
         name: in the header.
         cell: what a row shows.
         left: set flush left, as words are; numbers are set flush right.
+        title: what it is, in a sentence, for the page.
+        unit: behind the name on the page.
     """
 
     name: str
-    cell: Callable[[Any], str]
+    cell: Callable[[Any], Any]
     left: bool = False
+    title: str = ""
+    unit: str = ""
 
 
 @dataclass

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 
 from vtok.eval.common.statistics import paired_difference
-from vtok.eval.report.html.table import Cell
+from vtok.eval.report.html.table import Cell, gap_cell
 from vtok.eval.report.rows import Row, scores_of
-from vtok.eval.report.sections import Section, with_sign
+from vtok.eval.report.sections import Section
 from vtok.eval.report.values import Interval, figure, mapping, number, text
 from vtok.eval.tasks.fashion import fashion_labels, is_fashion, rows_of
 
 MOST = 12  # groups in a table
-_PIECES = {1: ("good", "▲"), -1: ("bad", "▼"), 0: ("", "")}
 
 
 @dataclass(frozen=True)
@@ -131,8 +130,4 @@ def _table(
 
 
 def _cell(gap: Interval | None) -> Cell:
-    if gap is None:
-        return Cell("–")
-    kind, mark = _PIECES[gap.sign]
-    known = "95 % interval" if gap.known else "no interval is known"
-    return Cell(figure(gap.point, 1, True), gap.point, f"{with_sign(gap)} points, {known}", kind, mark)
+    return Cell("–") if gap is None else gap_cell(gap, "points to unpatched")._replace(words=figure(gap.point, 1, True))

@@ -19,7 +19,7 @@ from vtok.eval.report.html.gallery import Gallery, gallery
 from vtok.eval.report.html.groups import GroupTable, group_tables
 from vtok.eval.report.html.questions import Questions, questions
 from vtok.eval.report.html.repeat import Repeat, environment, repeat
-from vtok.eval.report.html.table import Speeds, Table, all_scores, speeds, summary
+from vtok.eval.report.html.table import Shown, Speeds, all_scores, speeds, summary
 from vtok.eval.report.read import read
 from vtok.eval.report.rows import Row
 from vtok.eval.report.sections import Finding, Section, findings, headline_of, sections
@@ -57,8 +57,8 @@ class Part:
     section: Section
     headline: str
     findings: list[Finding]
-    table: Table
-    scores: Table | None
+    table: Shown
+    scores: Shown | None
     plots: list[charts.Plot]
     layers: list[charts.Plot]
     speeds: Speeds | None

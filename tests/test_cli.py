@@ -118,14 +118,15 @@ def test_run_prints_published_beside_measured(folder, tmp_path):
         "model: {backend: timm, name: deit_tiny_patch16_224.fb_in1k}\nmethod: {name: pitome, ratio: 0.9}\ntask: imagenet\n"
         "batch_size: 3\npublished: {top1: 69.34, base_top1: 72.13, gflops: 0.712, source: a log}\n"
     )
-    args = ["run", path, "--data", folder, "--no-pretrained", "-j", 0, "-o", tmp_path / "out", "--set", "method.ratio=0.95"]
+    out = tmp_path.parent / f"{tmp_path.name}-out"  # not in the folder of the data, whose folders are classes
+    args = ["run", path, "--data", folder, "--no-pretrained", "-j", 0, "-o", out, "--set", "method.ratio=0.95"]
     text = _ok(*args, "--json", tmp_path / "r.json")
     for word in ("69.34", "72.13", "-2.790", "0.712", "published", "measured", "a log"):
         assert word in text
     assert json.loads((tmp_path / "r.json").read_text())[1]["params"]["ratio"] == 0.95
     args[-1] = "method.ratio=0.8"
     assert "ratio=0.95" not in _ok(*args), "the table is that of this call"
-    with open(tmp_path / "out" / "sweep.csv") as file:
+    with open(out / "sweep.csv") as file:
         found = [row["setting"] for row in csv.DictReader(file)]
     assert found == ["unpatched", "pitome(ratio=0.95)", "pitome(ratio=0.8)"], "the file holds what the folder holds"
 

@@ -82,10 +82,11 @@ def test_tables_plot_and_overlays(demo):
         assert (out / name).stat().st_size > 10_000
     lines = [[cell.strip() for cell in line.split("│")] for line in text.splitlines() if "│" in line]
     blind = [line for line in lines if line[1] == "blind"]
-    assert [line[5] for line in blind] == [f"{100 * part[0]['blind']:.1f}" for part in (pictures, pages)]
+    assert [line[6] for line in blind] == [f"{100 * part[0]['blind']:.1f}" for part in (pictures, pages)]
     right = with_error(pictures[2]["metrics"], "exact_match", 100)
-    (todre,) = [line for line in lines if line[1].startswith("todre(keep=0.5)")]
-    assert todre[5] == right and todre[2] == "8.0"
+    (todre,) = [line for line in lines if line[1].removesuffix(" *") == "todre"]
+    change = with_error(pictures[2]["metrics"], "exact_match_difference", 100, sign="+")
+    assert todre[6:8] == [right, change] and todre[2] == "8"
     (correlation,) = [line for line in lines if line[1].startswith("correlation")]
     assert all(0 < float(cell) <= 16 for cell in correlation[-3:-1])  # of a blank crop and of a filled one
     for word in ("open %", "yes/no %", "loyalty %", "kept of a blank crop", "of a filled one"):

@@ -19,7 +19,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ UNPATCHED = "unpatched"  # as `method` of a record
 BASELINES = ("random", "uniform")  # methods that choose tokens blindly: what others are compared with
 
 
-def bits(hits: np.ndarray | Sequence[Any]) -> str:
-    """[n] hits, 0 or 1 -> one bit each, packed, in hexadecimal: the field `correct`."""
+def bits(hits: Any) -> str:
+    """[n] hits, 0 or 1, in whatever NumPy can read -> one bit each, packed, in hexadecimal: the field `correct`."""
     return np.packbits(np.asarray(hits).astype(bool)).tobytes().hex()
 
 

@@ -7,6 +7,7 @@ and unpatched: zero-shot accuracy on single pictures, retrieval on pages.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 
 from rich.console import Console
@@ -49,8 +50,10 @@ def run_clip_demo(
     about = of_encoders(methods, budgets)
     first = measured("demo_clip_pictures", out, console, num_samples=pictures, **about)
     second = measured("demo_clip_pages", out, console, num_samples=pages, **about)
-    records = show(first, console, table(first, digits=1))
-    found = show(second, console, table(second, metric_columns(["image_retrieval_recall@1"]), digits=1))
+    records = show(first, console, table(first, digits=1, brief=attrgetter("label")))
+    found = show(
+        second, console, table(second, metric_columns(["image_retrieval_recall@1"]), digits=1, brief=attrgetter("label"))
+    )
     write_frame(out)
     plot([first, second], out / "clip.png")
     console.print(f"clip.png is in {out}")

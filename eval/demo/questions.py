@@ -7,6 +7,7 @@ reference LLaVA-NeXT, todre, atp and correlation beside random, uniform, unpatch
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def run_vqa_demo(
 
 def _show(section: Section, columns: Sequence[Column], console: Console) -> list[Record]:
     """A table with the best answers without the image as its last line."""
-    shown = table(section, columns, digits=1)
+    shown = table(section, columns, digits=1, brief=attrgetter("method"))
     shown.add(blind_cells(section, shown.header))
     return show(section, console, shown)
 

@@ -67,7 +67,7 @@ class Report:
 
     def table(self, marked: Callable[[tuple[int, ...]], str]) -> Table:
         """The cells, each with the numbers of its notes as a function writes them."""
-        rows = [tuple(text + marked(notes) for text, notes in row) for row in self.rows]
+        rows: list[Sequence[str]] = [[text + marked(notes) for text, notes in row] for row in self.rows]
         rules = {i for i, (one, after) in enumerate(itertools.pairwise(self.groups)) if one != after}
         return Table(self.header, rows, [i not in self.numbers for i in range(len(self.header))], rules=rules)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from operator import attrgetter
 
 from vtok.eval.common.statistics import in_brackets, with_error
 from vtok.eval.report.frame import front_of, total_gmacs
@@ -15,29 +16,32 @@ CAPTION = "± standard error; vs unpatched: paired; tokens: mean over layers; me
 _WITHOUT = ("loyalty", "agreement")  # are differences themselves
 
 
-def table(section: Section, extra: Sequence[Column] = (), digits: int = 2) -> Table:
+def table(section: Section, extra: Sequence[Column] = (), digits: int = 2, brief: Callable[[Row], str] | None = None) -> Table:
     """A line a setting, a rule between budgets.
 
     Args:
         section: settings that may be compared.
         extra: further columns, whose functions take a row.
         digits: of the headline metric, in percent.
+        brief: what a setting is called in a table of fewer columns, which leaves room for others: without the reduction's own
+            MACs and the achieved share, with the standard error of the difference instead of its interval.
     """
     front = front_of(section.rows, total_gmacs, True)
     best = {id(row) for i, row in enumerate(section.rows) if i in front}
-    first = section.rows[0]
-    columns = [
-        Column("setting", lambda row: row.label + (" *" if id(row) in best else ""), left=True),
-        Column("tokens", lambda row: _number(row.mean_tokens, 1)),
-        Column("GMACs", lambda row: _number(row.gmacs, 3)),
-        Column("+ reduction", lambda row: "-" if row.gmacs is None else f"{row.reduction or 0:.4f}"),
-        Column(f"{first.primary} %", lambda row: with_error(row.record["metrics"], row.primary or "", row.factor, digits)),
-        Column("vs unpatched [95 %]", lambda row: _difference(row, digits)),
-        Column("implied", lambda row: _number(row.implied, 2, "x")),
-        Column("measured [95 %]", _measured),
-        Column("achieved", lambda row: "-" if row.achieved is None else f"{100 * row.achieved.point:.0f} %"),
-        *extra,
-    ]
+    named = brief or attrgetter("label")
+    setting = Column("setting", lambda row: named(row) + (" *" if id(row) in best else ""), left=True)
+    macs, reduction = Column("GMACs", lambda row: _number(row.gmacs, 3)), Column("+ reduction", _reduction)
+    score = Column(f"{section.rows[0].primary} %", partial(_metric, digits=digits))
+    implied, measured = Column("implied", lambda row: _number(row.implied, 2, "x")), Column("measured [95 %]", _measured)
+    if brief is None:
+        change = Column("vs unpatched [95 %]", partial(_difference, digits=digits))
+        achieved = Column("achieved", lambda row: "-" if row.achieved is None else f"{100 * row.achieved.point:.0f} %")
+        tokens = Column("tokens", lambda row: _number(row.mean_tokens, 1))
+        columns = [setting, tokens, macs, reduction, score, change, implied, measured, achieved]
+    else:
+        tokens = Column("tokens", lambda row: _number(row.mean_tokens, 0))
+        columns = [setting, tokens, macs, implied, measured, score, Column("vs unpatched", _change)]
+    columns += extra
     record = section.first
     title = (
         f"{section.title} ({record.get('task')}), {record.get('n')} samples, {record.get('dtype')} on {record.get('device')}"
@@ -77,8 +81,18 @@ def blind_cells(section: Section, header: Sequence[str]) -> list[str]:
     return list(cells.values())
 
 
-def _metric(row: Row, name: str, sign: str = "") -> str:
-    return with_error(row.record["metrics"], name, row.factor, sign=sign)
+def _reduction(row: Row) -> str:
+    return "-" if row.gmacs is None else f"{row.reduction or 0:.4f}"
+
+
+def _metric(row: Row, name: str = "", sign: str = "", digits: int = 1) -> str:
+    return with_error(row.record["metrics"], name or row.primary or "", row.factor, digits, sign)
+
+
+def _change(row: Row) -> str:
+    """The paired difference with its standard error."""
+    name = f"{row.primary}_difference"
+    return _metric(row, name if name in row.record["metrics"] else "difference", "+")
 
 
 def _number(value: float | None, digits: int, unit: str = "") -> str:

@@ -105,15 +105,13 @@ def _identity(record: dict[str, Any]) -> tuple[str, ...]:
 
 def _titles(records: Sequence[dict[str, Any]]) -> list[str]:
     """One a section, from its first record: titles that would be the same say in what the sections differ."""
-    plain, found = [_title(record) for record in records], list[str]()
+    plain, whole = [_title(record) for record in records], list[str]()
     for title, record in zip(plain, records):
         alike = [other for other, name in zip(records, plain) if name == title]
         differ = [name for name in _SAME if len({text(other.get(name)) for other in alike}) > 1]
         words = [_SAME[name].format(text(record.get(name), 40)) for name in differ if text(record.get(name))]
-        whole = f"{title} ({', '.join(words)})" if words else title
-        again = sum(one == whole or one.startswith(f"{whole} (") for one in found)
-        found.append(whole if not again else f"{whole} ({again + 1})")
-    return found
+        whole.append(f"{title} ({', '.join(words)})" if words else title)
+    return [one + (f" ({whole[:i].count(one) + 1})" if one in whole[:i] else "") for i, one in enumerate(whole)]
 
 
 def _title(record: dict[str, Any]) -> str:

@@ -152,19 +152,35 @@ def test_expected_errors_are_one_line(args, words):
 
 
 def test_demo(tmp_path):
-    """The main job on a few images; a second run has nothing left to do and gives the same table. See also test_vqa_demo."""
-    args = ["demo", "--images", 40, "--out", tmp_path / "d", "--budgets", "0.6", "-b", 20, "--no-vqa"]
+    """The main job on a few images; a second run has nothing left to do. See also test_clip_demo and test_vqa_demo."""
+    args = ["demo", "--images", 20, "--out", tmp_path / "d", "--budgets", "0.6", "-b", 10, "--no-clip", "--no-vqa"]
     first = _ok(*args)
     for word in ("tome", "random", "unpatched", "implied", "standard errors"):
         assert word in first
-    for name in ("results.jsonl", "sweep.csv", "pareto.png", "overlays.png", "clip.png"):
+    for name in ("results.jsonl", "sweep.csv", "pareto.png", "overlays.png"):
         assert (tmp_path / "d" / name).stat().st_size > 0
     lines = (tmp_path / "d" / "results.jsonl").read_text().splitlines()
-    assert len(lines) == 7 + 2 * 13  # the ViT's at one budget, the CLIP's at two on pictures and on pages
-    assert len((tmp_path / "d" / "sweep.csv").read_text().splitlines()) == 1 + len(lines)
+    assert len(lines) == 7 and len((tmp_path / "d" / "sweep.csv").read_text().splitlines()) == 1 + len(lines)
     second = _ok(*args)
     assert "7 of 7 configurations are in" in second
     assert (tmp_path / "d" / "results.jsonl").read_text().splitlines() == lines
+
+
+def test_the_demo_has_three_parts(monkeypatch, tmp_path):
+    from vtok.eval.demo import clip, questions, vit
+
+    seen = {}
+    for home, name in ((vit, "run_demo"), (clip, "run_clip_demo"), (questions, "run_vqa_demo")):
+        monkeypatch.setattr(home, name, lambda out, *counts, name=name, console, **_: seen.update({name: (out, counts)}))
+    _ok("demo", "--images", 200, "--out", tmp_path)
+    assert seen == {
+        "run_demo": (tmp_path, (200, (0.8, 0.6, 0.4))),
+        "run_clip_demo": (tmp_path, (148, 200)),
+        "run_vqa_demo": (tmp_path, (200, 120)),
+    }
+    _ok("demo", "--full", "--out", tmp_path, "--no-clip")
+    assert seen["run_demo"][1][0] is None and seen["run_vqa_demo"] == (tmp_path, (None, None))
+    assert seen["run_clip_demo"] == (tmp_path, (148, 200))  # of the first call
 
 
 def test_every_flag_of_the_evaluations_is_explained():

@@ -200,6 +200,7 @@ def _times(
         models,
         pairs,
         lambda model: _prefill(model, inputs),
+        inputs["input_ids"].device,
         progress,
         lambda i: answers[i].append(_answer(models[i], inputs, new_tokens)),
     )

@@ -108,7 +108,7 @@ def measure(
             for one in (base, *patched):
                 for _ in range(warmup):
                     one(images)
-            times, plain = interleave([base, *patched], pairs, lambda one: one(images), progress)
+            times, plain = interleave([base, *patched], pairs, lambda one: one(images), images.device, progress)
         common = described_run(next(base.parameters()), len(images), pairs, seed) | {
             "model": name or model_name(model),
             "backend": backend(model),
@@ -229,7 +229,8 @@ def interleave(
     models: Sequence[nn.Module],
     pairs: int,
     once: Callable[[Any], Any],
-    progress: Callable[[int, int], None] | None,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
     then: Callable[[int], None] = lambda number: None,
 ) -> tuple[list[list[float]], list[float]]:
     """(seconds of every batch of every model, seconds of the plain loop's batches over the first one).
@@ -238,10 +239,10 @@ def interleave(
         models: warm already.
         pairs: rounds.
         once: runs a model on the batch.
+        device: that it is on.
         progress: called with (rounds done, rounds).
         then: called with the number of a model behind each of its timed batches.
     """
-    device = next(models[0].parameters()).device
     times: list[list[float]] = [[] for _ in models]
     plain: list[float] = []
 

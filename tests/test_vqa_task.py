@@ -373,7 +373,7 @@ def test_the_command_line(folder, tmp_path):
         "published: {soft_accuracy: 76.7, base_soft_accuracy: 78.5, source: a paper}\n"
     )
     text = run("run", path, "--data", data, "-j", 0, "-o", tmp_path / "out")
-    for word in ("76.7", "78.5", "-1.800", "soft accuracy patched", "a paper"):
+    for word in ("76.7 of 78.5", "-1.800", "soft_accuracy", "a paper"):
         assert word in text, text
 
 

@@ -16,7 +16,7 @@ import vtok
 from vtok.eval.common.statistics import paired_difference
 from vtok.eval.models.clip import BACKENDS, hugging_face_encoder, load_clip
 from vtok.eval.report.html.repeat import repeat
-from vtok.eval.report.html.sections import sections
+from vtok.eval.report.sections import sections
 from vtok.eval.runs import loader as runs
 from vtok.eval.runs import runner
 from vtok.eval.tasks import TASKS
@@ -283,7 +283,7 @@ def test_the_command_line(clip_folder, karpathy, folder, tmp_path):
         "published: {text_retrieval_recall@1: 79.3, base_text_retrieval_recall@1: 82.4, recall_sum: 509.2, source: a log}\n"
     )
     text = run("run", path, "--data", karpathy, "-j", 0, "-o", tmp_path / "out")
-    for word in ("79.3", "82.4", "-3.100", "509.2", "text retrieval recall@1", "a log", "±"):
+    for word in ("79.3", "82.4", "-3.100", "509.2", "text R@1", "a log", "±"):
         assert word in text
 
 

@@ -15,7 +15,7 @@ from vtok.eval.common.settings import Setting
 from vtok.eval.common.statistics import paired_difference
 from vtok.eval.models.reference import FashionViT
 from vtok.eval.report.html.repeat import repeat
-from vtok.eval.report.html.sections import sections
+from vtok.eval.report.sections import sections
 from vtok.eval.runs import loader as runs
 from vtok.eval.runs import runner
 from vtok.eval.tasks import TASKS

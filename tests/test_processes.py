@@ -14,7 +14,7 @@ from vtok.errors import ConfigError
 from vtok.eval.common import distributed as processes
 from vtok.eval.common import launch
 from vtok.eval.common.distributed import Peer, ProcessError, Processes, is_main, timeout, world_size
-from vtok.eval.common.rates import Timed, throughput, throughput_line
+from vtok.eval.common.rates import Step, throughput, throughput_line
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,11 @@ def test_a_launcher_that_starts_one_process_instead_of_several_is_refused_with_a
 
 
 def test_throughput_of_each_process_and_of_all():
-    steps = [Timed(0, 8, 9.0, True), Timed(1, 8, 9.0, True), Timed(0, 8, 2.0, False), Timed(1, 8, 4.0, False)]
+    steps = [Step(0, 8, 9.0, True, 0), Step(1, 8, 9.0, True, 1), Step(2, 8, 2.0, False, 0), Step(3, 8, 4.0, False, 1)]
     record = {"throughput": throughput(steps, 3)}
     assert record["throughput"] == {"processes": 3, "per_process": [4.0, 2.0, None], "total": 4.0}
     assert throughput_line("tome", record) == "tome: 4.0 samples/s in 3 processes (4.0, 2.0, -)"
-    alone = {"throughput": throughput([Timed(0, 8, 4.0, True)], 1)}
+    alone = {"throughput": throughput([Step(0, 8, 4.0, True)], 1)}
     assert alone["throughput"] == {"processes": 1, "per_process": [2.0], "total": 2.0}
     assert throughput_line("tome", alone) is throughput_line("tome", {}) is None
     assert throughput([], 2) == {"processes": 2, "per_process": [None, None], "total": None}

@@ -13,13 +13,12 @@ from helpers_vqa import words
 from rich.console import Console
 from typer.testing import CliRunner
 
-from vtok.eval.cli.vqa import print_records
-from vtok.eval.common.records import Records
+from vtok.eval.common.records import Records, correctness
 from vtok.eval.models.vlm import REFERENCE_LLAVA, load_vlm
-from vtok.eval.report.html.read import read
 from vtok.eval.report.html.repeat import repeat
-from vtok.eval.report.html.sections import sections
-from vtok.eval.report.tables import correctness
+from vtok.eval.report.printed import questions
+from vtok.eval.report.read import read
+from vtok.eval.report.sections import sections
 from vtok.eval.runs import loader as runs
 from vtok.eval.runs import runner
 from vtok.eval.tasks import QUESTION_TASKS, TASKS
@@ -263,7 +262,7 @@ def test_questions_whose_answers_are_secret(task, llava, tmp_path):
     assert patched["metrics"][f"{declared.primary}_difference"] is None and 0 <= patched["metrics"]["loyalty"] <= 1
     answers = json.loads(next((tmp_path / "out").glob("answers_0-unpatched-*.json")).read_text())
     assert len(answers) == len(asked()) and {a["answer"] for a in answers} > {"yes", "no"}
-    print_records([base, patched], Console(file=(shown := io.StringIO()), width=160))
+    questions([base, patched], Console(file=(shown := io.StringIO()), width=160))
     assert "unpatched" in shown.getvalue()
 
 

@@ -18,9 +18,8 @@ from helpers_vqa import ANATOMY, PICTURES, picture, questions, save_tiny, tiny_l
 from typer.testing import CliRunner
 
 import vtok
-from vtok.eval.common.records import Records
+from vtok.eval.common.records import Records, correctness
 from vtok.eval.models.vlm import load_vlm
-from vtok.eval.report.tables import correctness
 from vtok.eval.runs import loader as runs
 from vtok.eval.tasks import TASKS
 from vtok.eval.tasks.vqa import pipeline as vqa_pipeline
@@ -379,7 +378,7 @@ def test_the_command_line(folder, tmp_path):
         "published: {soft_accuracy: 76.7, base_soft_accuracy: 78.5, source: a paper}\n"
     )
     text = run("run", path, "--data", data, "-j", 0, "-o", tmp_path / "out")
-    for word in ("76.7", "78.5", "-1.800", "soft accuracy patched", "a paper"):
+    for word in ("76.7 of 78.5", "-1.800", "soft_accuracy", "a paper"):
         assert word in text, text
 
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from vtok.eval.common.statistics import Interval, in_brackets, paired_ratio
+from vtok.eval.report.tables import Column, Table
 from vtok.methods.todre.selection import SELECTORS
 
 GROWN = ("tokens", "keep", "width")
 
 
-class Timed(NamedTuple):
+class SelectorTime(NamedTuple):
     """One selector at one size.
 
     Attributes:
@@ -62,7 +63,7 @@ def loop_select(features: Tensor, k: int, pivot: int, selector: str) -> Tensor:
 
 def measure(
     tokens: int, keep: int, width: int, pairs: int, seed: int = 0, progress: Callable[[int, int], None] | None = None
-) -> list[Timed]:
+) -> list[SelectorTime]:
     """Times every selector on random features of one image (with a common part, so that cosines are positive, as real ones).
 
     Args:
@@ -86,7 +87,9 @@ def measure(
             if progress is not None:
                 progress(number * pairs + i + 1, len(SELECTORS) * pairs)
         faster = paired_ratio(loops, ours, seed=seed)
-        results.append(Timed(name, median(ours), median(loops), faster, same, _scaling(name, tokens, keep, width, pairs, seed)))
+        results.append(
+            SelectorTime(name, median(ours), median(loops), faster, same, _scaling(name, tokens, keep, width, pairs, seed))
+        )
     return results
 
 
@@ -113,18 +116,20 @@ def _scaling(name: str, tokens: int, keep: int, width: int, pairs: int, seed: in
     return {what: median(seconds[0]) / median(found) for what, found in zip(GROWN, seconds[1:])}
 
 
-def table(results: Sequence[Timed], tokens: int, keep: int, width: int) -> Table:
+def table(results: Sequence[SelectorTime], tokens: int, keep: int, width: int) -> Table:
     """For people."""
-    shown = Table(title=f"{tokens} -> {keep} tokens of width {width}, {torch.get_num_threads()} CPU threads, fp32")
-    for column in ("selector", "ms", "loop, ms", "faster [95 %]", "same tokens", *(f"{what} x 2" for what in GROWN)):
-        shown.add_column(column, justify="left" if column == "selector" else "right")
-    for r in results:
-        shown.add_row(
-            r.selector,
-            f"{1000 * r.seconds:.0f}",
-            f"{1000 * r.loop_seconds:.0f}",
-            f"{r.faster.point:.1f}x{in_brackets(r.faster.ends, '.1f')}",
-            "yes" if r.same else "no",
-            *(f"{r.scaling[what]:.2f}x" for what in GROWN),
-        )
-    return shown
+    columns = [
+        Column("selector", lambda r: r.selector, left=True),
+        Column("ms", lambda r: f"{1000 * r.seconds:.0f}"),
+        Column("loop, ms", lambda r: f"{1000 * r.loop_seconds:.0f}"),
+        Column("faster [95 %]", lambda r: f"{r.faster.point:.1f}x{in_brackets(r.faster.ends, '.1f')}"),
+        Column("same tokens", lambda r: "yes" if r.same else "no"),
+        *(Column(f"{what} x 2", partial(_grown, what=what)) for what in GROWN),
+    ]
+    return Table.of(
+        results, columns, f"{tokens} -> {keep} tokens of width {width}, {torch.get_num_threads()} CPU threads, fp32"
+    )
+
+
+def _grown(r: SelectorTime, what: str) -> str:
+    return f"{r.scaling[what]:.2f}x"

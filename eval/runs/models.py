@@ -21,6 +21,7 @@ from vtok.eval.common.dtypes import LONG, TYPES
 from vtok.eval.common.settings import Setting, placed
 from vtok.eval.common.timing import named_kernels
 from vtok.eval.models.clip import DualEncoder, load_clip
+from vtok.eval.models.reference_next import calibration_pages
 from vtok.eval.models.vlm import REFERENCE_NEXT, VisionLanguageModel, load_vlm
 from vtok.eval.runs.again import ELSEWHERE
 from vtok.eval.runs.schema import REFERENCE
@@ -190,9 +191,8 @@ def _prompts(model: VisionLanguageModel, named: str | None) -> Any:
         data = open_vqa(named).take(CALIBRATION_PROMPTS)
         return [model.inputs([data.read(q.image)], [q.text + data.prompt]) for q in data.questions]
     if model.name == REFERENCE_NEXT:
-        from vtok.eval.demo.questions import calibration_pages
-
-        return [calibration_pages(model)]
+        pages = calibration_pages()
+        return [model.inputs(pages, ["is top left blank?"] * len(pages))]
     from PIL import Image
 
     from vtok.eval.models.reference_vlm import load_reference_questions

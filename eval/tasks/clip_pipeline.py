@@ -5,14 +5,12 @@ Shapes: n readable images, D width of the common space.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -272,13 +270,3 @@ def _size(data: CheckedImages) -> Size:
 
 def _autocast(device: torch.device, options: ClipOptions) -> AbstractContextManager:
     return torch.autocast(device.type, TYPES[options.amp_dtype]) if options.amp else nullcontext()
-
-
-def finite(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The same with `None` for what is not a number: strict JSON knows no NaN."""
-    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in metrics.items()}
-
-
-def bits(hits: np.ndarray) -> str:
-    """[n] hits, 0.0 or 1.0 -> one bit each, packed, in hexadecimal (see `report.correctness`)."""
-    return np.packbits(hits.astype(bool)).tobytes().hex()

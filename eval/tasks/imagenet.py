@@ -14,13 +14,13 @@ from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vtok.errors import ConfigError
 from vtok.eval.common.distributed import current
 from vtok.eval.common.dtypes import TYPES, dtype_of
+from vtok.eval.common.records import bits
 from vtok.eval.common.settings import (
     PassCost,
     Setting,
@@ -39,7 +39,7 @@ from vtok.eval.common.statistics import mean_stderr, paired_difference, share
 from vtok.eval.common.timing import Memory, Pacer
 from vtok.eval.runs.again import run_file
 from vtok.eval.tasks.class_folders import are_ids, labels_for, wordnet_ids
-from vtok.eval.tasks.fashion import FASHION, open_fashion
+from vtok.eval.tasks.fashion import is_fashion, open_fashion
 from vtok.eval.tasks.image_folder import CheckedImages, Unreadable, check_same_work, open_dataset, other_files
 from vtok.eval.tasks.scoring import Scorer, Scores
 from vtok.eval.tasks.timm_pipeline import Options, create_loader, create_model, data_config
@@ -106,7 +106,7 @@ def evaluate(
     Args:
         model: a timm name, `"reference-vit"`, or an unpatched model, which is left as it is.
         data_dir: folder with one sub-folder of images a class, what `options.dataset` reads, or `"fashion-mnist"`, which comes
-            with vtok.
+            with vtok (`"fashion-mnist/test"`: the same images, of which `num_samples` takes the first).
         settings: each `None` (unpatched), a method, (method, parameters), or a `Setting`.
         options: see `Options`.
         progress: called with (images done, images).
@@ -119,7 +119,7 @@ def evaluate(
         `top1_ci` (95 %), `top5`, and against the unpatched setting, if there is one, the paired `difference` of top-1 with both
         and the `agreement` of predictions, all in percent; `n` images scored; `method, setting, params, tokens, gmacs, gflops,
         implied_speedup`; `samples_per_sec`, `speedup` and `achieved` with intervals, from the passes of the evaluation itself;
-        `correct`, one bit an image (see `report.correctness`); `skipped` (file and reason) and `num_skipped`; `notes`; and what
+        `correct`, one bit an image (see `correctness`); `skipped` (file and reason) and `num_skipped`; `notes`; and what
         describes the run.
 
     Raises:
@@ -191,8 +191,8 @@ def load_named(name: str, options: Options) -> nn.Module:
 
 
 def _open(data: str, size: Size, options: Options) -> CheckedImages:
-    if data == FASHION and not options.dataset:
-        return open_fashion(options.num_samples)
+    if is_fashion(data) and not options.dataset:
+        return open_fashion(options.num_samples, data)
     mode = "RGB" if size[0] == 3 else "L"
     return open_dataset(data, options.dataset, options.split, options.class_map, mode, options.num_samples)
 
@@ -243,7 +243,9 @@ def _score(tally: _Tally, unpatched: _Tally | None) -> dict[str, Any]:
         "top5": round(top5, 4),
         "top5_err": round(100 - top5, 4),
         "metrics": metrics,
-        "correct": np.packbits(hits.numpy().astype(bool)).tobytes().hex(),
+        "primary": "top1",
+        "percent": True,
+        "correct": bits(hits),
         **tally.cost.fields(),
     }
 

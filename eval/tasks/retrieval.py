@@ -20,11 +20,12 @@ from torch import Tensor
 from vtok.errors import ConfigError
 from vtok.eval.common.checked import Count
 from vtok.eval.common.distributed import current
+from vtok.eval.common.records import bits, finite
 from vtok.eval.common.statistics import clustered_mean_stderr, paired_difference, share
 from vtok.eval.common.timing import Memory
 from vtok.eval.models.clip import DualEncoder
 from vtok.eval.tasks.captions import open_captions
-from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, bits, finite, repeated, run
+from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, repeated, run
 from vtok.eval.tasks.image_folder import CheckedImages
 from vtok.eval.tasks.recall import Positives, first_ranks, text_groups
 

@@ -14,10 +14,9 @@ from torch import nn
 import vtok
 from vtok.config import MethodConfig
 from vtok.eval.common.distributed import current
-from vtok.eval.common.records import Records, key_of
+from vtok.eval.common.records import BASELINES, Records, key_of
 from vtok.eval.common.settings import Setting, fingerprint, twin, versions
 from vtok.eval.models.vlm import VisionLanguageModel
-from vtok.eval.report.tables import FLOOR
 from vtok.eval.tasks.vqa.data import VQAData
 from vtok.eval.tasks.vqa.pipeline import Entry, Line, Progress, Samples, ask
 from vtok.eval.tasks.vqa.plain import TASK
@@ -94,7 +93,7 @@ class Job:
         for entry in self.entries:
             share = float(self.kept(entry).mean()) / self.visual(entry)
             if not entry.unpatched and 0 < share < 1:
-                wanted |= dict.fromkeys((round(share, 4), name) for name in FLOOR if name != entry.setting.name)
+                wanted |= dict.fromkeys((round(share, 4), name) for name in BASELINES if name != entry.setting.name)
         found = [self.entry(Setting(name, {"keep": share})) for share, name in wanted]
         there = {entry.key for entry in self.entries}
         return [entry for entry in found if entry.key not in there]

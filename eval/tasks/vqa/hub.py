@@ -149,7 +149,7 @@ def _about_videos(name: str, hub: Hub, sources: Sources, split: str) -> VQAData:
     videos, found = Videos.of(sources), list[Question]()
     for i, row in enumerate(_load(sources.data, hub, hub.config, split)):
         place = f"{sources.data}, row {i}"
-        video = videos.find(hub.video(row), place)  # type: ignore[misc]
+        video = str(videos.find(hub.video(row), place))  # type: ignore[misc]
         found += _listed(hub.question({**row, "ocr": bool(sources.ocr)}, place, video, split))
     data = videos.questions(name, found, Path(sources.data), hub.prompt, split)
     return data if hub.check is None else hub.check(data, sources.data)

@@ -41,6 +41,8 @@ class Videos(Pictures):
         count: frames of each.
     """
 
+    kind = "video"
+
     def __init__(self, folder: Path, named: bool = False, count: int = 16):
         super().__init__(folder, named)
         self.count = count

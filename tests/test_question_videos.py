@@ -17,7 +17,7 @@ from vtok.eval.tasks import QUESTION_TASKS, TASKS
 from vtok.eval.tasks.vqa.data import Question, VQAData
 from vtok.eval.tasks.vqa.records import Scored
 from vtok.eval.tasks.vqa.task import Sources, VQAOptions
-from vtok.eval.tasks.vqa.videos import Span
+from vtok.eval.tasks.vqa_video.videos import Span
 
 
 def put(path, content):

@@ -32,7 +32,7 @@ from vtok.eval.common.pictures import digest, find_files, open_picture
 from vtok.eval.tasks.vqa.data import Question, VQAData
 from vtok.eval.tasks.vqa.files import checked
 from vtok.eval.tasks.vqa.sources import Sources
-from vtok.eval.tasks.vqa.videos import Videos
+from vtok.eval.tasks.vqa_video.videos import Videos
 
 HUB = "hub"
 _SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder

@@ -26,8 +26,8 @@ from vtok.eval.tasks.vqa.metrics import without_punctuation
 from vtok.eval.tasks.vqa.reading import entries, fields, load_json, text_of, texts_of
 from vtok.eval.tasks.vqa.task import QuestionTask, Sources
 from vtok.eval.tasks.vqa.totals import Total, ratio
-from vtok.eval.tasks.vqa.videos import Span, Videos
 from vtok.eval.tasks.vqa_choice.letters import listed
+from vtok.eval.tasks.vqa_video.videos import Span, Videos
 
 # kind -> where its videos lie; names differ between revisions of the data, so that a file is looked for at any depth below
 FOLDERS = {

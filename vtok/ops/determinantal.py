@@ -14,7 +14,7 @@ from vtok.ops.diversity import all_at_once, all_with_all, all_with_all_macs, row
 from vtok.ops.matching import unit
 
 _RANK = 1e-4  # of the largest entry of the kernel's diagonal: below it no direction is left; rows in fp32 are off by up to 1e-5
-_EQUAL = 1e-5  # of the best: what is closer counts as equal; copies (newline tokens) differ by the rounding of their batch
+NEAR = 1e-5  # of the best: what is closer counts as equal; copies (newline tokens) differ by the rounding of their batch
 
 
 @torch.no_grad()
@@ -76,4 +76,4 @@ def greedy_dpp_macs(n: int, k: int, width: int) -> int:
 def _first_of_best(value: Tensor) -> Tensor:
     """[B, 1]: the lowest place in [B, n] of what is as large as the largest, which is no less than 0."""
     best = value.amax(1, keepdim=True)
-    return (value >= best - _EQUAL * best).view(torch.uint8).argmax(1, keepdim=True)
+    return (value >= best - NEAR * best).view(torch.uint8).argmax(1, keepdim=True)

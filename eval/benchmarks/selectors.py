@@ -2,7 +2,7 @@
 
 Only the choice is run, with what it must work out again of a vision tower or of a decoder layer: features, weights and hidden
 states are random tensors of the sizes of CLIP ViT-L/14 and of a Llama of 7B. What depends on the values (how many tokens leave
-under a method that adapts) is therefore not that of a real image; times, products and memory of methods with a fixed budget are.
+under a method that adapts) is not that of a real image; times, products and memory of methods with a fixed budget are.
 """
 
 from __future__ import annotations

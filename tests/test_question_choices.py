@@ -176,6 +176,7 @@ def test_the_references_of_refcoco(tmp_path):
         (lambda p: boxes(p, pickle.dumps([{"ref_id": 1}])), "entry 0 has no 'ann_id', 'image_id', 'split', 'sentences'"),
         (lambda p: boxes(p)._replace(split="test"), "has no reference of the split 'test', only of testA, val (--split)"),
         (lambda p: boxes(p, coco=lambda c: c.update(annotations=[])), "has no image "),
+        (lambda p: boxes(p, coco=lambda c: c["images"][0].update(id=[1])), "images, entry 0: 'id' must be a text, found [1]"),
         (lambda p: boxes(p, coco=lambda c: [a.update(bbox=[1, 2]) for a in c["annotations"]]),
          "'bbox' must be [x, y, width, height] in an image with a size, found [1, 2] in 64 x 64"),
         (lambda p: boxes(p, coco=lambda c: [i.update(width=0) for i in c["images"]]), "in an image with a size, found"),

@@ -35,6 +35,7 @@ ASK = (
 )
 SPLIT = "val"
 Box = tuple[float, float, float, float]
+_FAR = 1e6  # pixels, beyond all images
 _EMPTY: Box = (0.0, 0.0, 0.0, 0.0)
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
 _BOX = re.compile(r"\[\s*" + r",\s*".join([_NUMBER] * 4) + r"\s*\]")
@@ -70,14 +71,18 @@ def center_inside(box: Box, other: Box) -> bool:
 
 def _share(value: Any, width: Any, height: Any, place: str) -> Box:
     """[x, y, width, height] in pixels -> a box in shares of the image."""
-    numbers = isinstance(value, (list, tuple)) and len(value) == 4 and all(isinstance(v, (int, float)) for v in value)
-    if not numbers or not all(isinstance(v, (int, float)) and v > 0 for v in (width, height)):
+    numbers = isinstance(value, (list, tuple)) and len(value) == 4 and all(_finite(v) for v in value)
+    if not numbers or not all(_finite(v) and v > 0 for v in (width, height)):
         raise ConfigError(
             f"{place}: 'bbox' must be [x, y, width, height] in an image with a size, found {shown(value)} in {shown(width)} x "
             f"{shown(height)}"
         )
     x, y, w, h = value
     return x / width, y / height, (x + w) / width, (y + h) / height
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _FAR
 
 
 def _questions(number: Any, sentences: Sequence[str], box: Box, image: Any) -> list[Question]:
@@ -92,18 +97,20 @@ def _questions(number: Any, sentences: Sequence[str], box: Box, image: Any) -> l
 def _read(sources: Sources) -> VQAData:
     path, split = located(sources, "refs(*).p"), sources.split or SPLIT
     coco = path.parent / "instances.json"
-    content, place = load_json(coco, _COCO_FORM), str(coco)
-    images = {fields(one, ("id",), place, _COCO_FORM)[0]: one for one in entries(content, "images", coco, _COCO_FORM)}
-    boxes = {fields(one, ("id",), place, _COCO_FORM)[0]: one for one in entries(content, "annotations", coco, _COCO_FORM)}
+    content = load_json(coco, _COCO_FORM)
+    images, boxes = (_by_id(content, name, coco) for name in ("images", "annotations"))
     pictures, found, splits = Pictures.of(sources), list[Question](), dict[Any, None]()
     for i, ref in enumerate(_refs(path)):
         place = f"{path}: entry {i}"
         names = ("ref_id", "ann_id", "image_id", "split", "sentences")
         number, thing, image, own, sentences = fields(ref, names, place, _REFS_FORM)
-        splits.setdefault(own)
+        splits.setdefault(text_of(own, "'split'", place))
         if own != split:
             continue
         place = f"{path}: reference {brief(number_of(number, 'ref_id', place))}"
+        image, thing = number_of(image, "'image_id'", place), number_of(thing, "'ann_id'", place)
+        if not isinstance(sentences, list):
+            raise ConfigError(f"{place}: 'sentences' must be a list, found {shown(sentences)}; expected {_REFS_FORM}")
         if image not in images or thing not in boxes:
             raise ConfigError(f"{place}: {coco.name} has no image {brief(image)} with the annotation {brief(thing)}")
         name, width, height = fields(images[image], ("file_name", "width", "height"), f"{coco}: image {image}", _COCO_FORM)
@@ -116,6 +123,15 @@ def _read(sources: Sources) -> VQAData:
             f"{path} has no reference of the split {shown(split)}, only of {', '.join(map(str, splits))} (--split)"
         )
     return checked("refcoco", found, path, pictures, "", split)
+
+
+def _by_id(content: Any, name: str, coco: Path) -> dict[Any, Any]:
+    """The images or annotations of COCO's file by their numbers."""
+    found = {}
+    for i, one in enumerate(entries(content, name, coco, _COCO_FORM)):
+        place = f"{coco}: {name}, entry {i}"
+        found[number_of(fields(one, ("id",), place, _COCO_FORM)[0], "'id'", place)] = one
+    return found
 
 
 class _Plain(pickle.Unpickler):

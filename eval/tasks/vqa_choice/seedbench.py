@@ -17,7 +17,7 @@ from vtok.eval.common.pictures import find_files
 from vtok.eval.tasks.vqa.data import Question, VQAData
 from vtok.eval.tasks.vqa.files import checked
 from vtok.eval.tasks.vqa.hub import Cell, Hub
-from vtok.eval.tasks.vqa.reading import Pictures, entries, fields, load_json, located, number_of, text_of
+from vtok.eval.tasks.vqa.reading import Pictures, entries, fields, group_of, load_json, located, number_of, text_of
 from vtok.eval.tasks.vqa.task import QuestionTask, Sources
 from vtok.eval.tasks.vqa_choice.letters import BY_LETTER, listed
 
@@ -31,13 +31,13 @@ def first_letter(said: str) -> str:
     return said.strip()[:1].lower()
 
 
-def _question(entry: Any, place: str, image: Any, types: Mapping[int, str]) -> Question:
+def _question(entry: Any, place: str, image: Any, types: Mapping[str, str]) -> Question:
     number, text, answer, *choices = fields(entry, ("question_id", "question", "answer", *_CHOICES), place, _FORM)
     if answer not in ("A", "B", "C", "D"):
         raise ConfigError(f"{place}: 'answer' must be A, B, C or D, found {shown(answer)}")
     told = [text_of(choice, f"{name!r}", place) for name, choice in zip(_CHOICES, choices)]
-    kind = entry.get("question_type_id")
-    groups = {"type": types.get(kind, "" if kind is None else str(kind))}
+    kind = group_of(entry, "question_type_id", place)
+    groups = {"type": types.get(kind, kind)}
     return Question(number, f"{text_of(text, repr('question'), place)}\n{listed(told)}", (answer,), image, groups)
 
 
@@ -58,7 +58,7 @@ def _read(sources: Sources) -> VQAData:
     content = load_json(path, _FORM)
     listing = entries(content, "questions", path, _FORM)
     named = content.get("question_type")
-    types = {number: str(name) for name, number in named.items()} if isinstance(named, dict) else {}
+    types = {str(number): str(name) for name, number in named.items()} if isinstance(named, dict) else {}
     pictures, found = _WithoutEndings.of(sources), []
     for i, entry in enumerate(listing):
         kind, number = fields(entry, ("data_type", "question_id"), f"{path}: entry {i}", _FORM)

@@ -160,7 +160,8 @@ def test_the_average_of_mvbench():
     kinds = ["moving_count"] * 3 + ["action_count"]
     questions = [Question(i, "q", ("A",), i, {"kind": kind}) for i, kind in enumerate(kinds)]
     found = Scored(VQAData("x", questions, None), ["A", "(B)", "", "A. up"], QUESTION_TASKS.get("mvbench")).metrics(None)
-    assert found["accuracy"] == pytest.approx(2 / 3) and found["average"] == pytest.approx((1 / 2 + 1) / 2)
+    assert found["accuracy"] == pytest.approx(2 / 3) and found["accuracy_all"] == pytest.approx(2 / 4)
+    assert found["average"] == pytest.approx((1 / 2 + 1) / 2)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ own. With `start` and `end`, seconds, only that part of a video is shown, unless
 may also be folders with a picture a frame. `--frames` says how many frames are shown (16, as the authors do).
 
 `accuracy` is lmms-eval's: the letter in front of a period at the beginning of an answer, else its first lone letter from A
-to E in either case ("a" counts, the article too); an empty answer does not count. `average` is the mean of the kinds'
-accuracies.
+to E in either case ("a" counts, the article too); an empty answer does not count (in `accuracy_all` it is wrong). `average`
+is the mean of the kinds' accuracies.
 """
 
 from __future__ import annotations
@@ -146,9 +146,9 @@ def _own_folder(root: Path, name: str) -> Path | None:
 TASK = QuestionTask(
     name="mvbench",
     read=_read,
-    scores={"accuracy": _score},
+    scores={"accuracy": _score, "accuracy_all": lambda said, q: float(read_letter(said) == q.target)},
     totals={"average": Total(_parts, _average, "kind")},
     primary="accuracy",
-    correct="accuracy",
+    correct="accuracy_all",
     columns={"accuracy": "accuracy", "average": "average"},
 )

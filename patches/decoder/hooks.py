@@ -335,12 +335,7 @@ def _prompt_kwargs(
     if state.sample is not None and masks.is_flash(kind):
         slots = packed.of_columns(state.sample, stage.column)
         changed = {"attention_mask": None, **_once(running, ("lengths", id(stage)), stage, lambda: packed.lengths(slots))}
-    slots = _once(running, ("anew", id(stage)), stage, lambda: state.anew(stage)[0]) if state.compact else stage.entry
-    if state.compact and state.sample is not None:
-        raise UnsupportedModelError(
-            "positions='compact' numbers what is left between the decoder layers one after the other, but a row holds several "
-            "samples; give every sample a row of its own, or use positions='original'"
-        )
+    slots = _once(running, ("anew", id(stage)), stage, lambda: packed.anew(state, stage)) if state.compact else stage.entry
     if tables is not None:
         changed["position_embeddings"] = _once(
             running, ("tables", id(stage), id(tables)), tables, lambda: tuple(take(t, slots, t.ndim - 2) for t in tables)

@@ -31,21 +31,30 @@ METRICS = {
     "chartqa": {"relaxed_overall", "relaxed_human_split", "relaxed_augmented_split"},
     "docvqa": {"anls", "anls_definition"},
     "gqa": {"exact_match", "exact_match_vlmeval", "exact_match_official"},
+    "mmbench": {"circular", "vanilla"},
     "mme": {"accuracy", "accuracy_plus", "perception", "cognition", "total"},
+    "ocrbench": {"accuracy", "accuracy_official"},
     "pope": {f"{m}{p}" for m in ("f1", "accuracy", "precision", "recall", "yes_ratio") for p in ("", "_llava", "_vlmeval")}
     | {"yes_ratio_labels"},
+    "refcoco": {"acc_10", "acc_30", "acc_50", "acc_70", "acc_90", "iou", "center_acc"},
     "scienceqa": {"exact_match", "exact_match_llava"},
     "scienceqa_img": {"exact_match", "exact_match_llava"},
+    "seedbench": {"accuracy"},
     "textvqa": {"soft_accuracy", "soft_accuracy_vlmeval"},
+    "vizwiz": {"soft_accuracy"},
     "vqav2": {"soft_accuracy", "soft_accuracy_official", "soft_accuracy_vlmeval"},
 }
 GROUPS = {
     "chartqa": {"part": {"human", "augmented"}},
     "gqa": {"structural": {"verify", "query"}, "answer": {"open", "binary"}},
+    "mmbench": {"category": {"kind 0", "kind 1"}},
     "mme": {"category": {"color", "celebrity", "code_reasoning"}},
+    "ocrbench": {"type": {"Regular Text Recognition", "Doc-oriented VQA"}},
     "pope": {"variant": {"adversarial", "popular", "random"}},
     "scienceqa": {"kind": {"image", "text"}, "grade": {"1-6", "7-12"}},
     "scienceqa_img": {"grade": {"1-6", "7-12"}},
+    "seedbench": {"type": {"Scene Understanding", "Instance Identity"}},
+    "vizwiz": {"kind": {"yes/no", "other"}},
     "vqav2": {"kind": {"yes/no", "other"}},
 }
 
@@ -144,6 +153,7 @@ def test_what_the_bundled_model_answers(evaluated):
     assert metrics["textvqa"]["soft_accuracy"] >= 0.8
     assert metrics["pope"]["f1"] >= 0.8 and metrics["mme"]["total"] >= 450
     assert metrics["chartqa"]["relaxed_overall"] >= 0.8 and metrics["docvqa"]["anls"] >= 0.8
+    assert metrics["ocrbench"]["accuracy"] >= 0.8 and metrics["vizwiz"]["soft_accuracy"] >= 0.8
     assert metrics["scienceqa"]["exact_match"] == 0  # it knows no letters
     assert evaluated["gqa"][2][1]["metrics"]["loyalty"] < 1
 
@@ -179,10 +189,15 @@ def test_questions_without_an_image(evaluated):
         ("chartqa", "\nAnswer the question with a single word.", 16),
         ("docvqa", SUFFIX, 32),
         ("gqa", SUFFIX, 16),
+        ("mmbench", "\nAnswer with the option's letter from the given choices directly.", 1024),
         ("mme", SUFFIX, 16),
+        ("ocrbench", "", 128),
         ("pope", SUFFIX, 128),
+        ("refcoco", "", 1024),
         ("scienceqa", "\nAnswer with the option's letter from the given choices directly.", 16),
+        ("seedbench", "\nAnswer with the option's letter from the given choices directly.", 1024),
         ("textvqa", SUFFIX, 1024),
+        ("vizwiz", f"\nWhen the provided information is insufficient, respond with 'Unanswerable'.{SUFFIX}", 1024),
         ("vqav2", SUFFIX, 16),
     ],
 )

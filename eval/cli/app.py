@@ -37,6 +37,7 @@ evaluate.command("vqa")(evaluate_vqa)
 evaluate.command("zeroshot")(evaluate_zeroshot)
 app.command("book")(run_book)
 app.command("configs")(list_configs)
+app.command("published", help="The same as book.")(run_book)
 app.command("matrix")(print_matrix)
 app.command("run")(run)
 app.command("sweep")(sweep)
@@ -165,17 +166,36 @@ def bench_select(
     width: Annotated[int, typer.Option(min=1, help="of a token")] = 1024,
     pairs: Annotated[int, typer.Option(min=1, help="pairs of a call and a loop; 5 or more for an interval")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: torch's)")] = None,
+    every_method: Annotated[
+        bool, typer.Option("--every-method", help="instead: the choice of every method, its share of a 7B prefill, its memory")
+    ] = False,
+    views: Annotated[int, typer.Option(min=1, help="crops of the image, or frames, with --every-method")] = 5,
+    video: Annotated[bool, typer.Option("--video", help="views are frames, with --every-method")] = False,
+    device: Annotated[str, typer.Option(help="with --every-method")] = "cpu",
     seed: Seed = 0,
 ) -> None:
-    """Times the choice of diverse tokens (todre) against a loop that looks at all chosen tokens again in every step."""
+    """Times the choice of diverse tokens against loops that go step by step; or the choice of every method."""
     import torch
 
     from vtok.eval.benchmarks import selection as select_bench
+    from vtok.eval.benchmarks import selectors
 
     if keep > tokens:
         raise ConfigError(f"--keep {keep} of --tokens {tokens}: at most all of them can stay")
     if threads is not None:
         torch.set_num_threads(threads)
+    if every_method:
+        prompt = selectors.Synthetic.of(tokens, views, width, video, seed, device)
+        with terminal.progress(transient=True) as progress:
+            bar = progress.add_task("timing", total=None)
+            chosen = selectors.measure(
+                selectors.configs(keep / tokens), prompt, pairs,
+                lambda done, total: progress.update(bar, completed=done, total=total),
+            )  # fmt: skip
+        console.print(selectors.table(chosen, prompt))
+        for line in selectors.refusals(chosen):
+            console.print(f"- {line}", highlight=False)
+        return
     with terminal.progress(transient=True) as progress:
         bar = progress.add_task("timing", total=None)
         results = select_bench.measure(

@@ -169,7 +169,7 @@ class BeforeText(PrunerHook):
         if state is None:
             return None
         state.inside = True
-        running.final_norm = getattr(module, "norm", None)
+        running.final_norm, running.rotary = getattr(module, "norm", None), getattr(module, "rotary_emb", None)
         if running.prunes:
             return self._first(module, args, kwargs, running, state)
         return (args, self._later(kwargs, running, state, cache)) if state.before is not None else None
@@ -337,12 +337,13 @@ def _prompt_kwargs(
     if state.sample is not None and masks.is_flash(kind):
         slots = packed.of_columns(state.sample, stage.column)
         changed = {"attention_mask": None, **_once(running, ("lengths", id(stage)), stage, lambda: packed.lengths(slots))}
+    slots = _once(running, ("anew", id(stage)), stage, lambda: packed.anew(state, stage)) if state.compact else stage.entry
     if tables is not None:
         changed["position_embeddings"] = _once(
-            running, ("tables", id(stage), id(tables)), tables, lambda: tuple(take(t, stage.entry, t.ndim - 2) for t in tables)
+            running, ("tables", id(stage), id(tables)), tables, lambda: tuple(take(t, slots, t.ndim - 2) for t in tables)
         )
     if position is not None:
-        changed["position_ids"] = take(position, stage.entry, position.ndim - 1)
+        changed["position_ids"] = take(position, slots, position.ndim - 1)
     return {**kwargs, **changed}
 
 
@@ -357,6 +358,8 @@ def _later_kwargs(
         return kwargs
     mask, kind = kwargs.get("attention_mask"), layer.self_attn.config._attn_implementation
     batch, queries = x.shape[:2]
+    if state.compact and stage is not state.before:
+        kwargs = _moved_down(kwargs, x, stage, running, state)
     if mask is None and queries == 1 and not stage.padded and not sliding:
         return kwargs
     masks.check_implementation(kind, sliding)
@@ -369,6 +372,19 @@ def _later_kwargs(
         return masks.text_mask(column, real, queries, x, kind, int(keys), int(offset), window)
 
     return {**kwargs, "attention_mask": _once(running, ("text", id(stage), count, int(keys), int(offset), window), None, build)}
+
+
+def _moved_down(kwargs: dict[str, Any], x: Tensor, stage: Stage, running: Pass, state: PromptState) -> dict[str, Any]:
+    """Positions and rotary tables of later text behind a prompt of which a layer has renumbered what is left."""
+    position = kwargs["position_ids"]
+
+    def build() -> tuple[Tensor, Any]:
+        gone = state.now(state.anew(stage)[1], x.shape[0]).to(position.device)
+        lower = position - gone[:, None]
+        return lower, running.rotary(x, lower.to(x.device))
+
+    lower, tables = _once(running, ("lower", id(stage), id(position)), position, build)
+    return {**kwargs, "position_ids": lower, "position_embeddings": tables}
 
 
 _once = Pass.once  # what several layers share

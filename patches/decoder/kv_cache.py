@@ -68,7 +68,7 @@ class PromptState:
         self.length, self.real = length, real
         self.before: Stage | None = None  # what was dropped before the LLM
         self.between: dict[int, Stage] = {}  # decoder layer -> what was dropped in front of it
-        self.compact = False  # whether the tokens behind those dropped before the LLM were renumbered
+        self.compact = False  # whether the tokens behind dropped ones were renumbered
         self.inside = False  # whether the LLM is running: it counts what is stored, everybody else the whole prompt
         self.sample: Tensor | None = None  # [B, L] int64, sample of each column, where a row holds several (decoder_packed)
         self.order: Tensor | None = None
@@ -117,6 +117,24 @@ class PromptState:
         """[B, 1] int64: real columns dropped before the LLM."""
         assert self.before is not None
         return (self.real.sum(1) - self._kept(self.before)).unsqueeze(1)
+
+    def anew(self, stage: Stage) -> tuple[Tensor, Tensor]:
+        """Positions without gaps for what a layer drops: those of as many real slots, from the first that entered the LLM on.
+
+        Args:
+            stage: of tokens that were dropped in front of a decoder layer.
+
+        Returns:
+            ([B, M] int64, the entered column whose position each slot takes, -1 = padding; [B] int64, by how much later text
+            moves down).
+        """
+        column = torch.arange(self.length, device=self.real.device).expand_as(self.real)
+        column = column if self.before is None else self.before.column
+        entered = (column >= 0) & self.real.gather(1, column.clamp_min(0))
+        order = (~entered).long().argsort(dim=1, stable=True)  # real ones first
+        stays = stage.entry >= 0
+        slot = order.gather(1, (stays.cumsum(1) - 1).clamp_min(0)).masked_fill(~stays, -1)
+        return slot, entered.sum(1) - stays.sum(1)
 
     def _kept(self, stage: Stage) -> Tensor:
         return ((stage.column >= 0) & self.real.gather(1, stage.column.clamp_min(0))).sum(1)

@@ -73,7 +73,7 @@ def evaluate(
     named = data
     if not isinstance(data, VQAData):
         places = (options.questions, options.annotations, options.images, options.ocr, options.split)
-        data = task.open(Sources(os.fspath(data), *places))
+        data = task.open(Sources(os.fspath(data), *places, options.frames))
     data = data.take(options.num_samples)
     if options.prompt is not None:
         data = data.with_prompt(options.prompt)
@@ -88,7 +88,7 @@ def evaluate(
     device = current().device(options.device)
     with evaluating(vlm.net):
         base = placed(vlm.net, dtype_of(options.model_dtype), device)
-        model = VisionLanguageModel(base, vlm.processor, vlm.name)
+        model = VisionLanguageModel(base, vlm.processor, vlm.name, options.frames_as_images)
         longest = task.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
         dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
         again = partial(run_file, task.name, vlm.name, "transformers", named, options=options, dtype=dtype)

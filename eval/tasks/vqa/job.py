@@ -76,6 +76,7 @@ class Job:
             "dtype": str(first.dtype),
             "seed": self.seed,
             "vtok": versions()["vtok"],
+            **({"frames_as_images": True} if self.model.frames_as_images else {}),
         }
         return Entry(setting, net, key_of(identity))
 

@@ -8,7 +8,7 @@ clusters (`tests/golden`). What differs:
 * Every prompt of a batch decides for itself; the program takes one at a time.
 * The average of a cluster stands where its centre stood; in the program it follows on all kept tokens of the image.
 * Positions are kept. The program numbers the columns of each layer from 0 on, so that in decoding one token has another
-  position in every layer.
+  position in every layer; `positions="compact"` does the same.
 * Where densities are equal the first token counts as denser. The program adds noise of up to 1e-6, so that two runs may differ:
   with two clusters, tokens that are nearest to each other have equal densities, and noise chooses (it does in the golden
   file). Densities too small for a float are told apart by their logarithms here.

@@ -13,16 +13,14 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).parents[1]
-CPU = ("--cpu",)  # vtok itself starts the processes that accelerate leaves out
-ELASTIC = ("--multi_gpu",)  # accelerate's launcher for several processes, on CPUs where there is no GPU
+TORCHRUN = ("torch.distributed.run", "--standalone")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--mixed_precision", "no", "--main_process_port", "0")
 
 
-def start(processes: int | None, *arguments: str, how: tuple[str, ...] = CPU, **environment: str) -> subprocess.Popen[str]:
-    """Starts `vtok ARGUMENTS` through `accelerate launch` in so many processes (`None` = as a file says) of one thread each."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", *how, "--mixed_precision", "no"]
-    launcher += [] if processes is None else ["--num_processes", str(processes)]
-    launcher += ["--main_process_port", "0"] if how == ELASTIC else []
-    return spawn([*launcher, "-m", "vtok.eval", *arguments], **environment)
+def start(processes: int, *arguments: str, how: tuple[str, ...] = TORCHRUN, **environment: str) -> subprocess.Popen[str]:
+    """Starts `vtok ARGUMENTS` through a launcher in so many processes of one thread each."""
+    number = ("--num_processes" if how == ACCELERATE else "--nproc_per_node", str(processes))
+    return spawn([sys.executable, "-m", *how, *number, "-m", "vtok.eval", *arguments], **environment)
 
 
 def alone(*arguments: str, **environment: str) -> subprocess.Popen[str]:

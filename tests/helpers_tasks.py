@@ -1,6 +1,10 @@
 """A few bundled pictures and questions, written as the public data sets distribute theirs."""
 
+import base64
+import csv
+import io
 import json
+import pickle
 from functools import cache
 
 from vtok.eval.tasks.vqa.data import EASY_VQA
@@ -162,20 +166,127 @@ def write_chartqa(folder):
     put(folder / "test" / "test_augmented.json", rows[1::2])
 
 
+def box_of(number):
+    """[x, y, width, height] in pixels of a picture of 64 x 64."""
+    return [4.0 + number, 8.0, 32.0, 16.0]
+
+
+def write_refcoco(folder):
+    """Two sentences about the first thing, one about every other; one reference of another split."""
+    save_images(folder, lambda i: f"train2014/COCO_train2014_{i:012d}.jpg")
+    images = list(dict.fromkeys(i for i, _, _ in asked()))
+    refs = [
+        {
+            "ref_id": 100 + n,
+            "ann_id": 200 + n,
+            "image_id": i,
+            "split": "val" if n else "testA",
+            "sentences": [{"sent": f"the thing {n} {k}", "raw": "", "sent_id": k} for k in range(1 + (n == 1))],
+        }
+        for n, i in enumerate([images[0], *images])
+    ]
+    (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+    coco = {
+        "images": [{"id": i, "file_name": f"COCO_train2014_{i:012d}.jpg", "width": 64, "height": 64} for i in images],
+        "annotations": [{"id": ref["ann_id"], "bbox": box_of(n)} for n, ref in enumerate(refs)],
+    }
+    put(folder / "instances.json", coco)
+
+
+def write_ocrbench(folder):
+    save_images(folder, lambda i: f"svt/image/img_{i:04d}.png")
+    rows = [
+        {
+            "dataset_name": "svt",
+            "id": n,
+            "image_path": f"svt/image/img_{i:04d}.png",
+            "question": q,
+            "answers": [a.upper(), "?"] if n % 2 else a.upper(),
+            "type": "Regular Text Recognition" if n % 2 else "Doc-oriented VQA",
+        }
+        for n, (i, q, a) in enumerate(asked())
+    ]
+    put(folder / "OCRBench.json", rows)
+
+
+def write_vizwiz(folder):
+    rows = []
+    for n, (i, q, a) in enumerate(asked()):
+        save_one(folder / "val" / f"VizWiz_val_{n:08d}.jpg", i)
+        answers = [{"answer": a if k < 8 else "unanswerable", "answer_confidence": "yes"} for k in range(10)]
+        kind = "yes/no" if a in ("yes", "no") else "other"
+        rows.append({"image": f"VizWiz_val_{n:08d}.jpg", "question": q, "answers": answers, "answer_type": kind})
+    put(folder / "val.json", rows)
+
+
+def write_seedbench(folder):
+    """The last question is about a video."""
+    for image in dict.fromkeys(i for i, _, _ in asked()):
+        path = folder / "SEED-Bench-image" / f"{image}_77"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        open_vqa(EASY_VQA).read(image).save(path, "PNG")
+    rows = [
+        {
+            "question_id": str(n),
+            "question": q,
+            **dict(zip(("choice_a", "choice_b", "choice_c", "choice_d"), (a, "one", 2, "three"))),
+            "answer": "A",
+            "data_type": "image",
+            "data_id": f"{i}_77",
+            "question_type_id": 1 + n % 2,
+        }
+        for n, (i, q, a) in enumerate(asked())
+    ]
+    video = {**rows[0], "question_id": "v", "data_type": "video", "data_id": "123.webm"}
+    put(
+        folder / "SEED-Bench.json",
+        {"questions": [*rows, video], "question_type": {"Scene Understanding": 1, "Instance Identity": 2}},
+    )
+
+
+def mmbench_rows():
+    """Every question twice, its choices rotated; the second has no picture of its own."""
+    rows = []
+    for n, (i, q, a) in enumerate(asked()):
+        common = {"question": q, "hint": "Look." if n % 2 else "", "category": f"kind {n % 2}", "l2-category": "perception"}
+        rows.append({"index": n, **common, "A": a, "B": "one", "C": "", "D": "", "answer": "A", "image": i})
+        rows.append({"index": n + 10**6, **common, "A": "one", "B": a, "C": "", "D": "", "answer": "B", "image": None})
+    return rows
+
+
+def write_mmbench(folder):
+    read = open_vqa(EASY_VQA).read
+    with open(folder / "mmbench_dev_20230712.tsv", "w", encoding="utf-8", newline="") as file:
+        out = csv.DictWriter(file, list(mmbench_rows()[0]), delimiter="\t")
+        out.writeheader()
+        for row in mmbench_rows():
+            image = str(row["index"] % 10**6)
+            if row["image"] is not None:
+                read(row["image"]).save(held := io.BytesIO(), "PNG")
+                image = base64.b64encode(held.getvalue()).decode()
+            out.writerow({**row, "image": image})
+
+
 WRITERS = {
     "chartqa": write_chartqa,
     "docvqa": write_docvqa,
     "gqa": write_gqa,
+    "mmbench": write_mmbench,
     "mme": write_mme,
+    "ocrbench": write_ocrbench,
     "pope": write_pope,
+    "refcoco": write_refcoco,
     "scienceqa": write_scienceqa,
     "scienceqa_img": write_scienceqa,
+    "seedbench": write_seedbench,
     "textvqa": write_textvqa,
+    "vizwiz": write_vizwiz,
     "vqav2": write_vqav2,
 }
 
 
 def written(task, folder):
     """The folder with a task's data in it."""
+    folder.mkdir(parents=True, exist_ok=True)
     WRITERS[task](folder)
     return folder

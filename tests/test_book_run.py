@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -63,6 +64,16 @@ def test_a_table_from_start_to_end_and_on(tmp_path):
     again = _run("book", folder, "-o", tmp_path / "out")
     assert again.exit_code == 0 and len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 3
     assert f"{top1:.2f} ±" in " ".join(again.output.split())
+
+
+def test_runs_for_which_nothing_was_published_are_shown_as_measured():
+    run = runs.checked("mine.yaml", "mine", {**yaml.safe_load(VIT), "method": {"name": "tome", "r": 8}})
+    pair = _pair(True, top1=(91.0, 90.0))
+    for record in pair.values():
+        record |= {"primary": "top1", "gmacs": {"model": 0.25}}
+    pair["patched"]["metrics"] |= {"top1_stderr": 1.0, "difference_ci": [-3.0, 1.0]}
+    (line,) = book_report.beside("mine", [(run, {"imagenet": pair})]).rows
+    assert line == ("mine", "top-1", "-", "90.00 ± 1.00 of 91.00", "-", "-1.00 [-3.00, +1.00]", "-", "0.250 of 0.250")
 
 
 def test_runs_that_differ_in_the_method_alone_are_one():

@@ -1,5 +1,6 @@
 """The commands, as a user types them."""
 
+import csv
 import dataclasses
 import json
 import os
@@ -75,6 +76,10 @@ def test_eval_imagenet(folder, tmp_path):
     records = json.loads(out.read_text())
     assert [r["method"] for r in records] == ["unpatched", "tome", "random"]
     assert records[0]["n"] == 6
+    first = out.read_bytes()
+    _ok(*args, "--results-file", out)
+    assert out.read_bytes() == first, "a file of results is not replaced"
+    assert len(json.loads((tmp_path / "r-2.json").read_text())) == 3
 
 
 def test_eval_imagenet_with_real_labels(tmp_path):
@@ -113,11 +118,17 @@ def test_run_prints_published_beside_measured(folder, tmp_path):
         "model: {backend: timm, name: deit_tiny_patch16_224.fb_in1k}\nmethod: {name: pitome, ratio: 0.9}\ntask: imagenet\n"
         "batch_size: 3\npublished: {top1: 69.34, base_top1: 72.13, gflops: 0.712, source: a log}\n"
     )
-    args = ["run", path, "--data", folder, "--no-pretrained", "-j", 0, "-o", tmp_path / "out", "--set", "method.ratio=0.95"]
+    out = tmp_path.parent / f"{tmp_path.name}-out"  # not in the folder of the data, whose folders are classes
+    args = ["run", path, "--data", folder, "--no-pretrained", "-j", 0, "-o", out, "--set", "method.ratio=0.95"]
     text = _ok(*args, "--json", tmp_path / "r.json")
     for word in ("69.34", "72.13", "-2.790", "0.712", "published", "measured", "a log"):
         assert word in text
     assert json.loads((tmp_path / "r.json").read_text())[1]["params"]["ratio"] == 0.95
+    args[-1] = "method.ratio=0.8"
+    assert "ratio=0.95" not in _ok(*args), "the table is that of this call"
+    with open(out / "sweep.csv") as file:
+        found = [row["setting"] for row in csv.DictReader(file)]
+    assert found == ["unpatched", "pitome(ratio=0.95)", "pitome(ratio=0.8)"], "the file holds what the folder holds"
 
 
 @pytest.mark.parametrize(
@@ -141,18 +152,35 @@ def test_expected_errors_are_one_line(args, words):
 
 
 def test_demo(tmp_path):
-    """The main job on a few images; a second run has nothing left to do and gives the same table. See also test_vqa_demo."""
-    args = ["demo", "--images", 40, "--out", tmp_path / "d", "--budgets", "0.6", "-b", 20, "--no-vqa"]
+    """The main job on a few images; a second run has nothing left to do. See also test_clip_demo and test_vqa_demo."""
+    args = ["demo", "--images", 20, "--out", tmp_path / "d", "--budgets", "0.6", "-b", 10, "--no-clip", "--no-vqa"]
     first = _ok(*args)
     for word in ("tome", "random", "unpatched", "implied", "standard errors"):
         assert word in first
-    for name in ("results.jsonl", "sweep.csv", "pareto.png", "overlays.png", "clip.png"):
+    for name in ("results.jsonl", "sweep.csv", "pareto.png", "overlays.png"):
         assert (tmp_path / "d" / name).stat().st_size > 0
     lines = (tmp_path / "d" / "results.jsonl").read_text().splitlines()
-    assert len(lines) == 7 + 13  # the ViT's at one budget, the CLIP's at two
+    assert len(lines) == 7 and len((tmp_path / "d" / "sweep.csv").read_text().splitlines()) == 1 + len(lines)
     second = _ok(*args)
     assert "7 of 7 configurations are in" in second
     assert (tmp_path / "d" / "results.jsonl").read_text().splitlines() == lines
+
+
+def test_the_demo_has_three_parts(monkeypatch, tmp_path):
+    from vtok.eval.demo import clip, questions, vit
+
+    seen = {}
+    for home, name in ((vit, "run_demo"), (clip, "run_clip_demo"), (questions, "run_vqa_demo")):
+        monkeypatch.setattr(home, name, lambda out, *counts, name=name, console, **_: seen.update({name: (out, counts)}))
+    _ok("demo", "--images", 200, "--out", tmp_path)
+    assert seen == {
+        "run_demo": (tmp_path, (200, (0.8, 0.6, 0.4))),
+        "run_clip_demo": (tmp_path, (148, 200)),
+        "run_vqa_demo": (tmp_path, (200, 120)),
+    }
+    _ok("demo", "--full", "--out", tmp_path, "--no-clip")
+    assert seen["run_demo"][1][0] is None and seen["run_vqa_demo"] == (tmp_path, (None, None))
+    assert seen["run_clip_demo"] == (tmp_path, (148, 200))  # of the first call
 
 
 def test_every_flag_of_the_evaluations_is_explained():
@@ -163,3 +191,11 @@ def test_every_flag_of_the_evaluations_is_explained():
 
     for options in (Options, ZeroshotOptions, RetrievalOptions):
         assert {field.name for field in dataclasses.fields(options)} <= set(_help(options)), options.__name__
+
+
+def test_each_evaluation_offers_the_data_that_it_takes():
+    def helped(task):
+        return " ".join(run.invoke(app, ["eval", task, "--help"], env={"COLUMNS": "200"}).output.split())
+
+    assert "reference-pictures" in helped("zeroshot") and "reference-pages" not in helped("zeroshot")
+    assert "reference-pages" in helped("retrieval") and "reference-pictures" not in helped("retrieval")

@@ -16,7 +16,7 @@ import vtok
 from vtok.eval.common.statistics import paired_difference
 from vtok.eval.models.clip import BACKENDS, hugging_face_encoder, load_clip
 from vtok.eval.report.html.repeat import repeat
-from vtok.eval.report.html.sections import sections
+from vtok.eval.report.sections import sections
 from vtok.eval.runs import loader as runs
 from vtok.eval.runs import runner
 from vtok.eval.tasks import TASKS
@@ -283,7 +283,7 @@ def test_the_command_line(clip_folder, karpathy, folder, tmp_path):
         "published: {text_retrieval_recall@1: 79.3, base_text_retrieval_recall@1: 82.4, recall_sum: 509.2, source: a log}\n"
     )
     text = run("run", path, "--data", karpathy, "-j", 0, "-o", tmp_path / "out")
-    for word in ("79.3", "82.4", "-3.100", "509.2", "text retrieval recall@1", "a log", "±"):
+    for word in ("79.3", "82.4", "-3.100", "509.2", "text R@1", "a log", "±"):
         assert word in text
 
 
@@ -294,18 +294,27 @@ def test_the_command_line(clip_folder, karpathy, folder, tmp_path):
         (lambda f, k: zeroshot(str(f), f), "transformers cannot load"),
         (
             lambda f, k: zeroshot("x", f, [None], ZeroshotOptions(backend="jax")),
-            "unknown backend 'jax'; known: open_clip, trans",
+            "backend must be one of open_clip, transformers, got 'jax'",
         ),
         (lambda f, k: zeroshot(tiny_native(), f, []), "at least one setting"),
         (lambda f, k: zeroshot(tiny_native(), f, [None], ZeroshotOptions(templates=("a photo",))), "a prompt needs {c}"),
         (lambda f, k: zeroshot(tiny_native(), f, [None], ZeroshotOptions(classnames="nowhere")), "nowhere does not exist"),
         (lambda f, k: zeroshot(tiny_native(), f / "nowhere"), "does not exist"),
-        (lambda f, k: zeroshot(tiny_native(), f, [None], options(ZeroshotOptions, model_dtype="int4")), "unknown type 'int4'"),
+        (
+            lambda f, k: zeroshot(tiny_native(), f, [None], options(ZeroshotOptions, model_dtype="int4")),
+            "bfloat16, float16, got 'int4'",
+        ),
         (lambda f, k: retrieval(tiny_native(), f), "holds 0 files dataset"),
         (lambda f, k: retrieval(tiny_native(), k, [None], RetrievalOptions(split="tset")), "split 'tset'; it has: test, val"),
-        (lambda f, k: retrieval(tiny_native(), k, [None], RetrievalOptions(recall_k=(0,))), "numbers from 1 on"),
+        (
+            lambda f, k: retrieval(tiny_native(), k, [None], RetrievalOptions(recall_k=(0,))),
+            "recall_k.0 must be at least 1",
+        ),
         (lambda f, k: retrieval(tiny_native(), k, [None], RetrievalOptions(images=str(f))), "none of the 12 images"),
-        (lambda f, k: retrieval(tiny_native(), k, [None], RetrievalOptions(max_captions=0)), "has no captions"),
+        (
+            lambda f, k: retrieval(tiny_native(), k, [None], RetrievalOptions(max_captions=0)),
+            "captions must be at least 1, got 0",
+        ),
     ],
 )
 def test_refusals(folder, karpathy, call, message):

@@ -1,17 +1,15 @@
 """The control that draws tokens at random, at a method's own places and counts."""
 
-import io
-
 import pytest
 import torch
 from rich.console import Console
 from zoo import build, images
 
 import vtok
-from vtok.eval.common.records import Records
-from vtok.eval.common.settings import Setting
-from vtok.eval.demo.compare import Case, Comparison, Data, cases
-from vtok.eval.demo.control import RandomChoice, attention_kept, controls, table
+from vtok.eval.demo.control import RandomChoice, attention_kept, controls, measure_controls, value_of_choice
+from vtok.eval.report.sections import sections
+from vtok.eval.tasks.imagenet import evaluate
+from vtok.eval.tasks.timm_pipeline import Options
 
 METHODS = [vtok.ToMe(r=2), vtok.PiToMe(r=2), vtok.ZeroTPrune(layers=[0, 1], retain=0.7, r=1), vtok.ATS(num_tokens=9)]
 
@@ -63,20 +61,18 @@ def test_attention_kept_by_an_early_choice():
 
 
 def test_the_table_sets_a_method_beside_its_control(tmp_path):
-    model, x = build("timm: ViT"), images("timm: ViT", batch=24)
-    with torch.no_grad():
-        labels = model(x).argmax(-1)
-    comparison = Comparison(model, "tiny", Data("noise", x, labels, x[:4]), Records(tmp_path / "r.jsonl"), batch_size=12)
-    for case in cases(["tome", "random"], [0.7]):
-        comparison.run(case)
-    done = comparison.records.load()
-    (choice, budget), *others = controls(done)
-    assert (choice.method.name, budget, others) == ("tome", 0.7, [])
-    case = Case(Setting(choice), budget)
-    assert case in comparison.pending([case])
-    record = comparison.run(case)
-    assert comparison.pending([case]) == []
-    assert record["tokens"] == next(r for r in done if r["method"] == "tome")["tokens"]
-    console = Console(width=120, file=io.StringIO(), record=True)
-    console.print(table([*done, record]))
-    assert f"{record['metrics']['top1']:.2f}" in console.export_text()
+    settings = [None, vtok.ToMe(r=8), ("uniform", {"keep": 0.9})]
+    options = Options(num_samples=8, batch_size=4, workers=0, device="cpu")
+    made = evaluate("reference-vit", "fashion-mnist/test", settings, options)
+    told = {"threads": 1, "device_name": "x"}
+    (section,) = sections([one | told | {"key": str(i), "budget": 0.7} for i, one in enumerate(made)])
+    ((row, choice),) = controls(section)  # baselines have none
+    assert (row.method, choice.method.name) == ("tome", "tome")
+    found = measure_controls(section, tmp_path, Console(quiet=True))
+    (control,) = found.values()
+    assert control["tokens"] == row.record["tokens"] and control["method"] == "tome, tokens at random"
+    before = (tmp_path / "results.jsonl").read_bytes()
+    assert measure_controls(section, tmp_path, Console(quiet=True)) == found
+    assert (tmp_path / "results.jsonl").read_bytes() == before  # nothing was measured again
+    (cells,) = value_of_choice(section, found).rows
+    assert cells[:4] == ("tome", "0.7", f"{row.record['metrics']['top1']:.2f}", f"{control['metrics']['top1']:.2f}")

@@ -99,7 +99,7 @@ def test_training_resumes_to_the_same_weights(small_set, tmp_path, monkeypatch):
     class StopError(Exception):
         pass
 
-    import vtok.eval.training.vit as module
+    import vtok.eval.training.loop as module
 
     real, calls = module.save_atomically, []
 

@@ -23,12 +23,13 @@ from vtok.eval.models.easyvqa import (
 )
 from vtok.eval.models.reference import PageCLIP, asset, load_reference_pages, load_reference_pictures
 from vtok.eval.training.bpe import learn_merges, vocabulary_size, write_merges
-from vtok.eval.training.vit import Stage
+from vtok.eval.training.loop import Stage
 
 open_clip = pytest.importorskip("open_clip")
 
 # After the check that open_clip is there: these import it.
 from vtok.eval.training import clip as train_clip  # noqa: E402
+from vtok.eval.training import loop as train_loop  # noqa: E402
 from vtok.eval.training.clip import Recipe, contrastive_loss, draw_batch, make_tokenizer, resample, train  # noqa: E402
 
 RED_CIRCLE = CLASSES.index("red circle")
@@ -206,7 +207,7 @@ def test_training_resumes_to_the_same_weights(folder, tmp_path, monkeypatch):
     class StopError(Exception):
         pass
 
-    real, calls = train_clip.save_atomically, []
+    real, calls = train_loop.save_atomically, []
 
     def stopping(payload, path):
         real(payload, path)
@@ -214,7 +215,7 @@ def test_training_resumes_to_the_same_weights(folder, tmp_path, monkeypatch):
         if len(calls) in (1, 3, 4):
             raise StopError
 
-    monkeypatch.setattr(train_clip, "save_atomically", stopping)
+    monkeypatch.setattr(train_loop, "save_atomically", stopping)
     for _ in range(3):
         with pytest.raises(StopError):
             train(RECIPE, tmp_path / "b" / "clip.pt", folder, save_every=2)

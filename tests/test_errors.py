@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from helpers_errors import message_of
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.torch_version import TorchVersion
 from zoo import Nothing, build, images
@@ -117,6 +118,18 @@ def test_budgets_that_cannot_be_met(model):
     assert "in (0, 1], got 1.5" in message_of(vtok.ConfigError, vtok.patch, model, "tome", flops=1.5)
     both = [vtok.ToMe(r=[4, 0, 0, 0]), vtok.RandomDrop(keep=0.9, layers=[3])]
     assert "sets the knob of one method" in message_of(vtok.ConfigError, vtok.patch, model, both, flops=0.5)
+
+
+def test_a_default_that_a_shallow_tower_cannot_meet_is_no_budget_of_the_users():
+    net = VisionTransformer(img_size=32, patch_size=4, embed_dim=32, depth=1, num_heads=2, num_classes=4)
+    with pytest.raises(vtok.ConfigError) as caught:
+        vtok.patch(net, "tome")
+    assert not isinstance(caught.value, vtok.BudgetError)
+    assert "the default of tome leaves 0.6 of the blocks' FLOPs, for which VisionTransformer is too shallow; give r" in str(
+        caught.value
+    )
+    with pytest.raises(vtok.BudgetError, match="cannot bring"):
+        vtok.patch(net, "tome", flops=0.5)
 
 
 def test_two_methods_in_one_block(model):

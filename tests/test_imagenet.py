@@ -15,7 +15,7 @@ from vtok.eval.common.settings import Setting
 from vtok.eval.common.statistics import paired_difference
 from vtok.eval.models.reference import FashionViT
 from vtok.eval.report.html.repeat import repeat
-from vtok.eval.report.html.sections import sections
+from vtok.eval.report.sections import sections
 from vtok.eval.runs import loader as runs
 from vtok.eval.runs import runner
 from vtok.eval.tasks import TASKS
@@ -253,7 +253,7 @@ def test_label_files_that_do_not_fit(model, folder, tmp_path, extra, message):
         ({"img_size": 32}, "was built for \\(3, 64, 64\\), the flags ask for \\(3, 32, 32\\)"),
         ({"class_map": "nowhere.txt"}, "neither a file nor"),
         ({"valid_labels": "nowhere"}, "labels nowhere does not exist"),
-        ({"model_dtype": "int4"}, "unknown type 'int4'"),
+        ({"model_dtype": "int4"}, "model_dtype must be one of float32, bfloat16, float16, got 'int4'"),
         ({"dataset": "tfds/x"}, "tfds/x is a stream"),
         ({"dataset": "nope"}, "unknown data set 'nope'; write TYPE/NAME with a TYPE of hfds, torch"),
         ({"dataset": "nope/imagenet"}, "unknown data set 'nope/imagenet'; write TYPE/NAME"),

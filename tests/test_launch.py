@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_processes import CPU, ELASTIC, finished, member, start, wait_for
+from helpers_processes import ACCELERATE, TORCHRUN, finished, member, start, wait_for
 
 from vtok.eval.tasks.vqa.evaluate import VQAOptions, evaluate
 
@@ -45,7 +45,7 @@ def assert_same(records: list[dict], expected: list[dict], processes: int) -> No
         assert rate["total"] <= sum(rate["per_process"]) * (1 + 1e-9)
 
 
-def ask(processes: int | None, out: Path, how: tuple[str, ...] = CPU, **environment: str):
+def ask(processes: int, out: Path, how: tuple[str, ...] = TORCHRUN, **environment: str):
     return start(processes, *ASK, "-M", "todre:keep=0.3", "--output", str(out), how=how, **environment)
 
 
@@ -63,7 +63,7 @@ def test_a_killed_process_ends_the_run_and_the_next_one_goes_on(tmp_path, expect
     assert 4 <= len(before) < 2 * QUESTIONS
     assert not (tmp_path / "results.jsonl").exists()
 
-    code, out, err = finished(ask(3, tmp_path, ELASTIC))
+    code, out, err = finished(ask(3, tmp_path, ACCELERATE))
     assert code == 0, err
     after = lines(samples)
     assert after[: len(before)] == before  # nothing was asked again
@@ -75,35 +75,20 @@ def test_a_killed_process_ends_the_run_and_the_next_one_goes_on(tmp_path, expect
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "how"), [(1, CPU), (2, ELASTIC), (2, CPU), (3, ELASTIC)])
+@pytest.mark.parametrize(("processes", "how"), [(1, TORCHRUN), (2, ACCELERATE), (2, TORCHRUN), (3, ACCELERATE)])
 def test_answers_are_the_same_in_any_number_of_processes(tmp_path, expected, processes, how):
     code, _, err = finished(ask(processes, tmp_path, how))
     assert code == 0, err
     assert_same(lines(tmp_path / "results.jsonl"), expected, processes)
 
 
-CLUSTER = """
-compute_environment: LOCAL_MACHINE
-distributed_type: MULTI_CPU
-use_cpu: true
-num_machines: 2
-num_processes: 4
-machine_rank: {rank}
-main_process_ip: 127.0.0.1
-main_process_port: 29611
-rdzv_backend: static
-same_network: true
-mixed_precision: "no"
-"""
-
-
 @pytest.mark.slow
 def test_two_machines(tmp_path, expected):
     """Two launches that meet at an address; the second writes to a folder of its own, as another machine would to its disk."""
     children = []
+    meet = ("--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", "29611")
     for rank, name in enumerate(("first", "second")):
-        (tmp_path / f"{name}.yaml").write_text(CLUSTER.format(rank=rank))
-        children.append(ask(None, tmp_path / name, ("--config_file", str(tmp_path / f"{name}.yaml"))))
+        children.append(ask(2, tmp_path / name, ("torch.distributed.run", *meet, "--node_rank", str(rank))))
     (code, out, err), (other, silent, second_err) = map(finished, children)
     assert (code, other) == (0, 0), err + second_err
     assert_same(lines(tmp_path / "first" / "results.jsonl"), expected, 4)
@@ -116,7 +101,7 @@ def test_two_machines(tmp_path, expected):
 
 @pytest.mark.slow
 def test_the_main_process_may_be_the_one_that_is_killed(tmp_path):
-    child = ask(3, tmp_path, ELASTIC)
+    child = ask(3, tmp_path, ACCELERATE)
     victim = member(child, 0)
     wait_for(lambda: len(lines(tmp_path / "samples.jsonl")) >= 4, child)
     victim.send_signal(signal.SIGKILL)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers_processes import CPU, ELASTIC, finished, member, start, wait_for
+from helpers_processes import ACCELERATE, TORCHRUN, finished, member, start, wait_for
 
 from vtok.eval.runs import loader as runs
 from vtok.eval.runs import runner
@@ -55,7 +55,7 @@ def same(record: dict) -> dict:
     return {name: value for name, value in record.items() if name not in TIMES}
 
 
-def run(processes: int, config: Path, out: Path, how: tuple[str, ...] = CPU):
+def run(processes: int, config: Path, out: Path, how: tuple[str, ...] = TORCHRUN):
     return start(processes, "run", str(config), "-j", "0", "-o", str(out), how=how)
 
 
@@ -70,7 +70,14 @@ def one_thread():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "processes", "how"),
-    [(IMAGES, 1, CPU), (IMAGES, 2, CPU), (IMAGES, 3, ELASTIC), (CLIP, 3, CPU), (ASKED, 2, ELASTIC), (MIXED, 5, CPU)],
+    [
+        (IMAGES, 1, TORCHRUN),
+        (IMAGES, 2, TORCHRUN),
+        (IMAGES, 3, ACCELERATE),
+        (CLIP, 3, TORCHRUN),
+        (ASKED, 2, ACCELERATE),
+        (MIXED, 5, TORCHRUN),
+    ],
     ids=["images-1", "images-2", "images-3", "clip-3", "questions-2", "more-than-batches"],
 )
 def test_records_are_those_of_one_process(tmp_path, one_thread, content, processes, how):

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from vtok.eval.common import timing as pacing
+from vtok.eval.common.rates import Step
 from vtok.eval.common.settings import PassCost
-from vtok.eval.common.timing import FEWEST_PAIRS, TIMED_EVERY, Memory, Pacer, Step
+from vtok.eval.common.timing import FEWEST_PAIRS, TIMED_EVERY, Memory, Pacer
 
 
 class Counting(nn.Module):

@@ -14,7 +14,7 @@ from vtok.errors import ConfigError
 from vtok.eval.common import distributed as processes
 from vtok.eval.common import launch
 from vtok.eval.common.distributed import Peer, ProcessError, Processes, is_main, timeout, world_size
-from vtok.eval.common.rates import Timed, throughput, throughput_line
+from vtok.eval.common.rates import Step, throughput, throughput_line
 
 
 @dataclass(frozen=True)
@@ -123,57 +123,23 @@ def test_commands_that_do_not_share_work_refuse_several_processes(monkeypatch):
         launch.check_command("demo")
 
 
-ONE = {"num_machines": None, "machine_rank": None, "main_process_port": None}
-TWO = {"num_machines": 2, "machine_rank": 1, "main_process_port": 29500}
-
-
-@pytest.mark.parametrize(
-    ("wanted", "expected"),
-    [
-        ({**ONE, "num_processes": 3}, ["--nproc_per_node", "3", "--standalone"]),
-        ({**ONE, "num_processes": 3, "main_process_port": 7}, ["--nproc_per_node", "3", "--master_port", "29500"]),
-        (
-            {**TWO, "num_processes": 6},
-            [
-                "--nproc_per_node",
-                "3",
-                "--nnodes",
-                "2",
-                "--node_rank",
-                "1",
-                "--master_addr",
-                "10.0.0.1",
-                "--master_port",
-                "29500",
-            ],
-        ),
-        ({**ONE, "num_processes": 1}, None),
-    ],
-)
-def test_processes_that_accelerate_leaves_out_are_asked_of_torchrun(monkeypatch, wanted, expected):
-    monkeypatch.setattr(launch, "_parent_arguments", lambda: wanted)
-    assert launch.asked_for() is None
+def test_a_launcher_that_starts_one_process_instead_of_several_is_refused_with_advice(monkeypatch):
+    launch.check_launcher()
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
-    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    launch.check_launcher()  # --num_processes 1
     monkeypatch.setenv("MASTER_PORT", "29500")
-    assert launch.asked_for() == expected
+    with pytest.raises(ConfigError, match=r"started one process, though several .* torchrun --nproc_per_node N"):
+        launch.check_launcher()
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert launch.asked_for() is None
-
-
-def test_a_launch_of_several_that_cannot_be_read_is_refused_with_advice(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
-    monkeypatch.setenv("MASTER_PORT", "29500")
-    with pytest.raises(ConfigError, match=r"started one process, though several were asked for; write --multi_gpu instead"):
-        launch.asked_for()  # the parent of this process is no `accelerate launch`
+    launch.check_launcher()
 
 
 def test_throughput_of_each_process_and_of_all():
-    steps = [Timed(0, 8, 9.0, True), Timed(1, 8, 9.0, True), Timed(0, 8, 2.0, False), Timed(1, 8, 4.0, False)]
+    steps = [Step(0, 8, 9.0, True, 0), Step(1, 8, 9.0, True, 1), Step(2, 8, 2.0, False, 0), Step(3, 8, 4.0, False, 1)]
     record = {"throughput": throughput(steps, 3)}
     assert record["throughput"] == {"processes": 3, "per_process": [4.0, 2.0, None], "total": 4.0}
     assert throughput_line("tome", record) == "tome: 4.0 samples/s in 3 processes (4.0, 2.0, -)"
-    alone = {"throughput": throughput([Timed(0, 8, 4.0, True)], 1)}
+    alone = {"throughput": throughput([Step(0, 8, 4.0, True)], 1)}
     assert alone["throughput"] == {"processes": 1, "per_process": [2.0], "total": 2.0}
     assert throughput_line("tome", alone) is throughput_line("tome", {}) is None
     assert throughput([], 2) == {"processes": 2, "per_process": [None, None], "total": None}

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from vlm_zoo import build, inputs
 
 import vtok
-from vtok.eval.benchmarks import prefill_result as result
+from vtok.eval.benchmarks import result
 from vtok.eval.benchmarks.flops import count_prompt_macs
 from vtok.eval.benchmarks.prefill import Times, compare, measure_prompts, selection_seconds
 from vtok.eval.models import random_vlm as prompts
@@ -58,7 +58,7 @@ def test_json_and_markdown(measured):
     assert result.from_json(result.to_json(found)) == found
     text = result.markdown(found)
     lines = text.splitlines()
-    assert lines[0].count("|") == lines[2].count("|") == len(result.HEADER) + 1
+    assert lines[0].count("|") == lines[2].count("|") == len(result.PromptResult.columns) + 1
     assert "| uniform(keep=0.5) | 24 -> 12 |" in lines[2]
     assert "tiny, 24 visual and 12 other tokens, batch 2, float32" in text
     assert "the vision tower is part of prefill" in text and "- uniform(keep=0.5): " in text

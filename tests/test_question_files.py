@@ -66,7 +66,7 @@ def no_pictures(content):
 
 def without_images(task, root):
     written(task, root)
-    for path in [*root.rglob("*.jpg"), *root.rglob("*.png")]:
+    for path in [path for path in root.rglob("*") if path.is_file() and path.suffix in (".jpg", ".png", "")]:
         path.unlink()
     return Sources(str(root))
 
@@ -136,7 +136,7 @@ def message_pattern(text):
     return ".*".join(re.escape(part).replace(r"0\+", "0+") for part in text.split(".*"))
 
 
-@pytest.mark.parametrize("task", sorted(set(WRITERS) - {"vqav2"}))
+@pytest.mark.parametrize("task", sorted(set(WRITERS) - {"mmbench", "vqav2"}))
 def test_an_image_that_is_missing(task, tmp_path):
     with pytest.raises(vtok.ConfigError, match=r"the image .* is missing from .*") as caught:
         QUESTION_TASKS.get(task).open(without_images(task, tmp_path))

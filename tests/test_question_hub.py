@@ -8,7 +8,7 @@ pytest.importorskip("datasets")
 pytest.importorskip("transformers")
 
 import datasets
-from helpers_tasks import SUFFIX, WRITERS, asked, written, yes_no
+from helpers_tasks import SUFFIX, WRITERS, asked, box_of, mmbench_rows, written, yes_no
 
 import vtok
 from vtok.eval.models.vlm import REFERENCE_LLAVA, load_vlm
@@ -49,10 +49,35 @@ def rows_of(task):
             {"id": str(n), "imageId": f"n{i}", "question": q, "answer": a, "types": {"structural": "query", "semantic": "attr"}}
             for n, (i, q, a) in pairs
         ],
+        "mmbench": lambda: [
+            {**row, "hint": row["hint"] or "nan", "C": "nan", "D": "nan", "L2-category": "perception",
+             "image": read(asked()[row["index"] % 10**6][0])}
+            for row in mmbench_rows()
+        ],
         "mme": lambda: [
             {"question_id": f"color/{i}.png", "category": "color", "question": f"{q} Please answer yes or no.",
              "answer": a.title(), "image": read(i)}
             for _, i, q, a in kinds
+        ],
+        "ocrbench": lambda: [
+            {"dataset": "svt", "question": q, "question_type": "Doc-oriented VQA", "image": read(i),
+             "answer": [a.upper(), "?"] if n % 2 else [a.upper()]}
+            for n, (i, q, a) in pairs
+        ],
+        "refcoco": lambda: [
+            {"question_id": str(101 + n), "file_name": f"{i}.jpg", "bbox": box_of(1 + n), "image": read(i),
+             "answer": [f"the thing {1 + n} {k}" for k in range(1 + (n == 0))]}
+            for n, i in enumerate(dict.fromkeys(i for i, _, _ in asked()))
+        ],
+        "seedbench": lambda: [
+            {"question_id": str(n), "question": q, "choice_a": a, "choice_b": "one", "choice_c": "2", "choice_d": "three",
+             "answer": "A", "data_type": kind, "data_id": f"{i}", "question_type_id": 1 + n % 2, "image": [read(i)] * count}
+            for n, (i, q, a) in pairs for kind, count in (("image", 1), ("video", 2))[: 1 + (n == 0)]
+        ],
+        "vizwiz": lambda: [
+            {"question_id": f"VizWiz_val_{n:08d}.jpg", "question": q, "answers": [a] * 8 + ["unanswerable"] * 2,
+             "category": "yes/no" if a in ("yes", "no") else "other", "image": read(i)}
+            for n, (i, q, a) in pairs
         ],
         "pope": lambda: [
             {"question_id": str(n), "question": q, "answer": a, "image_source": str(i), "category": "popular", "image": read(i)}
@@ -76,7 +101,7 @@ def saved(task, folder):
     """A folder that `save_to_disk` made."""
     hub = QUESTION_TASKS.get(task).hub
     data = datasets.Dataset.from_list(rows_of(task))
-    if "image" in data.column_names:
+    if "image" in data.column_names and not isinstance(data[0]["image"], list):
         data = data.cast_column("image", datasets.Image())
     target = folder / hub.config if hub.images else folder
     datasets.DatasetDict({hub.split: data}).save_to_disk(str(target))

@@ -13,13 +13,12 @@ from helpers_vqa import words
 from rich.console import Console
 from typer.testing import CliRunner
 
-from vtok.eval.cli.vqa import print_records
-from vtok.eval.common.records import Records
+from vtok.eval.common.records import Records, correctness
 from vtok.eval.models.vlm import REFERENCE_LLAVA, load_vlm
-from vtok.eval.report.html.read import read
 from vtok.eval.report.html.repeat import repeat
-from vtok.eval.report.html.sections import sections
-from vtok.eval.report.tables import correctness
+from vtok.eval.report.printed import questions
+from vtok.eval.report.read import read
+from vtok.eval.report.sections import sections
 from vtok.eval.runs import loader as runs
 from vtok.eval.runs import runner
 from vtok.eval.tasks import QUESTION_TASKS, TASKS
@@ -32,21 +31,30 @@ METRICS = {
     "chartqa": {"relaxed_overall", "relaxed_human_split", "relaxed_augmented_split"},
     "docvqa": {"anls", "anls_definition"},
     "gqa": {"exact_match", "exact_match_vlmeval", "exact_match_official"},
+    "mmbench": {"circular", "vanilla"},
     "mme": {"accuracy", "accuracy_plus", "perception", "cognition", "total"},
+    "ocrbench": {"accuracy", "accuracy_official"},
     "pope": {f"{m}{p}" for m in ("f1", "accuracy", "precision", "recall", "yes_ratio") for p in ("", "_llava", "_vlmeval")}
     | {"yes_ratio_labels"},
+    "refcoco": {"acc_10", "acc_30", "acc_50", "acc_70", "acc_90", "iou", "center_acc"},
     "scienceqa": {"exact_match", "exact_match_llava"},
     "scienceqa_img": {"exact_match", "exact_match_llava"},
+    "seedbench": {"accuracy"},
     "textvqa": {"soft_accuracy", "soft_accuracy_vlmeval"},
+    "vizwiz": {"soft_accuracy"},
     "vqav2": {"soft_accuracy", "soft_accuracy_official", "soft_accuracy_vlmeval"},
 }
 GROUPS = {
     "chartqa": {"part": {"human", "augmented"}},
     "gqa": {"structural": {"verify", "query"}, "answer": {"open", "binary"}},
+    "mmbench": {"category": {"kind 0", "kind 1"}},
     "mme": {"category": {"color", "celebrity", "code_reasoning"}},
+    "ocrbench": {"type": {"Regular Text Recognition", "Doc-oriented VQA"}},
     "pope": {"variant": {"adversarial", "popular", "random"}},
     "scienceqa": {"kind": {"image", "text"}, "grade": {"1-6", "7-12"}},
     "scienceqa_img": {"grade": {"1-6", "7-12"}},
+    "seedbench": {"type": {"Scene Understanding", "Instance Identity"}},
+    "vizwiz": {"kind": {"yes/no", "other"}},
     "vqav2": {"kind": {"yes/no", "other"}},
 }
 
@@ -145,6 +153,7 @@ def test_what_the_bundled_model_answers(evaluated):
     assert metrics["textvqa"]["soft_accuracy"] >= 0.8
     assert metrics["pope"]["f1"] >= 0.8 and metrics["mme"]["total"] >= 450
     assert metrics["chartqa"]["relaxed_overall"] >= 0.8 and metrics["docvqa"]["anls"] >= 0.8
+    assert metrics["ocrbench"]["accuracy"] >= 0.8 and metrics["vizwiz"]["soft_accuracy"] >= 0.8
     assert metrics["scienceqa"]["exact_match"] == 0  # it knows no letters
     assert evaluated["gqa"][2][1]["metrics"]["loyalty"] < 1
 
@@ -180,10 +189,15 @@ def test_questions_without_an_image(evaluated):
         ("chartqa", "\nAnswer the question with a single word.", 16),
         ("docvqa", SUFFIX, 32),
         ("gqa", SUFFIX, 16),
+        ("mmbench", "\nAnswer with the option's letter from the given choices directly.", 1024),
         ("mme", SUFFIX, 16),
+        ("ocrbench", "", 128),
         ("pope", SUFFIX, 128),
+        ("refcoco", "", 1024),
         ("scienceqa", "\nAnswer with the option's letter from the given choices directly.", 16),
+        ("seedbench", "\nAnswer with the option's letter from the given choices directly.", 1024),
         ("textvqa", SUFFIX, 1024),
+        ("vizwiz", f"\nWhen the provided information is insufficient, respond with 'Unanswerable'.{SUFFIX}", 1024),
         ("vqav2", SUFFIX, 16),
     ],
 )
@@ -263,7 +277,7 @@ def test_questions_whose_answers_are_secret(task, llava, tmp_path):
     assert patched["metrics"][f"{declared.primary}_difference"] is None and 0 <= patched["metrics"]["loyalty"] <= 1
     answers = json.loads(next((tmp_path / "out").glob("answers_0-unpatched-*.json")).read_text())
     assert len(answers) == len(asked()) and {a["answer"] for a in answers} > {"yes", "no"}
-    print_records([base, patched], Console(file=(shown := io.StringIO()), width=160))
+    questions([base, patched], Console(file=(shown := io.StringIO()), width=160))
     assert "unpatched" in shown.getvalue()
 
 

@@ -63,8 +63,15 @@ FIELDS = {
     "chartqa": ("test_human.json", lambda content: content[0], ("imgname", "query", "label")),
     "docvqa": ("val_v1.0*.json", lambda content: content["data"][0], ("image", "question", "questionId")),
     "gqa": ("testdev_balanced_questions.json", lambda content: content["201"], ("imageId", "question", "answer")),
+    "ocrbench": ("OCRBench.json", lambda content: content[0], ("image_path", "question", "dataset_name", "type")),
     "scienceqa": ("problems.json", lambda content: content["0"], ("question", "image", "hint")),
+    "seedbench": (
+        "SEED-Bench.json",
+        lambda content: content["questions"][0],
+        ("data_id", "question", "question_id", "choice_b"),
+    ),
     "textvqa": ("TextVQA_0*.json", lambda content: content["data"][0], ("image_id", "question", "question_id")),
+    "vizwiz": ("val.json", lambda content: content[0], ("image", "question", "answer_type")),
     "vqav2": ("*uestions*.json", lambda content: content["questions"][0], ("image_id", "question", "question_id")),
 }
 

@@ -91,8 +91,8 @@ def test_every_command_parses(line):
     words = shlex.split(line)
     while words and re.fullmatch(r"\w+=\S*", words[0]):
         words = words[1:]
-    if words[:3] == ["accelerate", "launch", "--num_processes"]:
-        words = words[4:]
+    if words[:2] == ["torchrun", "--nproc_per_node"]:
+        words = words[3:]
     if words[:2] == ["-m", "vtok.eval"]:
         words = ["vtok", *words[2:]]
     program, *rest = words

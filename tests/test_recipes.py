@@ -150,6 +150,7 @@ def test_a_family_is_one_row():
         assert vlm_matrix.judge(model, example, method)["status"] == status, method
 
 
+@needs_vlms
 def test_a_task_is_a_file_and_a_line(tmp_path):
     lines = []
     for i, (text, said) in enumerate(ASKED):

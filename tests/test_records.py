@@ -1,8 +1,6 @@
 """Results survive kills, damage and company."""
 
 import json
-import os
-import random
 import signal
 import subprocess
 import sys
@@ -11,7 +9,7 @@ import warnings
 
 import pytest
 
-from vtok.eval.common.records import Records, key_of
+from vtok.eval.common.records import Records, bits, correctness, difference, finite, key_of
 
 WRITER = """
 import sys, time
@@ -20,26 +18,6 @@ records, who = Records(sys.argv[1]), sys.argv[2]
 print("ready", flush=True)
 for i in range(int(sys.argv[3])):
     records.append({"key": f"{who}-{i}", "payload": "x" * 20000})
-"""
-
-# A comparison on a tiny model: what the demo does, without its assets.
-RUNNER = """
-import sys, torch
-from pathlib import Path
-torch.set_num_threads(1)
-from timm.models.vision_transformer import VisionTransformer
-from vtok.eval.demo.compare import Comparison, Data, cases
-from vtok.eval.common.records import Records
-torch.manual_seed(0)
-model = VisionTransformer(img_size=32, patch_size=4, embed_dim=48, depth=4, num_heads=4, num_classes=10).eval()
-g = torch.Generator().manual_seed(1)
-data = Data("noise", torch.randn(60, 3, 32, 32, generator=g), torch.randint(10, (60,), generator=g), torch.randn(8, 3, 32, 32))
-comparison = Comparison(model, "tiny", data, Records(sys.argv[1]), batch_size=20)
-todo = cases(["tome", "pitome", "random", "uniform"], [0.8, 0.6])
-print("pending", len(comparison.pending(todo)), flush=True)
-for case in comparison.pending(todo):
-    comparison.run(case)
-    print("finished", comparison.key(case), flush=True)
 """
 
 
@@ -97,31 +75,16 @@ def test_a_killed_writer_leaves_whole_lines(tmp_path):
     assert all(json.loads(line)["key"] for line in lines[:-1])
 
 
-def test_killed_runs_resume_and_lose_nothing_finished(tmp_path):
-    """kill -9 at random moments; what was reported as finished stays, and the end equals an uninterrupted run."""
-    path, finished, chance = tmp_path / "results.jsonl", set(), random.Random(0)
-    for _ in range(3):
-        run = _spawn(RUNNER, path)
-        pending = int(run.stdout.readline().split()[1])
-        assert pending == 9 - len(Records(path).by_key())
-        for _ in range(chance.randrange(1, 3)):
-            line = run.stdout.readline()
-            if line:
-                finished.add(line.split()[1])
-        time.sleep(chance.random() * 0.2)
-        run.send_signal(signal.SIGKILL)
-        run.wait()
-        assert finished <= set(Records(path).by_key())
-    last = _spawn(RUNNER, path)
-    assert int(last.stdout.readline().split()[1]) < 9, "nothing was resumed"
-    assert last.wait(timeout=120) == 0
-    whole = _spawn(RUNNER, tmp_path / "whole.jsonl")
-    assert whole.wait(timeout=120) == 0
-    resumed, straight = Records(path).by_key(), Records(tmp_path / "whole.jsonl").by_key()
-    assert set(resumed) == set(straight)
-    assert len(resumed) == 9
-    for key, record in straight.items():
-        for field in ("metrics", "gmacs", "tokens", "params", "correct"):
-            assert resumed[key][field] == record[field], (record["method"], field)
-    assert len(Records(path).load()) == 9, "a finished configuration was run again"
-    os.remove(path)
+def test_what_helpers_read_off_a_record():
+    hits = [True, False, True] * 7
+    record = {
+        "correct": bits(hits),
+        "n": 21,
+        "primary": "f1",
+        "metrics": {"f1": 0.5, "difference": 9.0, "difference_ci": [1, 2]},
+    }
+    assert correctness(record).tolist() == hits
+    assert difference(record) == (9.0, None, [1, 2])
+    record["metrics"] |= {"f1_difference": -0.1, "f1_difference_stderr": 0.01}
+    assert difference(record) == (-0.1, 0.01, None)
+    assert finite({"a": [float("nan"), 1.0, (float("inf"),)], "b": "x"}) == {"a": [None, 1.0, [None]], "b": "x"}

@@ -8,7 +8,7 @@ from helpers_easyvqa import naming, write_small
 
 from vtok.eval.models.easyvqa import BLANK, CLASSES, COLOURS, PLACES, SHAPES, Pictures, compose
 from vtok.eval.models.reference import asset, load_reference_pages, load_reference_pictures
-from vtok.eval.training.vit import Stage
+from vtok.eval.training.loop import Stage
 
 transformers = pytest.importorskip("transformers")
 

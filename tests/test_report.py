@@ -1,142 +1,117 @@
-"""Tables, findings, CSV, plots and overlays made from records."""
+"""Tables, frames, plots, findings and overlays made from records: of this release and of earlier ones."""
 
-import csv
 import io
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
-import torch
 from PIL import Image
 from rich.console import Console
+from test_report_html import record
 from zoo import build, images
 
 import vtok
-from vtok.eval.common.records import Records
-from vtok.eval.common.settings import Setting
-from vtok.eval.demo.compare import Case, Comparison, Data, cases
-from vtok.eval.report import tables as report
+from vtok.eval import write_report
+from vtok.eval.report import plots
+from vtok.eval.report.frame import CSV, frame
+from vtok.eval.report.read import read
+from vtok.eval.report.sections import findings, sections
+from vtok.eval.report.summary import metric_columns, table
+from vtok.eval.report.tables import Column, Table, write_csv
 from vtok.eval.viz.overlay import outlines, overlay_sheet, paint, token_groups
 
 
-@pytest.fixture(scope="module")
-def comparison(tmp_path_factory):
-    model, x = build("timm: ViT"), images("timm: ViT", batch=48)
-    with torch.no_grad():
-        labels = model(x).argmax(-1)
-    labels[::6] = (labels[::6] + 1) % 10  # five in six are right
-    data = Data("noise", x, labels, images("timm: ViT", batch=6, seed=9))
-    return Comparison(model, "tiny", data, Records(tmp_path_factory.mktemp("r") / "results.jsonl"), batch_size=12)
+@pytest.fixture
+def records():
+    """As `vtok demo` of the first release wrote them: no task, no setting, no primary metric, no seed."""
+    base = np.arange(400) % 10 > 0
+    worse = base & (np.arange(400) % 7 > 0)
+    slow = {"speedup": 0.9, "speedup_ci": [0.85, 0.95]}
+    found = [record("unpatched", 1.0, base)]
+    for budget in (0.4, 0.6):
+        found += [
+            record("random", budget, worse, base),
+            record("tome", budget, base, base),
+            record("ats", budget, worse, base, **slow),
+        ]
+    return found
 
 
-@pytest.fixture(scope="module")
-def records(comparison):
-    seen = []
-    for case in cases(["tome", "ats", "random"], [0.7]):
-        comparison.run(case, seen.append)
-    assert sum(seen) == 4 * 48
-    return report.ordered(comparison.records.load())
+def shown(made, width=160):
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(made)
+    return console.export_text()
 
 
-def test_records_hold_what_a_reader_needs(comparison, records):
-    base, *patched = records
-    assert base["method"] == "unpatched"
-    assert base["metrics"]["top1"] == pytest.approx(100 * 40 / 48)
-    for record in patched:
-        assert {"params", "versions", "dtype", "device", "threads", "batch_size", "n", "dataset", "backend"} <= set(record)
-        assert record["gmacs"]["base"] == base["gmacs"]["model"]
-        assert record["gflops"]["model"] == 2 * record["gmacs"]["model"]
-        assert record["pairs"] < 5 and record["speedup_ci"] is None
-        low, high = record["metrics"]["difference_ci"]
-        assert low < record["metrics"]["difference"] < high
-        assert record["achieved"] == pytest.approx(record["speedup"] / record["implied_speedup"])
-        difference = report.correctness(record).astype(float) - report.correctness(base)
-        assert record["metrics"]["difference"] == pytest.approx(100 * difference.mean())
-        assert record["metrics"]["difference_stderr"] == pytest.approx(100 * difference.std(ddof=1) / 48**0.5)
-        assert (record["gmacs"]["model"] + record["gmacs"]["pruner"]) / base["gmacs"]["model"] == pytest.approx(0.7, abs=0.04)
+def test_a_table_in_a_terminal_and_as_markdown():
+    columns = [Column("name", lambda row: row[0], left=True), Column("value", lambda row: f"{row[1]:.1f}")]
+    made = Table.of([("a", 1), ("b|c", 2), ("d", 3)], columns, "above", "below", part=lambda row: row[1] < 3)
+    made.add(["last", "-"])
+    text = shown(made)
+    assert all(word in text for word in ("above", "below", "b|c", "2.0"))
+    assert made.rules == {1, 2} and made.styles == {3: "dim"}
+    assert made.markdown().splitlines() == [
+        "| name | value |", "|---|---:|", "| a | 1.0 |", "| b\\|c | 2.0 |", "| d | 3.0 |", "| last | - |",
+    ]  # fmt: skip
+    assert [column.justify for column in made.__rich__().columns] == ["left", "right"]
 
 
-def test_accuracy_is_that_of_a_plain_loop(comparison, records):
-    record = next(r for r in records if r["method"] == "tome")
-    with vtok.patched(build("timm: ViT"), "tome", **{"r": record["params"]["r"]}) as model, torch.no_grad():
-        hits = torch.cat([model(x).argmax(-1) for x in comparison.data.images.split(7)]) == comparison.data.labels
-    assert (hits.numpy() == report.correctness(record)).all()
+def test_the_summary_of_settings(records):
+    (section,) = sections(records)
+    made = table(section, metric_columns(["top1"]))
+    assert [row[0].removesuffix(" *") for row in made.rows] == [
+        "unpatched", "ats at 60\u00a0%", "tome at 60\u00a0%", "random at 60\u00a0%", "ats at 40\u00a0%", "tome at 40\u00a0%",
+        "random at 40\u00a0%",
+    ]  # fmt: skip
+    assert made.rules == {0, 3} and set(made.styles) == {3, 6}
+    base, ats = made.rows[0], made.rows[1]
+    assert tuple(base[1:]) == ("63.3", "1.000", "0.0100", "90.00 ± 1.50", "-", "-", "-", "-", "90.0 ± 1.5", "-")
+    assert tuple(ats[1:4]) == ("46.7", "0.600", "0.0100") and ats[6:9] == ("1.67x", "0.90x [0.85, 0.95]", "90 %")
+    assert ats[5].startswith("-13.00 [-16.") and "*" in made.rows[5][0]
+    assert "net on pictures (None), 400 samples, float32 on cpu" in shown(made)
 
 
-def test_the_model_is_left_as_it_was(comparison, records):
-    assert not vtok.info(comparison.model).patched
-    assert not vtok.info(comparison.patched).patched
+def test_findings_speak_up(records):
+    (section,) = sections(records)
+    words = [one.words for one in findings(section)]
+    assert any(one.startswith("Better than random at the same cost") and "tome at 60" in one for one in words)
+    assert any(one.startswith("Not clearly apart from random") and "ats at 40" in one for one in words)
+    assert any(one.startswith("Slower than unpatched: ats at 60") for one in words)
+    (ranks,) = [one for one in words if "to rank methods" in one]
+    assert ranks.startswith("random at 40\u00a0% loses 13.00 points to unpatched, 7.7 standard errors: enough")
+    few = [one | {"metrics": {**one["metrics"], "difference": -0.1}} for one in records[1:]]
+    assert "too little to rank methods" in " ".join(one.words for one in findings(sections([records[0], *few])[0]))
 
 
-def test_what_is_finished_is_not_pending(comparison, records):
-    assert comparison.pending(cases(["tome", "ats", "random"], [0.7])) == []
-    assert [c.budget for c in comparison.pending(cases(["tome"], [0.7, 0.6]))] == [0.6]
+def test_a_frame_holds_what_records_say(records, tmp_path):
+    data = frame(sections(records))
+    assert list(data[data["pareto"]]["label"]) == ["tome at 40\u00a0%"]
+    assert data["measured"].tolist()[:2] == [1.0, 0.9] and data["mean_tokens"][0] == pytest.approx(190 / 3)
+    write_csv(data[list(CSV)], tmp_path / "sweep.csv")
+    again = pd.read_csv(tmp_path / "sweep.csv")
+    assert list(again.columns) == list(CSV) and len(again) == len(records)
+    by_key = {one["key"]: one for one in records}
+    for row in again.itertuples():
+        held = by_key[row.key]
+        assert (row.value, row.gmacs, row.batch_size) == (held["metrics"]["top1"], held["gmacs"]["model"], 50)
+        assert row.speedup_low == held["speedup_ci"][0] if "speedup_ci" in held else np.isnan(row.speedup_low)
+    assert (
+        (tmp_path / "sweep.csv")
+        .read_text()
+        .splitlines()[1]
+        .startswith("net,timm,,pictures,unpatched,,1.0,{},400,top1,90.0,1.5,,")
+    )
 
 
-def test_a_failing_configuration_leaves_no_record_and_no_patch(comparison, records):
-    with pytest.raises(vtok.BudgetError):
-        comparison.run(Case(Setting("tome", {"flops": 0.05}), 0.05))
-    assert len(comparison.records.load()) == 4
-    assert not vtok.info(comparison.patched).patched
-
-
-def test_table_and_markdown(records):
-    console = Console(width=140, record=True, file=io.StringIO())
-    console.print(report.table(records, "title"))
-    text = console.export_text()
-    for word in ("tome", "unpatched", "GMACs", "GFLOPs", "±", "title"):
-        assert word in text
-    lines = report.markdown(records).splitlines()
-    assert len(lines) == 2 + len(records)
-    assert all(line.count("|") == len(report.HEADER) + 1 for line in lines)
-
-
-def _fake(method, budget, top1, macs, speedup=2.0, right=1000):
-    bits = np.zeros(2000, bool)
-    bits[:right] = True
-    return {
-        "key": f"{method}{budget}",
-        "method": method,
-        "budget": budget,
-        "n": 2000,
-        "correct": np.packbits(bits).tobytes().hex(),
-        "gmacs": {"model": macs},
-        "speedup": speedup,
-        "speedup_ci": [speedup - 0.05, speedup + 0.05],
-        "metrics": {"top1": top1, "difference": top1 - 90, "difference_stderr": 0.5},
-    }
-
-
-def test_findings_speak_up():
-    rows = [_fake("random", 0.4, 85.0, 1.0), _fake("tome", 0.4, 86.0, 1.0, right=1001), _fake("ats", 0.4, 89.0, 1.0, 0.9, 1200)]
-    lines = report.findings(rows)
-    assert lines[0].startswith("random at 0.4 of the FLOPs loses 5.00 points, 10.0 standard errors: enough")
-    assert any("tome does not clearly beat random at 0.4" in line for line in lines)
-    assert not any("ats does not" in line for line in lines)
-    assert any("ats at 0.4 was slower than unpatched" in line for line in lines)
-    few = report.findings([rows[0], _fake("ats", 0.4, 89.0, 1.0, 0.9, 1200) | {"speedup_ci": None}])
-    assert not any("slower" in line for line in few)
-    assert few[-1] == "1 settings were timed too few times for an interval of their speed-up"
-    assert "too little" in report.findings([_fake("random", 0.4, 89.9, 1.0)])[0]
-
-
-def test_the_pareto_front():
-    rows = [_fake("a", 0.4, 80.0, 1.0), _fake("b", 0.4, 80.0, 1.2), _fake("c", 0.6, 85.0, 2.0), _fake("d", 0.6, 79.0, 0.9)]
-    assert report.pareto(rows) == {"a0.4", "c0.6", "d0.6"}
-
-
-def test_csv(records, tmp_path):
-    report.write_csv(records, tmp_path / "sweep.csv")
-    rows = list(csv.DictReader((tmp_path / "sweep.csv").read_text().splitlines()))
-    assert [r["method"] for r in rows] == [r["method"] for r in records]
-    assert next(iter(rows[0])) == "model"
-    assert float(rows[1]["top1"]) == records[1]["metrics"]["top1"]
-
-
-def test_plot(records, tmp_path):
-    report.plot(records, tmp_path / "pareto.png", "title")
-    width, height = Image.open(tmp_path / "pareto.png").size
-    assert width > 1000
-    assert height > 400
+def test_plots_show_every_section(records, tmp_path):
+    other = [one | {"seed": 7, "key": f"s{one['key']}"} for one in records]
+    found = sections([*records, *other])
+    assert [section.title for section in found] == ["net on pictures", "net on pictures (seed 7)"]
+    plots.plot(found, tmp_path / "two.png")
+    plots.plot(found[:1], tmp_path / "one.png")
+    (width, height), (_, half) = (Image.open(tmp_path / f"{name}.png").size for name in ("two", "one"))
+    assert width > 1000 and height > 1.9 * half > 800
 
 
 def test_paint_shows_what_stays_merges_and_goes():
@@ -160,3 +135,41 @@ def test_overlay_sheet(tmp_path):
     assert not vtok.info(model).patched
     with pytest.raises(vtok.StateError, match="trace=True"):
         token_groups(vtok.patch(model, "tome"), x)
+
+
+# What the release that wrote them printed: tokens, GMACs, score, difference to unpatched, implied, measured.
+PRINTED = {
+    "fashion_vit@145cd04e on fashion-mnist/test": {
+        "tome at 40\u00a0%": ("79", "0.141", "88.00 ± 2.30", "-1.50", "2.48x", "2.25x"),
+        "ats at 40\u00a0%": ("80", "0.140", "78.00 ± 2.94", "-11.50", "2.51x", "1.86x"),
+    },
+    "reference-llava on easy-vqa": {
+        "todre": ("26", "0.309", "92.5 ± 1.9", "-4.5", "2.58x", "3.56x"),
+        "random(keep=0.1)": ("26", "0.309", "96.5 ± 1.3", "-0.5", "2.58x", "4.26x"),
+    },
+    "reference-llava-next on easy-vqa-pages": {
+        "correlation(target_keep=0.33)": ("166", "0.577", "92.5 ± 2.4", "-5.0", "1.75x", "1.28x"),
+    },
+}
+
+
+def test_records_of_the_first_release_are_read_as_it_printed_them(tmp_path):
+    path = Path(__file__).parent / "golden" / "records_0_1_0.jsonl"
+    found = {section.title: section for section in sections(read([path]).records)}
+    assert set(found) == {*PRINTED, "reference-clip on easyvqa + easyvqa_pages"}
+    for title, rows in PRINTED.items():
+        made = table(found[title], digits=2 if "vit" in title else 1)
+        cells = {row[0].removesuffix(" *"): row for row in made.rows}
+        for label, (tokens, macs, score, change, implied, measured) in rows.items():
+            row = cells[label]
+            assert f"{float(row[1]):.0f}" == tokens
+            assert (row[2], row[4], row[5].split()[0], row[6], row[7]) == (macs, score, change, implied, measured)
+    clip = found["reference-clip on easyvqa + easyvqa_pages"]
+    recalls = {row.method: round(row.scores["text_retrieval_recall@1"].value, 1) for row in clip.rows if not row.baseline}
+    assert recalls == {
+        "unpatched": 96.0, "tome": 96.0, "zero_tprune": 11.5,
+    }  # fmt: skip
+    report = write_report([path], tmp_path / "r.html")
+    text = report.path.read_text(encoding="utf-8")
+    assert report.problems == [] and "vtok demo --images 200" in text and "vtok run run-3.yaml" in text
+    assert "88.0 ± 2.3" in text and "92.5 ± 1.9" in text

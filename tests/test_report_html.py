@@ -11,8 +11,10 @@ from typer.testing import CliRunner
 from vtok.errors import ConfigError
 from vtok.eval import write_report
 from vtok.eval.cli.app import app
-from vtok.eval.report.html import ReportOptions, page, repeat, rows, sections, values
-from vtok.eval.report.html.read import read
+from vtok.eval.report import rows, sections, values
+from vtok.eval.report.frame import front_of
+from vtok.eval.report.html import ReportOptions, page, repeat
+from vtok.eval.report.read import read
 from vtok.eval.runs import loader as runs
 from vtok.eval.runs.loader import parse_setting
 
@@ -242,9 +244,9 @@ def test_records_that_cannot_be_compared_stand_apart(tmp_path, records):
     held = lines(tmp_path / "results.jsonl", [*records, *other, clip])
     report = write_report([held, tmp_path / "bench.json"], tmp_path / "r.html")
     assert [name for name, _ in report.headlines] == [
-        "net on pictures",
+        "net on pictures (400 samples)",
         "second on pictures",
-        "net on pictures (2)",
+        "net on pictures (zeroshot_classification, 50 samples)",
         "Speed of net",
     ]
     shown = Page(report.path.read_text())
@@ -301,7 +303,7 @@ def test_axes_have_round_numbers():
 
 def test_the_front_holds_what_nothing_beats(records):
     (section,) = sections.sections(records)
-    front = page.charts.front_of(section.rows, page.charts.macs, True)
+    front = front_of(section.rows, page.macs, True)
     assert {section.rows[i].method for i in front} == {"tome"}  # as right as unpatched, and cheaper
 
 

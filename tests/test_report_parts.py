@@ -12,7 +12,9 @@ from test_report_html import lines, made, record
 from vtok.eval import write_report
 from vtok.eval.models.reference import load_reference_images
 from vtok.eval.models.vlm import REFERENCE_LLAVA, VisionLanguageModel
-from vtok.eval.report.html import ReportOptions, gallery, groups, questions, sections
+from vtok.eval.report import sections
+from vtok.eval.report.html import ReportOptions, gallery, groups, questions
+from vtok.eval.runs.again import configs_of
 from vtok.eval.tasks.vqa.data import EASY_VQA
 from vtok.eval.tasks.vqa.opening import open_vqa
 
@@ -77,7 +79,7 @@ def test_chosen_images_are_drawn(tmp_path, reference):
 def test_weights_that_are_not_there_are_looked_for_among_the_bundled_ones(place):
     held = {"method": "atp", "params": {"weights": f"{place}easyvqa_llava_atp.safetensors"}}
     pytest.importorskip("transformers")
-    (config,) = gallery.configs_of(held)
+    (config,) = configs_of(held)
     assert config.weights.endswith("assets/easyvqa_llava_atp.safetensors") and place not in config.weights
 
 

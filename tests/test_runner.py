@@ -11,16 +11,17 @@ from PIL import Image
 from rich.console import Console
 
 import vtok
-from vtok.eval.common.records import Records
+from vtok.eval.common.records import Records, correctness, difference
 from vtok.eval.common.settings import Setting
 from vtok.eval.models.reference import load_reference_images
-from vtok.eval.report import sweep as sweep_report
-from vtok.eval.report import sweep_plot
-from vtok.eval.report.tables import correctness
+from vtok.eval.report import plots
+from vtok.eval.report.frame import CSV, frame, front_of, total_gmacs
+from vtok.eval.report.sections import findings, sections
+from vtok.eval.report.summary import table
+from vtok.eval.report.tables import write_csv
 from vtok.eval.runs import loader as runs
 from vtok.eval.runs import models as runs_models
 from vtok.eval.runs import runner
-from vtok.eval.runs.records import difference
 from vtok.eval.runs.sweep import points
 
 FIELDS = {
@@ -232,7 +233,7 @@ def test_points_of_a_sweep(tmp_path):
     [
         (
             {"sweep": {"flops": [2]}},
-            "some.yaml: sweep point flops=2: methods.0.flops is a share of the model's FLOPs in (0, 1]",
+            "some.yaml: sweep point flops=2: methods.0.flops must be a share of the model's FLOPs in (0, 1]",
         ),
         ({"sweep": {"methods.0.rr": [2]}}, "sweep point methods.0.rr=2: methods.0: unknown parameter of tome 'rr'"),
         ({"sweep": {"methods.7.r": [2]}}, "methods is a list of 2; say which by a number from 0"),
@@ -253,19 +254,21 @@ def test_points_that_make_no_sense(tmp_path, changes, words):
 def test_what_is_derived(vit, tmp_path):
     _, _, outcome = vit
     records = outcome.records
-    sweep_report.write_csv(records, tmp_path / "sweep.csv")
+    (section,) = sections(records)
+    write_csv(frame([section])[list(CSV)], tmp_path / "sweep.csv")
     with open(tmp_path / "sweep.csv") as file:
         rows = list(csv.DictReader(file))
     assert next(iter(rows[0])) == "model"
-    assert [row["setting"] for row in rows] == [r["setting"] for r in records]
-    for row, record in zip(rows, records):
+    assert {row["setting"] for row in rows} == {r["setting"] for r in records} and rows[0]["setting"] == "unpatched"
+    for row in rows:
+        record = next(r for r in records if r["key"] == row["key"])
         assert float(row["gmacs"]) == record["gmacs"]["model"]
         assert float(row["value"]) == record["metrics"]["top1"]
         assert row["speedup"] == str(record.get("speedup", ""))
-    sweep_plot.plot(records, tmp_path / "sweep.png")
+    plots.plot([section], tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
     console = Console(width=160, record=True, file=io.StringIO())
-    console.print(sweep_report.table(records))
+    console.print(table(section))
     text = console.export_text()
     for word in ("reference-vit on fashion-mnist (imagenet), 12 samples", "tome(r=8)", "achieved", "±"):
         assert word in text
@@ -281,15 +284,21 @@ def test_the_pareto_front():
     """b costs more than a and is no better; d is equal to c in both and stays; e has no known cost."""
     found = [_point("a", 1, 0.5), _point("b", 2, 0.5), _point("c", 3, 0.9), _point("d", 3, 0.9), _point("e", 1, 0.6)]
     del found[4]["gmacs"]
-    assert sweep_report.pareto(found) == {"a", "c", "d"}
     dear = _point("f", 0.95, 0.55)
     dear["gmacs"]["pruner"] = 9.0  # the reduction counts
-    assert "f" not in sweep_report.pareto([*found, dear])
+    for records in (found, [*found, dear]):
+        (section,) = sections(records)
+        front = front_of(section.rows, total_gmacs, True)
+        assert {section.rows[i].record["key"] for i in front} == {"a", "c", "d"}
+        assert set(frame([section]).query("pareto")["key"]) == {"a", "c", "d"}
 
 
-def test_groups_do_not_mix_what_cannot_be_compared():
+def test_sections_do_not_mix_what_cannot_be_compared():
     records = [_point("a", 1, 0.5), _point("u", 2, 0.5, "unpatched"), _point("b", 1, 0.5, dtype="bfloat16")]
-    assert [[r["key"] for r in group] for group in sweep_report.groups(records)] == [["u", "a"], ["b"]]
+    records += [_point("c", 1, 0.5, seed=3), _point("d", 1, 0.5, seed=4)]
+    found = sections(records)
+    assert [[row.record["key"] for row in section.rows] for section in found] == [["u", "a"], ["b"], ["c"], ["d"]]
+    assert [section.title for section in found] == ["m on d", "m on d (bfloat16)", "m on d (seed 3)", "m on d (seed 4)"]
 
 
 def test_keys_follow_what_decides_a_result(tmp_path):
@@ -359,9 +368,9 @@ def test_other_data_under_the_same_path_are_measured_again(tmp_path):
 
 def test_a_speed_up_from_a_few_pairs_is_no_verdict():
     def timed(name, speed, pairs):
-        return {"setting": name, "speedup": speed, "speedup_ci": [speed - 0.01, speed + 0.01], "pairs": pairs}
+        return _point(name, 1, 0.5, name, speedup=speed, speedup_ci=[speed - 0.01, speed + 0.01], pairs=pairs)
 
-    lines = sweep_report.findings([timed("tome", 0.8, 1), timed("ats", 0.9, 12), timed("pitome", 1.5, 12)])
-    assert lines[0].startswith("ats was slower than unpatched: 0.90x")
-    assert len(lines) == 2
-    assert lines[1].startswith("1 settings were timed in fewer than 5 pairs")
+    (section,) = sections([timed("tome", 0.8, 1), timed("ats", 0.9, 12), timed("pitome", 1.5, 12)])
+    words = [one.words for one in findings(section)]
+    assert "Slower than unpatched: ats." in words
+    assert "Timed in too few pairs to tell how fast they are: tome." in words

@@ -107,7 +107,7 @@ def test_a_bundled_file_as_a_parameter(tmp_path):
             GOOD.replace("{name: tome, r: 8}", "[{name: tome, r: 8}, 3]"),
             ["method must be a mapping such as {name: tome, r: 13}", "got 3"],
         ),
-        (GOOD.replace("r: 8", "flops: 1.2"), ["method.flops is a share of the model's FLOPs in (0, 1]", "1.2"]),
+        (GOOD.replace("r: 8", "flops: 1.2"), ["method.flops must be a share of the model's FLOPs in (0, 1]", "1.2"]),
         (GOOD.replace("r: 8", "r: 8, flops: 0.5"), ["method: flops sets r of tome"]),
         (
             GOOD.replace("method: {name: tome, r: 8}", "methods: [{name: random}, {name: tome, rr: 8}]"),
@@ -124,7 +124,7 @@ def test_a_bundled_file_as_a_parameter(tmp_path):
         (GOOD + "data: {imagnet: x}", ["unknown key 'data.imagnet'", "did you mean 'data.imagenet'?"]),
         (GOOD + "num_samples: 0", ["num_samples must be at least 1, got 0"]),
         (GOOD + "sweep: {modle.name: [a]}", ["unknown key 'sweep.modle.name'"]),
-        (GOOD + "sweep: {flops: 0.5}", ["sweep.flops must be a list of values, got 0.5"]),
+        (GOOD + "sweep: {flops: 0.5}", ["sweep.flops must be a list, got 0.5"]),
         (
             GOOD.replace("timm, name: deit_tiny_patch16_224", "reference, name: reference-vti"),
             ["model.name must be one of", "reference-vit"],

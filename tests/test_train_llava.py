@@ -7,7 +7,7 @@ import torch
 from helpers_easyvqa import naming, write_small
 
 from vtok.eval.models.reference import normalise_page
-from vtok.eval.training.vit import Stage
+from vtok.eval.training.loop import Stage
 
 pytest.importorskip("transformers")
 

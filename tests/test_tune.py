@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -26,6 +28,7 @@ from vtok.eval.tune.models import Prepared
 from vtok.eval.tune.result import Plan
 from vtok.eval.tune.samples import in_memory, shuffled
 from vtok.eval.tune.score import class_values, embedding_values, loss
+from vtok.eval.tune.search import SEARCHES
 from vtok.eval.tune.subjects import SLACK, Encoder
 from vtok.eval.tune.tuner import Tuning, tune
 from vtok.registry import METHODS, encoder_methods
@@ -67,9 +70,15 @@ def tuning(model, data, out, method="tome", flops=0.75, progress=None, params=No
 
 def outcome(tuned):
     """All that a search found, as plain values."""
-    found = [(one.config.to_dict(), one.fraction, one.point) for one in tuned.candidates]
+    found = [(one.config.to_dict(), one.fraction, one.point, one.samples, one.loss) for one in tuned.candidates]
     held = {name: {k: v.tolist() for k, v in one.values.items()} for name, one in tuned.held_out.items()}
-    return found, tuned.rounds, held
+    return found, tuned.best, held
+
+
+def journal(out):
+    """What a journal says, but for the searches that were opened."""
+    lines = [json.loads(line) for line in (out / "search.journal").read_bytes().splitlines()]
+    return [line for line in lines if line["op_code"] != 0]
 
 
 SEARCHED = [name for name in encoder_methods() if isinstance(METHODS.get(name)(), HasSearchSpace)]
@@ -94,7 +103,7 @@ def test_every_candidate_costs_what_the_default_costs(model, data, tmp_path, met
     assert len({json.dumps(one.config.to_dict()) for one in tuned.candidates}) == len(tuned.candidates)
 
 
-@pytest.mark.parametrize("search", ["halving", "random"])
+@pytest.mark.parametrize("search", SEARCHES)
 def test_the_winner_is_the_best_on_all_calibration_samples(model, data, tmp_path, search):
     made = tuning(model, data, tmp_path, search=search, candidates=9)
     tuned = made.run()
@@ -104,14 +113,15 @@ def test_the_winner_is_the_best_on_all_calibration_samples(model, data, tmp_path
         losses = []
         for one in tuned.candidates:
             with vtok.patched(model, one.config):
-                losses.append(float(class_values(model(pictures), base, labels)["kl"].mean()))
-    last = {one.candidate: one.loss[0] for one in tuned.rounds[-1]}
-    assert last == pytest.approx({number: losses[number] for number in last}, rel=1e-4)
-    assert tuned.best == min(last, key=losses.__getitem__) and 0 in last
+                values = class_values(model(pictures[: one.samples]), base[: one.samples], labels[: one.samples])
+            losses.append(float(values["kl"].mean()))
+    assert [one.loss[0] for one in tuned.candidates] == pytest.approx(losses, rel=1e-4)
+    whole = [i for i, one in enumerate(tuned.candidates) if one.samples == 96]
+    assert tuned.best == min(whole, key=losses.__getitem__) and 0 in whole
     if search == "random":
-        assert losses[tuned.best] == min(losses)
+        assert len(whole) == 9
     else:
-        assert [len(standing) for standing in tuned.rounds] in ([9, 3], [9, 4]) and tuned.rounds[0][0].samples == 32
+        assert {one.samples for one in tuned.candidates} == {32, 96} and len(whole) < 9
 
 
 def test_a_seed_repeats_and_another_draws_others(model, data, tmp_path):
@@ -119,6 +129,26 @@ def test_a_seed_repeats_and_another_draws_others(model, data, tmp_path):
     assert outcome(tuning(model, data, tmp_path / "b").run()) == first
     other = outcome(tuning(model, data, tmp_path / "c", seed=1).run())
     assert other[0][0] == first[0][0] and other[0][1] != first[0][1]
+
+
+def test_a_search_may_be_made_longer(model, data, tmp_path):
+    first = tuning(model, data, tmp_path / "a", candidates=3).run()
+    longer = tuning(model, data, tmp_path / "a", candidates=5).run()
+    assert longer.resumed == 3 and outcome(longer)[0][:3] == outcome(first)[0]
+    assert outcome(longer) == outcome(tuning(model, data, tmp_path / "b", candidates=5).run())
+
+
+def test_two_searches_in_one_folder_are_not_run_at_once(model, data, tmp_path):
+    with FileLock(tmp_path / ".search.lock"), pytest.raises(vtok.ConfigError, match="another search is at work in"):
+        tuning(model, data, tmp_path).run()
+
+
+@pytest.mark.parametrize("text", [b"nonsense\n", b'{"a": 1}\n', b"[1]\n", b"\xff\n", b"3\n", b"half"])
+def test_a_file_that_is_no_journal_is_refused(model, data, tmp_path, text):
+    (tmp_path / "search.journal").write_bytes(text)
+    with pytest.raises(vtok.ConfigError, match="is no journal of a search"):
+        tuning(model, data, tmp_path).run()
+    assert (tmp_path / "search.journal").read_bytes() == text
 
 
 class Killed(BaseException):
@@ -144,17 +174,16 @@ def test_resuming_after_a_kill_changes_nothing(model, data, tmp_path, method, pl
 
         with pytest.raises(Killed):
             start(out, stop).run()
-        with open(out / "search.ndjson", "ab") as file:
-            file.write(b'{"key": "torn')
-        with pytest.warns(UserWarning, match="damaged line skipped"):
-            again = start(out)
-        assert outcome(again.run()) == whole
-        lines = (out / "search.ndjson").read_bytes().splitlines()
-        keys = [json.loads(line)["key"] for line in lines if not line.endswith(b"torn")]
-        assert len(keys) == len(set(keys)), "nothing was done twice"
-    done = start(tmp_path / "whole")
-    before = done.records.path.read_bytes()
-    assert outcome(done.run()) == whole and done.records.path.read_bytes() == before
+        with open(out / "search.journal", "ab") as file:
+            file.write(b'{"op_code": 4, "torn')
+        assert outcome(start(out).run()) == whole
+        assert sum(one.get("state") in (1, 2) for one in journal(out)) == sum(
+            one.get("state") in (1, 2) for one in journal(tmp_path / "whole")
+        ), "nothing that was finished was done twice"
+        assert sum(one.get("state") == 3 for one in journal(out)) <= 1, "only what was being done is"
+    before = journal(tmp_path / "whole")
+    assert outcome(start(tmp_path / "whole").run()) == whole
+    assert journal(tmp_path / "whole") == before
 
 
 def test_the_run_file_and_the_records_say_what_was_found(model, data, tmp_path):
@@ -183,11 +212,9 @@ def test_the_run_file_and_the_records_say_what_was_found(model, data, tmp_path):
 
 
 def test_a_winner_that_is_the_default_is_said_to_be(model, data, tmp_path):
-    made = tuning(model, data, tmp_path)
-    tuned = made.run()
-    last = sorted(tuned.rounds[-1], key=lambda one: one.candidate)
-    tuned.rounds[-1] = last
-    assert tuned.best == 0
+    tuned = tuning(model, data, tmp_path).run()
+    tuned = replace(tuned, candidates=[replace(one, loss=(0.5,)) for one in tuned.candidates])
+    assert tuned.best == 0, "the default wins a tie"
     assert "the default was best" in tune_report.finding(tuned)
 
 
@@ -280,11 +307,11 @@ def test_a_timm_model_on_a_folder_end_to_end(folder, tmp_path):
     run = runs.load(str(out / "tuned.yaml"))
     assert run.output == str(out / "run")
     assert run.method == vtok.targets.encoder.run_of(model).patch.configs[0]
-    before = (out / "search.ndjson").read_bytes()
-    (out / "search.ndjson").write_bytes(before + b'{"key": "torn')
-    printed = vtok_tune(*args)
-    assert "none is repeated" in printed and "damaged line skipped" in printed
-    assert (out / "search.ndjson").read_bytes() == before + b'{"key": "torn'
+    before = journal(out)
+    with open(out / "search.journal", "ab") as file:
+        file.write(b'{"op_code": 4, "torn')
+    assert "held 3 candidates; none was repeated" in vtok_tune(*args)
+    assert journal(out) == before
 
 
 def test_unlabelled_images_need_no_labels(folder, tmp_path):
@@ -335,6 +362,5 @@ def test_a_killed_command_goes_on_and_ends_as_if_nothing_had_happened(folder, tm
     def lines(folder, name):
         return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
-    assert sorted(lines(killed, "search.ndjson"), key=str) == sorted(lines(whole, "search.ndjson"), key=str)
     assert lines(killed, "results.jsonl") == lines(whole, "results.jsonl")
     assert (killed / "tuned.json").read_bytes() == (whole / "tuned.json").read_bytes()

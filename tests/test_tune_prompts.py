@@ -13,7 +13,7 @@ from tests.test_tune import vtok_tune
 from vtok.core.search_space import draw
 from vtok.eval.tasks.vqa.opening import calibration_questions, easy_vqa
 from vtok.eval.tune import prompts as tune_prompts
-from vtok.eval.tune.subjects import candidate
+from vtok.eval.tune.subjects import at_budget
 from vtok.registry import METHODS
 
 pytest.importorskip("transformers")
@@ -29,6 +29,13 @@ def llava():
 @pytest.fixture
 def cheap(monkeypatch):
     monkeypatch.setattr(tune_prompts, "PRICED", 3)
+
+
+def drawn(subject, limit, default):
+    """The first random point at the budget, and its setting."""
+    rng = random.Random(0)
+    points = (draw(subject.space(), rng) for _ in range(100))
+    return next((point, found) for point in points if (found := at_budget(subject, point, limit, [default])))
 
 
 class Keys:
@@ -57,10 +64,9 @@ def test_candidates_cost_what_the_default_costs(llava, cheap):
     subject = tune_prompts.Prompts(llava, METHODS.get("todre")(), calibration)
     default, limit = subject.default(0.45)
     assert default.given() == {"keep": default.keep} and abs(limit - 0.45) < 0.01
-    found = candidate(subject, 1, 0, limit, [default])
-    assert found is not None
-    point, (config, fraction) = found
+    point, (config, fraction) = drawn(subject, limit, default)
     assert limit - 0.005 <= fraction <= limit and config.probe == point["probe"]
+    assert at_budget(subject, point, limit, [default, config]) is None, "another candidate has it"
     inputs, labels = next(calibration.read(0, 3, 3))
     base = subject.outputs(subject.apply(None), inputs)
     assert base.shape == (3, llava.net.config.text_config.vocab_size) and labels.shape == (3,)
@@ -97,9 +103,7 @@ def test_methods_in_the_tower_are_tuned_on_questions_too(llava, cheap):
     calibration, _ = tune_prompts.prompt_samples(llava, calibration_questions(), easy_vqa(), 4, 4, 0)
     subject = tune_prompts.Prompts(llava, METHODS.get("pitome")(), calibration)
     default, limit = subject.default(0.7)
-    found = candidate(subject, 1, 0, limit, [default])
-    assert found is not None
-    _, (config, fraction) = found
+    _, (config, fraction) = drawn(subject, limit, default)
     assert limit - 0.005 <= fraction <= limit and len(config.ratio.values) == llava.net.config.vision_config.num_hidden_layers
 
 

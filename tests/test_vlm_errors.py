@@ -72,8 +72,8 @@ def test_arguments_of_vision_encoders():
 def test_positions():
     model = build("LLaVA-1.5")
     assert "did you mean 'compact'?" in message_of(vtok.UnknownNameError, vtok.patch, model, "uniform", positions="compacted")
-    assert "between its layers has been rotated" in message_of(
-        vtok.ConfigError, vtok.patch, model, Columns(((2, 2),)), positions="compact"
+    assert "one rotary table for all of them" in message_of(
+        vtok.UnsupportedModelError, vtok.patch, build("Gemma3"), Columns(((2, 2),)), positions="compact"
     )
     assert "time, height and width" in message_of(
         vtok.UnsupportedModelError, vtok.patch, build("Qwen2.5-VL"), "uniform", positions="compact"

@@ -7,7 +7,18 @@ from typing import ClassVar
 import pytest
 import torch
 from helpers_errors import message_of
-from vlm_zoo import TOLERANCE, AttendedReducer, MaskOracle, _ColumnsReducer, build, feature_keeps, inputs, text_model, visual
+from vlm_zoo import (
+    TOLERANCE,
+    AttendedReducer,
+    Columns,
+    MaskOracle,
+    _ColumnsReducer,
+    build,
+    feature_keeps,
+    inputs,
+    text_model,
+    visual,
+)
 
 import vtok
 from vtok.config import MethodConfig
@@ -155,6 +166,12 @@ def test_compact_positions_start_over(name):
     found = run(model, pack(samples)).split([s["input_ids"].shape[1] for s in samples], 1)
     for i, sample in enumerate(samples):
         assert_close(found[i], run(model, sample))
+
+
+def test_compact_positions_between_layers_want_a_row_a_sample():
+    model = vtok.patch(build("LLaVA-1.5"), Columns(((2, 2),)), positions="compact")
+    with pytest.raises(vtok.UnsupportedModelError, match="a row holds several samples; give every sample a row of its own"):
+        run(model, pack(alone("LLaVA-1.5")))
 
 
 def test_what_the_model_itself_does_not_take_for_packed():

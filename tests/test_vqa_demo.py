@@ -1,25 +1,36 @@
 """The part of the demo on vision-language models, with tiny ones: real questions and pages, random weights."""
 
+import io
+
 import numpy as np
 import pytest
+from rich.console import Console
 
 pytest.importorskip("transformers")
 
 from helpers_vqa import ANATOMY, questions, tiny_llava, tiny_next
 
 import vtok
-from vtok.eval.common.records import Records
 from vtok.eval.common.settings import Setting, twin
 from vtok.eval.common.statistics import with_error
 from vtok.eval.demo import questions as vqa_demo
-from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_NEXT
-from vtok.eval.report import questions as vqa_report
+from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_NEXT, VisionLanguageModel
+from vtok.eval.runs import loader
+from vtok.eval.runs import models as runs_models
 from vtok.eval.tasks.vqa import pipeline as vqa_pipeline
 from vtok.eval.tasks.vqa.data import PAGES
 from vtok.eval.tasks.vqa.opening import open_vqa
 from vtok.eval.viz import prompt_overlay as vqa_overlay
 
 QUESTIONS, PAGE_QUESTIONS = 10, 8
+SETTINGS = {
+    "demo_llava": [
+        [{"name": "pitome", "ratio": 0.9}, {"name": "todre", "keep_tokens": 8}],
+        {"name": "todre", "keep": 0.5},
+        {"name": "random", "keep": 0.5},
+    ],
+    "demo_llava_next": [{"name": "correlation", "target_keep": 0.5}, {"name": "random", "keep": 0.6}],
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,107 +39,67 @@ def models():
 
 
 @pytest.fixture(scope="module")
-def patches():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vqa_demo, "TRAINED", {})  # modules of the reference LLaVA do not fit
-        patch.setattr(vqa_demo, "CALIBRATION_PAGES", 6)
-        patch.setattr(vqa_demo, "CELL_PAGES", 12)
-        yield patch
-
-
-@pytest.fixture(scope="module")
-def demo(models, patches, tmp_path_factory):
+def demo(models, tmp_path_factory):
+    """(folder, records, what was printed)."""
     out = tmp_path_factory.mktemp("demo")
-    return out, vqa_demo.run_vqa_demo(out, QUESTIONS, PAGE_QUESTIONS, (0.5,), (0.5,), models=models)
+    with pytest.MonkeyPatch.context() as patch:
+        for home in (runs_models, vqa_demo):
+            patch.setattr(home, "load_vlm", lambda name: VisionLanguageModel(models[name].net, models[name].processor, name))
+        patch.setattr(vqa_demo, "CELL_PAGES", 12)
+
+        def run():
+            console = Console(width=260, record=True, file=io.StringIO())
+            return vqa_demo.run_vqa_demo(out, QUESTIONS, PAGE_QUESTIONS, console, SETTINGS), console.export_text()
+
+        yield out, *run(), run
 
 
-def test_every_method_beside_random_and_uniform(demo):
-    out, (pictures, pages) = demo
-    assert [r["method"] for r in pictures] == ["unpatched", "pitome + todre", "todre", "random", "uniform"]
+def test_every_setting_beside_the_unpatched_model(demo):
+    out, (pictures, pages), _, _ = demo
+    assert [r["method"] for r in pictures] == ["unpatched", "pitome + todre", "todre", "random"]  # as many tokens as random
     assert [r["method"] for r in pages] == ["unpatched", "correlation", "random"]
     assert {(r["n"], r["dataset"]) for r in (*pictures, *pages)} == {(QUESTIONS, "easy-vqa"), (PAGE_QUESTIONS, PAGES)}
-    base, both, todre, random, _ = pictures
-    assert vqa_report.kept_tokens(base) == 16 and vqa_report.kept_tokens(random) == 8
-    assert vqa_report.kept_tokens(both) <= 8 and todre["params"]["keep"] == 0.5
-    assert base["gmacs"]["model"] > todre["gmacs"]["model"] > both["gmacs"]["model"]
-    assert 0 < pictures[0]["blind"] < 1 and pages[0]["groups"]["density"]
+    base, both, todre, _ = pictures
+    assert todre["params"]["keep"] == 0.5 and base["gmacs"]["model"] > todre["gmacs"]["model"] > both["gmacs"]["model"]
+    assert 0 < base["blind"] < 1 and pages[0]["groups"]["density"]
     for r in pictures[1:]:
-        assert r["metrics"]["exact_match_difference"] == pytest.approx(
-            r["metrics"]["exact_match"] - base["metrics"]["exact_match"]
-        )
-    stored = Records(out / "results.jsonl").by_key()
-    assert len(stored) == 8 and {r["key"] for r in (*pictures, *pages)} == set(stored)
+        change = r["metrics"]["exact_match"] - base["metrics"]["exact_match"]
+        assert r["metrics"]["exact_match_difference"] == pytest.approx(change)
+    assert len((out / "sweep.csv").read_text().splitlines()) == 1 + 7
 
 
-def test_the_floor_has_as_many_tokens_as_correlation_kept(demo):
-    _, (_, pages) = demo
-    _, correlation, random = (vqa_report.kept_tokens(r) for r in pages)
-    assert random == pytest.approx(correlation, rel=0.05)
-
-
-def test_a_second_run_asks_nothing(demo, models, patches, monkeypatch):
-    out, (pictures, pages) = demo
-    asked = []
-    monkeypatch.setattr(vqa_pipeline, "answer", lambda *args: asked.append(args))
-    again = vqa_demo.run_vqa_demo(out, QUESTIONS, PAGE_QUESTIONS, (0.5,), (0.5,), models=models)
-    assert asked == []
-    assert [[r["key"] for r in part] for part in again] == [[r["key"] for r in part] for part in (pictures, pages)]
-    assert again[0][2]["metrics"] == pictures[2]["metrics"] and again[1][1]["tokens"] == pages[1]["tokens"]
-
-
-def test_crops_of_pages_are_counted_by_what_they_hold(demo):
-    _, (_, pages) = demo
-    kept = pages[1]["kept_of_crops"]
-    assert set(kept) == {"blank", "filled"} and all(0 < value <= 16 for value in kept.values())
-    assert "kept_of_crops" not in pages[0] and pages[2]["kept_of_crops"]["blank"] > 0
+def test_a_second_run_asks_nothing(demo, monkeypatch):
+    _, parts, text, run = demo
+    monkeypatch.setattr(vqa_pipeline, "ask", None)
+    again, shown = run()
+    tables = "reference-llava on easy-vqa"
+    assert again == parts and shown[shown.index(tables) :] == text[text.index(tables) :]
 
 
 def test_tables_plot_and_overlays(demo):
-    out, (pictures, pages) = demo
+    out, (pictures, pages), text, _ = demo
     for name in ("vqa.png", "vqa_overlay.png", "vqa_pages_overlay.png"):
         assert (out / name).stat().st_size > 10_000
-    for records, header, cells in (
-        (pictures, vqa_report.HEADER, vqa_report.row),
-        (pages, vqa_report.PAGE_HEADER, vqa_report.page_row),
-    ):
-        lines = vqa_report.markdown(records, header, cells).splitlines()
-        assert len(lines) == 2 + len(records) + 1 and {line.count("|") for line in lines} == {len(header) + 1}
-        assert lines[-1].startswith("| blind | - |") and f"| {100 * records[0]['blind']:.1f} |" in lines[-1]
-    right = with_error(pictures[1]["metrics"], "exact_match", 100)
-    assert f"| {right} |" in vqa_report.markdown(pictures, vqa_report.HEADER, vqa_report.row)
+    lines = [[cell.strip() for cell in line.split("│")] for line in text.splitlines() if "│" in line]
+    blind = [line for line in lines if line[1] == "blind"]
+    assert [line[6] for line in blind] == [f"{100 * part[0]['blind']:.1f}" for part in (pictures, pages)]
+    right = with_error(pictures[2]["metrics"], "exact_match", 100)
+    (todre,) = [line for line in lines if line[1].removesuffix(" *") == "todre"]
+    change = with_error(pictures[2]["metrics"], "exact_match_difference", 100, sign="+")
+    assert todre[6:8] == [right, change] and todre[2] == "8"
+    (correlation,) = [line for line in lines if line[1].startswith("correlation")]
+    assert all(0 < float(cell) <= 16 for cell in correlation[-3:-1])  # of a blank crop and of a filled one
+    for word in ("open %", "yes/no %", "loyalty %", "kept of a blank crop", "of a filled one"):
+        assert word in text
 
 
-def _record(method, tokens, right):
-    """right: which of 16 questions."""
-    correct = np.packbits(np.isin(np.arange(16), right)).tobytes().hex()
-    return {"method": method, "n": 16, "correct": correct, "tokens": {"mean_per_layer": [tokens] * 2, "in": 100}}
-
-
-def test_findings_compare_with_the_nearest_random():
-    first, second = list(range(8)), list(range(8, 16))
-    records = [
-        _record("unpatched", 100, first + second),
-        _record("todre", 50, first + second),
-        _record("atp", 52, [*first[1:], 8]),
-    ]
-    records += [_record("a", 11, []), _record("random", 50, first), _record("random", 10, first), _record("uniform", 10, [])]
-    assert vqa_report.findings(records) == [
-        "todre with 50 visual tokens is clearly above random with 50: +50.0 [+21.0, +72.0] points",
-        "atp with 52 visual tokens is not clearly apart from random with 50: +0.0 [-23.9, +23.9] points",
-        "a with 11 visual tokens is clearly below random with 10: -50.0 [-72.0, -21.0] points",
-    ]
-    assert vqa_demo.shares_without_floor(records) == []
-    assert vqa_demo.shares_without_floor([records[0], records[1], records[2], records[3]]) == [0.5, 0.11]
-    order = [(r["method"], vqa_report.kept_tokens(r)) for r in vqa_report.ordered(records[::-1])]
-    assert order == [
-        ("unpatched", 100),
-        ("atp", 52),
-        ("todre", 50),
-        ("random", 50),
-        ("a", 11),
-        ("random", 10),
-        ("uniform", 10),
-    ]
+@pytest.mark.parametrize(("name", "tokens"), [("demo_llava", 256), ("demo_llava_next", 336)])
+def test_methods_of_the_run_files_have_random_with_as_many_tokens(name, tokens):
+    settings = loader.load(name).settings
+    shares = [setting.method.keep for setting in settings if setting.name == "random"]
+    assert len(shares) == len(set(shares)) >= 2
+    kept = [setting.method.keep for setting in settings if setting.name == "todre"]
+    assert set(kept) <= set(shares) and all(0 < share * tokens < tokens for share in shares)
 
 
 def test_survivors_are_the_tokens_that_the_last_layer_sees(models):

@@ -18,9 +18,8 @@ from helpers_vqa import ANATOMY, PICTURES, picture, questions, save_tiny, tiny_l
 from typer.testing import CliRunner
 
 import vtok
-from vtok.eval.common.records import Records
+from vtok.eval.common.records import Records, correctness
 from vtok.eval.models.vlm import load_vlm
-from vtok.eval.report.tables import correctness
 from vtok.eval.runs import loader as runs
 from vtok.eval.tasks import TASKS
 from vtok.eval.tasks.vqa import pipeline as vqa_pipeline
@@ -324,7 +323,12 @@ def test_floors_keep_as_many_tokens(llava):
     share = (VISUAL * 2 + VISUAL / 2) / 4 / VISUAL
     assert [(r["method"], r["params"].get("keep")) for r in records[2:]] == [("random", share), ("uniform", share)]
     assert [sum(r["tokens"]["mean_per_layer"]) / 4 for r in records[1:]] == [VISUAL * share] * 3
-    assert len(evaluate(llava, questions(4), [None, ("random", {"keep": 0.5})], options(floors=True))) == 2
+    for name, other in (("random", "uniform"), ("uniform", "random")):
+        records = evaluate(llava, questions(4), [None, (name, {"keep": 0.5})], options(floors=True))
+        assert [record["method"] for record in records] == ["unpatched", name, other]
+        assert records[1]["tokens"]["out"] == records[2]["tokens"]["out"]
+    both = [None, ("random", {"keep": 0.5}), ("uniform", {"keep": 0.5})]
+    assert len(evaluate(llava, questions(4), both, options(floors=True))) == 3, "each is the other's floor already"
 
 
 def test_vqav2_files(llava, tmp_path):
@@ -374,7 +378,7 @@ def test_the_command_line(folder, tmp_path):
         "published: {soft_accuracy: 76.7, base_soft_accuracy: 78.5, source: a paper}\n"
     )
     text = run("run", path, "--data", data, "-j", 0, "-o", tmp_path / "out")
-    for word in ("76.7", "78.5", "-1.800", "soft accuracy patched", "a paper"):
+    for word in ("76.7 of 78.5", "-1.800", "soft_accuracy", "a paper"):
         assert word in text, text
 
 
@@ -399,7 +403,7 @@ def _results(tmp_path, content):
     [
         (lambda v, p: evaluate(v, questions(4), []), "at least one setting"),
         (lambda v, p: evaluate(v, questions(4), [None], options(batch_size=0)), "batch_size must be at least 1, got 0"),
-        (lambda v, p: evaluate(v, questions(4), [None], options(model_dtype="int4")), "unknown type 'int4'"),
+        (lambda v, p: evaluate(v, questions(4), [None], options(model_dtype="int4")), "bfloat16, float16, got 'int4'"),
         (lambda v, p: evaluate(v, questions(4), ["atp"]), "atp needs modules that were trained for this LlavaModel"),
         (lambda v, p: evaluate(v, questions(4), ["unifrm"]), "did you mean 'uniform'"),
         (lambda v, p: evaluate(str(p), questions(4)), "transformers cannot load"),

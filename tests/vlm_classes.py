@@ -20,9 +20,9 @@ _COMMON = {
 }  # fmt: skip
 _VISION = {
     "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "image_size": 32,
-    "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "out_hidden_size": 32, "num_key_value_heads": 4, "head_dim": 8,
-    "projection_dim": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0], "fullatt_block_indexes": [1],
-    "window_size": 32, "spatial_patch_size": 8, "text_hidden_size": 32,
+    "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "out_hidden_size": 32, "num_key_value_heads": 4,
+    "head_dim": 8, "projection_dim": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+    "fullatt_block_indexes": [1], "window_size": 32, "spatial_patch_size": 8, "text_hidden_size": 32,
 }  # fmt: skip
 _TOKENS = (
     "image_token_id", "image_token_index", "video_token_id", "video_token_index", "vision_start_token_id",
@@ -48,15 +48,15 @@ CLASSES: dict[str, dict[str, Any]] = {
     "glm4v_moe": _rope([1, 1, 0], 0.5),
     "aria": {"projector_patch_to_query_dict": {16: 6}},
     "got_ocr2": {"vision_config.image_size": 256},
-    **dict.fromkeys(("glm5_next", "hy_v4_vl"), {"text_config.num_key_value_heads": 4}),
+    **{name: {"text_config.num_key_value_heads": 4} for name in ("glm5_next", "hy_v4_vl")},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 110},
-    **dict.fromkeys(
-        (
+    **{
+        name: {}
+        for name in (
             "aya_vision", "cohere2_vision", "cosmos3_edge", "cosmos3_omni", "deepseek_vl", "exaone4_5", "hyperclovax_vision_v2",
             "lfm3_vl", "lighton_ocr", "mistral3", "qianfan_ocr", "qwen3_5", "qwen3_5_moe", "qwen3_vl_moe", "video_llava",
-        ),
-        {},
-    ),
+        )
+    },
 }  # fmt: skip
 
 
@@ -64,7 +64,9 @@ def _shrink(config: Any, values: dict[str, Any]) -> None:
     for key, value in values.items():
         if isinstance(getattr(type(config), key, None), property) or getattr(config, key, None) is None:
             continue
-        setattr(config, key, [value] * len(old) if isinstance(old := getattr(config, key), (list, tuple)) and old else value)
+        old = getattr(config, key)
+        each = isinstance(old, (list, tuple)) and not isinstance(value, (list, tuple))  # one value for every layer
+        setattr(config, key, [value] * len(old) if each else value)
 
 
 def _few_layers(config: Any) -> None:

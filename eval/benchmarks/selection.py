@@ -1,23 +1,35 @@
-"""What choosing diverse tokens costs, against the loop that compares every token with all chosen ones again in every step."""
+"""What choosing diverse tokens costs, against loops that do it step by step as methods' programs do.
+
+| selector | of | the loop, from one image's features |
+|---|---|---|
+| `max_sum`, `k_center` | todre | in every step the cosines of all tokens with all chosen ones again |
+| `max_min` | divprune | cosines of all with all once; in every step the rows of all chosen ones again, and their maximum |
+| `dpp` | cdpruner | the kernel once; in every step what the chosen ones explain of it, from the rows kept so far |
+
+The last is what its program does, and no more can be left out of it: only its matrix is made in half the products here.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from vtok.eval.common.statistics import Interval, in_brackets, paired_ratio
+from vtok.eval.report.tables import Column, Table
 from vtok.methods.todre.selection import SELECTORS
+from vtok.ops.determinantal import NEAR, greedy_dpp
+from vtok.ops.diversity import max_min
 
 GROWN = ("tokens", "keep", "width")
 
 
-class Timed(NamedTuple):
+class SelectorTime(NamedTuple):
     """One selector at one size.
 
     Attributes:
@@ -25,7 +37,7 @@ class Timed(NamedTuple):
         seconds: median of one call.
         loop_seconds: median of the loop.
         faster: loop / call, of pairs timed one right after the other.
-        same: whether both chose the same tokens in the same order.
+        same: whether both choose the same tokens in the same order, in fp64 (in fp32 rounding orders what is almost equal).
         scaling: what was doubled -> by how much a call got longer; 2 where it costs keep x tokens x width.
     """
 
@@ -60,9 +72,80 @@ def loop_select(features: Tensor, k: int, pivot: int, selector: str) -> Tensor:
     return torch.tensor(chosen)
 
 
+def max_min_loop(features: Tensor, k: int) -> Tensor:
+    """DivPrune's choice for one image, the nearest chosen token looked for again in every step: k k n / 2 comparisons.
+
+    Args:
+        features: [n, D].
+        k: tokens to keep.
+
+    Returns:
+        [k] int64, in order of choice.
+    """
+    x = features / features.norm(dim=1, keepdim=True)
+    distance = 1 - x @ x.T
+    chosen, free = torch.empty(k, dtype=torch.int64), torch.ones(len(x), dtype=torch.bool)
+    for step in range(k):
+        if step == 0:
+            nearest = torch.topk(distance, 2, dim=0, largest=False).values[1]
+        else:
+            nearest = distance.index_select(0, chosen[:step]).amin(0)
+        chosen[step] = nearest.masked_fill(~free, float("-inf")).argmax()
+        free[chosen[step]] = False
+    return chosen
+
+
+def dpp_loop(features: Tensor, quality: Tensor, k: int) -> Tensor:
+    """CDPruner's choice for one image, with the whole kernel and a Cholesky row a step (of equal gains the first token).
+
+    Where k is above the rank of the features it breaks down, as the program does: roots of nothing.
+
+    Args:
+        features: [n, D].
+        quality: [n].
+        k: tokens to keep.
+
+    Returns:
+        [k] int64, in order of choice.
+    """
+    x = features / features.norm(dim=1, keepdim=True)
+    kernel = quality[:, None] * (x @ x.T) * quality
+    rows, gain, chosen = kernel.new_zeros(k, len(x)), quality.square(), torch.empty(k, dtype=torch.int64)
+    for step in range(k):
+        j = int((gain >= gain.amax() * (1 - NEAR)).long().argmax())
+        explained = torch.einsum("s,sn->n", rows[:step, j], rows[:step])
+        rows[step] = (kernel[j] - explained) / gain[j].sqrt()
+        gain = gain - rows[step].square()
+        gain[j] = float("-inf")
+        chosen[step] = j
+    return chosen
+
+
+def _with_pivot(name: str, features: Tensor, k: int) -> Tensor:
+    return SELECTORS[name](features, k, 0)
+
+
+def _loop_with_pivot(name: str, features: Tensor, k: int) -> Tensor:
+    return loop_select(features[0], k, 0, name)
+
+
+def _quality(features: Tensor) -> Tensor:
+    """[B, n]: made of the features, so that both sides of a contest have the same."""
+    length = features.norm(dim=2)
+    return length / length.amax(1, keepdim=True)
+
+
+# selector -> (the choice for [1, n, D], the loop for the same)
+CONTESTS: dict[str, tuple[Callable[[Tensor, int], Tensor], Callable[[Tensor, int], Tensor]]] = {
+    **{name: (partial(_with_pivot, name), partial(_loop_with_pivot, name)) for name in SELECTORS},
+    "max_min": (max_min, lambda x, k: max_min_loop(x[0], k)),
+    "dpp": (lambda x, k: greedy_dpp(x, _quality(x), k), lambda x, k: dpp_loop(x[0], _quality(x)[0], k)),
+}
+
+
 def measure(
     tokens: int, keep: int, width: int, pairs: int, seed: int = 0, progress: Callable[[int, int], None] | None = None
-) -> list[Timed]:
+) -> list[SelectorTime]:
     """Times every selector on random features of one image (with a common part, so that cosines are positive, as real ones).
 
     Args:
@@ -74,19 +157,20 @@ def measure(
         progress: called with pairs done and pairs in all.
     """
     results = []
-    for number, name in enumerate(SELECTORS):
+    for number, (name, (select, loop)) in enumerate(CONTESTS.items()):
         x = _features(tokens, width, seed)
-        ours, loops, same = [], [], True
+        ours, loops, exact = [], [], x.double()
+        same = torch.equal(select(exact, keep)[0], loop(exact, keep))
         for i in range(pairs):
-            order, seconds = _timed(SELECTORS[name], x, keep, 0)
-            again, slow = _timed(loop_select, x[0], keep, 0, name)
+            seconds, slow = _timed(select, x, keep)[1], _timed(loop, x, keep)[1]
             ours.append(seconds)
             loops.append(slow)
-            same = same and torch.equal(order[0], again)
             if progress is not None:
-                progress(number * pairs + i + 1, len(SELECTORS) * pairs)
+                progress(number * pairs + i + 1, len(CONTESTS) * pairs)
         faster = paired_ratio(loops, ours, seed=seed)
-        results.append(Timed(name, median(ours), median(loops), faster, same, _scaling(name, tokens, keep, width, pairs, seed)))
+        results.append(
+            SelectorTime(name, median(ours), median(loops), faster, same, _scaling(name, tokens, keep, width, pairs, seed))
+        )
     return results
 
 
@@ -109,22 +193,24 @@ def _scaling(name: str, tokens: int, keep: int, width: int, pairs: int, seed: in
     for _ in range(pairs):
         for size, x, found in zip(sizes, inputs, seconds):
             count = min(size["keep"], size["tokens"])
-            found.append(_timed(SELECTORS[name], x, count, 0)[1])
+            found.append(_timed(CONTESTS[name][0], x, count)[1])
     return {what: median(seconds[0]) / median(found) for what, found in zip(GROWN, seconds[1:])}
 
 
-def table(results: Sequence[Timed], tokens: int, keep: int, width: int) -> Table:
+def table(results: Sequence[SelectorTime], tokens: int, keep: int, width: int) -> Table:
     """For people."""
-    shown = Table(title=f"{tokens} -> {keep} tokens of width {width}, {torch.get_num_threads()} CPU threads, fp32")
-    for column in ("selector", "ms", "loop, ms", "faster [95 %]", "same tokens", *(f"{what} x 2" for what in GROWN)):
-        shown.add_column(column, justify="left" if column == "selector" else "right")
-    for r in results:
-        shown.add_row(
-            r.selector,
-            f"{1000 * r.seconds:.0f}",
-            f"{1000 * r.loop_seconds:.0f}",
-            f"{r.faster.point:.1f}x{in_brackets(r.faster.ends, '.1f')}",
-            "yes" if r.same else "no",
-            *(f"{r.scaling[what]:.2f}x" for what in GROWN),
-        )
-    return shown
+    columns = [
+        Column("selector", lambda r: r.selector, left=True),
+        Column("ms", lambda r: f"{1000 * r.seconds:.0f}"),
+        Column("loop, ms", lambda r: f"{1000 * r.loop_seconds:.0f}"),
+        Column("faster [95 %]", lambda r: f"{r.faster.point:.1f}x{in_brackets(r.faster.ends, '.1f')}"),
+        Column("same tokens", lambda r: "yes" if r.same else "no"),
+        *(Column(f"{what} x 2", partial(_grown, what=what)) for what in GROWN),
+    ]
+    return Table.of(
+        results, columns, f"{tokens} -> {keep} tokens of width {width}, {torch.get_num_threads()} CPU threads, fp32"
+    )
+
+
+def _grown(r: SelectorTime, what: str) -> str:
+    return f"{r.scaling[what]:.2f}x"

@@ -24,9 +24,7 @@ def main() -> None:
 
         if world_size() > 1:
             launch.run_member(app)
-        missing = launch.asked_for()
-        if missing is not None:
-            launch.start(missing)
+        launch.check_launcher()
         app()
     except VtokError as error:
         print(f"vtok: {error}", file=sys.stderr)

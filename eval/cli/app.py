@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 import vtok
 from vtok.errors import ConfigError, MissingExtraError, brief, shown
@@ -23,6 +22,7 @@ from vtok.eval.cli.vqa import evaluate_vqa
 from vtok.eval.common import terminal
 from vtok.eval.common.checked import MOST
 from vtok.eval.common.launch import check_command
+from vtok.eval.report.tables import Table
 from vtok.eval.runs import loader as runs
 from vtok.registry import METHODS
 from vtok.targets import vlm_targets
@@ -37,6 +37,7 @@ evaluate.command("vqa")(evaluate_vqa)
 evaluate.command("zeroshot")(evaluate_zeroshot)
 app.command("book")(run_book)
 app.command("configs")(list_configs)
+app.command("published", help="The same as book.")(run_book)
 app.command("matrix")(print_matrix)
 app.command("run")(run)
 app.command("sweep")(sweep)
@@ -69,15 +70,13 @@ def _main(
 @app.command()
 def methods() -> None:
     """Lists the methods with their parameters and defaults."""
-    table = Table(show_lines=False)
-    for column in ("method", "config class", "parameters and defaults", "what it does"):
-        table.add_column(column)
+    rows = []
     for name in METHODS:
         cls = METHODS.get(name)
         defaults = ", ".join(f"{k}={v}" for k, v in cls().to_dict().items() if k != "method")
         about = (sys.modules[cls.__module__].__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
-        table.add_row(name, cls.__name__, defaults, about)
-    console.print(table)
+        rows.append((name, cls.__name__, defaults, about))
+    console.print(Table.plain(("method", "config class", "parameters and defaults", "what it does"), rows, 4))
 
 
 @app.command()
@@ -132,8 +131,7 @@ def bench(
 
     Of vision-language models it times prefill, first token and decoding (peak memory and the profiler are for encoders).
     """
-    from vtok.eval.benchmarks import prefill_result as prompt_bench_result
-    from vtok.eval.benchmarks import throughput_result as bench_result
+    from vtok.eval.benchmarks import result as bench_result
     from vtok.eval.benchmarks.prefill import measure_prompts
     from vtok.eval.benchmarks.throughput import measure
     from vtok.eval.models.by_name import load_model, sample_images
@@ -143,23 +141,22 @@ def bench(
     net = load_model(model, pretrained, img_size, seed)
     common: dict[str, Any] = {"pairs": pairs, "dtype": dtype, "device": device, "threads": threads, "name": model, "seed": seed}
     settings = [runs.parse_setting(text) for text in method]
-    shown: Any = bench_result
     results: Any
     with terminal.progress(transient=True) as progress:
         bar = progress.add_task("timing", total=None)
         common["progress"] = lambda done, total: progress.update(bar, completed=done, total=total)
         if vlm_targets(net):
             inputs = sample_prompts(net, batch_size, vtok.Prompt(images, text_tokens), seed)
-            shown, results = prompt_bench_result, measure_prompts(net, inputs, settings, new_tokens=new_tokens, **common)
+            results = measure_prompts(net, inputs, settings, new_tokens=new_tokens, **common)
         else:
             pictures = sample_images(model, net, batch_size, seed)
             results = measure(net, pictures, settings, memory=memory, profile=profile, **common)
     if output is not None:
-        write(output, shown.to_json(results))
+        write(output, bench_result.to_json(results))
     if markdown:
-        print(shown.markdown(results))
+        print(bench_result.markdown(results))
     else:
-        console.print(shown.table(results))
+        console.print(bench_result.table(results))
 
 
 @app.command()
@@ -169,17 +166,36 @@ def bench_select(
     width: Annotated[int, typer.Option(min=1, help="of a token")] = 1024,
     pairs: Annotated[int, typer.Option(min=1, help="pairs of a call and a loop; 5 or more for an interval")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: torch's)")] = None,
+    every_method: Annotated[
+        bool, typer.Option("--every-method", help="instead: the choice of every method, its share of a 7B prefill, its memory")
+    ] = False,
+    views: Annotated[int, typer.Option(min=1, help="crops of the image, or frames, with --every-method")] = 5,
+    video: Annotated[bool, typer.Option("--video", help="views are frames, with --every-method")] = False,
+    device: Annotated[str, typer.Option(help="with --every-method")] = "cpu",
     seed: Seed = 0,
 ) -> None:
-    """Times the choice of diverse tokens (todre) against a loop that looks at all chosen tokens again in every step."""
+    """Times the choice of diverse tokens against loops that go step by step; or the choice of every method."""
     import torch
 
     from vtok.eval.benchmarks import selection as select_bench
+    from vtok.eval.benchmarks import selectors
 
     if keep > tokens:
         raise ConfigError(f"--keep {keep} of --tokens {tokens}: at most all of them can stay")
     if threads is not None:
         torch.set_num_threads(threads)
+    if every_method:
+        prompt = selectors.Synthetic.of(tokens, views, width, video, seed, device)
+        with terminal.progress(transient=True) as progress:
+            bar = progress.add_task("timing", total=None)
+            chosen = selectors.measure(
+                selectors.configs(keep / tokens), prompt, pairs,
+                lambda done, total: progress.update(bar, completed=done, total=total),
+            )  # fmt: skip
+        console.print(selectors.table(chosen, prompt))
+        for line in selectors.refusals(chosen):
+            console.print(f"- {line}", highlight=False)
+        return
     with terminal.progress(transient=True) as progress:
         bar = progress.add_task("timing", total=None)
         results = select_bench.measure(

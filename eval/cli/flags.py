@@ -6,16 +6,17 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
 from vtok.errors import ConfigError, shown
+from vtok.eval.common.checked import members
 from vtok.eval.runs import yaml_text
 
 METHOD_HELP = "name or name:key=value,...; repeatable"
 SETTING_HELP = "name or name:key=value,...; several patched together joined by +; repeatable"
-_SHORT = {"batch_size": "-b", "workers": "-j"}
+_SHORT = {"batch_size": "-b", "candidates": "-n", "workers": "-j"}
 
 
 def value_of(options: type, name: str, value: Any) -> Any:
@@ -29,23 +30,21 @@ def value_of(options: type, name: str, value: Any) -> Any:
     Raises:
         ConfigError: the text cannot be read as what the field holds.
     """
-    kind = _kinds(options)[name]
-    if value is None or not isinstance(value, str):
+    kind, inside = _kind(get_type_hints(options)[name])
+    if not isinstance(value, str) or kind not in (tuple, Mapping):
         return value
+    flag = f"--{name.replace('_', '-')}"
+    if kind is tuple and inside is str:
+        return tuple(part.strip() for part in value.split("|"))
     try:
-        if "tuple" in kind and "str" in kind:
-            return tuple(part.strip() for part in value.split("|"))
-        if "tuple" in kind:
-            number = float if "float" in kind else int
-            return tuple(number(part) for part in value.replace(",", " ").split())
-        if "Mapping" in kind:
-            parsed = yaml_text.parse("{" + value.replace("=", ": ") + "}", f"--{name.replace('_', '-')}")
-            if not isinstance(parsed, dict):
-                raise ValueError("not key=value")
-            return parsed
+        if kind is tuple:
+            return tuple(inside(part) for part in value.replace(",", " ").split())
+        parsed = yaml_text.parse("{" + value.replace("=", ": ") + "}", flag)
+        if not isinstance(parsed, dict):
+            raise ValueError("not key=value")
+        return parsed
     except ValueError as error:
-        raise ConfigError(f"--{name.replace('_', '-')} cannot be read: {shown(value)} ({error})") from error
-    return value
+        raise ConfigError(f"{flag} cannot be read: {shown(value)} ({error})") from error
 
 
 def options_from(options: type, flags: Mapping[str, Any]) -> Any:
@@ -55,30 +54,24 @@ def options_from(options: type, flags: Mapping[str, Any]) -> Any:
 
 def signature(options: type, leading: Mapping[str, tuple[Any, Any]]) -> inspect.Signature:
     """A typer command's signature: the `leading` parameters (name -> annotation, default), then one keyword a field."""
-    made = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
-        for name, (annotation, default) in leading.items()
-    ]
-    about = _help(options)
-    for name, kind in _kinds(options).items():
-        default = next(field.default for field in dataclasses.fields(options) if field.name == name)
-        if "tuple" in kind:
-            default = " ".join(str(part) for part in default) if isinstance(default, tuple) and default else None
-        text = "tuple" in kind or "Mapping" in kind
-        base = str if text else {"str": str, "bool": bool, "int": int, "float": float}[kind.split(" |")[0]]
-        optional = text or "None" in kind
-        flag = "--" + name.replace("_", "-")
-        names = [flag, *([_SHORT[name]] if name in _SHORT else [])] if base is not bool else [f"{flag}/--no-{flag[2:]}"]
-        annotation: Any = Annotated[base | None if optional else base, typer.Option(*names, help=about.get(name))]
-        made.append(
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                annotation=annotation,
-                default=None if default is dataclasses.MISSING else default,
-            )
-        )
-    return inspect.Signature(made)
+    parameters = {name: (annotation, default) for name, (annotation, default) in leading.items()}
+    about, hints = _help(options), get_type_hints(options)
+    for field in dataclasses.fields(options):
+        (kind, _), default = _kind(hints[field.name]), field.default
+        if kind in (tuple, Mapping):
+            kind, default = str, " ".join(map(str, default)) if isinstance(default, tuple) and default else None
+        elif default is dataclasses.MISSING:
+            default = inspect.Parameter.empty
+        flag = "--" + field.name.replace("_", "-")
+        names = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag, *([_SHORT[field.name]] if field.name in _SHORT else [])]
+        typed = kind | None if default is None else kind
+        parameters[field.name] = (Annotated[typed, typer.Option(*names, help=about.get(field.name))], default)
+    return inspect.Signature(
+        [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+            for name, (annotation, default) in parameters.items()
+        ]
+    )
 
 
 def _help(options: type) -> dict[str, str]:
@@ -91,5 +84,12 @@ def _help(options: type) -> dict[str, str]:
     return found
 
 
-def _kinds(options: type) -> dict[str, str]:
-    return {field.name: str(field.type) for field in dataclasses.fields(options)}
+def _kind(hint: Any) -> tuple[Any, Any]:
+    """(int, float, bool, str, tuple or Mapping; of a tuple what its entries are): the form in which a flag is written."""
+    (form,) = members(hint)
+    origin, inside = get_origin(form), get_args(form)
+    if origin is tuple:
+        return tuple, members(inside[0])[0]
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return Mapping, None
+    return (form, None) if form in (int, float, bool) else (str, None)

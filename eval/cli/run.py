@@ -84,29 +84,35 @@ def _run(
 
 def _show(wanted: runs.RunConfig, outcome: Outcome, out: Path, into: Path | None) -> None:
     """Tables, and the files that derive from records."""
-    from vtok.eval.published.compare import published_beside_measured
-    from vtok.eval.report import sweep as sweep_report
-    from vtok.eval.report import sweep_plot
+    from vtok.eval.published.report import beside, footnotes
+    from vtok.eval.report.frame import CSV, frame
+    from vtok.eval.report.plots import plot
+    from vtok.eval.report.sections import findings, sections
+    from vtok.eval.report.summary import table
+    from vtok.eval.report.tables import write_csv
     from vtok.eval.runs import runner
 
     console = terminal.output(160)
-    records = outcome.records
     if into is not None:
-        write(into, json.dumps(records, indent=2, default=str))
-    for group in sweep_report.groups(records):
-        console.print(sweep_report.table(group))
-        speeds = [line for record in group if (line := throughput_line(record["setting"], record))]
-        notes = [f"note: {note}" for note in group[0].get("notes", ())]
-        left = [f"{one['file']} was skipped: {one['reason']}" for one in group[0].get("skipped", ())]
+        write(into, json.dumps(outcome.records, indent=2, default=str))
+    for section in sections(outcome.records):
+        first = section.first
+        console.print(table(section))
+        speeds = [line for row in section.rows if (line := throughput_line(row.label, row.record))]
+        notes = [f"note: {note}" for note in first.get("notes", ())]
+        left = [f"{one['file']} was skipped: {one['reason']}" for one in first.get("skipped", ())]
         if len(left) > _SKIPPED:
             left[_SKIPPED:] = [f"and {len(left) - _SKIPPED} other files were skipped, see {out / runner.RESULTS}"]
-        for line in (*sweep_report.findings(group), *speeds, *notes, *left):
-            console.print(f"- {line}")
+        for line in (*(finding.words for finding in findings(section)), *speeds, *notes, *left):
+            console.print(f"- {line}", highlight=False)
         if wanted.published:
-            for record in group[1:]:
-                console.print(published_beside_measured(wanted, [group[0], record]))
-    sweep_report.write_csv(records, out / "sweep.csv")
-    sweep_plot.plot(records, out / "sweep.png")
+            for row in section.patched:
+                pair = {str(first["task"]): {"base": first, "patched": row.record}}
+                console.print(beside(f"{wanted.name}: {row.label}", [(wanted, pair)], digits=3))
+            console.print(footnotes([wanted]), highlight=False)
+    every = sections(runner.all_records(out))  # those of other starts on this folder, too
+    write_csv(frame(every)[list(CSV)], out / "sweep.csv")
+    plot(every, out / "sweep.png")
     console.print(f"{runner.RESULTS}, sweep.csv and sweep.png are in {out}")
     for name, why in outcome.left_out.items():
         console.print(f"- left out: {name}: {why}")

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from vtok.errors import ConfigError, brief
 from vtok.eval.cli.flags import SETTING_HELP
 from vtok.eval.common import terminal
+from vtok.eval.report.tables import Table
 from vtok.eval.runs.loader import parse_setting
 from vtok.eval.viz.draw import FORMATS
 from vtok.writing import apart, writable
@@ -46,13 +46,8 @@ def draw_tokens(
     chosen, params = setting if isinstance(setting, tuple) else (setting, {})
     maps = visualize(model, chosen, image, question=question, pretrained=pretrained, **params)
     console = terminal.output(80)
-    table = Table(title=maps.title)
-    table.add_column("")
-    table.add_column("tokens", justify="right")
-    table.add_row("image", str(maps.patches))
-    for stage in maps.stages:
-        table.add_row(stage.name, str(stage.tokens))
-    console.print(table)
+    left = [("image", str(maps.patches)), *((stage.name, str(stage.tokens)) for stage in maps.stages)]
+    console.print(Table.plain(("", "tokens"), left, title=maps.title))
     for line in (*([] if maps.answer is None else [f"answer: {maps.answer}"]), *maps.notes):
         console.print(f"- {line}", highlight=False, markup=False)
     for path in files:

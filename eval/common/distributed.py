@@ -1,36 +1,24 @@
 """One evaluation in several processes, on one machine or more: who works on what, and how the parts come together.
 
-    accelerate launch --multi_gpu --num_processes 8 -m vtok.eval run CONFIG      # eight GPUs: one process each, nccl
-    accelerate launch --cpu --num_processes 2 -m vtok.eval run CONFIG            # two processes on the CPU, gloo
-    torchrun --nproc_per_node 8 -m vtok.eval run CONFIG                          # the same without accelerate's launcher
+    torchrun --nproc_per_node 8 -m vtok.eval run CONFIG                          # eight GPUs: one process each, nccl
+    torchrun --nproc_per_node 2 -m vtok.eval run CONFIG                          # without GPUs: two processes, gloo
+    accelerate launch --multi_gpu --num_processes 8 -m vtok.eval run CONFIG      # the same by accelerate's launcher
 
 **Whole batches are dealt out in turn**: process r of w works on the batches r, r + w, r + 2 w, ... of the very batches that one
 process would make. So no sample is padded, repeated or left out, every forward pass sees the same rows at any number of
 processes, and what is computed from the gathered results, in the order of the data, is the same to the last digit, with one
 reservation: all processes need the same kind of device and as many CPU threads as the run that they are compared with
-(`OMP_NUM_THREADS`, or accelerate's `--num_cpu_threads_per_process`), because these change how sums are split. Every result
+(`OMP_NUM_THREADS`), because these change how sums are split. Every result
 carries the number of its batch or question; one that is missing or comes twice is an error.
 
 Only the main process (rank 0) prints and writes records. Answers to questions are written by every process as they come.
 
 # More than one machine
 
-The same command is started on every machine, with a file that differs in `machine_rank` alone (`accelerate config` asks for the
-same things). Two machines with eight GPUs each:
+The same command is started on every machine, with another `--node_rank` on each. Two machines with eight GPUs each, the first
+of which is 10.0.0.1 and reachable from the other:
 
-    # gpus.yaml                              # on the second machine: machine_rank: 1
-    compute_environment: LOCAL_MACHINE
-    distributed_type: MULTI_GPU              # without GPUs: MULTI_CPU, and use_cpu: true
-    num_machines: 2
-    num_processes: 16                        # of all machines together
-    machine_rank: 0
-    main_process_ip: 10.0.0.1                # of the machine with rank 0, reachable from all others
-    main_process_port: 29500
-    rdzv_backend: static
-    same_network: true
-    mixed_precision: "no"                    # the run file says which type is used
-
-    accelerate launch --config_file gpus.yaml -m vtok.eval run CONFIG
+    torchrun --nnodes 2 --node_rank 0 --nproc_per_node 8 --master_addr 10.0.0.1 --master_port 29500 -m vtok.eval run CONFIG
 
 Every machine needs the same versions, weights and data (under the same path; differences are noticed and reported before
 anything is computed). Only the main process's machine needs room for records. Where machines have several networks,

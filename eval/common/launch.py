@@ -1,4 +1,4 @@
-"""The `vtok` program as one of several processes: who speaks, how the run ends when a process dies, how CPU launches start.
+"""The `vtok` program as one of several processes that torchrun or accelerate started: who speaks, how a run ends early.
 
 Every process may fail, but a run fails with one message a machine. The process that claims a file in the launcher's temporary
 folder says what happened; the others end without a word. A process that was killed cannot speak: the launcher (torchrun, inside
@@ -60,79 +60,21 @@ def run_member(program: Callable[[], Any]) -> NoReturn:
     os._exit(code)  # a process that failed must not wait for others in some destructor
 
 
-def asked_for() -> list[str] | None:
-    """torchrun's arguments for the processes that `accelerate launch --cpu` was asked for but did not start; `None` = none.
+def check_launcher() -> None:
+    """Raises if a launcher was asked for several processes and started this one alone.
 
-    accelerate starts several CPU processes only under MPI: with `--cpu --num_processes 3` alone it runs one, which finds a
-    port for talking to others in its environment, and the number on the command line of its parent.
+    accelerate starts several processes on CPUs only under MPI: with `--num_processes 3` it runs one, which finds a port for
+    talking to others in its environment.
 
     Raises:
-        ConfigError: several were asked for, but their number cannot be found.
+        ConfigError: it did.
     """
-    if world_size() > 1 or os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true" or "MASTER_PORT" not in os.environ:
-        return None
-    if "LOCAL_RANK" in os.environ:  # a launcher is at work already
-        return None
-    try:
-        wanted = _parent_arguments()
-    except Exception as error:  # psutil, accelerate's parser, its files: whatever they raise, the advice is the same
+    alone = world_size() == 1 and "LOCAL_RANK" not in os.environ
+    if alone and "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ:
         raise ConfigError(
-            "accelerate launch --cpu started one process, though several were asked for; write --multi_gpu instead of --cpu, "
-            f"which starts CPU processes too where there is no GPU, or use torchrun --nproc_per_node N ({error})"
-        ) from error
-    machines = wanted["num_machines"] or 1
-    here = max(1, (wanted["num_processes"] or machines) // machines)
-    if machines > 1:
-        place = ["--nnodes", str(machines), "--node_rank", str(wanted["machine_rank"] or 0)]
-        place += ["--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]]
-    else:
-        place = ["--standalone"] if wanted["main_process_port"] is None else ["--master_port", os.environ["MASTER_PORT"]]
-    return ["--nproc_per_node", str(here), *place] if machines * here > 1 else None
-
-
-def start(arguments: list[str]) -> NoReturn:
-    """Starts this program as often as torchrun is told to, waits, and ends with 0 if all of them did.
-
-    What failed has been said by the process itself, without torchrun's traceback.
-    """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
-
-    try:
-        run(parse_args([*arguments, "-m", "vtok.eval", *sys.argv[1:]]))
-    except SignalException as error:
-        sys.exit(128 + error.sigval)
-    except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        sys.exit(code if code > 0 else 1)
-    sys.exit(0)
-
-
-def _parent_arguments() -> dict[str, Any]:
-    """What the `accelerate launch` that started this process was given, by command line or file."""
-    import psutil
-    from accelerate.commands.config import default_config_file, load_config_from_file
-    from accelerate.commands.launch import launch_command_parser
-
-    words = psutil.Process(os.getppid()).cmdline()
-    for i, word in enumerate(words):
-        name = os.path.basename(word)
-        if (name == "accelerate" and words[i + 1 : i + 2] == ["launch"]) or name == "accelerate_cli.py":
-            given = words[i + 2 :]
-            break
-        if name in ("accelerate-launch", "accelerate.commands.launch", "launch.py"):
-            given = words[i + 1 :]
-            break
-    else:
-        raise ValueError(f"its command line is not one of accelerate's: {' '.join(words)}")
-    args = launch_command_parser().parse_args(given)
-    names = ("num_processes", "num_machines", "machine_rank", "main_process_port")
-    found = {name: getattr(args, name) for name in names}
-    if args.config_file is not None or (os.path.isfile(default_config_file) and not args.cpu):
-        defaults = load_config_from_file(args.config_file)
-        found = {name: getattr(defaults, name, None) if value is None else value for name, value in found.items()}
-    return found
+            "accelerate launch started one process, though several were asked for, as it does on CPUs; start them with "
+            "torchrun --nproc_per_node N -m vtok.eval ..."
+        )
 
 
 def _exit_code(program: Callable[[], Any]) -> int:

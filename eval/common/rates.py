@@ -6,23 +6,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 
-class Timed(NamedTuple):
-    """One batch under one setting.
+class Step(NamedTuple):
+    """One timed batch of one model.
 
     Attributes:
-        rank: process that ran it.
-        samples: of the batch.
+        number: of the batch.
+        samples: in it.
         seconds: that it took.
-        cold: whether it was the first one of its process.
+        cold: whether it was the model's first in its process.
+        rank: process that ran it.
     """
 
-    rank: int
+    number: int
     samples: int
     seconds: float
     cold: bool
+    rank: int = 0
 
 
-def throughput(batches: Sequence[Timed], world: int) -> dict[str, Any]:
+def throughput(batches: Sequence[Step], world: int) -> dict[str, Any]:
     """Samples a second of every process and of all together.
 
     Args:

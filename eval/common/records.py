@@ -1,4 +1,12 @@
-"""Results as lines of JSON, appended one finished configuration at a time. The file is the truth; the rest derives from it.
+"""Results: one record a setting, as lines of JSON that are appended one finished setting at a time. The file is the truth;
+tables, plots and pages derive from it (`vtok.eval.report`).
+
+A record is a mapping of plain values. What every task writes: `key` (equal keys are the same configuration), `task`, `model`,
+`backend`, `dataset`, `method`, `setting` (what was asked for), `params` (every number resolved), `n` samples; `metrics` by
+name, each with `_stderr` and `_ci`, and against the unpatched model the paired `_difference` with both; `primary`, the headline
+among them; `percent`, whether they are percent or shares; `correct`, one bit a sample (see `correctness`); `tokens`, `gmacs`,
+`gflops`, `implied_speedup`, `samples_per_sec`, `speedup`, `achieved`, `kernel`, `dtype`, `device`, `threads`, `batch_size`,
+`seed`, `versions` and `config`, the run file that measures it once more.
 
 A record is written with one `write` and synchronised to disk under a file lock, so that a kill at any moment loses at most
 the configuration in progress and two processes never mix lines. A damaged line is reported and skipped.
@@ -11,15 +19,46 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
 
 from vtok.errors import ConfigError
 from vtok.writing import reason
+
+Record = dict[str, Any]
+UNPATCHED = "unpatched"  # as `method` of a record
+BASELINES = ("random", "uniform")  # methods that choose tokens blindly: what others are compared with
+
+
+def bits(hits: Any) -> str:
+    """[n] hits, 0 or 1, in whatever NumPy can read -> one bit each, packed, in hexadecimal: the field `correct`."""
+    return np.packbits(np.asarray(hits).astype(bool)).tobytes().hex()
+
+
+def correctness(record: Record) -> np.ndarray:
+    """[n] bool: which samples a setting got right."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(record["correct"]), np.uint8), count=record["n"]).astype(bool)
+
+
+def difference(record: Record) -> tuple[float | None, float | None, list[float] | None]:
+    """(paired difference of the headline metric to the unpatched model, its standard error, 95 % interval); `None`s without."""
+    metrics, primary = record["metrics"], record["primary"]
+    name = f"{primary}_difference" if f"{primary}_difference" in metrics else "difference"
+    return metrics.get(name), metrics.get(f"{name}_stderr"), metrics.get(f"{name}_ci")
+
+
+def finite(value: Any) -> Any:
+    """The same with `None` for what is not a number: strict JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def key_of(identity: dict[str, Any]) -> str:
@@ -96,16 +135,11 @@ class Records:
         except OSError as error:
             raise ConfigError(f"results cannot be read from {self.path}: {reason(error)}") from error
         records = []
-        for number, line in enumerate(data.split(b"\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line, parse_constant=_no_number, parse_float=_finite)
-            except (ValueError, RecursionError) as error:  # ValueError: no JSON, no text, or a number of too many digits
-                warnings.warn(f"{self.path}:{number}: damaged line skipped ({_short(error)})", stacklevel=2)
-                continue
-            if isinstance(record, dict) and isinstance(record.get("key"), str):
-                records.append(record)
+        for number, value in json_lines(data):
+            if isinstance(value, Exception):
+                warnings.warn(f"{self.path}:{number}: damaged line skipped ({_short(value)})", stacklevel=2)
+            elif isinstance(value, dict) and isinstance(value.get("key"), str):
+                records.append(value)
             else:
                 warnings.warn(f"{self.path}:{number}: not a record, skipped", stacklevel=2)
         return records
@@ -142,6 +176,16 @@ class Records:
             raise ConfigError(
                 f"{self.path} cannot be written: {reason(error)}; what it held is still there, and the next start goes on"
             ) from error
+
+
+def json_lines(data: bytes) -> Iterator[tuple[int, Any]]:
+    """(number of a line, what it holds, or the error that it raises); empty lines are passed over."""
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line, parse_constant=_no_number, parse_float=_finite)
+            except (ValueError, RecursionError) as error:  # ValueError: no JSON, no text, or a number of too many digits
+                yield number, error
 
 
 def _no_number(name: str) -> float:

@@ -68,10 +68,17 @@ def paired_ratio(numerators: Sequence[float], denominators: Sequence[float], lev
     point = float(np.median(ratios))
     if len(ratios) < FEWEST:
         return Interval(point)
-    rows = np.random.default_rng(seed).integers(0, len(ratios), (RESAMPLES, len(ratios)))
-    tail = 100 * (1 - level) / 2
-    low, high = np.percentile(np.median(ratios[rows], axis=1), [tail, 100 - tail])
-    return Interval(point, min(float(low), point), max(float(high), point))
+    from scipy import stats  # half a second, which programs that print their help need not wait
+
+    found = stats.bootstrap(
+        (ratios,),
+        np.median,
+        n_resamples=RESAMPLES,
+        confidence_level=level,
+        method="percentile",
+        random_state=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(point, min(float(found.low), point), max(float(found.high), point))
 
 
 def share(values: Sequence[float] | np.ndarray, cluster: np.ndarray | None = None) -> Interval:

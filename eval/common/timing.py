@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vtok.errors import UnsupportedModelError
 from vtok.eval.benchmarks.throughput import compare, synchronise
 from vtok.eval.common.distributed import Processes
-from vtok.eval.common.rates import Timed, throughput
+from vtok.eval.common.rates import Step, throughput
 from vtok.eval.common.settings import PassCost, towers
 from vtok.targets.kernels import attention_kernels
 
@@ -37,16 +37,6 @@ class Memory(Generic[T]):
 
     def __init__(self) -> None:
         self.outputs: dict[int, T] = {}
-
-
-class Step(NamedTuple):
-    """One timed batch of one model: its number, its images, seconds; cold if it was the model's first; its process."""
-
-    number: int
-    images: int
-    seconds: float
-    cold: bool
-    rank: int = 0
 
 
 class Pacer(Generic[T]):
@@ -130,7 +120,7 @@ class Pacer(Generic[T]):
             median = float(np.median([step.seconds for step, _ in own]))
             return {
                 "kernel": {side: self.kernels[i]},
-                "samples_per_sec": {side: own[0][0].images / median},
+                "samples_per_sec": {side: own[0][0].samples / median},
                 "step_time_ms": {side: 1000 * median},
                 "throughput": self._throughput(i),
             }
@@ -139,15 +129,14 @@ class Pacer(Generic[T]):
         if not pairs:
             return {}
         times = [step.seconds for step, _ in pairs], [step.seconds for _, step in pairs]
-        found = compare(*times, 1.0 if cost is None else cost.implied_speedup, pairs[0][1].images, seed)
+        found = compare(*times, 1.0 if cost is None else cost.implied_speedup, pairs[0][1].samples, seed)
         if cost is None:
             found = {name: value for name, value in found.items() if not name.startswith(("achieved", "verdict"))}
         kernels = {"base": self.kernels[self.unpatched], "patched": self.kernels[i]}
         return found | {"kernel": kernels, "pairs": len(pairs), "throughput": self._throughput(i)}
 
     def _throughput(self, i: int) -> dict[str, Any]:
-        timed = [Timed(step.rank, step.images, step.seconds, step.cold) for step in self.steps[i]]
-        return throughput(timed, self.processes.world)
+        return throughput(self.steps[i], self.processes.world)
 
 
 def kernels(model: nn.Module, forward: Callable[[], Any]) -> str | None:
@@ -175,6 +164,6 @@ def named_kernels(blocks: Sequence[nn.Module], forward: Callable[[], Any]) -> st
 
 def _usable(pairs: Sequence[tuple[Step, Step]]) -> list[tuple[Step, Step]]:
     """Pairs of warm, full batches, as far as there are some."""
-    largest = max((own.images for _, own in pairs), default=0)
-    full = [pair for pair in pairs if pair[1].images == largest]
+    largest = max((own.samples for _, own in pairs), default=0)
+    full = [pair for pair in pairs if pair[1].samples == largest]
     return [pair for pair in full if not (pair[0].cold or pair[1].cold)] or full

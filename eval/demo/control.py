@@ -8,11 +8,13 @@ Shapes: B batch, N tokens, P prefix tokens, n patches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from vtok.api import patched
@@ -20,14 +22,22 @@ from vtok.capabilities import encoder_reducer
 from vtok.config import MethodConfig, ModelInfo, Reducer, require_cls
 from vtok.core.reduction import Plan
 from vtok.core.tokens import AttentionView, Place, Site, TokenState
+from vtok.eval.common import terminal
+from vtok.eval.common.records import Record, Records, correctness, key_of
 from vtok.eval.common.statistics import mean_stderr, paired_difference, with_error
-from vtok.eval.report.tables import FLOOR, Record, correctness, ordered
+from vtok.eval.common.timing import Memory
+from vtok.eval.models.reference import load_reference_vit
+from vtok.eval.report.rows import Row
+from vtok.eval.report.sections import Section
+from vtok.eval.report.tables import Column, Table
+from vtok.eval.runs.runner import RESULTS
+from vtok.eval.tasks.imagenet import evaluate
+from vtok.eval.tasks.scoring import Scores
+from vtok.eval.tasks.timm_pipeline import Options
+from vtok.methods.tome import ToMe
 from vtok.ops.hashing import splitmix
 from vtok.ops.rows import with_prefix
 from vtok.registry import METHODS
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 SUFFIX = ", tokens at random"
 
@@ -37,11 +47,11 @@ class RandomChoice(MethodConfig):
     """A control, not a method: reduces where `method` does and to as many tokens, but keeps random ones and merges none.
 
     Attributes:
-        method: the method whose choice is replaced.
+        method: the method whose choice is replaced (default ToMe at its own default).
         seed: of the draws, one per block (whole number; default 0).
     """
 
-    method: MethodConfig
+    method: MethodConfig = field(default_factory=ToMe)
     seed: int = 0
 
     @property
@@ -149,30 +159,54 @@ def attention_kept(model: nn.Module, images: Tensor, block: int) -> list[float]:
     return [float(attn.gather(1, half).sum(1).mean()) for attn in seen]
 
 
-def controls(records: Sequence[Record]) -> list[tuple[RandomChoice, float]]:
-    """The control of every record of a method that chooses, with the record's budget."""
-    chosen = [r for r in ordered(records) if r["method"] in METHODS.names() and r["method"] not in FLOOR]
-    return [(RandomChoice(METHODS.get(r["method"]).from_dict(r["params"])), r["budget"]) for r in chosen]
+def controls(section: Section) -> list[tuple[Row, RandomChoice]]:
+    """Every setting of a method that chooses, with its control."""
+    chosen = [row for row in section.patched if row.method in METHODS.names() and not row.baseline]
+    return [(row, RandomChoice(METHODS.get(row.method).from_dict(row.record["params"]))) for row in chosen]
 
 
-def table(records: Sequence[Record]) -> Table:
+def measure_controls(section: Section, out: Path, console: Console) -> dict[str, Record]:
+    """Measures the controls that have no record yet, on the samples of a section of the reference ViT.
+
+    Args:
+        section: what the runner measured.
+        out: folder of its results, where the records of the controls go, too.
+        console: for progress.
+
+    Returns:
+        Key of a setting -> the record of its control.
+    """
+    records, model, first = Records(out / RESULTS), load_reference_vit(), section.first
+    options = Options(num_samples=first["n"], batch_size=first["batch_size"], workers=0, device="cpu", seed=first["seed"])
+    done, found, memory = records.by_key(), dict[str, Record](), Memory[Scores]()
+    with terminal.progress(console) as progress:
+        for row, choice in progress.track(controls(section), description="tokens at random"):
+            key = key_of({"of": row.record["key"], "control": choice.seed})
+            if key not in done:
+                record = evaluate(model, first["dataset"], [None, choice], options, memory=memory)[-1]
+                kept = {name: row.record[name] for name in ("model", "budget", "threads", "device_name")}
+                title = row.label.replace(row.method, choice.name, 1)
+                record.pop("config", None)  # no run file names a control
+                records.append({**record, **kept, "setting": title, "key": key})
+            found[row.record["key"]] = done.get(key) or records.by_key()[key]
+    return found
+
+
+def value_of_choice(section: Section, found: Mapping[str, Record]) -> Table:
     """Every method beside its control: top-1, and what the choice is worth in paired points."""
-    from rich.table import Table
 
-    by_name = {(r["method"], r["budget"]): r for r in records}
-    result = Table(title="what the choice of tokens is worth", caption="± standard error, paired; same places and counts")
-    for i, header in enumerate(("method", "budget", "top-1 %", "tokens at random", "the choice is worth")):
-        result.add_column(header, justify="left" if i == 0 else "right")
-    for record in ordered([r for r in records if (r["method"] + SUFFIX, r["budget"]) in by_name]):
-        control = by_name[record["method"] + SUFFIX, record["budget"]]
-        change = correctness(record).astype(float) - correctness(control)
+    def worth(row: Row) -> str:
+        change = correctness(row.record).astype(float) - correctness(found[row.record["key"]])
         gain, error = mean_stderr(change)
-        worth = {"gain": gain, "gain_stderr": error, "gain_ci": paired_difference(change).ends}
-        result.add_row(
-            record["method"],
-            f"{record['budget']:g}",
-            f"{record['metrics']['top1']:.2f}",
-            f"{control['metrics']['top1']:.2f}",
-            with_error(worth, "gain", 100, 2, "+"),
-        )
-    return result
+        told = {"gain": gain, "gain_stderr": error, "gain_ci": paired_difference(change).ends}
+        return with_error(told, "gain", 100, 2, "+")
+
+    columns = [
+        Column("method", lambda row: row.method, left=True),
+        Column("budget", lambda row: f"{row.budget:g}"),
+        Column("top-1 %", lambda row: f"{row.record['metrics']['top1']:.2f}"),
+        Column("tokens at random", lambda row: f"{found[row.record['key']]['metrics']['top1']:.2f}"),
+        Column("the choice is worth", worth),
+    ]
+    title, caption = "what the choice of tokens is worth", "± standard error, paired; same places and counts"
+    return Table.of([row for row in section.patched if row.record["key"] in found], columns, title, caption)

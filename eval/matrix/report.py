@@ -5,19 +5,17 @@ What there is more of stands in the rows: families of encoders, methods for visi
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 from vtok.errors import ConfigError
 from vtok.eval.matrix.encoder import FAILED, NO, ON_REQUEST, STATUSES, TOWER, VLM, YES, Cell, counts
+from vtok.eval.report.tables import Table
 from vtok.reports.text import keywords
 from vtok.testing.encoder_oracle import TOLERANCE
 from vtok.testing.prompt_oracle import TOLERANCE as PROMPT_TOLERANCE
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 BEGIN, END = "<!-- support matrix: `vtok matrix --markdown` -->", "<!-- end of the support matrix -->"
 LEGEND = (
@@ -68,6 +66,12 @@ class Report:
             self.numbers, self.groups = frozenset({1}), [f[0] for f in families]
         self.counts = counts(found)
 
+    def table(self, marked: Callable[[tuple[int, ...]], str]) -> Table:
+        """The cells, each with the numbers of its notes as a function writes them."""
+        rows: list[Sequence[str]] = [[text + marked(notes) for text, notes in row] for row in self.rows]
+        rules = {i for i, (one, after) in enumerate(itertools.pairwise(self.groups)) if one != after}
+        return Table(self.header, rows, [i not in self.numbers for i in range(len(self.header))], rules=rules)
+
     def _summary(self, same: Sequence[Cell]) -> tuple[str, tuple[int, ...]]:
         """One method on the models of a family: (text, numbers of notes)."""
         tally = Counter(c.status for c in same)
@@ -100,16 +104,10 @@ def _reason(cell: Cell) -> str:
 
 
 def table(found: Sequence[Cell], caption: str) -> Table:
-    """A rich table, the notes and counts under it left out."""
-    from rich.table import Table
-
+    """For a terminal, the notes and counts under it left out."""
     report = Report(found)
-    made = Table(caption=caption)
-    for i, name in enumerate(report.header):
-        made.add_column(name, justify="right" if i in report.numbers else "left")
-    for i, row in enumerate(report.rows):
-        last = i + 1 == len(report.groups) or report.groups[i + 1] != report.groups[i]
-        made.add_row(*(text + "".join(f" [{n}]" for n in notes) for text, notes in row), end_section=last)
+    made = report.table(lambda notes: "".join(f" [{n}]" for n in notes))
+    made.caption = caption
     return made
 
 
@@ -136,11 +134,7 @@ def markdown(found: Sequence[Cell]) -> str:
 
 def _markdown(found: Sequence[Cell]) -> str:
     report = Report(found)
-    rules = ("---:" if i in report.numbers else "---" for i in range(len(report.header)))
-    lines = ["| " + " | ".join(report.header) + " |", "|" + "|".join(rules) + "|"]
-    for row in report.rows:
-        texts = [text + (f" <sup>{', '.join(map(str, marks))}</sup>" if marks else "") for text, marks in row]
-        lines.append("| " + " | ".join(texts) + " |")
+    lines = [report.table(lambda notes: f" <sup>{', '.join(map(str, notes))}</sup>" if notes else "").markdown()]
     lines += ["", *(f"{i}. {note}" for i, note in enumerate(report.notes, 1))]
     return "\n".join([*lines, "", _legend(found), "", f"**{report.counts}**"])
 

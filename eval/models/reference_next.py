@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vtok.eval.models.easyvqa import BLANK, CLASSES, COLOURS, PLACES, SHAPES, compose
+from vtok.eval.models.easyvqa import BLANK, CLASSES, COLOURS, PLACES, SHAPES, Pictures, compose
 from vtok.eval.models.reference import DATA_FOLDER, load_reference_pictures
 from vtok.eval.models.reference_vlm import (
     YES_NO,
@@ -36,6 +36,7 @@ NEXT_FOLDER = "easyvqa_llava_next"
 DIFFERENCES = "differences.safetensors"
 PAGE_QUESTIONS = "test-page-questions.json.gz"
 BLANK_WORD = "blank"
+CALIBRATION_PAGES = 32  # on which thresholds are calibrated
 _SCALE = ".scale"
 
 
@@ -230,3 +231,13 @@ def load_reference_page_questions() -> PageQuestions:
 def write_page_questions(path: Path, rows: Tensor, asked: list[tuple[str, str, int]]) -> None:
     """Writes what `load_reference_page_questions` reads; the same questions give the same bytes."""
     write_packed(path, {"rows": rows.tolist(), "questions": [list(q) for q in asked]})
+
+
+def calibration_pages() -> list[Any]:
+    """A few PIL pages of training pictures, with as many filled cells as those of the test have on average."""
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    source = Pictures(*load_reference_pictures("calibration"))
+    rows = source.rows(draw_cells(CALIBRATION_PAGES, generator), generator)
+    return [Image.fromarray(page) for page in compose(source.pictures, rows).permute(0, 2, 3, 1).numpy()]

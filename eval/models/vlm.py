@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from vtok.errors import ConfigError, MissingExtraError
+from vtok.eval.common.videos import Clip
 
 REFERENCE_LLAVA, REFERENCE_NEXT = "reference-llava", "reference-llava-next"
 
@@ -47,48 +49,90 @@ class VisionLanguageModel:
         net: the model, with `generate()`.
         processor: images and prompts -> inputs of the model.
         name: under which it was found.
+        frames_as_images: whether frames of a video are shown as so many images, which is not what models for videos expect.
     """
 
     net: Any
     processor: Any
     name: str
+    frames_as_images: bool = False
 
-    def prompt(self, question: str, image: bool = True) -> str:
-        """What is asked: one user turn of the processor's chat template, or the image's placeholder and the question.
+    def prompt(self, question: str, image: bool = True, shown: Sequence[str] = ("image",)) -> str:
+        """What is asked: one user turn of the processor's chat template, or the placeholders and the question.
 
         Args:
             question: the text.
-            image: whether there is one.
+            image: whether anything is shown.
+            shown: in front of the question: "image" or "video", once for each.
         """
+        shown = shown if image else ()
         if getattr(self.processor, "chat_template", None):
-            content = [*([{"type": "image"}] if image else []), {"type": "text", "text": question}]
+            content = [*({"type": kind} for kind in shown), {"type": "text", "text": question}]
             return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return f"{self.processor.image_token} {question}" if image else question
+        return " ".join([*(getattr(self.processor, f"{kind}_token") for kind in shown), question])
 
     def inputs(self, images: Sequence[Any], questions: Sequence[str]) -> Any:
         """One batch, padded on the left: image i belongs to question i; all of them are `None` for questions without one.
 
+        Args:
+            images: PIL images, lists of images that are shown together, or `Clip`s, frames of videos.
+            questions: the texts.
+
         Raises:
             ConfigError: the processor cannot make a batch of it.
         """
-        seen = any(image is not None for image in images)
+        seen = [self._seen(image) for image in images]
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"  # a prompt ends where its answer begins
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        clips = [one for one in seen if isinstance(one, Clip)]
+        pictures = [one for one in seen if isinstance(one, list)]
+        kinds = [("video",) if isinstance(one, Clip) else ("image",) * len(one or ()) for one in seen]
         try:
             made = BeginsOnce(self.processor)(
-                images=[[image] for image in images] if seen else None,
-                text=[self.prompt(question, seen) for question in questions],
+                images=pictures or None,
+                text=[self.prompt(question, shown=shown) for question, shown in zip(questions, kinds)],
                 padding=True,
                 return_tensors="pt",
+                **(self._videos(clips) if clips else {}),
             )
         except (ValueError, TypeError, KeyError) as error:
+            what = "videos" if clips else "images"
             raise ConfigError(
-                f"{type(self.processor).__name__}, the processor of {self.name}, cannot prepare questions with images: {error}"
+                f"{type(self.processor).__name__}, the processor of {self.name}, cannot prepare questions with {what}: {error}"
             ) from error
         first = next(self.net.parameters())
         return made.to(first.device, first.dtype)
+
+    def _seen(self, image: Any) -> Any:
+        """A list of images, a `Clip`, or `None`."""
+        if isinstance(image, Clip) and self.frames_as_images:
+            return list(image.frames)
+        if isinstance(image, Clip) and getattr(self.processor, "video_processor", None) is None:
+            raise ConfigError(
+                f"{type(self.processor).__name__}, the processor of {self.name}, reads no videos; with --frames-as-images "
+                "their frames are shown as so many images"
+            )
+        return image if image is None or isinstance(image, (Clip, list)) else [image]
+
+    @staticmethod
+    def _videos(clips: Sequence[Clip]) -> dict[str, Any]:
+        """Keywords of a processor: frames that are chosen already, and when they were."""
+        facts = [
+            {
+                "total_num_frames": clip.total,
+                "fps": clip.fps,
+                "frames_indices": list(clip.numbers),
+                "duration": clip.total / clip.fps,
+            }
+            for clip in clips
+        ]
+        return {
+            "videos": [np.stack([np.asarray(frame) for frame in clip.frames]) for clip in clips],
+            "do_sample_frames": False,
+            "video_metadata": facts,
+        }
 
     def texts(self, ids: torch.Tensor) -> list[str]:
         """Token ids [B, T] of answers -> texts."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
-from vtok.eval.common.statistics import with_error
+from vtok.eval.common.statistics import in_brackets, with_error
 from vtok.eval.published.schema import AVERAGE, Figure, figures
 from vtok.eval.published.tables import TOLERANCE, Cost, Missing, slug
+from vtok.eval.report.tables import Column, Table
 from vtok.eval.runs.loader import RunConfig
 
+_LOOK: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "expand": False}
 _SHORT = {
     "top1": "top-1",
     "acc1": "top-1",
@@ -36,22 +38,27 @@ def listing(table: str, found: Sequence[RunConfig], costs: Mapping[str, Cost] | 
         found: its runs.
         costs: run -> what it costs here; `None` leaves the column out.
     """
-    shown = Table(title=f"{table} (vtok book {slug(table)})", title_justify="left", title_style="bold", expand=False)
-    shown.add_column("run", no_wrap=True)
-    shown.add_column("model")
-    shown.add_column("method")
-    shown.add_column("published (unpatched)")
-    shown.add_column("GFLOPs as published", justify="right")
+
+    def text(run: RunConfig) -> str:
+        own = [one for one in figures(run.tasks, run.published) if not one.source]
+        return ", ".join(f"{label(one, run)} {one.value}{_brackets(one)}" for one in own)
+
+    columns = [
+        Column("run", lambda run: run.name, left=True),
+        Column("model", lambda run: run.model.split("/")[-1], left=True),
+        Column("method", _methods, left=True),
+        Column("published (unpatched)", text, left=True),
+        Column("GFLOPs as published", lambda run: _gflops(run, " ({})")),
+    ]
     if costs is not None:
-        shown.add_column("GMACs here", justify="right")
-    for run in found:
-        p = run.published
-        own = [one for one in figures(run.tasks, p) if not one.source]
-        text = ", ".join(f"{label(one, run)} {one.value}{_brackets(one)}" for one in own)
-        flops = "-" if "gflops" not in p else f"{p['gflops']}" + (f" ({p['base_gflops']})" if "base_gflops" in p else "")
-        row = [run.name, run.model.split("/")[-1], _methods(run), text, flops]
-        shown.add_row(*row, *([] if costs is None else [_planned(costs[run.name])]))
-    return shown
+        columns.append(Column("GMACs here", lambda run: _planned(costs[run.name])))
+    return Table.of(found, columns, f"{table} (vtok book {slug(table)})", **_LOOK)
+
+
+def _gflops(run: RunConfig, base: str) -> str:
+    """Published GFLOPs, with the unpatched ones where they are known."""
+    p = run.published
+    return "-" if "gflops" not in p else f"{p['gflops']}" + (base.format(p["base_gflops"]) if "base_gflops" in p else "")
 
 
 def _methods(run: RunConfig) -> str:
@@ -82,22 +89,25 @@ def reasons(found: Sequence[RunConfig]) -> Text:
 
 def contents(tables: Mapping[str, Sequence[RunConfig]]) -> Table:
     """The tables of the book: what each is called, its models and tasks, and how many runs it has."""
-    shown = Table()
-    for column in ("table", "command", "models", "tasks"):
-        shown.add_column(column)
-    shown.add_column("runs", justify="right")
-    for table, found in tables.items():
-        models = ", ".join(dict.fromkeys(run.model.split("/")[-1] for run in found))
-        tasks = ", ".join(dict.fromkeys(task for run in found for task in run.tasks))
-        shown.add_row(table, f"vtok book {slug(table)}", models, tasks, str(len(found)))
-    return shown
+
+    def of(table: str, part: Callable[[RunConfig], Sequence[str]]) -> str:
+        return ", ".join(dict.fromkeys(name for run in tables[table] for name in part(run)))
+
+    columns = [
+        Column("table", str, left=True),
+        Column("command", lambda table: f"vtok book {slug(table)}", left=True),
+        Column("models", lambda table: of(table, lambda run: [run.model.split("/")[-1]]), left=True),
+        Column("tasks", lambda table: of(table, lambda run: run.tasks), left=True),
+        Column("runs", lambda table: str(len(tables[table]))),
+    ]
+    return Table.of(tables, columns)
 
 
 def footnotes(found: Sequence[RunConfig]) -> Text:
     """Sources and notes of runs, each said once."""
     by_text: dict[str, list[str]] = {}
     for run in found:
-        for what, name in (("source", "source"), ("note", "note"), ("GFLOPs", "gflops_note")):
+        for what, name in (("source", "source"), ("samples", "images"), ("note", "note"), ("GFLOPs", "gflops_note")):
             if run.published.get(name):
                 by_text.setdefault(f"{what}: {run.published[name]}", []).append(run.name)
     for run in found:
@@ -110,50 +120,51 @@ def footnotes(found: Sequence[RunConfig]) -> Text:
 
 def missing_table(points: Sequence[Missing]) -> Table:
     """The operating points that no run repeats."""
-    shown = Table(title="Operating points without a run", title_justify="left", title_style="bold", show_lines=True)
-    for column in ("paper", "operating point", "published", "reason"):
-        shown.add_column(column, overflow="fold")
-    for point in points:
-        shown.add_row(*point)
-    return shown
+    header = ("paper", "operating point", "published", "reason")
+    return Table.plain(header, points, 4, title="Operating points without a run", look={**_LOOK, "show_lines": True})
 
 
-def beside(title: str, rows: Sequence[tuple[RunConfig, Mapping[str, Mapping[str, Any]]]]) -> Table:
+def beside(title: str, rows: Sequence[tuple[RunConfig, Mapping[str, Mapping[str, Any]]]], digits: int = 2) -> Table:
     """Published beside measured, one line a figure; figures in percent, of MME in points. A star marks those of another source
     than the run's, which `footnotes` names.
 
     Args:
         title: of the table.
         rows: (run, task -> {"base": record of the unpatched model, "patched": record}); tasks without records are left out.
+        digits: behind the point.
     """
-    shown = Table(title=title, title_justify="left", title_style="bold")
-    shown.add_column("run", no_wrap=True)
-    shown.add_column("figure")
-    for column in ("published", "measured", "difference", "difference measured [95 %]", "GFLOPs", "GMACs"):
-        shown.add_column(column, justify="right")
-    for run, records in rows:
-        first, said = True, list[tuple[str, str]]()
-        for figure in dict.fromkeys(
-            one._replace(source="*" if one.source else "") for one in figures(run.tasks, run.published)
-        ):
-            name, published, found, change, measured = _cells(run, figure, records)
-            if (figure.task, figure.name) in said:
-                found = measured = ""  # it stands above
-            said.append((figure.task, figure.name))
-            costs = _cost_cells(run, records) if first else ("", "")
-            shown.add_row(run.name if first else "", name, published, found, change, measured, *costs)
-            first = False
-    return shown
+    header = ("run", "figure", "published", "measured", "difference", "difference measured [95 %]", "GFLOPs", "GMACs")
+    lines = [line for run, records in rows for line in _lines(run, records, digits)]
+    return Table.plain(header, lines, 2, title=title, look=_LOOK)
 
 
-def _cells(run: RunConfig, figure: Figure, records: Mapping[str, Mapping[str, Any]]) -> tuple[str, str, str, str, str]:
+def _lines(run: RunConfig, records: Mapping[str, Mapping[str, Any]], digits: int) -> list[tuple[str, ...]]:
+    """One a published figure; of a run for which nothing was published, one a headline that was measured."""
+    found: list[tuple[str, ...]] = []
+    said: list[tuple[str, str]] = []
+    own = [one._replace(source="*" if one.source else "") for one in figures(run.tasks, run.published)]
+    if not own:
+        own = [Figure(task, pair["patched"]["primary"], math.nan) for task, pair in records.items()]
+    for figure in dict.fromkeys(own):
+        name, published, measured, change, changed = _cells(run, figure, records, digits)
+        if (figure.task, figure.name) in said:
+            measured = changed = ""  # it stands above
+        said.append((figure.task, figure.name))
+        costs = ("", "") if found else _cost_cells(run, records)
+        found.append(("" if found else run.name, name, published, measured, change, changed, *costs))
+    return found
+
+
+def _cells(
+    run: RunConfig, figure: Figure, records: Mapping[str, Mapping[str, Any]], digits: int
+) -> tuple[str, str, str, str, str]:
     """(name, published, measured, published difference, measured difference) of one figure."""
     name = label(figure, run) + (" *" if figure.source else "")
-    published = f"{figure.value}"
+    published = "-" if math.isnan(figure.value) else f"{figure.value}"
     if figure.name == AVERAGE:
         found = average(figure, records)
         return name, published, "-" if found is None else f"{found:.1f}", "", ""
-    change = "-" if figure.base is None else f"{figure.value - figure.base:+.2f}"
+    change = "-" if figure.base is None else f"{figure.value - figure.base:+.{digits}f}"
     published += "" if figure.base is None else f" of {figure.base}"
     pair = records.get(figure.task)
     if pair is None:
@@ -162,16 +173,15 @@ def _cells(run: RunConfig, figure: Figure, records: Mapping[str, Mapping[str, An
     value, before = scaled(patched, figure.name), scaled(base, figure.name)
     if value is None or before is None:
         return name, published, "-", change, "-"
-    text = f"{with_error(patched['metrics'], figure.name, _factor(patched), 2)} of {before:.2f}"
-    return name, published, text, change, f"{value - before:+.2f}{_interval(patched, figure.name)}"
+    text = f"{with_error(patched['metrics'], figure.name, _factor(patched), digits)} of {before:.{digits}f}"
+    return name, published, text, change, f"{value - before:+.{digits}f}{_interval(patched, figure.name, digits)}"
 
 
-def _interval(record: Mapping[str, Any], name: str) -> str:
+def _interval(record: Mapping[str, Any], name: str, digits: int) -> str:
     factor, metrics = _factor(record), record["metrics"]
     for key in (f"{name}_difference_ci", *(["difference_ci"] if name == record.get("primary") else [])):
         if metrics.get(key):
-            low, high = (factor * one for one in metrics[key])
-            return f" [{low:+.2f}, {high:+.2f}]"
+            return in_brackets([factor * one for one in metrics[key]], f"+.{digits}f")
     return ""
 
 
@@ -200,8 +210,7 @@ def average(figure: Figure, records: Mapping[str, Mapping[str, Any]]) -> float |
 
 
 def _cost_cells(run: RunConfig, records: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
-    p = run.published
-    published = "-" if "gflops" not in p else f"{p['gflops']}" + (f" of {p['base_gflops']}" if "base_gflops" in p else "")
+    published = _gflops(run, " of {}")
     for pair in records.values():
         found, before = (pair[side].get("gmacs", {}).get("model") for side in ("patched", "base"))
         if found is not None:

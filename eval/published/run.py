@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ class TableResult(NamedTuple):
     """What running a table gave.
 
     Attributes:
-        rows: (run as the book has it, task -> its two records), tasks without records left out.
+        rows: (run as the book has it, task -> its two records), tasks without records left out; one a setting of a run.
         left_out: what was not run -> why.
         resumed: configurations that had been measured before.
     """
@@ -140,7 +141,7 @@ def run_table(
     each = [one for by_task in ready.values() for one in by_task.values()]
     if not each:
         raise ConfigError("nothing to run: " + "; ".join(dict.fromkeys(left_out.values())))
-    resumed, pairs = 0, {name: dict[str, Pair]() for name in ready}
+    resumed, pairs = 0, dict[tuple[str, str], dict[str, Pair]]()
     for group in groups(each):
         try:
             outcome = runner.run(joined(group), out, pretrained, workers, console)
@@ -153,11 +154,16 @@ def run_table(
         left_out |= outcome.left_out
         by_title = {record["setting"]: record for record in outcome.records}
         base = by_title.get(Setting().title)
-        for run in group:
-            patched = by_title.get(run.settings[0].title)
+        for run, title in ((one, setting.title) for one in group for setting in one.settings):
+            patched = by_title.get(title)
             if base is not None and patched is not None:
-                pairs[run.name][run.task] = {"base": base, "patched": patched}
-    return TableResult([(run, pairs.get(run.name, {})) for run in found], left_out, resumed)
+                pairs.setdefault((run.name, title), {})[run.task] = {"base": base, "patched": patched}
+    rows = []
+    for run in found:
+        for title in (setting.title for setting in run.settings):
+            named = run if len(run.settings) == 1 else replace(run, name=f"{run.name}, {title}")
+            rows.append((named, pairs.get((run.name, title), {})))
+    return TableResult(rows, left_out, resumed)
 
 
 def _without_checkpoint(run: RunConfig) -> RunConfig:

@@ -21,22 +21,27 @@ the unpatched figure that is left; a task alone stands for its headline, and wit
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
-from vtok.errors import ConfigError, shown
-from vtok.eval.runs.schema import FIGURES, Keys, check_choice, check_keys
+from pydantic import create_model
+
+from vtok.errors import ConfigError
+from vtok.eval.common.checked import FileModel, validated
+from vtok.eval.runs.schema import FIGURES
 
 AVERAGE = "average"
-_NUMBER = (int, float)
-_COMMON: Keys = {
-    "gflops": (_NUMBER, False),
-    "base_gflops": (_NUMBER, False),
-    "gflops_note": (str, False),
-    "images": (int, False),
-    "source": (str, True),
-    "note": (str, False),
-}
-_SEVERAL: Keys = {AVERAGE: (_NUMBER, False), "average_of": (list, False)}
+
+
+class Source(FileModel):
+    """Where figures are from, beside the figures themselves."""
+
+    gflops: float | None = None
+    base_gflops: float | None = None
+    gflops_note: str | None = None
+    images: int | None = None
+    source: str
+    note: str | None = None
 
 
 class Figure(NamedTuple):
@@ -72,14 +77,9 @@ def check(where: str, tasks: Sequence[str], published: Mapping[str, Any]) -> Non
     """
     if not published:
         return
-    _check_one(where, "published.", tasks, published, {"also": (list, False)})
+    validated(_model(tuple(tasks)), published, where, "published.")
     if any(task in FIGURES for task in tasks) and not list(_figures(tasks, published)):
         raise ConfigError(f"{where}: published holds no figure; known: {', '.join(_names(tasks))}")
-    for i, other in enumerate(published.get("also") or ()):
-        prefix = f"published.also.{i}"
-        if not isinstance(other, Mapping):
-            raise ConfigError(f"{where}: {prefix} must be a mapping of figures and their source, got {shown(other)}")
-        _check_one(where, f"{prefix}.", tasks, other, {})
 
 
 def figures(tasks: Sequence[str], published: Mapping[str, Any]) -> list[Figure]:
@@ -93,21 +93,22 @@ def figures(tasks: Sequence[str], published: Mapping[str, Any]) -> list[Figure]:
     return found
 
 
-def _check_one(where: str, prefix: str, tasks: Sequence[str], content: Mapping[str, Any], more: Keys) -> None:
-    if len(tasks) == 1:
-        check_keys(where, prefix, content, _task_keys(tasks[0]) | _COMMON | more)
-        return
-    check_keys(where, prefix, content, dict.fromkeys(tasks, (Mapping, False)) | _SEVERAL | _COMMON | more)
-    for task in tasks:
-        check_keys(where, f"{prefix}{task}.", content.get(task) or {}, _task_keys(task))
-    known = [*tasks, *(f"{task}.{name}" for task in tasks for name in FIGURES.get(task, ()))]
-    for part in content.get("average_of") or ():
-        check_choice(where, f"{prefix}average_of", part, known)
+@cache
+def _model(tasks: tuple[str, ...]) -> type[Source]:
+    """What `published` may hold for these tasks."""
+    own = {task: _numbers(task) for task in tasks}
+    fields: dict[str, Any] = own[tasks[0]]
+    if len(tasks) > 1:
+        known = (*tasks, *(f"{task}.{name}" for task in tasks for name in FIGURES.get(task, ())))
+        fields = {task: (create_model(task, __base__=FileModel, **numbers) | None, None) for task, numbers in own.items()}
+        fields |= {AVERAGE: (float | None, None), "average_of": (list[Literal[known]], [])}  # type: ignore[valid-type]
+    one = create_model("Published", __base__=Source, **fields)
+    return create_model("AllPublished", __base__=one, also=(list[one], []))  # type: ignore[valid-type]
 
 
-def _task_keys(task: str) -> Keys:
-    names = FIGURES.get(task, ())
-    return {key: (_NUMBER, False) for name in names for key in (name, f"base_{name}")}
+def _numbers(task: str) -> dict[str, Any]:
+    """The figures of a task, each of the patched and of the unpatched model."""
+    return {key: (float | None, None) for name in FIGURES.get(task, ()) for key in (name, f"base_{name}")}
 
 
 def _names(tasks: Sequence[str]) -> list[str]:

@@ -1,223 +1,120 @@
-"""What is derived from records: the table, `sweep.csv` and the Pareto plot."""
+"""Tables, made in one place: columns over records, results or whatever else has one row a setting, for a terminal or as
+GitHub Markdown. Numbers for other programs are frames (`vtok.eval.report.frame`), written here as CSV.
+"""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
+import pandas as pd
+from rich.table import Table as RichTable
 
-from vtok.eval.common.statistics import in_brackets, mean_stderr, paired_difference, with_error
 from vtok.writing import replacing
 
-if TYPE_CHECKING:
-    from rich.table import Table
 
-Record = dict[str, Any]
-FLOOR = ("random", "uniform")
-HEADER = ("method", "budget", "tokens", "GMACs", "GFLOPs", "top-1 %", "vs unpatched", "implied", "measured [95 %]", "achieved")
+class Column(NamedTuple):
+    """One column.
 
-CAPTION = (
-    "± standard error, or [95 %] where no image differs; vs unpatched: paired; tokens: mean over blocks; measured: median of "
-    "pairs [95 %]"
-)
+    Attributes:
+        name: in the header.
+        cell: what a row shows.
+        left: set flush left, as words are; numbers are set flush right.
+        title: what it is, in a sentence, for the page.
+        unit: behind the name on the page.
+    """
 
-
-def is_unpatched(record: Record) -> bool:
-    """Whether a record is that of the model as it came."""
-    return "difference" not in record["metrics"]
-
-
-def ordered(records: Sequence[Record]) -> list[Record]:
-    """Unpatched first, then by falling budget, methods before the floor."""
-    return sorted(records, key=lambda r: (-r["budget"], r["method"] in FLOOR, r["method"]))
+    name: str
+    cell: Callable[[Any], Any]
+    left: bool = False
+    title: str = ""
+    unit: str = ""
 
 
-def row(record: Record) -> tuple[str, ...]:
-    """The cells of one configuration, as `HEADER` names them."""
-    m, unpatched = record["metrics"], is_unpatched(record)
-    measured = f"{record['speedup']:.2f}x{in_brackets(record['speedup_ci'])}" if "speedup" in record else "-"
-    mean_tokens = sum(record["tokens"]["mean_per_layer"]) / len(record["tokens"]["mean_per_layer"])
-    return (
-        record["method"],
-        f"{record['budget']:g}",
-        f"{mean_tokens:.0f}",
-        f"{record['gmacs']['model']:.3f}",
-        f"{record['gflops']['model']:.3f}",
-        with_error(m, "top1", digits=2),
-        "-" if unpatched else with_error(m, "difference", digits=2, sign="+"),
-        "-" if unpatched else f"{record['implied_speedup']:.2f}x",
-        measured,
-        f"{100 * record['achieved']:.0f} %" if "achieved" in record else "-",
-    )
+@dataclass
+class Table:
+    """Text cells with what a medium can make of them; `console.print` takes it as it is.
+
+    Attributes:
+        header: names of the columns.
+        rows: cells, line by line.
+        left: which columns are set flush left.
+        title, caption: above and below.
+        styles: number of a row -> its style in a terminal, "dim" or "red".
+        rules: numbers of rows with a rule behind them.
+        look: further arguments of rich's table.
+    """
+
+    header: Sequence[str]
+    rows: list[Sequence[str]]
+    left: Sequence[bool]
+    title: str | None = None
+    caption: str | None = None
+    styles: dict[int, str] = field(default_factory=dict)
+    rules: set[int] = field(default_factory=set)
+    look: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        rows: Iterable[Any],
+        columns: Sequence[Column],
+        title: str | None = None,
+        caption: str | None = None,
+        style: Callable[[Any], str | None] = lambda row: None,
+        part: Callable[[Any], Any] = lambda row: None,
+        **look: Any,
+    ) -> Table:
+        """Columns laid over rows.
+
+        Args:
+            rows: what the columns' functions take.
+            columns: from left to right.
+            title, caption: above and below.
+            style: of a row.
+            part: what a row belongs to; there is a rule wherever it changes.
+            look: further arguments of rich's table.
+        """
+        rows = list(rows)
+        cells: list[Sequence[str]] = [tuple(column.cell(row) for column in columns) for row in rows]
+        styles = {i: found for i, row in enumerate(rows) if (found := style(row)) is not None}
+        parts = [part(row) for row in rows]
+        rules = {i for i, (one, after) in enumerate(itertools.pairwise(parts)) if one != after}
+        names, left = [column.name for column in columns], [column.left for column in columns]
+        return cls(names, cells, left, title, caption, styles, rules, look)
+
+    @classmethod
+    def plain(cls, header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, **about: Any) -> Table:
+        """Cells that are text already; the first `left` columns are words."""
+        return cls(header, list(rows), [i < left for i in range(len(header))], **about)
+
+    def add(self, cells: Sequence[str], style: str | None = "dim") -> None:
+        """One more line, behind a rule."""
+        self.rules.add(len(self.rows) - 1)
+        if style is not None:
+            self.styles[len(self.rows)] = style
+        self.rows.append(cells)
+
+    def __rich__(self) -> RichTable:
+        made = RichTable(title=self.title, caption=self.caption, **self.look)
+        for name, left in zip(self.header, self.left):
+            made.add_column(name, justify="left" if left else "right", overflow="fold")
+        for i, row in enumerate(self.rows):
+            made.add_row(*row, style=self.styles.get(i), end_section=i in self.rules)
+        return made
+
+    def markdown(self) -> str:
+        """The cells as a GitHub table, without title and caption."""
+        rule = "|".join("---" if left else "---:" for left in self.left)
+        lines = [self.header, *self.rows]
+        head, *body = ("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        return "\n".join([head, f"|{rule}|", *body])
 
 
-def table(records: Sequence[Record], title: str) -> Table:
-    """A rich table with a rule between budgets."""
-    from rich.table import Table
-
-    result = Table(title=title, caption=CAPTION)
-    for i, name in enumerate(HEADER):
-        result.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
-    rows = ordered(records)
-    for i, record in enumerate(rows):
-        last = i + 1 == len(rows) or rows[i + 1]["budget"] != record["budget"]
-        style = "dim" if record["method"] in FLOOR else None
-        result.add_row(*row(record), end_section=last, style=style)
-    return result
-
-
-def markdown(records: Sequence[Record]) -> str:
-    """The same as a GitHub table."""
-    lines = ["| " + " | ".join(HEADER) + " |", "|---|" + "---:|" * (len(HEADER) - 1)]
-    lines += ["| " + " | ".join(row(r)) + " |" for r in ordered(records)]
-    return "\n".join(lines)
-
-
-def findings(records: Sequence[Record]) -> list[str]:
-    """What the numbers say, in sentences: whether the task can rank methods, who does not beat random, who is slower."""
-    patched = ordered([r for r in records if not is_unpatched(r)])
-    random = {r["budget"]: r for r in patched if r["method"] == "random"}
-    lines = []
-    if random:
-        lowest = random[min(random)]
-        loss, error = -lowest["metrics"]["difference"], lowest["metrics"]["difference_stderr"]
-        enough = "enough" if error > 0 and loss >= 3 * error else "too little"
-        errors = f", {loss / error:.1f} standard errors" if error > 0 else ""
-        lines.append(f"random at {lowest['budget']:g} of the FLOPs loses {loss:.2f} points{errors}: {enough} to rank methods")
-    for r in patched:
-        if r["method"] in FLOOR or r["budget"] not in random:
-            continue
-        change = correctness(r).astype(float) - correctness(random[r["budget"]])
-        gap, error = mean_stderr(change)
-        found = paired_difference(change).scaled(100)
-        if gap <= 2 * error or found.sign <= 0:
-            where = f"{r['budget']:g} of the FLOPs"
-            lines.append(
-                f"{r['method']} does not clearly beat random at {where}: {100 * gap:+.2f}{in_brackets(found.ends, '+.2f')}"
-            )
-    lines += [f"{r['method']} at {r['budget']:g} was slower than unpatched" for r in patched if _slower(r)]
-    few = sum("speedup" in r and r["speedup_ci"] is None for r in patched)
-    return [*lines, f"{few} settings were timed too few times for an interval of their speed-up"] if few else lines
-
-
-def _slower(record: Record) -> bool:
-    """Whether the whole interval of a measured speed-up lies below 1."""
-    ends = record.get("speedup_ci")
-    return ends is not None and ends[1] < 1
-
-
-def correctness(record: Record) -> np.ndarray:
-    """[n] bool: which images a configuration got right."""
-    return np.unpackbits(np.frombuffer(bytes.fromhex(record["correct"]), np.uint8), count=record["n"]).astype(bool)
-
-
-def flat(record: Record, best: set[str]) -> dict[str, Any]:
-    """One row of `sweep.csv`; `best` holds the keys of the Pareto front."""
-    metrics, low_high = record["metrics"], record.get("speedup_ci") or ("", "")
-    return {
-        "model": record["model"],
-        "method": record["method"],
-        "budget": record["budget"],
-        "params": json.dumps(record["params"]),
-        "dataset": record["dataset"],
-        "n": record["n"],
-        "top1": metrics["top1"],
-        "top1_stderr": metrics["top1_stderr"],
-        "difference": metrics.get("difference", ""),
-        "difference_stderr": metrics.get("difference_stderr", ""),
-        "tokens_out": record["tokens"]["out"],
-        "gmacs": record["gmacs"]["model"],
-        "gmacs_reduction": record["gmacs"]["pruner"],
-        "implied_speedup": record["implied_speedup"],
-        "speedup": record.get("speedup", ""),
-        "speedup_low": low_high[0],
-        "speedup_high": low_high[1],
-        "achieved": record.get("achieved", ""),
-        "pareto": record["key"] in best,
-    }
-
-
-def write_csv(records: Sequence[Record], path: Path) -> None:
-    """One flat row a configuration, `model` first; `pareto` marks those that no other beats in both top-1 and GMACs."""
-    rows = [flat(record, pareto(records)) for record in ordered(records)]
-    with replacing(path) as scratch, open(scratch, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def pareto(records: Sequence[Record]) -> set[str]:
-    """Keys of the configurations that no other dominates (fewer MACs and at least the accuracy)."""
-
-    def dominated(r: Record) -> bool:
-        macs, top1 = r["gmacs"]["model"], r["metrics"]["top1"]
-        return any(
-            o["gmacs"]["model"] <= macs
-            and o["metrics"]["top1"] >= top1
-            and (o["gmacs"]["model"], o["metrics"]["top1"]) != (macs, top1)
-            for o in records
-        )
-
-    return {r["key"] for r in records if not dominated(r)}
-
-
-class Panel(NamedTuple):
-    """What one plot shows: functions of a record that give x, y and the standard error of y (`None` = no point)."""
-
-    x_label: str
-    y_label: str
-    x: Callable[[Record], float | None]
-    y: Callable[[Record], float]
-    error: Callable[[Record], float]
-
-
-def plot(records: Sequence[Record], path: Path, title: str) -> None:
-    """Top-1 against GMACs and against measured speed-up, one line a method, with standard errors."""
-    n = next(r["n"] for r in records if is_unpatched(r))
-    top1, error = lambda r: r["metrics"]["top1"], lambda r: r["metrics"]["top1_stderr"]
-    label = f"top-1 on {n} images (%)"
-    macs = Panel("GMACs per image (model)", label, lambda r: r["gmacs"]["model"], top1, error)
-    speed = Panel(
-        "measured speed-up over unpatched", label, lambda r: 1.0 if is_unpatched(r) else r.get("speedup"), top1, error
-    )
-    plot_panels(records, (macs, speed), path, title, share_y=True)
-
-
-def plot_panels(records: Sequence[Record], panels: Sequence[Panel], path: Path, title: str, share_y: bool = False) -> None:
-    """Panels side by side, one line a method with standard errors, the unpatched model as a star and a level."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    base = next(r for r in records if is_unpatched(r))
-    methods = sorted({r["method"] for r in records} - {base["method"]}, key=lambda m: (m in FLOOR, m))
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.6), sharey=share_y, layout="constrained")
-    for axis, panel in zip(axes, panels):
-        for i, method in enumerate(methods):
-            points = [r for r in ordered(records) if r["method"] == method and panel.x(r) is not None]
-            axis.errorbar(
-                [panel.x(r) for r in points],
-                [panel.y(r) for r in points],
-                yerr=[panel.error(r) for r in points],
-                label=method,
-                color="0.6" if method in FLOOR else f"C{i}",
-                linestyle="--" if method in FLOOR else "-",
-                marker="x" if method in FLOOR else "o",
-                capsize=2,
-            )
-        axis.axhline(panel.y(base), color="black", linewidth=0.8)
-        axis.plot(panel.x(base), panel.y(base), "k*", markersize=11, label="unpatched")
-        axis.set_xlabel(panel.x_label)
-        axis.grid(alpha=0.25)
-        if axis is axes[0] or not share_y:
-            axis.set_ylabel(panel.y_label)
-    axes[0].legend(frameon=False, fontsize=9)
-    figure.suptitle(title)
+def write_csv(frame: pd.DataFrame, path: Path) -> None:
+    """A frame as CSV, empty where nothing is known; the file is there whole or not at all."""
     with replacing(path) as scratch:
-        figure.savefig(scratch, dpi=130)
-    plt.close(figure)
+        frame.to_csv(scratch, index=False, lineterminator="\r\n")

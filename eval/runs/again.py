@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from vtok.config import MethodConfig
 from vtok.errors import ConfigError, VtokError
 from vtok.eval.common.settings import Setting
-from vtok.eval.runs.methods import portable
+from vtok.eval.runs.methods import ASSET, portable
 from vtok.eval.runs.schema import BUNDLED_DATA, REFERENCE
 from vtok.registry import METHODS
 
@@ -88,6 +89,36 @@ def of_record(record: Mapping[str, Any], task: str, methods: list[tuple[str, dic
     }
     found |= {name: record[name] for name in ("batch_size", "seed") if isinstance(record.get(name), int)}
     return found | ({"num_samples": n} if counted else {})
+
+
+def methods_of(record: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(name, parameters) of everything that a record says was patched in."""
+    params = record.get("params")
+    if isinstance(params, Sequence) and not isinstance(params, str):
+        held = [one if isinstance(one, Mapping) else {} for one in params]
+        return [(str(one.get("method")), {k: v for k, v in one.items() if k != "method"}) for one in held]
+    held = [params if isinstance(params, Mapping) else {}]
+    return [(str(record.get("method")), {str(k): v for k, v in held[0].items() if k != "method"})]
+
+
+def configs_of(record: Mapping[str, Any]) -> list[MethodConfig]:
+    """Config objects of a record; a file of weights that is not there is looked for among the bundled ones.
+
+    Raises:
+        VtokError: a method or parameter that is not known here.
+    """
+    return [METHODS.get(name).create(**{k: _file(v) for k, v in params.items()}) for name, params in methods_of(record)]
+
+
+def _file(value: Any) -> Any:
+    from vtok.eval.models.reference import asset
+
+    if not isinstance(value, str) or not ("/" in value or value.startswith(ASSET)) or Path(value).exists():
+        return value
+    try:
+        return str(asset(Path(value.removeprefix(ASSET)).name))
+    except FileNotFoundError:
+        return value
 
 
 def _spec(setting: Setting) -> Any:

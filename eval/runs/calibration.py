@@ -14,6 +14,8 @@ from vtok.eval.models.reference import load_reference_pages, load_reference_pict
 from vtok.eval.tasks.fashion import open_fashion
 from vtok.eval.tasks.image_folder import CheckedImages, Sample, open_dataset
 
+PAGES = 48  # of "reference-pages/calibration"
+
 
 def images(task: str, named: str | None, model: nn.Module | DualEncoder, options: Any, count: int) -> Tensor:
     """[., C, H, W], on the model's device and in its type.
@@ -29,7 +31,10 @@ def images(task: str, named: str | None, model: nn.Module | DualEncoder, options
         ConfigError: none of them can be read.
     """
     mode = "L" if isinstance(model, nn.Module) and _channels(model, options) == 1 else "RGB"
-    data = _bundled(task, count) if named is None else _named(named, options, mode, count)
+    if named is None:
+        data = _BUNDLED[task](count)
+    else:
+        data = _BY_NAME[named](count) if named in _BY_NAME else _named(named, options, mode, count)
     net = model if isinstance(model, nn.Module) else model.net
     data.transform = _transform(model, options) if isinstance(model, nn.Module) else model.preprocess
     found = [item.image for item in (data[row] for row in range(len(data))) if isinstance(item, Sample)]
@@ -47,10 +52,6 @@ def _named(named: str, options: Any, mode: str, count: int) -> CheckedImages:
     return open_dataset(named, getattr(options, "dataset", ""), options.split, "", mode, count)
 
 
-def _bundled(task: str, count: int) -> CheckedImages:
-    return _BUNDLED[task](count)
-
-
 def _pictures(pixels: Callable[[], Tensor]) -> Callable[[int], CheckedImages]:
     """Reads images from pixels [n, 3, H, W], uint8."""
 
@@ -64,9 +65,16 @@ def _pictures(pixels: Callable[[], Tensor]) -> Callable[[int], CheckedImages]:
 
 # Task -> what reads so many of the bundled images that its budgets are solved on.
 _BUNDLED: dict[str, Callable[[int], CheckedImages]] = {
-    "imagenet": lambda count: open_fashion(count, "calibration"),
+    "imagenet": lambda count: open_fashion(count, split="calibration"),
     "retrieval": _pictures(lambda: load_reference_pages("calibration").images),
     "zeroshot": _pictures(lambda: load_reference_pictures("calibration")[0]),
+}
+
+
+# Names that a run's `calibration` may have: what the demo's budgets are solved on.
+_BY_NAME: dict[str, Callable[[int], CheckedImages]] = {
+    "fashion-mnist/calibration": lambda count: open_fashion(count, "fashion-mnist/calibration"),
+    "reference-pages/calibration": _pictures(lambda: load_reference_pages("calibration").images[:PAGES]),
 }
 
 

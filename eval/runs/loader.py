@@ -27,7 +27,7 @@ from typing import Any
 
 from vtok.config import MethodConfig
 from vtok.errors import ConfigError, brief, shown, unknown
-from vtok.eval.common.checked import check_seed
+from vtok.eval.common.checked import validated
 from vtok.eval.common.settings import Setting
 from vtok.eval.published.schema import check as check_published
 from vtok.eval.runs import yaml_text
@@ -35,15 +35,13 @@ from vtok.eval.runs.methods import parse_method, parse_setting, read_setting
 from vtok.eval.runs.schema import (
     BACKENDS,
     BUNDLED_DATA,
-    DTYPES,
     FIGURES,
     KEYS,
     REFERENCE,
+    RunFile,
     by_task,
-    check_choice,
-    check_keys,
+    check_known,
     check_model,
-    check_positive,
     one_of_two,
 )
 from vtok.eval.tasks import TASKS
@@ -231,76 +229,62 @@ def checked(where: str, name: str, content: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: a key that is missing, unknown or of the wrong type, a value that is not allowed.
     """
-    check_keys(where, "", content, KEYS)
+    file = validated(RunFile, content, where)
     specs = one_of_two(where, content, "method", "methods")
-    tasks = tuple(str(task) for task in one_of_two(where, content, "task", "tasks"))
+    tasks = tuple(one_of_two(where, content, "task", "tasks"))
     for task in tasks:
         if task not in TASKS.names():
             raise ConfigError(f"{where}: {unknown('task', task, TASKS.names())}")
-    model = content["model"]
-    check_model(where, model, tasks)
-    published = content.get("published") or {}
-    check_published(where, tasks, published)
-    check_choice(where, "dtype", "fp32" if content.get("dtype") is None else content["dtype"], DTYPES)
-    check_positive(where, content, ("batch_size", "num_samples"))
-    if content.get("seed") is not None:
-        check_seed(content["seed"], f"{where}: seed")
-    several = content.get("methods") is not None
+    check_model(where, file.model, tasks)
+    check_published(where, tasks, file.published or {})
     settings = tuple(
-        read_setting(where, f"methods.{i}" if several else "method", spec) for i, spec in enumerate(copy.deepcopy(specs))
+        read_setting(where, "method" if file.methods is None else f"methods.{i}", spec)
+        for i, spec in enumerate(copy.deepcopy(specs))
     )
     titles = [setting.title for setting in settings]
     for title in titles:
         if titles.count(title) > 1:
             raise ConfigError(f"{where}: methods names {title} {titles.count(title)} times; once is enough")
-    brought = BUNDLED_DATA.get(model["name"], {}) if model["backend"] == REFERENCE else {}
-    simple = ("batch_size", "dtype", "seed", "num_samples", "options", "output")
+    brought = BUNDLED_DATA.get(file.model.name, {}) if file.model.backend == REFERENCE else {}
+    tables = tuple([file.table] if isinstance(file.table, str) else file.table or ())
+    if not all(name.strip() for name in tables):
+        raise ConfigError(f"{where}: table must be the name of a table or a list of names, got {shown(file.table)}")
     return RunConfig(
         name=name,
-        backend=model["backend"],
-        model=model["name"],
+        backend=file.model.backend,
+        model=file.model.name,
         settings=settings,
         tasks=tasks,
-        pretrained=model.get("pretrained"),
-        data={t: d for t, d in brought.items() if t in tasks} | by_task(where, "data", content.get("data"), tasks),
-        calibration=by_task(where, "calibration", content.get("calibration"), tasks),
-        sweep=_sweep(where, content.get("sweep")),
-        published=published,
-        tables=_tables(where, content.get("table")),
+        pretrained=file.model.pretrained,
+        data={t: d for t, d in brought.items() if t in tasks} | by_task(where, "data", file.data or {}, tasks),
+        calibration=by_task(where, "calibration", file.calibration or {}, tasks),
+        sweep=_sweep(where, file.sweep or {}),
+        options=file.options or {},
+        num_samples=file.num_samples,
+        batch_size=file.batch_size,
+        dtype=file.dtype,
+        seed=file.seed,
+        output=file.output,
+        published=file.published or {},
+        tables=tables,
         content=content,
         path=where,
-        **{key: content[key] for key in simple if content.get(key) is not None},
     )
 
 
-def _tables(where: str, value: Any) -> tuple[str, ...]:
-    """Names of tables.
-
-    Raises:
-        ConfigError: one of them is no text.
-    """
-    found = tuple([value] if isinstance(value, str) else value or ())
-    for name in found:
-        if not isinstance(name, str) or not name.strip():
-            raise ConfigError(f"{where}: table must be the name of a table or a list of names, got {shown(name)}")
-    return found
-
-
-def _sweep(where: str, value: Any) -> dict[str, list[Any]]:
+def _sweep(where: str, value: Mapping[str, list[Any]] | list[Any]) -> dict[str, list[Any]]:
     """dotted key -> values; a list alone holds budgets.
 
     Raises:
-        ConfigError: a key that a sweep cannot vary, or no list of values.
+        ConfigError: a key that a sweep cannot vary.
     """
-    grid = {"flops": value} if isinstance(value, list) else value or {}
+    if isinstance(value, list):
+        return {"flops": value} if value else {}
     varied = [key for key in KEYS if key not in ("sweep", "output", "published", "table")]
-    for key, values in grid.items():
-        if key != "flops" and str(key).split(".")[0] not in varied:
-            known = ["sweep.flops", *(f"sweep.{k}" for k in varied)]
-            raise ConfigError(f"{where}: {unknown('key', f'sweep.{key}', known)}")
-        if not isinstance(values, list) or not values:
-            raise ConfigError(f"{where}: sweep.{key} must be a list of values, got {shown(values)}")
-    return {str(key): list(values) for key, values in grid.items()}
+    for key in value:
+        if key.split(".")[0] not in varied and key != "flops":
+            check_known(where, "sweep.", [key], ["flops", *varied])
+    return dict(value)
 
 
 def prepared(output: Path | None, inputs: Iterable[Any] = ()) -> Path | None:

@@ -15,12 +15,20 @@ import yaml
 
 from vtok.config import MethodConfig
 from vtok.errors import ConfigError, UnknownNameError, VtokError, shown
+from vtok.eval.common.checked import FileModel, Share, validated
 from vtok.eval.common.settings import Setting
 from vtok.eval.runs import yaml_text
 from vtok.registry import METHODS
 
 ASSET = "asset:"  # starts the name of a file that comes with vtok, as the value of a parameter
 _NOT_PARAMETERS = ("model", "method", "input_size", "calibration", "trace")  # other arguments of vtok.patch and vtok.plan
+
+
+class MethodEntry(FileModel, extra="allow"):
+    """One method of a run file; what is not listed here are its parameters."""
+
+    name: str
+    flops: Share | None = None
 
 
 def read_setting(where: str, key: str, value: Any) -> Setting:
@@ -77,11 +85,10 @@ def _read(where: str, key: str, value: Mapping[str, Any]) -> tuple[MethodConfig,
     """(config without its budget, budget)."""
     if value.get("name") is None:
         raise ConfigError(f"{where}: {key}.name is missing; known methods: {', '.join(METHODS.names())}")
-    flops = value.get("flops")
-    if flops is not None and (isinstance(flops, bool) or not isinstance(flops, (int, float)) or not 0 < flops <= 1):
-        raise ConfigError(f"{where}: {key}.flops is a share of the model's FLOPs in (0, 1], got {shown(flops)}")
+    entry = validated(MethodEntry, value, where, f"{key}.")
+    flops = entry.flops
     try:
-        config = METHODS.get(str(value["name"])).create(**_parameters(value))
+        config = METHODS.get(entry.name).create(**_parameters(value))
     except UnknownNameError as error:
         raise UnknownNameError(f"{where}: {key}: {error}") from error
     except (VtokError, TypeError) as error:

@@ -17,16 +17,17 @@ from torch import nn
 import vtok
 from vtok.errors import ConfigError, VtokError, shown, unknown
 from vtok.eval.common.distributed import current
+from vtok.eval.common.dtypes import LONG, TYPES
 from vtok.eval.common.settings import Setting, placed
 from vtok.eval.common.timing import named_kernels
 from vtok.eval.models.clip import DualEncoder, load_clip
+from vtok.eval.models.reference_next import calibration_pages
 from vtok.eval.models.vlm import REFERENCE_NEXT, VisionLanguageModel, load_vlm
 from vtok.eval.runs.again import ELSEWHERE
 from vtok.eval.runs.schema import REFERENCE
 from vtok.eval.tasks import TASKS
 from vtok.targets import vlm_targets
 
-TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 CALIBRATION = 128  # images
 CALIBRATION_PROMPTS = 32
 
@@ -47,7 +48,7 @@ def task_options(config: Any, task: str, pretrained: bool, workers: int, folder:
     kind = options_class(task)
     wanted = {
         "batch_size": config.batch_size,
-        "model_dtype": TYPES[config.dtype],
+        "model_dtype": LONG[config.dtype],
         "pretrained": pretrained,
         "seed": config.seed,
         "num_samples": config.num_samples,
@@ -112,7 +113,7 @@ def load_for(task: str, config: Any, options: Any) -> Any:
     else:
         return config.model
     device = current().device(getattr(options, "device", None))
-    dtype = getattr(torch, TYPES[config.dtype])
+    dtype = TYPES[LONG[config.dtype]]
     if isinstance(model, nn.Module):
         return placed(model.eval(), dtype, device)
     return dataclasses.replace(model, net=placed(model.net.eval(), dtype, device))
@@ -190,9 +191,8 @@ def _prompts(model: VisionLanguageModel, named: str | None) -> Any:
         data = open_vqa(named).take(CALIBRATION_PROMPTS)
         return [model.inputs([data.read(q.image)], [q.text + data.prompt]) for q in data.questions]
     if model.name == REFERENCE_NEXT:
-        from vtok.eval.demo.questions import calibration_pages
-
-        return [calibration_pages(model)]
+        pages = calibration_pages()
+        return [model.inputs(pages, ["is top left blank?"] * len(pages))]
     from PIL import Image
 
     from vtok.eval.models.reference_vlm import load_reference_questions

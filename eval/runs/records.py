@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,14 +15,11 @@ import torch
 
 from vtok.config import MethodConfig
 from vtok.eval.benchmarks.throughput import device_name
-from vtok.eval.common.records import key_of, stamp
+from vtok.eval.common.records import Record, finite, key_of, stamp
 from vtok.eval.common.settings import Setting, versions
 from vtok.eval.common.statistics import FEWEST, Z95, Interval
 from vtok.eval.runs.loader import FIGURES, RunConfig
 from vtok.eval.runs.methods import portable
-
-Record = dict[str, Any]
-_PERCENT = ("imagenet",)  # tasks whose metrics are percent already
 
 
 def content(config: RunConfig, task: str, out: Path) -> dict[str, str | None]:
@@ -121,13 +117,13 @@ def complete(record: Record, config: RunConfig, task: str, setting: Setting, ext
         "budget": setting.params.get("flops"),
         "metrics": metrics,
         "primary": record.get("primary", first),
-        "percent": record.get("percent", task in _PERCENT),
+        "percent": record.get("percent", False),
         "device_name": device_name(torch.device(record["device"])),
         "threads": torch.get_num_threads(),
         "seed": config.seed,
         **extra,
     }
-    return _finite(found | _times(found))
+    return finite(found | _times(found))
 
 
 def whole(record: Record) -> bool:
@@ -168,13 +164,6 @@ def with_cost(base: Record | None, record: Record) -> list[Record]:
     return [{**base, **macs, "implied_speedup": 1.0}]
 
 
-def difference(record: Record) -> tuple[float | None, float | None, list[float] | None]:
-    """(paired difference of the headline metric to the unpatched model, its standard error, 95 % interval); `None`s without."""
-    metrics, primary = record["metrics"], record["primary"]
-    name = f"{primary}_difference" if f"{primary}_difference" in metrics else "difference"
-    return metrics.get(name), metrics.get(f"{name}_stderr"), metrics.get(f"{name}_ci")
-
-
 def _stamp(config: RunConfig) -> Any:
     """Sizes and times of the files of a model that is a path or comes with vtok: trained again, it is another one."""
     path = Path(config.model)
@@ -195,12 +184,3 @@ _WEIGHTS = {
     "reference-llava": "easyvqa_llava/model.safetensors",
     "reference-llava-next": "easyvqa_llava_next/differences.safetensors",
 }
-
-
-def _finite(value: Any) -> Any:
-    """The same with `None` for what is not a number: strict JSON knows no NaN."""
-    if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

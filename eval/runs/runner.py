@@ -8,6 +8,7 @@ several processes of one run (`vtok.eval.common.distributed`) the main one decid
 from __future__ import annotations
 
 import inspect
+import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -311,3 +312,12 @@ def finished(records: Records, console: Console | None = None) -> dict[str, dict
     for warning in damaged if console is not None else ():
         console.print(str(warning.message), style=terminal.WARNING)  # type: ignore[union-attr]  # no console: no loop
     return found
+
+
+def all_records(out: Path) -> list[dict[str, Any]]:
+    """The newest record of every configuration in a folder of results, whichever start measured it.
+
+    What was measured again, because its data or weights had changed, stands there once.
+    """
+    newest = {json.dumps(record.get("config", key), sort_keys=True): record for key, record in finished(_opened(out)).items()}
+    return list(newest.values())

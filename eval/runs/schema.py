@@ -1,4 +1,4 @@
-"""What a run file may hold: its keys, their types, and the sentences that say what is wrong with one.
+"""What a run file may hold: its keys and their types, and which model goes with which task.
 
 Every complaint names the file, the key and what is allowed.
 """
@@ -6,30 +6,13 @@ Every complaint names the file, the key and what is allowed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from vtok.errors import ConfigError, shown, unknown
+from vtok.eval.common.checked import Count, FileModel, Seed, check_choice
 
-Keys = dict[str, tuple[Any, bool]]  # key -> (type, whether it must be there)
-KEYS: Keys = {
-    "table": ((str, list), False),
-    "model": (Mapping, True),
-    "method": ((Mapping, list), False),
-    "methods": (list, False),
-    "task": (str, False),
-    "tasks": (list, False),
-    "data": ((str, Mapping), False),
-    "calibration": ((str, Mapping), False),
-    "options": (Mapping, False),
-    "num_samples": (int, False),
-    "batch_size": (int, False),
-    "dtype": (str, False),
-    "seed": (int, False),
-    "sweep": ((Mapping, list), False),
-    "output": (str, False),
-    "published": (Mapping, False),
-}
-MODEL_KEYS: Keys = {"backend": (str, True), "name": (str, True), "pretrained": (str, False)}
 # task -> the figures that papers print for it, in percent (mme: points), under the names of the task's metrics; each may have a
 # `base_` one, of the unpatched model. The first is the headline.
 FIGURES: dict[str, tuple[str, ...]] = {
@@ -37,12 +20,20 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "docvqa": ("anls",),
     "gqa": ("exact_match",),
     "imagenet": ("top1",),
+    "mmbench": ("circular", "vanilla"),
     "mme": ("total", "perception", "cognition"),
+    "mmmu": ("accuracy",),
+    "mvbench": ("average", "accuracy"),
+    "ocrbench": ("accuracy",),
     "pope": ("f1", "accuracy"),
+    "refcoco": ("acc_50",),
     "retrieval": ("text_retrieval_recall@1", "image_retrieval_recall@1", "recall_sum"),
     "scienceqa": ("exact_match",),
     "scienceqa_img": ("exact_match",),
+    "seedbench": ("accuracy",),
     "textvqa": ("soft_accuracy",),
+    "videomme": ("accuracy",),
+    "vizwiz": ("soft_accuracy",),
     "vqa": ("soft_accuracy", "exact_match"),
     "vqav2": ("soft_accuracy",),
     "zeroshot": ("acc1",),
@@ -62,46 +53,38 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "vqa": ("transformers", REFERENCE),
     "zeroshot": ("open_clip", "transformers", REFERENCE),
 }
-DTYPES = ("fp32", "bf16", "fp16")
-_KINDS = {Mapping: "a mapping", str: "text", int: "a whole number", float: "a number", list: "a list"}
 
 
-def check_keys(where: str, prefix: str, content: Mapping[str, Any], keys: Keys) -> None:
-    """Raises unless a mapping has the keys that it must have, and no others, of the right types.
+class ModelEntry(FileModel):
+    """`model` of a run file."""
 
-    Args:
-        where: the file, for the message.
-        prefix: of the keys, "model." for instance.
-        content: the mapping.
-        keys: what is allowed.
-
-    Raises:
-        ConfigError: a key is unknown or missing, or its value of another type.
-    """
-    for key, value in content.items():
-        if key not in keys:
-            name = key if isinstance(key, str) else shown(key)
-            raise ConfigError(f"{where}: {unknown('key', f'{prefix}{name}', (prefix + k for k in keys))}")
-        kind, needed = keys[key]
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
-            raise ConfigError(f"{where}: {prefix}{key} must be {' or '.join(_KINDS[k] for k in kinds)}, got {shown(value)}")
-    for key, (_, needed) in keys.items():
-        if needed and content.get(key) is None:
-            raise ConfigError(f"{where}: {prefix}{key} is missing")
+    backend: str
+    name: str
+    pretrained: str | None = None
 
 
-def check_choice(where: str, key: str, value: Any, allowed: Sequence[str]) -> None:
-    """Raises unless a value is one of those allowed."""
-    if value not in allowed:
-        raise ConfigError(f"{where}: {key} must be one of {', '.join(allowed)}, got {shown(value)}")
+class RunFile(FileModel):
+    """A run file; `vtok.eval.runs.loader.RunConfig` says what the keys mean."""
+
+    table: str | list[str] | None = None
+    model: ModelEntry
+    method: Mapping[Any, Any] | list[Any] | None = None
+    methods: list[Any] | None = None
+    task: str | None = None
+    tasks: list[str] | None = None
+    data: str | dict[str, str | None] | None = None
+    calibration: str | dict[str, str | None] | None = None
+    options: dict[str, Any] | None = None
+    num_samples: Count | None = None
+    batch_size: Count = 64
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    seed: Seed = 0
+    sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] | list[Any] | None = None
+    output: str | None = None
+    published: dict[str, Any] | None = None
 
 
-def check_positive(where: str, content: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raises unless numbers, where they are given, are at least 1."""
-    for name in names:
-        if content.get(name) is not None and content[name] < 1:
-            raise ConfigError(f"{where}: {name} must be at least 1, got {content[name]}")
+KEYS = tuple(RunFile.model_fields)
 
 
 def one_of_two(where: str, content: Mapping[str, Any], single: str, several: str) -> list[Any]:
@@ -121,41 +104,43 @@ def one_of_two(where: str, content: Mapping[str, Any], single: str, several: str
     return list(values)
 
 
-def by_task(where: str, key: str, value: Any, tasks: Sequence[str]) -> dict[str, str]:
+def check_known(where: str, prefix: str, names: Iterable[str], known: Sequence[str]) -> None:
+    """Raises `ConfigError` unless all keys are among those that there are."""
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{where}: {unknown('key', prefix + name, [prefix + one for one in known])}")
+
+
+def by_task(where: str, key: str, value: str | Mapping[str, str | None], tasks: Sequence[str]) -> dict[str, str]:
     """task -> path, of a key that holds one path for all tasks or a mapping.
 
     Raises:
-        ConfigError: a task that the run does not have, or no path.
+        ConfigError: a task that the run does not have.
     """
-    if value is None:
-        return {}
     if isinstance(value, str):
         return dict.fromkeys(tasks, value)
-    check_keys(where, f"{key}.", value, dict.fromkeys(tasks, (str, False)))
+    check_known(where, f"{key}.", value, tasks)
     return {task: path for task, path in value.items() if path is not None}
 
 
-def check_model(where: str, model: Mapping[str, Any], tasks: Sequence[str]) -> None:
+def check_model(where: str, model: ModelEntry, tasks: Sequence[str]) -> None:
     """Raises unless the tasks can build a model.
 
     Raises:
         ConfigError: a backend or a reference model that a task does not work with.
     """
-    check_keys(where, "model.", model, MODEL_KEYS)
     for task in tasks:
         known = BACKENDS.get(task) or tuple(sorted({name for names in BACKENDS.values() for name in names}))
-        check_choice(where, "model.backend", model["backend"], known)
-    if model["backend"] != REFERENCE:
+        check_choice(where, "model.backend", model.backend, known)
+    if model.backend != REFERENCE:
         return
-    check_choice(where, "model.name", model["name"], tuple(BUNDLED_DATA))
-    if model.get("pretrained") is not None:
-        raise ConfigError(f"{where}: model.pretrained: {model['name']} comes with its weights; leave it out")
+    check_choice(where, "model.name", model.name, tuple(BUNDLED_DATA))
+    if model.pretrained is not None:
+        raise ConfigError(f"{where}: model.pretrained: {model.name} comes with its weights; leave it out")
     for task in tasks:
         fitting = [name for name, data in BUNDLED_DATA.items() if _kind(task) in data]
-        if model["name"] not in fitting:
-            raise ConfigError(
-                f"{where}: task {task} needs as model.name one of {', '.join(fitting)}, got {shown(model['name'])}"
-            )
+        if model.name not in fitting:
+            raise ConfigError(f"{where}: task {task} needs as model.name one of {', '.join(fitting)}, got {shown(model.name)}")
 
 
 def _kind(task: str) -> str:

@@ -9,16 +9,24 @@ from typing import Any
 
 from vtok.registry import Registry
 
-# questions about images: each file declares a `QuestionTask`, see `eval/tasks/vqa/task.py`; `vtok eval vqa --task NAME`
+# questions about images and videos: each file has a `QuestionTask`, see `eval/tasks/vqa/task.py`; `vtok eval vqa --task NAME`
 _QUESTIONS = {
     "chartqa": "vtok.eval.tasks.vqa_benchmarks.chartqa:TASK",
     "docvqa": "vtok.eval.tasks.vqa_benchmarks.docvqa:TASK",
     "gqa": "vtok.eval.tasks.vqa_benchmarks.gqa:TASK",
+    "mmbench": "vtok.eval.tasks.vqa_choice.mmbench:TASK",
     "mme": "vtok.eval.tasks.vqa_benchmarks.mme:TASK",
+    "mmmu": "vtok.eval.tasks.vqa_choice.mmmu:TASK",
+    "mvbench": "vtok.eval.tasks.vqa_video.mvbench:TASK",
+    "ocrbench": "vtok.eval.tasks.vqa_benchmarks.ocrbench:TASK",
     "pope": "vtok.eval.tasks.vqa_benchmarks.pope:TASK",
+    "refcoco": "vtok.eval.tasks.vqa_benchmarks.refcoco:TASK",
     "scienceqa": "vtok.eval.tasks.vqa_benchmarks.scienceqa:TASK",
     "scienceqa_img": "vtok.eval.tasks.vqa_benchmarks.scienceqa:TASK_IMG",
+    "seedbench": "vtok.eval.tasks.vqa_choice.seedbench:TASK",
     "textvqa": "vtok.eval.tasks.vqa_benchmarks.textvqa:TASK",
+    "videomme": "vtok.eval.tasks.vqa_video.videomme:TASK",
+    "vizwiz": "vtok.eval.tasks.vqa_benchmarks.vizwiz:TASK",
     "vqa": "vtok.eval.tasks.vqa.plain:TASK",
     "vqav2": "vtok.eval.tasks.vqa_benchmarks.vqav2:TASK",
 }

@@ -14,12 +14,13 @@ from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vtok.errors import ConfigError
 from vtok.eval.common.distributed import current
+from vtok.eval.common.dtypes import TYPES, dtype_of
+from vtok.eval.common.records import bits
 from vtok.eval.common.settings import (
     PassCost,
     Setting,
@@ -38,7 +39,7 @@ from vtok.eval.common.statistics import mean_stderr, paired_difference, share
 from vtok.eval.common.timing import Memory, Pacer
 from vtok.eval.runs.again import run_file
 from vtok.eval.tasks.class_folders import are_ids, labels_for, wordnet_ids
-from vtok.eval.tasks.fashion import FASHION, open_fashion
+from vtok.eval.tasks.fashion import is_fashion, open_fashion
 from vtok.eval.tasks.image_folder import CheckedImages, Unreadable, check_same_work, open_dataset, other_files
 from vtok.eval.tasks.scoring import Scorer, Scores
 from vtok.eval.tasks.timm_pipeline import Options, create_loader, create_model, data_config
@@ -105,7 +106,7 @@ def evaluate(
     Args:
         model: a timm name, `"reference-vit"`, or an unpatched model, which is left as it is.
         data_dir: folder with one sub-folder of images a class, what `options.dataset` reads, or `"fashion-mnist"`, which comes
-            with vtok.
+            with vtok (`"fashion-mnist/test"`: the same images, of which `num_samples` takes the first).
         settings: each `None` (unpatched), a method, (method, parameters), or a `Setting`.
         options: see `Options`.
         progress: called with (images done, images).
@@ -118,7 +119,7 @@ def evaluate(
         `top1_ci` (95 %), `top5`, and against the unpatched setting, if there is one, the paired `difference` of top-1 with both
         and the `agreement` of predictions, all in percent; `n` images scored; `method, setting, params, tokens, gmacs, gflops,
         implied_speedup`; `samples_per_sec`, `speedup` and `achieved` with intervals, from the passes of the evaluation itself;
-        `correct`, one bit an image (see `report.correctness`); `skipped` (file and reason) and `num_skipped`; `notes`; and what
+        `correct`, one bit an image (see `correctness`); `skipped` (file and reason) and `num_skipped`; `notes`; and what
         describes the run.
 
     Raises:
@@ -138,7 +139,7 @@ def evaluate(
     processes = current()
     device = processes.device(options.device)
     with evaluating(net):
-        base = placed(net, options.dtype(options.model_dtype) if options.model_dtype else None, device)
+        base = placed(net, dtype_of(options.model_dtype), device)
         if options.channels_last:
             base = copy.deepcopy(base).to(memory_format=torch.channels_last)
         config = data_config(base, options)
@@ -190,8 +191,8 @@ def load_named(name: str, options: Options) -> nn.Module:
 
 
 def _open(data: str, size: Size, options: Options) -> CheckedImages:
-    if data == FASHION and not options.dataset:
-        return open_fashion(options.num_samples)
+    if is_fashion(data) and not options.dataset:
+        return open_fashion(options.num_samples, data)
     mode = "RGB" if size[0] == 3 else "L"
     return open_dataset(data, options.dataset, options.split, options.class_map, mode, options.num_samples)
 
@@ -242,7 +243,9 @@ def _score(tally: _Tally, unpatched: _Tally | None) -> dict[str, Any]:
         "top5": round(top5, 4),
         "top5_err": round(100 - top5, 4),
         "metrics": metrics,
-        "correct": np.packbits(hits.numpy().astype(bool)).tobytes().hex(),
+        "primary": "top1",
+        "percent": True,
+        "correct": bits(hits),
         **tally.cost.fields(),
     }
 
@@ -281,7 +284,7 @@ def _run(
 
 
 def _autocast(device: torch.device, options: Options) -> AbstractContextManager:
-    return torch.autocast(device.type, options.dtype(options.amp_dtype)) if options.amp else nullcontext()
+    return torch.autocast(device.type, TYPES[options.amp_dtype]) if options.amp else nullcontext()
 
 
 def _check_labels(data: CheckedImages, scorer: Scorer, model: nn.Module, options: Options) -> list[str]:

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from vtok.errors import ConfigError
+from vtok.eval.common.checked import Count
 from vtok.eval.common.distributed import current
+from vtok.eval.common.records import bits, finite
 from vtok.eval.common.statistics import clustered_mean_stderr, paired_difference, share
 from vtok.eval.common.timing import Memory
 from vtok.eval.models.clip import DualEncoder
 from vtok.eval.tasks.captions import open_captions
-from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, bits, finite, repeated, run
+from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, repeated, run
 from vtok.eval.tasks.image_folder import CheckedImages
 from vtok.eval.tasks.recall import Positives, first_ranks, text_groups
 
@@ -41,9 +43,9 @@ class RetrievalOptions(ClipOptions):
         equal_captions: whether an image also matches the captions of others that are equal to its own.
     """
 
-    recall_k: tuple[int, ...] = (1, 5, 10)
+    recall_k: tuple[Count, ...] = (1, 5, 10)
     images: str = ""
-    max_captions: int | None = None
+    max_captions: Count | None = None
     equal_captions: bool = True
 
 
@@ -79,8 +81,8 @@ def evaluate(
         MissingExtraError: the backend is not installed.
     """
     options = options or RetrievalOptions()
-    if not options.recall_k or min(options.recall_k) < 1:
-        raise ConfigError(f"recall_k takes numbers from 1 on, got {options.recall_k}")
+    if not options.recall_k:
+        raise ConfigError("recall_k is an empty list; give one number at least, such as 1")
     source = open_captions(data, options.split, options.images, options.max_captions)
     images = CheckedImages(source, "RGB", options.num_samples)
     captions = [source.captions[index] for index in images.indices]

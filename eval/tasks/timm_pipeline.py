@@ -6,36 +6,22 @@ import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 from torch.utils.data import DataLoader
 
 from vtok.errors import ConfigError, MissingExtraError, VtokError, brief, shown
-from vtok.eval.common.checked import check_fields, check_range
+from vtok.eval.common.checked import Count, DType, Seed, Whole, check_fields
 from vtok.eval.common.settings import towers
 from vtok.eval.tasks.image_folder import CheckedImages, collate
 from vtok.targets.resolve import Size
 
-_INF = float("inf")
-_LIMITS = {
-    "batch_size": (1, _INF),
-    "workers": (0, _INF),
-    "num_samples": (1, _INF),
-    "num_classes": (0, 1_000_000),
-    "img_size": (1, _INF),
-    "in_chans": (1, 1024),
-    "input_size": (1, 100_000),
-    "crop_pct": (1e-3, 1000.0),
-    "crop_border_pixels": (0, 100_000),
-    "std": (1e-9, _INF),
-}
-TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_CHOICES = {
-    "interpolation": ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),  # of timm, but for training's "random"
-    "crop_mode": ("squash", "border", "center"),
-}
+Pixels = Annotated[int, Field(ge=1, le=100_000)]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]  # of timm, but for training's "random"
+Deviation = Annotated[float, Field(ge=1e-9)]
 
 
 @dataclass(frozen=True)
@@ -70,56 +56,41 @@ class Options:
     dataset: str = ""
     split: str = "validation"
     class_map: str = ""
-    num_samples: int | None = None
+    num_samples: Count | None = None
     pretrained: bool = True
     checkpoint: str = ""
     use_ema: bool = False
-    num_classes: int | None = None
+    num_classes: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     gp: str | None = None
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    batch_size: int = 256
-    workers: int = 4
-    img_size: int | None = None
-    in_chans: int | None = None
-    input_size: tuple[int, int, int] | None = None
+    batch_size: Count = 256
+    workers: Whole = 4
+    img_size: Count | None = None
+    in_chans: Annotated[int, Field(ge=1, le=1024)] | None = None
+    input_size: tuple[Pixels, Pixels, Pixels] | None = None
     use_train_size: bool = False
-    crop_pct: float | None = None
-    crop_mode: str | None = None
-    crop_border_pixels: int | None = None
+    crop_pct: Annotated[float, Field(ge=1e-3, le=1000)] | None = None
+    crop_mode: Literal["squash", "border", "center"] | None = None
+    crop_border_pixels: Annotated[int, Field(ge=0, le=100_000)] | None = None
     mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    interpolation: str | None = None
+    std: tuple[Deviation, ...] | None = None
+    interpolation: Interpolation | None = None
     pin_mem: bool = False
     channels_last: bool = False
     device: str | None = None
     amp: bool = False
-    amp_dtype: str = "float16"
-    model_dtype: str | None = None
+    amp_dtype: DType = "float16"
+    model_dtype: DType | None = None
     real_labels: str = ""
     valid_labels: str = ""
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
         channels = self.in_chans or (self.input_size[0] if self.input_size else 3)
-        for name, allowed in (("mean", (1, channels)), ("std", (1, channels)), ("input_size", (3,))):
-            value = getattr(self, name)
-            if value is not None and len(value) not in allowed:
-                raise ConfigError(f"{name} takes {' or '.join(str(n) for n in allowed)} numbers, got {shown(value)}")
-        check_range(self, _LIMITS)
-        for type_ in (self.amp_dtype, self.model_dtype):
-            if type_ is not None:
-                self.dtype(type_)
-        for name, known in _CHOICES.items():
-            value = getattr(self, name)
-            if value is not None and value not in known:
-                raise ConfigError(f"{name} must be one of {', '.join(known)}, got {shown(value)}")
-
-    def dtype(self, name: str) -> torch.dtype:
-        """`amp_dtype` or `model_dtype` as a torch type."""
-        if name not in TYPES:
-            raise ConfigError(f"unknown type {shown(name)}; known: {', '.join(TYPES)}")
-        return TYPES[name]
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            if value is not None and len(value) not in (1, channels):
+                raise ConfigError(f"{name} takes 1 or {channels} numbers, got {shown(value)}")
 
 
 def create_model(name: str, options: Options, meta: bool = False) -> nn.Module:

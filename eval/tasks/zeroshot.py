@@ -20,12 +20,13 @@ from torch import Tensor
 
 from vtok.errors import ConfigError, MissingExtraError, brief, shown
 from vtok.eval.common.distributed import current
+from vtok.eval.common.records import bits, finite
 from vtok.eval.common.statistics import mean_stderr, paired_difference, share
 from vtok.eval.common.timing import Memory
 from vtok.eval.models.clip import DualEncoder
 from vtok.eval.models.easyvqa import CLASSES, TEMPLATES
 from vtok.eval.tasks.class_folders import are_ids, labels_for, wordnet_ids
-from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, bits, finite, repeated, run
+from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, repeated, run
 from vtok.eval.tasks.image_folder import CheckedImages, open_dataset
 from vtok.reading import exists, from_json, read_text
 

@@ -23,7 +23,7 @@ from vtok.errors import ConfigError
 from vtok.eval.models.data import cache_dir
 from vtok.eval.training.atp_questions import IGNORED, Asked, Batch, Host, load_easyvqa_questions, load_host, load_questions_file
 from vtok.eval.training.atp_report import load_test_questions, measure, table
-from vtok.eval.training.vit import save_atomically
+from vtok.eval.training.loop import save_atomically
 from vtok.methods.atp.losses import ATPLosses
 from vtok.methods.atp.modules import ATPModules
 from vtok.methods.atp.reducer import SoftATP

@@ -8,8 +8,8 @@ so that the loss falls only for a model that reads every cell, and some single p
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vtok.eval.models.clip import CLIP_FOLDER, WEIGHTS_FILE
-from vtok.eval.models.data import cache_dir, write_idx
+from vtok.eval.models.data import write_idx
 from vtok.eval.models.easyvqa import (
     BLANK,
     CLASSES,
@@ -42,7 +42,7 @@ from vtok.eval.models.reference import (
     preprocess_config,
 )
 from vtok.eval.training.bpe import learn_merges, write_merges
-from vtok.eval.training.vit import Stage, make_optimizer, save_atomically
+from vtok.eval.training.loop import Stage, StageRun, load_checkpoint, parser, stage_seed
 from vtok.writing import write
 
 TEST_GROUPS, TEST_SEED = 250, 1
@@ -74,6 +74,11 @@ class Recipe:
     held_out: int = 178
     model: PageCLIP = field(default_factory=PageCLIP)
     seed: int = 0
+
+    @property
+    def batch_size(self) -> int:
+        """Images a step."""
+        return 4 * self.groups + self.singles
 
 
 STEPS_PER_EPOCH = 100
@@ -189,72 +194,42 @@ def train(
     source = Pictures(pictures[: -recipe.held_out], classes[: -recipe.held_out])
     held_out = Pictures(pictures[-recipe.held_out :], classes[-recipe.held_out :])
     tokenizer = make_tokenizer(checkpoint.parent / CLIP_FOLDER, recipe.model.context_length)
-    saved = torch.load(checkpoint, weights_only=True) if checkpoint.is_file() else None
+    saved = load_checkpoint(checkpoint)
     torch.manual_seed(recipe.seed)
     patch_size = recipe.stages[0].patch_size
-    model = replace(recipe.model, patch_size=patch_size).build()
+    model: Any = replace(recipe.model, patch_size=patch_size).build()
     rows, cells = draw_pages(held_out, CALIBRATION_GROUPS, recipe.blank, CALIBRATION_SEED)
     pages, captions = compose(held_out.pictures, rows), [caption(page) for page in cells.tolist()]
+
+    def test() -> None:
+        image, text = recalls(model, pages, captions, tokenizer)
+        print(f"  recall at 1 on {len(captions)} held-out pages: image {image:.3f} text {text:.3f}", flush=True)
+
+    def clamp() -> None:
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, 4.6052)  # at most 100, as in CLIP
+
     for number, stage in enumerate(recipe.stages):
         if stage.patch_size != patch_size:
             model, patch_size = resample(model, recipe.model, stage.patch_size), stage.patch_size
-        if saved is not None and saved["stage"] > number:
-            continue
-        run = _StageRun(model, recipe, number, source, tokenizer, checkpoint)
-        if saved is not None and saved["stage"] == number:
-            run.resume(saved)
-        while run.step < run.total:
-            run.advance(log_every, save_every)
-            if run.step % test_every == 0 or run.step == run.total:
-                image, text = recalls(model, pages, captions, tokenizer)
-                print(f"  recall at 1 on {len(captions)} held-out pages: image {image:.3f} text {text:.3f}", flush=True)
+        if saved is None or saved["stage"] <= number:
+            total = round(stage.epochs * STEPS_PER_EPOCH)
+            run = StageRun(model.train(), stage, number, total, recipe, checkpoint, log_every, save_every, clamp)
+            run.run(partial(_loss, model, recipe, number, source, tokenizer), saved, test, test_every)
     return model.eval()
 
 
-class _StageRun:
-    """A stage in progress."""
-
-    def __init__(self, model: nn.Module, recipe: Recipe, number: int, source: Pictures, tokenizer: Any, checkpoint: Path):
-        self.model: Any = model.train()
-        self.recipe, self.number, self.source, self.tokenizer, self.checkpoint = recipe, number, source, tokenizer, checkpoint
-        self.stage = recipe.stages[number]
-        self.optimizer = make_optimizer(model, recipe.weight_decay)
-        # bfloat16's fused backward on CPUs costs four times the plain one on 64 patches, and is the faster one on 256
-        short = (recipe.model.image_size // self.stage.patch_size) ** 2 < 128
-        self.kernel = SDPBackend.MATH if short else SDPBackend.FLASH_ATTENTION
-        self.total, self.step, self.first = round(self.stage.epochs * STEPS_PER_EPOCH), 0, 0
-        self.started = time.monotonic()
-
-    def resume(self, saved: dict[str, Any]) -> None:
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.step = self.first = saved["step"]
-        print(f"resumed stage {self.number} at step {self.step} of {self.total} from {self.checkpoint}", flush=True)
-
-    def advance(self, log_every: int, save_every: int) -> None:
-        """One step. Its pages depend on the step alone, so a resumed run draws what an uninterrupted one draws."""
-        generator = torch.Generator().manual_seed(self.recipe.seed + 1_000_000 * (self.number + 1) + self.step)
-        batch = draw_batch(self.source, self.recipe, self.tokenizer, generator)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.stage.lr_at(self.step, self.total, self.recipe.warmup)
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(self.kernel):
-            image = self.model.encode_image(batch.images, normalize=True)
-            text = self.model.encode_text(batch.texts, normalize=True)
-        loss = contrastive_loss(image.float(), text.float(), self.model.logit_scale.exp(), batch.meaning)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        with torch.no_grad():
-            self.model.logit_scale.clamp_(0, 4.6052)  # at most 100, as in CLIP
-        self.step += 1
-        if self.step % log_every == 0:
-            rate = (self.step - self.first) * len(batch.meaning) / (time.monotonic() - self.started)
-            where = f"stage {self.number} step {self.step}/{self.total}"
-            print(f"{where} loss {loss.item():.3f} {rate:.0f} images/s", flush=True)
-        if self.step % save_every == 0 or self.step == self.total:
-            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-            save_atomically({**state, "stage": self.number, "step": self.step}, self.checkpoint)
+def _loss(model: Any, recipe: Recipe, number: int, source: Pictures, tokenizer: Any, step: int) -> Tensor:
+    """Of one batch, whose pages depend on the step alone."""
+    generator = torch.Generator().manual_seed(stage_seed(recipe.seed, number) + step)
+    batch = draw_batch(source, recipe, tokenizer, generator)
+    # bfloat16's fused backward on CPUs costs four times the plain one on 64 patches, and is the faster one on 256
+    short = (recipe.model.image_size // recipe.stages[number].patch_size) ** 2 < 128
+    kernel = SDPBackend.MATH if short else SDPBackend.FLASH_ATTENTION
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(kernel):
+        image = model.encode_image(batch.images, normalize=True)
+        text = model.encode_text(batch.texts, normalize=True)
+    return contrastive_loss(image.float(), text.float(), model.logit_scale.exp(), batch.meaning)
 
 
 def export(model: nn.Module, recipe: Recipe, folder: Path, data: Path | None = None) -> None:
@@ -290,13 +265,7 @@ def _write_pages(folder: Path, name: str, pictures: Tensor, classes: Tensor, gro
 
 def main() -> None:
     """Command line."""
-    import argparse
-
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, default=cache_dir() / "train" / "easyvqa_clip.pt")
-    parser.add_argument("--data", type=Path, default=None, help="folder of easy-VQA (default: the package easy-vqa)")
-    parser.add_argument("--export", type=Path, default=None, help="folder that receives model and pages, e.g. assets")
-    args = parser.parse_args()
+    args = parser(__doc__, "easyvqa_clip.pt", "model and pages").parse_args()
     recipe = Recipe()
     model = train(recipe, args.checkpoint, args.data)
     pictures, classes = load_easyvqa("test", args.data)

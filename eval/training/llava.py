@@ -12,6 +12,7 @@ Shapes: B pictures, P visual tokens, W channels of the tower, D of the language 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtok.eval.models.data import cache_dir, write_idx
+from vtok.eval.models.data import write_idx
 from vtok.eval.models.easyvqa import COLOURS, SHAPES, classes_of, package_data, read_pictures
 from vtok.eval.models.reference import DATA_FOLDER, normalise_page
 from vtok.eval.models.reference_vlm import (
@@ -37,9 +38,8 @@ from vtok.eval.models.reference_vlm import (
     save_folder,
     write_questions,
 )
-from vtok.eval.training.loop import StageRun, stage_seed
+from vtok.eval.training.loop import Stage, StageRun, epoch_rows, load_checkpoint, parser, save_atomically
 from vtok.eval.training.turns import IGNORED, Turn, Turns, answer_logits, pack
-from vtok.eval.training.vit import Stage, save_atomically
 
 ANSWER_TOKENS = 4
 
@@ -162,20 +162,38 @@ def accuracy(model: Any, questions: Questions, patch_size: int, batch_size: int 
         "all", "open", "yes_no".
     """
     processor = make_processor(ReferenceLLaVA(image_size=questions.pictures.shape[-1], patch_size=patch_size))
+
+    def white(inputs: Any) -> None:
+        inputs["pixel_values"].fill_(1.0)
+
+    hit = right_answers(model, processor, questions, batch_size, white if blank else None).double()
+    parts = {"all": torch.ones_like(questions.open), "open": questions.open, "yes_no": ~questions.open}
+    return {name: 100 * hit[part].mean().item() for name, part in parts.items()}
+
+
+def right_answers(
+    model: Any, processor: Any, questions: Any, batch_size: int, change: Callable[[Any], Any] | None = None
+) -> Tensor:
+    """Which questions plain `generate()` answers rightly, one at a time: [Q] bool.
+
+    Args:
+        model: a LLaVA or LLaVA-NeXT.
+        processor: of it.
+        questions: what to ask, with `texts`, `answers`, `rows` and `pictures`.
+        batch_size: questions a call, padded on the left.
+        change: alters the inputs of a call in place.
+    """
     right = []
     for rows in torch.arange(len(questions.texts)).split(batch_size):
         text = [PROMPT.format(question=questions.texts[i]) for i in rows.tolist()]
-        shown = questions.pictures[questions.rows[rows]]
-        inputs = processor(
-            images=list(torch.full_like(shown, 255) if blank else shown), text=text, padding=True, return_tensors="pt"
-        )
+        inputs = processor(images=list(questions.pictures[questions.rows[rows]]), text=text, padding=True, return_tensors="pt")
+        if change is not None:
+            change(inputs)
         with torch.inference_mode():
             out = model.generate(**inputs, do_sample=False, max_new_tokens=ANSWER_TOKENS)[:, inputs["input_ids"].shape[1] :]
         said = processor.batch_decode(out, skip_special_tokens=True)
         right += [a == questions.answers[i] for a, i in zip(said, rows.tolist())]
-    hit = torch.tensor(right).double()
-    parts = {"all": torch.ones_like(questions.open), "open": questions.open, "yes_no": ~questions.open}
-    return {name: 100 * hit[part].mean().item() for name, part in parts.items()}
+    return torch.tensor(right)
 
 
 def packed_accuracy(model: Any, lessons: Lessons, batch_size: int = 50) -> float:
@@ -217,25 +235,24 @@ def train(
     """
     learned, classes, away = load_lessons(recipe.held_out, data)
     lessons, held_out = Lessons(learned, classes), Lessons(away, torch.full((recipe.held_out,), -1))
-    saved = torch.load(checkpoint, weights_only=True) if checkpoint.is_file() else None
+    saved = load_checkpoint(checkpoint)
     torch.manual_seed(recipe.seed)
     patch_size = recipe.tower.patch_size
     model = replace(recipe.model, patch_size=patch_size).build()
     namer = Namer(recipe.model.width)
+
+    def test() -> None:
+        print(f"  {100 * packed_accuracy(model, held_out):.2f} % of the held-out questions", flush=True)
+
     for number, stage in enumerate((recipe.tower, *recipe.stages)):
         if stage.patch_size != patch_size:
             model, patch_size = resample(model, recipe.model, stage.patch_size), stage.patch_size
         if saved is not None and saved["stage"] > number:
             continue
         total = round(stage.epochs * (len(lessons.pictures) // recipe.batch_size))
-        run = StageRun(nn.ModuleList([model, namer]), stage, number, total, recipe, checkpoint)
-        if saved is not None and saved["stage"] == number:
-            run.resume(saved)
-        loss_of = partial(_loss, model.train(), namer, recipe, number, lessons)
-        while run.step < run.total:
-            run.advance(loss_of, log_every, save_every)
-            if number and (run.step % test_every == 0 or run.step == run.total):
-                print(f"  {100 * packed_accuracy(model, held_out):.2f} % of the held-out questions", flush=True)
+        trained = nn.ModuleList([model.train(), namer])
+        run = StageRun(trained, stage, number, total, recipe, checkpoint, log_every, save_every)
+        run.run(partial(_loss, model, namer, recipe, number, lessons), saved, test, test_every if number else None)
         save_atomically(model.state_dict(), stage_file(checkpoint, number))
     return model.eval()
 
@@ -262,11 +279,7 @@ class Namer(nn.Module):
 
 def _loss(model: Any, namer: Namer, recipe: Recipe, number: int, lessons: Lessons, step: int) -> Tensor:
     """Of one batch; in stage 0 of shape and colour alone."""
-    epoch, position = divmod(step, len(lessons.pictures) // recipe.batch_size)
-    order = torch.randperm(
-        len(lessons.pictures), generator=torch.Generator().manual_seed(stage_seed(recipe.seed, number) + epoch)
-    )
-    rows = order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
+    rows = epoch_rows(recipe, number, step, len(lessons.pictures))
     pixels = normalise_page(augment(lessons.pictures[rows], recipe.shift))
     classes = lessons.classes[rows]
     if number == 0:
@@ -298,13 +311,7 @@ def export_questions(folder: Path, recipe: Recipe, data: Path | None = None) -> 
 
 def main() -> None:
     """Command line."""
-    import argparse
-
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, default=cache_dir() / "train" / "easyvqa_llava.pt")
-    parser.add_argument("--data", type=Path, default=None, help="folder of easy-VQA (default: the package easy-vqa)")
-    parser.add_argument("--export", type=Path, default=None, help="folder that receives model and questions, e.g. assets")
-    args = parser.parse_args()
+    args = parser(__doc__, "easyvqa_llava.pt", "model and questions").parse_args()
     recipe = Recipe()
     model = train(recipe, args.checkpoint, args.data)
     if args.export is not None:

@@ -35,11 +35,10 @@ from vtok.eval.models.reference_next import (
     questions_about,
     write_page_questions,
 )
-from vtok.eval.models.reference_vlm import EOS, LLAVA_FOLDER, PROMPT, load_reference_llava, make_tokenizer, save_settings
-from vtok.eval.training.llava import ANSWER_TOKENS, augment, stage_file
-from vtok.eval.training.loop import StageRun, stage_seed
+from vtok.eval.models.reference_vlm import EOS, LLAVA_FOLDER, load_reference_llava, make_tokenizer, save_settings
+from vtok.eval.training.llava import augment, right_answers, stage_file
+from vtok.eval.training.loop import Stage, StageRun, load_checkpoint, parser, stage_seed
 from vtok.eval.training.turns import IGNORED, Turn, answer_logits, pack
-from vtok.eval.training.vit import Stage
 from vtok.writing import write
 
 STEPS_PER_EPOCH = 100
@@ -168,17 +167,11 @@ def accuracy(model: Any, questions: PageQuestions, batch_size: int = 50, crops: 
         crops: show the crops; otherwise they are white, and only the view of the whole page is left.
     """
     processor = make_next_processor(ReferenceLLaVANeXT(patch_size=model.config.vision_config.patch_size))
-    right = []
-    for rows in torch.arange(len(questions.texts)).split(batch_size):
-        text = [PROMPT.format(question=questions.texts[i]) for i in rows.tolist()]
-        inputs = processor(images=list(questions.pictures[questions.rows[rows]]), text=text, padding=True, return_tensors="pt")
-        if not crops:
-            inputs["pixel_values"][:, 1:] = 1.0
-        with torch.inference_mode():
-            out = model.generate(**inputs, do_sample=False, max_new_tokens=ANSWER_TOKENS)[:, inputs["input_ids"].shape[1] :]
-        said = processor.batch_decode(out, skip_special_tokens=True)
-        right += [a == questions.answers[i] for a, i in zip(said, rows.tolist())]
-    return torch.tensor(right)
+
+    def white(inputs: Any) -> None:
+        inputs["pixel_values"][:, 1:] = 1.0
+
+    return right_answers(model, processor, questions, batch_size, None if crops else white)
 
 
 def packed_accuracy(model: Any, questions: PageQuestions, tokenizer: Any, batch_size: int = 20) -> float:
@@ -243,19 +236,16 @@ def train(
     torch.manual_seed(recipe.seed)
     model = start(recipe.model, torch.load(llava, weights_only=True))
     placer = Placer(recipe.model.text_width, PICTURE_SIZE // recipe.model.patch_size)
-    saved = torch.load(checkpoint, weights_only=True) if checkpoint.is_file() else None
+    saved = load_checkpoint(checkpoint)
+
+    def test() -> None:
+        print(f"  {100 * packed_accuracy(model, held_out, tokenizer):.2f} % on held-out pages", flush=True)
+
     for number, stage in enumerate(recipe.stages):
-        if saved is not None and saved["stage"] > number:
-            continue
-        total = round(stage.epochs * STEPS_PER_EPOCH)
-        run = StageRun(nn.ModuleList([model, placer]), stage, number, total, recipe, checkpoint)
-        if saved is not None and saved["stage"] == number:
-            run.resume(saved)
-        loss_of = partial(_loss, model.train(), placer, recipe, number, source, tokenizer)
-        while run.step < run.total:
-            run.advance(loss_of, log_every, save_every)
-            if run.step % test_every == 0 or run.step == run.total:
-                print(f"  {100 * packed_accuracy(model, held_out, tokenizer):.2f} % on held-out pages", flush=True)
+        if saved is None or saved["stage"] <= number:
+            total, trained = round(stage.epochs * STEPS_PER_EPOCH), nn.ModuleList([model.train(), placer])
+            run = StageRun(trained, stage, number, total, recipe, checkpoint, log_every, save_every)
+            run.run(partial(_loss, model, placer, recipe, number, source, tokenizer), saved, test, test_every)
     return model.eval()
 
 
@@ -279,15 +269,10 @@ def export_questions(folder: Path, data: Path | None = None) -> None:
 
 def main() -> None:
     """Command line."""
-    import argparse
-
-    home = cache_dir() / "train"
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, default=home / "easyvqa_llava_next.pt")
-    parser.add_argument("--llava", type=Path, default=stage_file(home / "easyvqa_llava.pt", 1), help="weights to start from")
-    parser.add_argument("--data", type=Path, default=None, help="folder of easy-VQA (default: the package easy-vqa)")
-    parser.add_argument("--export", type=Path, default=None, help="folder that receives model and questions, e.g. assets")
-    args = parser.parse_args()
+    found = parser(__doc__, "easyvqa_llava_next.pt", "model and questions")
+    standard = stage_file(cache_dir() / "train" / "easyvqa_llava.pt", 1)
+    found.add_argument("--llava", type=Path, default=standard, help="weights to start from")
+    args = found.parse_args()
     recipe = Recipe()
     model = train(recipe, args.checkpoint, args.llava, args.data)
     if args.export is not None:

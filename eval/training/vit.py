@@ -7,8 +7,8 @@ dropout would be as cheap, but teaches a model to do without random tokens, and 
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtok.eval.models.data import cache_dir, load_fashion_mnist, normalise, write_idx
+from vtok.eval.models.data import load_fashion_mnist, normalise, write_idx
 from vtok.eval.models.reference import VIT_WEIGHTS, FashionViT, top1
-from vtok.writing import replacing, write
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stretch of training with one patch size.
-
-    Attributes:
-        patch_size: side of a patch in pixels.
-        epochs: may be a fraction.
-        lr: peak learning rate of AdamW; linear warm-up, then linear decay to `final` of it.
-        final: learning rate at the end, as a share of the peak.
-    """
-
-    patch_size: int
-    epochs: float
-    lr: float
-    final: float
-
-    def lr_at(self, step: int, total: int, warmup: float) -> float:
-        """Learning rate of a step."""
-        up = max(1, round(warmup * total))
-        down = 1 - (1 - self.final) * (step - up) / max(1, total - up)
-        return self.lr * min((step + 1) / up, down)
+from vtok.eval.training.loop import Stage, StageRun, epoch_rows, load_checkpoint, parser
+from vtok.writing import write
 
 
 @dataclass(frozen=True)
@@ -82,22 +60,6 @@ def augment(images: Tensor, shift: int) -> Tensor:
     return F.pad(images, (shift,) * 4)[torch.arange(batch)[:, None, None], 0, rows, columns][:, None]
 
 
-def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW that decays matrices only."""
-    decay: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        (decay if parameter.ndim == 2 else rest).append(parameter)
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98))  # the schedule sets the rate of every step
-
-
-def save_atomically(payload: dict, path: Path) -> None:
-    """A stop at any moment leaves the old checkpoint or the new one, never half of one."""
-    with replacing(path) as scratch:
-        torch.save(payload, scratch)
-
-
 def train(recipe: Recipe, checkpoint: Path, data: Path | None = None, log_every: int = 50, save_every: int = 200) -> nn.Module:
     """Runs (or resumes) the whole recipe.
 
@@ -113,60 +75,23 @@ def train(recipe: Recipe, checkpoint: Path, data: Path | None = None, log_every:
     """
     images, labels = load_fashion_mnist("train", data)
     images, labels = images[: -recipe.held_out], labels[: -recipe.held_out]
-    saved = torch.load(checkpoint, weights_only=True) if checkpoint.is_file() else None
+    saved = load_checkpoint(checkpoint)
     torch.manual_seed(recipe.seed)
     model: Any = FashionViT(patch_size=recipe.stages[0].patch_size).build(drop_path_rate=recipe.drop_path)
+
+    def loss_of(step: int, number: int) -> Tensor:
+        rows = epoch_rows(recipe, number, step, len(images))
+        x = augment(normalise(images[rows]), recipe.shift)
+        return F.cross_entropy(model(x), labels[rows], label_smoothing=recipe.label_smoothing)
+
     for number, stage in enumerate(recipe.stages):
         if model.patch_embed.patch_size[0] != stage.patch_size:
             model.set_input_size(patch_size=(stage.patch_size, stage.patch_size))  # resamples weights and positions
         if saved is None or saved["stage"] <= number:
-            here = saved if saved is not None and saved["stage"] == number else None
-            _run_stage(model, recipe, number, images, labels, checkpoint, here, log_every, save_every)
+            total = round(stage.epochs * (len(images) // recipe.batch_size))
+            run = StageRun(model.train(), stage, number, total, recipe, checkpoint, log_every, save_every)
+            run.run(partial(loss_of, number=number), saved)
     return model.eval()
-
-
-def _run_stage(
-    model: nn.Module,
-    recipe: Recipe,
-    number: int,
-    images: Tensor,
-    labels: Tensor,
-    checkpoint: Path,
-    saved: dict[str, Any] | None,
-    log_every: int,
-    save_every: int,
-) -> None:
-    stage, per_epoch = recipe.stages[number], len(images) // recipe.batch_size
-    total, step = round(stage.epochs * per_epoch), 0
-    optimizer = make_optimizer(model, recipe.weight_decay)
-    if saved is not None:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        step = saved["step"]
-        print(f"resumed stage {number} at step {step} of {total} from {checkpoint}", flush=True)
-    started, first = time.monotonic(), step
-    model.train()
-    while step < total:
-        epoch, position = divmod(step, per_epoch)
-        seed = recipe.seed + 1_000_000 * (number + 1)
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed + epoch))
-        rows = order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
-        torch.manual_seed(seed + step)  # a resumed run draws what an uninterrupted one draws
-        for group in optimizer.param_groups:
-            group["lr"] = stage.lr_at(step, total, recipe.warmup)
-        x = augment(normalise(images[rows]), recipe.shift)
-        loss = F.cross_entropy(model(x), labels[rows], label_smoothing=recipe.label_smoothing)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        if step % log_every == 0:
-            rate = (step - first) * recipe.batch_size / (time.monotonic() - started)
-            print(f"stage {number} step {step}/{total} loss {loss.item():.3f} {rate:.0f} images/s", flush=True)
-        if step % save_every == 0 or step == total:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "stage": number, "step": step}
-            save_atomically(state, checkpoint)
 
 
 def export(model: nn.Module, folder: Path, held_out: int, data: Path | None = None) -> None:
@@ -189,13 +114,7 @@ def export(model: nn.Module, folder: Path, held_out: int, data: Path | None = No
 
 def main() -> None:
     """Command line."""
-    import argparse
-
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, default=cache_dir() / "train" / "fashion_vit.pt")
-    parser.add_argument("--data", type=Path, default=None, help="folder of the IDX files (default: Debian's, else download)")
-    parser.add_argument("--export", type=Path, default=None, help="folder that receives weights and images, e.g. assets")
-    args = parser.parse_args()
+    args = parser(__doc__, "fashion_vit.pt", "weights and images").parse_args()
     recipe = Recipe()
     model = train(recipe, args.checkpoint, args.data)
     images, labels = load_fashion_mnist("t10k", args.data)

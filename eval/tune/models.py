@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
 
 from vtok.config import MethodConfig
 from vtok.errors import ConfigError
+from vtok.eval.common.checked import MOST, Count, Seed, Whole, check_fields
 from vtok.eval.common.settings import placed
 from vtok.eval.models.by_name import REFERENCE, load_model
 from vtok.eval.models.clip import REFERENCE as REFERENCE_CLIP
@@ -24,11 +27,11 @@ class Source:
     """Where model and samples come from; the fields are flags of `vtok tune`.
 
     Attributes:
-        data: images or questions to calibrate on; `None` for models that bring theirs.
+        data: image folder to calibrate on (of a VLM: questions, see `vtok eval vqa`); `None` for models that bring theirs.
         held_out: others to compare on; `None` = what is left of `data`.
         images: calibration images or questions; `None` = 400, or what there is.
         held_out_images: images or questions to compare on; `None` = all there are.
-        seed: of the choice and the order of both.
+        seed: of candidates, and of the choice and the order of images.
         pretrained: load pretrained weights of a timm model.
         checkpoint: file with its weights.
         num_classes: of it.
@@ -40,16 +43,19 @@ class Source:
 
     data: str | None = None
     held_out: str | None = None
-    images: int | None = None
-    held_out_images: int | None = None
-    seed: int = 0
+    images: Count | None = None
+    held_out_images: Annotated[int, Field(ge=2, le=MOST)] | None = None
+    seed: Seed = 0
     pretrained: bool = True
     checkpoint: str = ""
-    num_classes: int | None = None
+    num_classes: Count | None = None
     class_map: str = ""
-    workers: int = 4
-    batch_size: int = 100
+    workers: Whole = 4
+    batch_size: Count = 100
     device: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 class Prepared(NamedTuple):

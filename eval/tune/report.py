@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from rich.table import Table
 
 from vtok.config import MethodConfig
-from vtok.eval.common.records import Records, key_of
+from vtok.eval.common.records import Records, bits, key_of
 from vtok.eval.common.settings import versions
 from vtok.eval.common.statistics import Interval, in_brackets, mean_interval, mean_stderr, paired_difference, share, with_error
+from vtok.eval.report.tables import Table
 from vtok.eval.tune.models import Prepared
 from vtok.eval.tune.result import Held, Plan, Tuned
 from vtok.eval.tune.samples import Samples
@@ -46,26 +46,28 @@ def table(tuned: Tuned, subject: Subject, held_out: Samples) -> Table:
     """One row a setting, on held-out samples."""
     values = tuned.held_out["default"].values
     measures = [name for name in MEASURES if name in values]
-    shown = Table(
-        title=f"{subject.name}, {subject.config.name}: {len(values[measures[0]])} held-out samples of {held_out.name}",
-        caption="± standard error; tuned - default is paired, sample by sample, with its 95 % interval",
-    )
-    for i, column in enumerate(("setting", "GMACs", "pruner", "tokens out", *(MEASURES[name][0] for name in measures))):
-        shown.add_column(column, justify="left" if i == 0 else "right")
+    default = tuned.held_out["default"]
+    lines = []
     for name, held in tuned.held_out.items():
-        cells = _costs(held.cost, tuned.held_out["default"].cost)
+        cells = _costs(held.cost, default.cost)
         for measure in measures:
             _, scale, digits, _ = MEASURES[measure]
             trivial = name == "unpatched" and measure not in ("top1", "cross_entropy")
             cells.append("-" if trivial else with_error(_mean(measure, held.values[measure]), measure, scale, digits))
-        shown.add_row(name, *cells)
+        lines.append([name, *cells])
+    shown = Table.plain(
+        ("setting", "GMACs", "pruner", "tokens out", *(MEASURES[name][0] for name in measures)),
+        lines,
+        title=f"{subject.name}, {subject.config.name}: {len(values[measures[0]])} held-out samples of {held_out.name}",
+        caption="± standard error; tuned - default is paired, sample by sample, with its 95 % interval",
+    )
     if tuned.best:
-        cells = []
+        gaps = []
         for measure in measures:
             _, scale, digits, _ = MEASURES[measure]
             found = paired(tuned.held_out["tuned"].values[measure], values[measure]).scaled(scale)
-            cells.append(f"{found.point:+.{digits}f}{in_brackets(found.ends, f'+.{digits}f')}")
-        shown.add_row("tuned - default", "", "", "", *cells, end_section=True)
+            gaps.append(f"{found.point:+.{digits}f}{in_brackets(found.ends, f'+.{digits}f')}")
+        shown.add(["tuned - default", "", "", "", *gaps], style=None)
     return shown
 
 
@@ -150,7 +152,7 @@ def records_of(tuned: Tuned, subject: Subject, plan: Plan, held_out: Samples) ->
             "versions": versions(),
         }
         if "top1" in held.values:
-            record["correct"] = np.packbits(held.values["top1"] > 0.5).tobytes().hex()
+            record["correct"] = bits(held.values["top1"] > 0.5)
         record["key"] = key_of({**subject.identity, "setting": record["setting"], "data": held_out.identity, "of": "tune"})
         found.append(record)
     return found

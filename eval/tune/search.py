@@ -1,104 +1,175 @@
-"""Random search and successive halving (Jamieson and Talwalkar, AISTATS 2016): which candidates see how many images, and who
-is left. Nothing here knows of models; a candidate is a number, and number 0 is the default, which is never dropped.
+"""Drawing candidates and dropping the hopeless ones, by Optuna: its samplers, its successive halving, its journal.
+
+Nothing here knows of models. A candidate is a trial: its parameters are what a `Dimension` drew, its value is its loss.
 """
 
 from __future__ import annotations
 
-import math
+import json
+import random
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
 
-from vtok.errors import ConfigError, unknown
+import optuna
+from optuna.pruners import NopPruner, SuccessiveHalvingPruner
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial, Trial, TrialState
 
-SEARCHES = ("random", "halving")
+from vtok.errors import ConfigError, brief, unknown
+from vtok.eval.common.records import key_of
+from vtok.reading import exists
+
 LEAST_SAMPLES = 32  # a first impression on fewer is noise
+STARTUP = 10  # trials at random before the tree of Parzen estimators has something to learn from
+_EDGE = 1e-6  # of the unit interval: normal numbers end at 4.75 standard deviations
 
-# (candidate, start, stop) -> its loss on the samples start..stop of the calibration set and on all before; the smaller the
-# better. Tuples: what comes later breaks ties.
-Evaluate = Callable[[int, int, int], tuple[float, ...]]
-
-
-class Rung(NamedTuple):
-    """What one round of a search is to do.
-
-    Attributes:
-        samples: of the calibration set that every candidate has seen at its end.
-        candidates: how many take part, without the default where it is carried along.
-    """
-
-    samples: int
-    candidates: int
+# name -> (the sampler of a seed, whether candidates are dropped early)
+_SEARCHES: dict[str, tuple[Callable[[int], BaseSampler], bool]] = {
+    "tpe": (lambda seed: TPESampler(seed=seed, n_startup_trials=STARTUP), True),
+    "halving": (lambda seed: RandomSampler(seed=seed), True),
+    "random": (lambda seed: RandomSampler(seed=seed), False),
+}
+SEARCHES = tuple(_SEARCHES)
 
 
-class Standing(NamedTuple):
-    """A candidate after a round.
-
-    Attributes:
-        candidate: its number.
-        samples: that it has seen.
-        loss: on these.
-    """
-
-    candidate: int
-    samples: int
-    loss: tuple[float, ...]
-
-
-def rungs(search: str, candidates: int, samples: int, eta: int = 3) -> list[Rung]:
-    """The rounds of a search.
+class TrialRandom(random.Random):
+    """Random numbers that are parameters of a trial, so that a sampler sees, and may learn, what a `Dimension` draws.
 
     Args:
-        search: `"random"`: every candidate sees every sample; `"halving"`: after every round the best 1 / eta go on and see eta
-            times as many.
-        candidates: how many, the default among them.
-        samples: in the calibration set.
-        eta: of halving.
+        trial: that suggests them.
+        name: of the dimension; the parameters are called `name.kind.number`.
+    """
 
-    Returns:
-        Rounds with rising sample counts; the last has all of them.
+    def __init__(self, trial: Trial, name: str):
+        super().__init__(0)
+        self._trial, self._name, self._counts = trial, name, dict[str, int]()
+
+    def _called(self, kind: str) -> str:
+        self._counts[kind] = self._counts.get(kind, -1) + 1
+        return f"{self._name}.{kind}.{self._counts[kind]}"
+
+    def random(self) -> float:
+        return self._trial.suggest_float(self._called("unit"), 0, 1)
+
+    def uniform(self, a: float, b: float) -> float:
+        return self._trial.suggest_float(self._called("real"), a, b)
+
+    def gauss(self, mu: float = 0.0, sigma: float = 1.0) -> float:
+        return NormalDist(mu, sigma).inv_cdf(self._trial.suggest_float(self._called("normal"), _EDGE, 1 - _EDGE))
+
+    def randint(self, a: int, b: int) -> int:
+        return self._trial.suggest_int(self._called("whole"), a, b)
+
+    def choice(self, seq: Any) -> Any:
+        return seq[self._trial.suggest_categorical(self._called("choice"), range(len(seq)))]
+
+    def sample(self, population: Sequence[Any], k: int, *, counts: Any = None) -> list[Any]:
+        name = self._called("first of")
+        ranks = [self._trial.suggest_float(f"{name}.{i}", 0, 1) for i in range(len(population))]
+        return [population[i] for i in sorted(range(len(population)), key=ranks.__getitem__)[:k]]
+
+
+def stages(search: str, samples: int, eta: int = 3) -> list[int]:
+    """Numbers of samples after which a candidate is looked at; the last is all of them.
+
+    Args:
+        search: one of `SEARCHES`.
+        samples: in the calibration set.
+        eta: after a stage the best 1 / eta go on and see eta times as many.
 
     Raises:
         UnknownNameError: no such search.
         ConfigError: a number is too small.
     """
-    for name, value, least in (("candidates", candidates, 2), ("images", samples, 1), ("eta", eta, 2)):
+    if search not in _SEARCHES:
+        raise unknown("search", search, SEARCHES)
+    for name, value, least in (("images", samples, 1), ("eta", eta, 2)):
         if value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
-    if search == "random":
-        return [Rung(samples, candidates)]
-    if search != "halving":
-        raise unknown("search", search, SEARCHES)
-    rounds = 0
-    while eta ** (rounds + 1) <= candidates and samples // eta ** (rounds + 1) >= LEAST_SAMPLES:
-        rounds += 1
-    return [Rung(samples // eta ** (rounds - k), math.ceil(candidates / eta**k)) for k in range(rounds + 1)]
+    found = [samples]
+    while _SEARCHES[search][1] and found[0] // eta >= LEAST_SAMPLES:
+        found.insert(0, found[0] // eta)
+    return found
 
 
-def work(plan: Sequence[Rung]) -> int:
-    """Samples that a search shows to candidates in all, at most: what a progress bar counts."""
-    done, seen = 0, 0
-    for rung in plan:
-        extra = 0 if rung is plan[0] else 1  # the default, where it is not among the best
-        done += (rung.candidates + extra) * (rung.samples - seen)
-        seen = rung.samples
-    return done
+class Search:
+    """A search in a journal, from which a later start goes on and ends as if it had never been stopped.
 
-
-def search(plan: Sequence[Rung], evaluate: Evaluate) -> list[list[Standing]]:
-    """Runs the rounds.
+    A trial that was stopped in the middle is given up and drawn again: what is suggested follows from the seed and the
+    finished trials alone. So does what is dropped: Optuna's pruner keeps notes in its study, so it has one of its own, in
+    memory, to which finished trials are told again at the start.
 
     Args:
-        plan: see `rungs`.
-        evaluate: see `Evaluate`; it is asked for every candidate in turn, lowest number first.
+        path: of the journal; several searches may share it, one at a time.
+        identity: plain values; another search has others.
+        search: one of `SEARCHES`.
+        eta: see `stages`.
+        seed: of all draws.
 
-    Returns:
-        The standings after every round, best first (of equals the lower number). The first of the last round is the result.
+    Raises:
+        ConfigError: the file is no such journal.
     """
-    alive, seen, rounds = list(range(plan[0].candidates)), 0, []
-    for rung in plan:
-        alive = sorted({0, *alive[: rung.candidates]})
-        standing = [Standing(i, rung.samples, evaluate(i, seen, rung.samples)) for i in alive]
-        standing.sort(key=lambda one: (one.loss, one.candidate))
-        rounds.append(standing)
-        alive, seen = [one.candidate for one in standing], rung.samples
-    return rounds
+
+    def __init__(self, path: Path, identity: Any, search: str, eta: int, seed: int):
+        self.eta, self._seed, (self._sampler, early) = eta, seed, _SEARCHES[search]
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        try:
+            _without_torn_line(path)
+            storage = JournalStorage(JournalFileBackend(str(path), JournalFileOpenLock(str(path))))
+            self.study = optuna.create_study(storage=storage, study_name=key_of(identity), load_if_exists=True)
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ConfigError(f"{path} is no journal of a search: {brief(error)}; name another folder with --out") from error
+        for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            self.study.tell(trial.number, state=TrialState.FAIL)
+        pruner = SuccessiveHalvingPruner(min_resource=1, reduction_factor=eta) if early else NopPruner()
+        self._halving = optuna.create_study(pruner=pruner)
+        self._ghost = self._halving.ask()
+        for trial in self.trials():
+            for step, loss in sorted(trial.intermediate_values.items()):
+                self._goes_on(step, loss)
+            self._ghost = self._halving.ask()
+
+    def trials(self) -> list[FrozenTrial]:
+        """The trials that were finished, dropped ones among them."""
+        return self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE, TrialState.PRUNED])
+
+    def ask(self) -> Trial:
+        """A new trial."""
+        self.study.sampler = self._sampler(int(key_of({"seed": self._seed, "trial": len(self.trials())})[:8], 16))
+        return self.study.ask()
+
+    def report(self, trial: Trial, stage: int, loss: float) -> bool:
+        """Takes the loss of a trial at a stage; whether it is among those that go on."""
+        trial.report(loss, self.eta**stage)
+        return self._goes_on(self.eta**stage, loss)
+
+    def finish(self, trial: Trial, loss: float | None = None) -> None:
+        """Ends a trial: with its loss on everything, or without one that is dropped."""
+        state = TrialState.PRUNED if loss is None else TrialState.COMPLETE
+        self.study.tell(trial, loss, state=state)
+        self._ghost = self._halving.ask()
+
+    def _goes_on(self, step: int, loss: float) -> bool:
+        self._ghost.report(loss, step)
+        return not self._ghost.should_prune()
+
+
+def _without_torn_line(path: Path) -> None:
+    """Cuts what a killed process left half written at the end of a journal, and takes away its lock.
+
+    Raises:
+        ValueError: it is no journal, and stays as it is.
+    """
+    whole = path.read_bytes() if exists(path) else b""
+    end = whole.rfind(b"\n") + 1
+    lines = [json.loads(line) for line in whole[:end].splitlines()]
+    if not all(isinstance(line, dict) and "op_code" in line for line in lines) or (whole and not whole.startswith(b"{")):
+        raise ValueError("a line of it is none of Optuna's")
+    if end < len(whole):
+        with path.open("r+b") as file:
+            file.truncate(end)
+    path.with_name(path.name + ".lock").unlink(missing_ok=True)

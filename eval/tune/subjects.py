@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 
 from vtok.capabilities import candidates_at, encoder_reducer, search_space
 from vtok.config import MethodConfig
-from vtok.core.search_space import Point, Space, draw
+from vtok.core.search_space import Point, Space
 from vtok.cost.budget import solve, steps_of, within
 from vtok.cost.encoder import Estimate
 from vtok.errors import BudgetError, ConfigError, UnsupportedModelError
@@ -25,10 +23,9 @@ from vtok.targets.encoder import estimate_cost, measured
 from vtok.targets.resolve import Size, towers
 
 SLACK = 0.005  # how far under the default a candidate's cost may stay, as a share of the model's FLOPs
-DRAWS = 100  # points that are tried for one candidate
+DRAWS = 100  # points that are tried for one candidate before there are no more
 PRICED = 64  # calibration images that say what a method costs whose counts depend on the image
 
-Advance = Callable[[int], None]
 Priced = tuple[MethodConfig, float]  # a setting, its share of the unpatched model's FLOPs
 
 
@@ -160,30 +157,17 @@ class Encoder:
         return mean_cost(costs, counts).fields()
 
 
-def candidate(subject: Subject, number: int, seed: int, limit: float, taken: list[MethodConfig]) -> tuple[Point, Priced] | None:
-    """The candidate of a number: the first drawn point that meets the budget with a setting that is not taken.
+def at_budget(subject: Subject, point: Point, limit: float, taken: list[MethodConfig]) -> Priced | None:
+    """The setting of a drawn point that costs `limit`, or up to `SLACK` less; `None` if there is none, or another has it.
 
     Args:
         subject: model and method.
-        number: of the candidate, from 1 on.
-        seed: of the search; seed and number alone decide what is drawn.
-        limit: share of FLOPs that it may cost; it costs at most `SLACK` less.
+        point: of its search space.
+        limit: share of FLOPs.
         taken: settings that other candidates have.
-
-    Returns:
-        (point, setting and cost), `None` after `DRAWS` points without success.
     """
-    rng, space = random.Random(f"{seed}/{number}"), subject.space()
-    tried: list[Point] = []
-    for _ in range(DRAWS):
-        point = draw(space, rng)
-        if point in tried:
-            continue
-        tried.append(point)
-        try:
-            config, fraction = subject.at(point, limit)
-        except BudgetError:
-            continue
-        if fraction >= limit - SLACK and config not in taken:
-            return point, (config, fraction)
-    return None
+    try:
+        config, fraction = subject.at(point, limit)
+    except BudgetError:
+        return None
+    return (config, fraction) if fraction >= limit - SLACK and config not in taken else None

@@ -1,33 +1,37 @@
 """Searches the schedule of a method at a FLOPs budget on a small calibration set, and compares it with the default on others.
 
 Every candidate costs what the default costs, or up to half a percent of the model's FLOPs less. What has been drawn and scored
-is appended to `search.ndjson` at once: a second start goes on where the first was stopped, and ends as if nothing had happened.
+is in `search.journal` at once: a second start goes on with the candidate that the first was stopped at.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
+from optuna.trial import Trial
 from torch import Tensor, nn
 
 from vtok.config import MethodConfig
 from vtok.errors import ConfigError
-from vtok.eval.common.records import Records, key_of
+from vtok.eval.common.records import key_of
 from vtok.eval.common.settings import model_name, versions
 from vtok.eval.tune.result import SETTINGS, Candidate, Held, Plan, Tuned
 from vtok.eval.tune.samples import Samples, digest, in_memory
 from vtok.eval.tune.score import loss
-from vtok.eval.tune.search import rungs, search, work
-from vtok.eval.tune.subjects import Encoder, Subject, candidate
+from vtok.eval.tune.search import Search, TrialRandom, stages
+from vtok.eval.tune.subjects import DRAWS, Encoder, Subject, at_budget
 from vtok.registry import METHODS
+from vtok.writing import writable
 
 DIGITS = 7  # of stored measures: a resumed search must see exactly what the first one saw
+JOURNAL = "search.journal"
 
 Progress = Callable[[str, int, int], None]  # (what is going on, done, in all); counts samples
 
@@ -40,7 +44,7 @@ class Tuning:
         plan: how to search.
         calibration: samples to search on.
         held_out: other samples to compare on at the end; `None` = leave that out.
-        out: folder of `search.ndjson`.
+        out: folder of `search.journal`.
         progress: told what is going on.
     """
 
@@ -53,131 +57,144 @@ class Tuning:
         out: Path,
         progress: Progress | None = None,
     ):
-        self.subject, self.plan, self.calibration, self.held_out = subject, plan, calibration, held_out
-        self.rungs = rungs(plan.search, plan.candidates, len(calibration), plan.eta)  # refuses what makes no sense, now
-        self.records = Records(out / "search.ndjson")
-        self.known = self.records.by_key()
-        self.reused = 0
+        self.subject, self.calibration, self.held_out, self.out = subject, calibration, held_out, out
+        self.plan = replace(plan, objective=plan.objective or subject.objective)
+        self.stages = stages(plan.search, len(calibration), plan.eta)  # refuses what makes no sense, now
         self._progress, self._done = progress, 0
-        self._base: dict[str, list[Tensor]] = {}
+        self._base: dict[str, Tensor] = {}
         held = 3 * len(held_out) if held_out is not None else 0
-        self.total = work(self.rungs) + len(calibration) + held
+        self.total = (plan.candidates + 1) * len(calibration) + held
         self._common = {**subject.identity, "dtype": str(next(subject.patched.parameters()).dtype), "vtok": versions()["vtok"]}
 
     def run(self) -> Tuned:
         """Searches and compares, or goes on with it.
 
         Raises:
-            ConfigError: nothing can be searched, or the objective cannot be had.
+            ConfigError: nothing can be searched, the objective cannot be had, or another start is at work in the folder.
             BudgetError: the default cannot meet the budget.
         """
         if not self.subject.space():
             given = ", ".join(f"{name}={value}" for name, value in self.subject.config.given().items()) or "the budget alone"
             raise ConfigError(f"nothing is left to search for {self.subject.config.name}: {given} fixes its schedule")
-        candidates = self._candidates()
-        self.rungs = rungs(self.plan.search, len(candidates), len(self.calibration), self.plan.eta)
-        rounds = search(self.rungs, lambda number, start, stop: self._evaluate(candidates[number], number, start, stop))
+        writable(self.out / JOURNAL)
+        lock = FileLock(self.out / ".search.lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise ConfigError(
+                f"another search is at work in {self.out}; wait for it, or name another folder with --out"
+            ) from None
+        try:
+            return self._run()
+        finally:
+            lock.release()
+
+    def _run(self) -> Tuned:
+        plan = self.plan
+        about: dict[str, Any] = {
+            **self._common,
+            "method": self.subject.config.to_dict(),
+            "calibration": self.calibration.identity,
+            **{name: getattr(plan, name) for name in ("flops", "search", "eta", "objective", "seed")},
+        }
+        search = Search(self.out / JOURNAL, about, plan.search, plan.eta, plan.seed)
+        resumed = len(found := self._candidates(search))
+        self._done = resumed * len(self.calibration)
+        while len(found) < plan.candidates and (trial := self._drawn(search, found)) is not None:
+            self._evaluate(search, trial)
+            found = self._candidates(search)
+        if len(found) < 2:
+            raise ConfigError(
+                f"no schedule of {self.subject.config.name} other than the default was found that costs "
+                f"{found[0].fraction:.3f} of the FLOPs; try another budget"
+            )
+        tuned = Tuned(found[: plan.candidates], {}, resumed)
         self._done = self.total - (3 * len(self.held_out) if self.held_out is not None else 0)
-        held: dict[str, Held] = {}
         if self.held_out is not None:
-            best = candidates[rounds[-1][0].candidate].config
-            for name, config in zip(SETTINGS, (None, candidates[0].config, best)):
-                held[name] = self._held(name, config)
+            for name, config in zip(SETTINGS, (None, found[0].config, tuned.winner)):
+                tuned.held_out[name] = self._held(search, self.held_out, name, config)
         self._tell("done", self.total - self._done)
-        return Tuned(candidates, rounds, held)
+        return tuned
 
     def _tell(self, what: str, samples: int = 0) -> None:
         self._done += samples
         if self._progress is not None:
             self._progress(what, min(self._done, self.total), self.total)
 
-    def _stored(self, identity: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The record of an identity, made and appended if it is not there."""
-        key = key_of({**self._common, **identity})
-        if key in self.known:
-            self.reused += 1
-        else:
-            record = {"key": key, "kind": identity["kind"], **make()}
-            self.records.append(record)
-            self.known[key] = record
-        return self.known[key]
-
-    def _candidates(self) -> list[Candidate]:
-        """The default, then what was drawn; fewer than asked for if the space holds no more."""
-        about = {
-            "method": self.subject.config.to_dict(),
-            "flops": self.plan.flops,
-            "seed": self.plan.seed,
-            "calibration": self.calibration.identity,
-        }
-        found: list[Candidate] = []
-        for number in range(self.plan.candidates):
-            self._tell(f"drawing candidate {number}")
-
-            def make(number: int = number) -> dict[str, Any]:
-                if not found:
-                    config, fraction = self.subject.default(self.plan.flops)
-                    return {"candidate": 0, "method": config.to_dict(), "fraction": fraction, "point": None}
-                taken = [one.config for one in found]
-                drawn = candidate(self.subject, number, self.plan.seed, found[0].fraction, taken)
-                if drawn is None:
-                    return {"candidate": number, "method": None}
-                point, (config, fraction) = drawn
-                return {"candidate": number, "method": config.to_dict(), "fraction": fraction, "point": dict(point)}
-
-            record = self._stored({"kind": "candidate", "number": number, **about}, make)
-            if record["method"] is None:
-                break
-            found.append(Candidate(_config(record["method"]), record["fraction"], record["point"]))
-        if len(found) < 2:
-            raise ConfigError(
-                f"no schedule of {self.subject.config.name} other than the default was found that costs "
-                f"{found[0].fraction:.3f} of the FLOPs; try another budget"
-            )
+    def _candidates(self, search: Search) -> list[Candidate]:
+        """What the journal says of the candidates so far, the default first."""
+        found = []
+        for trial in search.trials():
+            seen = [stop for stop in self.stages if _seen(stop) in trial.user_attrs]
+            if "method" in trial.user_attrs and seen:
+                config, values = _config(trial.user_attrs["method"]), self._values(trial.user_attrs, seen[-1])
+                point = trial.user_attrs["point"]
+                found.append(
+                    Candidate(config, trial.user_attrs["fraction"], point, seen[-1], loss(self.plan.objective, values))
+                )
         return found
 
-    def _evaluate(self, one: Candidate, number: int, start: int, stop: int) -> tuple[float, ...]:
-        """The loss of a candidate on the first `stop` samples, of which it has seen `start`."""
-        title = "default" if number == 0 else f"candidate {number}"
-        self._scores(one.config, start, stop, title)
-        seen = [record for record in (self._chunk(one.config, *span) for span in self._spans(stop)) if record is not None]
-        values = {name: np.concatenate([record["values"][name] for record in seen]) for name in seen[0]["values"]}
-        return loss(self.plan.objective, values)
+    def _drawn(self, search: Search, found: list[Candidate]) -> Trial | None:
+        """The next candidate: the default, then points that meet its cost with a setting of their own.
 
-    def _spans(self, stop: int) -> list[tuple[int, int]]:
-        """The stretches in which the samples up to `stop` are shown."""
-        ends = [0, *(rung.samples for rung in self.rungs if rung.samples <= stop)]
-        return list(itertools.pairwise(ends))
+        `None` after `DRAWS` points without success, of earlier starts too: the space holds no more.
+        """
+        self._tell(f"drawing candidate {len(found)}")
+        if not found:
+            return self._kept(search.ask(), None, *self.subject.default(self.plan.flops))
+        space, taken = self.subject.space(), [one.config for one in found]
+        while True:
+            missed = [trial for trial in search.trials()[-DRAWS:] if "method" not in trial.user_attrs]
+            if len(missed) == DRAWS:
+                return None
+            trial = search.ask()
+            point = {name: space[name].draw(TrialRandom(trial, name)) for name in sorted(space)}
+            priced = at_budget(self.subject, point, found[0].fraction, taken)
+            if priced is not None:
+                return self._kept(trial, point, *priced)
+            search.finish(trial)
 
-    def _identity(self, config: MethodConfig, start: int, stop: int) -> dict[str, Any]:
-        return {"kind": "scores", "method": config.to_dict(), "data": self.calibration.identity, "start": start, "stop": stop}
+    def _kept(self, trial: Trial, point: Any, config: MethodConfig, fraction: float) -> Trial:
+        for name, value in (("point", point), ("fraction", fraction), ("method", config.to_dict())):
+            trial.set_user_attr(name, value)
+        return trial
 
-    def _chunk(self, config: MethodConfig, start: int, stop: int) -> dict[str, Any] | None:
-        return self.known.get(key_of({**self._common, **self._identity(config, start, stop)}))
-
-    def _scores(self, config: MethodConfig, start: int, stop: int, title: str) -> None:
-        self._tell(title)
-
-        def make() -> dict[str, Any]:
+    def _evaluate(self, search: Search, trial: Trial) -> None:
+        """Shows a candidate one stage of samples after the other, as long as it is among the best; the default sees all."""
+        title = "default" if trial.user_attrs["point"] is None else f"candidate {len(self._candidates(search))}"
+        config, start = _config(trial.user_attrs["method"]), 0
+        measures: dict[str, Any] = {}
+        for stage, stop in enumerate(self.stages):
+            self._tell(title)
             values, _ = self._pass(self.calibration, config, start, stop, title)
-            return {"method": config.to_dict(), "start": start, "stop": stop, "values": _plain(values)}
+            measures[_seen(stop)] = _plain(values)
+            trial.set_user_attr(_seen(stop), measures[_seen(stop)])
+            self._tell(title, stop - start)
+            lost = loss(self.plan.objective, self._values(measures, stop))[0]
+            goes_on = search.report(trial, stage, lost)
+            if stop == len(self.calibration):
+                search.finish(trial, lost)
+            elif not goes_on and trial.user_attrs["point"] is not None:
+                search.finish(trial)
+                self._tell(title, len(self.calibration) - stop)  # what it need not see
+                break
+            start = stop
 
-        self._stored(self._identity(config, start, stop), make)
-        self._tell(title, stop - start)
+    def _values(self, attributes: dict[str, Any], stop: int) -> dict[str, np.ndarray]:
+        """Measures of a candidate on the first `stop` samples."""
+        parts = [attributes[_seen(one)] for one in self.stages if one <= stop]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def _held(self, name: str, config: MethodConfig | None) -> Held:
-        assert self.held_out is not None
-        samples, title = self.held_out, f"{name} on held-out samples"
+    def _held(self, search: Search, samples: Samples, name: str, config: MethodConfig | None) -> Held:
+        title, method = f"{name} on held-out samples", None if config is None else config.to_dict()
+        key = "held out " + key_of({"method": method, "data": samples.identity})
         self._tell(title)
-
-        def make() -> dict[str, Any]:
+        if key not in search.study.user_attrs:
             values, cost = self._pass(samples, config, 0, len(samples), title)
-            return {"method": None if config is None else config.to_dict(), "values": _plain(values), "cost": cost}
-
-        method = None if config is None else config.to_dict()
-        record = self._stored({"kind": "held out", "method": method, "data": samples.identity}, make)
+            search.study.set_user_attr(key, {"values": _plain(values), "cost": cost})
         self._tell(title, len(samples))
-        return Held({key: np.asarray(value) for key, value in record["values"].items()}, record["cost"])
+        record = search.study.user_attrs[key]
+        return Held({measure: np.asarray(value) for measure, value in record["values"].items()}, record["cost"])
 
     def _pass(
         self, samples: Samples, config: MethodConfig | None, start: int, stop: int, title: str
@@ -207,8 +224,8 @@ class Tuning:
             for inputs, _ in samples.read(0, len(samples), self.plan.batch_size):
                 parts.append(self.subject.outputs(model, inputs).float().cpu())
                 self._tell("unpatched outputs", len(parts[-1]) if samples is self.calibration else 0)
-            self._base[samples.identity] = [torch.cat(parts)]
-        return self._base[samples.identity][0]
+            self._base[samples.identity] = torch.cat(parts)
+        return self._base[samples.identity]
 
 
 def tune(
@@ -232,7 +249,7 @@ def tune(
         images: [S, C, H, W] as the model takes them, in random order.
         labels: [S] int64; without them objectives that need none can be used.
         held_out: other images and their labels, or `None`, to compare default and winner on.
-        out: folder for `search.ndjson`; a second call with the same arguments goes on where the first was stopped.
+        out: folder for `search.journal`; a second call with the same arguments goes on where the first was stopped.
         progress: called with (what, samples done, samples in all).
         **plan: fields of `Plan`: search, candidates, eta, objective, seed, batch_size.
 
@@ -247,8 +264,12 @@ def tune(
     samples = in_memory("images", images, labels, digest(images))
     other = None if held_out is None else in_memory("held-out images", *held_out, digest(held_out[0]))
     subject = Encoder(model, model_name(model), config, samples, (channels, height, width))
-    wanted = Plan(flops, **{"objective": subject.objective, **plan})
-    return Tuning(subject, wanted, samples, other, Path(out), progress).run()
+    return Tuning(subject, Plan(flops, **plan), samples, other, Path(out), progress).run()
+
+
+def _seen(stop: int) -> str:
+    """The attribute of a trial that holds its measures on the stage that ends at a number of samples."""
+    return f"measures up to {stop}"
 
 
 def _config(values: dict[str, Any]) -> MethodConfig:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -97,36 +97,75 @@ def overlay_sheet(
         titles: of the rows.
         heading: of the sheet.
     """
+    columns = []
+    for title, method, params in settings:
+        with vtok.patched(model, method, trace=True, input_size=tuple(images.shape[1:]), **params):
+            groups = token_groups(model, images)
+        side = int(groups.shape[1] ** 0.5)
+        grid = (side, groups.shape[1] // side)
+        words = [f"{len(np.unique(own[own >= 0]))} of {groups.shape[1]} patches" for own in groups]
+        tiles = [
+            Tile(paint(picture, own, grid), said, outlines(own, grid), grid)
+            for picture, own, said in zip(pictures, groups, words)
+        ]
+        columns.append((title, tiles))
+    write_sheet([Tile(picture, "") for picture in pictures], columns, path, heading, titles)
+
+
+class Tile(NamedTuple):
+    """One picture of a sheet.
+
+    Attributes:
+        pixels: [H, W] or [H, W, 3] in [0, 1].
+        words: under it.
+        edges: lines on it, in patch units, see `outlines`.
+        grid: (rows, columns) of patches, where there are edges.
+    """
+
+    pixels: np.ndarray
+    words: str
+    edges: Sequence[Any] = ()
+    grid: tuple[int, int] = (1, 1)
+
+
+def write_sheet(
+    images: Sequence[Tile],
+    columns: Sequence[tuple[str, Sequence[Tile]]],
+    path: Path,
+    heading: str,
+    titles: Sequence[str] = (),
+    size: tuple[float, float] = (1.7, 1.85),
+) -> None:
+    """A sheet of pictures: the images on the left, then columns with a title each.
+
+    Args:
+        images: one a row.
+        columns: (title, one picture a row).
+        path: PNG to write.
+        heading: of the sheet.
+        titles: of the rows.
+        size: inches of a picture.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.collections import LineCollection
 
-    columns = len(settings) + 1
-    figure, axes = plt.subplots(
-        len(images), columns, figsize=(1.7 * columns, 1.85 * len(images)), squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
-    for r, picture in enumerate(pictures):
-        axes[r, 0].imshow(picture, cmap="gray", vmin=0, vmax=1)
-        if titles:
-            axes[r, 0].set_ylabel(titles[r], fontsize=9)
-    axes[0, 0].set_title("image", fontsize=10)
-    for c, (title, method, params) in enumerate(settings, 1):
-        with vtok.patched(model, method, trace=True, input_size=tuple(images.shape[1:]), **params):
-            groups = token_groups(model, images)
-        side = int(groups.shape[1] ** 0.5)
-        grid = (side, groups.shape[1] // side)
-        axes[0, c].set_title(title, fontsize=10)
-        for r, picture in enumerate(pictures):
-            axis = axes[r, c]
-            axis.imshow(paint(picture, groups[r], grid), extent=(0, grid[1], grid[0], 0), interpolation="nearest")
-            axis.add_collection(LineCollection(outlines(groups[r], grid), colors="white", linewidths=0.35, alpha=0.7))
-            left = len(np.unique(groups[r][groups[r] >= 0]))
-            axis.set_xlabel(f"{left} of {groups.shape[1]} patches", fontsize=7)
+    whole = [("image", images), *columns]
+    figsize = (size[0] * len(whole), size[1] * len(images))
+    figure, axes = plt.subplots(len(images), len(whole), figsize=figsize, squeeze=False, layout="constrained")
+    for c, (title, tiles) in enumerate(whole):
+        axes[0, c].set_title(title, fontsize=10 if not c else 9)
+        for axis, tile in zip(axes[:, c], tiles):
+            extent = (0, tile.grid[1], tile.grid[0], 0) if tile.edges else None
+            axis.imshow(tile.pixels, cmap="gray", vmin=0, vmax=1, extent=extent, interpolation="nearest")
+            axis.add_collection(LineCollection(tile.edges, colors="white", linewidths=0.35, alpha=0.7))
+            axis.set_xlabel(tile.words, fontsize=7)
+            axis.set_xticks([])
+            axis.set_yticks([])
+    for axis, title in zip(axes[:, 0], titles):
+        axis.set_ylabel(title, fontsize=9)
     figure.suptitle(heading, fontsize=11)
     with replacing(path) as scratch:
         figure.savefig(scratch, dpi=110)

@@ -18,10 +18,9 @@ from vtok.eval.common.settings import Setting, twin
 from vtok.eval.models.vlm import VisionLanguageModel
 from vtok.eval.tasks.vqa.data import Question, VQAData
 from vtok.eval.tasks.vqa.pipeline import answer
-from vtok.eval.viz.overlay import paint
+from vtok.eval.viz.overlay import Tile, paint, write_sheet
 from vtok.patches.decoder.pass_state import Counts
 from vtok.targets import vlm_targets
-from vtok.writing import replacing
 
 
 class Survivors(NamedTuple):
@@ -100,7 +99,7 @@ def by_cell(grid: np.ndarray) -> np.ndarray:
     return grid.reshape(len(grid), 2, half, 2, half).sum((2, 4)).reshape(len(grid), 4)
 
 
-def write_sheet(
+def question_sheet(
     model: VisionLanguageModel,
     data: VQAData,
     questions: Sequence[Question],
@@ -120,36 +119,20 @@ def write_sheet(
         heading: of the sheet.
         overview: for pages, tokens of the view of the whole page; what is painted are the crops.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    columns = len(settings) + 1
-    figure, axes = plt.subplots(
-        len(questions), columns, figsize=(1.9 * columns, 2.2 * len(questions)), squeeze=False, layout="constrained"
-    )
     pictures = [np.asarray(data.read(q.image)) / 255 for q in questions]
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
-    for r, (picture, question) in enumerate(zip(pictures, questions)):
-        axes[r, 0].imshow(picture)
-        axes[r, 0].set_xlabel(f"{question.text}\nright: {question.target}", fontsize=7)
-    axes[0, 0].set_title("image", fontsize=10)
-    for c, (title, setting) in enumerate(settings, 1):
+    columns = []
+    for title, setting in settings:
         found = survivors(model, setting.apply(twin(model.net)), data, questions)
         grids = crops_grid(found.left, overview) if overview else _square(found.left)
         side = grids.shape[1]
-        axes[0, c].set_title(title.replace("(", "\n("), fontsize=9)
-        for r, picture in enumerate(pictures):
-            groups = np.where(grids[r].ravel(), np.arange(side * side), -1)
-            axes[r, c].imshow(paint(picture, groups, (side, side)), interpolation="nearest")
-            axes[r, c].set_xlabel(f"{int(grids[r].sum())} of {side * side} tokens\nsays: {found.texts[r]}", fontsize=7)
-    figure.suptitle(heading, fontsize=10)
-    with replacing(path) as scratch:
-        figure.savefig(scratch, dpi=110)
-    plt.close(figure)
+        tiles = []
+        for picture, grid, said in zip(pictures, grids, found.texts):
+            groups = np.where(grid.ravel(), np.arange(side * side), -1)
+            words = f"{int(grid.sum())} of {side * side} tokens\nsays: {said}"
+            tiles.append(Tile(paint(picture, groups, (side, side)), words))
+        columns.append((title.replace("(", "\n("), tiles))
+    asked = [Tile(picture, f"{q.text}\nright: {q.target}") for picture, q in zip(pictures, questions)]
+    write_sheet(asked, columns, path, heading, size=(1.9, 2.2))
 
 
 def _square(left: np.ndarray) -> np.ndarray:

@@ -30,7 +30,10 @@ from vtok.patches.decoder.kv_cache import (
     check_kind,
     check_origin,
     compact,
+    first_of,
     forget,
+    keys_of,
+    of_columns,
     remember,
     renumbered,
     state_of,
@@ -151,10 +154,7 @@ class AfterModel(PrunerHook):
         missed = output is not None and running is not None and running.prunes and not running.reached
         self.pruner.close(failed=output is None or missed)
         if missed:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} read a prompt without calling {self.pruner.family.text}, which vtok takes for its LLM: "
-                "nothing was shortened; this family needs a row in vtok/patches/hf_vlm/families.py"
-            )
+            hf.refuse_unreached(module, self.pruner.family.text)
 
 
 class BeforeText(PrunerHook):
@@ -176,7 +176,7 @@ class BeforeText(PrunerHook):
         if state is None:
             return None
         state.inside = True
-        running.final_norm = getattr(module, "norm", None)
+        running.final_norm, running.rotary = getattr(module, "norm", None), getattr(module, "rotary_emb", None)
         running.reached = True
         if running.prunes:
             return self._first(module, args, kwargs, running, state)
@@ -218,22 +218,21 @@ class BeforeText(PrunerHook):
         changed: dict[str, Any] = {"inputs_embeds": take(x, rows, 1), "position_ids": take(position, rows, position.ndim - 1)}
         if isinstance(mask, Mapping):
             changed["attention_mask"] = {
-                name: masks.gather_mask(m, stage, x, kind, _keys(cache, rows.shape[1], _first_of(cache, name)))
+                name: masks.gather_mask(m, stage, x, kind, keys_of(cache, rows.shape[1], first_of(cache, name)))
                 for name, m in mask.items()
             }
         elif isinstance(mask, Tensor) and mask.ndim == 4:
-            changed["attention_mask"] = masks.gather_mask(mask, stage, x, kind, _keys(cache, rows.shape[1], 0))
+            changed["attention_mask"] = masks.gather_mask(mask, stage, x, kind, keys_of(cache, rows.shape[1], 0))
         elif state.sample is not None and not masks.is_flash(kind):
             allowed = packed.block_mask(packed.of_columns(state.sample, stage.column))
-            changed["attention_mask"] = masks.formed(allowed, x, kind, _keys(cache, rows.shape[1], 0), None)
+            changed["attention_mask"] = masks.formed(allowed, x, kind, keys_of(cache, rows.shape[1], 0), None)
             running.slots_counted = True
         else:  # never None: gaps between positions would then be taken for the borders of packed sequences
             changed["attention_mask"] = (rows >= 0).long()
             running.slots_counted = True
         if state.sample is not None and masks.is_flash(kind):
             changed |= {"attention_mask": None, **packed.lengths(packed.of_columns(state.sample, stage.column))}
-        riders = {name: value for name, value in kwargs.items() if name not in changed and _rides(value, x)}
-        changed |= {name: take(value, rows, 1) for name, value in riders.items()}
+        changed |= {name: take(t, rows, 1) for name, t in kwargs.items() if name not in changed and of_columns(t, x)}
         visual = kwargs.get("visual_pos_masks")
         if visual is not None:  # features of deeper tower layers, added to the visual tokens inside the LLM
             visual = visual.to(x.device)
@@ -332,7 +331,7 @@ def _prompt_kwargs(
     if stage is None or (stage is state.before and not recounted):
         return kwargs
     mask, tables, position = (kwargs.get(name) for name in ("attention_mask", "position_embeddings", "position_ids"))
-    keys = _keys(cache, x.shape[1], index)
+    keys = keys_of(cache, x.shape[1], index)
     kind = layer.self_attn.config._attn_implementation
     if recounted:
         make: Any = functools.partial(
@@ -347,12 +346,13 @@ def _prompt_kwargs(
     if state.sample is not None and masks.is_flash(kind):
         slots = packed.of_columns(state.sample, stage.column)
         changed = {"attention_mask": None, **_once(running, ("lengths", id(stage)), stage, lambda: packed.lengths(slots))}
+    slots = _once(running, ("anew", id(stage)), stage, lambda: packed.anew(state, stage)) if state.compact else stage.entry
     if tables is not None:
         changed["position_embeddings"] = _once(
-            running, ("tables", id(stage), id(tables)), tables, lambda: tuple(take(t, stage.entry, t.ndim - 2) for t in tables)
+            running, ("tables", id(stage), id(tables)), tables, lambda: tuple(take(t, slots, t.ndim - 2) for t in tables)
         )
     if position is not None:
-        changed["position_ids"] = take(position, stage.entry, position.ndim - 1)
+        changed["position_ids"] = take(position, slots, position.ndim - 1)
     return {**kwargs, **changed}
 
 
@@ -367,6 +367,8 @@ def _later_kwargs(
         return kwargs
     mask, kind = kwargs.get("attention_mask"), layer.self_attn.config._attn_implementation
     batch, queries = x.shape[:2]
+    if state.compact and stage is not state.before:
+        kwargs = _moved_down(kwargs, x, stage, running, state)
     if mask is None and queries == 1 and not stage.padded and not sliding:
         return kwargs
     masks.check_implementation(kind, sliding)
@@ -381,21 +383,17 @@ def _later_kwargs(
     return {**kwargs, "attention_mask": _once(running, ("text", id(stage), count, int(keys), int(offset), window), None, build)}
 
 
-def _rides(value: Any, x: Tensor) -> bool:
-    """Whether an argument holds something of every column of a prompt x [B, L, C], such as embeddings for every layer."""
-    return isinstance(value, Tensor) and value.ndim >= 2 and value.shape[:2] == x.shape[:2]
+def _moved_down(kwargs: dict[str, Any], x: Tensor, stage: Stage, running: Pass, state: PromptState) -> dict[str, Any]:
+    """Positions and rotary tables of later text behind a prompt of which a layer has renumbered what is left."""
+    position = kwargs["position_ids"]
+
+    def build() -> tuple[Tensor, Any]:
+        gone = state.now(state.anew(stage)[1], x.shape[0]).to(position.device)
+        lower = position - gone[:, None]
+        return lower, running.rotary(x, lower.to(x.device))
+
+    lower, tables = _once(running, ("lower", id(stage), id(position)), position, build)
+    return {**kwargs, "position_ids": lower, "position_embeddings": tables}
 
 
 _once = Pass.once  # what several layers share
-
-
-def _keys(cache: Any, queries: int, layer: int) -> int:
-    """Key columns that attention sees when a prompt of so many tokens enters a layer."""
-    return queries if cache is None else int(cache.get_mask_sizes(queries, layer)[0])
-
-
-def _first_of(cache: Any, kind: str) -> int:
-    """The first layer of a kind, as the keys of a mapping of masks name it."""
-    sliding = [] if cache is None else list(cache.is_sliding)
-    wanted = kind == "sliding_attention"
-    return sliding.index(wanted) if wanted in sliding else 0

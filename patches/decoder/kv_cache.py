@@ -68,7 +68,7 @@ class PromptState:
         self.length, self.real = length, real
         self.before: Stage | None = None  # what was dropped before the LLM
         self.between: dict[int, Stage] = {}  # decoder layer -> what was dropped in front of it
-        self.compact = False  # whether the tokens behind those dropped before the LLM were renumbered
+        self.compact = False  # whether the tokens behind dropped ones were renumbered
         self.inside = False  # whether the LLM is running: it counts what is stored, everybody else the whole prompt
         self.sample: Tensor | None = None  # [B, L] int64, sample of each column, where a row holds several (decoder_packed)
         self.order: Tensor | None = None
@@ -117,6 +117,24 @@ class PromptState:
         """[B, 1] int64: real columns dropped before the LLM."""
         assert self.before is not None
         return (self.real.sum(1) - self._kept(self.before)).unsqueeze(1)
+
+    def anew(self, stage: Stage) -> tuple[Tensor, Tensor]:
+        """Positions without gaps for what a layer drops: those of as many real slots, from the first that entered the LLM on.
+
+        Args:
+            stage: of tokens that were dropped in front of a decoder layer.
+
+        Returns:
+            ([B, M] int64, the entered column whose position each slot takes, -1 = padding; [B] int64, by how much later text
+            moves down).
+        """
+        column = torch.arange(self.length, device=self.real.device).expand_as(self.real)
+        column = column if self.before is None else self.before.column
+        entered = (column >= 0) & self.real.gather(1, column.clamp_min(0))
+        order = (~entered).long().argsort(dim=1, stable=True)  # real ones first
+        stays = stage.entry >= 0
+        slot = order.gather(1, (stays.cumsum(1) - 1).clamp_min(0)).masked_fill(~stays, -1)
+        return slot, entered.sum(1) - stays.sum(1)
 
     def _kept(self, stage: Stage) -> Tensor:
         return ((stage.column >= 0) & self.real.gather(1, stage.column.clamp_min(0))).sum(1)
@@ -224,6 +242,18 @@ def stored(cache: Any, layer: int = 0) -> int:
     return 0 if cache is None else int(type(cache).get_seq_length(cache, layer))
 
 
+def keys_of(cache: Any, queries: int, layer: int) -> int:
+    """Key columns that attention sees when a prompt of so many tokens enters a layer."""
+    return queries if cache is None else int(cache.get_mask_sizes(queries, layer)[0])
+
+
+def first_of(cache: Any, kind: str) -> int:
+    """The first layer of a kind, as the keys of a mapping of masks name it."""
+    sliding = [] if cache is None else list(cache.is_sliding)
+    wanted = kind == "sliding_attention"
+    return sliding.index(wanted) if wanted in sliding else 0
+
+
 def unknown(cache: Any) -> bool:
     """Whether nothing is known of what a cache holds."""
     return cache is not None and state_of(cache) is None and not cache.__dict__.get(_WHOLE)
@@ -317,6 +347,11 @@ def to_places(into: Tensor, column: Tensor) -> Tensor:
     )
     target = into.gather(1, column.clamp(0, length - 1)).where(inside, -1)
     return place.gather(1, target.clamp_min(0)).where(target >= 0, -1)
+
+
+def of_columns(value: Any, x: Tensor) -> bool:
+    """Whether an argument holds something of every column of a prompt x [B, L, C], such as embeddings for every layer."""
+    return isinstance(value, Tensor) and value.ndim >= 2 and value.shape[:2] == x.shape[:2]
 
 
 def take(x: Tensor, rows: Tensor, dim: int) -> Tensor:

@@ -19,7 +19,7 @@ from vtok.core.prompt import Entry, LayerAttention, Layout, VLMReducer
 from vtok.core.reduction import Fold
 from vtok.core.tokens import Site
 from vtok.errors import UnsupportedModelError
-from vtok.patches.decoder.kv_cache import cache_in
+from vtok.patches.decoder.kv_cache import PromptState, Stage, cache_in
 from vtok.patches.decoder.masks import is_flash
 from vtok.patches.hf_vlm.families import Family
 from vtok.patches.hf_vlm.image_features import feature_list
@@ -83,6 +83,20 @@ def sample_of(
 def has_lengths(kwargs: Mapping[str, Any]) -> bool:
     """Whether a call states the lengths of its samples itself, as flash attention takes them."""
     return all(kwargs.get(name) is not None for name in _VARLEN)
+
+
+def anew(state: PromptState, stage: Stage) -> Tensor:
+    """[B, M] int64: the entered column whose position each slot of a decoder layer takes, see `PromptState.anew`.
+
+    Raises:
+        UnsupportedModelError: a row holds several samples.
+    """
+    if state.sample is not None:
+        raise UnsupportedModelError(
+            "positions='compact' numbers what is left between the decoder layers one after the other, but a row holds several "
+            "samples; give every sample a row of its own, or use positions='original'"
+        )
+    return state.anew(stage)[0]
 
 
 def several(sample: Tensor) -> Tensor:

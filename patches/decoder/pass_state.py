@@ -88,6 +88,7 @@ class Pass:
         layouts: of the images among whose features a method chose (see `Chosen`).
         memo: masks and tables that several layers share.
         final_norm: the last norm of the LLM.
+        rotary: (x, positions) -> rotary tables of the LLM, where it has one function for all layers.
         entry: what entered the LLM, if a method looks at it.
         reached: whether the LLM has been called.
     """
@@ -108,6 +109,7 @@ class Pass:
     layouts: tuple[Any, ...] = ()
     memo: dict[Any, Any] = field(default_factory=dict)
     final_norm: Any = None
+    rotary: Any = None
     entry: Entry | None = None
     reached: bool = False
 
@@ -197,7 +199,7 @@ class Pruner:
         tokens: modality -> id of its placeholder.
         features: what chooses among image features, if anything does.
         layers: decoder layer -> (site, reducer); 0 = before the LLM.
-        compact: whether tokens are renumbered after what was dropped before the LLM.
+        compact: whether tokens are renumbered after what was dropped.
         configs: what was asked for.
         path: of the model.
         tower: what is patched into the vision tower (vtok.targets.encoder.Patch), or `None`.

@@ -323,6 +323,14 @@ def refuse_merged(model: Any) -> None:
     )
 
 
+def refuse_unreached(model: Any, text: str) -> None:
+    """Raises for a model that read a prompt by another way than through the child that vtok hooks."""
+    raise UnsupportedModelError(
+        f"{type(model).__name__} read a prompt without calling {text}, which vtok takes for its LLM: nothing was shortened; "
+        "this family needs a row in vtok/patches/hf_vlm/families.py"
+    )
+
+
 def warn_unseen(model: Any) -> None:
     """Says of a prompt of embeddings without images that none of it is shortened; features from elsewhere look like words."""
     warnings.warn(

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from vtok.config import MethodConfig, fraction
+from vtok.config import MethodConfig, fraction, whole
 from vtok.core.prompt import ImageFeatures, View, VLMInfo, VLMReducer
 from vtok.core.reduction import Plan
 from vtok.core.tokens import Place, Site
-from vtok.errors import ConfigError, shown
+from vtok.errors import ConfigError
 from vtok.ops.selection import kept_tokens
 
 if TYPE_CHECKING:
@@ -30,19 +30,22 @@ class KeptShare(MethodConfig):
     """
 
     set_by_budget: ClassVar[tuple[str, ...]] = ("keep", "keep_tokens")
-    default_keep: ClassVar[float]
+    default_keep: ClassVar[
+        float | None
+    ]  # share that stays where neither is given; `None` = the method's own rule says how many
 
     keep: float | None = None
     keep_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.keep is not None and self.keep_tokens is not None:
             raise ConfigError(f"give keep or keep_tokens, not both (got {self.keep} and {self.keep_tokens})")
-        if self.keep is None and self.keep_tokens is None:
+        if self.keep is None and self.keep_tokens is None and self.default_keep is not None:
             object.__setattr__(self, "keep", self.default_keep)
         if self.keep is not None:
             fraction(self.keep, "keep")
-        else:
+        if self.keep_tokens is not None:
             whole(self.keep_tokens, "keep_tokens", 1)
 
     @property
@@ -56,12 +59,6 @@ class KeptShare(MethodConfig):
 
     def budget_candidates(self, info: VLMInfo) -> Sequence[Self]:
         return [self.replace(keep=(1000 - step) / 1000, keep_tokens=None) for step in range(1000)]
-
-
-def whole(value: Any, name: str, least: int) -> None:
-    """Checks that a value is a whole number from `least` on."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} must be a whole number >= {least}, got {shown(value)}")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from vtok.core.tokens import Site
 from vtok.core.tracker import Run
 from vtok.cost.budget import Budget, default_target, solve, steps_of
 from vtok.cost.encoder import Estimate, estimate
-from vtok.errors import ConfigError, UnsupportedModelError, VtokError
+from vtok.errors import BudgetError, ConfigError, UnsupportedModelError, VtokError
 from vtok.patches.block import check
 from vtok.patches.block import install as install_blocks
 from vtok.patches.module_swap import own_class
@@ -133,7 +133,16 @@ def resolve(
                 assert calibration is not None
                 return measured(adapter, tower, (candidate,), calibration)
 
-            config, budget = solve(config, target, info_, adapter.cost(tower), measure if calibration is not None else None)
+            try:
+                config, budget = solve(config, target, info_, adapter.cost(tower), measure if calibration is not None else None)
+            except BudgetError as error:
+                if flops is not None:
+                    raise
+                given = " or ".join(config.set_by_budget)
+                raise ConfigError(
+                    f"the default of {config.name} leaves {config.default_flops:g} of the blocks' FLOPs, for which "
+                    f"{info_.name} is too shallow; give {given}, or a budget such as flops=0.8 ({error})"
+                ) from error
         chosen.append(config.resolved(info_))
     reducers = [encoder_reducer(config, info_) for config in chosen]
     if len(reducers) > 1 and any(r.ragged for r in reducers):

@@ -153,7 +153,10 @@ def describe(model: nn.Module, vlm: VLM) -> PromptInfo:
         rows.append(PromptRow("before the LLM" if layer == 0 else f"decoder layer {layer}", entered, left))
         entered = left
     text = tuple((last.real & ~last.visual).sum(1).tolist())
-    cost, mean, notes = measured(model, vlm, pruner, last)
+    if vlm.family.generic:
+        cost, mean, notes = None, None, (f"note: what {vlm.info.name} costs is not known in closed form",)
+    else:
+        cost, mean, notes = measured(model, vlm, pruner, last)
     return PromptInfo(
         vlm.path,
         name,

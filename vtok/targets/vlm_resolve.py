@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from vtok.config import MethodConfig
 from vtok.core.prompt import POSITIONS, ImageFeatures, VLMInfo, VLMReducer
 from vtok.core.tokens import Place, Site
 from vtok.errors import ConfigError, UnsupportedModelError, unknown
+from vtok.patches.decoder.masks import window_of
 from vtok.patches.decoder.pass_state import Pruner
 from vtok.patches.hf_vlm.families import VLM
 from vtok.patches.hf_vlm.install import calibration_inputs, observed
@@ -130,10 +132,13 @@ def _check_compact(vlm: VLM, layers: Mapping[int, Any]) -> None:
             f"positions='compact' numbers the tokens that are left one after the other, but {vlm.info.name} gives visual "
             "tokens positions in time, height and width; use positions='original'"
         )
-    if any(layer > 0 for layer in layers):
-        raise ConfigError(
-            "positions='compact' is for tokens dropped before the LLM; what is dropped between its layers has been rotated by "
-            "its original position already: use positions='original'"
+    rotary = getattr(vlm.text, "rotary_emb", None)
+    alike = rotary is not None and [*inspect.signature(rotary.forward).parameters] == ["x", "position_ids"]
+    windows = any(window_of(layer, i) is not None for i, layer in enumerate(vlm.text.layers))
+    if any(layer > 0 for layer in layers) and (not alike or windows):
+        raise UnsupportedModelError(
+            "positions='compact' numbers anew what is left between decoder layers, which takes one rotary table for all of "
+            f"them and attention to all columns; those of {vlm.info.name} differ: use positions='original'"
         )
 
 

@@ -10,15 +10,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from vtok.eval.report.html.rows import Row
-from vtok.eval.report.html.sections import Section
-from vtok.eval.report.html.values import figure, with_ends
+from vtok.eval.common.records import BASELINES
+from vtok.eval.report.frame import front_of
+from vtok.eval.report.rows import Row
+from vtok.eval.report.sections import Section
+from vtok.eval.report.values import figure, with_ends
 
 WIDTH, HEIGHT = 430, 310
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 46
 SMALL_WIDTH, SMALL_HEIGHT = 230, 150
 PALETTE = 8  # colours and shapes that the style sheet has
-FLOORS = {"random": "floor-a", "uniform": "floor-b"}
+LOOKS = ("floor-a", "floor-b")  # classes of the baselines
 _R = 4.6  # of a mark
 
 
@@ -97,35 +99,9 @@ class Plot:
 
 def looks(sections: Sequence[Section]) -> dict[str, tuple[str, int]]:
     """Method -> (class of its colour, number of its shape): the same on the whole page."""
-    names = dict.fromkeys(row.method for s in sections for row in s.patched if row.method not in FLOORS)
+    names = dict.fromkeys(row.method for s in sections for row in s.patched if not row.baseline)
     own = {name: (f"c{i % PALETTE}", i % PALETTE) for i, name in enumerate(names)}
-    return own | {name: (look, PALETTE + i) for i, (name, look) in enumerate(FLOORS.items())}
-
-
-def front_of(rows: Sequence[Row], x: Callable[[Row], float | None], less: bool) -> set[int]:
-    """Numbers of the rows that no other one beats in x and in the headline metric.
-
-    Args:
-        rows: of a section.
-        x: a cost (`less`) or a gain.
-        less: whether less of it is better.
-    """
-    points = [(i, (-v if less else v), r.score.value) for i, r in enumerate(rows) if (v := x(r)) is not None and r.score]
-
-    def beaten(a: float, b: float) -> bool:
-        return any(c >= a and d >= b and (c, d) != (a, b) for _, c, d in points)
-
-    return {i for i, a, b in points if not beaten(a, b)}
-
-
-def macs(row: Row) -> float | None:
-    """GMACs a sample, the reduction's own left out."""
-    return row.gmacs
-
-
-def measured(row: Row) -> float | None:
-    """Speed-up over the unpatched model, which has 1."""
-    return 1.0 if row.unpatched else None if row.speedup is None else row.speedup.point
+    return own | {name: (look, PALETTE + i) for i, (name, look) in enumerate(zip(BASELINES, LOOKS))}
 
 
 def pareto(

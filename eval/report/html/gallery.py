@@ -19,15 +19,14 @@ from vtok.eval.models.by_name import REFERENCE, REFERENCE_CLIP, load_model
 from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_NEXT, VisionLanguageModel, load_vlm
 from vtok.eval.report.html.groups import images_of, labels_of
 from vtok.eval.report.html.questions import Questions
-from vtok.eval.report.html.repeat import methods_of, model_name
-from vtok.eval.report.html.rows import Row
-from vtok.eval.report.html.sections import Section
-from vtok.eval.report.html.values import text
-from vtok.eval.runs.methods import ASSET
+from vtok.eval.report.html.repeat import model_name
+from vtok.eval.report.rows import Row
+from vtok.eval.report.sections import Section
+from vtok.eval.report.values import text
+from vtok.eval.runs.again import configs_of
 from vtok.eval.viz.draw import TokenMaps
 from vtok.eval.viz.input import Prepared, prepared, reference_pixels
 from vtok.eval.viz.token_maps import bundled, encoder_maps
-from vtok.registry import METHODS
 
 SIDE = 128  # pixels of a drawn image
 _COLOURS = 96
@@ -149,22 +148,6 @@ def _settings(section: Section, problems: list[str]) -> list[tuple[Row, list[Met
     return found
 
 
-def configs_of(record: dict[str, Any]) -> list[MethodConfig]:
-    """Config objects of a record; a file of weights that is not there is looked for among the bundled ones."""
-    return [METHODS.get(name).create(**{k: _file(v) for k, v in params.items()}) for name, params in methods_of(record)]
-
-
-def _file(value: Any) -> Any:
-    from vtok.eval.models.reference import asset
-
-    if not isinstance(value, str) or not ("/" in value or value.startswith(ASSET)) or Path(value).exists():
-        return value
-    try:
-        return str(asset(Path(value.removeprefix(ASSET)).name))
-    except FileNotFoundError:
-        return value
-
-
 def _count(section: Section) -> int:
     n = section.first.get("n")
     values = [v for v in n.values() if isinstance(v, int)] if isinstance(n, dict) else [n] if isinstance(n, int) else []
@@ -197,7 +180,8 @@ def _item(
     if shown is None:
         raise ConfigError("no setting could be drawn")
     base = section.base
-    verdict = _verdict(name, section, base, image, shown) if base is not None and name not in _VLMS else ""
+    said = shown.answer is not None
+    verdict = _verdict(name, section, base, image, shown) if base is not None and not said else ""
     first = Tile(_uri(shown), "unpatched" if verdict else "image", f"{shown.patches} tokens", verdict, f"{title}, untouched")
     return Item(title, [first, *tiles])
 
@@ -219,7 +203,7 @@ def _maps(name: str, model: Any, configs: list[MethodConfig], image: str) -> Tok
 def _title(name: str, section: Section, image: str, maps: TokenMaps) -> str:
     if not image.isdigit():
         return Path(image).name
-    if name in _VLMS:
+    if maps.answer is not None:
         asked = _asked(name, int(image))
         return f"Question {image}: {asked.text} ({asked.target})"
     label = labels_of(section, int(image))
@@ -237,10 +221,10 @@ def _verdict(name: str, section: Section, row: Row, image: str, maps: TokenMaps)
     """ "right" or "wrong"; "" where it is not known which sample of the record an image is."""
     if not image.isdigit():
         return ""
-    if name in _VLMS:
+    if maps.answer is not None:
         from vtok.eval.tasks.vqa.metrics import exact_match
 
-        return "right" if exact_match(maps.answer or "", _asked(name, int(image)).target) else "wrong"
+        return "right" if exact_match(maps.answer, _asked(name, int(image)).target) else "wrong"
     known = images_of(section) or []
     if row.correct is None or int(image) not in known or len(row.correct) != len(known):
         return ""

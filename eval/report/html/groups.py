@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
 
 from vtok.eval.common.statistics import paired_difference
-from vtok.eval.report.html.rows import Row, scores_of
-from vtok.eval.report.html.sections import Section, with_sign
-from vtok.eval.report.html.table import Cell
-from vtok.eval.report.html.values import Interval, figure, mapping, number, text
+from vtok.eval.report.html.table import Cell, gap_cell
+from vtok.eval.report.rows import Row, scores_of
+from vtok.eval.report.sections import Section
+from vtok.eval.report.values import Interval, figure, mapping, number, text
+from vtok.eval.tasks.fashion import fashion_labels, is_fashion, rows_of
 
 MOST = 12  # groups in a table
-_PIECES = {1: ("good", "▲"), -1: ("bad", "▼"), 0: ("", "")}
 
 
 @dataclass(frozen=True)
@@ -89,38 +88,23 @@ def _of_labels(section: Section) -> GroupTable | None:
     return _table(section, "class", list(classes), told, gaps)
 
 
-@cache
 def _fashion() -> tuple[np.ndarray, Sequence[str]]:
     from vtok.eval.models.data import FASHION_CLASSES
-    from vtok.eval.models.reference import load_reference_images
 
-    return load_reference_images("test")[1].numpy(), FASHION_CLASSES
-
-
-def _first(count: int, total: int) -> list[int]:
-    return list(range(count))
-
-
-def _spaced(count: int, total: int) -> list[int]:
-    return [i * total // count for i in range(count)]
-
-
-# name of bundled images in records -> which of them `count` samples are: of the demo, of `vtok eval imagenet` and of runs
-_CHOICES: dict[str, Callable[[int, int], list[int]]] = {"fashion-mnist/test": _first, "fashion-mnist": _spaced}
+    return fashion_labels(), FASHION_CLASSES
 
 
 def images_of(section: Section) -> list[int] | None:
     """Numbers of the bundled images that the samples of a section are, in their order; `None` for other data."""
-    choose, n = _CHOICES.get(text(section.first.get("dataset"))), section.first.get("n")
-    if choose is None or isinstance(n, bool) or not isinstance(n, int) or n < 1 or section.first.get("num_skipped"):
+    data, n = text(section.first.get("dataset")), section.first.get("n")
+    if not is_fashion(data) or isinstance(n, bool) or not isinstance(n, int) or section.first.get("num_skipped"):
         return None
-    total = len(_fashion()[0])
-    return choose(n, total) if n <= total else None
+    return rows_of(data, n) if 1 <= n <= len(fashion_labels()) else None
 
 
 def labels_of(section: Section, image: int) -> str:
     """Class of a bundled image, "" if it is not known."""
-    if text(section.first.get("dataset")) not in _CHOICES:
+    if not is_fashion(text(section.first.get("dataset"))):
         return ""
     labels, classes = _fashion()
     return str(classes[int(labels[image])]) if image < len(labels) else ""
@@ -146,8 +130,4 @@ def _table(
 
 
 def _cell(gap: Interval | None) -> Cell:
-    if gap is None:
-        return Cell("–")
-    kind, mark = _PIECES[gap.sign]
-    known = "95 % interval" if gap.known else "no interval is known"
-    return Cell(figure(gap.point, 1, True), gap.point, f"{with_sign(gap)} points, {known}", kind, mark)
+    return Cell("–") if gap is None else gap_cell(gap, "points to unpatched")._replace(words=figure(gap.point, 1, True))

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import vtok
 from vtok.errors import ConfigError, MissingExtraError
+from vtok.eval.report.frame import front_of
 from vtok.eval.report.html import charts
 from vtok.eval.report.html.gallery import Gallery, gallery
 from vtok.eval.report.html.groups import GroupTable, group_tables
 from vtok.eval.report.html.questions import Questions, questions
-from vtok.eval.report.html.read import read
 from vtok.eval.report.html.repeat import Repeat, environment, repeat
-from vtok.eval.report.html.sections import Finding, Section, findings, headline_of, sections
-from vtok.eval.report.html.table import Speeds, Table, all_scores, speeds, summary
-from vtok.eval.report.html.values import count
+from vtok.eval.report.html.table import Shown, Speeds, all_scores, speeds, summary
+from vtok.eval.report.read import read
+from vtok.eval.report.rows import Row
+from vtok.eval.report.sections import Finding, Section, findings, headline_of, sections
+from vtok.eval.report.values import count
 from vtok.writing import apart, writable, write
 
 if TYPE_CHECKING:
@@ -55,8 +57,8 @@ class Part:
     section: Section
     headline: str
     findings: list[Finding]
-    table: Table
-    scores: Table | None
+    table: Shown
+    scores: Shown | None
     plots: list[charts.Plot]
     layers: list[charts.Plot]
     speeds: Speeds | None
@@ -139,10 +141,10 @@ def _part(
     if not section.bench and (options.gallery or options.images):
         drawn = gallery(section, asked, max(options.gallery, 1), options.images)
     plots = [
-        charts.pareto(section, look, charts.macs, True, "GMACs"),
-        charts.pareto(section, look, charts.measured, False, "measured speed-up"),
+        charts.pareto(section, look, macs, True, "GMACs"),
+        charts.pareto(section, look, lambda row: row.measured, False, "measured speed-up"),
     ]
-    front = charts.front_of(section.rows, charts.macs, True) if plots[0] else set()
+    front = front_of(section.rows, macs, True) if plots[0] else set()
     return Part(
         f"s{number}",
         section,
@@ -159,6 +161,11 @@ def _part(
         environment(section),
         repeat(section, number),
     )
+
+
+def macs(row: Row) -> float | None:
+    """GMACs a sample, the reduction's own left out."""
+    return row.gmacs
 
 
 def render(title: str, parts: Sequence[Part], problems: Sequence[str], sources: str) -> str:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vtok.eval.report.html.rows import Row
-from vtok.eval.report.html.sections import Section
-from vtok.eval.report.html.values import figure, number, numbers, text
+from vtok.eval.report.rows import Row
+from vtok.eval.report.sections import Section
+from vtok.eval.report.values import figure, number, numbers, text
 
 MOST = 12
 

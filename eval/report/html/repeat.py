@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from vtok.errors import VtokError
-from vtok.eval.report.html.rows import UNPATCHED, Row
-from vtok.eval.report.html.sections import Section
-from vtok.eval.report.html.values import at, mapping, number, text
-from vtok.eval.runs.again import DTYPES, of_record
+from vtok.eval.report.rows import Row
+from vtok.eval.report.sections import Section
+from vtok.eval.report.values import at, mapping, number, text
+from vtok.eval.runs.again import DTYPES, methods_of, of_record
 from vtok.eval.runs.loader import checked
 from vtok.eval.tasks import RECORDED, TASKS
 from vtok.registry import METHODS
@@ -162,15 +162,6 @@ def method_text(record: dict[str, Any]) -> str:
     return "+".join(_one(name, params) for name, params in methods_of(record))
 
 
-def methods_of(record: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """(name, parameters) of everything that a record says was patched in."""
-    params = record.get("params")
-    if isinstance(params, Sequence) and not isinstance(params, str):
-        held = [mapping(one) for one in params]
-        return [(str(one.get("method")), {k: v for k, v in one.items() if k != "method"}) for one in held]
-    return [(str(record.get("method")), {k: v for k, v in mapping(params).items() if k != "method"})]
-
-
 def _one(name: str, params: dict[str, Any]) -> str:
     cls = METHODS.get(name)
     config = cls.create(**params)
@@ -191,11 +182,6 @@ def _words(value: Any) -> str:
 
 def _versions(value: Any) -> str:
     return ", ".join(f"{text(name, 40)} {text(one, 40)}" for name, one in mapping(value).items())
-
-
-def shown_methods(rows: Sequence[Row]) -> list[str]:
-    """Names of the methods of a section, once each."""
-    return list(dict.fromkeys(row.method for row in rows if row.method != UNPATCHED))
 
 
 def model_name(record: dict[str, Any]) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vtok.eval.report.html.rows import Row, Score
-from vtok.eval.report.html.sections import Section, with_sign
-from vtok.eval.report.html.values import Interval, at, figure, number, with_ends
+from vtok.eval.report.rows import Row, Score
+from vtok.eval.report.sections import Section, with_sign
+from vtok.eval.report.tables import Column
+from vtok.eval.report.values import Interval, at, figure, number, with_ends
 
 _EXTRAS = ("top5", "acc5", "loyalty", "agreement", "image_retrieval_recall@1", "text_retrieval_recall@1")
 _MARKS = {1: "▲", -1: "▼", 0: ""}
@@ -32,37 +33,20 @@ class Cell(NamedTuple):
     mark: str = ""
 
 
-@dataclass(frozen=True)
-class Column:
-    """One column of a table.
-
-    Attributes:
-        name: short, for the header.
-        title: what it is, in a sentence.
-        unit: behind the name, "" = none.
-        cell: row -> cell.
-        numeric: whether it is set flush right.
-    """
-
-    name: str
-    title: str
-    cell: Callable[[Row], Cell]
-    unit: str = ""
-    numeric: bool = True
-
-
-@dataclass(frozen=True)
-class Table:
+class Shown(NamedTuple):
     """Columns that have something to show, and their cells row by row."""
 
     columns: list[Column]
     rows: list[tuple[Row, list[Cell]]]
 
 
-def _table(columns: Sequence[Column], rows: Sequence[Row]) -> Table:
+def _table(columns: Sequence[Column], rows: Sequence[Row]) -> Shown:
     cells = [[column.cell(row) for column in columns] for row in rows]
-    shown = [i for i, column in enumerate(columns) if not column.numeric or any(line[i].sort is not None for line in cells)]
-    return Table([columns[i] for i in shown], [(row, [line[i] for i in shown]) for row, line in zip(rows, cells)])
+    shown = [i for i, column in enumerate(columns) if column.left or any(line[i].sort is not None for line in cells)]
+    return Shown([columns[i] for i in shown], [(row, [line[i] for i in shown]) for row, line in zip(rows, cells)])
+
+
+_SETTING = Column("setting", lambda row: Cell(row.label, row.label.lower()), left=True, title="what was patched in")
 
 
 def plain(value: float | None, digits: int = 1, unit: str = "", factor: float = 1.0) -> Cell:
@@ -70,7 +54,7 @@ def plain(value: float | None, digits: int = 1, unit: str = "", factor: float = 
     return Cell(figure(None if value is None else factor * value, digits, unit=unit), value)
 
 
-def summary(section: Section, front: set[int]) -> Table:
+def summary(section: Section, front: set[int]) -> Shown:
     """Every setting of a section: cost, accuracy, differences, speed.
 
     Args:
@@ -81,15 +65,12 @@ def summary(section: Section, front: set[int]) -> Table:
     score = next((row.score for row in section.rows if row.score is not None), None)
     name, unit = (score.label, score.unit) if score else ("score", "")
 
-    def accuracy(row: Row) -> Cell:
-        return _score(row.score)
-
     def against_random(row: Row) -> Cell:
         rival = section.rivals.get(place[id(row)])
         if rival is None:
             return Cell("–")
         paired = "paired sample by sample" if rival.paired else "not paired"
-        return _gap(rival.gap, f"against {rival.row.label}, {rival.cost}, {paired}")
+        return gap_cell(rival.gap, f"against {rival.row.label}, {rival.cost}, {paired}")
 
     def best(row: Row) -> Cell:
         here = place[id(row)] in front
@@ -98,30 +79,29 @@ def summary(section: Section, front: set[int]) -> Table:
         )
 
     columns = [
-        Column("setting", "what was patched in", lambda r: Cell(r.label, r.label.lower()), numeric=False),
-        Column(name, "± standard error", accuracy, unit),
-        Column("vs unpatched", "paired difference in points, with its 95 % interval", _difference, "points [95 %]"),
-        Column("vs random", "difference in points to random at the same cost", against_random, "points [95 %]"),
-        Column("tokens", "mean over the layers", lambda r: plain(r.mean_tokens, 0)),
-        Column("GMACs", "multiply-accumulates a sample, the reduction's own left out", _macs),
-        Column("implied", "unpatched over patched GMACs", lambda r: plain(r.implied, 2, "×"), "speed-up"),
-        Column("measured", "median of pairs with its 95 % interval", _measured, "speed-up [95 %]"),
-        Column("achieved", "measured over implied", _achieved),
+        _SETTING,
+        Column(name, lambda r: _score(r.score), title="± standard error", unit=unit),
+        Column("vs unpatched", _difference, title="paired difference in points, with its 95 % interval", unit="points [95 %]"),
+        Column("vs random", against_random, title="difference in points to random at the same cost", unit="points [95 %]"),
+        Column("tokens", lambda r: plain(r.mean_tokens, 0), title="mean over the layers"),
+        Column("GMACs", _macs, title="multiply-accumulates a sample, the reduction's own left out"),
+        Column("implied", lambda r: plain(r.implied, 2, "×"), title="unpatched over patched GMACs", unit="speed-up"),
+        Column("measured", _measured, title="median of pairs with its 95 % interval", unit="speed-up [95 %]"),
+        Column("achieved", _achieved, title="measured over implied"),
         *(_extra(extra) for extra in _EXTRAS if score is None or extra != score.name),
-        Column("first token", "time until the first token of an answer", _of("ttft_ms", 0), "ms"),
-        Column("KV", "keys and values of a prompt, 10^6 bytes", _kv, "MB"),
-        *([Column("Pareto", "on the front of accuracy against GMACs", best)] if front else []),
+        Column("first token", _of("ttft_ms", 0), title="time until the first token of an answer", unit="ms"),
+        Column("KV", _kv, title="keys and values of a prompt, 10^6 bytes", unit="MB"),
+        *([Column("Pareto", best, title="on the front of accuracy against GMACs")] if front else []),
     ]
     return _table(columns, section.rows)
 
 
-def all_scores(section: Section) -> Table | None:
+def all_scores(section: Section) -> Shown | None:
     """Every metric of every setting; `None` where the summary shows them all."""
     names = list(dict.fromkeys(name for row in section.rows for name in row.scores))
     if len(names) < 2:
         return None
-    columns = [Column("setting", "what was patched in", lambda r: Cell(r.label, r.label.lower()), numeric=False)]
-    return _table([*columns, *(_any_score(name) for name in names)], section.rows)
+    return _table([_SETTING, *(_any_score(name) for name in names)], section.rows)
 
 
 @dataclass(frozen=True)
@@ -174,15 +154,7 @@ def speeds(section: Section) -> Speeds | None:
     for row in timed:
         s = row.speedup
         assert s is not None
-        kind, verdict = (
-            ("bad", "slower than unpatched")
-            if row.slower
-            else ("plain", "not clearly faster")
-            if row.not_faster
-            else ("plain", "too few pairs to tell")
-            if row.untold
-            else ("good", "faster")
-        )
+        kind, verdict = row.verdict
         low, high = (s.point if end is None else end for end in (s.low, s.high))
         lines.append(
             Speed(
@@ -215,10 +187,11 @@ def _score(score: Score | None) -> Cell:
 
 def _difference(row: Row) -> Cell:
     known = row.score.difference if row.score else None
-    return Cell("–") if known is None else _gap(known, "paired with unpatched")
+    return Cell("–") if known is None else gap_cell(known, "paired with unpatched")
 
 
-def _gap(gap: Interval, title: str) -> Cell:
+def gap_cell(gap: Interval, title: str) -> Cell:
+    """A difference with its interval, coloured and marked where that lies on one side of zero."""
     kind = {1: "good", -1: "bad", 0: ""}[gap.sign]
     told = {1: "the interval lies above zero", -1: "the interval lies below zero", 0: "the interval holds zero"}[gap.sign]
     return Cell(with_sign(gap), gap.point, f"{title}; {told if gap.known else 'no interval is known'}", kind, _MARKS[gap.sign])
@@ -234,17 +207,8 @@ def _macs(row: Row) -> Cell:
 def _measured(row: Row) -> Cell:
     if row.speedup is None:
         return Cell("–")
-    kind = "bad" if row.slower else ""
-    title = (
-        "slower than unpatched"
-        if row.slower
-        else "not clearly faster"
-        if row.not_faster
-        else "too few pairs to tell"
-        if row.untold
-        else "faster than unpatched"
-    )
-    return Cell(with_ends(row.speedup, 2, unit="×"), row.speedup.point, title, kind, "▼" if row.slower else "")
+    kind, mark = ("bad", "▼") if row.slower else ("", "")
+    return Cell(with_ends(row.speedup, 2, unit="×"), row.speedup.point, row.verdict[1], kind, mark)
 
 
 def _achieved(row: Row) -> Cell:
@@ -271,7 +235,8 @@ def _kv(row: Row) -> Cell:
 
 
 def _extra(name: str) -> Column:
-    return Column(Score(name, 0.0).label, f"{name}, ± standard error", lambda row: _score(row.scores.get(name)), "%")
+    about = f"{name}, ± standard error"
+    return Column(Score(name, 0.0).label, lambda row: _score(row.scores.get(name)), title=about, unit="%")
 
 
 def _any_score(name: str) -> Column:
@@ -282,4 +247,4 @@ def _any_score(name: str) -> Column:
         known = score.difference
         return _score(score)._replace(title="" if known is None else f"vs unpatched {with_sign(known)}")
 
-    return Column(name.replace("_", " "), name, cell)
+    return Column(name.replace("_", " "), cell, title=name)

@@ -28,7 +28,7 @@ class Question(NamedTuple):
         text: of the question, as it was asked.
         answers: of everybody who was asked, the most frequent one is the target; empty where the evaluation server alone knows
             them.
-        image: key of the image; `None` = a question without one.
+        image: key of the image, or of what else is shown: several images, frames of a video; `None` = a question without one.
         groups: what it is counted under besides, e.g. {"kind": "yes/no"}.
         facts: what else its score depends on, e.g. {"choices": 4}.
     """
@@ -52,12 +52,13 @@ class VQAData:
     Attributes:
         name: of the data set.
         questions: in the order in which they are asked.
-        read: key of an image -> PIL image.
+        read: key of an image -> PIL image, a list of them, or a `Clip`.
         prompt: what stands behind every question.
         blind: text of a question -> the best answer without the image, as far as it is known.
         split: part of the data set that it is.
         whole: whether scores need all questions about an image, so that a part of them is a part of the images.
         identify: key of an image -> hash of its content; `None` = of its pixels.
+        probe: key of an image -> nothing; raises if it cannot be read. `None` = what `read` does.
     """
 
     name: str
@@ -68,6 +69,7 @@ class VQAData:
     split: str = ""
     whole: bool = False
     identify: Callable[[Any], str] | None = None
+    probe: Callable[[Any], None] | None = None
 
     def take(self, count: int | None) -> VQAData:
         """One question of each of `count` equal stretches; `None` = all.
@@ -105,9 +107,10 @@ class VQAData:
     def readable(self) -> tuple[VQAData, list[tuple[str, str]]]:
         """(The questions whose picture can be read, (picture, why not) of the others). Every picture is read once."""
         skipped: dict[Any, str] = {}
+        probe = self.read if self.probe is None else self.probe
         for image in dict.fromkeys(q.image for q in self.questions if q.image is not None):
             try:
-                self.read(image)
+                probe(image)
             except Exception as error:  # decoders raise whatever they like
                 skipped[image] = brief(error)
         if not skipped:

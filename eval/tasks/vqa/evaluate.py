@@ -13,16 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import vtok
-from vtok.errors import ConfigError, shown
+from vtok.errors import ConfigError
 from vtok.eval.common.distributed import current
+from vtok.eval.common.dtypes import dtype_of
 from vtok.eval.common.settings import Setting, evaluating, placed
 from vtok.eval.models.vlm import VisionLanguageModel, load_vlm
 from vtok.eval.runs.again import run_file
 from vtok.eval.tasks import QUESTION_TASKS
-from vtok.eval.tasks.timm_pipeline import TYPES
 from vtok.eval.tasks.vqa.data import VQAData
 from vtok.eval.tasks.vqa.files import read_results
 from vtok.eval.tasks.vqa.job import Job
@@ -75,7 +73,7 @@ def evaluate(
     named = data
     if not isinstance(data, VQAData):
         places = (options.questions, options.annotations, options.images, options.ocr, options.split)
-        data = task.open(Sources(os.fspath(data), *places))
+        data = task.open(Sources(os.fspath(data), *places, options.frames))
     data = data.take(options.num_samples)
     if options.prompt is not None:
         data = data.with_prompt(options.prompt)
@@ -89,8 +87,8 @@ def evaluate(
     folder = Path(options.output) if options.output else None
     device = current().device(options.device)
     with evaluating(vlm.net):
-        base = placed(vlm.net, _type(options.model_dtype), device)
-        model = VisionLanguageModel(base, vlm.processor, vlm.name)
+        base = placed(vlm.net, dtype_of(options.model_dtype), device)
+        model = VisionLanguageModel(base, vlm.processor, vlm.name, options.frames_as_images)
         longest = task.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
         dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
         again = partial(run_file, task.name, vlm.name, "transformers", named, options=options, dtype=dtype)
@@ -129,9 +127,3 @@ def _foreign(path: Path, data: VQAData) -> tuple[str, list[str]]:
     if missing:
         raise ConfigError(f"{path} has no answer to {len(missing)} of {len(data.questions)} questions, the first: {missing[0]}")
     return path.stem, [answers[q.doc_id] for q in data.questions]
-
-
-def _type(name: str | None) -> torch.dtype | None:
-    if name is not None and name not in TYPES:
-        raise ConfigError(f"unknown type {shown(name)}; known: {', '.join(TYPES)}")
-    return None if name is None else TYPES[name]

@@ -7,27 +7,49 @@ The names that lmms-eval 0.7 reads are the defaults (most ask for a login to the
 | chartqa | lmms-lab-encoder/ChartQA | test |
 | docvqa | lmms-lab-encoder/DocVQA | DocVQA, validation |
 | gqa | lmms-lab-encoder/GQA | testdev_balanced_instructions (images: testdev_balanced_images), testdev |
+| mmbench | lmms-lab-encoder/MMBench | en, dev |
 | mme | lmms-lab-encoder/MME | test |
+| mmmu | lmms-lab-encoder/MMMU | validation |
+| ocrbench | echo840/OCRBench | test |
 | pope | lmms-lab-encoder/POPE | test |
+| refcoco | lmms-lab-encoder/RefCOCO | val |
 | scienceqa, scienceqa_img | lmms-lab-encoder/ScienceQA | ScienceQA-FULL, ScienceQA-IMG, test |
+| seedbench | lmms-lab-encoder/SEED-Bench | test |
 | textvqa | lmms-lab-encoder/textvqa | validation |
+| videomme | lmms-eval/Video-MME | videomme, test (its videos are files: --images) |
+| vizwiz | lmms-lab-encoder/VizWiz-VQA | val |
 | vqav2 | lmms-lab-encoder/VQAv2 | validation |
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vtok.errors import ConfigError, MissingExtraError, shown
-from vtok.eval.common.pictures import digest, open_picture
+from vtok.eval.common.pictures import digest, find_files, open_picture
 from vtok.eval.tasks.vqa.data import Question, VQAData
 from vtok.eval.tasks.vqa.files import checked
 from vtok.eval.tasks.vqa.sources import Sources
+from vtok.eval.tasks.vqa_video.videos import Videos
 
 HUB = "hub"
 _SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
+
+
+class Cell(NamedTuple):
+    """An image in a column that is not called "image", or in a list; several of them, as a tuple, are shown together.
+
+    Attributes:
+        row: its number.
+        column: of the image.
+        number: place in a list, `None` = the column holds one image.
+    """
+
+    row: int
+    column: str
+    number: int | None = None
 
 
 class Hub(NamedTuple):
@@ -37,25 +59,32 @@ class Hub(NamedTuple):
         path: of the data set on the hub.
         config: its configuration, `None` = the only one.
         split: that is asked.
-        question: (row without its image, place for messages, key of its image or `None` without one, split) -> question.
+        question: (row without its image, place for messages, key of its image or `None` without one, split) -> question, or
+            as many of them as the row holds.
         prompt: text behind every question.
         images: configuration that holds the images apart, "" = they stand in the rows.
         image_id: column that names a row's image there, whose rows have an `id`.
         same_image: column that is equal for rows with the same image, "" = none is known.
         optional: whether a row may have no image.
         check: (questions, place) -> questions, what must hold for all of them together.
+        columns: that hold images; the question is then given the number of its row, see `Cell`.
+        sizes: whether a row is given the `width` and `height` of its image, in pixels.
+        video: row -> name of its video, a file in the folder of the images; `None` = rows are about images.
     """
 
     path: str
     config: str | None
     split: str
-    question: Callable[[Any, str, Any, str], Question]
+    question: Callable[[Any, str, Any, str], Question | Sequence[Question]]
     prompt: str
     images: str = ""
     image_id: str = ""
     same_image: str = ""
     optional: bool = False
     check: Callable[[VQAData, str], VQAData] | None = None
+    columns: tuple[str, ...] = ("image",)
+    sizes: bool = False
+    video: Callable[[Any], str] | None = None
 
 
 def is_dataset(data: str) -> bool:
@@ -81,17 +110,20 @@ def read(name: str, hub: Hub, sources: Sources) -> VQAData:
         MissingExtraError: `datasets` is not installed.
     """
     split = sources.split or hub.split
+    if hub.video is not None:
+        return _about_videos(name, hub, sources, split)
     rows = _load(sources.data, hub, hub.config, split)
     pictures = _load(sources.data, hub, hub.images, split) if hub.images else rows
-    if "image" not in pictures.column_names:
-        raise ConfigError(
-            f"{sources.data} has no column 'image', only {', '.join(pictures.column_names)}; is it data of {name}?"
-        )
+    for column in hub.columns:
+        if column not in pictures.column_names:
+            raise ConfigError(
+                f"{sources.data} has no column {column!r}, only {', '.join(pictures.column_names)}; is it data of {name}?"
+            )
     of_id = {number: i for i, number in enumerate(pictures["id"])} if hub.images else {}
     found: list[Question] = []
     shared: dict[Any, int] = {}
-    seen = _present(rows, hub.optional)
-    for i, row in enumerate(rows.remove_columns([c for c in ("image",) if c in rows.column_names])):
+    seen, reader = _present(rows, hub.optional), _Rows(sources.data, pictures, hub.columns)
+    for i, row in enumerate(rows.remove_columns([c for c in hub.columns if c in rows.column_names])):
         place = f"{sources.data}, row {i}"
         image: Any = i if hub.images or seen[i] else None
         if hub.images:
@@ -100,35 +132,69 @@ def read(name: str, hub: Hub, sources: Sources) -> VQAData:
                 raise ConfigError(f"{place}: no image has the id {shown(row.get(hub.image_id))} in {hub.images}")
         elif hub.same_image and row.get(hub.same_image) is not None:
             image = shared.setdefault(row[hub.same_image], i)
-        found.append(hub.question({**row, "ocr": bool(sources.ocr)}, place, image, split))
-    data = checked(name, found, Path(sources.data), _Rows(sources.data, pictures), hub.prompt, split)
+        more = dict(zip(("width", "height"), reader.read(image).size)) if hub.sizes else {}
+        found += _listed(hub.question({**row, **more, "ocr": bool(sources.ocr)}, place, image, split))
+    data = checked(name, found, Path(sources.data), reader, hub.prompt, split)
+    return data if hub.check is None else hub.check(data, sources.data)
+
+
+def _listed(made: Question | Sequence[Question]) -> Sequence[Question]:
+    return [made] if isinstance(made, Question) else made
+
+
+def _about_videos(name: str, hub: Hub, sources: Sources, split: str) -> VQAData:
+    """Questions of rows that name a video, which is a file."""
+    if not sources.images and not Path(sources.data).is_dir():
+        raise ConfigError(f"the videos of {name} are no part of its rows: pass the folder that holds them (--images)")
+    videos, found = Videos.of(sources), list[Question]()
+    for i, row in enumerate(_load(sources.data, hub, hub.config, split)):
+        place = f"{sources.data}, row {i}"
+        video = str(videos.find(hub.video(row), place))  # type: ignore[misc]
+        found += _listed(hub.question({**row, "ocr": bool(sources.ocr)}, place, video, split))
+    data = videos.questions(name, found, Path(sources.data), hub.prompt, split)
     return data if hub.check is None else hub.check(data, sources.data)
 
 
 class _Rows:
     """Images in the rows of a data set, by the number of the row."""
 
-    def __init__(self, name: str, rows: Any):
-        import datasets
-
+    def __init__(self, name: str, rows: Any, columns: Sequence[str] = ("image",)):
         self.name = name
-        undecoded = isinstance(rows.features["image"], datasets.Image)
-        self._rows = rows.cast_column("image", datasets.Image(decode=False)) if undecoded else rows
+        for column in columns:
+            rows = rows.cast_column(column, _undecoded(rows.features[column]))
+        self._rows = rows
 
-    def _source(self, row: Any) -> Any:
+    def _source(self, key: Any) -> Any:
         """Bytes or path of the picture, or what else the row holds."""
-        cell = self._rows[int(row)]["image"]
+        where = key if isinstance(key, Cell) else Cell(int(key), "image")
+        cell = self._rows[where.row][where.column]
+        if where.number is not None:
+            cell = cell[where.number] if isinstance(cell, list) and where.number < len(cell) else None
         if not isinstance(cell, dict):
             return cell
         return cell["path"] if cell.get("bytes") is None else cell["bytes"]
 
-    def read(self, row: Any) -> Any:
-        """A PIL image."""
-        return open_picture(self._source(row), name=f"{self.name}, image of row {row}")
+    def read(self, key: Any) -> Any:
+        """A PIL image, or of several keys a list of them."""
+        if isinstance(key, tuple) and not isinstance(key, Cell):
+            return [self.read(one) for one in key]
+        row = key.row if isinstance(key, Cell) else key
+        return open_picture(self._source(key), name=f"{self.name}, image of row {row}")
 
-    def identify(self, row: Any) -> str:
+    def identify(self, key: Any) -> str:
         """Hash of its content."""
-        return digest(self._source(row))
+        if isinstance(key, tuple) and not isinstance(key, Cell):
+            return " ".join(self.identify(one) for one in key)
+        return digest(self._source(key))
+
+
+def _undecoded(feature: Any) -> Any:
+    """The same feature whose images stay files."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    return type(feature)(_undecoded(feature.feature)) if hasattr(feature, "feature") else feature
 
 
 def _present(rows: Any, optional: bool) -> list[bool]:
@@ -149,7 +215,10 @@ def _load(data: str, hub: Hub, config: str | None, split: str) -> Any:
     folders = [
         folder for folder in (Path(data) / (config or ""), Path(data)) if any((folder / name).is_file() for name in _SAVED)
     ]
+    files = [] if folders or hub.video is None or not Path(data).is_dir() else find_files(Path(data), f"{split}*.parquet")
     try:
+        if files:  # videos beside them would be taken for the data
+            return datasets.load_dataset("parquet", data_files={split: [str(file) for file in files]}, split=split)
         if not folders:
             name = hub.path if data == HUB else data.removeprefix(f"{HUB}:")
             return datasets.load_dataset(name, _known(datasets, name, config), split=split)

@@ -14,10 +14,9 @@ from torch import nn
 import vtok
 from vtok.config import MethodConfig
 from vtok.eval.common.distributed import current
-from vtok.eval.common.records import Records, key_of
+from vtok.eval.common.records import BASELINES, Records, key_of
 from vtok.eval.common.settings import Setting, fingerprint, twin, versions
 from vtok.eval.models.vlm import VisionLanguageModel
-from vtok.eval.report.tables import FLOOR
 from vtok.eval.tasks.vqa.data import VQAData
 from vtok.eval.tasks.vqa.pipeline import Entry, Line, Progress, Samples, ask
 from vtok.eval.tasks.vqa.plain import TASK
@@ -77,6 +76,7 @@ class Job:
             "dtype": str(first.dtype),
             "seed": self.seed,
             "vtok": versions()["vtok"],
+            **({"frames_as_images": True} if self.model.frames_as_images else {}),
         }
         return Entry(setting, net, key_of(identity))
 
@@ -89,13 +89,15 @@ class Job:
         ask(self.model, self.data, [*base, *entries], self.samples, *limits, progress, self.task)
 
     def floors(self) -> list[Entry]:
-        """Random and uniform at the mean share of visual tokens that every setting kept."""
-        shares = []
+        """Random and uniform at the mean share of visual tokens that every setting kept; of these two the other one."""
+        wanted: dict[tuple[float, str], None] = {}
         for entry in self.entries:
             share = float(self.kept(entry).mean()) / self.visual(entry)
-            if not entry.unpatched and entry.setting.name not in FLOOR and 0 < share < 1:
-                shares.append(round(share, 4))
-        return [self.entry(Setting(name, {"keep": share})) for share in dict.fromkeys(shares) for name in FLOOR]
+            if not entry.unpatched and 0 < share < 1:
+                wanted |= dict.fromkeys((round(share, 4), name) for name in BASELINES if name != entry.setting.name)
+        found = [self.entry(Setting(name, {"keep": share})) for share, name in wanted]
+        there = {entry.key for entry in self.entries}
+        return [entry for entry in found if entry.key not in there]
 
     def lines(self, entry: Entry) -> list[Line]:
         """Samples of a setting, in the order of the questions."""

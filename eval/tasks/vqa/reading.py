@@ -202,6 +202,8 @@ class Pictures:
             leads out of it the file's own name counts.
     """
 
+    kind = "image"  # what they are called in messages
+
     def __init__(self, folder: Path, named: bool = False):
         self.folder, self.named = folder, named
         self._index: dict[str, list[Path]] | None = None
@@ -227,8 +229,8 @@ class Pictures:
             found = self._find(name, place, deep)
             if not self.named and not within(self.folder, found):
                 raise ConfigError(
-                    f"{place}: the image {brief(name)} is a link to {found.resolve()}, outside {self.folder}; if that is "
-                    "meant, pass the folder of the images (--images)"
+                    f"{place}: the {self.kind} {brief(name)} is a link to {found.resolve()}, outside {self.folder}; if that is "
+                    f"meant, pass the folder of the {self.kind}s (--images)"
                 )
             self._known[name] = found
         return self._known[name]
@@ -237,8 +239,8 @@ class Pictures:
         out = leaves(name) and not _below(self.folder, name)
         if out and not self.named:
             raise ConfigError(
-                f"{place}: the image {brief(name)} lies outside {self.folder}; if that is meant, pass the folder of the images "
-                "(--images)"
+                f"{place}: the {self.kind} {brief(name)} lies outside {self.folder}; if that is meant, pass the folder of the "
+                f"{self.kind}s (--images)"
             )
         direct = self.folder / name
         if not out and is_file(direct):
@@ -248,10 +250,13 @@ class Pictures:
         found = nearer or found
         if not found:
             raise ConfigError(
-                f"{place}: the image {brief(name)} is missing from {self.folder}; pass the folder of the images (--images)"
+                f"{place}: the {self.kind} {brief(name)} is missing from {self.folder}; pass the folder of the {self.kind}s "
+                "(--images)"
             )
         if len(found) > 1:
-            raise ConfigError(f"{place}: the image {name} may be {found[0]} or {found[1]}; pass the folder of one (--images)")
+            raise ConfigError(
+                f"{place}: the {self.kind} {name} may be {found[0]} or {found[1]}; pass the folder of one (--images)"
+            )
         return found[0]
 
     def _by_name(self, name: str) -> list[Path]:

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from vtok.eval.common.rates import Timed, throughput
+from vtok.eval.common.rates import Step, throughput
+from vtok.eval.common.records import bits
 from vtok.eval.common.statistics import Interval, clustered_mean_stderr, paired_difference, paired_ratio, share
 from vtok.eval.tasks.vqa.data import VQAData
 from vtok.eval.tasks.vqa.metrics import exact_match, loyalty
@@ -94,7 +95,7 @@ def blind_scores(data: VQAData) -> np.ndarray | None:
 
 
 def accuracy_fields(data: VQAData, scored: Scored, base: Scored | None, kept: np.ndarray | None) -> dict[str, Any]:
-    """`n`, `metrics`, `blind` and `groups` of a record, and `correct`, one bit a question (see `report.correctness`).
+    """`n`, `metrics`, `blind` and `groups` of a record, and `correct`, one bit a question (see `correctness`).
 
     Args:
         data: the questions.
@@ -121,7 +122,7 @@ def accuracy_fields(data: VQAData, scored: Scored, base: Scored | None, kept: np
         "metrics": scored.metrics(base),
         "blind": None if blind is None else float(blind.mean()),
         "groups": by_group,
-        "correct": np.packbits(scored.scores[scored.task.correct] >= RIGHT).tobytes().hex(),
+        "correct": bits(scored.scores[scored.task.correct] >= RIGHT),
     }
 
 
@@ -187,7 +188,7 @@ def _answered(lines: Sequence[Line], world: int) -> dict[str, Any]:
     """`throughput` in whole answers; those that an earlier start gave in more processes than there are now are left out."""
     count = Counter(line["batch"] for line in lines)
     batches = [line for line in {line["batch"]: line for line in lines}.values() if line.get("rank", world) < world]
-    timed = [Timed(line["rank"], count[line["batch"]], line["seconds"], line["cold"]) for line in batches]
+    timed = [Step(0, count[line["batch"]], line["seconds"], line["cold"], line["rank"]) for line in batches]
     return {"throughput": throughput(timed, world)} if timed else {}
 
 

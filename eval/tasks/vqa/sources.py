@@ -17,7 +17,7 @@ class Sources(NamedTuple):
 
     Attributes:
         data: folder, or one file.
-        questions, annotations, images, ocr, split: see `VQAOptions`.
+        questions, annotations, images, ocr, split, frames: see `VQAOptions`.
     """
 
     data: str
@@ -26,6 +26,7 @@ class Sources(NamedTuple):
     images: str = ""
     ocr: str = ""
     split: str = ""
+    frames: int = 16
 
     @property
     def folder(self) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from vtok.eval.common.checked import check_fields, check_range
+from vtok.eval.common.checked import Count, DType, Seed, check_fields
 from vtok.eval.tasks.vqa.data import Question, VQAData
 from vtok.eval.tasks.vqa.hub import Hub, is_dataset, read
 from vtok.eval.tasks.vqa.sources import Score, Sources, Write
@@ -24,18 +24,21 @@ class VQAOptions:
 
     Attributes:
         task: whose files, prompts and scores: "vqa" (the bundled questions, lines of JSON, VQAv2's files), "chartqa", "docvqa",
-            "gqa", "mme", "pope", "scienceqa", "scienceqa_img", "textvqa" or "vqav2".
+            "gqa", "mmbench", "mme", "mmmu", "mvbench", "ocrbench", "pope", "refcoco", "scienceqa", "scienceqa_img",
+            "seedbench", "textvqa", "videomme", "vizwiz" or "vqav2".
         questions: file with the questions; "" = find it in the folder of the data.
         annotations: file with VQAv2's annotations; "" = find it.
-        images: folder of the images; "" = the folder of the data.
+        images: folder of the images, or of the videos; "" = the folder of the data.
         ocr: file with TextVQA's OCR tokens, which are then put into the prompt; "" = no tokens in the prompt.
         split: part of the data; "" = the one that the task is quoted on. Of test splits whose answers are kept secret (vqav2,
-            textvqa, docvqa) the files for the evaluation server are written, and loyalty is measured.
+            textvqa, docvqa, vizwiz) the files for the evaluation server are written, and loyalty is measured.
         results: file with answers of another program, `[{"question_id", "answer"}]`, scored as one more record.
         prompt: text behind every question; `None` = what the task brings (VQAv2: "Answer the question using a single word or
             phrase." on a line of its own; easy-VQA: nothing).
         max_new_tokens: length of an answer at most; `None` = the task's, 16 for most.
         num_samples: questions to ask, one of each of so many equal stretches; `None` = all.
+        frames: of a video that the model is shown, at equal distances.
+        frames_as_images: whether frames are shown as so many images: to models that read no videos.
         batch_size: questions in a batch.
         floors: also random and uniform, which keep before the LLM the share of visual tokens that each setting keeps on average
             over the decoder layers.
@@ -54,19 +57,19 @@ class VQAOptions:
     split: str = ""
     results: str = ""
     prompt: str | None = None
-    max_new_tokens: int | None = None
-    num_samples: int | None = None
-    batch_size: int = 16
+    max_new_tokens: Count | None = None
+    num_samples: Count | None = None
+    frames: Count = 16
+    frames_as_images: bool = False
+    batch_size: Count = 16
     floors: bool = False
     device: str | None = None
-    model_dtype: str | None = None
-    seed: int = 0
+    model_dtype: DType | None = None
+    seed: Seed = 0
     output: str = ""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        least_one = (1, float("inf"))
-        check_range(self, {"batch_size": least_one, "max_new_tokens": least_one, "num_samples": (1, float("inf"))})
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ stay.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,7 +38,7 @@ from torch import Tensor
 from vtok.core.prompt import ImageFeatures, PromptText, View, VLMInfo
 from vtok.errors import ConfigError, StateError, shown, unknown
 from vtok.methods.kept_share import FeatureChoice, KeptShare
-from vtok.ops.determinantal import greedy_dpp
+from vtok.ops.determinantal import greedy_dpp, greedy_dpp_macs
 from vtok.ops.matching import unit
 
 RELEVANCE = ("embeddings", "none")
@@ -62,7 +61,7 @@ class CDPruner(KeptShare):
     """
 
     name: ClassVar[str] = "cdpruner"
-    default_keep: ClassVar[float] = 1 / 9
+    default_keep: ClassVar[float | None] = 1 / 9
 
     relevance: str = RELEVANCE[0]
     sign: int = -1
@@ -153,5 +152,4 @@ class CDPrunerReducer(FeatureChoice):
         if count == n:
             return 0
         compared = n * self.info.width if self.reads_text else 0
-        steps = count - 1
-        return compared + steps * n * self.info.width + n * math.comb(steps, 2)
+        return compared + greedy_dpp_macs(n, count, self.info.width)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vtok.core.prompt import ImageFeatures, View, VLMInfo
 from vtok.methods.kept_share import FeatureChoice, KeptShare
-from vtok.ops.diversity import greedy_diverse, most_isolated
+from vtok.ops.diversity import max_min, max_min_macs
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class DivPrune(KeptShare):
     """
 
     name: ClassVar[str] = "divprune"
-    default_keep: ClassVar[float] = 0.098
+    default_keep: ClassVar[float | None] = 0.098
 
     def build_vlm(self, info: VLMInfo) -> DivPruneReducer:
         return DivPruneReducer(self, info)
@@ -58,7 +58,7 @@ def max_min_select(features: Tensor, k: int) -> Tensor:
     Returns:
         [B, k] int64 in order of choice.
     """
-    return greedy_diverse(features, k, most_isolated(features), criterion="max")[0]
+    return max_min(features, k)
 
 
 @dataclass(frozen=True)
@@ -70,4 +70,4 @@ class DivPruneReducer(FeatureChoice):
 
     def feature_macs(self, n: int, views: tuple[View, ...], modality: str = "image") -> int:
         count = self.config.count(n)
-        return 0 if count == n else (n + count - 1) * n * self.info.width
+        return 0 if count == n else max_min_macs(n, count, self.info.width)

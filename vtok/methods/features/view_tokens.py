@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtok.capabilities import no_schedule
-from vtok.config import MethodConfig, fraction, whole
+from vtok.config import MethodConfig
 from vtok.core.prompt import ImageFeatures, TowerBlock, TowerFacts, View, VLMInfo, VLMReducer
 from vtok.core.search_space import Choice, Dimension, Point, Space
 from vtok.core.tokens import Place, Site
 from vtok.errors import ConfigError, StateError, UnsupportedModelError
 from vtok.methods.correlation.views import to_features
-from vtok.methods.todre.selection import kept_tokens
+from vtok.methods.kept_share import KeptShare
 from vtok.ops.attention import received_attention
 from vtok.ops.crops import packed_layout, square_groups
 from vtok.ops.packing import Packing
@@ -260,34 +260,17 @@ def attention_macs(tower: TowerFacts, has_cls: bool = True) -> int:
 
 # Configs and reducers.
 @dataclass(frozen=True)
-class KeepConfig(MethodConfig):
-    """A method that keeps a share, or a number, of visual tokens.
+class KeepConfig(KeptShare):
+    """A method that keeps a share, or a number, of visual tokens of every view.
 
     Attributes:
         keep: share of the visual tokens that stay ((0, 1]; default 1/9, 64 of 576), rounded, at least one.
         keep_tokens: the same as a count (whole number >= 1).
     """
 
-    set_by_budget: ClassVar[tuple[str, ...]] = ("keep", "keep_tokens")
     default_keep: ClassVar[float | None] = DEFAULT_KEEP
     searched: ClassVar[Mapping[str, Dimension]] = {}  # what a search may vary beside `keep`, if it is left at its default
     searched_layer: ClassVar[str] = ""  # the parameter that names a block of the vision tower; "" = there is none
-
-    keep: float | None = None
-    keep_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.keep is not None and self.keep_tokens is not None:
-            raise ConfigError(f"give keep or keep_tokens, not both (got {self.keep} and {self.keep_tokens})")
-        if self.keep is None and self.keep_tokens is None and self.default_keep is not None:
-            object.__setattr__(self, "keep", self.default_keep)
-        if self.keep is not None:
-            fraction(self.keep, "keep")
-        if self.keep_tokens is not None:
-            whole(self.keep_tokens, "keep_tokens", 1)
-
-    def budget_candidates(self, info: VLMInfo) -> Sequence[Self]:
-        return [self.replace(keep=(1000 - step) / 1000, keep_tokens=None) for step in range(1000)]
 
     def search_space(self, info: VLMInfo) -> Space:
         given = self.given()
@@ -300,10 +283,6 @@ class KeepConfig(MethodConfig):
 
     def candidates_at(self, info: VLMInfo, point: Point) -> Sequence[Self]:
         return self.replace(**{k: round(v, 3) if isinstance(v, float) else v for k, v in point.items()}).budget_candidates(info)
-
-    def count(self, n: int) -> int:
-        """Tokens that stay of n."""
-        return kept_tokens(n, self.keep, self.keep_tokens)
 
 
 @dataclass(frozen=True)

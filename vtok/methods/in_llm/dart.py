@@ -28,11 +28,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from vtok.config import whole
 from vtok.core.prompt import LayerAttention, Layout, VLMInfo
 from vtok.core.tokens import Site, at_least_fp32
 from vtok.errors import ConfigError, unknown
 from vtok.methods.in_llm.one_layer import OneLayer, OneLayerReducer
-from vtok.methods.kept_share import whole
 from vtok.ops.rows import take_rows
 from vtok.ops.selection import largest
 
@@ -63,7 +63,7 @@ class DART(OneLayer):
     """
 
     name: ClassVar[str] = "dart"
-    default_keep: ClassVar[float] = 0.222
+    default_keep: ClassVar[float | None] = 0.222
 
     visual_pivots: int = 4
     text_pivots: int = 4

@@ -44,7 +44,7 @@ class FastV(OneLayer):
     """
 
     name: ClassVar[str] = "fastv"
-    default_keep: ClassVar[float] = 0.5
+    default_keep: ClassVar[float | None] = 0.5
 
     def build_vlm(self, info: VLMInfo) -> FastVReducer:
         return FastVReducer(self, info)

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from vtok.config import whole
 from vtok.core.prompt import VLMInfo, VLMReducer
 from vtok.core.search_space import Choice, Point, Space
 from vtok.core.tokens import Place, Site
-from vtok.methods.kept_share import KeptShare, whole
+from vtok.methods.kept_share import KeptShare
 
 if TYPE_CHECKING:
     from typing_extensions import Self

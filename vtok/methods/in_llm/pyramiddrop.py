@@ -4,8 +4,8 @@ least in that layer leave, each time half of them.
 
 Written from a description of the authors' program; it reproduces that program's choice (`tests/golden`). What differs:
 
-* Positions are kept. The program counts them anew behind every stage, so that later layers see other distances; with it,
-  choices behind the first stage differ.
+* Positions are kept. The program counts them anew behind every stage, so that later layers see other distances, and choices
+  behind the first stage differ: `positions="compact"` does the same, in decoding too.
 * Padding may stand on either side, rows may have several images or none, and masks stay whatever they were.
 * Shares are of the visual tokens that entered the LLM, all images of a prompt together; at least one token stays.
 

@@ -8,7 +8,7 @@ clusters (`tests/golden`). What differs:
 * Every prompt of a batch decides for itself; the program takes one at a time.
 * The average of a cluster stands where its centre stood; in the program it follows on all kept tokens of the image.
 * Positions are kept. The program numbers the columns of each layer from 0 on, so that in decoding one token has another
-  position in every layer.
+  position in every layer; `positions="compact"` does the same.
 * Where densities are equal the first token counts as denser. The program adds noise of up to 1e-6, so that two runs may differ:
   with two clusters, tokens that are nearest to each other have equal densities, and noise chooses (it does in the golden
   file). Densities too small for a float are told apart by their logarithms here.
@@ -30,14 +30,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from vtok.config import MethodConfig, block_numbers, flag
+from vtok.config import MethodConfig, block_numbers, flag, whole
 from vtok.core.prompt import Entry, LayerAttention, Layout, VLMInfo, VLMReducer
 from vtok.core.reduction import Fold
 from vtok.core.search_space import Blocks, Ladder, Point, Space
 from vtok.core.tokens import Place, Site, at_least_fp32
 from vtok.errors import ConfigError, shown
 from vtok.methods.in_llm.stages import check_stages, shares
-from vtok.methods.kept_share import whole
 from vtok.ops.density_peaks import density_peaks
 from vtok.ops.rows import rows_where, take_rows
 from vtok.ops.selection import kept_counts, kept_tokens, largest

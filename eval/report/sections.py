@@ -12,11 +12,16 @@ from typing import Any
 import numpy as np
 
 from vtok.eval.common.statistics import Z95, paired_difference
-from vtok.eval.report.html.rows import Row, row_of
-from vtok.eval.report.html.values import Interval, count, figure, joined, number, text, with_ends
+from vtok.eval.report.rows import Row, row_of
+from vtok.eval.report.values import Interval, count, figure, joined, number, text, with_ends
 
 _NEAR = 0.1  # relative distance of costs that count as the same
-_SAME = ("model", "weights", "pretrained", "task", "dataset", "split", "prompt", "dtype", "device", "img_size", "limit")
+# what decides a number: field of a record -> how a title says it
+_SAME = {
+    "model": "{}", "weights": "weights {}", "pretrained": "pretrained {}", "task": "{}", "dataset": "{}", "split": "split {}",
+    "prompt": "prompt {}", "dtype": "{}", "device": "{}", "img_size": "{} px", "limit": "limit {}", "n": "{} samples",
+    "seed": "seed {}", "batch_size": "batch {}",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,12 +75,10 @@ def sections(records: Sequence[dict[str, Any]]) -> list[Section]:
     grouped: dict[tuple[str, ...], list[Row]] = {}
     for record in records:
         grouped.setdefault(_identity(record), []).append(row_of(record))
-    found, seen = [], dict[str, int]()
-    for rows in sorted(grouped.values(), key=lambda rows: "metrics" not in rows[0].record):  # speed alone comes last
-        title = _title(rows[0].record)
-        seen[title] = seen.get(title, 0) + 1
-        title = title if seen[title] == 1 else f"{title} ({seen[title]})"
-        rows = sorted(rows, key=_place)
+    found = []
+    ordered = sorted(grouped.values(), key=lambda rows: "metrics" not in rows[0].record)  # speed alone comes last
+    for rows, title in zip(ordered, _titles([rows[0].record for rows in ordered])):
+        rows = _ordered(rows)
         base = next((row for row in rows if row.unpatched), None)
         rows = rows if base is None else [_told(row, base) for row in rows]
         section = Section(title, rows, "metrics" not in rows[0].record)
@@ -96,8 +99,19 @@ def _told(row: Row, base: Row) -> Row:
 
 
 def _identity(record: dict[str, Any]) -> tuple[str, ...]:
-    sizes = () if "metrics" in record else ("bench", text(record.get("batch_size")), text(record.get("threads")))
-    return (*(text(record.get(name)) for name in _SAME), text(record.get("n")), *sizes)
+    speed = () if "metrics" in record else ("bench", text(record.get("threads")))
+    return (*(text(record.get(name)) for name in _SAME), *speed)
+
+
+def _titles(records: Sequence[dict[str, Any]]) -> list[str]:
+    """One a section, from its first record: titles that would be the same say in what the sections differ."""
+    plain, whole = [_title(record) for record in records], list[str]()
+    for title, record in zip(plain, records):
+        alike = [other for other, name in zip(records, plain) if name == title]
+        differ = [name for name in _SAME if len({text(other.get(name)) for other in alike}) > 1]
+        words = [_SAME[name].format(text(record.get(name), 40)) for name in differ if text(record.get(name))]
+        whole.append(f"{title} ({', '.join(words)})" if words else title)
+    return [one + (f" ({whole[:i].count(one) + 1})" if one in whole[:i] else "") for i, one in enumerate(whole)]
 
 
 def _title(record: dict[str, Any]) -> str:
@@ -107,15 +121,23 @@ def _title(record: dict[str, Any]) -> str:
     return f"{model} on {data}" if data else f"{model}, {text(record.get('task'), 40) or 'unnamed task'}"
 
 
-def _place(row: Row) -> tuple[Any, ...]:
-    """Unpatched, then by falling budget or cost, baselines behind methods."""
-    cost = row.budget if row.budget is not None else -1.0
-    return (not row.unpatched, -cost, row.floor if row.budget is not None else row.method, -(row.mean_tokens or 0), row.label)
+def _ordered(rows: Sequence[Row]) -> list[Row]:
+    """Unpatched, then by falling budget, or else beside the random setting that has about as many tokens; baselines last."""
+    levels = [row.mean_tokens for row in rows if row.method == "random" and row.budget is None and row.mean_tokens]
+
+    def place(row: Row) -> tuple[Any, ...]:
+        tokens = row.mean_tokens or 0.0
+        if row.budget is not None:
+            return not row.unpatched, 0, -row.budget, row.baseline, -tokens, row.label
+        near = min(levels, key=lambda level: abs(level - tokens), default=0.0)
+        return not row.unpatched, 1, -near, row.baseline, row.method, -tokens, row.label
+
+    return sorted(rows, key=place)
 
 
 def _rival(row: Row, rows: Sequence[Row]) -> Rival | None:
     """The random setting that costs as much, if there is one."""
-    if row.unpatched or row.floor or row.score is None:
+    if row.unpatched or row.baseline or row.score is None:
         return None
     random = [r for r in rows if r.method == "random" and r.score is not None]
     same = [r for r in random if row.budget is not None and r.budget == row.budget]
@@ -231,7 +253,28 @@ def _against_random(section: Section) -> list[Finding]:
         lines.append(
             Finding("plain", "Some of these gaps are not paired sample by sample: their intervals are wider than need be.")
         )
-    return lines
+    return lines + _ranks(section)
+
+
+def _ranks(section: Section) -> list[Finding]:
+    """Whether the task can rank methods at all: what random loses where it is cheapest."""
+    random = [row for row in section.patched if row.method == "random" and row.score and row.score.difference]
+    if not random:
+        return []
+    row = random[-1]
+    assert row.score is not None and row.score.difference is not None
+    loss, errors = -row.score.difference.point, _errors(row)
+    enough = "enough" if errors is not None and errors >= 3 else "too little"
+    told = "" if errors is None else f", {errors:.1f} standard errors"
+    return [Finding("plain", f"{row.label} loses {loss:.2f} points to unpatched{told}: {enough} to rank methods.")]
+
+
+def _errors(row: Row) -> float | None:
+    """What a setting loses to the unpatched model, in standard errors of the difference."""
+    metrics, name = row.record["metrics"], f"{row.primary}_difference"
+    name = name if name in metrics else "difference"
+    gap, error = number(metrics.get(name)), number(metrics.get(f"{name}_stderr"))
+    return None if gap is None or not error else -gap / error
 
 
 def with_sign(gap: Interval) -> str:
@@ -241,7 +284,7 @@ def with_sign(gap: Interval) -> str:
 
 
 def _losses(section: Section) -> list[Finding]:
-    known = [r for r in section.patched if not r.floor and r.score and r.score.difference and r.score.difference.known]
+    known = [r for r in section.patched if not r.baseline and r.score and r.score.difference and r.score.difference.known]
     same = [r.label for r in known if r.score and r.score.difference and r.score.difference.sign == 0]
     if not known:
         return []

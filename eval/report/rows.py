@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from vtok.eval.common.records import BASELINES, UNPATCHED, correctness
 from vtok.eval.common.statistics import FEWEST, Z95
-from vtok.eval.report.html.values import Interval, at, figure, interval, mapping, number, numbers, text
-from vtok.eval.report.tables import FLOOR
+from vtok.eval.report.values import Interval, at, figure, interval, mapping, number, numbers, text
 
-UNPATCHED = "unpatched"
 LABELS = {
     "top1": "top-1",
     "top5": "top-5",
@@ -86,14 +85,24 @@ class Row:
         return self.method == UNPATCHED
 
     @property
-    def floor(self) -> bool:
+    def baseline(self) -> bool:
         """Whether it chooses tokens blindly: what others are compared with."""
-        return self.method in FLOOR
+        return self.method in BASELINES
 
     @property
     def score(self) -> Score | None:
         """The headline metric."""
         return self.scores.get(self.primary) if self.primary else None
+
+    @property
+    def total_gmacs(self) -> float | None:
+        """Of the model and of the reduction."""
+        return None if self.gmacs is None else self.gmacs + (self.reduction or 0.0)
+
+    @property
+    def measured(self) -> float | None:
+        """Speed-up over the unpatched model, which has 1."""
+        return 1.0 if self.unpatched else None if self.speedup is None else self.speedup.point
 
     @property
     def slower(self) -> bool:
@@ -111,6 +120,15 @@ class Row:
     def untold(self) -> bool:
         """Whether it was timed, but not in pairs enough for an interval: nothing can be said about its speed."""
         return self.speedup is not None and not self.speedup.known
+
+    @property
+    def verdict(self) -> tuple[str, str]:
+        """("good", "bad" or "plain"; what the interval of its speed-up supports), of a setting that was timed."""
+        if self.slower:
+            return "bad", "slower than unpatched"
+        if self.not_faster:
+            return "plain", "not clearly faster"
+        return ("plain", "too few pairs to tell") if self.untold else ("good", "faster than unpatched")
 
 
 def row_of(record: dict[str, Any]) -> Row:
@@ -241,11 +259,10 @@ def _achieved(record: dict[str, Any]) -> Interval | None:
 
 def _correct(record: dict[str, Any]) -> np.ndarray | None:
     """[n] bool, which samples were right; `None` unless the field is whole."""
-    bits, n = record.get("correct"), record.get("n")
-    if not isinstance(bits, str) or isinstance(n, bool) or not isinstance(n, int) or n < 1:
+    n = record.get("n")
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         return None
     try:
-        raw = np.frombuffer(bytes.fromhex(bits), np.uint8)
-    except ValueError:
+        return correctness(record) if len(record["correct"]) == 2 * ((n + 7) // 8) else None
+    except (KeyError, TypeError, ValueError):  # no field, no text, no hexadecimal
         return None
-    return np.unpackbits(raw, count=n).astype(bool) if len(raw) == (n + 7) // 8 else None

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from vtok.errors import ConfigError, brief
-from vtok.eval.report.html.values import mapping
+from vtok.eval.common.records import Record, json_lines
+from vtok.eval.report.values import mapping
 from vtok.reading import exists, regular
 
-Record = dict[str, Any]
 _BIGGEST = 1 << 30  # bytes of one file
 _NOT_COMPARED = ("path",)
 
@@ -128,12 +128,11 @@ def _values(path: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
         for number, one in enumerate(value if isinstance(value, list) else [value], 1):
             yield f"{path}, element {number}", one
         return
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if line.strip():
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                problems.append(f"{path}:{number}: damaged line left out ({error})")
+    for number, value in json_lines(data):
+        if isinstance(value, Exception):
+            problems.append(f"{path}:{number}: damaged line left out ({value})")
+        else:
+            yield f"{path}:{number}", value
 
 
 def _is_sample(value: Any) -> bool:

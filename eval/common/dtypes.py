@@ -1,0 +1,14 @@
+"""Names of floating-point types: torch's, which flags and options use, and the short ones of run files."""
+
+from __future__ import annotations
+
+import torch
+
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LONG = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+SHORT = {long: short for short, long in LONG.items()}
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The type of one of torch's names; `None` stays."""
+    return None if name is None else TYPES[name]

@@ -1,0 +1,1 @@
+"""Questions with choices, of which a letter is the answer; a file each."""

@@ -19,7 +19,7 @@ FLOORS = (
     ("registry", "core", "ops"),
     ("config",),
     ("methods", "cost", "serialization"),
-    ("reports",),
+    ("reports", "serving"),
     ("patches",),
     ("targets",),
     ("api",),

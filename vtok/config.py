@@ -117,6 +117,8 @@ class MethodConfig:
     substitutes: ClassVar[tuple[Mapping[str, Any], ...]] = ()
     # The same as `trial` for tiny vision-language models (16 visual tokens an image, 2 tower blocks, 4 decoder layers).
     trial_vlm: ClassVar[Mapping[str, Any]] = {}
+    # Parameters under which it decides from an image alone, before the LLM: what `vtok.serving` can serve of it.
+    image_only: ClassVar[Mapping[str, Any]] = {}
     remark_vlm: ClassVar[str] = ""  # on `substitutes_vlm`, for readers of the support matrix: a sentence, without its stop
 
     def __post_init__(self) -> None:

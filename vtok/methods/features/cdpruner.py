@@ -30,8 +30,9 @@ stay.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -63,6 +64,7 @@ class CDPruner(KeptShare):
 
     name: ClassVar[str] = "cdpruner"
     default_keep: ClassVar[float] = 1 / 9
+    image_only: ClassVar[Mapping[str, Any]] = {"relevance": "none"}
 
     relevance: str = RELEVANCE[0]
     sign: int = -1

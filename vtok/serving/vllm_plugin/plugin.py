@@ -38,27 +38,17 @@ def _registry(base: Any) -> Any:
         vtok_release: str | None = None
 
         def inspect_model_cls(self, architectures: Any, model_config: Any) -> Any:
-            """(what a class can do, its architecture); asked first of all, when an engine is configured."""
-            found, name = super().inspect_model_cls(_listed(architectures), model_config)
+            """(what a class can do, its architecture); asked when an engine is configured, before anything is loaded."""
+            found, name = super().inspect_model_cls(architectures, model_config)
             config = model_config.hf_config
             if settings_of(config) is None:
                 return found, name
             check_release(self.vtok_release or "")
             check_model(name, config)
-            return super().inspect_model_cls([_PREFIX + name], model_config)[0], name
-
-        def resolve_model_cls(self, architectures: Any, model_config: Any) -> Any:
-            """(class, architecture)."""
-            found, name = super().resolve_model_cls(_listed(architectures), model_config)
-            if settings_of(model_config.hf_config) is None or name not in MODELS:  # the LLM inside has the same config
-                return found, name
-            return super().resolve_model_cls([_PREFIX + name], model_config)[0], name
+            config.architectures = [_PREFIX + name]  # what all processes of the engine look their class up by
+            return super().inspect_model_cls(config.architectures, model_config)[0], name
 
     return VtokRegistry
-
-
-def _listed(architectures: Any) -> list[str]:
-    return [architectures] if isinstance(architectures, str) else list(architectures)
 
 
 def check_release(version: str) -> None:

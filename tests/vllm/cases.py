@@ -1,0 +1,30 @@
+"""Which settings are asked of which tiny model: name -> settings, `None` = the engine without vtok."""
+
+FEATURES = {
+    "plain": None,
+    "uniform": {"method": "uniform", "keep": 0.3},
+    "random": {"method": "random", "keep": 0.25, "seed": 7},
+    "downsample": {"method": "downsample", "keep": 0.25},
+    "todre": {"method": "todre", "keep_tokens": 12, "probe": None},
+    "todre_center": {"method": "todre", "keep": 0.1, "pivot": "center", "probe": None},
+    "divprune": {"method": "divprune", "keep_tokens": 10},
+    "cdpruner": {"method": "cdpruner", "keep": 0.2, "relevance": "none"},
+}
+TOWER = {
+    "fastervlm": {"method": "fastervlm", "keep_tokens": 12},
+    "vispruner": {"method": "vispruner", "keep": 0.25},
+    "visionzip": {"method": "visionzip", "keep": 0.25},
+    "holov": {"method": "holov", "keep": 0.25, "runs": 4},
+    "prumerge": {"method": "prumerge", "keep": 0.25, "layer": -2},
+    "prumerge_plus": {"method": "prumerge", "keep_tokens": 16, "plus": True, "layer": -2},
+}
+CASES = {
+    "llava": {**FEATURES, **TOWER},
+    "llava_siglip": {
+        **{name: FEATURES[name] for name in ("plain", "todre", "divprune")},
+        "fastervlm": TOWER["fastervlm"],
+        "visionzip": TOWER["visionzip"],
+        "prumerge": {"method": "prumerge", "keep": 0.25},
+    },
+}
+POSITIONS = {}  # model -> positions of `prune_inputs`, "compact" elsewhere

@@ -39,7 +39,11 @@ def requests(mark, sizes, count=14):
     return found
 
 
+_QWEN = "<|vision_start|> <|image_pad|> <|vision_end|>"
 MARKS = {
+    "qwen2": (_QWEN, GRID_SIZES),
+    "qwen25": (_QWEN, GRID_SIZES),
+    "qwen3": (_QWEN, GRID_SIZES),
     "llava": ("<image>", SIZES),
     "llava_siglip": ("<image>", SIZES),
 }

@@ -27,4 +27,14 @@ CASES = {
         "prumerge": {"method": "prumerge", "keep": 0.25},
     },
 }
-POSITIONS = {}  # model -> positions of `prune_inputs`, "compact" elsewhere
+_SHORT = {name: FEATURES[name] for name in ("plain", "uniform", "downsample", "todre_center", "divprune")}
+CASES |= {
+    "qwen2": _SHORT,
+    "qwen25": {name: one for name, one in FEATURES.items() if name != "todre"},
+    "qwen3": _SHORT,
+}
+POSITIONS = {
+    "qwen2": "original",
+    "qwen25": "original",
+    "qwen3": "original",
+}  # model -> positions of `prune_inputs`, "compact" elsewhere

@@ -117,4 +117,61 @@ def llava(folder, vision="clip", size=32, layer=-2, wide=None):
     save(widen(LlavaForConditionalGeneration(config)), processor, folder, _TOWER)
 
 
-BUILDERS = {"llava": llava, "llava_siglip": lambda folder: llava(folder, "siglip", layer=-1)}
+QWEN_MARKS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+QWEN_CHAT = (
+    "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|> <|image_pad|> "
+    "<|vision_end|> {% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}"
+)
+_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+
+
+def qwen(folder, family, vision, text=None):
+    """A Qwen-VL: family is the name of its classes in transformers; vision, text: what its configs need beside."""
+    import transformers
+
+    words, count = tokenizer(QWEN_MARKS, image_token="<|image_pad|>", video_token="<|video_pad|>")
+    text = {**TEXT, "num_key_value_heads": 2, "vocab_size": count, "rope_parameters": _ROPE, **(text or {})}
+    tower = {"depth": 2, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, **vision}
+    config = getattr(transformers, f"{family}Config")(
+        text_config={**text, "tie_word_embeddings": False},
+        vision_config=tower,
+        image_token_id=6,
+        video_token_id=7,
+        vision_start_token_id=4,
+        vision_end_token_id=5,
+        tie_word_embeddings=False,
+    )
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
+    side = tower["patch_size"]
+    size = {"shortest_edge": 16 * side * side, "longest_edge": 4 * side * side * 200}
+    options = {"patch_size": side, "merge_size": 2, "temporal_patch_size": 2, "size": size}
+    videos = transformers.Qwen3VLVideoProcessor if family == "Qwen3VL" else transformers.Qwen2VLVideoProcessor
+    processor = getattr(transformers, f"{family}Processor")(
+        transformers.Qwen2VLImageProcessor(**options), words, videos(**options), chat_template=QWEN_CHAT
+    )
+    save(widen(model), processor, folder)
+
+
+def qwen2(folder):
+    qwen(folder, "Qwen2VL", {"embed_dim": 64, "hidden_size": 128, "in_channels": 3, "mlp_ratio": 2})
+
+
+def qwen25(folder):
+    vision = {"hidden_size": 64, "out_hidden_size": 128, "intermediate_size": 128, "in_channels": 3}
+    qwen(folder, "Qwen2_5_VL", {**vision, "window_size": 112, "fullatt_block_indexes": [1]})
+
+
+def qwen3(folder):
+    vision = {"hidden_size": 64, "out_hidden_size": 128, "intermediate_size": 128, "in_channels": 3, "patch_size": 14}
+    deep = {"depth": 3, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
+    text = {"head_dim": 32, "rope_parameters": {**_ROPE, "mrope_interleaved": True}}
+    qwen(folder, "Qwen3VL", {**vision, **deep}, text)
+
+
+BUILDERS = {
+    "llava": llava,
+    "llava_siglip": lambda folder: llava(folder, "siglip", layer=-1),
+    "qwen2": qwen2,
+    "qwen25": qwen25,
+    "qwen3": qwen3,
+}

@@ -103,9 +103,18 @@ def llava(config: Any) -> VLMInfo:
     return VLMInfo("LLaVA", **_text(config), tower=tower, grid=None if tower.prefix_kept else (side, side))
 
 
+def qwen_vl(config: Any) -> VLMInfo:
+    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL."""
+    why = "it runs the patches of all images as one sequence, cut where images end"
+    return VLMInfo("Qwen-VL, which vtok serves with images alone,", **_text(config), no_tower=why)
+
+
 _HERE = "vtok.serving.vllm_plugin."
 
 # vLLM's name of an architecture -> how it is served.
 MODELS: dict[str, ServedModel] = {
     "LlavaForConditionalGeneration": ServedModel(_HERE + "llava:VtokLlava", llava),
+    "Qwen2VLForConditionalGeneration": ServedModel(_HERE + "qwen_vl:VtokQwen2", qwen_vl),
+    "Qwen2_5_VLForConditionalGeneration": ServedModel(_HERE + "qwen_vl:VtokQwen25", qwen_vl),
+    "Qwen3VLForConditionalGeneration": ServedModel(_HERE + "qwen_vl:VtokQwen3", qwen_vl),
 }

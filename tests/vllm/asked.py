@@ -46,6 +46,8 @@ MARKS = {
     "qwen3": (_QWEN, GRID_SIZES),
     "llava": ("<image>", SIZES),
     "llava_siglip": ("<image>", SIZES),
+    "llava_next": ("<image>", SIZES),
+    "onevision": ("<image>", SIZES),
 }
 
 

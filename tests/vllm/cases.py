@@ -29,6 +29,8 @@ CASES = {
 }
 _SHORT = {name: FEATURES[name] for name in ("plain", "uniform", "downsample", "todre_center", "divprune")}
 CASES |= {
+    "llava_next": {**FEATURES, **TOWER},
+    "onevision": {**_SHORT, "fastervlm": TOWER["fastervlm"], "holov": TOWER["holov"], "visionzip": TOWER["visionzip"]},
     "qwen2": _SHORT,
     "qwen25": {name: one for name, one in FEATURES.items() if name != "todre"},
     "qwen3": _SHORT,

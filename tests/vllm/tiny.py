@@ -117,6 +117,81 @@ def llava(folder, vision="clip", size=32, layer=-2, wide=None):
     save(widen(LlavaForConditionalGeneration(config)), processor, folder, _TOWER)
 
 
+PINPOINTS = [[32, 64], [64, 32], [64, 64], [32, 96]]
+
+
+def llava_next(folder):
+    """LLaVA-NeXT with views of 64 tokens."""
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextImageProcessor,
+        LlavaNextProcessor,
+    )
+
+    words, count = tokenizer(["<image>"], image_token="<image>")
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**VISION, num_hidden_layers=3, image_size=32),
+        text_config=LlamaConfig(**TEXT, vocab_size=count, tie_word_embeddings=False),
+        image_token_index=4,
+        image_grid_pinpoints=PINPOINTS,
+        image_seq_length=64,
+        vision_feature_layer=-2,
+        tie_word_embeddings=False,
+    )
+    images = LlavaNextImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_grid_pinpoints=PINPOINTS
+    )
+    processor = LlavaNextProcessor(
+        images,
+        words,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        chat_template=LLAVA_CHAT,
+    )
+    save(widen(LlavaNextForConditionalGeneration(config)), processor, folder, _TOWER)
+
+
+def onevision(folder):
+    """LLaVA-OneVision with views of 64 tokens, crops of large images shrunk."""
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        LlavaOnevisionImageProcessor,
+        LlavaOnevisionProcessor,
+        LlavaOnevisionVideoProcessor,
+        Qwen2Config,
+        SiglipVisionConfig,
+    )
+
+    words, count = tokenizer(["<image>", "<video>"], image_token="<image>", video_token="<video>")
+    pinpoints = [*PINPOINTS, [96, 96], [128, 128]]
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**VISION, num_hidden_layers=3, image_size=32, vision_use_head=False),
+        text_config=Qwen2Config(**TEXT, num_key_value_heads=2, vocab_size=count, tie_word_embeddings=False),
+        image_token_index=4,
+        video_token_index=5,
+        image_grid_pinpoints=pinpoints,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=False,
+    )
+    size = {"height": 32, "width": 32}
+    processor = LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=pinpoints),
+        words,
+        LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=64,
+        vision_feature_select_strategy="full",
+        chat_template=LLAVA_CHAT,
+    )
+    save(widen(LlavaOnevisionForConditionalGeneration(config)), processor, folder, _TOWER)
+
+
 QWEN_MARKS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 QWEN_CHAT = (
     "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|> <|image_pad|> "
@@ -171,6 +246,8 @@ def qwen3(folder):
 BUILDERS = {
     "llava": llava,
     "llava_siglip": lambda folder: llava(folder, "siglip", layer=-1),
+    "llava_next": llava_next,
+    "onevision": onevision,
     "qwen2": qwen2,
     "qwen25": qwen25,
     "qwen3": qwen3,

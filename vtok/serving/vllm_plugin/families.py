@@ -103,6 +103,16 @@ def llava(config: Any) -> VLMInfo:
     return VLMInfo("LLaVA", **_text(config), tower=tower, grid=None if tower.prefix_kept else (side, side))
 
 
+def llava_next(config: Any) -> VLMInfo:
+    """LLaVA-NeXT and LLaVA-OneVision, the latter with images alone."""
+    tower = _tower(config)
+    if tower.prefix_kept:
+        raise UnsupportedModelError(
+            'vtok lays out crops without the class token of the vision tower, found vision_feature_select_strategy="full"'
+        )
+    return VLMInfo("LLaVA with crops, which vtok serves with images alone,", **_text(config), tower=tower, crops=True)
+
+
 def qwen_vl(config: Any) -> VLMInfo:
     """Qwen2-VL, Qwen2.5-VL, Qwen3-VL."""
     why = "it runs the patches of all images as one sequence, cut where images end"
@@ -114,6 +124,8 @@ _HERE = "vtok.serving.vllm_plugin."
 # vLLM's name of an architecture -> how it is served.
 MODELS: dict[str, ServedModel] = {
     "LlavaForConditionalGeneration": ServedModel(_HERE + "llava:VtokLlava", llava),
+    "LlavaNextForConditionalGeneration": ServedModel(_HERE + "llava_next:VtokLlavaNext", llava_next),
+    "LlavaOnevisionForConditionalGeneration": ServedModel(_HERE + "llava_next:VtokOnevision", llava_next),
     "Qwen2VLForConditionalGeneration": ServedModel(_HERE + "qwen_vl:VtokQwen2", qwen_vl),
     "Qwen2_5_VLForConditionalGeneration": ServedModel(_HERE + "qwen_vl:VtokQwen25", qwen_vl),
     "Qwen3VLForConditionalGeneration": ServedModel(_HERE + "qwen_vl:VtokQwen3", qwen_vl),

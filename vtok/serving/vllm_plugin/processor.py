@@ -15,6 +15,14 @@ from vtok.serving.layouts import ImageLayout
 from vtok.serving.vllm_plugin.families import choice_of
 
 
+class ImagesOnly:
+    """Put in front of vLLM's info of a model: no videos beside the key."""
+
+    def get_supported_mm_limits(self) -> Any:
+        """How many items of a modality a prompt may hold; `None` = any number."""
+        return {**super().get_supported_mm_limits(), "video": 0}  # type: ignore[misc]
+
+
 class ServedProcessor:
     """Put in front of vLLM's processor of a model.
 
@@ -53,7 +61,7 @@ class ServedProcessor:
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
         if self.choice is None:
             return updates
-        return [self._shorter(update, mm_items, out_mm_kwargs) for update in updates]
+        return [self._shorter(update, mm_items, out_mm_kwargs) for update in updates if update.modality == "image"]
 
     def _shorter(self, update: Any, items: Any, made: Any) -> Any:
         """The same prompt update with the placeholders of tokens that stay."""

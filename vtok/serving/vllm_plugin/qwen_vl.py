@@ -40,7 +40,7 @@ from vtok.errors import ConfigError
 from vtok.serving.choice import TokenChoice
 from vtok.serving.layouts import ImageLayout, frames_layout
 from vtok.serving.vllm_plugin.positions import Grid, placed, prompt_positions, with_columns, without_columns
-from vtok.serving.vllm_plugin.processor import ServedProcessor
+from vtok.serving.vllm_plugin.processor import ImagesOnly, ServedProcessor
 from vtok.serving.vllm_plugin.worker import start
 
 _ON = 1e-9  # a pruning rate that prunes no video
@@ -52,24 +52,12 @@ def _merged(grid_thw: Sequence[int], merge: int) -> tuple[int, int, int]:
     return t, h // merge, w // merge
 
 
-class ImagesOnly:
-    """Put in front of vLLM's info of a model: no videos beside the key."""
-
-    def get_supported_mm_limits(self) -> Any:
-        """How many items of a modality a prompt may hold; `None` = any number."""
-        return {**super().get_supported_mm_limits(), "video": 0}  # type: ignore[misc]
-
-
 class GridProcessor(ServedProcessor):
     """Put in front of vLLM's processor of a Qwen-VL."""
 
     def layout_of(self, modality: str, number: int, n: int, items: Any, made: Any) -> ImageLayout:
         merge = self.info.get_hf_config().vision_config.spatial_merge_size  # type: ignore[attr-defined]
         return frames_layout(*_merged(made[modality][number][f"{modality}_grid_thw"].data.tolist(), merge), modality)
-
-    def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Sequence[Any]:
-        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
-        return [update for update in updates if update.modality == "image"]
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
         """What vLLM's own makes of a request.

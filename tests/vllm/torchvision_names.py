@@ -1,7 +1,7 @@
-"""Copied into an environment as sitecustomize.py: lets PyPI's torchvision (built for a CUDA torch) import beside torch's CPU build.
+"""Copied into an environment as sitecustomize.py: lets a torchvision that was built for a CUDA torch import beside a CPU build.
 
-Its compiled ops do not load there, and `torchvision._meta_registrations` fails on `torchvision::nms does not exist`. Defining the
-seven schemas before torchvision's first import is enough; calling one of them still fails, and nothing here calls one.
+Its compiled operators do not load there, and its import fails where it describes one that does not exist. Declaring the seven
+names before its first import is enough; calling one of them still fails, and nothing here calls one.
 """
 
 import importlib.abc
@@ -16,7 +16,8 @@ SCHEMAS = (
     "roi_pool(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width) -> (Tensor, Tensor)",
     "ps_roi_align(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
     "int sampling_ratio) -> (Tensor, Tensor)",
-    "ps_roi_pool(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width) -> (Tensor, Tensor)",
+    "ps_roi_pool(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width) "
+    "-> (Tensor, Tensor)",
     "deform_conv2d(Tensor input, Tensor weight, Tensor offset, Tensor mask, Tensor bias, SymInt stride_h, SymInt stride_w, "
     "SymInt pad_h, SymInt pad_w, SymInt dilation_h, SymInt dilation_w, SymInt groups, SymInt offset_groups, bool use_mask) "
     "-> Tensor",

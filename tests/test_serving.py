@@ -218,7 +218,7 @@ def test_models_releases_and_settings_are_checked_before_anything_is_loaded():
     with pytest.raises(vtok.ConfigError, match="got 'divprune'"):
         check_model("LlavaForConditionalGeneration", config)
     check_release("0.32.1+cpu")
-    with pytest.raises(vtok.UnsupportedModelError, match="found 0.31.0: install such a release, or serve without the key"):
+    with pytest.raises(vtok.UnsupportedModelError, match=r"found 0\.31\.0: install such a release, or serve"):
         check_release("0.31.0")
 
 

@@ -52,13 +52,22 @@ def widen(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in sorted(model.named_parameters()):
-            if "newline" in name:
-                value.copy_(torch.randn(value.shape, generator=generator))
-            elif value.ndim > 1 and "embed" not in name:
+            if value.ndim > 1 and "embed" not in name:
                 value.copy_(torch.randn(value.shape, generator=generator) * 1.6 / value[0].numel() ** 0.5)
             elif value.ndim > 1:
                 value.copy_(torch.randn(value.shape, generator=generator) * 0.7)
     return model.eval()
+
+
+def with_newline(model):
+    """Makes the newline token the mean of visual tokens. Methods that keep what is unlike the rest would keep one of many copies
+    of another one, and which of them only rounding decides."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        pixels, sizes = torch.randn(1, 5, 3, 32, 32, generator=generator), torch.tensor([[64, 64]])
+        features = model.model.get_image_features(pixels, image_sizes=sizes, return_dict=True).pooler_output[0]
+        model.model.image_newline.copy_(features[:64].mean(0))
+    return model
 
 
 def save(model, processor, folder, rename=None):
@@ -153,7 +162,7 @@ def llava_next(folder):
         image_token="<image>",
         chat_template=LLAVA_CHAT,
     )
-    save(widen(LlavaNextForConditionalGeneration(config)), processor, folder, _TOWER)
+    save(with_newline(widen(LlavaNextForConditionalGeneration(config))), processor, folder, _TOWER)
 
 
 def onevision(folder):
@@ -189,7 +198,7 @@ def onevision(folder):
         vision_feature_select_strategy="full",
         chat_template=LLAVA_CHAT,
     )
-    save(widen(LlavaOnevisionForConditionalGeneration(config)), processor, folder, _TOWER)
+    save(with_newline(widen(LlavaOnevisionForConditionalGeneration(config))), processor, folder, _TOWER)
 
 
 QWEN_MARKS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]

@@ -60,8 +60,8 @@ def widen(model, seed=0):
 
 
 def with_newline(model):
-    """Makes the newline token the mean of visual tokens. Methods that keep what is unlike the rest would keep one of many copies
-    of another one, and which of them only rounding decides."""
+    """Makes the newline token the mean of visual tokens. Methods that keep what is unlike the rest would keep one of the copies
+    of another one, and which copy only rounding decides."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         pixels, sizes = torch.randn(1, 5, 3, 32, 32, generator=generator), torch.tensor([[64, 64]])

@@ -28,9 +28,12 @@ CASES = {
     },
 }
 _SHORT = {name: FEATURES[name] for name in ("plain", "uniform", "downsample", "todre_center", "divprune")}
+# Newline tokens of the tiny models lie at the mean, where another pivot would be one of their copies.
+_CROPS = {name: one for name, one in FEATURES.items() if name != "todre_center"}
+_CROPS["todre_farthest"] = {"method": "todre", "keep": 0.1, "pivot": "farthest", "probe": None}
 CASES |= {
-    "llava_next": {**FEATURES, **TOWER},
-    "onevision": {**_SHORT, "fastervlm": TOWER["fastervlm"], "holov": TOWER["holov"], "visionzip": TOWER["visionzip"]},
+    "llava_next": {**_CROPS, **TOWER},
+    "onevision": {**_CROPS, **{name: TOWER[name] for name in ("fastervlm", "visionzip", "vispruner", "holov")}},
     "qwen2": _SHORT,
     "qwen25": {name: one for name, one in FEATURES.items() if name != "todre"},
     "qwen3": _SHORT,

@@ -89,8 +89,8 @@ def _clip_images(size):
     return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
 
-def llava(folder, vision="clip", size=32, layer=-2, wide=None):
-    """LLaVA-1.5 with 64 visual tokens. wide: other sizes of the LLM."""
+def llava(folder, vision="clip", size=32, layer=-2, patch=4, wide=None):
+    """LLaVA-1.5 with 64 visual tokens. size, patch: of the vision tower, in pixels; wide: other sizes of the LLM."""
     from transformers import (
         CLIPVisionConfig,
         LlamaConfig,
@@ -105,10 +105,10 @@ def llava(folder, vision="clip", size=32, layer=-2, wide=None):
     kinds = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}
     strategy, extra = ("default", 1) if vision == "clip" else ("full", 0)
     config = LlavaConfig(
-        vision_config=kinds[vision](**VISION, num_hidden_layers=3, image_size=size),
+        vision_config=kinds[vision](**{**VISION, "patch_size": patch}, num_hidden_layers=3, image_size=size),
         text_config=LlamaConfig(**{**TEXT, "vocab_size": count, "tie_word_embeddings": False, **(wide or {})}),
         image_token_index=4,
-        image_seq_length=(size // 4) ** 2,
+        image_seq_length=(size // patch) ** 2,
         vision_feature_layer=layer,
         vision_feature_select_strategy=strategy,
         tie_word_embeddings=False,
@@ -117,7 +117,7 @@ def llava(folder, vision="clip", size=32, layer=-2, wide=None):
     processor = LlavaProcessor(
         images,
         words,
-        patch_size=4,
+        patch_size=patch,
         vision_feature_select_strategy=strategy,
         num_additional_image_tokens=extra,
         image_token="<image>",

@@ -93,7 +93,7 @@ def main():
         seed = 10
         for at_once in (1, 8, 32):
             count = max(4, min(at_once, most))
-            spent, first, lengths = {name: 0.0 for name in PORTS}, {name: [] for name in PORTS}, {}
+            spent, first, lengths = dict.fromkeys(PORTS, 0.0), {name: [] for name in PORTS}, {}
             for turn in range(2):
                 for name in list(PORTS)[:: 1 if turn else -1]:
                     with ThreadPoolExecutor(at_once) as pool:

@@ -33,7 +33,11 @@ _CROPS = {name: one for name, one in FEATURES.items() if name != "todre_center"}
 _CROPS["todre_farthest"] = {"method": "todre", "keep": 0.1, "pivot": "farthest", "probe": None}
 CASES |= {
     "llava_next": {**_CROPS, **TOWER},
-    "onevision": {**_CROPS, **{name: TOWER[name] for name in ("fastervlm", "visionzip", "vispruner", "holov")}},
+    "onevision": {
+        **_CROPS,
+        **{name: TOWER[name] for name in ("fastervlm", "visionzip", "vispruner", "holov")},
+        "prumerge": {"method": "prumerge", "keep": 0.25},
+    },
     "qwen2": _SHORT,
     "qwen25": {name: one for name, one in FEATURES.items() if name != "todre"},
     "qwen3": _SHORT,

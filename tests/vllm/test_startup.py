@@ -115,6 +115,11 @@ def test_a_prompt_that_ends_with_an_image_is_refused_and_the_engine_goes_on(mode
         with pytest.raises(ValueError, match="end with text"):
             ask(llm, [("w1 <|vision_start|> <|image_pad|>", [image])])
         assert len(ask(llm, [("w1 <|vision_start|> <|image_pad|> <|vision_end|> w2", [image])])) == 1
+        processor = llm.llm_engine.input_processor.renderer.get_mm_processor()
+        made = processor.get_dummy_mm_inputs({"image": 1})  # which engines on GPUs measure their memory with
+        (place,) = made["mm_placeholders"]["image"]
+        grid = made["mm_kwargs"]["image"][0]["image_grid_thw"].data
+        assert 0 < place.length < int(grid.prod()) // 4
 
 
 def test_stages_inside_the_llm_are_left_out_where_nothing_was_said_of_them(model):

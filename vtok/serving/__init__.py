@@ -29,21 +29,21 @@ vLLM runs its own classes. The worker logs one line with the resolved settings; 
 
 Served by vLLM 0.32: LLaVA-1.5 (CLIP and SigLIP towers), LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL and Qwen3-VL, with
 images. Qwen-VL keeps the positions that tokens had (`positions="original"`), the others number the shorter prompt anew
-(`"compact"`). `make test-vllm` compares greedy tokens with transformers and `vtok.prune_inputs` on the same tiny random weights,
-in fp32 on a CPU: pictures of many sizes in a batch, several in a prompt, the same again, requests without any, prefix cache on
-and off, chunks of a prompt that end inside and around images, blocks that run out, aborted requests; and `vllm serve` under 1, 8
-and 32 requests at once.
+(`"compact"`). `make test-vllm` compares greedy tokens with transformers and `vtok.prune_inputs` on the same tiny random
+weights, in fp32 on a CPU: pictures of many sizes in a batch, several in a prompt, the same again, requests without any, prefix
+cache on and off, chunks of a prompt that end inside and around images, blocks that run out, aborted requests; and `vllm serve`
+under 1, 8 and 32 requests at once.
 
 What to know:
 
-* Nothing here was run on a GPU, in bf16, with tensor or pipeline parallelism, torch.compile or published weights. In bf16 a near
-  tie may fall otherwise than in fp32; positions are exact (`vtok.serving.vllm_plugin.positions`).
+* Nothing here was run on a GPU, in bf16, with tensor or pipeline parallelism, torch.compile or published weights. In bf16 a
+  near tie may fall otherwise than in fp32; positions are exact (`vtok.serving.vllm_plugin.positions`).
 * Among exact copies (newline tokens of LLaVA-NeXT and LLaVA-OneVision) todre and divprune keep one, and rounding says which.
 * vLLM counts budget and cache of its encoder in tokens that stay: as many times more pictures may enter the vision tower in one
   step. `--max-num-seqs` and `--max-num-batched-tokens` bound them.
-* Refused in a sentence, most of it before anything is loaded: other releases and models, methods as above, videos, a method that
-  looks at the tower together with tensor parallelism or with features that a client sends, speculative decoding, LoRA on the
-  tower, vLLM's own --video-pruning-rate on Qwen-VL, and prompts of Qwen-VL that end with an image.
+* Refused in a sentence, most of it before anything is loaded: other releases and models, methods as above, videos, a method
+  that looks at the tower together with tensor parallelism or with features that a client sends, speculative decoding, LoRA on
+  the tower, vLLM's own --video-pruning-rate on Qwen-VL, and prompts of Qwen-VL that end with an image.
 * Processes of one engine, and engines that share a cache, tell different settings apart by keys of cached images.
 """
 

@@ -27,7 +27,8 @@ CASES = {
         "prumerge": {"method": "prumerge", "keep": 0.25},
     },
 }
-_SHORT = {name: FEATURES[name] for name in ("plain", "uniform", "downsample", "todre_center", "divprune")}
+# Towers of Qwen-VL cannot be looked into: without a pivot, todre's is "center".
+_GRIDS = {name: one for name, one in FEATURES.items() if name != "todre"}
 # Newline tokens of the tiny models lie at the mean, where another pivot would be one of their copies.
 _CROPS = {name: one for name, one in FEATURES.items() if name != "todre_center"}
 _CROPS["todre_farthest"] = {"method": "todre", "keep": 0.1, "pivot": "farthest", "probe": None}
@@ -38,12 +39,9 @@ CASES |= {
         **{name: TOWER[name] for name in ("fastervlm", "visionzip", "vispruner", "holov")},
         "prumerge": {"method": "prumerge", "keep": 0.25},
     },
-    "qwen2": _SHORT,
-    "qwen25": {name: one for name, one in FEATURES.items() if name != "todre"},
-    "qwen3": _SHORT,
+    "qwen2": _GRIDS,
+    "qwen25": _GRIDS,
+    "qwen3": _GRIDS,
 }
-POSITIONS = {
-    "qwen2": "original",
-    "qwen25": "original",
-    "qwen3": "original",
-}  # model -> positions of `prune_inputs`, "compact" elsewhere
+# Model -> positions of `prune_inputs`, "compact" elsewhere.
+POSITIONS = {"qwen2": "original", "qwen25": "original", "qwen3": "original"}

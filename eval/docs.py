@@ -14,7 +14,10 @@ import vtok.eval
 from vtok.errors import MissingExtraError
 
 WITHOUT = ("vtok.assets", "vtok.configs")  # data, no texts
-UNREAD = r"!vtok\.eval\.lmms\.(models|record|task)"  # need lmms-eval, which is not among the dependencies of development
+UNREAD = (  # need lmms-eval or vLLM, which are not among the dependencies of development
+    r"!vtok\.eval\.lmms\.(models|record|task)",
+    r"!vtok\.serving\.vllm_plugin\.(llava|llava_next|processor|qwen_vl|worker)",
+)
 
 
 def modules(package: str = "vtok") -> Iterator[str]:
@@ -45,9 +48,9 @@ def render(folder: Path) -> None:
     pdoc.render.configure(docformat="google", footer_text=f"vtok {vtok.__version__}")
     with warnings.catch_warnings():  # types that modules import for checkers alone are shown as they are written
         warnings.filterwarnings("ignore", "Error parsing type annotation")
-        warnings.filterwarnings("ignore", "Couldn't import vtok.eval.lmms")
+        warnings.filterwarnings("ignore", "Couldn't import vtok.(eval.lmms|serving.vllm_plugin)")
         warnings.filterwarnings("ignore", "The module specification")  # of a package holds its modules, which are named too
-        pdoc.pdoc(*modules(), UNREAD, output_directory=folder)
+        pdoc.pdoc(*modules(), *UNREAD, output_directory=folder)
 
 
 if __name__ == "__main__":

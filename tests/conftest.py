@@ -14,6 +14,10 @@ from vtok.patches.hf_vlm.families import OLDEST, release
 # lmms-eval has an environment of its own (`make test-lmms`).
 collect_ignore = [] if find_spec("lmms_eval") else ["lmms", "helpers_lmms.py"]
 
+# So has vLLM (`make test-vllm`). A folder of that name beside this file is no package: only a file counts.
+if getattr(find_spec("vllm"), "origin", None) is None:
+    collect_ignore.append("vllm")
+
 # Vision-language models need a younger transformers than vision encoders; older ones are refused (tests/test_errors.py).
 if release() < OLDEST:
     collect_ignore_glob = [

@@ -20,7 +20,7 @@ FLOORS = (
     ("capabilities", "deprecated"),
     ("config",),
     ("methods", "cost", "serialization"),
-    ("reports",),
+    ("reports", "serving"),
     ("patches",),
     ("targets",),
     ("api",),

@@ -1,5 +1,6 @@
 """What the README says can be done is done here: every snippet runs, every command parses, every file is there."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -20,6 +21,7 @@ from PIL import Image
 
 import vtok
 from vtok.eval.cli.app import app
+from vtok.serving import TokenChoice, VLMInfo
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -101,6 +103,9 @@ def test_every_command_parses(line):
     elif program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
         assert set(rest) <= set(targets)
+    elif program == "vllm":
+        settings = json.loads(rest[rest.index("--hf-overrides") + 1])["vtok"]
+        assert rest[0] == "serve" and TokenChoice(settings, VLMInfo("a model", 4, 16, 2)).tower_blocks == ()
     else:
         assert program in ("pip", "lmms-eval")
 

@@ -45,12 +45,14 @@ class MethodConfig(RenamedMethods):
         merges: inside an encoder, every token that goes is folded into one that stays: none is dropped.
         set_by_budget: parameters that a FLOPs budget sets: given beside a budget they are refused.
         default_flops: share of the blocks' FLOPs that is taken when `needs_budget()`.
+        image_only: parameters under which it decides from an image alone, before the LLM: what `vtok.serving` can serve of it.
     """
 
     name: ClassVar[str]
     merges: ClassVar[bool] = False
     set_by_budget: ClassVar[tuple[str, ...]] = ()
     default_flops: ClassVar[float | None] = None
+    image_only: ClassVar[Mapping[str, Any]] = {}
 
     def __post_init__(self) -> None:
         """Numbers of NumPy and of torch become Python's; a method that checks its fields calls this first.

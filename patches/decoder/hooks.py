@@ -30,10 +30,7 @@ from vtok.patches.decoder.kv_cache import (
     check_kind,
     check_origin,
     compact,
-    first_of,
     forget,
-    keys_of,
-    of_columns,
     remember,
     renumbered,
     state_of,
@@ -218,21 +215,21 @@ class BeforeText(PrunerHook):
         changed: dict[str, Any] = {"inputs_embeds": take(x, rows, 1), "position_ids": take(position, rows, position.ndim - 1)}
         if isinstance(mask, Mapping):
             changed["attention_mask"] = {
-                name: masks.gather_mask(m, stage, x, kind, keys_of(cache, rows.shape[1], first_of(cache, name)))
+                name: masks.gather_mask(m, stage, x, kind, masks.keys_of(cache, rows.shape[1], masks.first_of(cache, name)))
                 for name, m in mask.items()
             }
         elif isinstance(mask, Tensor) and mask.ndim == 4:
-            changed["attention_mask"] = masks.gather_mask(mask, stage, x, kind, keys_of(cache, rows.shape[1], 0))
+            changed["attention_mask"] = masks.gather_mask(mask, stage, x, kind, masks.keys_of(cache, rows.shape[1], 0))
         elif state.sample is not None and not masks.is_flash(kind):
             allowed = packed.block_mask(packed.of_columns(state.sample, stage.column))
-            changed["attention_mask"] = masks.formed(allowed, x, kind, keys_of(cache, rows.shape[1], 0), None)
+            changed["attention_mask"] = masks.formed(allowed, x, kind, masks.keys_of(cache, rows.shape[1], 0), None)
             running.slots_counted = True
         else:  # never None: gaps between positions would then be taken for the borders of packed sequences
             changed["attention_mask"] = (rows >= 0).long()
             running.slots_counted = True
         if state.sample is not None and masks.is_flash(kind):
             changed |= {"attention_mask": None, **packed.lengths(packed.of_columns(state.sample, stage.column))}
-        changed |= {name: take(t, rows, 1) for name, t in kwargs.items() if name not in changed and of_columns(t, x)}
+        changed |= {name: take(t, rows, 1) for name, t in kwargs.items() if name not in changed and masks.of_columns(t, x)}
         visual = kwargs.get("visual_pos_masks")
         if visual is not None:  # features of deeper tower layers, added to the visual tokens inside the LLM
             visual = visual.to(x.device)
@@ -331,7 +328,7 @@ def _prompt_kwargs(
     if stage is None or (stage is state.before and not recounted):
         return kwargs
     mask, tables, position = (kwargs.get(name) for name in ("attention_mask", "position_embeddings", "position_ids"))
-    keys = keys_of(cache, x.shape[1], index)
+    keys = masks.keys_of(cache, x.shape[1], index)
     kind = layer.self_attn.config._attn_implementation
     if recounted:
         make: Any = functools.partial(

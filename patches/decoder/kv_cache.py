@@ -242,18 +242,6 @@ def stored(cache: Any, layer: int = 0) -> int:
     return 0 if cache is None else int(type(cache).get_seq_length(cache, layer))
 
 
-def keys_of(cache: Any, queries: int, layer: int) -> int:
-    """Key columns that attention sees when a prompt of so many tokens enters a layer."""
-    return queries if cache is None else int(cache.get_mask_sizes(queries, layer)[0])
-
-
-def first_of(cache: Any, kind: str) -> int:
-    """The first layer of a kind, as the keys of a mapping of masks name it."""
-    sliding = [] if cache is None else list(cache.is_sliding)
-    wanted = kind == "sliding_attention"
-    return sliding.index(wanted) if wanted in sliding else 0
-
-
 def unknown(cache: Any) -> bool:
     """Whether nothing is known of what a cache holds."""
     return cache is not None and state_of(cache) is None and not cache.__dict__.get(_WHOLE)
@@ -347,11 +335,6 @@ def to_places(into: Tensor, column: Tensor) -> Tensor:
     )
     target = into.gather(1, column.clamp(0, length - 1)).where(inside, -1)
     return place.gather(1, target.clamp_min(0)).where(target >= 0, -1)
-
-
-def of_columns(value: Any, x: Tensor) -> bool:
-    """Whether an argument holds something of every column of a prompt x [B, L, C], such as embeddings for every layer."""
-    return isinstance(value, Tensor) and value.ndim >= 2 and value.shape[:2] == x.shape[:2]
 
 
 def take(x: Tensor, rows: Tensor, dim: int) -> Tensor:

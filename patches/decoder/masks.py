@@ -171,6 +171,23 @@ def formed(allowed: Tensor, like: Tensor, implementation: str, keys: int, real: 
     return torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill(~allowed, _off(like.dtype))
 
 
+def keys_of(cache: Any, queries: int, layer: int) -> int:
+    """Key columns that attention sees when a prompt of so many tokens enters a layer."""
+    return queries if cache is None else int(cache.get_mask_sizes(queries, layer)[0])
+
+
+def first_of(cache: Any, kind: str) -> int:
+    """The first layer of a kind, as the keys of a mapping of masks name it."""
+    sliding = [] if cache is None else list(cache.is_sliding)
+    wanted = kind == "sliding_attention"
+    return sliding.index(wanted) if wanted in sliding else 0
+
+
+def of_columns(value: Any, x: Tensor) -> bool:
+    """Whether an argument holds something of every column of a prompt x [B, L, C], such as embeddings for every layer."""
+    return isinstance(value, Tensor) and value.ndim >= 2 and value.shape[:2] == x.shape[:2]
+
+
 def _off(dtype: torch.dtype) -> float | bool:
     return False if dtype == torch.bool else torch.finfo(dtype).min
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from vtok.patches.protocol import qualified_name
 
+CHILDREN = ("language_model", "text_model", "model")  # as vision-language models call the LLM inside them
+
 
 def _in(model: str) -> str:
     return f"transformers.models.{model}.modeling_{model}."
@@ -39,3 +41,12 @@ def why_not_between(text: Any) -> str | None:
     if not any(qualified_name(cls) in TEXT_MODELS for cls in type(text).__mro__):
         return f"its LLM, {qualified_name(type(text))}, is not among those whose layers vtok has been tested with"
     return None
+
+
+def stated_number(config: Any, name: str) -> int | None:
+    """A number that a config states for all its layers, or `None`: some have one for each."""
+    try:
+        value = getattr(config, name, None)
+    except AttributeError:
+        return None
+    return value if isinstance(value, int) else None

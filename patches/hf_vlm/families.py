@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -13,7 +12,7 @@ from torch import nn
 from vtok.core.prompt import TowerFacts, VLMInfo
 from vtok.errors import UnsupportedModelError
 from vtok.patches.decoder import attention_probe as decoder_probe
-from vtok.patches.decoder.text_models import why_not_between
+from vtok.patches.decoder.text_models import CHILDREN, stated_number, why_not_between
 from vtok.patches.hf_vision.adapter import HfAdapter
 from vtok.patches.hf_vision.tables import TOWERS, release
 from vtok.patches.hf_vlm import crops as hf_cuts
@@ -21,13 +20,12 @@ from vtok.patches.hf_vlm import examples as tiny
 from vtok.patches.hf_vlm import layout as hf_views
 from vtok.patches.hf_vlm import stated_images as stated
 from vtok.patches.hf_vlm.examples import VLMExample
-from vtok.patches.hf_vlm.image_features import Cuts, ViewCounts, Views
+from vtok.patches.hf_vlm.image_features import Cuts, ViewCounts, Views, encodes
 from vtok.patches.hf_vlm.stated_images import VisionCosts
 from vtok.patches.hf_vlm.tower_bridge import Joint
 from vtok.patches.macs import linear_macs
 from vtok.patches.protocol import Tower, look_up
 
-TEXT_CHILDREN = ("language_model", "text_model", "model")  # as models call the LLM inside them
 OLDEST = (5, 23)  # release of transformers
 
 
@@ -284,34 +282,13 @@ def generic(module: nn.Module) -> Family | None:
     It encodes images by itself (`get_image_features`), knows its placeholder (`image_token_id`), and takes images that were
     encoded ahead (`mm_encoder_outputs`). A model that only hands all this on to a part is not meant, but its part.
     """
-    if not _encodes(module) or any(_encodes(child) for child in module.children()):
+    if not encodes(module) or any(encodes(child) for child in module.children()):
         return None
-    text = next((name for name in TEXT_CHILDREN if hasattr(getattr(module, name, None), "layers")), None)
+    text = next((name for name in CHILDREN if hasattr(getattr(module, name, None), "layers")), None)
     if text is None:
         return None
     name, rotary_3d = type(module).__name__, hasattr(module, "get_rope_index")
     return Family(name, text=text, tower="", views=hf_views.one_row, rotary_3d=rotary_3d, generic=True)
-
-
-def _encodes(module: nn.Module) -> bool:
-    """Whether a module is a vision-language model of transformers as `generic` takes it, or wraps one."""
-    if not type(module).__module__.startswith("transformers.models."):
-        return False
-    config, forward = getattr(module, "config", None), inspect.signature(module.forward).parameters
-    return (
-        callable(getattr(module, "get_image_features", None))
-        and isinstance(getattr(config, "image_token_id", None), int)
-        and {"mm_encoder_outputs", "inputs_embeds", "input_ids"} <= set(forward)
-    )
-
-
-def _stated(config: Any, name: str) -> int | None:
-    """A number that a config states for all its layers, or `None`: some have one for each."""
-    try:
-        value = getattr(config, name, None)
-    except AttributeError:
-        return None
-    return value if isinstance(value, int) else None
 
 
 def _check_row(module: nn.Module, family: Family) -> None:
@@ -341,7 +318,7 @@ def _describe(path: str, module: Any, family: Family) -> VLM:
             f"vision_feature_layer=0 of {name}: transformers takes 0 for no layer at all and fails when it encodes an image; "
             "name the output of a block, such as -1 or -2"
         )
-    heads = _stated(config, "num_attention_heads") or max(config.hidden_size // 64, 1)
+    heads = stated_number(config, "num_attention_heads") or max(config.hidden_size // 64, 1)
     tokens = {m: getattr(module.config, f"{m}_token_id", None) for m in ("image", "video")}
     tower, facts, no_tower = _tower(module, text, family)
     deep = getattr(getattr(module.config, "vision_config", None), "deepstack_visual_indexes", None) or ()
@@ -351,8 +328,8 @@ def _describe(path: str, module: Any, family: Family) -> VLM:
         width=config.hidden_size,
         num_heads=heads,
         first_layer=max(len(deep), 1),
-        num_kv_heads=_stated(config, "num_key_value_heads") or heads,
-        head_dim=_stated(config, "head_dim") or config.hidden_size // heads,
+        num_kv_heads=stated_number(config, "num_key_value_heads") or heads,
+        head_dim=stated_number(config, "head_dim") or config.hidden_size // heads,
         no_attention=next((why for layer in text.layers if (why := decoder_probe.why_not(layer))), None),
         tower=facts,
         no_tower=no_tower,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtok.core.prompt import ImageFeatures, TowerBlock, View, VLMReducer
 from vtok.core.reduction import Plan, apply_plan
@@ -71,6 +71,18 @@ def carries_images(kwargs: Mapping[str, Any]) -> bool:
     given = any(kwargs.get(name) is not None for name in PIXELS.values())
     outputs = kwargs.get("mm_encoder_outputs")
     return given or (isinstance(outputs, Mapping) and any(value is not None for value in outputs.values()))
+
+
+def encodes(module: nn.Module) -> bool:
+    """Whether a module is a vision-language model of transformers as `generic` takes it, or wraps one."""
+    if not type(module).__module__.startswith("transformers.models."):
+        return False
+    config, forward = getattr(module, "config", None), inspect.signature(module.forward).parameters
+    return (
+        callable(getattr(module, "get_image_features", None))
+        and isinstance(getattr(config, "image_token_id", None), int)
+        and {"mm_encoder_outputs", "inputs_embeds", "input_ids"} <= set(forward)
+    )
 
 
 def encode(

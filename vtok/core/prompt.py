@@ -300,11 +300,20 @@ class VLMReducer:
         needs: "attention" if decisions in front of decoder layers look at a layer's attention; also "embeddings" if they look
             at what entered the LLM.
         exact: whether the counts below are exact; False = upper bounds, the true numbers depend on the images or the text.
+        fixed_rows: whether the layout of an image alone says which rows `features` keeps. What they become may depend on the
+            image all the same.
     """
 
     reads_reduced: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
     exact: ClassVar[bool] = False
+    fixed_rows: ClassVar[bool] = False
+
+    @property
+    def fixed_counts(self) -> bool:
+        """Whether `features` keeps as many tokens of all images that are laid out alike, even where `feature_count` does not
+        know how many. Engines that lay out a prompt before an image is encoded ask for it."""
+        return self.exact
 
     @property
     def tower_blocks(self) -> tuple[int, ...]:

@@ -154,7 +154,8 @@ def describe(model: nn.Module, vlm: VLM) -> PromptInfo:
         entered = left
     text = tuple((last.real & ~last.visual).sum(1).tolist())
     if vlm.family.generic:
-        cost, mean, notes = None, None, (f"note: what {vlm.info.name} costs is not known in closed form",)
+        notes: tuple[str, ...] = (f"note: what {vlm.info.name} costs is not known in closed form",)
+        cost = mean = None
     else:
         cost, mean, notes = measured(model, vlm, pruner, last)
     return PromptInfo(

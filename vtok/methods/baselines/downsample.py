@@ -111,6 +111,7 @@ class DownsampleReducer(VLMReducer):
     """Downsampling for any model."""
 
     exact: ClassVar[bool] = True
+    fixed_rows: ClassVar[bool] = True
 
     config: Any
 

@@ -111,6 +111,7 @@ class ViewDrop(VLMReducer):
     """Keeps the same share of every view of an image, before the LLM, and of every image exactly what `keep` says."""
 
     exact: ClassVar[bool] = True
+    fixed_rows: ClassVar[bool] = True
 
     config: DropConfig
 

@@ -29,8 +29,9 @@ stay.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -62,6 +63,7 @@ class CDPruner(KeptShare):
 
     name: ClassVar[str] = "cdpruner"
     default_keep: ClassVar[float | None] = 1 / 9
+    image_only: ClassVar[Mapping[str, Any]] = {"relevance": "none"}
 
     relevance: str = RELEVANCE[0]
     sign: int = -1

@@ -147,6 +147,10 @@ class HiREDReducer(ViewReducer):
     def exact(self) -> bool:
         return not self.info.crops
 
+    @property
+    def fixed_counts(self) -> bool:
+        return self.exact
+
     def features(self, images: ImageFeatures) -> Plan | None:
         if self.config.keep == 1:
             return None

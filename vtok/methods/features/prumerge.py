@@ -295,6 +295,10 @@ class AdaptiveReducer(PruMergeReducer):
 
     exact: ClassVar[bool] = False
 
+    @property
+    def fixed_counts(self) -> bool:
+        return False
+
     def features(self, images: ImageFeatures) -> Plan:
         return self.choose(images, view_tokens(images, self.config.name))
 

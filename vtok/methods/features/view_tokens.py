@@ -305,6 +305,10 @@ class ViewReducer(VLMReducer):
         return self.info.grid is not None or not self.info.crops
 
     @property
+    def fixed_counts(self) -> bool:
+        return True
+
+    @property
     def sites(self) -> tuple[Site, ...]:
         return () if self.config.keep == 1 else (Site(Place.IMAGE_FEATURES, 0),)
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -89,6 +89,7 @@ class ToDRE(MethodConfig):
 
     name: ClassVar[str] = "todre"
     set_by_budget: ClassVar[tuple[str, ...]] = ("keep", "keep_tokens")
+    image_only: ClassVar[Mapping[str, Any]] = {"probe": None}
 
     keep: float | None = None
     keep_tokens: int | None = None

@@ -63,6 +63,10 @@ def changed_tokens(x: Tensor, count: int) -> Tensor:
 class EVSReducer(VideoReducer):
     """EVS for one model."""
 
+    @property
+    def fixed_counts(self) -> bool:
+        return True
+
     def choose(self, frames: Frames, images: ImageFeatures) -> Plan:
         return frames.plan(changed_tokens(frames.tokens, self.video_count(*frames.rows.shape)))
 

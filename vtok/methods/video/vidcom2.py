@@ -118,6 +118,10 @@ def exact_tokens(ranked: Ranked, count: int) -> Tensor:
 class VidCom2Reducer(VideoReducer):
     """VidCom2 with an exact count."""
 
+    @property
+    def fixed_counts(self) -> bool:
+        return True
+
     def choose(self, frames: Frames, images: ImageFeatures) -> Plan:
         count = self.video_count(*frames.rows.shape)
         return frames.plan(exact_tokens(rank_frames(frames.tokens, self._share(frames)), count))
@@ -133,6 +137,10 @@ class VidCom2Reducer(VideoReducer):
 @dataclass(frozen=True)
 class OfficialReducer(VidCom2Reducer):
     """VidCom2 as its authors count; how many stay costs one host synchronisation."""
+
+    @property
+    def fixed_counts(self) -> bool:
+        return False
 
     def choose(self, frames: Frames, images: ImageFeatures) -> Plan:
         stays = frame_tokens(rank_frames(frames.tokens, self._share(frames))).flatten(1)

@@ -1,0 +1,47 @@
+"""Which settings are asked of which tiny model: name -> settings, `None` = the engine without vtok."""
+
+FEATURES = {
+    "plain": None,
+    "uniform": {"method": "uniform", "keep": 0.3},
+    "random": {"method": "random", "keep": 0.25, "seed": 7},
+    "downsample": {"method": "downsample", "keep": 0.25},
+    "todre": {"method": "todre", "keep_tokens": 12, "probe": None},
+    "todre_center": {"method": "todre", "keep": 0.1, "pivot": "center", "probe": None},
+    "divprune": {"method": "divprune", "keep_tokens": 10},
+    "cdpruner": {"method": "cdpruner", "keep": 0.2, "relevance": "none"},
+}
+TOWER = {
+    "fastervlm": {"method": "fastervlm", "keep_tokens": 12},
+    "vispruner": {"method": "vispruner", "keep": 0.25},
+    "visionzip": {"method": "visionzip", "keep": 0.25},
+    "holov": {"method": "holov", "keep": 0.25, "runs": 4},
+    "prumerge": {"method": "prumerge", "keep": 0.25, "layer": -2},
+    "prumerge_plus": {"method": "prumerge", "keep_tokens": 16, "plus": True, "layer": -2},
+}
+CASES = {
+    "llava": {**FEATURES, **TOWER},
+    "llava_siglip": {
+        **{name: FEATURES[name] for name in ("plain", "todre", "divprune")},
+        "fastervlm": TOWER["fastervlm"],
+        "visionzip": TOWER["visionzip"],
+        "prumerge": {"method": "prumerge", "keep": 0.25},
+    },
+}
+# Towers of Qwen-VL cannot be looked into: without a pivot, todre's is "center".
+_GRIDS = {name: one for name, one in FEATURES.items() if name != "todre"}
+# Newline tokens of the tiny models lie at the mean, where another pivot would be one of their copies.
+_CROPS = {name: one for name, one in FEATURES.items() if name != "todre_center"}
+_CROPS["todre_farthest"] = {"method": "todre", "keep": 0.1, "pivot": "farthest", "probe": None}
+CASES |= {
+    "llava_next": {**_CROPS, **TOWER},
+    "onevision": {
+        **_CROPS,
+        **{name: TOWER[name] for name in ("fastervlm", "visionzip", "vispruner", "holov")},
+        "prumerge": {"method": "prumerge", "keep": 0.25},
+    },
+    "qwen2": _GRIDS,
+    "qwen25": _GRIDS,
+    "qwen3": _GRIDS,
+}
+# Model -> positions of `prune_inputs`, "compact" elsewhere.
+POSITIONS = {"qwen2": "original", "qwen25": "original", "qwen3": "original"}

@@ -1,0 +1,62 @@
+"""The reference, in vtok's own environment: PYTHON reference.py FOLDER MODEL [CASE ...]
+
+Saves a tiny model and, for each case, FOLDER/MODEL/CASE.json: greedy tokens of transformers' generate() on prompts that
+`vtok.prune_inputs` shortened, one request at a time.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import asked
+import torch
+from cases import CASES, POSITIONS
+from tiny import BUILDERS
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import vtok
+
+TOKENS = 12
+
+
+def answer(model, processor, text, pictures, settings, positions, tokens=TOKENS):
+    """{"prompt": its length, "unpruned": before, "tokens": the answer, "margins": of every token over the second best}"""
+    inputs = processor(images=pictures or None, text=text, return_tensors="pt")
+    before = inputs["input_ids"].shape[1]
+    if settings and pictures:
+        params = {name: value for name, value in settings.items() if name != "method"}
+        inputs = vtok.prune_inputs(model, inputs, settings["method"], positions=positions, **params)
+    length = inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        got = model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=tokens,
+            eos_token_id=[],
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+    margins = [float(a - b) for a, b in (s[0].topk(2).values.tolist() for s in got.scores)]
+    return {"prompt": length, "unpruned": before, "tokens": got.sequences[0, length:].tolist(), "margins": margins}
+
+
+def main():
+    torch.set_num_threads(1)
+    folder, name, *only = Path(sys.argv[1]), *sys.argv[2:]
+    target = folder / name
+    if not (target / "config.json").exists():
+        BUILDERS[name](target)
+    model, report = AutoModelForImageTextToText.from_pretrained(target, dtype=torch.float32, output_loading_info=True)
+    assert not report["missing_keys"], report
+    processor = AutoProcessor.from_pretrained(target)
+    for case in only or CASES[name]:
+        settings, positions = CASES[name][case], POSITIONS.get(name, "compact")
+        found = [answer(model.eval(), processor, text, pictures, settings, positions) for text, pictures in asked.of(name)]
+        (target / f"{case}.json").write_text(json.dumps(found))
+        print(name, case, len({tuple(one["tokens"]) for one in found}), "different answers of", len(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The choice of visual tokens for engines that serve vision-language models, and vtok inside vLLM. Needs torch alone.
+
+    from vtok.serving import TokenChoice, VLMInfo, grid_layout
+
+    choice = TokenChoice({"method": "divprune", "keep_tokens": 64}, VLMInfo("my model", 32, 4096, 32))
+    layout = grid_layout(24, 24)
+    choice.count(layout)  # 64, before any image has been seen
+    kept = choice.choose(features, layout)  # features [B, 576, D]: kept.rows [B, 64], kept.tokens [B, 64, D]
+
+`choose_tokens` does the same in one call. `settings` holds the name of a method and its parameters, as `vtok.patch` takes them.
+
+An engine lays out prompts, and reserves memory for them, before an image is encoded, and keeps what it has encoded for the next
+prompt that shows the same image. So a method can be served that chooses from an image alone, before the LLM, and of which
+settings and grid say how many tokens stay: `uniform`, `random`, `downsample`, `divprune`, `todre` (its first stage), `cdpruner`
+with `relevance="none"`, and where the vision tower can be looked into `fastervlm`, `vispruner`, `visionzip`, `holov` and
+`prumerge` with `keep` or `keep_tokens`; of videos `evs` and `vidcom2`. `TokenChoice` refuses all others when it is made and
+says why: inside the LLM all layers of a paged KV cache hold the same tokens (fastv, pyramiddrop, sparsevlm, dart, atp, todre's
+second stage, which is left out where `probe` is not given), features of an image must not depend on a question (cdpruner's
+relevance), and where the image decides how many tokens stay the prompt cannot be laid out (correlation, prumerge by
+outliers).
+
+The plug-in for vLLM (`vtok.serving.vllm_plugin`) registers itself when `vtok` is installed beside vLLM:
+
+    pip install "vtok[vllm]"
+    vllm serve llava-hf/llava-1.5-7b-hf --hf-overrides '{"vtok": {"method": "todre", "keep": 0.1}}'
+
+`LLM(model, hf_overrides={"vtok": {...}})` is the same, and so is a key `"vtok"` in the model's config.json. Without the key
+vLLM runs its own classes. The worker logs one line with the resolved settings; clients see fewer `usage.prompt_tokens`.
+
+Served by vLLM 0.32: LLaVA-1.5 (CLIP and SigLIP towers), LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL and Qwen3-VL, with
+images. Qwen-VL keeps the positions that tokens had (`positions="original"`), the others number the shorter prompt anew
+(`"compact"`). `make test-vllm` compares greedy tokens with transformers and `vtok.prune_inputs` on the same tiny random
+weights, in fp32 on a CPU: pictures of many sizes in a batch, several in a prompt, the same again, requests without any, prefix
+cache on and off, chunks of a prompt that end inside and around images, blocks that run out, aborted requests; and `vllm serve`
+under 1, 8 and 32 requests at once.
+
+What to know:
+
+* A random LLaVA of 26 M parameters (576 visual tokens, prompts of 600 tokens, 16 generated; fp32 on two CPU cores that others
+  used as well) answered 0.97, 1.18 and 0.97 requests a second at 1, 8 and 16 at once, and with `todre` (`keep_tokens=64`,
+  prompts of 88) 2.09, 4.42 and 3.77; the first token came after 0.62, 5.35 and 13.72 s, and 0.16, 0.80 and 1.91 s. Two servers,
+  turn by turn in one run (`tests/vllm/load.py`): signs, not results.
+* Nothing here was run on a GPU, in bf16, with tensor or pipeline parallelism, torch.compile or published weights. In bf16 a
+  near tie may fall otherwise than in fp32; positions are exact (`vtok.serving.vllm_plugin.positions`).
+* Among exact copies (newline tokens of LLaVA-NeXT and LLaVA-OneVision) todre and divprune keep one, and rounding says which.
+* vLLM counts budget and cache of its encoder in tokens that stay: as many times more pictures may enter the vision tower in one
+  step. `--max-num-seqs` and `--max-num-batched-tokens` bound them.
+* Refused in a sentence, most of it before anything is loaded: other releases and models, methods as above, videos, a method
+  that looks at the tower together with tensor parallelism or with features that a client sends, speculative decoding, LoRA on
+  the tower, vLLM's own --video-pruning-rate on Qwen-VL, and prompts of Qwen-VL that end with an image.
+* Processes of one engine, and engines that share a cache, tell different settings apart by keys of cached images.
+"""
+
+from vtok.core.prompt import View, VLMInfo
+from vtok.core.tower import TowerBlock, TowerFacts
+from vtok.serving.choice import Kept, TokenChoice, choose_tokens
+from vtok.serving.layouts import ImageLayout, frames_layout, grid_layout, packed_crops_layout
+from vtok.serving.tower import block_of
+
+__all__ = [
+    "ImageLayout",
+    "Kept",
+    "TokenChoice",
+    "TowerBlock",
+    "TowerFacts",
+    "VLMInfo",
+    "View",
+    "block_of",
+    "choose_tokens",
+    "frames_layout",
+    "grid_layout",
+    "packed_crops_layout",
+]

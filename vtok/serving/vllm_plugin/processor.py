@@ -1,0 +1,83 @@
+"""The part of vLLM that lays out prompts: a placeholder for every token that will stay, and keys that name the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+from vllm.multimodal.parse import EmbeddingItems
+from vllm.multimodal.processing import PromptReplacement
+
+from vtok.errors import ConfigError
+from vtok.serving.choice import TokenChoice
+from vtok.serving.layouts import ImageLayout
+from vtok.serving.vllm_plugin.families import choice_of
+
+
+class ImagesOnly:
+    """Put in front of vLLM's info of a model: no videos beside the key."""
+
+    def get_supported_mm_limits(self) -> Any:
+        """How many items of a modality a prompt may hold; `None` = any number."""
+        return {**super().get_supported_mm_limits(), "video": 0}  # type: ignore[misc]
+
+
+class ServedProcessor:
+    """Put in front of vLLM's processor of a model.
+
+    Attributes:
+        architecture: vLLM's name of the model.
+    """
+
+    architecture: ClassVar[str]
+
+    def layout_of(self, modality: str, number: int, n: int, items: Any, made: Any) -> ImageLayout:
+        """How the n tokens of one image or video are laid out.
+
+        Args:
+            modality: "image" or "video".
+            number: of the item among those of its modality.
+            n: its visual tokens.
+            items: of the request, as vLLM parsed them.
+            made: what the Hugging Face processor made of them.
+        """
+        raise NotImplementedError
+
+    @cached_property
+    def choice(self) -> TokenChoice | None:
+        """`None` = nothing is pruned."""
+        return choice_of(self.info.get_hf_config(), self.architecture)  # type: ignore[attr-defined]
+
+    def _get_mm_hashes(self, inputs: Any) -> Any:
+        """Keys of all caches of processed and encoded images, some of which outlive an engine."""
+        hashes = super()._get_mm_hashes(inputs)  # type: ignore[misc]
+        if self.choice is None:
+            return hashes
+        end = f"-vtok-{self.choice.digest}"
+        return {modality: [one + end for one in listed] for modality, listed in hashes.items()}
+
+    def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Sequence[Any]:
+        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
+        if self.choice is None:
+            return updates
+        return [self._shorter(update, mm_items, out_mm_kwargs) for update in updates if update.modality == "image"]
+
+    def _shorter(self, update: Any, items: Any, made: Any) -> Any:
+        """The same prompt update with the placeholders of tokens that stay."""
+        choice = self.choice
+        assert choice is not None
+        modality = update.modality
+
+        def replacement(number: int) -> list[int]:
+            whole = update.replacement(number)
+            if not isinstance(whole, list) or len(set(whole)) > 1:
+                raise ConfigError(f"vtok shortens rows of one placeholder, and this model lays out an {modality} otherwise")
+            if choice.tower_blocks and isinstance(items.get(modality), EmbeddingItems):
+                raise ConfigError(
+                    f"{choice.config.name} looks at the vision tower, and features of images came without it: send pixels, or "
+                    "serve a method that looks at features alone, such as divprune"
+                )
+            return whole[: choice.count(self.layout_of(modality, number, len(whole), items, made))]
+
+        return PromptReplacement(modality=modality, target=update.target, replacement=replacement)

@@ -49,6 +49,7 @@ def ask(processes: int, out: Path, how: tuple[str, ...] = TORCHRUN, **environmen
     return start(processes, *ASK, "-M", "todre:keep=0.3", "--output", str(out), how=how, **environment)
 
 
+@pytest.mark.slow  # a minute: three launches of two processes
 def test_a_killed_process_ends_the_run_and_the_next_one_goes_on(tmp_path, expected):
     child = ask(2, tmp_path)
     victim = member(child, 1)

@@ -129,6 +129,18 @@ def pairs(names: list[str] | None = None) -> list[tuple[str, str]]:
     ]
 
 
+def covering(combinations: list[tuple[str, str]], shift: int, of: int = 3) -> list[Any]:
+    """One in `of` of the combinations (example, method) runs at once, the others are slow: every example occurs, every method
+    with one in `of` of the examples. Tests with other shifts take other combinations, so that each is taken by some test."""
+    names, methods = (list(dict.fromkeys(column)) for column in zip(*combinations))
+    return [
+        pytest.param(
+            name, method, marks=() if (names.index(name) + methods.index(method) + shift) % of == 0 else pytest.mark.slow
+        )
+        for name, method in combinations
+    ]
+
+
 def attach(name: str, model: nn.Module, method: str, **extra: Any) -> nn.Module:
     """Patches an example with a method's setting."""
     trace = extra.pop("trace", False)

@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from zoo import EXAMPLES, Nothing, attach, build, config_for, images, pairs, run
+from zoo import EXAMPLES, Nothing, attach, build, config_for, covering, images, pairs, run
 
 import vtok
 from vtok.capabilities import HasBudget
@@ -42,7 +42,7 @@ def test_the_split_path_equals_upstream(name, place):
     assert (split - reference).abs().max() <= 1e-11 * reference.abs().max()
 
 
-@pytest.mark.parametrize(("name", "method"), pairs())
+@pytest.mark.parametrize(("name", "method"), covering(pairs(), 0))
 def test_unpatching_restores_everything(name, method):
     run(encoder_checks.check_unpatching, name, method)
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from zoo import FAMILIES, attach, block_list, build, checkpointing, images, pairs, run
+from zoo import FAMILIES, attach, block_list, build, checkpointing, covering, images, pairs, run
 
 import vtok
 from vtok.registry import encoder_methods
@@ -12,7 +12,7 @@ from vtok.targets.resolve import run_of
 from vtok.testing import encoder_checks
 
 
-@pytest.mark.parametrize(("name", "method"), pairs())
+@pytest.mark.parametrize(("name", "method"), covering(pairs(), 2))
 def test_every_parameter_that_upstream_reaches_gets_a_gradient(name, method):
     run(encoder_checks.check_gradients, name, method)
 
@@ -31,7 +31,7 @@ def _counted(blocks):
 NOT_CHECKPOINTED = ("open_clip: ViT custom blocks, all norms",)
 
 
-@pytest.mark.parametrize(("name", "method"), [p for p in pairs(FAMILIES) if p[0] not in NOT_CHECKPOINTED])
+@pytest.mark.parametrize(("name", "method"), covering([p for p in pairs(FAMILIES) if p[0] not in NOT_CHECKPOINTED], 0))
 def test_checkpointing_gives_equal_gradients(name, method):
     model, x = build(name, torch.float64).train(), images(name, dtype=torch.float64)
     attach(name, model, method)
@@ -83,7 +83,7 @@ def test_recomputing_a_forgotten_pass_is_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("name", "method"), pairs(FAMILIES))
+@pytest.mark.parametrize(("name", "method"), covering(pairs(FAMILIES), 1))
 def test_low_precision_stays_finite_and_decides_in_fp32(name, method, dtype):
     model, x = build(name, dtype), images(name, dtype=dtype)
     seen = []

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok.core.tokens import AttentionView, Rope, add_bias
-from vtok.core.tracker import Run
+from vtok.core.tracker import TokenTracker
 from vtok.errors import StateError
 from vtok.patches.module_swap import Hook
 from vtok.patches.protocol import Attend, Projected, TapSpec
@@ -21,14 +21,14 @@ from vtok.patches.protocol import Attend, Projected, TapSpec
 class Tap(Hook):
     """Forward hook that keeps a child's output until the block has used it."""
 
-    def __init__(self, run: Run, name: str):
+    def __init__(self, run: TokenTracker, name: str):
         self.run, self.name = run, name
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self.run.taps[self.name] = output
 
 
-def place_taps(attend: Attend, attn: nn.Module, run: Run, needs: frozenset[str]) -> None:
+def place_taps(attend: Attend, attn: nn.Module, run: TokenTracker, needs: frozenset[str]) -> None:
     """Registers the hooks through which a reducing block sees what its method needs."""
     for name in sorted(needs):
         getattr(attn, attend.taps[name].child).register_forward_hook(Tap(run, name))
@@ -44,7 +44,7 @@ def _heads_first(t: Tensor, tap: TapSpec, attn: nn.Module, head_dim: int) -> Ten
 
 
 def tapped_view(
-    attend: Attend, attn: nn.Module, run: Run, bias: Tensor | None, rope: Rope | None, needs: frozenset[str]
+    attend: Attend, attn: nn.Module, run: TokenTracker, bias: Tensor | None, rope: Rope | None, needs: frozenset[str]
 ) -> AttentionView:
     """The view of a block whose attention ran by itself, from what the hooks caught.
 

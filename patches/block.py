@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from vtok.config import Reducer
 from vtok.core.reduction import Plan, apply_plan
 from vtok.core.tokens import AttentionView, Place, Site, TokenState, add_bias, gather_mask, gather_positions, log_size_bias
-from vtok.core.tracker import Run
+from vtok.core.tracker import TokenTracker
 from vtok.errors import UnsupportedModelError
 from vtok.ops.rows import take_rows
 from vtok.patches.attention import place_taps, projected_view, sdpa, tapped_view
-from vtok.patches.module_swap import Mixin, check_forward, put_on
+from vtok.patches.module_swap import Mixin, check_forward, swap_class
 from vtok.patches.padding import padding_of, plan_without_padding
 from vtok.patches.precision import autocasts, full_precision
 from vtok.patches.protocol import Attend, Block, BlockSpec, Tower
@@ -40,7 +40,7 @@ class Link:
         merges: whether the tower merges tokens somewhere.
     """
 
-    run: Run
+    run: TokenTracker
     index: int
     spec: BlockSpec
     attend: Attend
@@ -178,23 +178,23 @@ class ReducingBlock(Mixin):
 def check(tower: Tower, steps: dict[int, tuple[Site, Reducer]]) -> None:
     """Raises whatever `install` and the adapter's `attach` would raise; changes nothing."""
     for i, block in enumerate(tower.blocks):
-        _link(i, block, Run(0, 0, False, False), steps.get(i))
+        _link(i, block, TokenTracker(0, 0, False, False), steps.get(i))
         check_forward(block.module, ReducingBlock)
 
 
-def install(blocks: tuple[Block, ...], run: Run, steps: dict[int, tuple[Site, Reducer]]) -> None:
+def install(blocks: tuple[Block, ...], run: TokenTracker, steps: dict[int, tuple[Site, Reducer]]) -> None:
     """Swaps the classes of a tower's blocks and hooks what their methods need. `check` comes first."""
     merges = any(reducer.sizes for _, reducer in steps.values()) or (run.patch is not None and run.patch.merges)
     for i, block in enumerate(blocks):
         link = _link(i, block, run, steps.get(i))
         link.seeds, link.merges = i == 0 and bool(steps) and block.spec.padding_mask is not None, merges
         block.module.__dict__["_vtok"] = link
-        put_on(block.module, ReducingBlock)
+        swap_class(block.module, ReducingBlock)
         if link.reducer is not None and not link.stepwise:
             place_taps(block.attend, block.attention, run, link.reducer.needs)
 
 
-def _link(index: int, block: Block, run: Run, step: tuple[Site, Reducer] | None) -> Link:
+def _link(index: int, block: Block, run: TokenTracker, step: tuple[Site, Reducer] | None) -> Link:
     spec, attend = block.spec, block.attend
     if step is None:
         return Link(run, index, spec, attend, stepwise=not attend.takes_bias)

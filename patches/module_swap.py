@@ -95,13 +95,13 @@ def _rebuild(mixin: type, base: type) -> Any:
     return cls.__new__(cls)
 
 
-def put_on(module: nn.Module, mixin: type) -> None:
+def swap_class(module: nn.Module, mixin: type) -> None:
     """Gives the module the class `(mixin, its class)`."""
     check_forward(module, mixin)
     _set_class(module, mixed_class(mixin, type(module)))
 
 
-def take_off(module: nn.Module) -> None:
+def restore_class(module: nn.Module) -> None:
     """Gives a module its original class back. `check_class` comes first."""
     _set_class(module, type(module).__bases__[1])
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vtok.core.tokens import TokenState, at_least_fp32, log_size_bias
-from vtok.core.tracker import Run
+from vtok.core.tracker import TokenTracker
 from vtok.errors import StateError
 from vtok.patches.module_swap import Hook, Mixin
 
@@ -31,7 +31,7 @@ class PoolBias(Hook):
         drop_prefix: whether the pool sees the patches alone.
     """
 
-    def __init__(self, run: Run, parameter: str, drop_prefix: bool):
+    def __init__(self, run: TokenTracker, parameter: str, drop_prefix: bool):
         self.run, self.parameter, self.drop_prefix = run, parameter, drop_prefix
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -78,7 +78,7 @@ def plain(state: TokenState) -> bool:
 class DenseOutputs(Mixin):
     """Mixin for towers with `forward_intermediates`: feature maps that reduced tokens cannot fill are refused."""
 
-    _vtok_run: Run
+    _vtok_run: TokenTracker
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         upstream: Any = super()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vtok.config import ModelInfo
 from vtok.core.tokens import Rope
-from vtok.core.tracker import Run
+from vtok.core.tracker import TokenTracker
 from vtok.cost.encoder import TowerCost
 
 
@@ -243,7 +243,7 @@ class Adapter(Protocol):
         """
         ...
 
-    def attach(self, tower: Tower, run: Run) -> None:
+    def attach(self, tower: Tower, run: TokenTracker) -> None:
         """Makes what follows the blocks see sizes and padding."""
         ...
 

@@ -1,6 +1,6 @@
 """Hooks on what turns images into patches: the grid that a call's patches fill, whatever size the model was built for.
 
-A tower announces it to its `Run`, and block 0 takes it over with the tokens (`TokenState.grid`).
+A tower announces it to its `TokenTracker`, and block 0 takes it over with the tokens (`TokenState.grid`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtok.core.tracker import Run
+from vtok.core.tracker import TokenTracker
 from vtok.errors import UnsupportedModelError
 from vtok.patches.module_swap import Hook
 
@@ -27,7 +27,7 @@ def grid_of(embed: Any, size: Any) -> tuple[int, int]:
 class StemHook(Hook):
     """Base of these hooks."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: TokenTracker):
         self.run = run
 
 
@@ -55,7 +55,7 @@ class ConvStem(StemHook):
 class StatedStem(StemHook):
     """Forward pre-hook of an embedding that is told the (rows, columns) of every image, as SigLIP2's is."""
 
-    def __init__(self, run: Run, parameter: str, position: int):
+    def __init__(self, run: TokenTracker, parameter: str, position: int):
         super().__init__(run)
         self.parameter, self.position = parameter, position
 

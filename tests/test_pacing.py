@@ -7,7 +7,7 @@ from torch import nn
 from vtok.eval.common import timing as pacing
 from vtok.eval.common.rates import Step
 from vtok.eval.common.settings import PassCost
-from vtok.eval.common.timing import FEWEST_PAIRS, TIMED_EVERY, Memory, Pacer
+from vtok.eval.common.timing import FEWEST_PAIRS, TIMED_EVERY, BaselineCache, PairedTimer
 
 
 class Counting(nn.Module):
@@ -28,31 +28,31 @@ def show(pacer, batches, size=2):
 
 def test_every_model_sees_every_batch_without_a_memory():
     models = [Counting(0), Counting(10)]
-    assert show(Pacer(models, 0, 5), 5) == [[i, i + 10] for i in range(5)]
+    assert show(PairedTimer(models, 0, 5), 5) == [[i, i + 10] for i in range(5)]
     assert [model.seen for model in models] == [[2] * 5, [2] * 5]
 
 
 def test_the_unpatched_model_runs_again_for_the_clock_alone():
-    batches, base, memory = 8 * TIMED_EVERY, Counting(0), Memory()
-    assert show(Pacer([base], 0, batches, memory), batches) == [[i] for i in range(batches)]
+    batches, base, memory = 8 * TIMED_EVERY, Counting(0), BaselineCache()
+    assert show(PairedTimer([base], 0, batches, memory), batches) == [[i] for i in range(batches)]
     assert len(base.seen) == batches
     base.add = 999  # what it makes of a batch is known: the second pass is for the clock
     patched = Counting(10)
-    assert show(Pacer([base, patched], 0, batches, memory), batches) == [[i, i + 10] for i in range(batches)]
+    assert show(PairedTimer([base, patched], 0, batches, memory), batches) == [[i, i + 10] for i in range(batches)]
     assert len(base.seen) - batches == batches // TIMED_EVERY == 8
     assert len(patched.seen) == batches
 
 
 def test_few_batches_are_timed_more_often():
-    assert Pacer([], None, 3).every == Pacer([], None, FEWEST_PAIRS).every == 1
-    assert Pacer([], None, 2 * FEWEST_PAIRS).every == 2
-    assert Pacer([], None, 1000).every == TIMED_EVERY
+    assert PairedTimer([], None, 3).every == PairedTimer([], None, FEWEST_PAIRS).every == 1
+    assert PairedTimer([], None, 2 * FEWEST_PAIRS).every == 2
+    assert PairedTimer([], None, 1000).every == TIMED_EVERY
 
 
 def test_unpatched_batches_that_are_missing_are_run():
-    base, memory = Counting(0), Memory()
+    base, memory = Counting(0), BaselineCache()
     memory.outputs[1] = 77.0
-    assert show(Pacer([base, Counting(10)], 0, 4 * TIMED_EVERY, memory), 4) == [[0, 10], [77, 11], [2, 12], [3, 13]]
+    assert show(PairedTimer([base, Counting(10)], 0, 4 * TIMED_EVERY, memory), 4) == [[0, 10], [77, 11], [2, 12], [3, 13]]
     assert memory.outputs == {0: 0.0, 1: 77.0, 2: 2.0, 3: 3.0}
 
 
@@ -61,7 +61,7 @@ def _steps(seconds, images=10):
 
 
 def test_times_are_compared_within_pairs():
-    pacer = Pacer([nn.Identity(), nn.Identity()], 0, 5)
+    pacer = PairedTimer([nn.Identity(), nn.Identity()], 0, 5)
     pacer.steps = [_steps([9.0, 0.2, 0.4, 0.3, 5.0]), _steps([0.1, 0.1, 0.25, 0.2])]
     pacer.steps[0][-1] = Step(4, 3, 5.0, False)  # a smaller last batch
     pacer.steps[1].append(Step(4, 3, 0.1, False))
@@ -78,12 +78,12 @@ def test_times_are_compared_within_pairs():
 
 
 def test_one_cold_batch_is_better_than_none():
-    pacer = Pacer([nn.Identity(), nn.Identity()], 0, 1)
+    pacer = PairedTimer([nn.Identity(), nn.Identity()], 0, 1)
     pacer.steps = [_steps([0.4]), _steps([0.1])]
     assert pacer.fields(1, None)["speedup"] == pytest.approx(4)
     pacer.steps[0] = []
     assert pacer.fields(1, None) == {}
-    assert Pacer([nn.Identity()], None, 1).fields(0, None) == {}
+    assert PairedTimer([nn.Identity()], None, 1).fields(0, None) == {}
 
 
 def test_the_kernel_is_named_and_random_numbers_are_given_back():

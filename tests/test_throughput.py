@@ -21,7 +21,7 @@ from vtok.core.tokens import Place, Site
 from vtok.eval.benchmarks import memory, throughput
 from vtok.eval.benchmarks import result as bench_result
 from vtok.eval.benchmarks.throughput import compare, measure, reduction_share, verdict
-from vtok.eval.common.settings import PassCost, Setting, mean_cost, pass_cost, twin
+from vtok.eval.common.settings import PassCost, Setting, mean_cost, pass_cost, weight_sharing_copy
 from vtok.eval.common.statistics import Interval
 
 NAME = "timm: ViT"
@@ -252,7 +252,7 @@ def test_other_types(dtype):
 
 def test_twins_share_their_weights():
     model = zoo.build(NAME)
-    other = twin(model)
+    other = weight_sharing_copy(model)
     assert [id(p) for p in model.parameters()] == [id(p) for p in other.parameters()]
     vtok.patch(other, "tome", r=8)
     assert not vtok.info(model).patched

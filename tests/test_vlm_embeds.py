@@ -10,7 +10,7 @@ from helpers_towers import METHODS, TOKENWISE, deep, left_by
 from vlm_zoo import Columns, assert_same, generate, inputs, text_model, visual
 
 import vtok
-from vtok.patches.hf_vlm.tower_bridge import HOLE, holes
+from vtok.patches.hf_vlm.tower_bridge import DROPPED, holes
 
 
 def _merged(model, values):
@@ -33,7 +33,7 @@ def test_prompts_made_by_hand(name, method):
     given, features = _merged(model, values)
     assert features.isfinite().all()
     assert torch.equal(holes(features), ~alive.flatten())
-    assert (features[~alive.flatten()] == HOLE).all()
+    assert (features[~alive.flatten()] == DROPPED).all()
     types = {k: v for k, v in values.items() if k == "token_type_ids"}
     with torch.no_grad():
         found, expected = model(**given, **types).logits, model(**values)
@@ -86,7 +86,7 @@ def test_prompts_without_features_are_left_alone():
 def test_holes_stay_holes(dtype):
     """However features are cast and scaled."""
     x = torch.randn(6, 64)
-    x[[1, 4]] = HOLE
+    x[[1, 4]] = DROPPED
     expected = torch.tensor([False, True, False, False, True, False])
     for changed in (x.to(dtype), x.to(dtype) / 4096**0.5, (x.half() * 3).to(dtype), x[None].expand(2, 6, 64).to(dtype)[1]):
         assert torch.equal(holes(changed), expected)

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 from helpers_vqa import ANATOMY, questions, tiny_llava, tiny_next
 
 import vtok
-from vtok.eval.common.settings import Setting, twin
+from vtok.eval.common.settings import Setting, weight_sharing_copy
 from vtok.eval.common.statistics import with_error
 from vtok.eval.demo import questions as vqa_demo
 from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_NEXT, VisionLanguageModel
@@ -106,7 +106,7 @@ def test_survivors_are_the_tokens_that_the_last_layer_sees(models):
     from vlm_zoo import Columns
 
     model, data = models[REFERENCE_LLAVA], questions(4)
-    half = Setting(Columns(((2, 2),))).apply(twin(model.net))
+    half = Setting(Columns(((2, 2),))).apply(weight_sharing_copy(model.net))
     found = vqa_overlay.survivors(model, half, data, data.questions)
     inputs = model.inputs([data.read(q.image) for q in data.questions], [q.text for q in data.questions])
     first = (inputs["input_ids"] == 3).long().argmax(1).numpy()  # the image token

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vtok.errors import ConfigError
-from vtok.eval.common.settings import Setting, twin
+from vtok.eval.common.settings import Setting, weight_sharing_copy
 
 _CHILD = "from vtok.eval.benchmarks.memory import child; child()"
 _PASSES = 2
@@ -54,7 +54,7 @@ def peak_memory(model: nn.Module, images: Tensor, settings: Sequence[Setting]) -
 
 
 def _cuda_peak(model: nn.Module, images: Tensor, setting: Setting) -> float:
-    patched = setting.apply(twin(model), _size(images))
+    patched = setting.apply(weight_sharing_copy(model), _size(images))
     torch.cuda.synchronize(images.device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(images.device)

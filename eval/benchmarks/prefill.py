@@ -37,7 +37,7 @@ from vtok.eval.benchmarks.throughput import (
     threads_set,
     verdict,
 )
-from vtok.eval.common.settings import evaluating, placed, twin
+from vtok.eval.common.settings import evaluating, to_device, weight_sharing_copy
 from vtok.eval.common.statistics import paired_ratio, spread
 from vtok.targets import vlm_targets
 
@@ -97,10 +97,10 @@ def measure_prompts(
     _check(model, new_tokens)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     with threads_set(threads), evaluating(model), torch.no_grad():
-        base: Any = placed(model, dtype_of(dtype), device)
+        base: Any = to_device(model, dtype_of(dtype), device)
         first = next(base.parameters())
         values = {key: t.to(first.device, first.dtype if t.is_floating_point() else None) for key, t in inputs.items()}
-        patched = [setting.apply(twin(base)) for setting in chosen]
+        patched = [setting.apply(weight_sharing_copy(base)) for setting in chosen]
         for one in patched:
             _prefill(one, values)  # the costs below describe this pass
         costs = [_estimate(one) for one in patched]

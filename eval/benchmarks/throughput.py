@@ -36,10 +36,10 @@ from vtok.eval.common.settings import (
     method_name,
     model_name,
     pass_cost,
-    placed,
     resolved_params,
-    twin,
+    to_device,
     versions,
+    weight_sharing_copy,
 )
 from vtok.eval.common.statistics import FEWEST, Interval, paired_ratio, spread
 from vtok.targets.resolve import run_of
@@ -95,11 +95,11 @@ def measure(
     if run_of(model) is not None:
         raise ConfigError("measure patches copies of the model itself; pass it unpatched (vtok.unpatch(model))")
     with threads_set(threads), evaluating(model):
-        base = placed(model, dtype_of(dtype), device)
+        base = to_device(model, dtype_of(dtype), device)
         images = images.to(next(base.parameters()))
         height, width = images.shape[-2:]
         size = (images.shape[1], height, width)
-        patched = [setting.apply(twin(base), size) for setting in chosen]
+        patched = [setting.apply(weight_sharing_copy(base), size) for setting in chosen]
         peaks = peak_memory(base, images, [Setting(), *chosen]) if memory else None
         kernels = [attention_kernel(m, images) for m in (base, *patched)]  # a pass of each: the costs below describe it
         with torch.inference_mode():

@@ -195,7 +195,7 @@ def resolved_params(model: nn.Module) -> Any:
     return values[0] if len(values) == 1 else values or {}
 
 
-def twin(model: nn.Module) -> nn.Module:
+def weight_sharing_copy(model: nn.Module) -> nn.Module:
     """A copy of a model that shares parameters and buffers: it is patched on its own and takes no memory for weights."""
     same: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, same)
@@ -216,7 +216,7 @@ def usable_device(device: str | torch.device) -> torch.device:
     return torch.device(device)
 
 
-def placed(model: nn.Module, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> nn.Module:
+def to_device(model: nn.Module, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> nn.Module:
     """The model on a device in a type (`None` = its own): the same object, or a copy if it would have to change."""
     first = next(p for p in model.parameters() if p.is_floating_point())
     dtype, where = dtype or first.dtype, first.device if device is None else usable_device(device)

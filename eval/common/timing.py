@@ -1,8 +1,8 @@
 """Several models on the same batches: how long each takes, and what the unpatched one need not compute again.
 
 Every patched batch that is timed has an unpatched partner from the same moment, so that a machine that slows down for a while
-slows both. Settings that are measured one after the other share a `Memory`: the unpatched model then runs on every few batches
-for the clock alone, and what it made of the others is remembered.
+slows both. Settings that are measured one after the other share a `BaselineCache`: the unpatched model then runs on every few
+batches for the clock alone, and what it made of the others is remembered.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FEWEST_PAIRS = 6  # timed more often than that where there are few batches
 _PROBED = 2  # images that show which attention kernels run
 
 
-class Memory(Generic[T]):
+class BaselineCache(Generic[T]):
     """What the unpatched model made of every batch of one model, one data set and one batch size.
 
     Attributes:
@@ -39,7 +39,7 @@ class Memory(Generic[T]):
         self.outputs: dict[int, T] = {}
 
 
-class Pacer(Generic[T]):
+class PairedTimer(Generic[T]):
     """Shows batches to models and times them.
 
     Args:
@@ -55,7 +55,7 @@ class Pacer(Generic[T]):
         models: Sequence[nn.Module],
         unpatched: int | None,
         batches: int,
-        memory: Memory[T] | None = None,
+        memory: BaselineCache[T] | None = None,
         processes: Processes | None = None,
     ):
         self.models, self.unpatched, self.memory = models, unpatched, memory

@@ -25,7 +25,7 @@ from vtok.core.tokens import AttentionView, Place, Site, TokenState
 from vtok.eval.common import terminal
 from vtok.eval.common.records import Record, Records, correctness, key_of
 from vtok.eval.common.statistics import mean_stderr, paired_difference, with_error
-from vtok.eval.common.timing import Memory
+from vtok.eval.common.timing import BaselineCache
 from vtok.eval.models.reference import load_reference_vit
 from vtok.eval.report.rows import Row
 from vtok.eval.report.sections import Section
@@ -178,7 +178,7 @@ def measure_controls(section: Section, out: Path, console: Console) -> dict[str,
     """
     records, model, first = Records(out / RESULTS), load_reference_vit(), section.first
     options = Options(num_samples=first["n"], batch_size=first["batch_size"], workers=0, device="cpu", seed=first["seed"])
-    done, found, memory = records.by_key(), dict[str, Record](), Memory[Scores]()
+    done, found, memory = records.by_key(), dict[str, Record](), BaselineCache[Scores]()
     with terminal.progress(console) as progress:
         for row, choice in progress.track(controls(section), description="tokens at random"):
             key = key_of({"of": row.record["key"], "control": choice.seed})

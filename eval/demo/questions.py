@@ -16,7 +16,7 @@ from rich.console import Console
 from vtok.errors import ConfigError
 from vtok.eval.common import terminal
 from vtok.eval.common.records import Record
-from vtok.eval.common.settings import Setting, twin
+from vtok.eval.common.settings import Setting, weight_sharing_copy
 from vtok.eval.demo.parts import measured, show, write_frame
 from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_NEXT, VisionLanguageModel, load_vlm
 from vtok.eval.report.frame import frame
@@ -93,7 +93,7 @@ def _kept_by_cell(model: VisionLanguageModel, section: Section) -> dict[str, tup
     blank = load_reference_page_questions().cells[[q.image for q in chosen]].numpy() == BLANK  # [pages, 4]
     kept = {}
     for row in section.patched:
-        found = survivors(model, _setting(row).apply(twin(model.net)), data, chosen, new_tokens=1)
+        found = survivors(model, _setting(row).apply(weight_sharing_copy(model.net)), data, chosen, new_tokens=1)
         cells = by_cell(crops_grid(found.left, overview_tokens(model)))
         kept[row.label] = float(cells[blank].mean()), float(cells[~blank].mean())
     return kept

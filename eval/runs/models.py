@@ -18,7 +18,7 @@ import vtok
 from vtok.errors import ConfigError, VtokError, shown, unknown
 from vtok.eval.common.distributed import current
 from vtok.eval.common.dtypes import LONG, TYPES
-from vtok.eval.common.settings import Setting, placed
+from vtok.eval.common.settings import Setting, to_device
 from vtok.eval.common.timing import named_kernels
 from vtok.eval.models.clip import DualEncoder, load_clip
 from vtok.eval.models.reference_next import calibration_pages
@@ -115,8 +115,8 @@ def load_for(task: str, config: Any, options: Any) -> Any:
     device = current().device(getattr(options, "device", None))
     dtype = TYPES[LONG[config.dtype]]
     if isinstance(model, nn.Module):
-        return placed(model.eval(), dtype, device)
-    return dataclasses.replace(model, net=placed(model.net.eval(), dtype, device))
+        return to_device(model.eval(), dtype, device)
+    return dataclasses.replace(model, net=to_device(model.net.eval(), dtype, device))
 
 
 def network(model: Any) -> nn.Module | None:
@@ -223,9 +223,9 @@ def prompt_kernel(model: VisionLanguageModel, setting: Setting) -> str:
     """Attention kernels of tower and decoder layers for one prompt, under a setting."""
     from PIL import Image
 
-    from vtok.eval.common.settings import twin
+    from vtok.eval.common.settings import weight_sharing_copy
 
-    net = setting.apply(twin(model.net))
+    net = setting.apply(weight_sharing_copy(model.net))
     vlm = vlm_targets(net)[0].vlm
     blocks = [block.module for block in vlm.tower.blocks] if vlm.tower is not None else []
     inputs = model.inputs([Image.new("RGB", (64, 64), "grey")], ["what?"])

@@ -27,7 +27,7 @@ from vtok.eval.common import terminal
 from vtok.eval.common.distributed import ProcessError, current
 from vtok.eval.common.records import Records, key_of
 from vtok.eval.common.settings import Setting
-from vtok.eval.common.timing import Memory
+from vtok.eval.common.timing import BaselineCache
 from vtok.eval.models.vlm import VisionLanguageModel
 from vtok.eval.runs import models as runs_models
 from vtok.eval.runs import records as runs_records
@@ -172,7 +172,7 @@ class _Group:
             self.config, self.task_name, pretrained, workers, records.path.parent / self.task_name / slug(self.config.model)
         )
         self.model = runs_models.load_for(self.task_name, self.config, self.options)
-        self.memory: Memory[Any] = Memory()
+        self.memory: BaselineCache[Any] = BaselineCache()
         self._calibration: Any = None
         self._calibrated = False
 

@@ -26,12 +26,12 @@ from vtok.eval.common.settings import (
     mean_cost,
     method_name,
     pass_cost,
-    placed,
     resolved_params,
-    twin,
+    to_device,
     versions,
+    weight_sharing_copy,
 )
-from vtok.eval.common.timing import Memory, Pacer
+from vtok.eval.common.timing import BaselineCache, PairedTimer
 from vtok.eval.models.clip import DualEncoder, load_clip
 from vtok.eval.runs.again import run_file
 from vtok.eval.tasks.image_folder import CheckedImages, Unreadable, check_same_work, collate
@@ -135,7 +135,7 @@ def run(
     options: ClipOptions,
     progress: Progress | None,
     texts: Callable[[DualEncoder], Tensor],
-    memory: Memory[Tensor] | None = None,
+    memory: BaselineCache[Tensor] | None = None,
 ) -> tuple[Features, Tensor]:
     """Embeds every image under every setting, and the task's texts once: no method touches the text tower.
 
@@ -166,18 +166,18 @@ def run(
     processes = current()
     device = processes.device(options.device)
     with evaluating(encoder.net), torch.inference_mode():
-        base = placed(encoder.net, dtype_of(options.model_dtype), device)
+        base = to_device(encoder.net, dtype_of(options.model_dtype), device)
         encoder = replace(encoder, net=base)
         first = next(base.parameters())
         with _autocast(first.device, options):
             found = texts(encoder).cpu()
         size = _size(data)
-        embedded = [Embedded(setting.apply(twin(base), size), setting) for setting in chosen]
+        embedded = [Embedded(setting.apply(weight_sharing_copy(base), size), setting) for setting in chosen]
         unpatched = next((i for i, setting in enumerate(chosen) if setting.method is None), None)
         models = [one.model for one in embedded]
         check_same_work(processes, data, models)
         batches = -(-len(processes.rows(len(data), options.batch_size)) // options.batch_size)
-        pacer = Pacer(models, unpatched, batches, memory, processes)
+        pacer = PairedTimer(models, unpatched, batches, memory, processes)
         labels, skipped = _embed(encoder, embedded, pacer, data, size, options, progress)
     common = {
         "model": encoder.name,
@@ -220,7 +220,7 @@ def repeated(task: str, features: Features, one: Embedded, data: Any, options: C
 def _embed(
     encoder: DualEncoder,
     embedded: Sequence[Embedded],
-    pacer: Pacer[Tensor],
+    pacer: PairedTimer[Tensor],
     data: CheckedImages,
     size: Size,
     options: ClipOptions,

@@ -30,13 +30,13 @@ from vtok.eval.common.settings import (
     method_name,
     model_name,
     pass_cost,
-    placed,
     resolved_params,
-    twin,
+    to_device,
     versions,
+    weight_sharing_copy,
 )
 from vtok.eval.common.statistics import mean_stderr, paired_difference, share
-from vtok.eval.common.timing import Memory, Pacer
+from vtok.eval.common.timing import BaselineCache, PairedTimer
 from vtok.eval.runs.again import run_file
 from vtok.eval.tasks.class_folders import are_ids, labels_for, wordnet_ids
 from vtok.eval.tasks.fashion import is_fashion, open_fashion
@@ -99,7 +99,7 @@ def evaluate(
     settings: Sequence[Any] = (None,),
     options: Options | None = None,
     progress: Callable[[int, int], None] | None = None,
-    memory: Memory[Scores] | None = None,
+    memory: BaselineCache[Scores] | None = None,
 ) -> list[dict[str, Any]]:
     """Top-1 and top-5 accuracy of every setting, all on the same batches.
 
@@ -139,18 +139,18 @@ def evaluate(
     processes = current()
     device = processes.device(options.device)
     with evaluating(net):
-        base = placed(net, dtype_of(options.model_dtype), device)
+        base = to_device(net, dtype_of(options.model_dtype), device)
         if options.channels_last:
             base = copy.deepcopy(base).to(memory_format=torch.channels_last)
         config = data_config(base, options)
         size = config["input_size"]
         data = _open(os.fspath(data_dir), size, options)
         notes = _check_labels(data, scorer, base, options)
-        tallies = [_Tally(setting.apply(twin(base), size), setting.title) for setting in chosen]
+        tallies = [_Tally(setting.apply(weight_sharing_copy(base), size), setting.title) for setting in chosen]
         first = next((i for i, setting in enumerate(chosen) if setting.method is None), None)
         check_same_work(processes, data, [tally.model for tally in tallies])
         loader = create_loader(data.part(processes.rows(len(data), options.batch_size)), config, options)
-        pacer = Pacer([tally.model for tally in tallies], first, len(loader), memory, processes)
+        pacer = PairedTimer([tally.model for tally in tallies], first, len(loader), memory, processes)
         skipped = _run(tallies, pacer, loader, data, scorer, config, options, progress)
     n = len(tallies[0].column("top1"))
     if not n:
@@ -252,7 +252,7 @@ def _score(tally: _Tally, unpatched: _Tally | None) -> dict[str, Any]:
 
 def _run(
     tallies: Sequence[_Tally],
-    pacer: Pacer[Scores],
+    pacer: PairedTimer[Scores],
     loader: Iterable[Any],
     data: CheckedImages,
     scorer: Scorer,

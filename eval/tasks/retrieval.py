@@ -22,7 +22,7 @@ from vtok.eval.common.checked import Count
 from vtok.eval.common.distributed import current
 from vtok.eval.common.records import bits, finite
 from vtok.eval.common.statistics import clustered_mean_stderr, paired_difference, share
-from vtok.eval.common.timing import Memory
+from vtok.eval.common.timing import BaselineCache
 from vtok.eval.models.clip import DualEncoder
 from vtok.eval.tasks.captions import open_captions
 from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, repeated, run
@@ -55,7 +55,7 @@ def evaluate(
     settings: Sequence[Any] = (None,),
     options: RetrievalOptions | None = None,
     progress: Progress | None = None,
-    memory: Memory[Tensor] | None = None,
+    memory: BaselineCache[Tensor] | None = None,
 ) -> list[dict[str, Any]]:
     """Recalls of every setting, all on the same batches.
 

@@ -22,7 +22,7 @@ from vtok.errors import ConfigError, MissingExtraError, brief, shown
 from vtok.eval.common.distributed import current
 from vtok.eval.common.records import bits, finite
 from vtok.eval.common.statistics import mean_stderr, paired_difference, share
-from vtok.eval.common.timing import Memory
+from vtok.eval.common.timing import BaselineCache
 from vtok.eval.models.clip import DualEncoder
 from vtok.eval.models.easyvqa import CLASSES, TEMPLATES
 from vtok.eval.tasks.class_folders import are_ids, labels_for, wordnet_ids
@@ -61,7 +61,7 @@ def evaluate(
     settings: Sequence[Any] = (None,),
     options: ZeroshotOptions | None = None,
     progress: Progress | None = None,
-    memory: Memory[Tensor] | None = None,
+    memory: BaselineCache[Tensor] | None = None,
 ) -> list[dict[str, Any]]:
     """Zero-shot accuracy of every setting, all on the same batches.
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from vtok.config import MethodConfig
 from vtok.errors import ConfigError
 from vtok.eval.common.checked import MOST, Count, Seed, Whole, check_fields
-from vtok.eval.common.settings import placed
+from vtok.eval.common.settings import to_device
 from vtok.eval.models.by_name import REFERENCE, load_model
 from vtok.eval.models.clip import REFERENCE as REFERENCE_CLIP
 from vtok.eval.models.vlm import REFERENCE_LLAVA, VisionLanguageModel, load_vlm
@@ -102,7 +102,7 @@ def prepared_subject(model: str, config: MethodConfig, source: Source) -> Prepar
 
 
 def _reference_vit(config: MethodConfig, source: Source) -> Prepared:
-    net = placed(load_model(REFERENCE), device=source.device)
+    net = to_device(load_model(REFERENCE), device=source.device)
     calibration, compared = reference_vit_samples(source.images, source.held_out_images, source.seed)
     subject = Encoder(net, REFERENCE, config, calibration, (1, 28, 28))
     return Prepared(subject, calibration, compared, {"backend": "reference", "name": "reference-vit"}, {})
@@ -110,7 +110,7 @@ def _reference_vit(config: MethodConfig, source: Source) -> Prepared:
 
 def _reference_clip(config: MethodConfig, source: Source) -> Prepared:
     """Its image tower, whose embeddings should stay what they are."""
-    net = placed(load_model(REFERENCE_CLIP), device=source.device)
+    net = to_device(load_model(REFERENCE_CLIP), device=source.device)
     calibration, compared = reference_clip_samples(source.images, source.held_out_images, source.seed)
     subject = Encoder(net, REFERENCE_CLIP, config, calibration, (3, 128, 128))
     return Prepared(subject, calibration, compared, {"backend": "reference", "name": REFERENCE_CLIP}, {})
@@ -139,7 +139,7 @@ def _questions(name: str, config: MethodConfig, source: Source) -> Prepared:
 
 
 def _on(model: VisionLanguageModel, device: str | None) -> VisionLanguageModel:
-    return VisionLanguageModel(placed(model.net, device=device), model.processor, model.name)
+    return VisionLanguageModel(to_device(model.net, device=device), model.processor, model.name)
 
 
 def _folder(model: str, config: MethodConfig, source: Source) -> Prepared:
@@ -155,7 +155,7 @@ def _folder(model: str, config: MethodConfig, source: Source) -> Prepared:
         batch_size=source.batch_size,
         seed=source.seed,
     )
-    net = placed(create_model(model, options).eval(), device=source.device)
+    net = to_device(create_model(model, options).eval(), device=source.device)
     preprocessing = data_config(net, options)
     found = folder_samples(
         net, preprocessing, source.data, source.held_out, source.images, source.held_out_images, options, source.seed

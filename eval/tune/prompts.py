@@ -23,7 +23,7 @@ from vtok.cost.budget import solve_prompt, within
 from vtok.cost.prefill import Prompt, PromptEstimate
 from vtok.errors import UnsupportedModelError
 from vtok.eval.common.records import key_of
-from vtok.eval.common.settings import Setting, backend, twin
+from vtok.eval.common.settings import Setting, backend, weight_sharing_copy
 from vtok.eval.models.vlm import VisionLanguageModel
 from vtok.eval.tasks.vqa.data import Question, VQAData
 from vtok.eval.tasks.vqa.job import fingerprint
@@ -54,7 +54,7 @@ class Prompts:
     objective = "kl"
 
     def __init__(self, model: VisionLanguageModel, config: MethodConfig, calibration: Samples):
-        self.patched: Any = twin(model.net)
+        self.patched: Any = weight_sharing_copy(model.net)
         found = vlm_targets(self.patched)
         if len(found) != 1:
             raise UnsupportedModelError(f"{model.name} is not one vision-language model that vtok knows, but {len(found)}")

@@ -15,7 +15,7 @@ from vtok.core.search_space import Point, Space
 from vtok.cost.budget import solve, steps_of, within
 from vtok.cost.encoder import Estimate
 from vtok.errors import BudgetError, ConfigError, UnsupportedModelError
-from vtok.eval.common.settings import Setting, backend, mean_cost, pass_cost, twin
+from vtok.eval.common.settings import Setting, backend, mean_cost, pass_cost, weight_sharing_copy
 from vtok.eval.tasks.vqa.job import fingerprint
 from vtok.eval.tune.samples import Samples
 from vtok.eval.tune.score import class_values, classifies, embedding_values, run
@@ -104,7 +104,7 @@ class Encoder:
         if not config.for_encoders():
             raise UnsupportedModelError(f"{config.name} acts on prompts of vision-language models; {name} is a vision encoder")
         self.model, self.name, self.config, self.size = model, name, config, size
-        (self.adapter, self.tower), self.patched, self.backend = found[0], twin(model), backend(model)
+        (self.adapter, self.tower), self.patched, self.backend = found[0], weight_sharing_copy(model), backend(model)
         self.identity = {"model": name, "weights": fingerprint(model), "size": list(size)}
         self.classifies = classifies(model)
         self.objective = "kl" if self.classifies else "distance"

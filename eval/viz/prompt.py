@@ -16,7 +16,7 @@ import vtok
 from vtok.core import prompt as prompts
 from vtok.errors import ConfigError, StateError
 from vtok.eval.common.pictures import open_picture
-from vtok.eval.common.settings import Setting, twin
+from vtok.eval.common.settings import Setting, weight_sharing_copy
 from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_NEXT, VisionLanguageModel
 from vtok.eval.tasks.vqa.data import EASY_VQA, PAGES
 from vtok.eval.tasks.vqa.opening import open_vqa
@@ -53,7 +53,7 @@ def prompt_maps(
         raise ConfigError(f"{model.name} takes the image as several; token maps are drawn of one")
     views = seen[0].views
     shown = _views(picture, views, inputs.get("pixel_values"), model)
-    net = twin(model.net).eval()
+    net = weight_sharing_copy(model.net).eval()
     setting.apply(net)
     (target,) = vlm_targets(net)
     pruner = target.installed()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vtok.errors import StateError
-from vtok.eval.common.settings import Setting, twin
+from vtok.eval.common.settings import Setting, weight_sharing_copy
 from vtok.eval.models.vlm import VisionLanguageModel
 from vtok.eval.tasks.vqa.data import Question, VQAData
 from vtok.eval.tasks.vqa.pipeline import answer
@@ -122,7 +122,7 @@ def question_sheet(
     pictures = [np.asarray(data.read(q.image)) / 255 for q in questions]
     columns = []
     for title, setting in settings:
-        found = survivors(model, setting.apply(twin(model.net)), data, questions)
+        found = survivors(model, setting.apply(weight_sharing_copy(model.net)), data, questions)
         grids = crops_grid(found.left, overview) if overview else _square(found.left)
         side = grids.shape[1]
         tiles = []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import vtok
 from vtok.errors import ConfigError, StateError
-from vtok.eval.common.settings import Setting, model_name, towers, twin
+from vtok.eval.common.settings import Setting, model_name, towers, weight_sharing_copy
 from vtok.eval.models.by_name import REFERENCE, load_model
 from vtok.eval.models.clip import REFERENCE as REFERENCE_CLIP
 from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_NEXT, VisionLanguageModel, load_vlm
@@ -93,7 +93,7 @@ def encoder_maps(model: nn.Module, setting: Setting, image: Prepared, title: str
         title: of the maps.
     """
     channels, height, width = image.pixels.shape[1:]
-    net = twin(model).eval()
+    net = weight_sharing_copy(model).eval()
     _, tower = towers(net, (channels, height, width))[0]
     rows, columns = tower.grid
     vtok.patch(net, setting.method or [], trace=True, input_size=(channels, height, width), **setting.params)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vtok.errors import StateError, UnsupportedModelError
 from vtok.patches.decoder import masks
-from vtok.patches.decoder.kv_cache import PromptState, cache_in, stored
+from vtok.patches.decoder.kv_cache import PromptState, cache_in, cached_length
 from vtok.patches.decoder.pass_state import Pass, Pruner, Recorded
 from vtok.patches.hf_vlm import tower_bridge as vlm_tower
 
@@ -40,8 +40,8 @@ def read(module: Any, pruner: Pruner, running: Pass, kwargs: Mapping[str, Any], 
         UnsupportedModelError: something else would have to know which columns are visual, or the prompt is read in pieces.
     """
     (batch, length), cache = holes.shape, cache_in(kwargs)
-    if stored(cache) > 0 or pruner.features is not None or pruner.layers:
-        why = "the cache holds text already" if stored(cache) > 0 else "methods on the prompt must know which are visual"
+    if cached_length(cache) > 0 or pruner.features is not None or pruner.layers:
+        why = "the cache holds text already" if cached_length(cache) > 0 else "methods on the prompt must know which are visual"
         raise UnsupportedModelError(
             f"{type(module).__name__} got inputs_embeds with image features in which columns are missing that vtok dropped in "
             f"the vision tower, but {why}; pass input_ids and pixels, or mm_encoder_outputs"

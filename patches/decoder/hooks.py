@@ -26,15 +26,15 @@ from vtok.patches.decoder.attention_probe import layer_attention
 from vtok.patches.decoder.kv_cache import (
     PromptState,
     Stage,
+    attach_state,
     cache_in,
+    cached_length,
     check_kind,
     check_origin,
     compact,
-    forget,
-    remember,
+    detach_state,
     renumbered,
     state_of,
-    stored,
     take,
     to_columns,
     unknown,
@@ -69,19 +69,19 @@ class BeforeModel(PrunerHook):
         kwargs = dict(zip(inspect.signature(module.forward).parameters, args), **kwargs)
         cache = cache_in(kwargs)
         running.real = masks.seen_columns(kwargs.get("attention_mask"))
-        if state_of(cache) is not None and stored(cache) == 0:
-            forget(cache)
+        if state_of(cache) is not None and cached_length(cache) == 0:
+            detach_state(cache)
         running.state = state_of(cache)
         pruner = self.pruner
         if pruner.shortens:
             check_origin(kwargs, pruner.generates)
-        counts = pruner.acts and stored(cache) == 0 and kwargs.get("input_ids") is not None  # to be accounted for alone
+        counts = pruner.acts and cached_length(cache) == 0 and kwargs.get("input_ids") is not None  # to be accounted for alone
         if (pruner.shortens or counts) and hf.carries_images(kwargs):
             kwargs = self._read(module, running, kwargs)
-        elif pruner.holed and (holes := embedded.holes_in(kwargs)) is not None:
+        elif pruner.has_dropped_tokens and (holes := embedded.holes_in(kwargs)) is not None:
             masks.check_text(getattr(module, pruner.family.text))
             embedded.read(module, pruner, running, kwargs, holes)
-        elif pruner.shortens and kwargs.get("input_ids") is None and stored(cache) == 0:
+        elif pruner.shortens and kwargs.get("input_ids") is None and cached_length(cache) == 0:
             if pruner.encoded:
                 hf.refuse_merged(module)
             hf.warn_unseen(module)
@@ -92,7 +92,7 @@ class BeforeModel(PrunerHook):
         prompt = kwargs["inputs_embeds"] if ids is None else ids  # by which a prompt is known again
         if ids is None:
             ids = hf.placeholders(module, prompt, pruner.tokens)
-        if stored(cache) > 0:
+        if cached_length(cache) > 0:
             raise UnsupportedModelError(
                 "images were passed with a cache that holds text already; vtok shortens a prompt when it is read as a whole, "
                 "from an empty cache (chunked prefill and images in a later turn are not supported)"
@@ -108,7 +108,7 @@ class BeforeModel(PrunerHook):
         given = kwargs.get("mm_encoder_outputs")
         check_kind(kwargs)
         encoded = hf.encode(module, kwargs, hands_on=pruner.family.hands_on)
-        chosen = hf.choose(module, encoded, pruner.features, pruner.family, kwargs, pruner.holed)
+        chosen = hf.choose(module, encoded, pruner.features, pruner.family, kwargs, pruner.has_dropped_tokens)
         keep = hf.kept_columns(ids, pruner.tokens, chosen.rows)
         kwargs = {name: value for name, value in kwargs.items() if name not in hf.PIXELS.values()}
         kwargs["mm_encoder_outputs"] = {modality: plain(output) for modality, output in chosen.outputs.items()}
@@ -122,8 +122,8 @@ class BeforeModel(PrunerHook):
             packed.check_images(type(module).__name__, chosen.outputs, pruner.tokens, ids, sample, pruner.features.reads_text)
         if any(several) or packed.has_lengths(kwargs):  # lengths that the caller states have to follow the reduction
             running.state.sample = sample
-        running.features = keep if pruner.features is not None or pruner.holed else None
-        running.alive = hf.kept_columns(ids, pruner.tokens, chosen.alive) if pruner.holed else None
+        running.features = keep if pruner.features is not None or pruner.has_dropped_tokens else None
+        running.alive = hf.kept_columns(ids, pruner.tokens, chosen.alive) if pruner.has_dropped_tokens else None
         running.layouts = chosen.layouts
         running.lasts = cache is None and not packed.caches(module, kwargs)
         earlier = pruner.recalled(running.given, prompt) if running.lasts else None
@@ -161,12 +161,12 @@ class BeforeText(PrunerHook):
         running = self.pruner.current
         cache = cache_in(kwargs)
         if running is None:
-            if state_of(cache) is not None and stored(cache) > 0:
+            if state_of(cache) is not None and cached_length(cache) > 0:
                 raise StateError(
                     f"{type(module).__name__} was called on its own with a cache that holds a shortened prompt; call the "
                     "vision-language model"
                 )
-            if self.pruner.holed:
+            if self.pruner.has_dropped_tokens:
                 embedded.check_alone(module, kwargs)
             return None
         state = running.state
@@ -241,7 +241,7 @@ class BeforeText(PrunerHook):
     def _later(self, kwargs: dict[str, Any], running: Pass, state: PromptState, cache: Any) -> dict[str, Any]:
         x = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
         batch, queries = x.shape[:2]
-        column, total = running.slots(state, 0, stored(cache), batch, queries, x.device)
+        column, total = running.slots(state, 0, cached_length(cache), batch, queries, x.device)
         known = (column >= 0) & running.real_columns(state, total, batch, x.device).gather(1, column.clamp_min(0))
         position = kwargs.get("position_ids")
         if position is None:
@@ -272,7 +272,7 @@ class BeforeLayer(PrunerHook):
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         running, cache = self.pruner.current, cache_in(kwargs)
-        if self.index == 0 and running is not None and unknown(cache) and stored(cache) == 0:
+        if self.index == 0 and running is not None and unknown(cache) and cached_length(cache) == 0:
             vouch(cache)
         if running is None or running.state is None:  # text alone, or a checkpoint that computes the layer again
             return None
@@ -293,7 +293,7 @@ class BeforeLayer(PrunerHook):
                 fitting = _prompt_kwargs(module, self.index, x, kwargs, running, state, cache)
                 self._probe(module, x, fitting, running, state)  # for decisions in front of later layers
         if cache is not None and state_of(cache) is not state and (state.before is not None or state.between):
-            remember(cache, state)
+            attach_state(cache, state)
         return ((x, *args[1:]), fitting) if args else ((), {**fitting, "hidden_states": x})
 
     def _probe(self, module: Any, x: Tensor, kwargs: dict[str, Any], running: Pass, state: PromptState) -> None:
@@ -369,7 +369,7 @@ def _later_kwargs(
     if mask is None and queries == 1 and not stage.padded and not sliding:
         return kwargs
     masks.check_implementation(kind, sliding)
-    count = stored(cache, index)
+    count = cached_length(cache, index)
     keys, offset = cache.get_mask_sizes(queries, index)
 
     def build() -> Tensor:

@@ -170,9 +170,9 @@ class ShortCache(_Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         keys, offset = super().get_mask_sizes(query_length, layer_idx)
         state = self.known
-        if state.inside or state.at(layer_idx) is None or stored(self, layer_idx) == 0:
+        if state.inside or state.at(layer_idx) is None or cached_length(self, layer_idx) == 0:
             return keys, offset
-        return max(int(keys), stored(self, layer_idx) + state.missing(layer_idx) + query_length), 0
+        return max(int(keys), cached_length(self, layer_idx) + state.missing(layer_idx) + query_length), 0
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if not self.known.inside:
@@ -201,7 +201,7 @@ class ShortCache(_Cache):
         )
 
     def reset(self) -> None:
-        forget(self)
+        detach_state(self)
         self.reset()
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # the class exists only here: rebuild it from its two parts
@@ -222,14 +222,14 @@ def state_of(cache: Any) -> PromptState | None:
     return getattr(cache, "__dict__", {}).get(_NAME)
 
 
-def remember(cache: Any, state: PromptState) -> None:
+def attach_state(cache: Any, state: PromptState) -> None:
     """Puts the state on a cache."""
-    forget(cache)
+    detach_state(cache)
     cache.__dict__[_NAME] = state
     cache.__class__ = mixed_class(ShortCache, type(cache))
 
 
-def forget(cache: Any) -> None:
+def detach_state(cache: Any) -> None:
     """Makes a cache an ordinary one again."""
     for name in (_NAME, _WHOLE):
         cache.__dict__.pop(name, None)
@@ -237,7 +237,7 @@ def forget(cache: Any) -> None:
         cache.__class__ = type(cache).__bases__[1]
 
 
-def stored(cache: Any, layer: int = 0) -> int:
+def cached_length(cache: Any, layer: int = 0) -> int:
     """Slots that a layer of a cache holds."""
     return 0 if cache is None else int(type(cache).get_seq_length(cache, layer))
 
@@ -272,14 +272,14 @@ def check_origin(kwargs: Mapping[str, Any], generating: bool) -> None:
         StateError: it may be.
     """
     cache = cache_in(kwargs)
-    if not unknown(cache) or stored(cache) == 0:
+    if not unknown(cache) or cached_length(cache) == 0:
         return
-    mask, count, known = kwargs.get("attention_mask"), stored(cache), 0
+    mask, count, known = kwargs.get("attention_mask"), cached_length(cache), 0
     x = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
     if isinstance(mask, Tensor) and mask.ndim == 2 and x is not None:
         known = mask.shape[1] - x.shape[1]
     sliding, layers = list(getattr(cache, "is_sliding", ())), range(len(getattr(cache, "layers", ())))
-    lengths = sorted({stored(cache, i) for i in layers if not (i < len(sliding) and sliding[i])})
+    lengths = sorted({cached_length(cache, i) for i in layers if not (i < len(sliding) and sliding[i])})
     if len(lengths) > 1:
         found = f"its layers hold {lengths[0]} to {lengths[-1]} tokens"
     elif generating or known <= 0:

@@ -25,7 +25,7 @@ from vtok.errors import StateError
 from vtok.patches.decoder.kv_cache import PromptState, Stage, to_places
 from vtok.patches.hf_vlm.encoded import note_of
 from vtok.patches.hf_vlm.families import Family
-from vtok.patches.hf_vlm.tower_bridge import Joint
+from vtok.patches.hf_vlm.tower_bridge import TowerBridge
 
 _CALLS = 64  # of a vision tower that are remembered for the next prompt
 _PLANS = 8  # prompts of one call of generate() that are remembered at a time
@@ -217,7 +217,7 @@ class Pruner:
         configs: tuple[MethodConfig, ...],
         path: str,
         tower: Any = None,
-        joint: Joint | None = None,
+        joint: TowerBridge | None = None,
         trace: bool = False,
     ):
         self.family, self.tokens, self.features, self.layers = family, tokens, features, layers
@@ -231,14 +231,14 @@ class Pruner:
         self._local = threading.local()
 
     @property
-    def holed(self) -> bool:
+    def has_dropped_tokens(self) -> bool:
         """Whether visual tokens are missing that the vision tower merged or dropped."""
         return self.joint is not None and bool(self.joint.connector)
 
     @property
     def shortens(self) -> bool:
         """Whether prompts get shorter."""
-        return self.features is not None or bool(self.layers) or self.holed
+        return self.features is not None or bool(self.layers) or self.has_dropped_tokens
 
     @property
     def acts(self) -> bool:

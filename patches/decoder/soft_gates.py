@@ -23,7 +23,7 @@ from vtok.patches import find_vlms
 from vtok.patches.decoder import masks
 from vtok.patches.decoder import packed_rows as packed
 from vtok.patches.decoder.attention_probe import layer_attention
-from vtok.patches.decoder.kv_cache import cache_in, stored
+from vtok.patches.decoder.kv_cache import cache_in, cached_length
 from vtok.patches.hf_vlm import image_features as hf
 from vtok.patches.hf_vlm.families import VLM
 from vtok.patches.hf_vlm.install import pruner_of
@@ -132,7 +132,7 @@ class _BeforeModel(Hook):
         if run.layout is not None:
             raise StateError("softened covers one forward pass; open it anew, with a new object that decides, for each")
         ids = kwargs.get("input_ids")
-        if ids is None or stored(cache_in(kwargs)) > 0:
+        if ids is None or cached_length(cache_in(kwargs)) > 0:
             raise StateError("the training form reads whole prompts: pass input_ids and no cache that holds text already")
         sample = packed.samples(run.vlm.module, run.vlm.family, kwargs, *ids.shape)
         if sample is not None and bool(packed.several(sample)):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from vtok.core.tracker import Run
+from vtok.core.tracker import TokenTracker
 from vtok.cost.encoder import TowerCost
 from vtok.errors import UnsupportedModelError
 from vtok.patches.hf_vision.heads import HeadEnds, HeadStarts, MeanInput, MeanOutput, NoPoolMask, WholeAttentions
@@ -71,7 +71,7 @@ class HfAdapter:
             averaged_by=next((outer for outer, owner in owners if owner.averages), None),
         )
 
-    def attach(self, tower: Tower, run: Run) -> None:
+    def attach(self, tower: Tower, run: TokenTracker) -> None:
         module: Any = tower.module
         spec = _spec(tower)
         links = [block.module.__dict__["_vtok"] for block in tower.blocks]

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtok.core.tracker import Run
+from vtok.core.tracker import TokenTracker
 from vtok.errors import UnsupportedModelError
 from vtok.patches.module_swap import Hook
 from vtok.patches.pooling import weighted_mean
 
 
-def mean_everywhere(x: Tensor, run: Run) -> Tensor:
+def mean_everywhere(x: Tensor, run: TokenTracker) -> Tensor:
     """Reduced tokens [B, N, C] -> [B, N0, C] whose patches are all the mean patch, each counted by its members.
 
     Whatever head takes a plain mean next, over however many rows and with whatever mask, gets the right one.
@@ -33,7 +33,7 @@ def mean_everywhere(x: Tensor, run: Run) -> Tensor:
 class MeanInput(Hook):
     """Forward pre-hook of a module that averages the patches it is given (BEiT's pooler)."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: TokenTracker):
         self.run = run
 
     def __call__(self, module: nn.Module, args: tuple) -> tuple:
@@ -43,7 +43,7 @@ class MeanInput(Hook):
 class HeadStarts(Hook):
     """Forward pre-hook of a classifier that averages its tower's patches in its own forward."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: TokenTracker):
         self.run = run
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
@@ -53,7 +53,7 @@ class HeadStarts(Hook):
 class HeadEnds(Hook):
     """Its forward hook, called after errors too."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: TokenTracker):
         self.run = run
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -63,7 +63,7 @@ class HeadEnds(Hook):
 class MeanOutput(Hook):
     """Forward hook of that tower: its last hidden state is for the mean alone, if the classifier called it."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: TokenTracker):
         self.run = run
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -75,7 +75,7 @@ class MeanOutput(Hook):
 class NoPoolMask(Hook):
     """Forward pre-hook of SigLIP2's head, whose mask [B, N0] knows tokens that may be gone; `PoolBias` stands in for it."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: TokenTracker):
         self.run = run
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:

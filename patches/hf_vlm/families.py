@@ -22,7 +22,7 @@ from vtok.patches.hf_vlm import stated_images as stated
 from vtok.patches.hf_vlm.examples import VLMExample
 from vtok.patches.hf_vlm.image_features import Cuts, ViewCounts, Views, encodes
 from vtok.patches.hf_vlm.stated_images import VisionCosts
-from vtok.patches.hf_vlm.tower_bridge import Joint
+from vtok.patches.hf_vlm.tower_bridge import TowerBridge
 from vtok.patches.macs import linear_macs
 from vtok.patches.protocol import Tower, look_up
 
@@ -216,7 +216,7 @@ class VLM:
         """The LLM."""
         return getattr(self.module, self.family.text)
 
-    def joint(self) -> Joint:
+    def joint(self) -> TowerBridge:
         """How this model takes what its vision tower yields, once the tower yields fewer tokens.
 
         Raises:
@@ -236,7 +236,7 @@ class VLM:
                 f"{name} leaves out the first token of its vision tower (vision_feature_select_strategy='default'), which has "
                 "no class token: once patches are merged or dropped, the first is not always the same"
             )
-        return Joint(self.family.connector, self.info.tower.feature_block + 1, skip)
+        return TowerBridge(self.family.connector, self.info.tower.feature_block + 1, skip)
 
 
 def _check_release() -> None:

@@ -131,7 +131,7 @@ def choose(
     reducer: VLMReducer | None,
     anatomy: Anatomy,
     kwargs: Mapping[str, Any],
-    holed: bool = False,
+    has_dropped_tokens: bool = False,
 ) -> Chosen:
     """Asks the method which features stay, once for all images that are laid out alike.
 
@@ -143,14 +143,14 @@ def choose(
         reducer: of the method, or `None` to keep all.
         anatomy: says what the tokens of an image are, and which views of the vision tower they come from.
         kwargs: of the call.
-        holed: whether the vision tower is patched such that features may be missing.
+        has_dropped_tokens: whether the vision tower is patched such that features may be missing.
 
     Raises:
         StateError: the method keeps no token of an image, or looks at the tower, of which nothing is known; or images were
             encoded before the tower was patched.
     """
     with weights_of(model):  # the ends of rows are told by a parameter
-        return _choose(model, outputs, reducer, anatomy, kwargs, holed)
+        return _choose(model, outputs, reducer, anatomy, kwargs, has_dropped_tokens)
 
 
 def _choose(
@@ -159,13 +159,13 @@ def _choose(
     reducer: VLMReducer | None,
     anatomy: Anatomy,
     kwargs: Mapping[str, Any],
-    holed: bool,
+    has_dropped_tokens: bool,
 ) -> Chosen:
     outputs, rows, alive, layouts = dict(outputs), {}, {}, []
     texts = PromptTexts(model, kwargs) if reducer is not None and reducer.reads_text and outputs else None
     for modality, output in outputs.items():
         images = feature_list(output)
-        if holed:
+        if has_dropped_tokens:
             stay = [~vlm_tower.holes(x.detach()) for x in images]
             alive[modality] = torch.cat(stay)
             if note_of(output) is None and bool(alive[modality].all()):
@@ -182,14 +182,14 @@ def _choose(
         call = kwargs if note is None else tower_taps.merge_call(kwargs, note)
         original = range(len(images)) if note is None else tower_taps.original(note, images)
         tower = _Towers(model, modality, output, reducer.tower_blocks, anatomy, kwargs)
-        left = [mask.nonzero()[:, 0] for mask in stay] if holed else []  # rows of the tokens that the tower left
+        left = [mask.nonzero()[:, 0] for mask in stay] if has_dropped_tokens else []  # rows of the tokens that the tower left
         alike: dict[tuple[int, tuple[View, ...], int, int, Any], list[int]] = {}
         first, folded = 0, False
         deep = [list(features) for features in getattr(output, "deepstack_features", None) or ()]  # of other tower layers
         for i, x in enumerate(images):
             if not len(x):  # a prompt without images, where a model returns the features of a prompt as one
                 continue
-            whole, cut = not holed or len(left[i]) == len(x), tower.cuts[i]
+            whole, cut = not has_dropped_tokens or len(left[i]) == len(x), tower.cuts[i]
             parts = (
                 anatomy.views(model, modality, original[i], first, x.detach(), call) if whole else (View(0, 1, len(left[i])),)
             )

@@ -14,13 +14,13 @@ from vtok.core.prompt import ImageFeatures, VLMReducer
 from vtok.errors import ConfigError, StateError, UnsupportedModelError, VtokError, brief, shown
 from vtok.patches.decoder import hooks, masks
 from vtok.patches.decoder import packed_rows as packed
-from vtok.patches.decoder.kv_cache import cache_in, compact, renumbered, stored, take, unknown, vouch
+from vtok.patches.decoder.kv_cache import cache_in, cached_length, compact, renumbered, take, unknown, vouch
 from vtok.patches.decoder.pass_state import Pruner
 from vtok.patches.hf_vlm import image_features as hf
 from vtok.patches.hf_vlm import tower_taps
 from vtok.patches.hf_vlm.families import VLM
 from vtok.patches.hf_vlm.macs import vision_tower
-from vtok.patches.module_swap import Mixin, put_on
+from vtok.patches.module_swap import Mixin, swap_class
 from vtok.plain import check_numbers
 
 PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
@@ -51,7 +51,7 @@ class Guard(Mixin):
         cache = cache_in(call)
         if (
             unknown(cache)
-            and 0 < stored(cache) < ids.shape[1]
+            and 0 < cached_length(cache) < ids.shape[1]
             and not bool(hf.visual_columns(ids, _installed(self.model).tokens).any())
         ):
             vouch(cache)
@@ -82,7 +82,7 @@ def install(model: nn.Module, vlm: VLM, pruner: Pruner) -> None:
     for i, layer in enumerate(text.layers):
         layer.register_forward_pre_hook(hooks.BeforeLayer(pruner, i), with_kwargs=True)
     for owner in generators(model, vlm) if pruner.shortens else ():
-        put_on(owner, Guard)
+        swap_class(owner, Guard)
     blocks = () if pruner.features is None else pruner.features.tower_blocks
     tower_taps.install(vlm.module, vlm.tower if blocks else None, blocks)
 
@@ -226,7 +226,7 @@ def short_inputs(model: Any, vlm: VLM, inputs: Mapping[str, Any], pruner: Pruner
     taps, given = tower_taps.TowerTaps(() if reducer is None else reducer.tower_blocks), {**values, "position_ids": position}
     with torch.no_grad(), taps.on(vlm.tower):
         outputs = hf.encode(vlm.module, values, taps)
-        chosen = hf.choose(vlm.module, outputs, reducer, vlm.family, given, pruner.holed)
+        chosen = hf.choose(vlm.module, outputs, reducer, vlm.family, given, pruner.has_dropped_tokens)
     keep = hf.kept_columns(ids, vlm.tokens, chosen.rows)
     if keep is None:
         counts = {m: (int((ids == vlm.tokens[m]).sum()), len(rows)) for m, rows in chosen.rows.items()}

@@ -22,7 +22,7 @@ from vtok.patches.hf_vision.adapter import HfAdapter
 from vtok.patches.hf_vision.tables import TOWERS
 from vtok.patches.hf_vlm.families import VLM
 from vtok.patches.hf_vlm.stated_images import VisionCosts, merged, native_size, vision_config
-from vtok.patches.hf_vlm.tower_bridge import Joint
+from vtok.patches.hf_vlm.tower_bridge import TowerBridge
 from vtok.patches.macs import linear_macs, position_macs
 from vtok.patches.protocol import look_up
 
@@ -69,7 +69,9 @@ def stated_calls(vlm: VLM, image: StatedImage, images: int) -> list[TowerCall]:
     return [TowerCall((images * image.views, *native_size(vlm.module)))]
 
 
-def vision_cost(vlm: VLM, calls: Sequence[TowerCall], seen: Estimate | None = None, joint: Joint | None = None) -> VisionCost:
+def vision_cost(
+    vlm: VLM, calls: Sequence[TowerCall], seen: Estimate | None = None, joint: TowerBridge | None = None
+) -> VisionCost:
     """The vision side of a prompt.
 
     Args:
@@ -85,7 +87,7 @@ def vision_cost(vlm: VLM, calls: Sequence[TowerCall], seen: Estimate | None = No
     return _packed(costs, vlm, calls) if vlm.family.packed else _viewed(costs, vlm, calls, seen, joint)
 
 
-def patches_left(vlm: VLM, seen: Estimate | None, joint: Joint | None) -> int | None:
+def patches_left(vlm: VLM, seen: Estimate | None, joint: TowerBridge | None) -> int | None:
     """Patches of a view that a tower which reduces tokens hands to the connector; `None` = all of them."""
     if seen is None or joint is None or not joint.connector or not joint.state:
         return None
@@ -102,7 +104,9 @@ def features_left(vlm: VLM, patches: int) -> int:
     return vision_costs(vlm).per_view(vlm.module, patches + prefix)
 
 
-def _viewed(costs: VisionCosts, vlm: VLM, calls: Sequence[TowerCall], seen: Estimate | None, joint: Joint | None) -> VisionCost:
+def _viewed(
+    costs: VisionCosts, vlm: VLM, calls: Sequence[TowerCall], seen: Estimate | None, joint: TowerBridge | None
+) -> VisionCost:
     adapter, model = HfAdapter(), vlm.module
     tower = vlm.tower or adapter.towers(vision_tower(vlm))[0]
     info = tower.info

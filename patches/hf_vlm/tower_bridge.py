@@ -1,8 +1,9 @@
 """What stands between a vision tower that yields fewer tokens and the rest of a vision-language model.
 
 Where the connector works token by token, it gets the tokens that are left, and its output is put back to as many rows as the
-model's own checks expect: every token at the patch that it stands for, in raster order (merging scrambles), `HOLE` at all
-others. The rows of `HOLE` leave the prompt before the LLM, also where a caller puts features into inputs_embeds. Features say
+model's own checks expect: every token at the patch that it stands for, in raster order (merging scrambles), `DROPPED` at all
+others. The rows of `DROPPED` leave the prompt before the LLM, also where a caller puts features into inputs_embeds. Features
+say
 themselves where they are missing, so that whatever is done with them between encoding and reading the prompt (repeating them
 for beams, moving, casting, scaling) needs no care; callers of get_image_features see finite numbers, next to nothing.
 
@@ -21,15 +22,15 @@ from torch import Tensor, nn
 
 from vtok.core.reduction import unmerge
 from vtok.core.tokens import TokenState
-from vtok.core.tracker import Run
+from vtok.core.tracker import TokenTracker
 from vtok.errors import StateError
 from vtok.patches.module_swap import Hook
 
-HOLE = 2.0**-10  # in every dimension: no feature and no word is that, and every floating-point type holds it exactly
+DROPPED = 2.0**-10  # in every dimension: no feature and no word is that, and every floating-point type holds it exactly
 
 
 @dataclass(frozen=True)
-class Joint:
+class TowerBridge:
     """How the model takes what its tower yields.
 
     Attributes:
@@ -43,7 +44,7 @@ class Joint:
     skip: int
 
 
-def install(model: Any, tower: nn.Module, joint: Joint, run: Run) -> None:
+def install(model: Any, tower: nn.Module, joint: TowerBridge, run: TokenTracker) -> None:
     """Hooks the tower and what follows it.
 
     Args:
@@ -53,9 +54,9 @@ def install(model: Any, tower: nn.Module, joint: Joint, run: Run) -> None:
         run: of the tower.
     """
     if joint.connector:
-        model.get_submodule(joint.connector).register_forward_hook(Spread(run, joint))
+        model.get_submodule(joint.connector).register_forward_hook(ScatterToGrid(run, joint))
     else:
-        tower.register_forward_hook(Grid(run))
+        tower.register_forward_hook(UnmergeToGrid(run))
 
 
 def holes(features: Tensor) -> Tensor:
@@ -64,10 +65,10 @@ def holes(features: Tensor) -> Tensor:
     return (features == first).all(-1) & (first[..., 0] != 0)
 
 
-class Spread(Hook):
+class ScatterToGrid(Hook):
     """Forward hook of a connector that works token by token: [V, N - skip, D] -> [V, n, D]."""
 
-    def __init__(self, run: Run, joint: Joint):
+    def __init__(self, run: TokenTracker, joint: TowerBridge):
         self.run, self.joint = run, joint
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
@@ -86,14 +87,14 @@ class Spread(Hook):
         count = state.length - skip
         if state.keep is not None:  # padding is written to a row of its own
             rows = rows.where(state.keep[:, skip:], count)
-        out = output.new_full((rows.shape[0], count + 1, output.shape[2]), HOLE)
+        out = output.new_full((rows.shape[0], count + 1, output.shape[2]), DROPPED)
         return out.scatter(1, rows[..., None].expand_as(output), output)[:, :count]
 
 
-class Grid(Hook):
+class UnmergeToGrid(Hook):
     """Forward hook of a tower whose grid is needed: all that it returns has N0 tokens again; merged ones share features."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: TokenTracker):
         self.run = run
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:

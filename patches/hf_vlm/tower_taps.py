@@ -25,7 +25,7 @@ from vtok.core.tokens import AttentionView, TokenState, gather_positions, log_si
 from vtok.errors import StateError
 from vtok.patches.block import Link, chain
 from vtok.patches.hf_vlm.encoded import Note, note_of, noted
-from vtok.patches.module_swap import Hook, Mixin, brought, leaves, put_on, remove_hooks, weights_of
+from vtok.patches.module_swap import Hook, Mixin, brought, leaves, remove_hooks, swap_class, weights_of
 from vtok.patches.padding import padding_of
 from vtok.patches.precision import as_now
 from vtok.patches.protocol import Attend, BlockSpec, Tower
@@ -246,7 +246,7 @@ def install(model: Any, tower: Tower | None, blocks: Sequence[int]) -> None:
     model.__dict__[_TAPS] = taps
     if tower is not None:
         taps.hook(tower)
-    put_on(model, WatchedModel)
+    swap_class(model, WatchedModel)
 
 
 def watched(model: nn.Module, function: Callable[..., Any], taps: TowerTaps) -> Callable[..., Any]:

@@ -12,12 +12,12 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from vtok.core.tracker import Run
+from vtok.core.tracker import TokenTracker
 from vtok.cost.encoder import TowerCost
 from vtok.errors import UnsupportedModelError
 from vtok.patches import find_adapters
 from vtok.patches.macs import block_cost, linear_macs, position_macs
-from vtok.patches.module_swap import put_on
+from vtok.patches.module_swap import swap_class
 from vtok.patches.openclip_vit.attention import OpenClipAttention, TorchAttention, added_mask, excluding_mask
 from vtok.patches.pooling import DenseOutputs, PoolBias, plain, weighted_mean
 from vtok.patches.protocol import Adapter, Attend, Block, BlockSpec, Example, Tower, look_up, qualified_name
@@ -81,7 +81,7 @@ class OpenClipAdapter:
             )
         return found
 
-    def attach(self, tower: Tower, run: Run) -> None:
+    def attach(self, tower: Tower, run: TokenTracker) -> None:
         visual: Any = tower.module
         if (inner := _inner(tower)) is not None:
             adapter, trunk = inner
@@ -91,7 +91,7 @@ class OpenClipAdapter:
             pool.attn.register_forward_pre_hook(hook, with_kwargs=True)
         visual.conv1.register_forward_hook(ConvStem(run))
         visual._vtok_run = run
-        put_on(visual, OpenClipTower)
+        swap_class(visual, OpenClipTower)
 
     def cost(self, tower: Tower) -> TowerCost:
         visual: Any = tower.module

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from vtok.core.tracker import Run
+from vtok.core.tracker import TokenTracker
 from vtok.cost.encoder import TowerCost
 from vtok.errors import UnsupportedModelError
 from vtok.patches.macs import block_cost, linear_macs, position_macs, shape_only_macs
-from vtok.patches.module_swap import put_on
+from vtok.patches.module_swap import swap_class
 from vtok.patches.padding import by_pairs
 from vtok.patches.pooling import HeadPooledTrunk, PatchedTrunk, PoolBias
 from vtok.patches.protocol import Attend, Block, BlockSpec, Example, Tower, look_up, qualified_name
@@ -96,7 +96,7 @@ class TimmAdapter:
             blind_pool=_blind_pool(module),
         )
 
-    def attach(self, tower: Tower, run: Run) -> None:
+    def attach(self, tower: Tower, run: TokenTracker) -> None:
         trunk: Any = tower.module
         attn_pool: Any = getattr(trunk, "attn_pool", None)
         if type(attn_pool).__name__ == "AttentionPoolLatent":
@@ -105,7 +105,7 @@ class TimmAdapter:
         _patch_embed(trunk).register_forward_pre_hook(ImageStem(run))
         trunk._vtok_run = run
         pools = hasattr(trunk, "pool") or hasattr(trunk, "_pool")
-        put_on(trunk, PatchedTrunk if pools else HeadPooledTrunk)
+        swap_class(trunk, PatchedTrunk if pools else HeadPooledTrunk)
 
     def cost(self, tower: Tower) -> TowerCost:
         trunk: Any = tower.module

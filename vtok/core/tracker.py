@@ -1,4 +1,4 @@
-"""`Run`: what a patched tower remembers during a forward pass. One `TokenState` per block boundary, indexed, never popped.
+"""`TokenTracker`: what a patched tower remembers of a forward pass. One `TokenState` per block boundary, indexed, never popped.
 
 Every thread has its own passes. A block that gradient checkpointing computes again during backward finds the pass that it
 belongs to by the address of its input, which the checkpoint keeps alive: a newer pass cannot be mistaken for it.
@@ -25,7 +25,7 @@ def _address(x: Tensor) -> int:
     return 0 if isinstance(x, FakeTensor) else x.data_ptr()  # fake tensors have no memory
 
 
-class Pass:
+class ForwardState:
     """One forward pass: `states[i]` is the state that enters block i, `states[depth]` what leaves the last block."""
 
     __slots__ = ("length", "seen", "states")
@@ -49,7 +49,7 @@ class Pass:
         return self.length if state is None or state.index is None else state.index.shape[1]
 
 
-class Run:
+class TokenTracker:
     """Shared by all patched blocks of one tower.
 
     Args:
@@ -67,11 +67,11 @@ class Run:
         self._forget()
 
     def _forget(self) -> None:
-        self._passes: dict[int, deque[Pass]] = {}  # by thread
-        self._resumed: dict[int, tuple[Pass, int, int]] = {}  # by thread: pass, next block, address of its input
+        self._passes: dict[int, deque[ForwardState]] = {}  # by thread
+        self._resumed: dict[int, tuple[ForwardState, int, int]] = {}  # by thread: pass, next block, address of its input
         self._taps: dict[int, dict[str, Tensor]] = {}  # by thread
         # Compiled graphs trace these: they cannot ask for a thread's name.
-        self._traced = Pass(self.depth)
+        self._traced = ForwardState(self.depth)
         self._traced_taps: dict[str, Tensor] = {}
         self._averaged: dict[int, bool] = {}  # by thread
         self._grids: dict[int, Grid] = {}  # by thread: of images whose patches have not entered block 0 yet
@@ -79,7 +79,7 @@ class Run:
         self._traced_last = False  # whether the last pass was a compiled one
 
     @property
-    def current(self) -> Pass:
+    def current(self) -> ForwardState:
         """This thread's running or last pass."""
         if torch.compiler.is_compiling() or self._traced_last:
             return self._traced
@@ -157,9 +157,9 @@ class Run:
             return
         self.current.states[i + 1] = state
 
-    def _open(self, training: bool) -> Pass:
+    def _open(self, training: bool) -> ForwardState:
         me = threading.get_ident()
-        run = Pass(self.depth)
+        run = ForwardState(self.depth)
         self._traced_last = False
         passes = self._passes.get(me)
         if passes is None:
@@ -190,7 +190,7 @@ class Run:
         assert state is not None
         return state
 
-    def _recent(self) -> Iterator[Pass]:
+    def _recent(self) -> Iterator[ForwardState]:
         """All known passes, newest first within a thread (backward may run in another thread than forward)."""
         for passes in list(self._passes.values()):
             yield from reversed(passes)

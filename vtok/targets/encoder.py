@@ -12,7 +12,7 @@ from torch import Tensor
 from vtok.capabilities import encoder_reducer
 from vtok.config import MethodConfig, ModelInfo, Reducer
 from vtok.core.tokens import Site
-from vtok.core.tracker import Run
+from vtok.core.tracker import TokenTracker
 from vtok.cost.budget import Budget, default_target, solve, steps_of
 from vtok.cost.encoder import Estimate, estimate
 from vtok.errors import BudgetError, ConfigError, UnsupportedModelError, VtokError
@@ -31,7 +31,7 @@ from vtok.targets.resolve import run_of, towers
 
 @dataclass(frozen=True)
 class ResolvedMethods:
-    """Methods resolved for one tower: kept on its `Run`, and all that `info` and `save_config` need.
+    """Methods resolved for one tower: kept on its `TokenTracker`, and all that `info` and `save_config` need.
 
     Attributes:
         path: of the tower inside the model.
@@ -105,10 +105,10 @@ class EncoderTarget(Target):
         return Info((tower_info(self.adapter, self.tower, run_of(self.tower.module), kernels),))
 
 
-def install(adapter: Adapter, tower: Tower, resolved: ResolvedMethods, spare: bool = False) -> Run:
-    """Patches a tower. For `spare` see `Run`, which is returned."""
+def install(adapter: Adapter, tower: Tower, resolved: ResolvedMethods, spare: bool = False) -> TokenTracker:
+    """Patches a tower. For `spare` see `TokenTracker`, which is returned."""
     prop_attn = any(reducer.prop_attn for _, reducer in resolved.steps.values())
-    run = Run(len(tower.blocks), tower.num_prefix, prop_attn, resolved.trace, spare)
+    run = TokenTracker(len(tower.blocks), tower.num_prefix, prop_attn, resolved.trace, spare)
     run.patch = resolved
     install_blocks(tower.blocks, run, resolved.steps)
     adapter.attach(tower, run)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from vtok.core.tokens import TokenState
-from vtok.core.tracker import Pass, Run
+from vtok.core.tracker import ForwardState, TokenTracker
 from vtok.cost.encoder import Estimate, TowerCost, estimate
 from vtok.patches.protocol import Adapter, Tower
 from vtok.reports.results import BlockInfo, TowerInfo
 
 
-def tower_info(adapter: Adapter, tower: Tower, run: Run | None, kernels: Sequence[str] | None) -> TowerInfo:
+def tower_info(adapter: Adapter, tower: Tower, run: TokenTracker | None, kernels: Sequence[str] | None) -> TowerInfo:
     """What is known about one tower; see `TowerInfo`."""
     name, patches = type(tower.module).__name__, tower.info.num_patches
     if run is None:
@@ -45,13 +45,13 @@ def tower_info(adapter: Adapter, tower: Tower, run: Run | None, kernels: Sequenc
     )
 
 
-def _block(i: int, run: Run, last: Pass, kernel: str | None) -> BlockInfo:
+def _block(i: int, run: TokenTracker, last: ForwardState, kernel: str | None) -> BlockInfo:
     step, state = run.patch.steps.get(i), last.states[i + 1]
     site = step[0].place.value if step else ""
     return BlockInfo(i, site, last.tokens(i), last.tokens(i + 1), _real(state), kernel)
 
 
-def _estimate(cost: TowerCost, run: Run, counts: Sequence[tuple[float, float]]) -> Estimate:
+def _estimate(cost: TowerCost, run: TokenTracker, counts: Sequence[tuple[float, float]]) -> Estimate:
     return estimate(cost, run.patch.steps, int(counts[0][0]), run.num_prefix, counts)
 
 
@@ -60,7 +60,9 @@ def _real(state: TokenState | None) -> tuple[int, ...] | None:
     return None if state is None or state.keep is None else tuple(int(c) for c in state.keep.sum(1).tolist())
 
 
-def _mean_estimate(cost: TowerCost, run: Run, blocks: tuple[BlockInfo, ...], entered: tuple[int, ...] | None) -> Estimate:
+def _mean_estimate(
+    cost: TowerCost, run: TokenTracker, blocks: tuple[BlockInfo, ...], entered: tuple[int, ...] | None
+) -> Estimate:
     """Mean over images of what each would cost alone (attention is quadratic: not the cost of the mean)."""
     images = max(len(b.per_image or ()) for b in blocks)
     each = []

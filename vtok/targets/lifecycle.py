@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from vtok.errors import StateError
-from vtok.patches.module_swap import Mixin, check_class, remove_hooks, shared_by, take_off
+from vtok.patches.module_swap import Mixin, check_class, remove_hooks, restore_class, shared_by
 from vtok.patches.transaction import all_or_nothing, to_the_end
 
 _STATE = ("_vtok", "_vtok_run", "_vtok_taps")  # what patches keep on modules
@@ -35,7 +35,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     def bare() -> nn.Module:
         for module in model.modules():
             if isinstance(module, Mixin):
-                take_off(module)
+                restore_class(module)
             for name in _STATE:
                 module.__dict__.pop(name, None)
             remove_hooks(module)

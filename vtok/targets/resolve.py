@@ -11,7 +11,7 @@ from torch import nn
 from vtok import serialization as files
 from vtok.config import MethodConfig, ModelInfo
 from vtok.core.prompt import VLMInfo
-from vtok.core.tracker import Run
+from vtok.core.tracker import TokenTracker
 from vtok.errors import ConfigError, UnsupportedModelError, shown, unknown
 from vtok.patches import find_adapters
 from vtok.patches.block import ReducingBlock
@@ -28,8 +28,8 @@ def require_module(model: Any) -> None:
         raise UnsupportedModelError(f"vtok patches a torch.nn.Module, got {type(model).__name__}")
 
 
-def run_of(module: nn.Module) -> Run | None:
-    """The `Run` of the first patched tower in a module, or `None`."""
+def run_of(module: nn.Module) -> TokenTracker | None:
+    """The `TokenTracker` of the first patched tower in a module, or `None`."""
     return next((m._vtok.run for m in module.modules() if isinstance(m, ReducingBlock)), None)
 
 

@@ -82,7 +82,7 @@ class VLMTarget(Target):
         return " and ".join(dict.fromkeys(place(config, resolved) for config in configs))
 
     def warnings(self, resolved: Pruner) -> Sequence[str]:
-        on_grid = resolved.joint is not None and not resolved.holed
+        on_grid = resolved.joint is not None and not resolved.has_dropped_tokens
         return (f"{self.info.name}: {ON_GRID}",) if on_grid else ()
 
     def shortened_inputs(

@@ -16,7 +16,7 @@ from vtok.patches.hf_vision.adapter import HfAdapter
 from vtok.patches.hf_vlm import tower_bridge as vlm_tower
 from vtok.patches.hf_vlm.families import VLM
 from vtok.patches.hf_vlm.install import pruner_of
-from vtok.patches.hf_vlm.tower_bridge import Joint
+from vtok.patches.hf_vlm.tower_bridge import TowerBridge
 from vtok.patches.protocol import Tower
 from vtok.patches.transaction import all_or_nothing, to_the_end
 from vtok.registry import METHODS
@@ -81,7 +81,7 @@ def budget_candidates(vlm: VLM, config: MethodConfig) -> Sequence[MethodConfig]:
     return candidates(config, _tower(vlm, config.name).info if in_tower(config) else vlm.info)
 
 
-def check_readable(features: VLMReducer, info: VLMInfo, tower: ResolvedMethods, joint: Joint) -> None:
+def check_readable(features: VLMReducer, info: VLMInfo, tower: ResolvedMethods, joint: TowerBridge) -> None:
     """Raises if a method looks at patches of the vision tower that methods inside it have merged or dropped by then."""
     blocks, first = features.tower_blocks, min(tower.steps)
     if blocks and not features.reads_reduced and (joint.connector or max(blocks) > first):
@@ -110,7 +110,7 @@ def place(config: MethodConfig, pruner: Pruner) -> str:
     """Where a method acts, in words."""
     if not in_tower(config):
         return "on the prompt"
-    if pruner.holed:
+    if pruner.has_dropped_tokens:
         return "in the vision tower: the prompt gets shorter too"
     return "in the vision tower alone: merged tokens are put back on the grid, the prompt keeps its length"
 
@@ -122,7 +122,7 @@ def describe_tower(vlm: VLM) -> TowerInfo | None:
         return None
     pruner = pruner_of(vlm)
     found = tower_info(HfAdapter(), vlm.tower, run, None)
-    notes = (*found.notes, f"note: {ON_GRID}") if pruner is not None and not pruner.holed else found.notes
+    notes = (*found.notes, f"note: {ON_GRID}") if pruner is not None and not pruner.has_dropped_tokens else found.notes
     return replace(found, path=".".join(part for part in (vlm.path, found.path) if part), notes=notes)
 
 

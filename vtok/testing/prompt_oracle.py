@@ -122,7 +122,7 @@ def _tokens(info: Any, pruner: Pruner, last: Counts | None) -> tuple[tuple[float
 def _features(vlm: VLM, pruner: Pruner, values: Mapping[str, Any]) -> dict[str, Any]:
     """The image features of the patched model, chosen ones with what was folded into them; zeros where the tower left none."""
     outputs = hf.encode(vlm.module, values)
-    outputs = hf.choose(vlm.module, outputs, pruner.features, vlm.family, values, pruner.holed).outputs
+    outputs = hf.choose(vlm.module, outputs, pruner.features, vlm.family, values, pruner.has_dropped_tokens).outputs
     for output in outputs.values():
         whole = [x.masked_fill(vlm_tower.holes(x)[:, None], 0.0) for x in output.pooler_output]
         output.pooler_output = torch.stack(whole) if isinstance(output.pooler_output, Tensor) else whole

@@ -17,7 +17,7 @@ import vtok
 from vtok.errors import ConfigError
 from vtok.eval.common.distributed import current
 from vtok.eval.common.dtypes import dtype_of
-from vtok.eval.common.settings import Setting, evaluating, placed
+from vtok.eval.common.settings import Setting, evaluating, to_device
 from vtok.eval.models.vlm import VisionLanguageModel, load_vlm
 from vtok.eval.runs.again import run_file
 from vtok.eval.tasks import QUESTION_TASKS
@@ -87,7 +87,7 @@ def evaluate(
     folder = Path(options.output) if options.output else None
     device = current().device(options.device)
     with evaluating(vlm.net):
-        base = placed(vlm.net, dtype_of(options.model_dtype), device)
+        base = to_device(vlm.net, dtype_of(options.model_dtype), device)
         model = VisionLanguageModel(base, vlm.processor, vlm.name, options.frames_as_images)
         longest = task.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
         dtype = str(next(base.parameters()).dtype).removeprefix("torch.")

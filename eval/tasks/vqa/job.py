@@ -15,7 +15,7 @@ import vtok
 from vtok.config import MethodConfig
 from vtok.eval.common.distributed import current
 from vtok.eval.common.records import BASELINES, Records, key_of
-from vtok.eval.common.settings import Setting, fingerprint, twin, versions
+from vtok.eval.common.settings import Setting, fingerprint, versions, weight_sharing_copy
 from vtok.eval.models.vlm import VisionLanguageModel
 from vtok.eval.tasks.vqa.data import VQAData
 from vtok.eval.tasks.vqa.pipeline import Entry, Line, Progress, Samples, ask
@@ -60,7 +60,7 @@ class Job:
 
     def entry(self, setting: Setting) -> Entry:
         """A setting with the model patched so; errors are those of `vtok.patch`."""
-        net = setting.apply(twin(self.model.net))
+        net = setting.apply(weight_sharing_copy(self.model.net))
         first = next(self.model.net.parameters())
         identity = {
             "task": self.task.name,

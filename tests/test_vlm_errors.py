@@ -113,14 +113,16 @@ def test_models_that_are_refused():
             {"layer_types": ["linear_attention", "full_attention"] * 2},
             "layers of type linear_attention, whose state",
         ),
-        ({"num_kv_shared_layers": 2}, "shares keys and values between layers"),
+        ({"num_kv_shared_layers": 2}, "layers of its LLM share keys and values"),
     ],
 )
-def test_text_models_that_are_refused(setting, words):
+def test_text_models_that_nothing_can_leave_inside(setting, words):
     model = build("LLaVA, Qwen2 text")
     for name, value in setting.items():
         object.__setattr__(text_model(model).config, name, value)
-    assert words in message_of(vtok.UnsupportedModelError, vtok.patch, model, "uniform")
+    text = message_of(vtok.UnsupportedModelError, vtok.patch, model, Columns(((2, 2),)))
+    assert words in text and "methods that shorten its prompt before the LLM work" in text
+    assert vtok.supports(model).methods["uniform"] is None
 
 
 def test_text_models_that_were_never_tried():
@@ -132,7 +134,7 @@ def test_text_models_that_were_never_tried():
     model = build("LLaVA-1.5")
     model.model.language_model = MyLlama(model.model.language_model.config)
     text = message_of(vtok.UnsupportedModelError, vtok.patch, model, "uniform")
-    assert "MyLlama, is not among those that vtok has been tested with" in text
+    assert "MyLlama, keeps no list of layers" in text
 
 
 def test_ways_to_generate_that_are_refused():

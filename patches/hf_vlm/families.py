@@ -165,7 +165,7 @@ def examples() -> dict[str, VLMExample]:
 
 
 def supported() -> str:
-    """The families, in words."""
+    """In words."""
     *names, last = [family.name for family in FAMILIES.values()]
     return f"transformers' {', '.join(names)} and {last}"
 
@@ -282,9 +282,7 @@ def find(model: nn.Module) -> Sequence[VLM]:
 
 def generic(module: nn.Module) -> Family | None:
     """What the interfaces of a model say of it, where no row describes its family; `None` if it is no vision-language model.
-
-    It is enough to shorten its prompt before the LLM, by methods that look at image features alone, those of an image taken as
-    one row.
+    It is enough to shorten its prompt before the LLM, by methods that look at image features alone, taken as one row an image.
 
     It encodes images by itself (`get_image_features`), knows its placeholder (`image_token_id`), and takes images that were
     encoded ahead (`mm_encoder_outputs`). A model that only hands all this on to a part is not meant, but its part.
@@ -294,8 +292,8 @@ def generic(module: nn.Module) -> Family | None:
     text = next((name for name in CHILDREN if hasattr(getattr(module, name, None), "layers")), None)
     if text is None:
         return None
-    name, rotary_3d = type(module).__name__, hasattr(module, "get_rope_index")
-    return Family(name, text=text, tower="", views=hf_views.one_row, rotary_3d=rotary_3d, generic=True)
+    rotary_3d = hasattr(module, "get_rope_index")
+    return Family(type(module).__name__, text=text, tower="", views=hf_views.one_row, rotary_3d=rotary_3d, generic=True)
 
 
 def _check_row(module: nn.Module, family: Family) -> None:
@@ -320,6 +318,8 @@ def _describe(path: str, module: Any, family: Family) -> VLM:
     _check_row(module, family)
     name, text = type(module).__name__, getattr(module, family.text)
     config = text.config
+    if not hasattr(text, "layers"):
+        raise UnsupportedModelError(f"the LLM of {name}, {type(text).__name__}, keeps no list of layers, which vtok hooks")
     if getattr(module.config, "vision_feature_layer", None) == 0:
         raise UnsupportedModelError(
             f"vision_feature_layer=0 of {name}: transformers takes 0 for no layer at all and fails when it encodes an image; "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vtok.config import ModelInfo
 from vtok.core.tokens import TokenState
-from vtok.core.tracker import Pass
+from vtok.core.tracker import ForwardState
 from vtok.targets.resolve import run_of
 
 FOLDER = Path(__file__).parent / "golden"
@@ -81,7 +81,7 @@ def images(g: dict[str, Any]) -> Tensor:
     return recipe.image(g.get("image_tag", g["tag"]), g["batch"], 224 if g["tag"].startswith("deit") else 64)
 
 
-def run_model(patched: Any, x: Tensor) -> tuple[Tensor, list[Tensor], Pass]:
+def run_model(patched: Any, x: Tensor) -> tuple[Tensor, list[Tensor], ForwardState]:
     """One pass: (logits, what left every block, what the pass recorded)."""
     outputs: list[Tensor] = []
     hooks = [block.register_forward_hook(lambda _m, _a, out: outputs.append(out)) for block in patched.blocks]
@@ -96,12 +96,12 @@ def run_model(patched: Any, x: Tensor) -> tuple[Tensor, list[Tensor], Pass]:
     return logits, outputs, run.current
 
 
-def token_counts(done: Pass) -> list[int]:
+def token_counts(done: ForwardState) -> list[int]:
     """Rows that left every block."""
     return [done.tokens(i + 1) for i in range(len(done.states) - 1)]
 
 
-def states(done: Pass, blocks: Sequence[int]) -> list[TokenState]:
+def states(done: ForwardState, blocks: Sequence[int]) -> list[TokenState]:
     """The states that left some blocks."""
     found = [done.states[i + 1] for i in blocks]
     assert all(state is not None for state in found)

@@ -27,6 +27,7 @@ from vtok.eval.models.reference_next import (  # noqa: E402
     questions_about,
 )
 from vtok.eval.models.reference_vlm import BOS, IMAGE, PROMPT, ReferenceLLaVA, make_processor, make_tokenizer, save_folder  # noqa: E402
+from vtok.eval.training import llava as train_llava  # noqa: E402
 from vtok.eval.training import llava_next as train_llava_next  # noqa: E402
 from vtok.eval.training import loop as train_run  # noqa: E402
 from vtok.eval.training.llava_next import (  # noqa: E402
@@ -259,7 +260,7 @@ def test_training_resumes_to_the_same_weights(folder, tmp_path, monkeypatch):
 
 
 def test_single_questions_and_packed_ones_score_the_same(monkeypatch):
-    monkeypatch.setattr(train_llava_next, "ANSWER_TOKENS", 1)  # untrained, the model does not stop after a word
+    monkeypatch.setattr(train_llava, "ANSWER_TOKENS", 1)  # untrained, the model does not stop after a word
     torch.manual_seed(0)
     model = TINY.build()
     with torch.no_grad():

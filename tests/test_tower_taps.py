@@ -126,6 +126,8 @@ def test_only_blocks_that_are_asked_for():
     assert not looking.seen[0].source.cropped
     vtok.patch(model, "uniform", keep=0.5)
     assert [len(block._forward_pre_hooks) for block in tower] == [0, 0]
+    assert "WatchedModel" in str(type(model.model).__mro__)  # for the sizes of the images
+    vtok.unpatch(model)
     assert "WatchedModel" not in str(type(model.model).__mro__)
 
 

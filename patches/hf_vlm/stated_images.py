@@ -120,6 +120,11 @@ def merged(model: Any, patches: int) -> int:
     return patches // vision_config(model).spatial_merge_size ** 2
 
 
+def one_each(model: Any, patches: int) -> int:
+    """A feature for every patch."""
+    return patches
+
+
 @dataclass(frozen=True)
 class VisionCosts:
     """What the vision side of one class of models does beside its tower, whose blocks are priced by themselves.
@@ -133,5 +138,5 @@ class VisionCosts:
 
     modules: tuple[str, ...] = ("multi_modal_projector",)
     weights: tuple[str, ...] = ()
-    per_view: Callable[[Any, int], int] = lambda model, patches: patches
+    per_view: Callable[[Any, int], int] = one_each
     image: Callable[[Any, Size | None, FeaturesOf], StatedImage] = whole_image

@@ -75,6 +75,9 @@ class Family:
     examples: Mapping[str, VLMExample] = field(default_factory=dict)
     generic: bool = False
 
+    def __getstate__(self) -> dict[str, Any]:  # of a patched model that is pickled or copied: it needs no tiny models
+        return {**self.__dict__, "examples": {}}
+
 
 def _in(model: str) -> str:
     return f"transformers.models.{model}.modeling_{model}."
@@ -283,9 +286,7 @@ def find(model: nn.Module) -> Sequence[VLM]:
 def generic(module: nn.Module) -> Family | None:
     """What the interfaces of a model say of it, where no row describes its family; `None` if it is no vision-language model.
     It is enough to shorten its prompt before the LLM, by methods that look at image features alone, taken as one row an image.
-
-    It encodes images by itself (`get_image_features`), knows its placeholder (`image_token_id`), and takes images that were
-    encoded ahead (`mm_encoder_outputs`). A model that only hands all this on to a part is not meant, but its part.
+    A model that only hands its interfaces on to a part is not meant, but its part.
     """
     if not encodes(module) or any(encodes(child) for child in module.children()):
         return None

@@ -286,7 +286,6 @@ def find(model: nn.Module) -> Sequence[VLM]:
 def generic(module: nn.Module) -> Family | None:
     """What the interfaces of a model say of it, where no row describes its family; `None` if it is no vision-language model.
     It is enough to shorten its prompt before the LLM, by methods that look at image features alone, taken as one row an image.
-    A model that only hands its interfaces on to a part is not meant, but its part.
     """
     if not encodes(module) or any(encodes(child) for child in module.children()):
         return None

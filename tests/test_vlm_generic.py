@@ -5,12 +5,14 @@ import warnings
 
 import pytest
 import torch
+import vlm_classes
 from helpers_errors import message_of
 from vlm_classes import CLASSES, build, inputs
 
 import vtok
 from vtok.patches.hf_vlm import image_features as hf
 from vtok.patches.hf_vlm.families import find
+from vtok.testing.prompt_oracle import MaskedPrompt
 
 KEEP = 0.5
 FAST = ("aya_vision", "mistral3", "glm4v", "qwen3_5", "qwen3_vl_moe", "exaone4_5")  # sliding, plain, M-RoPE, hybrid, DeepStack
@@ -151,6 +153,71 @@ def test_a_prompt_without_images_and_nothing_to_drop():
         assert torch.equal(_generate(model, values), expected[1])
         vtok.patch(model, "random", keep=KEEP)
         assert torch.equal(_generate(model, text), expected[0])
+
+
+@pytest.mark.parametrize("name", ["aya_vision", pytest.param("cohere2_vision", marks=pytest.mark.slow), "exaone4_5"])
+def test_windows_look_back_over_columns_of_the_long_prompt(name, monkeypatch):
+    config_of = vlm_classes.config_of
+
+    def narrow(name):
+        config = config_of(name)
+        config.text_config.sliding_window = 6
+        return config
+
+    monkeypatch.setattr(vlm_classes, "config_of", narrow)
+    model = build(name)
+    values = inputs(model)
+    alive = _stays(model, values, "random") | (values["attention_mask"] == 0)
+    whole = _generate(model, values)
+    with MaskedPrompt(model, dict.fromkeys(range(4), alive)):
+        expected = _generate(model, values)
+    assert (whole - expected).abs().max() > 0.1
+    _close(_generate(vtok.patch(model, "random", keep=KEEP), values), expected)
+
+
+@pytest.mark.parametrize("name", ["aya_vision", "qwen3_5", "qwen3_vl_moe"])
+def test_beams_and_hidden_states(name):
+    model = build(name)
+    values = inputs(model)
+    length = values["input_ids"].shape[1]
+
+    def beams(given):
+        given = {key: copy.copy(value) for key, value in given.items()}
+        return model.generate(**given, max_new_tokens=5, num_beams=3, do_sample=False)[:, given["input_ids"].shape[1] :]
+
+    expected = beams(vtok.prune_inputs(model, values, "random", keep=KEEP))
+    vtok.patch(model, "random", keep=KEEP)
+    assert torch.equal(beams(values), expected)
+    with torch.no_grad():
+        hidden = model(**values, output_hidden_states=True).hidden_states
+    assert {x.shape[1] for x in hidden} == {length}
+
+
+@pytest.mark.parametrize("name", ["mistral3", "glm4v"])
+def test_packed_rows_see_only_themselves(name):
+    """Two samples in one row, by positions that start over: each gives what it gives in a row of its own."""
+    model = build(name)
+    values = inputs(model)
+    ids = values["input_ids"][1, values["attention_mask"][1] == 1]
+    pixels, extra, kinds = values["pixel_values"][-1:], {"image_sizes": values.get("image_sizes", [])[-1:]}, None
+    position = torch.arange(len(ids))[None]
+    if name == "glm4v":
+        grid, kinds = values["image_grid_thw"][-1:], (ids == model.config.image_token_id).int()[None]
+        pixels, extra = values["pixel_values"][-int(grid.prod()) :], {"image_grid_thw": grid}
+        time = model.model.get_rope_index(ids[None], image_grid_thw=grid, mm_token_type_ids=kinds)[0]
+        position = torch.cat([torch.arange(len(ids))[None, None], time])
+    others = pixels.flip(0) * 0.7 + 0.1
+    vtok.patch(model, "random", keep=KEEP)
+
+    def last(times, pixels, **more):
+        given = {key: torch.cat([value] * times) for key, value in extra.items() if len(value)}
+        given |= {} if kinds is None else {"mm_token_type_ids": torch.cat([kinds] * times, 1)}
+        with torch.no_grad():
+            return model(torch.cat([ids] * times)[None], pixel_values=pixels, use_cache=False, **given, **more).logits[0]
+
+    found = last(2, torch.cat([pixels, others]), position_ids=torch.cat([position] * 2, -1))
+    _close(found[len(ids) - 1], last(1, pixels)[-1])
+    _close(found[-1], last(1, others)[-1])
 
 
 def test_an_llm_that_is_not_called_is_noticed():

@@ -7,9 +7,9 @@ and reports paired differences with their standard errors. Files that cannot be 
 `vtok eval zeroshot` and `retrieval` take any open_clip or Hugging Face dual encoder, by name or folder, and write files that
 `clip_benchmark build` reads; they differ from it in that equal captions match each other and ties count against the model.
 `vtok eval vqa` asks any supported vision-language model single questions with greedy `generate()`: exact match, VQAv2's soft
-accuracy as lmms-eval and as the official program normalise answers, loyalty (the share of answers that are the unpatched
+accuracy as lmms-eval and as the official program normalise answers, agreement (the share of answers that are the unpatched
 model's), visual tokens in every decoder layer, KV bytes, time to the first token and for each further one. It goes on where it
-was stopped, writes every answer (`samples.jsonl`) and VQAv2's result files, and `--floors` adds random and uniform with as many
+was stopped, writes every answer (`samples.jsonl`) and VQAv2's result files, and `--baselines` adds random and uniform with as many
 tokens.
 
 GMACs count multiply-accumulates of matrix products, per image, patch embedding and head included; GFLOPs are twice that. "Implied"

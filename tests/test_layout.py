@@ -12,8 +12,8 @@ import vtok
 
 ROOT = Path(__file__).resolve().parent.parent
 HOMES = {"vtok": ROOT / "vtok", "vtok.patches": ROOT / "patches", "vtok.eval": ROOT / "eval"}
-# The floors, lowest first: a module may import modules of its own floor and of floors below.
-FLOORS = (
+# The layers, lowest first: a module may import modules of its own layer and of layers below.
+LAYERS = (
     ("errors", "_version", "plain"),
     ("reading", "writing"),
     ("registry", "core", "ops"),
@@ -71,17 +71,17 @@ def imports(name):
     return {(other, late) for other, late in found if other != name}
 
 
-def floor(name):
+def layer(name):
     part = name.split(".")[1] if "." in name else ""
-    return next(i for i, parts in enumerate(FLOORS) if part in parts)
+    return next(i for i, parts in enumerate(LAYERS) if part in parts)
 
 
-def test_every_module_has_a_floor():
-    assert {name for name in modules() if not any([*name.split("."), ""][1] in parts for parts in FLOORS)} == set()
+def test_every_module_has_a_layer():
+    assert {name for name in modules() if not any([*name.split("."), ""][1] in parts for parts in LAYERS)} == set()
 
 
 def test_imports_run_one_way():
-    wrong = [f"{a} -> {b}" for a in modules() for b, _ in imports(a) if floor(b) > floor(a) and b != "vtok"]
+    wrong = [f"{a} -> {b}" for a in modules() for b, _ in imports(a) if layer(b) > layer(a) and b != "vtok"]
     assert wrong == []
 
 

@@ -749,7 +749,7 @@ def _commands(folder):
         yield f"run {word[:40]!r}", ["run", word]
         yield f"report {word[:40]!r}", ["report", word or "nowhere"]
         yield f"viz image {word[:40]!r}", ["viz", "reference", "tome:r=2", word or "nowhere", "-o", folder / "x.png"]
-        yield f"book {word[:40]!r}", ["book", word or "nowhere"]
+        yield f"published {word[:40]!r}", ["published", word or "nowhere"]
         yield f"tune method {word[:40]!r}", ["tune", "reference", word, "--flops", 0.5]
     for flag, values in {
         "--seed": (-1, 2**64, "x", 0.5), "-b": (0, -1, "x"), "--num-samples": (0, -3, "x"), "-j": (-1,),

@@ -21,7 +21,7 @@ from vtok.eval.cli.app import app
 from vtok.eval.matrix import encoder as matrix
 from vtok.eval.matrix import report as matrix_report
 from vtok.eval.matrix import vlm as vlm_matrix
-from vtok.eval.matrix.encoder import FAILED, NO, ON_REQUEST, TOWER, YES, Cell
+from vtok.eval.matrix.encoder import FAILED, NO, TOWER, WITH_OPTIONS, YES, Cell
 from vtok.methods.baselines.random_drop import RandomDrop
 from vtok.patches import block, pooling
 from vtok.testing import prompt_oracle, tiny
@@ -153,7 +153,7 @@ def test_the_command_prints_what_the_readme_has():
 def test_every_cell_of_a_vision_language_model(spoken, name, method):
     """Whatever is not refused took tokens from every prompt, and removing them equals masking them."""
     (found,) = [c for c in spoken if (c.model, c.method) == (name, method)]
-    assert found.status in (YES, TOWER, ON_REQUEST, NO), found.reason
+    assert found.status in (YES, TOWER, WITH_OPTIONS, NO), found.reason
     if found.status == NO:
         assert found.evidence is None
         assert found.reason
@@ -212,7 +212,7 @@ def test_supports_says_what_the_matrix_says(planned):
             assert (why is None) == (cell.status == YES), (name, cell)
             assert wanted == (cell.request or None), (name, cell)
             assert cell.reason == (why or "")
-            assert cell.status in (YES, ON_REQUEST) or wanted is None
+            assert cell.status in (YES, WITH_OPTIONS) or wanted is None
 
 
 def cell(model, method, status, **extra):
@@ -222,9 +222,9 @@ def cell(model, method, status, **extra):
 FOUND = [
     cell("ViT", "a", YES),
     cell("ViT", "b", NO, reason="b hates this ViT", classes={"ViT": "the model"}, remark="b is old"),
-    cell("ViT pooled", "a", ON_REQUEST, request={"query": "mean"}, reason="ViT has no CLS", classes={"ViT": "the model"}),
+    cell("ViT pooled", "a", WITH_OPTIONS, request={"query": "mean"}, reason="ViT has no CLS", classes={"ViT": "the model"}),
     cell("ViT pooled", "b", NO, reason="b hates this Pooled", classes={"Pooled": "the model"}, remark="b is old"),
-    cell("EVA", "a", ON_REQUEST, request={"query": "mean"}, reason="Eva has no CLS"),
+    cell("EVA", "a", WITH_OPTIONS, request={"query": "mean"}, reason="Eva has no CLS"),
     cell("EVA", "b", FAILED, reason="no token was taken away"),
 ]
 
@@ -234,15 +234,15 @@ def test_the_table_says_what_was_found():
     assert lines[:4] == [
         "| family | models | a | b |",
         "|---|---:|---|---|",
-        "| timm: ViT | 2 | 1 of 2, 1 on request <sup>1</sup> | no <sup>2</sup> |",
-        "| timm: EVA | 1 | on request <sup>1</sup> | FAILED <sup>3</sup> |",
+        "| timm: ViT | 2 | 1 of 2, 1 with options <sup>1</sup> | no <sup>2</sup> |",
+        "| timm: EVA | 1 | with options <sup>1</sup> | FAILED <sup>3</sup> |",
     ]
     assert lines[5:8] == [
         '1. a with query="mean"; without: the model has no CLS.',
         "2. no: the method hates this model. b is old.",
         "3. FAILED: no token was taken away.",
     ]
-    assert lines[-1] == "**3 models x 2 methods = 6 cells: 1 yes, 2 on request, 2 no, 1 failed.**"
+    assert lines[-1] == "**3 models x 2 methods = 6 cells: 1 yes, 2 with options, 2 no, 1 failed.**"
     assert "[3] FAILED" in matrix_report.notes(FOUND)
 
 
@@ -296,14 +296,14 @@ def test_the_command(tmp_path):
     page.write_text(f"{matrix_report.BEGIN}{matrix_report.END}")
     result = run.invoke(app, ["matrix", "--json", str(tmp_path / "cells.json"), "--into", str(page)], catch_exceptions=False)
     assert result.exit_code == 0
-    assert "2 models x 6 methods = 12 cells: 10 yes, 2 on request, 0 no, 0 failed." in result.stdout
+    assert "2 models x 6 methods = 12 cells: 10 yes, 2 with options, 0 no, 0 failed." in result.stdout
     assert "left out: timm: Young (needs release 9.0)" in result.stderr
     cells = json.loads((tmp_path / "cells.json").read_text())
     assert len(cells) == 12
     assert all(max(c["evidence"]["differences"].values()) <= 1e-10 for c in cells)
     text = page.read_text()  # methods in rows: there are more of them than models
     assert "| method | ViT, AugReg, DeiT-III, DINOv2 | ViT without class token (SigLIP) |" in text
-    assert "| ats | yes | on request <sup>1</sup> |" in text
+    assert "| ats | yes | with options <sup>1</sup> |" in text
 
 
 @pytest.mark.usefixtures("two")
@@ -311,7 +311,7 @@ def test_the_command_fails_where_a_method_does(monkeypatch):
     monkeypatch.setitem(vtok.METHODS._entries, "broken", Broken)
     result = run.invoke(app, ["matrix", "--method", "broken", "--method", "random", "--markdown"], catch_exceptions=False)
     assert result.exit_code == 1
-    assert "2 yes, 0 on request, 0 no, 2 failed" in result.stdout
+    assert "2 yes, 0 with options, 0 no, 2 failed" in result.stdout
     assert "FAILED: TypeError" in result.stdout
 
 

@@ -176,9 +176,9 @@ def test_candidates_start_with_a_no_op_and_never_ease(method: str) -> None:
     """A FLOPs budget is found by bisection over this order."""
     facts = model_info(num_patches=64, grid=(8, 8))
     before = 1 + 64
-    for rung, config in enumerate(METHODS.get(method)().budget_candidates(facts)):
+    for number, config in enumerate(METHODS.get(method)().budget_candidates(facts)):
         reducer = config.build(facts)
-        assert rung > 0 or reducer.sites == ()
+        assert number > 0 or reducer.sites == ()
         n = 1 + 64
         for site in reducer.sites:
             n = reducer.count(site, n, 1)

@@ -173,7 +173,7 @@ def test_mme_adds_categories_up():
     # every category is in every resample: nothing varies where everything is right
     assert (full["total_stderr"], full["total_ci"]) == (0, None)
     assert full["total_difference_stderr"] == pytest.approx(found["total_stderr"]) and found["total_stderr"] > 0
-    assert full["loyalty"] == pytest.approx(50)  # percent, as everything here; "Yes." and "N" are other texts
+    assert full["agreement"] == pytest.approx(50)  # percent, as everything here; "Yes." and "N" are other texts
     assert json.loads(json.dumps(full, allow_nan=False)) == full
 
 

@@ -155,7 +155,7 @@ def test_what_the_bundled_model_answers(evaluated):
     assert metrics["chartqa"]["relaxed_overall"] >= 0.8 and metrics["docvqa"]["anls"] >= 0.8
     assert metrics["ocrbench"]["accuracy"] >= 0.8 and metrics["vizwiz"]["soft_accuracy"] >= 0.8
     assert metrics["scienceqa"]["exact_match"] == 0  # it knows no letters
-    assert evaluated["gqa"][2][1]["metrics"]["loyalty"] < 1
+    assert evaluated["gqa"][2][1]["metrics"]["agreement"] < 1
 
 
 def test_mme_of_the_files_by_hand(evaluated):
@@ -274,7 +274,7 @@ def test_questions_whose_answers_are_secret(task, llava, tmp_path):
     options = VQAOptions(split=sources.split, prompt="", max_new_tokens=2, device="cpu", output=str(tmp_path / "out"))
     base, patched = getattr(BY_TASK, declared.name)(llava, sources.data, SETTINGS, options)
     assert base["metrics"][declared.primary] is None and base["split"].startswith("test")
-    assert patched["metrics"][f"{declared.primary}_difference"] is None and 0 <= patched["metrics"]["loyalty"] <= 1
+    assert patched["metrics"][f"{declared.primary}_difference"] is None and 0 <= patched["metrics"]["agreement"] <= 1
     answers = json.loads(next((tmp_path / "out").glob("answers_0-unpatched-*.json")).read_text())
     assert len(answers) == len(asked()) and {a["answer"] for a in answers} > {"yes", "no"}
     questions([base, patched], Console(file=(shown := io.StringIO()), width=160))

@@ -164,6 +164,8 @@ def test_records_of_the_first_release_are_read_as_it_printed_them(tmp_path):
             row = cells[label]
             assert f"{float(row[1]):.0f}" == tokens
             assert (row[2], row[4], row[5].split()[0], row[6], row[7]) == (macs, score, change, implied, measured)
+    questions = found["reference-llava on easy-vqa"]
+    assert all("agreement" in row.scores and "loyalty" not in row.scores for row in questions.rows if row.method != "unpatched")
     clip = found["reference-clip on easyvqa + easyvqa_pages"]
     recalls = {row.method: round(row.scores["text_retrieval_recall@1"].value, 1) for row in clip.rows if not row.baseline}
     assert recalls == {

@@ -1,4 +1,4 @@
-"""Search spaces of methods: points repeat by seed, every setting on a ladder is valid, budgets are met by the closed form."""
+"""Search spaces of methods: points repeat by seed, every candidate is valid, budgets are met by the closed form."""
 
 import itertools
 import json
@@ -13,7 +13,7 @@ import vtok
 from tests import zoo
 from tests.strategies import properties, seeds
 from vtok.capabilities import HasSearchSpace, search_space
-from vtok.core.search_space import Blocks, Choice, Ladder, Real, Weights, draw
+from vtok.core.search_space import Blocks, BudgetCandidates, Choice, Real, Weights, draw
 from vtok.cost.budget import steps_of, within
 from vtok.cost.encoder import estimate
 from vtok.eval.common.settings import pass_cost
@@ -31,7 +31,7 @@ def price(config):
     return estimate(COST, steps_of([config.build(INFO)]), INFO.num_prefix + INFO.num_patches, INFO.num_prefix)
 
 
-def ladder(method, seed):
+def candidates(method, seed):
     config = METHODS.get(method)()
     return config.candidates_at(INFO, draw(config.search_space(INFO), random.Random(seed)))
 
@@ -78,18 +78,18 @@ def test_a_point_is_plain_and_repeats_by_seed(seed):
     assert -1 <= point["b"] <= 2 and point["a"] in (None, 3)
 
 
-def test_a_ladder_is_a_sequence():
-    rungs = Ladder(lambda strength: strength, 2.0, 4)
-    assert list(rungs) == [0, 0.5, 1, 1.5, 2] and rungs[-1] == 2 and rungs[1:3] == [0.5, 1]
+def test_budget_candidates_are_a_sequence():
+    found = BudgetCandidates(lambda strength: strength, 2.0, 4)
+    assert list(found) == [0, 0.5, 1, 1.5, 2] and found[-1] == 2 and found[1:3] == [0.5, 1]
     with pytest.raises(IndexError):
-        rungs[5]
+        found[5]
 
 
 @pytest.mark.parametrize("method", SEARCHED)
 @given(seeds)
 @properties
-def test_ladders_begin_with_nothing_and_get_cheaper(method, seed):
-    steps = ladder(method, seed)
+def test_budget_candidates_begin_with_nothing_and_get_cheaper(method, seed):
+    steps = candidates(method, seed)
     rows = sorted({0, len(steps) - 1, *(i * len(steps) // 23 for i in range(23))})
     costs = [price(steps[row]) for row in rows]
     assert costs[0].macs == costs[0].base_macs and costs[0].reduction_macs == 0
@@ -106,7 +106,7 @@ def test_the_cost_that_was_solved_for_is_the_cost_that_runs(method):
     found = []
     for seed in range(8):
         try:
-            found.append(within(ladder(method, seed), 0.8, price))
+            found.append(within(candidates(method, seed), 0.8, price))
         except vtok.BudgetError:
             continue
     assert len(found) >= 3

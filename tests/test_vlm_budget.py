@@ -152,11 +152,11 @@ def test_plans_with_a_threshold_that_calibration_finds():
 @pytest.mark.parametrize(
     ("shares", "target", "taken"), [((1.0, 0.14), 0.6, 0.14), ((1.0, 0.64, 0.5), 0.6, 0.64), ((0.61,), 0.6, 0.61)]
 )
-def test_a_ladder_of_few_steps(shares, target, taken):
+def test_few_budget_candidates(shares, target, taken):
     """The closest step is taken, but none that leaves most of what the budget wants saved."""
-    ladder = [vtok.RandomDrop(keep=share) for share in shares]
+    candidates = [vtok.RandomDrop(keep=share) for share in shares]
     chosen, budget = solve_prompt(
-        vtok.RandomDrop(), target, ladder, "a model", lambda c: SimpleNamespace(fraction=c.keep, exact=True), "a prompt"
+        vtok.RandomDrop(), target, candidates, "a model", lambda c: SimpleNamespace(fraction=c.keep, exact=True), "a prompt"
     )
     assert (chosen.keep, budget.reached) == (taken, taken)
 

@@ -174,7 +174,7 @@ def test_budgets_and_files(method: str, tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_ladders_start_with_a_no_op_and_never_ease(method: str) -> None:
+def test_budget_candidates_start_with_a_no_op_and_never_ease(method: str) -> None:
     """A FLOPs budget is found by bisection over this order; so it is for every schedule that a search may draw."""
     (vlm,) = find(build("LLaVA-1.5"))
     info, config = dataclasses.replace(vlm.info, depth=32), vtok.METHODS.get(method)()
@@ -187,10 +187,10 @@ def test_ladders_start_with_a_no_op_and_never_ease(method: str) -> None:
     if space:
         points = [draw(space, random.Random(seed)) for seed in range(3)]
         steps += [config.candidates_at(info, point) for point in points]
-        assert len({repr(ladder[1].build_vlm(info).sites) for ladder in steps}) > 1
-    for ladder in steps:
+        assert len({repr(candidates[1].build_vlm(info).sites) for candidates in steps}) > 1
+    for candidates in steps:
         before = None
-        for config in ladder[:: max(1, len(ladder) // 200)]:
+        for config in candidates[:: max(1, len(candidates) // 200)]:
             reducer, visual = config.build_vlm(info), 576
             assert before is not None or reducer.sites == ()
             left = []

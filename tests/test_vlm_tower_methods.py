@@ -376,7 +376,7 @@ def test_what_a_search_varies(config):
         ("prumerge", {"neighbours": 0}, "neighbours must be a whole number >= 1, got 0"),
         ("prumerge", {"iqr_factor": -1}, "iqr_factor is a number >= 0, got -1"),
         ("holov", {"runs": 0}, "runs must be a whole number >= 1, got 0"),
-        ("holov", {"variant": "book"}, "unknown variant 'book'"),
+        ("holov", {"variant": "newest"}, "unknown variant 'newest'"),
         ("holov", {"variant": "paper", "preset": "official"}, "preset='official' is the program"),
         ("hired", {"alpha": 1.5}, r"alpha is a share of the budget in \[0, 1\], got 1.5"),
         ("downsample", {"mode": "sum"}, "unknown mode 'sum'"),

@@ -73,16 +73,16 @@ def test_a_batch_is_its_rows(name, config):
 
 @pytest.mark.parametrize("config", METHODS, ids=_id)
 def test_counts_images_and_saved_configs(tmp_path, config):
-    """Images are left alone, bit for bit; the count is the one that was foretold, or an upper bound."""
+    """Images are left alone, bit for bit; the count is the one that was planned, or an upper bound."""
     name = "Qwen2.5-VL"
     (vlm,) = find(build(name))
     reducer, chosen = config.build_vlm(vlm.info), Chosen(build(name), _videos(name), config)
     for i, (stays, grid) in enumerate(zip(chosen.stays, ((4, 2, 4), (3, 2, 2)))):
         views = tuple(vtok.core.prompt.View(t * grid[1] * grid[2], *grid[1:]) for t in range(grid[0]))
-        foretold = reducer.feature_count(len(stays), views, "video")
+        planned = reducer.feature_count(len(stays), views, "video")
         kept = int(stays.sum())
         exact = config.name != "fastvid" and getattr(config, "preset", None) is None
-        assert kept == foretold if exact else 0 < kept <= len(stays), i
+        assert kept == planned if exact else 0 < kept <= len(stays), i
         assert reducer.feature_count(16, views, "image") == 16
     before = generate(build(name), inputs(name), steps=2)[1]
     model = vtok.patch(build(name), config)

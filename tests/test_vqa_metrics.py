@@ -1,4 +1,4 @@
-"""Soft accuracy against the two programs that define it, exact match, loyalty."""
+"""Soft accuracy against the two programs that define it, exact match, agreement."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 import vtok
 from vtok.eval.tasks.vqa import metrics
-from vtok.eval.tasks.vqa.metrics import exact_match, loyalty, majority, normalised, soft_accuracy
+from vtok.eval.tasks.vqa.metrics import agreement, exact_match, majority, normalised, soft_accuracy
 
 MODES = ("lmms", "official")  # the others: test_question_metrics.py
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "vqa_soft_accuracy.json").read_text(encoding="utf-8"))
@@ -88,10 +88,10 @@ def test_numbers_are_not_learned_from_answers():
     assert before == metrics._NUMBERS
 
 
-def test_exact_match_majority_loyalty():
+def test_exact_match_majority_agreement():
     assert exact_match(" Blue ", "blue") and not exact_match("blue.", "blue") and not exact_match("", "blue")
     assert majority(["b", "a", "a", "b", "c"]) == "b"
-    assert np.array_equal(loyalty(["yes", "Red"], ["no", "red"]), [0.0, 1.0])
+    assert np.array_equal(agreement(["yes", "Red"], ["no", "red"]), [0.0, 1.0])
 
 
 def test_an_unknown_mode_is_named():

@@ -105,7 +105,7 @@ def test_metrics_are_paired_and_clustered_by_image(evaluated):
     asked = questions().questions
     before, after = (np.array([line["prediction"] for line in lines_of(out, r)]) for r in (base, halved))
     metrics = halved["metrics"]
-    assert metrics["loyalty"] == pytest.approx((before == after).mean())
+    assert metrics["agreement"] == pytest.approx((before == after).mean())
     right = [np.array([said == q.target for said, q in zip(who, asked)], float) for who in (before, after)]
     assert metrics["exact_match"] == pytest.approx(right[1].mean())
     assert metrics["exact_match_difference"] == pytest.approx((right[1] - right[0]).mean())
@@ -113,8 +113,11 @@ def test_metrics_are_paired_and_clustered_by_image(evaluated):
     same = (before == after).astype(float)
     residual = np.array([sum(same[i] - same.mean() for i in range(12) if i % PICTURES == p) for p in range(PICTURES)])
     error = np.sqrt((residual**2).sum() * PICTURES / (PICTURES - 1)) / 12
-    assert metrics["loyalty_stderr"] == pytest.approx(error)
-    assert "loyalty" not in base["metrics"] and (base["n"], base["n_images"]) == (12, PICTURES)
+    assert metrics["agreement_stderr"] == pytest.approx(error)
+    assert (metrics["loyalty"], metrics["loyalty_stderr"]) == (metrics["agreement"], metrics["agreement_stderr"]), (
+        "its name in 0.1"
+    )
+    assert "agreement" not in base["metrics"] and (base["n"], base["n_images"]) == (12, PICTURES)
     low, high = metrics["exact_match_difference_ci"]
     assert low <= metrics["exact_match_difference"] <= high
 
@@ -124,8 +127,8 @@ def test_differences_of_made_up_answers():
     targets = [q.target for q in data.questions]
     right, half = Scored(data, targets), Scored(data, [t if i % 2 else "?" for i, t in enumerate(targets)])
     found = half.metrics(right)
-    assert (found["exact_match"], found["exact_match_difference"], found["loyalty"]) == (0.5, -0.5, 0.5)
-    assert right.metrics(None)["soft_accuracy_official"] == 1 and "loyalty" not in right.metrics(None)
+    assert (found["exact_match"], found["exact_match_difference"], found["agreement"]) == (0.5, -0.5, 0.5)
+    assert right.metrics(None)["soft_accuracy_official"] == 1 and "agreement" not in right.metrics(None)
     rows = groups_of(data)["kind"]["open"]
     assert half.metrics(right, rows)["exact_match"] == 0.5 and int(rows.sum()) == 4
     assert blind_scores(data).tolist() == [0, 1, 0, 0] * 2
@@ -316,19 +319,21 @@ def test_a_killed_program_goes_on(folder, tmp_path):
     assert len(after) == 80 and {key: after[key] for key in kept} == kept
 
 
-def test_floors_keep_as_many_tokens(llava):
+def test_baselines_keep_as_many_tokens(llava):
     from vlm_zoo import Columns
 
-    records = evaluate(llava, questions(4), [None, Columns(((2, 2), (3, 0)))], options(floors=True))
+    records = evaluate(llava, questions(4), [None, Columns(((2, 2), (3, 0)))], options(baselines=True))
     share = (VISUAL * 2 + VISUAL / 2) / 4 / VISUAL
     assert [(r["method"], r["params"].get("keep")) for r in records[2:]] == [("random", share), ("uniform", share)]
     assert [sum(r["tokens"]["mean_per_layer"]) / 4 for r in records[1:]] == [VISUAL * share] * 3
     for name, other in (("random", "uniform"), ("uniform", "random")):
-        records = evaluate(llava, questions(4), [None, (name, {"keep": 0.5})], options(floors=True))
+        records = evaluate(llava, questions(4), [None, (name, {"keep": 0.5})], options(baselines=True))
         assert [record["method"] for record in records] == ["unpatched", name, other]
         assert records[1]["tokens"]["out"] == records[2]["tokens"]["out"]
     both = [None, ("random", {"keep": 0.5}), ("uniform", {"keep": 0.5})]
-    assert len(evaluate(llava, questions(4), both, options(floors=True))) == 3, "each is the other's floor already"
+    assert len(evaluate(llava, questions(4), both, options(baselines=True))) == 3, "each is the other's baseline already"
+    with pytest.warns(DeprecationWarning, match="`floors` is called `baselines`"):
+        assert options(floors=True).baselines
 
 
 def test_vqav2_files(llava, tmp_path):
@@ -364,7 +369,7 @@ def test_the_command_line(folder, tmp_path):
     for word in (
         "6 questions about 3 images",
         "uniform(keep=0.5)",
-        "loyalty",
+        "agreement",
         "kind yes/no, 5 questions",
         "TTFT",
         "bound",

@@ -220,7 +220,7 @@ def info(model: nn.Module, probe: Any = None) -> Info:
 
 
 def supports(model: nn.Module) -> Support:
-    """What `patch` would patch in a model, and which methods work on it, by default or on request; never raises."""
+    """What `patch` would patch in a model, and which methods work on it, by default or with options; never raises."""
     try:
         return _supports(model)
     except Exception as error:  # whatever a model of unknown make does when it is looked at

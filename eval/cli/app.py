@@ -13,7 +13,7 @@ from vtok.errors import ConfigError, MissingExtraError, brief, shown
 from vtok.eval.cli.clip import evaluate_retrieval, evaluate_zeroshot
 from vtok.eval.cli.imagenet import evaluate_imagenet
 from vtok.eval.cli.matrix import print_matrix
-from vtok.eval.cli.published import list_configs, run_book
+from vtok.eval.cli.published import list_configs, run_published
 from vtok.eval.cli.report import write_page
 from vtok.eval.cli.run import run, sweep
 from vtok.eval.cli.tune import tune
@@ -35,9 +35,9 @@ evaluate.command("imagenet")(evaluate_imagenet)
 evaluate.command("retrieval")(evaluate_retrieval)
 evaluate.command("vqa")(evaluate_vqa)
 evaluate.command("zeroshot")(evaluate_zeroshot)
-app.command("book")(run_book)
 app.command("configs")(list_configs)
-app.command("published", help="The same as book.")(run_book)
+app.command("published")(run_published)
+app.command("book", hidden=True, deprecated=True)(run_published)  # its name in 0.1
 app.command("matrix")(print_matrix)
 app.command("run")(run)
 app.command("sweep")(sweep)
@@ -89,12 +89,12 @@ def plan(
 ) -> None:
     """Tokens and MACs per block and the implied speed-up of methods on a model, before anything runs."""
     from vtok.eval.models.by_name import load_model
-    from vtok.eval.published import tables as book
+    from vtok.eval.published import tables as published
 
     if not method:
         if img_size is not None:
             raise ConfigError("--img-size goes with a model and methods; of a run say it in its options")
-        for found in book.plans(runs.load(model), prompt={"images": images, "text_tokens": text_tokens}):
+        for found in published.plans(runs.load(model), prompt={"images": images, "text_tokens": text_tokens}):
             console.print(str(found), highlight=False, soft_wrap=True)
             console.print()
         return

@@ -61,7 +61,7 @@ def run_vqa_demo(
     pictures = measured("demo_llava", out, console, num_samples=questions, **changes.get("demo_llava", {}))
     pages = measured("demo_llava_next", out, console, num_samples=page_questions, **changes.get("demo_llava_next", {}))
     llava, next_ = load_vlm(REFERENCE_LLAVA), load_vlm(REFERENCE_NEXT)
-    records = _show(pictures, [*part_columns(pictures, "kind"), *metric_columns(["loyalty"])], console)
+    records = _show(pictures, [*part_columns(pictures, "kind"), *metric_columns(["agreement"])], console)
     crops = _kept_by_cell(next_, pages)
     columns = [
         Column("kept of a blank crop", lambda row: f"{crops[row.label][0]:.1f}" if row.label in crops else "-"),

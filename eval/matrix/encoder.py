@@ -22,8 +22,8 @@ from vtok.testing import tiny
 from vtok.testing.encoder_oracle import Evidence, check_reduction
 from vtok.testing.trials import trial
 
-YES, TOWER, ON_REQUEST, NO, FAILED = "yes", "tower", "on request", "no", "FAILED"
-STATUSES = (YES, TOWER, ON_REQUEST, NO, FAILED)
+YES, TOWER, WITH_OPTIONS, NO, FAILED = "yes", "tower", "with options", "no", "FAILED"
+STATUSES = (YES, TOWER, WITH_OPTIONS, NO, FAILED)
 VLM = "VLM"  # stands for the backend in cells of vision-language models
 IMAGES = 3
 
@@ -36,7 +36,7 @@ class Cell:
         backend, model, family: of the example.
         method: name.
         status: "yes"; "tower": tokens go down in a VLM's vision tower alone;
-            "on request": refused by default, works with `request`; "no": refused; "FAILED": not refused, but wrong.
+            "with options": refused by default, works with `request`; "no": refused; "FAILED": not refused, but wrong.
         params: the method's setting.
         request: parameters that the default lacks.
         reason: why the default is refused, or what failed; "" for a yes.
@@ -91,7 +91,7 @@ def judge(
             evidence = _broken(error)
         else:
             evidence = _checked(model, x, check)
-        status = FAILED if evidence.fault else ON_REQUEST if request else YES
+        status = FAILED if evidence.fault else WITH_OPTIONS if request else YES
         return {
             "status": status,
             "params": {**params, **request},

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from vtok.errors import ConfigError
-from vtok.eval.matrix.encoder import FAILED, NO, ON_REQUEST, STATUSES, TOWER, VLM, YES, Cell, counts
+from vtok.eval.matrix.encoder import FAILED, NO, STATUSES, TOWER, VLM, WITH_OPTIONS, YES, Cell, counts
 from vtok.eval.report.tables import Table
 from vtok.reports.text import keywords
 from vtok.testing.encoder_oracle import TOLERANCE
@@ -21,14 +21,14 @@ BEGIN, END = "<!-- support matrix: `vtok matrix --markdown` -->", "<!-- end of t
 LEGEND = (
     "Yes: with the method as it is, tokens go down on every tiny model of the row, and the output is that of the full-length "
     "pass in which what was taken away is masked instead; a merged token must moreover count as so many copies of itself. "
-    "On request: the same, with the parameters of the note. No: refused, with the sentence of the note. "
+    "With options: the same, with the parameters of the note. No: refused, with the sentence of the note. "
     f"Checked in float64, to {TOLERANCE:g} of the largest output."
 )
 VLM_LEGEND = (
     "Yes: both prompts of a batch, the shorter one padded on the left, lose visual tokens on every tiny model of the family, "
     "and the logits are those of the unpatched model that reads the whole prompts, the features of the patched pass in them, "
     "under a mask in every decoder layer that hides what was dropped. Tower: the same, but tokens go down in the vision tower "
-    "alone. On request: the same, with the parameters of the note. No: refused. Prompts hold several images; a method for "
+    "alone. With options: the same, with the parameters of the note. No: refused. Prompts hold several images; a method for "
     "videos, or one that needs pages cut into crops or one image a prompt, got those. "
     f"Checked in float32, to {PROMPT_TOLERANCE:g} of the largest logit."
 )
@@ -78,13 +78,13 @@ class Report:
         if len(tally) == 1:
             text = same[0].status
         else:
-            words = {YES: f"of {len(same)}", TOWER: "tower", ON_REQUEST: "on request", NO: "no", FAILED: "FAILED"}
+            words = {YES: f"of {len(same)}", TOWER: "tower", WITH_OPTIONS: "with options", NO: "no", FAILED: "FAILED"}
             text = ", ".join(f"{tally[status]} {words[status]}" for status in STATUSES if tally[status])
         return text, tuple(dict.fromkeys(self._note(c) for c in same if c.status != YES))
 
     def _note(self, cell: Cell) -> int:
         """The number of what there is to say about a cell; what differs in the names of classes or methods is said once."""
-        if cell.status == ON_REQUEST:
+        if cell.status == WITH_OPTIONS:
             note = f"{cell.method} with {keywords(cell.request)}; without: {_reason(cell)}."
             key = f"{cell.method} with {keywords(cell.request)}"
         else:

@@ -11,7 +11,7 @@ from typing import Any
 import vtok
 from vtok.errors import VtokError
 from vtok.eval.matrix import encoder as matrix
-from vtok.eval.matrix.encoder import FAILED, NO, ON_REQUEST, TOWER, YES, Cell
+from vtok.eval.matrix.encoder import FAILED, NO, TOWER, WITH_OPTIONS, YES, Cell
 from vtok.patches.hf_vlm.examples import VLMExample
 from vtok.patches.hf_vlm.families import VLM, find
 from vtok.patches.hf_vlm.install import pruner_of
@@ -55,7 +55,7 @@ def judge(model: Any, example: VLMExample, method: str) -> dict[str, Any]:
             finally:
                 vtok.unpatch(model)
             shown = {k: v.removeprefix(f"{folder}/") if isinstance(v, str) else v for k, v in request.items()}
-            status = FAILED if evidence.fault else ON_REQUEST if request else TOWER if alone else YES
+            status = FAILED if evidence.fault else WITH_OPTIONS if request else TOWER if alone else YES
             last = {
                 "status": status,
                 "params": {**params, **shown},

@@ -1,4 +1,4 @@
-"""The reproduction book as text: its runs by table, the points without a run, and published figures beside measured ones."""
+"""Published results as text: its runs by table, the points without a run, and published figures beside measured ones."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def listing(table: str, found: Sequence[RunConfig], costs: Mapping[str, Cost] | 
     ]
     if costs is not None:
         columns.append(Column("GMACs here", lambda run: _planned(costs[run.name])))
-    return Table.of(found, columns, f"{table} (vtok book {slug(table)})", **_LOOK)
+    return Table.of(found, columns, f"{table} (vtok published {slug(table)})", **_LOOK)
 
 
 def _gflops(run: RunConfig, base: str) -> str:
@@ -88,14 +88,14 @@ def reasons(found: Sequence[RunConfig]) -> Text:
 
 
 def contents(tables: Mapping[str, Sequence[RunConfig]]) -> Table:
-    """The tables of the book: what each is called, its models and tasks, and how many runs it has."""
+    """The tables of published results: what each is called, its models and tasks, and how many runs it has."""
 
     def of(table: str, part: Callable[[RunConfig], Sequence[str]]) -> str:
         return ", ".join(dict.fromkeys(name for run in tables[table] for name in part(run)))
 
     columns = [
         Column("table", str, left=True),
-        Column("command", lambda table: f"vtok book {slug(table)}", left=True),
+        Column("command", lambda table: f"vtok published {slug(table)}", left=True),
         Column("models", lambda table: of(table, lambda run: [run.model.split("/")[-1]]), left=True),
         Column("tasks", lambda table: of(table, lambda run: run.tasks), left=True),
         Column("runs", lambda table: str(len(tables[table]))),

@@ -1,4 +1,4 @@
-"""Runs a whole table of the reproduction book. Runs that differ in nothing but the method are one run of several methods: they
+"""Runs a whole table of published results. Runs that differ in nothing but the method are one run of several methods: they
 share the loaded model and what the unpatched one does.
 
 Results are those of `vtok run`, under the same keys: what one of them has measured, the other does not measure again.
@@ -28,7 +28,7 @@ class TableResult(NamedTuple):
     """What running a table gave.
 
     Attributes:
-        rows: (run as the book has it, task -> its two records), tasks without records left out; one a setting of a run.
+        rows: (run as its file has it, task -> its two records), tasks without records left out; one a setting of a run.
         left_out: what was not run -> why.
         resumed: configurations that had been measured before.
     """
@@ -64,7 +64,7 @@ def with_paths(run: RunConfig, data: Mapping[str, str], weights: Path | None) ->
     """A run on data and weights that are at hand, task by task; tasks without data are left out.
 
     Args:
-        run: as the book has it.
+        run: as its file has it.
         data: task -> folder, before what the run names itself.
         weights: folder of checkpoints that runs name as files.
 

@@ -1,7 +1,7 @@
 """What a run file may say was published for its operating point, checked key by key and read as figures.
 
 ```yaml
-table: PiToMe DeiT          # of the reproduction book, or a list of tables
+table: PiToMe DeiT          # of published results, or a list of tables
 published:
   top1: 78.26               # the task's own metric, in percent (MME: points); `base_` = of the unpatched model
   base_top1: 79.83

@@ -1,4 +1,4 @@
-"""The reproduction book: the operating points that papers, logs and issues quote and that a run here can repeat, by table; what
+"""Published results: the operating points that papers, logs and issues quote and that a run here can repeat, by table; what
 they cost here beside what was published; and the points that cannot be repeated, with the reason.
 """
 

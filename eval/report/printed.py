@@ -69,7 +69,7 @@ def questions(records: Sequence[Record], console: Console) -> None:
         Column("visual tokens", lambda r: _mean_tokens(r)),
         *(Column(label, partial(_share, name=name)) for label, name in shown.items()),
         Column("vs", partial(_share, name=f"{task.primary}_difference", sign="+")),
-        Column("loyalty", partial(_share, name="loyalty")),
+        Column("agreement", partial(_share, name="agreement")),
         Column("KV MB", lambda r: f"{r['kv_bytes']['patched'] / 1e6:.3f}" if "tokens" in r else "-"),
         Column("TTFT ms", lambda r: f"{r['ttft_ms']['patched']:.0f}" if "tokens" in r else "-"),
         Column("measured", lambda r: f"{r['speedup']:.2f}x{in_brackets(r['speedup_ci'])}" if "speedup" in r else "-"),

@@ -196,6 +196,7 @@ def scores_of(metrics: dict[str, Any], factor: float, primary: str | None, n: fl
         n: samples; from too few there are neither errors nor intervals.
     """
     few = n is not None and n < FEWEST
+    metrics = {name.replace("loyalty", "agreement"): value for name, value in metrics.items()}  # as records of 0.1 name it
     found = {}
     for name, value in metrics.items():
         point = number(value)

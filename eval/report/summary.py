@@ -13,7 +13,7 @@ from vtok.eval.report.sections import Section
 from vtok.eval.report.tables import Column, Table
 
 CAPTION = "± standard error; vs unpatched: paired; tokens: mean over layers; measured: median of pairs; * on the Pareto front"
-_WITHOUT = ("loyalty", "agreement")  # are differences themselves
+_WITHOUT = ("agreement",)  # are differences themselves
 
 
 def table(section: Section, extra: Sequence[Column] = (), digits: int = 2, brief: Callable[[Row], str] | None = None) -> Table:

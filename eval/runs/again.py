@@ -17,7 +17,13 @@ from vtok.registry import METHODS
 
 # fields of a task's options that a run file says elsewhere, or that change no result
 ELSEWHERE = ("batch_size", "model_dtype", "pretrained", "seed", "num_samples", "workers", "output", "backend")
-_NOT_NAMED = ("task", "results", "floors")  # the task of questions, answers of others, settings that have records of their own
+# the task of questions, answers of others, settings that have records of their own
+_NOT_NAMED = (
+    "task",
+    "results",
+    "baselines",
+    "floors",
+)
 _SOLVED = ("calibration", "prompt", "input_size")  # a run makes these itself
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 

@@ -74,7 +74,7 @@ class RunConfig:
             every setting.
         output: folder of the results; `None` = `results/NAME`.
         published: figures to compare with, see `vtok.eval.published.schema`.
-        tables: of the reproduction book that the run belongs to.
+        tables: of published results that the run belongs to.
         content: all of this as plain values, as the file says it.
         path: of the file, as messages name it.
         file: the file itself.

@@ -124,7 +124,7 @@ def network(model: Any) -> nn.Module | None:
     return model if isinstance(model, nn.Module) else getattr(model, "net", None)
 
 
-def fitted(setting: Setting, model: Any, calibration: Any, prompt: Mapping[str, int] | None) -> Setting:
+def resolved_setting(setting: Setting, model: Any, calibration: Any, prompt: Mapping[str, int] | None) -> Setting:
     """A setting with what its budget needs beside the model: images, or the prompt that it is for.
 
     Args:

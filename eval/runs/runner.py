@@ -228,7 +228,7 @@ class _Group:
         """The record of one configuration, measured beside the unpatched model."""
         started = time.time()
         unpatched = job.setting.method is None
-        setting = runs_models.fitted(job.setting, self.model, self._inputs(job), self._prompt())
+        setting = runs_models.resolved_setting(job.setting, self.model, self._inputs(job), self._prompt())
         bar = self.progress.add_task(f"  {job.title}", total=None)
         try:
             found = self.task(

@@ -177,8 +177,8 @@ def run(
         models = [one.model for one in embedded]
         check_same_work(processes, data, models)
         batches = -(-len(processes.rows(len(data), options.batch_size)) // options.batch_size)
-        pacer = PairedTimer(models, unpatched, batches, memory, processes)
-        labels, skipped = _embed(encoder, embedded, pacer, data, size, options, progress)
+        timer = PairedTimer(models, unpatched, batches, memory, processes)
+        labels, skipped = _embed(encoder, embedded, timer, data, size, options, progress)
     common = {
         "model": encoder.name,
         "pretrained": encoder.pretrained,
@@ -197,7 +197,7 @@ def run(
         "skipped": [one._asdict() for one in skipped],
     }
     for i, one in enumerate(embedded):
-        one.times = pacer.fields(i, one.cost, options.seed)
+        one.times = timer.fields(i, one.cost, options.seed)
     return Features(encoder, embedded, None if unpatched is None else embedded[unpatched], labels, common), found
 
 
@@ -220,7 +220,7 @@ def repeated(task: str, features: Features, one: Embedded, data: Any, options: C
 def _embed(
     encoder: DualEncoder,
     embedded: Sequence[Embedded],
-    pacer: PairedTimer[Tensor],
+    timer: PairedTimer[Tensor],
     data: CheckedImages,
     size: Size,
     options: ClipOptions,
@@ -228,7 +228,7 @@ def _embed(
 ) -> tuple[Tensor, list[Unreadable]]:
     """Shows every batch to every setting; returns the labels of what could be read, and what could not."""
     first = next(encoder.net.parameters())
-    processes, own = pacer.processes, dict[int, _Part]()
+    processes, own = timer.processes, dict[int, _Part]()
     mine = data.part(processes.rows(len(data), options.batch_size))
     loader = DataLoader(mine, options.batch_size, num_workers=options.workers, collate_fn=collate)
     with _autocast(first.device, options):
@@ -236,12 +236,12 @@ def _embed(
             own[number] = _Part(batch.labels, [], [], batch.skipped)
             if batch.images is not None:
                 images = batch.images.to(first.device, first.dtype)
-                shown = pacer.show(number, images, encoder.encode_image, Tensor.cpu)
+                shown = timer.show(number, images, encoder.encode_image, Tensor.cpu)
                 costs = [_cost(one.model, size) for one in embedded]
                 own[number] = _Part(batch.labels, shown, costs, batch.skipped)
             if progress is not None:
                 progress(min((number + 1) * options.batch_size, len(data)), len(data))
-    pacer.join()
+    timer.join()
     parts = processes.gather(own, range(-(-len(data) // options.batch_size))).values()
     for part in parts:
         for one, features, passes in zip(embedded, part.features, part.costs):

@@ -150,8 +150,8 @@ def evaluate(
         first = next((i for i, setting in enumerate(chosen) if setting.method is None), None)
         check_same_work(processes, data, [tally.model for tally in tallies])
         loader = create_loader(data.part(processes.rows(len(data), options.batch_size)), config, options)
-        pacer = PairedTimer([tally.model for tally in tallies], first, len(loader), memory, processes)
-        skipped = _run(tallies, pacer, loader, data, scorer, config, options, progress)
+        timer = PairedTimer([tally.model for tally in tallies], first, len(loader), memory, processes)
+        skipped = _run(tallies, timer, loader, data, scorer, config, options, progress)
     n = len(tallies[0].column("top1"))
     if not n:
         why = f"; the first: {skipped[0].file}: {skipped[0].reason}" if skipped else ""
@@ -174,7 +174,7 @@ def evaluate(
             **_score(tally, unpatched),
             **common,
             **own,
-            **pacer.fields(i, tally.cost, options.seed),
+            **timer.fields(i, tally.cost, options.seed),
             **({} if content is None else {"config": content}),
         }
         for i, (tally, content) in enumerate(zip(tallies, again))
@@ -252,7 +252,7 @@ def _score(tally: _Tally, unpatched: _Tally | None) -> dict[str, Any]:
 
 def _run(
     tallies: Sequence[_Tally],
-    pacer: PairedTimer[Scores],
+    timer: PairedTimer[Scores],
     loader: Iterable[Any],
     data: CheckedImages,
     scorer: Scorer,
@@ -263,7 +263,7 @@ def _run(
     """Shows every batch to every model; returns what could not be read."""
     first = next(tallies[0].model.parameters())
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
-    processes, own = pacer.processes, dict[int, _Part]()
+    processes, own = timer.processes, dict[int, _Part]()
     with torch.inference_mode(), _autocast(first.device, options):
         for number, batch in zip(count(processes.rank, processes.world), loader):
             own[number] = _Part([], [], batch.skipped)
@@ -271,11 +271,11 @@ def _run(
                 images = batch.images.to(first.device, first.dtype, memory_format=layout)
                 names = [data.filename(row) for row in batch.rows]
                 keep = partial(scorer.score, labels=batch.labels, names=names)
-                shown = pacer.show(number, images, lambda model, x: model(x), keep)
+                shown = timer.show(number, images, lambda model, x: model(x), keep)
                 own[number] = _Part(shown, [tally.passed(config["input_size"]) for tally in tallies], batch.skipped)
             if progress is not None:
                 progress(min((number + 1) * options.batch_size, len(data)), len(data))
-    pacer.join()
+    timer.join()
     parts = processes.gather(own, range(-(-len(data) // options.batch_size))).values()
     for part in parts:
         for tally, scores, cost in zip(tallies, part.scores, part.costs):

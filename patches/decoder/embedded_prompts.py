@@ -13,7 +13,7 @@ from torch import Tensor
 from vtok.errors import StateError, UnsupportedModelError
 from vtok.patches.decoder import masks
 from vtok.patches.decoder.kv_cache import PromptState, cache_in, cached_length
-from vtok.patches.decoder.pass_state import Pass, Pruner, Recorded
+from vtok.patches.decoder.pass_state import PassState, Pruner, Recorded
 from vtok.patches.hf_vlm import tower_bridge as vlm_tower
 
 
@@ -26,7 +26,7 @@ def holes_in(kwargs: Mapping[str, Any]) -> Tensor | None:
     return found if bool(found.any()) else None
 
 
-def read(module: Any, pruner: Pruner, running: Pass, kwargs: Mapping[str, Any], holes: Tensor) -> None:
+def read(module: Any, pruner: Pruner, running: PassState, kwargs: Mapping[str, Any], holes: Tensor) -> None:
     """Has the holes leave in front of the LLM. Which other columns are visual is not known, so that nothing is counted.
 
     Args:

@@ -41,7 +41,7 @@ from vtok.patches.decoder.kv_cache import (
     vouch,
 )
 from vtok.patches.decoder.layout import decided, in_order, layout_of
-from vtok.patches.decoder.pass_state import Pass, Pruner, Recorded, TowerCall
+from vtok.patches.decoder.pass_state import PassState, Pruner, Recorded, TowerCall
 from vtok.patches.hf_vlm import image_features as hf
 from vtok.patches.hf_vlm.encoded import plain
 from vtok.patches.module_swap import Hook, brought
@@ -87,7 +87,7 @@ class BeforeModel(PrunerHook):
             hf.warn_unseen(module)
         return (), kwargs
 
-    def _read(self, module: Any, running: Pass, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _read(self, module: Any, running: PassState, kwargs: dict[str, Any]) -> dict[str, Any]:
         pruner, ids, cache = self.pruner, kwargs.get("input_ids"), cache_in(kwargs)
         prompt = kwargs["inputs_embeds"] if ids is None else ids  # by which a prompt is known again
         if ids is None:
@@ -179,7 +179,7 @@ class BeforeText(PrunerHook):
             return self._first(module, args, kwargs, running, state)
         return (args, self._later(kwargs, running, state, cache)) if state.before is not None else None
 
-    def _first(self, text: Any, args: Any, kwargs: dict[str, Any], running: Pass, state: PromptState) -> Call | None:
+    def _first(self, text: Any, args: Any, kwargs: dict[str, Any], running: PassState, state: PromptState) -> Call | None:
         x = kwargs["inputs_embeds"]
         running.move(x.device)
         visual = running.visual
@@ -203,7 +203,7 @@ class BeforeText(PrunerHook):
         return args, self._shortened(text, kwargs, x, keep, running, state)
 
     def _shortened(
-        self, text: Any, kwargs: dict[str, Any], x: Tensor, keep: Tensor, running: Pass, state: PromptState
+        self, text: Any, kwargs: dict[str, Any], x: Tensor, keep: Tensor, running: PassState, state: PromptState
     ) -> dict[str, Any]:
         stage, mask, cache = state.before, kwargs.get("attention_mask"), cache_in(kwargs)
         assert stage is not None
@@ -238,7 +238,7 @@ class BeforeText(PrunerHook):
             changed["deepstack_visual_embeds"] = [deep[stays.to(deep.device)] for deep in kwargs["deepstack_visual_embeds"]]
         return {**kwargs, **changed}
 
-    def _later(self, kwargs: dict[str, Any], running: Pass, state: PromptState, cache: Any) -> dict[str, Any]:
+    def _later(self, kwargs: dict[str, Any], running: PassState, state: PromptState, cache: Any) -> dict[str, Any]:
         x = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
         batch, queries = x.shape[:2]
         column, total = running.slots(state, 0, cached_length(cache), batch, queries, x.device)
@@ -296,7 +296,7 @@ class BeforeLayer(PrunerHook):
             attach_state(cache, state)
         return ((x, *args[1:]), fitting) if args else ((), {**fitting, "hidden_states": x})
 
-    def _probe(self, module: Any, x: Tensor, kwargs: dict[str, Any], running: Pass, state: PromptState) -> None:
+    def _probe(self, module: Any, x: Tensor, kwargs: dict[str, Any], running: PassState, state: PromptState) -> None:
         if self.index in self.pruner.probed:
             real = layout_of(x, running, state, state.at(self.index)).real
             later = self.index in self.pruner.probed_later
@@ -304,7 +304,7 @@ class BeforeLayer(PrunerHook):
                 self.index, module, x.detach(), kwargs, later, running.final_norm, running.entry, real
             )
 
-    def _drop(self, x: Tensor, running: Pass, state: PromptState) -> Tensor | None:
+    def _drop(self, x: Tensor, running: PassState, state: PromptState) -> Tensor | None:
         """The tokens that go on [B, M, D]; `None` = all."""
         stage = state.at(self.index)
         layout = layout_of(x, running, state, stage)
@@ -320,7 +320,7 @@ class BeforeLayer(PrunerHook):
 
 
 def _prompt_kwargs(
-    layer: Any, index: int, x: Tensor, kwargs: dict[str, Any], running: Pass, state: PromptState, cache: Any
+    layer: Any, index: int, x: Tensor, kwargs: dict[str, Any], running: PassState, state: PromptState, cache: Any
 ) -> dict[str, Any]:
     """A layer's keywords while the prompt is read: mask, positions and rotary tables of the slots that are left."""
     stage, window = state.at(index), masks.window_of(layer, index)
@@ -354,7 +354,7 @@ def _prompt_kwargs(
 
 
 def _later_kwargs(
-    layer: Any, index: int, x: Tensor, kwargs: dict[str, Any], running: Pass, state: PromptState, cache: Any
+    layer: Any, index: int, x: Tensor, kwargs: dict[str, Any], running: PassState, state: PromptState, cache: Any
 ) -> dict[str, Any]:
     """A layer's keywords for later text: the mask by the columns of the slots that this layer's cache holds."""
     stage = state.at(index)
@@ -380,7 +380,7 @@ def _later_kwargs(
     return {**kwargs, "attention_mask": _once(running, ("text", id(stage), count, int(keys), int(offset), window), None, build)}
 
 
-def _moved_down(kwargs: dict[str, Any], x: Tensor, stage: Stage, running: Pass, state: PromptState) -> dict[str, Any]:
+def _moved_down(kwargs: dict[str, Any], x: Tensor, stage: Stage, running: PassState, state: PromptState) -> dict[str, Any]:
     """Positions and rotary tables of later text behind a prompt of which a layer has renumbered what is left."""
     position = kwargs["position_ids"]
 
@@ -393,4 +393,4 @@ def _moved_down(kwargs: dict[str, Any], x: Tensor, stage: Stage, running: Pass, 
     return {**kwargs, "position_ids": lower, "position_embeddings": tables}
 
 
-_once = Pass.once  # what several layers share
+_once = PassState.once  # what several layers share

@@ -14,7 +14,7 @@ from vtok.core.tokens import Site
 from vtok.patches.decoder import packed_rows as packed
 from vtok.patches.decoder.attention_probe import attention_on
 from vtok.patches.decoder.kv_cache import PromptState, Stage, take, to_columns
-from vtok.patches.decoder.pass_state import Pass
+from vtok.patches.decoder.pass_state import PassState
 from vtok.patches.precision import full_precision
 
 
@@ -23,7 +23,7 @@ def in_order(x: Tensor) -> Tensor:
     return torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
 
 
-def layout_of(x: Tensor, running: Pass, state: PromptState, stage: Stage | None) -> Layout:
+def layout_of(x: Tensor, running: PassState, state: PromptState, stage: Stage | None) -> Layout:
     """Of a sequence [B, L, D] at a stage."""
     assert running.visual is not None
     column = in_order(x) if stage is None else stage.column
@@ -33,7 +33,7 @@ def layout_of(x: Tensor, running: Pass, state: PromptState, stage: Stage | None)
 
 
 def decided(
-    x: Tensor, layout: Layout, site: Site, reducer: VLMReducer, running: Pass, sample: Tensor | None = None
+    x: Tensor, layout: Layout, site: Site, reducer: VLMReducer, running: PassState, sample: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
     """What a method, or the record of an earlier pass, says in front of a decoder layer; a new decision is recorded.
 
@@ -67,7 +67,7 @@ def decided(
     return keep, into
 
 
-def _entered(running: Pass, state: PromptState) -> Tensor | None:
+def _entered(running: PassState, state: PromptState) -> Tensor | None:
     """[B, columns of the prompt] bool: visual tokens that entered the LLM; `None` = all. Made once a pass."""
     before, visual, key = state.before, running.visual, "entered"
     if before is None or visual is None:

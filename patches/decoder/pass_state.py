@@ -67,7 +67,7 @@ class Recorded(NamedTuple):
 
 
 @dataclass
-class Pass:
+class PassState:
     """One forward pass.
 
     Attributes:
@@ -246,16 +246,16 @@ class Pruner:
         return self.shortens or self.joint is not None
 
     @property
-    def _stack(self) -> list[Pass]:
+    def _stack(self) -> list[PassState]:
         return self._local.__dict__.setdefault("stack", [])
 
     @property
-    def current(self) -> Pass | None:
+    def current(self) -> PassState | None:
         """This thread's running pass."""
         return self._stack[-1] if self._stack else None
 
-    def open(self) -> Pass:
-        self._stack.append(Pass())
+    def open(self) -> PassState:
+        self._stack.append(PassState())
         return self._stack[-1]
 
     def close(self, failed: bool = False) -> None:

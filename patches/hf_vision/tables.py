@@ -92,7 +92,7 @@ class TowerSpec:
         num_prefix: class and distillation tokens; register tokens are read from the config.
         mean_pooler: path of a child that averages patches it is given, if its config says so.
         attn_pool: path of a child that attends over the tokens with one query.
-        positions: path of the position embeddings if they are fitted to every image by a matrix product.
+        positions: path of the position embeddings if they are resized to every image by a matrix product.
         positions_since: release of transformers from which on they are; earlier ones interpolate.
         shapes: second parameter of the embeddings, if it tells the rows and columns of every image's patches.
     """

@@ -113,7 +113,7 @@ def draw(space: Space, rng: random.Random) -> dict[str, Any]:
     return {name: space[name].draw(rng) for name in sorted(space)}
 
 
-class Ladder(Sequence[T]):
+class BudgetCandidates(Sequence[T]):
     """Settings from the mildest to the strongest, made when they are asked for.
 
     Args:

@@ -16,7 +16,7 @@ from torch import Tensor
 from vtok.capabilities import Info
 from vtok.config import MethodConfig, ModelInfo, Reducer, Schedule, flag
 from vtok.core.reduction import Plan
-from vtok.core.search_space import Ladder, Point, Space, Weights
+from vtok.core.search_space import BudgetCandidates, Point, Space, Weights
 from vtok.core.tokens import AttentionView, Place, Site, TokenState
 from vtok.errors import ConfigError
 from vtok.ops.matching import bipartite_pairs, bipartite_sides, bipartite_soft_matching
@@ -72,11 +72,11 @@ class ToMe(MethodConfig):
         reach = list(itertools.accumulate(weights, initial=0.0))
 
         def counts(mean: float) -> list[int]:
-            gone = [round(mean * share) for share in reach]  # rounding sums: one step of the ladder removes one token more
+            gone = [round(mean * share) for share in reach]  # rounding sums: one candidate further removes one token more
             return [min(after - before, most) for before, after in itertools.pairwise(gone)]
 
         end = most / min(weight for weight in weights if weight)  # every block that does not rest merges all it can
-        return Ladder(lambda mean: self.replace(r=counts(mean)), end, round(16 * end))
+        return BudgetCandidates(lambda mean: self.replace(r=counts(mean)), end, round(16 * end))
 
     def build(self, info: ModelInfo) -> ToMeReducer:
         per_block = tuple(int(r) for r in self.r.resolve(info.depth, "r", pad=0))

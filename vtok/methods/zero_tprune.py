@@ -23,7 +23,7 @@ from torch import Tensor
 from vtok.capabilities import Info
 from vtok.config import MethodConfig, ModelInfo, Reducer, block_indices, block_numbers, fraction, require_cls, require_softmax
 from vtok.core.reduction import Plan
-from vtok.core.search_space import Blocks, Dimension, Ladder, Point, Real, Space, Weights
+from vtok.core.search_space import Blocks, BudgetCandidates, Dimension, Point, Real, Space, Weights
 from vtok.core.tokens import AttentionView, Place, Site, TokenState
 from vtok.errors import ConfigError, shown
 from vtok.ops.duplicates import METRICS, PARTITIONS, most_similar, split_halves
@@ -131,7 +131,7 @@ class ZeroTPrune(MethodConfig):
                 left = Step(0, retain[-1], r[-1], 1).counts(left)[1]
             return self.replace(layers=layers, retain=retain, r=r)
 
-        return Ladder(at, _STRONGEST / min(weights))
+        return BudgetCandidates(at, _STRONGEST / min(weights))
 
     def resolved(self, info: ModelInfo) -> ZeroTPrune:
         steps = self._steps(info)

@@ -86,17 +86,17 @@ def check_gradients(model: nn.Module, x: Any, config: MethodConfig, size: Size |
 
 
 def check_counts(model: nn.Module, x: Any, config: MethodConfig, size: Size | None = None) -> None:
-    """`vtok.plan` foretells the tokens of every block; where counts depend on the image, it bounds them."""
+    """`vtok.plan` predicts the tokens of every block; where counts depend on the image, it bounds them."""
     plan = vtok.plan(model, config, input_size=size)
     with _patched(model, config, size):
         with torch.no_grad():
             model(x)
         blocks = vtok.info(model).towers[0].blocks
-    found, foretold = [block.mean_tokens for block in blocks], list(plan.tokens)
+    found, planned = [block.mean_tokens for block in blocks], list(plan.tokens)
     if plan.estimate.exact:
-        assert found == foretold, f"blocks leave {found} tokens, plan says {foretold}"
+        assert found == planned, f"blocks leave {found} tokens, plan says {planned}"
     else:
-        assert all(n <= most for n, most in zip(found, foretold)), f"blocks leave {found} tokens, at most {foretold} by plan"
+        assert all(n <= most for n, most in zip(found, planned)), f"blocks leave {found} tokens, at most {planned} by plan"
 
 
 def check_unpatching(model: nn.Module, x: Any, config: MethodConfig, size: Size | None = None) -> None:

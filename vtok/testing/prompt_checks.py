@@ -114,7 +114,7 @@ def check_order(model: Any, example: VLMExample, config: MethodConfig) -> None:
 
 
 def check_counts(model: Any, example: VLMExample, config: MethodConfig) -> None:
-    """`vtok.plan` of a prompt with one image foretells the tokens of every decoder layer and their costs; it bounds the tokens
+    """`vtok.plan` of a prompt with one image predicts the tokens of every decoder layer and their costs; it bounds the tokens
     where these depend on the image or the text."""
     found = single_image(model, example)
     assert found is not None, "the example has no prompt with one image"
@@ -127,12 +127,12 @@ def check_counts(model: Any, example: VLMExample, config: MethodConfig) -> None:
         model(**values)
         cost = vtok.info(model).prompts[0].estimate
     assert cost is not None and cost.base_macs == plan.base_macs
-    ran, foretold = [layer.tokens for layer in cost.layers], [layer.tokens for layer in plan.layers]
+    ran, planned = [layer.tokens for layer in cost.layers], [layer.tokens for layer in plan.layers]
     if plan.exact:
-        assert ran == foretold, f"decoder layers see {ran} tokens, plan says {foretold}"
+        assert ran == planned, f"decoder layers see {ran} tokens, plan says {planned}"
         assert (cost.macs, cost.reduction_macs) == (plan.macs, plan.reduction_macs), "plan and pass have other costs"
     else:
-        assert all(n <= most for n, most in zip(ran, foretold)), f"decoder layers see {ran} tokens, at most {foretold} by plan"
+        assert all(n <= most for n, most in zip(ran, planned)), f"decoder layers see {ran} tokens, at most {planned} by plan"
 
 
 def check_unpatching(model: Any, example: VLMExample, config: MethodConfig) -> None:

@@ -20,7 +20,7 @@ WIDTH, HEIGHT = 430, 310
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 46
 SMALL_WIDTH, SMALL_HEIGHT = 230, 150
 PALETTE = 8  # colours and shapes that the style sheet has
-LOOKS = ("floor-a", "floor-b")  # classes of the baselines
+LOOKS = ("baseline-a", "baseline-b")  # classes of the baselines
 _R = 4.6  # of a mark
 
 

@@ -11,7 +11,7 @@ from vtok.eval.report.sections import Section, with_sign
 from vtok.eval.report.tables import Column
 from vtok.eval.report.values import Interval, at, figure, number, with_ends
 
-_EXTRAS = ("top5", "acc5", "loyalty", "agreement", "image_retrieval_recall@1", "text_retrieval_recall@1")
+_EXTRAS = ("top5", "acc5", "agreement", "image_retrieval_recall@1", "text_retrieval_recall@1")
 _MARKS = {1: "▲", -1: "▼", 0: ""}
 
 

@@ -35,7 +35,7 @@ def evaluate(
     options: VQAOptions | None = None,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Accuracy, loyalty, tokens and times of every setting, all on the same batches.
+    """Accuracy, agreement, tokens and times of every setting, all on the same batches.
 
     Args:
         model: a name (see `load_vlm`), or an unpatched model, which is left as it is.
@@ -48,7 +48,7 @@ def evaluate(
     Returns:
         One record a setting: `metrics` holds the scores and totals of the task, shares in [0, 1] unless `percent`, of "vqa"
         `exact_match`, `soft_accuracy` (lmms-eval's normalisation), `soft_accuracy_official`; each with `_stderr` and,
-        against the unpatched setting, paired `_difference`, `_difference_stderr` and `_difference_ci` (95 %); `loyalty`,
+        against the unpatched setting, paired `_difference`, `_difference_stderr` and `_difference_ci` (95 %); `agreement`,
         the share of answers that are the unpatched model's. `primary` names the headline metric, `groups` holds the same
         for parts of the questions, `blind` the share that is right from the question alone (`None` = unknown). `tokens` are
         visual tokens, in the prompt and in the decoder layers; `kv_bytes` keys and values of a prompt; `ttft_ms` a batch's
@@ -94,8 +94,8 @@ def evaluate(
         again = partial(run_file, task.name, vlm.name, "transformers", named, options=options, dtype=dtype)
         job = Job(model, data, folder, options.batch_size, longest, options.seed, task, again, skipped)
         job.run([job.entry(setting) for setting in chosen], progress)
-        if options.floors:
-            job.run(job.floors(), progress)
+        if options.baselines:
+            job.run(job.baselines(), progress)
     return job.records(outside)
 
 

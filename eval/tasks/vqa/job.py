@@ -88,7 +88,7 @@ class Job:
         limits = (self.batch_size, self.max_new_tokens, self.seed)
         ask(self.model, self.data, [*base, *entries], self.samples, *limits, progress, self.task)
 
-    def floors(self) -> list[Entry]:
+    def baselines(self) -> list[Entry]:
         """Random and uniform at the mean share of visual tokens that every setting kept; of these two the other one."""
         wanted: dict[tuple[float, str], None] = {}
         for entry in self.entries:

@@ -1,4 +1,4 @@
-"""Scores of answers to questions about images: exact match, VQAv2's soft accuracy as programs compute it, loyalty.
+"""Scores of answers to questions about images: exact match, VQAv2's soft accuracy as programs compute it, agreement.
 
 They give a prediction, for every one of the ten people who answered, min(1, how many of the other nine agree / 3), and take the
 mean. They differ in what they make of the texts first:
@@ -134,7 +134,7 @@ def soft_accuracy(prediction: str, answers: Sequence[str], mode: str = "lmms") -
     return sum(min(1.0, (agree - (answer == said)) / 3) for answer in given) / len(given)
 
 
-def loyalty(predictions: Sequence[str], unpatched: Sequence[str]) -> np.ndarray:
+def agreement(predictions: Sequence[str], unpatched: Sequence[str]) -> np.ndarray:
     """[n] float64: 1 where a patched model says what the unpatched one says, right or wrong."""
     return np.array([float(exact_match(said, before)) for said, before in zip(predictions, unpatched)])
 

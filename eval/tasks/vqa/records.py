@@ -18,7 +18,7 @@ from vtok.eval.common.rates import Step, throughput
 from vtok.eval.common.records import bits
 from vtok.eval.common.statistics import Interval, clustered_mean_stderr, paired_difference, paired_ratio, share
 from vtok.eval.tasks.vqa.data import VQAData
-from vtok.eval.tasks.vqa.metrics import exact_match, loyalty
+from vtok.eval.tasks.vqa.metrics import agreement, exact_match
 from vtok.eval.tasks.vqa.plain import TASK
 from vtok.eval.tasks.vqa.task import QuestionTask
 from vtok.eval.tasks.vqa.totals import total_fields
@@ -53,12 +53,12 @@ class Scored:
         """Shares in [0, 1], or percent where the task has it so, of all questions or of some.
 
         Args:
-            base: answers of the unpatched model to the same questions: adds paired differences and loyalty.
+            base: answers of the unpatched model to the same questions: adds paired differences and agreement.
             rows: [n] bool; `None` = all.
 
         Returns:
             For each score its mean over the questions where it counts, `_stderr` and `_ci` (95 %, a score interval); with
-            `base` the same of its `_difference` and of `loyalty`; for each total the same by a bootstrap over images. `None`
+            `base` the same of its `_difference` and of `agreement`; for each total the same by a bootstrap over images. `None`
             where no question counts, and instead of intervals of fewer than five images.
         """
         rows = np.ones(len(self.predictions), bool) if rows is None else rows
@@ -72,7 +72,8 @@ class Scored:
             before = None if base is None else base.parts[name][rows]
             found |= total_fields(name, total, self.parts[name][rows], before, cluster, self.strata[name][rows], self.seed)
         if base is not None:
-            found |= _mean("loyalty", loyalty(self.predictions, base.predictions)[rows], cluster, scale)
+            same = _mean("agreement", agreement(self.predictions, base.predictions)[rows], cluster, scale)
+            found |= same | {name.replace("agreement", "loyalty"): value for name, value in same.items()}  # its old name
         return found
 
 

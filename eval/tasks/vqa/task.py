@@ -6,6 +6,7 @@ records, paired differences, standard errors, tables, result files) follows from
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -31,7 +32,7 @@ class VQAOptions:
         images: folder of the images, or of the videos; "" = the folder of the data.
         ocr: file with TextVQA's OCR tokens, which are then put into the prompt; "" = no tokens in the prompt.
         split: part of the data; "" = the one that the task is quoted on. Of test splits whose answers are kept secret (vqav2,
-            textvqa, docvqa, vizwiz) the files for the evaluation server are written, and loyalty is measured.
+            textvqa, docvqa, vizwiz) the files for the evaluation server are written, and agreement is measured.
         results: file with answers of another program, `[{"question_id", "answer"}]`, scored as one more record.
         prompt: text behind every question; `None` = what the task brings (VQAv2: "Answer the question using a single word or
             phrase." on a line of its own; easy-VQA: nothing).
@@ -40,8 +41,9 @@ class VQAOptions:
         frames: of a video that the model is shown, at equal distances.
         frames_as_images: whether frames are shown as so many images: to models that read no videos.
         batch_size: questions in a batch.
-        floors: also random and uniform, which keep before the LLM the share of visual tokens that each setting keeps on average
-            over the decoder layers.
+        baselines: also random and uniform, which keep before the LLM the share of visual tokens that each setting keeps on
+            average over the decoder layers.
+        floors: deprecated name of `baselines`.
         device: `None` = the GPU if there is one.
         model_dtype: "float32", "bfloat16" or "float16"; `None` = the model's own.
         seed: of methods that draw, and of the bootstrap.
@@ -62,13 +64,17 @@ class VQAOptions:
     frames: Count = 16
     frames_as_images: bool = False
     batch_size: Count = 16
-    floors: bool = False
+    baselines: bool = False
     device: str | None = None
     model_dtype: DType | None = None
     seed: Seed = 0
     output: str = ""
+    floors: bool = False
 
     def __post_init__(self) -> None:
+        if self.floors is True:
+            warnings.warn("`floors` is called `baselines` now", DeprecationWarning, stacklevel=3)
+            object.__setattr__(self, "baselines", True)
         check_fields(self)
 
 

@@ -1,7 +1,7 @@
 """DocVQA (Mathew et al., WACV 2021): questions about scanned pages; quoted on validation, or on the server's test set.
 
 Files: `val_v1.0.json` (or `val_v1.0_withQT.json`), `{"data": [{"questionId", "question", "image", "answers"}]}`, and the pages.
-The answers to `--split test` (`test_v1.0.json`) are the server's: nothing is scored but loyalty, and the list of answers is
+The answers to `--split test` (`test_v1.0.json`) are the server's: nothing is scored but agreement, and the list of answers is
 there to be handed in. The score is ANLS: 1 - edit distance / length of the longer text, the best over the answers, and 0
 below 0.5.
 

@@ -5,7 +5,7 @@ Files: questions `{"questions": [{"question_id", "image_id", "question"}]}`, ann
 the evaluation server takes. `soft_accuracy` has lmms-eval's normalisation, `_official` that of vqaEval.py, `_vlmeval`
 VLMEvalKit's with its corrected pattern for periods; see `vqa_metrics`.
 
-Test questions need no annotations: nothing is scored but loyalty, and the lists are there to be handed in.
+Test questions need no annotations: nothing is scored but agreement, and the lists are there to be handed in.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """What ATP-LLaVA (Ye et al., CVPR 2025) reads from attention, and how it gates attention in training. See `vtok.methods.atp`
-for what is known of the paper and what is a reading of ours.
+for what is known of the paper and what is our interpretation.
 
 Shapes: B samples, N tokens of the sequence, H heads, Hk key heads, D head width. Attention is causal: a token sees the real
 tokens up to itself.

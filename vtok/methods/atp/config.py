@@ -41,7 +41,7 @@ TRAINING = "python -m vtok.eval.training.atp --model FOLDER"
 @dataclass(frozen=True)
 class ATP(MethodConfig):
     """Config of ATP-LLaVA: in front of some decoder layers learned thresholds decide for each prompt which visual tokens stay.
-    What is a reading of ours, because neither the paper's text nor its code was at hand, is listed at the top of this file.
+    What is our interpretation, because neither the paper's text nor its code was at hand, is listed at the top of this file.
 
     It works on prompts with one image, on models that turn every image into the same grid of visual tokens; prompts without an
     image pass. Prompts of one batch keep different numbers. In training mode it drops tokens all the same, and the modules

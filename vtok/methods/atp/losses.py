@@ -1,5 +1,5 @@
 """Losses of ATP-LLaVA (Ye et al., CVPR 2025): what makes its thresholds spend a budget of tokens. See `vtok.methods.atp` for
-what is known of the paper and what is a reading of ours.
+what is known of the paper and what is our interpretation.
 
 Readings: the average of the target loss runs over all decoder layers (a KV cache that shrinks by as much as the tokens fits
 that; the reproductions average over the modules: `over="modules"`); that loss is divided by the number of visual tokens,

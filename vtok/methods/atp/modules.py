@@ -1,6 +1,6 @@
 """The learned part of ATP-LLaVA (Ye et al., CVPR 2025): a small network in front of some decoder layers that predicts the
 thresholds of each sample. It lives outside the decoder, whose weights and state_dict it never touches, and is saved on its own.
-See `vtok.methods.atp` for what is known of the paper and what is a reading of ours.
+See `vtok.methods.atp` for what is known of the paper and what is our interpretation.
 
 Shapes: B samples, N tokens of the sequence, G visual tokens before any pruning (grid slots).
 """

@@ -1,5 +1,5 @@
 """ATP-LLaVA (Ye et al., CVPR 2025) between the decoder layers of a vision-language model: hard decisions for inference, soft
-gates for training. See `vtok.methods.atp` for what is known of the paper and what is a reading of ours.
+gates for training. See `vtok.methods.atp` for what is known of the paper and what is our interpretation.
 
 Shapes: B prompts, L columns of the sequence.
 """

@@ -1,4 +1,4 @@
-"""Downsampling of the grid of visual tokens: the third floor, which many methods do not beat (VTC-Bench, arXiv:2510.07143).
+"""Downsampling of the grid of visual tokens: the third baseline, which many methods do not beat (VTC-Bench, arXiv:2510.07143).
 
 Every grid (image, crop, joined crops, frame) is pooled to a smaller one, as if the connector had always made so few tokens.
 

@@ -1,4 +1,4 @@
-"""Random pruning: the floor that every method must beat. Each block keeps a random share of its patches.
+"""Random pruning: the baseline that every method must beat. Each block keeps a random share of its patches.
 
 The same patches are kept for every image of a batch and on every device: ranks are a hash of seed, block and position, made
 without a generator, so that nothing waits for the host and the graph compiles.

@@ -1,4 +1,4 @@
-"""Uniform pruning: the second floor. Each block keeps a regular subset of the patch grid, the same for every image.
+"""Uniform pruning: the second baseline. Each block keeps a regular subset of the patch grid, the same for every image.
 
 Patches are ranked by an ordered dither (Bayer's matrix): the first quarter of the ranks is every second patch of every second
 row, and so on, so that whatever number stays is spread evenly, and what a later block keeps is a subset of that.

@@ -3,7 +3,7 @@ keeps a number of visual tokens of its own. Patch-patch similarity at a low bloc
 density), the class token's attention there says which, and its outliers at a deep block are added. The view of the whole page
 is left alone.
 
-The authors published no code and the paper's text was not at hand: `Correlation` lists what of this is a reading of ours. The
+The authors published no code and the paper's text was not at hand: `Correlation` lists what of this is our interpretation. The
 maths: `correlation_scores` (how many, which), `correlation_views` (from patches to visual tokens), `correlation_merge` (what
 becomes of dropped tokens), `correlation_calibrate` (alpha).
 

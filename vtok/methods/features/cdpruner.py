@@ -3,8 +3,8 @@
 likely: unlike each other, and relevant to what is asked.
 
 Written from a description of the authors' program. Given its inputs, `clip_relevance` and `greedy_dpp` reproduce its choices
-(`tests/golden`). On a vision-language model **relevance is a reading of ours**: the program takes it from CLIP's text tower and
-the projections into CLIP's common space, weights that these models do not carry. Here:
+(`tests/golden`). On a vision-language model **relevance is our interpretation**: the program takes it from CLIP's text tower
+and the projections into CLIP's common space, weights that these models do not carry. Here:
 
 * `relevance="embeddings"` compares the visual tokens, as they enter the LLM, with the embeddings of the prompt's text behind
   the image, in the LLM's own space: the mean cosine, scaled to [0, 1] within the image.
@@ -55,7 +55,7 @@ class CDPruner(KeptShare):
             rounded to whole tokens, halves to the even number; at least one. 1.0 is an exact no-op.
         keep_tokens: the same as a count for every image, thumbnail and crops together (program: visual_token_num, 128, 64 or
             32; whole number >= 1); an image with fewer tokens keeps them all. Give one of the two.
-        relevance: `"embeddings"` of the prompt's text behind the image (default; a reading of ours, see above), or `"none"`.
+        relevance: `"embeddings"` of the prompt's text behind the image (default; our interpretation, see above), or `"none"`.
         sign: -1, tokens unlike the text are relevant (default, see above); 1, similar ones.
         theta: weight of relevance against diversity in [0, 1); relevance r becomes exp(theta r / (2 (1 - theta))). Default
             `None` leaves r as it is, as the program does.

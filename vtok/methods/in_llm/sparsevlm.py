@@ -33,7 +33,7 @@ from torch import Tensor
 from vtok.config import MethodConfig, block_numbers, flag, whole
 from vtok.core.prompt import Entry, LayerAttention, Layout, VLMInfo, VLMReducer
 from vtok.core.reduction import Fold
-from vtok.core.search_space import Blocks, Ladder, Point, Space
+from vtok.core.search_space import Blocks, BudgetCandidates, Point, Space
 from vtok.core.tokens import Place, Site, at_least_fp32
 from vtok.errors import ConfigError, shown
 from vtok.methods.in_llm.stages import check_stages, shares
@@ -111,7 +111,7 @@ class SparseVLM(MethodConfig):
         if len(base) != self.stages:
             base = tuple(2.0 ** -(i + 1) for i in range(self.stages))
         assert base is not None
-        return Ladder(lambda s: self.replace(keep=tuple(share**s for share in base), keep_tokens=None), 4.0)
+        return BudgetCandidates(lambda s: self.replace(keep=tuple(share**s for share in base), keep_tokens=None), 4.0)
 
     def search_space(self, info: VLMInfo) -> Space:
         """Behind which layers; given ones are left alone."""

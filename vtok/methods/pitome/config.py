@@ -18,7 +18,7 @@ from torch import Tensor
 from vtok.capabilities import Info
 from vtok.config import MethodConfig, ModelInfo, Reducer, Schedule, flag, fraction
 from vtok.core.reduction import Plan
-from vtok.core.search_space import Ladder, Point, Space, Weights
+from vtok.core.search_space import BudgetCandidates, Point, Space, Weights
 from vtok.core.tokens import AttentionView, Place, Site, TokenState
 from vtok.errors import ConfigError, shown
 from vtok.methods.pitome.presets import BSM, HIDDEN, METRICS, PAPER, PRESETS, SORTED_BSM
@@ -127,7 +127,7 @@ class PiToMe(MethodConfig):
             return [round(max(0.5, math.exp(-strength * weight)), 4) for weight in weights]
 
         end = math.log(2) / min(weight for weight in weights if weight)  # every block that does not rest merges half
-        return Ladder(lambda strength: self.replace(ratio=ratios(strength), r=None), end)
+        return BudgetCandidates(lambda strength: self.replace(ratio=ratios(strength), r=None), end)
 
     def build(self, info: ModelInfo) -> PiToMeReducer:
         depth, preset = info.depth, PAPER if self.preset is None else PRESETS[self.preset]

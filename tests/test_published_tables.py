@@ -1,4 +1,4 @@
-"""The reproduction book: every run is planned on its model without weights, and costs what was published or says why not."""
+"""Published results: every run is planned on its model without weights, and costs what was published or says why not."""
 
 import math
 
@@ -8,13 +8,13 @@ from typer.testing import CliRunner
 
 import vtok
 from vtok.eval.cli.app import app
-from vtok.eval.published import schema as published
-from vtok.eval.published import tables as book
+from vtok.eval.published import schema
+from vtok.eval.published import tables as published
 from vtok.eval.runs import loader as runs
 from vtok.patches.hf_vlm.families import OLDEST, release
 
 RUNS = {name: runs.load(name) for name in runs.bundled()}
-BOOK = {name: run for name, run in RUNS.items() if run.tables}
+RUNS = {name: run for name, run in RUNS.items() if run.tables}
 PITOME_COUNT = "attention and MLP of the blocks alone"  # in the reason of runs whose source counts so
 PATCHES = {
     "deit": 196,
@@ -32,30 +32,30 @@ _models: dict[str, object] = {}
 def model_of(run):
     key = repr((run.backend, run.model, run.options))
     if key not in _models:
-        _models[key] = book.meta_model(run)
+        _models[key] = published.meta_model(run)
     return _models[key]
 
 
 @pytest.fixture(autouse=True)
 def _backends(request):
     name = request.node.callspec.params.get("name") if hasattr(request.node, "callspec") else None
-    if name in BOOK and BOOK[name].backend != "timm":
-        pytest.importorskip(BOOK[name].backend)
-        if release() < OLDEST and BOOK[name].tasks != ("retrieval",):
+    if name in RUNS and RUNS[name].backend != "timm":
+        pytest.importorskip(RUNS[name].backend)
+        if release() < OLDEST and RUNS[name].tasks != ("retrieval",):
             pytest.skip("vision-language models need a younger transformers")
 
 
 def test_every_published_run_stands_in_a_table():
-    assert {name for name, run in RUNS.items() if run.published} == set(BOOK)
-    slugs = [book.slug(table) for table in book.tables()]
+    assert {name for name, run in RUNS.items() if run.published} == set(RUNS)
+    slugs = [published.slug(table) for table in published.tables()]
     assert len(slugs) == len(set(slugs)) >= 10
-    assert sum(len(found) for found in book.tables().values()) > len(BOOK) >= 110
+    assert sum(len(found) for found in published.tables().values()) > len(RUNS) >= 110
 
 
-@pytest.mark.parametrize("name", BOOK)
+@pytest.mark.parametrize("name", RUNS)
 def test_figures_are_plausible_and_have_a_source(name):
-    run = BOOK[name]
-    found = published.figures(run.tasks, run.published)
+    run = RUNS[name]
+    found = schema.figures(run.tasks, run.published)
     assert run.published["source"] and found
     for one in found:
         low, high = {"recall_sum": (300, 600), "perception": (900, 2000), "total": (1000, 2800)}.get(one.name, (25, 101))
@@ -64,24 +64,24 @@ def test_figures_are_plausible_and_have_a_source(name):
             assert one.value <= one.base * 1.03, one
 
 
-@pytest.mark.parametrize("name", BOOK)
+@pytest.mark.parametrize("name", RUNS)
 def test_costs_agree_with_the_published_ones_or_say_why_not(name):
     """Resolved against the model on the meta device. A reason that is not needed is as wrong as one that is missing."""
-    run = BOOK[name]
-    cost = book.cost(run, model_of(run))
+    run = RUNS[name]
+    cost = published.cost(run, model_of(run))
     assert cost.agrees != bool(run.published.get("gflops_note")), cost
     for other in run.published.get("also", ()):
         for figure, gmacs in (("gflops", cost.gmacs), ("base_gflops", cost.base_gmacs)):
-            assert gmacs == pytest.approx(other.get(figure, gmacs), rel=book.TOLERANCE)
+            assert gmacs == pytest.approx(other.get(figure, gmacs), rel=published.TOLERANCE)
     assert cost.gmacs <= cost.base_gmacs
     if cost.exact and "behind the last layer" not in run.published.get("note", ""):
         assert cost.gmacs < 0.97 * cost.base_gmacs
 
 
-@pytest.mark.parametrize("name", [n for n, run in BOOK.items() if PITOME_COUNT in run.published.get("gflops_note", "")])
+@pytest.mark.parametrize("name", [n for n, run in RUNS.items() if PITOME_COUNT in run.published.get("gflops_note", "")])
 def test_counted_as_the_authors_of_pitome_do_costs_agree(name):
     """Their logs count attention and MLP of every block on the tokens that enter it."""
-    run = BOOK[name]
+    run = RUNS[name]
     model = model_of(run)
     rows = [row for row in vtok.plan(model, run.method).estimate.rows if row.tokens_in]
     width = vtok.eval.common.settings.towers(model)[0][1].info.width
@@ -92,9 +92,9 @@ def test_counted_as_the_authors_of_pitome_do_costs_agree(name):
         assert macs / 1e9 == pytest.approx(run.published[figure], rel=0.012), figure
 
 
-@pytest.mark.parametrize("name", BOOK)
+@pytest.mark.parametrize("name", RUNS)
 def test_weights_exist(name):
-    run = BOOK[name]
+    run = RUNS[name]
     if run.backend == "open_clip":
         import open_clip
 
@@ -105,7 +105,7 @@ def test_weights_exist(name):
 
 
 def test_pitome_runs_do_what_its_authors_do_for_the_model():
-    for name, run in BOOK.items():
+    for name, run in RUNS.items():
         if not name.startswith("pitome_"):
             continue
         family = next(f for f in ("deit", "mae", "clip", "blip", "llava") if f"_{f}_" in name)
@@ -117,10 +117,10 @@ def test_pitome_runs_do_what_its_authors_do_for_the_model():
             assert {"mae": "MAE", "clip": "CLIP", "blip": "BLIP"}[family] in run.published["note"]
 
 
-@pytest.mark.parametrize("name", [n for n in BOOK if n.startswith("tome_") and "_ratio_" in n])
+@pytest.mark.parametrize("name", [n for n in RUNS if n.startswith("tome_") and "_ratio_" in n])
 def test_tome_by_ratio_is_what_its_note_says(name):
     """Each block merges floor(N - N ratio) of its N tokens, CLS counted."""
-    run = BOOK[name]
+    run = RUNS[name]
     kind, _, ratio = name.removeprefix("tome_").partition("_ratio_")
     patches = next(n for key, n in sorted(PATCHES.items(), key=lambda item: -len(item[0])) if kind.startswith(key))
     n, ratio, expected = patches + 1, float(f"0.{ratio}"), []
@@ -135,13 +135,13 @@ def test_tome_by_ratio_is_what_its_note_says(name):
     ("name", "visual"), [("pitome_llava_7b_9", 54), ("pitome_llava_7b_95", 183), ("pitome_llava_7b_975", 330)]
 )
 def test_tokens_that_llava_is_handed_by_the_settings_of_the_authors(name, visual):
-    (plan,) = book.plans(BOOK[name], model_of(BOOK[name]))
+    (plan,) = published.plans(RUNS[name], model_of(RUNS[name]))
     assert plan.estimate.layers[0].visual == visual
 
 
 def test_the_plans_of_a_sweep_are_those_of_its_points():
     """Six methods at three budgets, and not each of them once at its default."""
-    found = book.plans(runs.load("sweep_reference_vit"))
+    found = published.plans(runs.load("sweep_reference_vit"))
     macs = [plan.estimate.macs / plan.estimate.base_macs for plan in found]
     assert len(found) == 18
     for i, budget in enumerate((0.8, 0.6, 0.4)):
@@ -157,18 +157,18 @@ def test_what_the_formula_of_todre_gives():
 
 
 def test_other_figures_of_a_point_keep_the_base_of_its_own_source():
-    found = published.figures(("imagenet",), RUNS["zero_tprune_deit_s_258"].published)
+    found = schema.figures(("imagenet",), RUNS["zero_tprune_deit_s_258"].published)
     assert [one.value for one in found] == [79.26, 79.192, 79.34]
     assert {one.base for one in found} == {79.826}
     assert [bool(one.source) for one in found] == [False, True, True]
     run = RUNS["todre_llava_next_7b_288"]
-    averages = [one for one in published.figures(run.tasks, run.published) if one.name == published.AVERAGE]
+    averages = [one for one in schema.figures(run.tasks, run.published) if one.name == schema.AVERAGE]
     assert len(averages) == 2 and averages[0].value == 96.0
     assert averages[0].parts == (("mme", "perception"), ("scienceqa", "exact_match"), ("gqa", "exact_match"), ("pope", "f1"))
 
 
 def test_points_without_a_run():
-    rows = book.missing()
+    rows = published.missing()
     assert len(rows) >= 60 and len(set(rows)) == len(rows)
     assert {row.paper for row in rows} >= {"ToMe", "ATS", "PiToMe", "Zero-TPrune", "ToDRE", "ATP-LLaVA", "Correlation"}
     for row in rows:
@@ -183,12 +183,13 @@ def _ok(*args):
     return result.output
 
 
-def test_the_book_on_the_command_line():
+def test_published_on_the_command_line():
     text = _ok("configs")
-    for name in BOOK:
+    for name in RUNS:
         assert name in text
-    for table in book.tables():
-        assert f"{table} (vtok book {book.slug(table)})" in text
+    for table in published.tables():
+        assert f"{table} (vtok published {published.slug(table)})" in text
+    assert _ok("book").endswith(_ok("published")), "the command's name in 0.1"
     assert "differ by more than 3 %" in text and "counts attention and MLP" in text
     text = _ok("configs", "zero_tprune_ablation", "--costs")
     assert "3.117 (4.599); +1.2 %, +1.1 %" in text and "pitome" not in text

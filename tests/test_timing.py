@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from vtok.eval.common import timing as pacing
+from vtok.eval.common import timing
 from vtok.eval.common.rates import Step
 from vtok.eval.common.settings import PassCost
 from vtok.eval.common.timing import FEWEST_PAIRS, TIMED_EVERY, BaselineCache, PairedTimer
@@ -22,8 +22,8 @@ class Counting(nn.Module):
         return x + self.add
 
 
-def show(pacer, batches, size=2):
-    return [pacer.show(i, torch.full((size, 1), float(i)), lambda m, x: m(x), lambda y: y[0].item()) for i in range(batches)]
+def show(timer, batches, size=2):
+    return [timer.show(i, torch.full((size, 1), float(i)), lambda m, x: m(x), lambda y: y[0].item()) for i in range(batches)]
 
 
 def test_every_model_sees_every_batch_without_a_memory():
@@ -61,28 +61,28 @@ def _steps(seconds, images=10):
 
 
 def test_times_are_compared_within_pairs():
-    pacer = PairedTimer([nn.Identity(), nn.Identity()], 0, 5)
-    pacer.steps = [_steps([9.0, 0.2, 0.4, 0.3, 5.0]), _steps([0.1, 0.1, 0.25, 0.2])]
-    pacer.steps[0][-1] = Step(4, 3, 5.0, False)  # a smaller last batch
-    pacer.steps[1].append(Step(4, 3, 0.1, False))
-    fields = pacer.fields(1, PassCost(65.0, (33.0,), 4e9, 2e9, 2e9, 0.0, False))
+    timer = PairedTimer([nn.Identity(), nn.Identity()], 0, 5)
+    timer.steps = [_steps([9.0, 0.2, 0.4, 0.3, 5.0]), _steps([0.1, 0.1, 0.25, 0.2])]
+    timer.steps[0][-1] = Step(4, 3, 5.0, False)  # a smaller last batch
+    timer.steps[1].append(Step(4, 3, 0.1, False))
+    fields = timer.fields(1, PassCost(65.0, (33.0,), 4e9, 2e9, 2e9, 0.0, False))
     assert fields["pairs"] == 3  # neither the first batch nor the smaller one
     assert fields["speedup"] == pytest.approx(1.6)  # median of 2, 1.6 and 1.5
     assert fields["speedup_ci"] is None and fields["achieved_ci"] is None  # three pairs support no interval
     assert not fields["slower"] and "too few to tell" in fields["verdict"]
     assert fields["achieved"] == pytest.approx(0.8)
     assert fields["samples_per_sec"] == pytest.approx({"base": 10 / 0.3, "patched": 50})
-    assert pacer.fields(0, None)["samples_per_sec"] == pytest.approx({"base": 10 / 0.3})
-    unknown = pacer.fields(1, None)
+    assert timer.fields(0, None)["samples_per_sec"] == pytest.approx({"base": 10 / 0.3})
+    unknown = timer.fields(1, None)
     assert "achieved" not in unknown and unknown["speedup"] == fields["speedup"]
 
 
 def test_one_cold_batch_is_better_than_none():
-    pacer = PairedTimer([nn.Identity(), nn.Identity()], 0, 1)
-    pacer.steps = [_steps([0.4]), _steps([0.1])]
-    assert pacer.fields(1, None)["speedup"] == pytest.approx(4)
-    pacer.steps[0] = []
-    assert pacer.fields(1, None) == {}
+    timer = PairedTimer([nn.Identity(), nn.Identity()], 0, 1)
+    timer.steps = [_steps([0.4]), _steps([0.1])]
+    assert timer.fields(1, None)["speedup"] == pytest.approx(4)
+    timer.steps[0] = []
+    assert timer.fields(1, None) == {}
     assert PairedTimer([nn.Identity()], None, 1).fields(0, None) == {}
 
 
@@ -93,7 +93,7 @@ def test_the_kernel_is_named_and_random_numbers_are_given_back():
     torch.manual_seed(3)
     before = torch.get_rng_state()
     with torch.inference_mode():
-        name = pacing.kernels(model, lambda: model(torch.randn(2, 3, 32, 32)))
+        name = timing.kernels(model, lambda: model(torch.randn(2, 3, 32, 32)))
     assert name is not None and name.endswith(" x2") and not name.startswith("-")
     assert torch.equal(torch.get_rng_state(), before)
-    assert pacing.kernels(nn.Linear(2, 2), lambda: None) is None
+    assert timing.kernels(nn.Linear(2, 2), lambda: None) is None

@@ -9,16 +9,16 @@ from typer.testing import CliRunner
 
 import vtok
 from vtok.eval.cli.app import app
-from vtok.eval.published import report as book_report
-from vtok.eval.published import run as book_run
-from vtok.eval.published import tables as book
+from vtok.eval.published import report
+from vtok.eval.published import run as table_run
+from vtok.eval.published import tables as published
 from vtok.eval.runs import loader as runs
 
 VIT = "model: {backend: reference, name: reference-vit}\ntask: imagenet\nnum_samples: 24\nbatch_size: 12\n"
 MAE = "options: {checkpoint: none.pth}\nmethod: {name: tome, r: 8}\npublished: {top1: 1.0, source: x, note: from there}\n"
 
 
-def _book(folder, **files):
+def _folder(folder, **files):
     folder.mkdir(exist_ok=True)
     for name, text in files.items():
         (folder / f"{name}.yaml").write_text(text)
@@ -39,16 +39,16 @@ def _shown(table):
 def test_a_table_from_start_to_end_and_on(tmp_path):
     other = "also: [{top1: 89.5, source: elsewhere}]"
     published = f"published: {{top1: 90.0, base_top1: 91.0, gflops: 0.25, base_gflops: 0.35, source: a log, {other}}}\n"
-    folder = _book(
+    folder = _folder(
         tmp_path / "mine",
         merge=VIT + "method: {name: tome, r: 8}\n" + published,
         drop=VIT + "method: {name: random, keep: 0.9}\npublished: {top1: 80.0, source: another log}\n",
         other=VIT.replace("reference-vit", "x").replace("reference", "timm") + MAE,
     )
-    result = _run("book", folder, "-o", tmp_path / "out", "--data", f"imagenet={tmp_path}")
+    result = _run("published", folder, "-o", tmp_path / "out", "--data", f"imagenet={tmp_path}")
     assert result.exit_code == 2 and "left out: drop, merge, imagenet: " in " ".join(result.output.split()), "no images there"
 
-    result = _run("book", folder, "-o", tmp_path / "out")
+    result = _run("published", folder, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
     records = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert sorted(record["setting"] for record in records) == ["random(keep=0.9)", "tome(r=8)", "unpatched"], "one unpatched"
@@ -61,7 +61,7 @@ def test_a_table_from_start_to_end_and_on(tmp_path):
     assert "* top-1 89.5: elsewhere (merge)" in text
     assert "left out: other: other needs the checkpoint none.pth" in text and "--weights" in text and "from there" in text
 
-    again = _run("book", folder, "-o", tmp_path / "out")
+    again = _run("published", folder, "-o", tmp_path / "out")
     assert again.exit_code == 0 and len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 3
     assert f"{top1:.2f} ±" in " ".join(again.output.split())
 
@@ -72,48 +72,48 @@ def test_runs_for_which_nothing_was_published_are_shown_as_measured():
     for record in pair.values():
         record |= {"primary": "top1", "gmacs": {"model": 0.25}}
     pair["patched"]["metrics"] |= {"top1_stderr": 1.0, "difference_ci": [-3.0, 1.0]}
-    (line,) = book_report.beside("mine", [(run, {"imagenet": pair})]).rows
+    (line,) = report.beside("mine", [(run, {"imagenet": pair})]).rows
     assert line == ("mine", "top-1", "-", "90.00 ± 1.00 of 91.00", "-", "-1.00 [-3.00, +1.00]", "-", "0.250 of 0.250")
 
 
 def test_runs_that_differ_in_the_method_alone_are_one():
-    _, found = book.table_of("zero_tprune_deit")
-    ready = [one for run in found for one in book_run.with_paths(run, {"imagenet": "somewhere"}, None).values()]
-    groups = book.groups(ready)
+    _, found = published.table_of("zero_tprune_deit")
+    ready = [one for run in found for one in table_run.with_paths(run, {"imagenet": "somewhere"}, None).values()]
+    groups = published.groups(ready)
     assert len(groups) == 3 and sum(len(group) for group in groups) == 10, "three models"
-    whole = book_run.joined(max(groups, key=len))
+    whole = table_run.joined(max(groups, key=len))
     assert whole.data == {"imagenet": "somewhere"} and whole.tasks == ("imagenet",)
     assert [s.title for s in whole.settings] == [run.settings[0].title for run in max(groups, key=len)]
 
 
 def test_tasks_of_several_runs_share_the_unpatched_model():
     """Runs of four and of five tasks: what they have in common is asked once."""
-    _, found = book.table_of("todre_pivot")
+    _, found = published.table_of("todre_pivot")
     data = {"pope": "p", "vqav2": "v"}
-    each = [one for run in found for one in book_run.with_paths(run, data, None).values()]
-    assert sorted((group[0].task, len(group)) for group in book.groups(each)) == [("pope", 8), ("vqav2", 2)]
+    each = [one for run in found for one in table_run.with_paths(run, data, None).values()]
+    assert sorted((group[0].task, len(group)) for group in published.groups(each)) == [("pope", 8), ("vqav2", 2)]
 
 
 def test_checkpoints_are_found_in_the_folder_of_weights(tmp_path):
     run = runs.load("tome_mae_l_r8")
     with pytest.raises(vtok.ConfigError, match=r"needs the checkpoint mae_finetuned_vit_large.pth.*dl.fbaipublicfiles.com"):
-        book_run.with_paths(run, {"imagenet": "x"}, tmp_path)
+        table_run.with_paths(run, {"imagenet": "x"}, tmp_path)
     (tmp_path / "mae_finetuned_vit_large.pth").write_bytes(b"")
-    ready = book_run.with_paths(run, {"imagenet": "x"}, tmp_path)["imagenet"]
+    ready = table_run.with_paths(run, {"imagenet": "x"}, tmp_path)["imagenet"]
     assert ready.options["checkpoint"] == str(tmp_path / "mae_finetuned_vit_large.pth")
     assert ready.settings == run.settings
 
 
 def test_data_on_the_command_line(tmp_path):
     tasks = ["gqa", "pope"]
-    assert book_run.read_data([], tasks) == {}
-    assert book_run.read_data(["/d"], tasks) == {"gqa": "/d", "pope": "/d"}
-    assert book_run.read_data(["gqa=/g", "/d"], tasks) == {"gqa": "/g", "pope": "/d"}
-    assert book_run.read_data(["pope=/p"], tasks) == {"pope": "/p"}
+    assert table_run.read_data([], tasks) == {}
+    assert table_run.read_data(["/d"], tasks) == {"gqa": "/d", "pope": "/d"}
+    assert table_run.read_data(["gqa=/g", "/d"], tasks) == {"gqa": "/g", "pope": "/d"}
+    assert table_run.read_data(["pope=/p"], tasks) == {"pope": "/p"}
     with pytest.raises(vtok.UnknownNameError, match="unknown task 'popee'; did you mean 'pope'"):
-        book_run.read_data(["popee=/p"], tasks)
+        table_run.read_data(["popee=/p"], tasks)
     with pytest.raises(vtok.ConfigError, match="both for all tasks"):
-        book_run.read_data(["/a", "/b"], tasks)
+        table_run.read_data(["/a", "/b"], tasks)
 
 
 def _pair(percent, **metrics):
@@ -131,7 +131,7 @@ def test_published_beside_measured_over_several_tasks():
         "pope": _pair(False, f1=(0.88, 0.8712)),
     }
     records["gqa"]["patched"]["metrics"] |= {"exact_match_stderr": 0.004, "exact_match_difference_ci": [-0.04, -0.024]}
-    text = _shown(book_report.beside("a table", [(run, records)]))
+    text = _shown(report.beside("a table", [(run, records)]))
     rows = [[cell.strip() for cell in line.split("│")] for line in text.splitlines() if "│" in line]
     lines = {row[2]: row[3:7] for row in rows}
     assert lines["mme"] == ["1504.3 of 1519.6", "1470.00 of 1500.00", "-15.30", "-30.00"]
@@ -139,12 +139,12 @@ def test_published_beside_measured_over_several_tasks():
     assert lines["vqav2"] == ["77.5 of 80.1", "-", "-2.60", "-"]
     assert lines["average *"][:2] == ["98.9", f"{(98 + 100 + 95 + 99) / 4:.1f}"]
     del records["pope"]
-    assert "98.0" not in _shown(book_report.beside("a table", [(run, records)])), "no mean while a task is missing"
+    assert "98.0" not in _shown(report.beside("a table", [(run, records)])), "no mean while a task is missing"
 
 
 def test_a_table_without_data_says_which():
-    result = _run("book", "todre_pivot")
+    result = _run("published", "todre_pivot")
     for task in ("mme", "scienceqa", "gqa", "pope", "vqav2"):
         assert f"--data {task}=FOLDER" in str(result.exception)
-    assert "vtok book todre_pivot" in _run("book").output
-    assert isinstance(_run("book", "/nowhere/at/all").exception, vtok.ConfigError)
+    assert "vtok published todre_pivot" in _run("published").output
+    assert isinstance(_run("published", "/nowhere/at/all").exception, vtok.ConfigError)

@@ -113,18 +113,27 @@ class ReducingBlock(Mixin):
         """The state that enters the first block, with what the mask says of padding."""
         link = self._vtok
         assert link.spec.padding_mask is not None
+        if torch.compiler.is_compiling() and link.run.unmasked:
+            return state
         found = padding_of(link.spec.padding_mask(self, kwargs), x.shape[1], state.num_prefix, link.merges)
         if found is None:
             return state
         keep = found.keep.expand(x.shape[0], -1)
         return link.run.seed(state._replace(keep=keep, real=keep, masked=not found.alone))
 
+    def _hides_nothing(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a mask was made for tracing alone; see `UnmaskedImages`."""
+        mask = kwargs.get(self._vtok.spec.mask)
+        made = torch.compiler.is_compiling() and self._vtok.run.unmasked
+        return made and mask is not None and mask.dtype == torch.bool
+
     def _surroundings(self, x: Tensor, state: TokenState, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Mask and rotary table for the tokens that are left, sizes and padding added to the mask."""
         spec = self._vtok.spec
         if kwargs.get("is_causal"):
             raise UnsupportedModelError("is_causal=True has no meaning once tokens are merged or moved; vtok patches encoders")
-        if state.real is not None and not state.masked:  # as good as upstream's mask, and N times smaller
+        if (state.real is not None and not state.masked) or self._hides_nothing(kwargs):
+            # what replaces upstream's mask is N times smaller
             kwargs[spec.mask] = None
         mask = kwargs.get(spec.mask) if spec.own_mask is None else spec.own_mask(self, kwargs)
         device = x.device.type

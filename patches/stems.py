@@ -52,6 +52,16 @@ class ConvStem(StemHook):
         self.run.announce((output.shape[-2], output.shape[-1]))
 
 
+class UnmaskedImages(StemHook):
+    """Forward pre-hook of a tower: under tracing, where no value can be asked for, transformers makes a mask of every call; if
+    the caller gave images alone, that mask hides nothing."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            given = sum(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
+            self.run.unmasked = given == 1
+
+
 class StatedStem(StemHook):
     """Forward pre-hook of an embedding that is told the (rows, columns) of every image, as SigLIP2's is."""
 

@@ -24,6 +24,7 @@ LAYERS = (
     ("patches",),
     ("targets",),
     ("api",),
+    ("export",),
     ("",),  # vtok itself
     ("testing",),
     ("eval",),

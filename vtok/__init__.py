@@ -78,7 +78,7 @@ _CONFIGS = {
     "ZeroTPrune": "zero_tprune",
 }
 
-_PACKAGES = ("eval", "methods", "ops", "patches", "serving")
+_PACKAGES = ("eval", "export", "methods", "ops", "patches", "serving")
 
 __all__ = [
     "ADAPTERS",

@@ -226,7 +226,7 @@ def reduction_share(model: nn.Module, images: Tensor) -> float:
 
 
 def interleave(
-    models: Sequence[nn.Module],
+    models: Sequence[Any],
     pairs: int,
     once: Callable[[Any], Any],
     device: torch.device,
@@ -236,7 +236,7 @@ def interleave(
     """(seconds of every batch of every model, seconds of the plain loop's batches over the first one).
 
     Args:
-        models: warm already.
+        models: modules, or whatever `once` runs; warm already.
         pairs: rounds.
         once: runs a model on the batch.
         device: that it is on.
@@ -246,7 +246,7 @@ def interleave(
     times: list[list[float]] = [[] for _ in models]
     plain: list[float] = []
 
-    def timed(model: nn.Module) -> float:
+    def timed(model: Any) -> float:
         synchronise(device)
         start = time.perf_counter()
         once(model)

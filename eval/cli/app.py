@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 
 import vtok
-from vtok.errors import ConfigError, MissingExtraError, brief, shown
+from vtok.errors import ConfigError, MissingExtraError, brief, shown, unknown
 from vtok.eval.cli.clip import evaluate_retrieval, evaluate_zeroshot
+from vtok.eval.cli.export import write_onnx
 from vtok.eval.cli.imagenet import evaluate_imagenet
 from vtok.eval.cli.matrix import print_matrix
 from vtok.eval.cli.published import list_configs, run_published
@@ -38,6 +39,7 @@ evaluate.command("zeroshot")(evaluate_zeroshot)
 app.command("configs")(list_configs)
 app.command("published")(run_published)
 app.command("book", hidden=True, deprecated=True)(run_published)  # its name in 0.1
+app.command("export")(write_onnx)
 app.command("matrix")(print_matrix)
 app.command("run")(run)
 app.command("sweep")(sweep)
@@ -122,6 +124,7 @@ def bench(
     profile: Annotated[bool, typer.Option(help="profile the share of the reduction step")] = True,
     output: Annotated[Path | None, typer.Option("--json", help="file for the results")] = None,
     markdown: Annotated[bool, typer.Option(help="print the table as GitHub markdown")] = False,
+    runtime: Annotated[str, typer.Option(help="torch; or, of files that are exported, onnxruntime or openvino")] = "torch",
     seed: Seed = 0,
     images: Images = 1,
     text_tokens: TextTokens = 64,
@@ -132,13 +135,18 @@ def bench(
     Of vision-language models it times prefill, first token and decoding (peak memory and the profiler are for encoders).
     """
     from vtok.eval.benchmarks import result as bench_result
+    from vtok.eval.benchmarks.exported import RUNTIMES, measure_exported
     from vtok.eval.benchmarks.prefill import measure_prompts
     from vtok.eval.benchmarks.throughput import measure
     from vtok.eval.models.by_name import load_model, sample_images
     from vtok.eval.models.random_vlm import sample_prompts
 
     runs.prepared(output, [model, *method])
+    if runtime not in (torch_alone := "torch", *RUNTIMES):
+        raise unknown("runtime", runtime, [torch_alone, *RUNTIMES])
     net = load_model(model, pretrained, img_size, seed)
+    if runtime in RUNTIMES and (dtype != "fp32" or device not in (None, "cpu") or vlm_targets(net)):
+        raise ConfigError(f"--runtime {runtime} times vision encoders in fp32 on the CPU; leave it out for anything else")
     common: dict[str, Any] = {"pairs": pairs, "dtype": dtype, "device": device, "threads": threads, "name": model, "seed": seed}
     settings = [runs.parse_setting(text) for text in method]
     results: Any
@@ -148,6 +156,10 @@ def bench(
         if vlm_targets(net):
             inputs = sample_prompts(net, batch_size, vtok.Prompt(images, text_tokens), seed)
             results = measure_prompts(net, inputs, settings, new_tokens=new_tokens, **common)
+        elif runtime in RUNTIMES:
+            exported = {key: common[key] for key in ("pairs", "threads", "name", "seed", "progress")}
+            pictures = sample_images(model, net, batch_size, seed)
+            results = measure_exported(net, pictures, settings, runtime=runtime, **exported)
         else:
             pictures = sample_images(model, net, batch_size, seed)
             results = measure(net, pictures, settings, memory=memory, profile=profile, **common)

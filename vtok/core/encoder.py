@@ -55,6 +55,8 @@ class Reducer:
         sizes: whether plans merge tokens and record how many patches each stands for.
         ragged: whether images of one batch may keep different numbers of tokens.
         exact: whether `count` is exact; False = an upper bound, the true number depends on the image.
+        dynamic: why the shapes of its results depend on the images, and what can be done, for files of fixed shapes; "" = they
+            do not.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -62,6 +64,10 @@ class Reducer:
     ragged: ClassVar[bool] = False
     exact: ClassVar[bool] = True
     prop_attn: bool = False
+
+    @property
+    def dynamic(self) -> str:
+        return ""
 
     @property
     def sites(self) -> tuple[Site, ...]:

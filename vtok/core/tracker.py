@@ -76,6 +76,7 @@ class TokenTracker:
         self._averaged: dict[int, bool] = {}  # by thread
         self._grids: dict[int, Grid] = {}  # by thread: of images whose patches have not entered block 0 yet
         self._traced_grid: Grid | None = None
+        self.unmasked = False  # whether the caller of a traced pass gave no tensor but images, which then have no padding
         self._traced_last = False  # whether the last pass was a compiled one
 
     @property

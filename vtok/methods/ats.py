@@ -189,6 +189,11 @@ class ATSReducer(Reducer):
     exact: ClassVar[bool] = False
 
     @property
+    def dynamic(self) -> str:
+        why = "ats keeps as many tokens as the images ask for; mode='mask' keeps the most it may keep, padded"
+        return why if self.drop else ""
+
+    @property
     def sites(self) -> tuple[Site, ...]:
         return tuple(Site(Place.BLOCK_PRE, i) for i in self.layers)
 

@@ -1,0 +1,261 @@
+"""Patched encoders as ONNX files, for onnxruntime, OpenVINO and whatever else reads them.
+
+    vtok.patch(model, "tome", r=13)
+    vtok.export.onnx(model, images, "vit.onnx")
+
+The file computes what the patched model computes: the reduction is part of the graph, with fixed numbers of tokens and a free
+batch. A method whose number of tokens depends on the image has no such graph and is refused. Needs `vtok[onnx]`.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtok._version import __version__
+from vtok.core.prompt import VLMInfo
+from vtok.core.tracker import TokenTracker
+from vtok.errors import ConfigError, MissingExtraError, StateError, UnsupportedModelError, brief
+from vtok.targets import find_targets
+from vtok.targets.encoder import EncoderTarget
+from vtok.targets.lifecycle import call
+from vtok.targets.resolve import run_of
+from vtok.writing import reason, writable
+
+OPSET = 20
+_ROOM = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """What was written. `str()` says it in a line.
+
+    Attributes:
+        path: of the file; weights of over 2 GB stand beside it, in `NAME.data`.
+        inputs: name -> shape, a word where it is free.
+        outputs: names, in order.
+        opset: of the graph.
+        difference: largest difference of onnxruntime's outputs to the model's, as a share of the largest output, over the batch
+            sizes in `checked`; `None` if the file was not run.
+        checked: batch sizes that were run.
+    """
+
+    path: Path
+    inputs: dict[str, tuple[int | str, ...]]
+    outputs: tuple[str, ...]
+    opset: int
+    difference: float | None
+    checked: tuple[int, ...]
+
+    def __str__(self) -> str:
+        shapes = ", ".join(f"{name} [{', '.join(map(str, shape))}]" for name, shape in self.inputs.items())
+        run = "not run"
+        if self.difference is not None:
+            sizes = " and ".join(map(str, self.checked))
+            run = f"onnxruntime differs from the model by {self.difference:.1e} of the largest output (batches of {sizes})"
+        return f"{self.path}: {shapes} -> {', '.join(self.outputs)}, opset {self.opset}; {run}"
+
+
+def onnx(
+    model: nn.Module,
+    inputs: Tensor | Mapping[str, Tensor],
+    path: str | os.PathLike,
+    *,
+    dynamic_batch: bool = True,
+    opset: int = OPSET,
+    check: bool = True,
+) -> OnnxFile:
+    """Writes a vision encoder, patched or not, as an ONNX file, and runs the file once against the model.
+
+    Args:
+        model: in eval mode, a vision encoder of timm, open_clip or transformers, or what holds it.
+        inputs: an example: images [B, C, H, W], or a mapping from names of arguments to tensors. Height and width are those of
+            the file; a free batch needs two images or more.
+        path: of the file. What stands there is replaced once the new file is whole and was checked.
+        dynamic_batch: whether the file takes batches of any size; else those of the example.
+        opset: version of ONNX's operators, 18 or newer.
+        check: whether onnxruntime runs the file on the example, and on its first image where the batch is free.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UnsupportedModelError: a method whose number of tokens depends on the image; a vision-language model; an operator that
+            ONNX has not.
+        StateError: the model is in training mode, or the file computes something else than the model: it is not kept.
+        ConfigError: an unusable example or path.
+        MissingExtraError: onnxscript, or for the check onnxruntime, is not installed.
+    """
+    args, kwargs, batch = _example(inputs)
+    _check(model, batch, dynamic_batch)
+    target = Path(path)
+    writable(target)
+    if opset < 18:
+        raise ConfigError(f"opset is 18 or newer (torch exports no older one), got {opset}")
+    translations = _translations()
+    free = {0: torch.export.Dim("batch", min=1)} if dynamic_batch else None
+    with torch.no_grad():
+        call(model, inputs)  # what is made on the first pass is made outside of the graph
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                program: Any = torch.onnx.export(
+                    model,
+                    args,
+                    kwargs=kwargs,
+                    dynamo=True,
+                    dynamic_shapes=None if free is None else dict.fromkeys(kwargs, free) or tuple(free for _ in args),
+                    opset_version=opset,
+                    custom_translation_table=translations,
+                    verbose=False,
+                )
+        except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+            raise UnsupportedModelError(f"{type(model).__name__} cannot be exported: {brief(error)}") from error
+    program.model.metadata_props.update({"vtok": __version__, "methods": _methods(model)})
+    opened = tuple(kwargs.values()) or args
+    examples = [opened] + ([tuple(t[:1] for t in opened)] if dynamic_batch else [])
+    with TemporaryDirectory(prefix=".vtok-", dir=target.parent) as folder:
+        scratch = Path(folder) / target.name
+        try:
+            program.save(scratch)
+        except OSError as error:
+            raise ConfigError(f"{target} cannot be written: {reason(error)}") from error
+        difference = max(_difference(model, scratch, inputs, example) for example in examples) if check else None
+        for file in sorted(Path(folder).iterdir(), reverse=True):  # the weights before the graph that names them
+            os.replace(file, target.parent / file.name)
+    return OnnxFile(
+        target,
+        {one.name: tuple(d if isinstance(d, int) else str(d) for d in one.shape) for one in program.model.graph.inputs},
+        tuple(one.name for one in program.model.graph.outputs),
+        opset,
+        difference,
+        tuple(len(example[0]) for example in examples) if check else (),
+    )
+
+
+def _example(inputs: Any) -> tuple[tuple[Tensor, ...], dict[str, Tensor], int]:
+    """(by position, by name, batch size) of an example.
+
+    Raises:
+        ConfigError: it holds no tensors, or tensors of several batch sizes.
+    """
+    kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
+    args = () if kwargs else (inputs,)
+    values = [*args, *kwargs.values()]
+    if not all(isinstance(value, Tensor) and value.ndim for value in values):
+        found = ", ".join(type(value).__name__ for value in values)
+        raise ConfigError(f"an example is images [B, C, H, W], or a mapping from names to tensors, got {found}")
+    sizes = {len(value) for value in values}
+    if len(sizes) != 1 or 0 in sizes:
+        raise ConfigError(f"all tensors of an example are of one batch, found batches of {sorted(sizes)}")
+    return args, kwargs, sizes.pop()
+
+
+def _check(model: nn.Module, batch: int, dynamic_batch: bool) -> None:
+    """Raises unless a model has a graph of fixed numbers of tokens."""
+    targets = find_targets(model)
+    if any(isinstance(target.info, VLMInfo) for target in targets):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is a vision-language model, which vtok.export does not write; export its vision tower, or "
+            "serve it (vtok.serving)"
+        )
+    if model.training:
+        raise StateError("the model is in training mode; call model.eval() before it is exported")
+    if dynamic_batch and batch < 2:
+        raise ConfigError("a graph with a free batch is made from an example of two images or more, got one")
+    for run in _runs(model):
+        for _, reducer in run.patch.steps.values():
+            if reducer.dynamic:
+                raise UnsupportedModelError(f"a file has fixed numbers of tokens, but {reducer.dynamic}")
+
+
+def _methods(model: nn.Module) -> str:
+    """Settings of what is patched, for whoever finds the file."""
+    return "; ".join(str(config.to_dict()) for run in _runs(model) for config in run.patch.configs)
+
+
+def _runs(model: nn.Module) -> list[TokenTracker]:
+    """Those of all patched towers."""
+    found = (run_of(target.tower.module) for target in find_targets(model) if isinstance(target, EncoderTarget))
+    return [run for run in found if run is not None]
+
+
+def _translations() -> dict[Any, Any]:
+    """Operators that torch cannot write as ONNX by itself -> how they are written.
+
+    Raises:
+        MissingExtraError: onnxscript is not installed.
+    """
+    try:
+        from onnxscript import opset20
+    except ImportError as error:
+        raise MissingExtraError("onnxscript", "onnx") from error
+    op: Any = opset20
+
+    def sort(self: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+        """TopK of all: of equal values ONNX puts that of the lower index first, which is what stable means."""
+        return op.TopK(self, op.Constant(value_ints=[int(self.shape[dim])]), axis=dim, largest=int(descending), sorted=1)
+
+    def searchsorted(
+        sorted_sequence: Any,
+        self: Any,
+        out_int32: bool = False,
+        right: bool = False,
+        side: str | None = None,
+        sorter: Any = None,
+    ) -> Any:
+        """How many of the sorted values lie below each value."""
+        ends = op.Unsqueeze(sorted_sequence, op.Constant(value_ints=[-2]))
+        values = op.Unsqueeze(self, op.Constant(value_ints=[-1]))
+        below = op.LessOrEqual(ends, values) if right or side == "right" else op.Less(ends, values)
+        return op.ReduceSum(op.Cast(below, to=7), op.Constant(value_ints=[-1]), keepdims=0)  # 7: int64
+
+    def plain_sort(self: Any, dim: int = -1, descending: bool = False) -> Any:
+        return sort(self, True, dim, descending)
+
+    aten = torch.ops.aten
+    return {aten.sort.stable: sort, aten.sort.default: plain_sort, aten.searchsorted.Tensor: searchsorted}
+
+
+def _difference(model: nn.Module, path: Path, inputs: Any, example: tuple[Tensor, ...]) -> float:
+    """Largest difference of the file's outputs to the model's, as a share of the largest.
+
+    Raises:
+        StateError: it is more than rounding.
+        MissingExtraError: onnxruntime is not installed.
+    """
+    named = dict(zip(inputs, example)) if isinstance(inputs, Mapping) else example[0]
+    with torch.no_grad():
+        wanted = [t for t in torch.utils._pytree.tree_leaves(call(model, named)) if isinstance(t, Tensor)]
+    session = _session(path)
+    arrays = [t.detach().cpu().numpy() for t in example]
+    found = session.run(None, {one.name: array for one, array in zip(session.get_inputs(), arrays)})
+    share = 0.0
+    for mine, theirs in zip(wanted, found):
+        largest = mine.abs().max().clamp_min(1e-6).item()
+        share = max(share, (torch.from_numpy(theirs) - mine.cpu()).abs().max().item() / largest)
+    room = _ROOM.get(example[0].dtype, 1e-3)
+    if len(wanted) != len(found) or not share <= room:
+        raise StateError(
+            f"the exported graph gives {len(found)} outputs that differ from the model's {len(wanted)} by {share:.1e} of the "
+            f"largest (at most {room:.0e} is rounding); the file was not kept"
+        )
+    return share
+
+
+def _session(path: Path) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtraError("onnxruntime", "onnx") from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -109,6 +109,8 @@ class Result(Timed):
         peak_memory_mb: see `vtok.eval.benchmarks.memory`; `None` if it was left out.
         reduction_share: part of the forward pass spent deciding and moving tokens, by the profiler, whose own cost per operator
             makes it an upper bound; `None` if it was left out.
+        compiled: of the unpatched and the patched model what torch.compile took, see `vtok.eval.benchmarks.compiled`; `None` if
+            they were not compiled.
     """
 
     backend: str
@@ -122,14 +124,24 @@ class Result(Timed):
     img_size: int
     peak_memory_mb: dict[str, float] | None
     reduction_share: float | None
+    compiled: dict[str, Any] | None = None
 
     def caption(self) -> str:
         return (
             f"{self.model}, {self.img_size} px, batch {self.batch_size}, {self.dtype}, {self.device} ({self.device_name}), "
             f"{self.threads} threads, {self.pairs} interleaved pairs; {self.software}. Unpatched "
             f"{self.step_time_ms['base']:.1f} ms a batch; a plain loop takes {self.trust(1)}. GMACs and GFLOPs are per image: "
-            "unpatched -> patched + the reduction's own."
+            f"unpatched -> patched + the reduction's own.{self._compiling}"
         )
+
+    @property
+    def _compiling(self) -> str:
+        """How the models were compiled; nothing if they were not."""
+        if self.compiled is None:
+            return ""
+        base = self.compiled["base"]
+        dynamic = {True: ", dynamic", False: ", static", None: ""}[base["dynamic"]]
+        return f" Compiled (mode {base['mode']}{dynamic}): {_compilation(base)} unpatched."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +193,14 @@ class PromptResult(Timed):
         )
 
 
+def _compilation(took: dict[str, Any]) -> str:
+    """ "31 s, 1 graph", with what else was compiled if anything was."""
+    text = f"{took['seconds']:.0f} s, {took['graphs']} graph{'s' * (took['graphs'] != 1)}"
+    text += f", {took['breaks']} breaks" if took["breaks"] else ""
+    text += f", {took['again']} compiled again" if took["again"] else ""
+    return text + (f", {took['other_batches']} for other batches" if took["other_batches"] else "")
+
+
 def _tokens(r: Result) -> str:
     left = r.tokens["out"]
     return f"{r.tokens['in']:.0f} -> {f'{left:.4g}' if isinstance(left, float) else left}"
@@ -216,6 +236,7 @@ Result.columns = (
     Column("reduction", lambda r: "-" if r.reduction_share is None else f"{100 * r.reduction_share:.1f} %"),
     Column("memory MB", lambda r: "-" if r.peak_memory_mb is None else arrow(r.peak_memory_mb, 0)),
     Column("attention", _kernels),
+    Column("compiled", lambda r: "-" if r.compiled is None else _compilation(r.compiled["patched"])),
 )
 PromptResult.columns = (
     _SETTING,
@@ -238,8 +259,11 @@ def to_json(results: Sequence[Timed]) -> str:
 
 def from_json(text: str) -> list[Timed]:
     """The inverse of `to_json`."""
-    known = {frozenset(field.name for field in fields(kind)): kind for kind in (Result, PromptResult)}
-    return [known[frozenset(values)](**values) for values in json.loads(text)]
+
+    def kind(values: dict[str, Any]) -> type[Timed]:
+        return next(one for one in (Result, PromptResult) if set(values) <= {field.name for field in fields(one)})
+
+    return [kind(values)(**values) for values in json.loads(text)]
 
 
 def table(results: Sequence[Timed]) -> Table:

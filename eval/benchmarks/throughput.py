@@ -65,6 +65,7 @@ def measure(
     seed: int = 0,
     memory: bool = True,
     profile: bool = True,
+    compiler: Callable[[nn.Module, Tensor], tuple[Callable[[Tensor], Any], dict[str, Any]]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Result]:
     """Times settings against the unpatched model, all in one run.
@@ -82,6 +83,8 @@ def measure(
         seed: of the bootstrap.
         memory: whether to measure peak memory (on the CPU a process for each setting, some seconds each).
         profile: whether to measure the share of the reduction step.
+        compiler: compiles all models before they are timed (`vtok.eval.benchmarks.compiled.Compiler`); memory, kernels and the
+            share of the reduction are those of the models as they are.
         progress: called with (rounds done, rounds).
 
     Returns:
@@ -105,10 +108,14 @@ def measure(
         with torch.inference_mode():
             costs = [pass_cost(m, size) for m in patched]
             shares = [reduction_share(m, images) if profile else None for m in patched]
-            for one in (base, *patched):
+            ran: list[Any] = [base, *patched]
+            compiled: list[Any] = [None] * len(ran)
+            if compiler is not None:
+                ran, compiled = (list(column) for column in zip(*(compiler(one, images) for one in ran)))
+            for one in ran:
                 for _ in range(warmup):
                     one(images)
-            times, plain = interleave([base, *patched], pairs, lambda one: one(images), images.device, progress)
+            times, plain = interleave(ran, pairs, lambda one: one(images), images.device, progress)
         common = described_run(next(base.parameters()), len(images), pairs, seed) | {
             "model": name or model_name(model),
             "backend": backend(model),
@@ -123,6 +130,7 @@ def measure(
                 kernel={"base": kernels[0], "patched": kernels[i + 1]},
                 peak_memory_mb=None if peaks is None else {"base": peaks[0], "patched": peaks[i + 1]},
                 reduction_share=shares[i],
+                compiled=None if compiler is None else {"base": compiled[0], "patched": compiled[i + 1]},
                 **costs[i].fields(),
                 **compare(times[0], times[i + 1], costs[i].implied_speedup, len(images), seed),
                 **common,

@@ -124,6 +124,10 @@ def bench(
     profile: Annotated[bool, typer.Option(help="profile the share of the reduction step")] = True,
     output: Annotated[Path | None, typer.Option("--json", help="file for the results")] = None,
     markdown: Annotated[bool, typer.Option(help="print the table as GitHub markdown")] = False,
+    compiled: Annotated[
+        str | None, typer.Option("--compile", help="torch.compile all models first: default, reduce-overhead, max-autotune")
+    ] = None,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="with --compile: one graph for every batch size")] = False,
     runtime: Annotated[str, typer.Option(help="torch; or, of files that are exported, onnxruntime or openvino")] = "torch",
     seed: Seed = 0,
     images: Images = 1,
@@ -135,6 +139,7 @@ def bench(
     Of vision-language models it times prefill, first token and decoding (peak memory and the profiler are for encoders).
     """
     from vtok.eval.benchmarks import result as bench_result
+    from vtok.eval.benchmarks.compiled import Compiler
     from vtok.eval.benchmarks.exported import RUNTIMES, measure_exported
     from vtok.eval.benchmarks.prefill import measure_prompts
     from vtok.eval.benchmarks.throughput import measure
@@ -144,7 +149,10 @@ def bench(
     runs.prepared(output, [model, *method])
     if runtime not in (torch_alone := "torch", *RUNTIMES):
         raise unknown("runtime", runtime, [torch_alone, *RUNTIMES])
+    how = None if compiled is None else Compiler(compiled, True if dynamic else None)
     net = load_model(model, pretrained, img_size, seed)
+    if how is not None and (runtime in RUNTIMES or vlm_targets(net)):
+        raise ConfigError("--compile is for vision encoders that torch runs; leave it out")
     if runtime in RUNTIMES and (dtype != "fp32" or device not in (None, "cpu") or vlm_targets(net)):
         raise ConfigError(f"--runtime {runtime} times vision encoders in fp32 on the CPU; leave it out for anything else")
     common: dict[str, Any] = {"pairs": pairs, "dtype": dtype, "device": device, "threads": threads, "name": model, "seed": seed}
@@ -162,7 +170,7 @@ def bench(
             results = measure_exported(net, pictures, settings, runtime=runtime, **exported)
         else:
             pictures = sample_images(model, net, batch_size, seed)
-            results = measure(net, pictures, settings, memory=memory, profile=profile, **common)
+            results = measure(net, pictures, settings, memory=memory, profile=profile, compiler=how, **common)
     if output is not None:
         write(output, bench_result.to_json(results))
     if markdown:

@@ -1,0 +1,72 @@
+"""torch.compile in benchmarks: how long a model compiles, into how many graphs, and whether it is compiled again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtok.errors import unknown
+from vtok.eval.benchmarks.throughput import synchronise
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # reduce-overhead takes CUDA graphs
+_AGAIN = 3  # calls that must compile nothing
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """How models are compiled.
+
+    Attributes:
+        mode: one of `MODES`.
+        dynamic: whether one graph serves batches of every size; `None` = torch decides when a second size is seen.
+        backend: of torch.compile.
+    """
+
+    mode: str = "default"
+    dynamic: bool | None = None
+    backend: str = "inductor"
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise unknown("mode of torch.compile", self.mode, MODES)
+
+    def __call__(self, model: nn.Module, images: Tensor) -> tuple[Callable[[Tensor], Any], dict[str, Any]]:
+        """(the compiled model, what it took).
+
+        Args:
+            model: in eval mode.
+            images: the batch that will be timed.
+
+        Returns:
+            `seconds` of the first call; `graphs` that it made and `breaks` between them; `again`, graphs that later calls on
+            the same batch made; `other_batches`, graphs that two other batch sizes made under `dynamic`, else `None` (torch ties
+            a batch as large as another dimension, say 3, to it: then there is one).
+        """
+        mode = {} if self.backend != "inductor" else {"mode": self.mode}
+        run = torch.compile(model, dynamic=self.dynamic, backend=self.backend, **mode)
+        start, before = time.perf_counter(), _counted()
+        run(images)
+        synchronise(images.device)
+        seconds, first = time.perf_counter() - start, _counted()
+        for _ in range(_AGAIN):
+            run(images)
+        again, others = _counted()[0] - first[0], None
+        if self.dynamic:
+            known = _counted()[0]
+            for batch in (torch.cat([images, images[:1]]), torch.cat([images, images])):
+                run(batch)
+            others = _counted()[0] - known
+        graphs, breaks = (after - earlier for after, earlier in zip(first, before))
+        told = {"seconds": seconds, "graphs": graphs, "breaks": breaks, "again": again, "other_batches": others}
+        return run, {"mode": self.mode, "dynamic": self.dynamic, **told}
+
+
+def _counted() -> tuple[int, int]:
+    """(graphs, breaks) of this process so far."""
+    counters: Any = torch._dynamo.utils.counters
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())

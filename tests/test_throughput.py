@@ -30,7 +30,7 @@ FIELDS = (
     "model, backend, method, setting, params, tokens, gmacs, implied_speedup, samples_per_sec, step_time_ms, speedup, "
     "achieved, kernel, "
     "dtype, device, batch_size, img_size, seed, versions, speedup_ci, achieved_ci, threads, peak_memory_mb, reduction_share, "
-    "baseline_check, slower, verdict, pairs, gflops, spread, device_name"
+    "baseline_check, slower, verdict, pairs, gflops, spread, device_name, compiled"
 )
 BALLAST_MB = 1200
 

@@ -58,7 +58,9 @@ class Compiler:
         again, others = _counted()[0] - first[0], None
         if self.dynamic:
             known = _counted()[0]
-            for batch in (torch.cat([images, images[:1]]), torch.cat([images, images])):
+            with torch.inference_mode(images.is_inference()):  # tensors of the same kind as the batch
+                batches = torch.cat([images, images[:1]]), torch.cat([images, images])
+            for batch in batches:
                 run(batch)
             others = _counted()[0] - known
         graphs, breaks = (after - earlier for after, earlier in zip(first, before))

@@ -91,6 +91,9 @@ def padding_of(mask: Tensor | None, n: int, num_prefix: int = 0, merges: bool = 
     return Padding(keep, not more) if hides else None
 
 
+_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
+
+
 class _Part(NamedTuple):
     """The plan of the images `who` [G], which have `n` real tokens each: rows are those of the padded sequence."""
 
@@ -115,6 +118,11 @@ def plan_without_padding(
         A plan for the padded batch: real tokens first in every image, then padding; `None` if nothing changes.
     """
     assert state.keep is not None
+    if _exporting():
+        raise UnsupportedModelError(
+            "a mask says how many patches of each image are real, which a graph of fixed shapes cannot ask for; export the "
+            "model on images alone, without a mask"
+        )
     real = torch.ones_like(state.keep) if state.real is None else state.real
     images: dict[tuple[int, int], list[int]] = defaultdict(list)
     for image, lengths in enumerate(torch.stack([state.keep.sum(1), real.sum(1)], 1).tolist()):  # the one host synchronisation

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from typer.testing import CliRunner
-from zoo import SETTINGS, STATIC, attach, build, images
+from zoo import SETTINGS, STATIC, WITHOUT_CLS, attach, build, images
 
 import vtok
 from vtok.eval.benchmarks.exported import RUNTIMES
@@ -30,8 +30,8 @@ def patched(name, method):
     if name == "timm: ViT":
         del model.blocks[2:]
     params = {**SETTINGS[method], **STATIC.get(method, {}), **(SHORT.get(method, {}) if name == "timm: ViT" else {})}
-    if method in ("ats", "zero_tprune") and "SigLIP" in name:
-        params["query"] = "mean"
+    if "SigLIP" in name:
+        params |= WITHOUT_CLS.get(method, {})
     attach(name, model, method, **params)
     return model.eval()
 
@@ -75,6 +75,11 @@ def test_strict_export(method):
 def test_what_has_no_file_is_refused(tmp_path):
     path = tmp_path / "m.onnx"
     path.write_text("what stood there")
+    masked = build("transformers: ViT").eval().model
+    vtok.patch(masked, "tome", r=4)
+    mask = torch.ones(2, 65, dtype=torch.long)
+    with pytest.raises(vtok.UnsupportedModelError, match="model on images alone"):
+        vtok.export.onnx(masked, {"pixel_values": images("transformers: ViT"), "attention_mask": mask}, path)
     model, x = build("timm: ViT"), images("timm: ViT")
     vtok.patch(model, "ats", **SETTINGS["ats"])
     with pytest.raises(vtok.UnsupportedModelError, match=r"fixed numbers of tokens, but ats .* mode='mask'"):

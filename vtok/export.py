@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vtok._version import __version__
 from vtok.core.prompt import VLMInfo
 from vtok.core.tracker import TokenTracker
-from vtok.errors import ConfigError, MissingExtraError, StateError, UnsupportedModelError, brief
+from vtok.errors import ConfigError, MissingExtraError, StateError, UnsupportedModelError, VtokError, brief
 from vtok.targets import find_targets
 from vtok.targets.encoder import EncoderTarget
 from vtok.targets.lifecycle import call
@@ -118,7 +118,7 @@ def onnx(
                     verbose=False,
                 )
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-            raise UnsupportedModelError(f"{type(model).__name__} cannot be exported: {brief(error)}") from error
+            raise _told(model, error) from error
     program.model.metadata_props.update({"vtok": __version__, "methods": _methods(model)})
     opened = tuple(kwargs.values()) or args
     examples = [opened] + ([tuple(t[:1] for t in opened)] if dynamic_batch else [])
@@ -139,6 +139,15 @@ def onnx(
         difference,
         tuple(len(example[0]) for example in examples) if check else (),
     )
+
+
+def _told(model: nn.Module, error: BaseException) -> VtokError:
+    """Why a model cannot be exported: our own refusal if one is behind torch's error, else what torch says."""
+    while error.__cause__ is not None and not isinstance(error, VtokError):
+        error = error.__cause__
+    if isinstance(error, VtokError):
+        return error
+    return UnsupportedModelError(f"{type(model).__name__} cannot be exported: {type(error).__name__}: {brief(error)}")
 
 
 def _example(inputs: Any) -> tuple[tuple[Tensor, ...], dict[str, Tensor], int]:

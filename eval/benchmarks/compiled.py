@@ -44,11 +44,11 @@ class Compiler:
 
         Returns:
             `seconds` of the first call; `graphs` that it made and `breaks` between them; `again`, graphs that later calls on
-            the same batch made; `other_batches`, graphs that two other batch sizes made under `dynamic`, else `None` (torch ties
-            a batch as large as another dimension, say 3, to it: then there is one).
+            the same batch made; `other_batches`, graphs that two other batch sizes made under `dynamic`, else `None` (torch
+            ties a batch as large as another dimension, say 3, to it: then there is one).
         """
-        mode = {} if self.backend != "inductor" else {"mode": self.mode}
-        run = torch.compile(model, dynamic=self.dynamic, backend=self.backend, **mode)
+        mode = self.mode if self.backend == "inductor" else None  # other backends have none
+        run: Any = torch.compile(model, dynamic=self.dynamic, backend=self.backend, mode=mode)
         start, before = time.perf_counter(), _counted()
         run(images)
         synchronise(images.device)

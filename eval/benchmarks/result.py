@@ -259,11 +259,13 @@ def to_json(results: Sequence[Timed]) -> str:
 
 def from_json(text: str) -> list[Timed]:
     """The inverse of `to_json`."""
+    return [from_plain(values) for values in json.loads(text)]
 
-    def kind(values: dict[str, Any]) -> type[Timed]:
-        return next(one for one in (Result, PromptResult) if set(values) <= {field.name for field in fields(one)})
 
-    return [kind(values)(**values) for values in json.loads(text)]
+def from_plain(values: dict[str, Any]) -> Timed:
+    """A result from the plain values of its fields."""
+    kind = next(one for one in (Result, PromptResult) if set(values) <= {field.name for field in fields(one)})
+    return kind(**values)
 
 
 def table(results: Sequence[Timed]) -> Table:

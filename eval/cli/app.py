@@ -17,6 +17,7 @@ from vtok.eval.cli.matrix import print_matrix
 from vtok.eval.cli.published import list_configs, run_published
 from vtok.eval.cli.report import write_page
 from vtok.eval.cli.run import run, sweep
+from vtok.eval.cli.suite import bench_suite
 from vtok.eval.cli.tune import tune
 from vtok.eval.cli.viz import draw_tokens
 from vtok.eval.cli.vqa import evaluate_vqa
@@ -36,6 +37,7 @@ evaluate.command("imagenet")(evaluate_imagenet)
 evaluate.command("retrieval")(evaluate_retrieval)
 evaluate.command("vqa")(evaluate_vqa)
 evaluate.command("zeroshot")(evaluate_zeroshot)
+app.command("bench-suite")(bench_suite)
 app.command("configs")(list_configs)
 app.command("published")(run_published)
 app.command("book", hidden=True, deprecated=True)(run_published)  # its name in 0.1

@@ -95,9 +95,43 @@ _QWEN_2_5_VL_7B = (
         "vision_end_token_id": 151653,
     },
 )
+_QWEN_3_VL_8B = (
+    "Qwen3VLForConditionalGeneration",
+    {
+        "vision_config": {
+            "depth": 27,
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_heads": 16,
+            "out_hidden_size": 4096,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [8, 16, 24],
+        },
+        "text_config": {
+            "vocab_size": 151936,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True,
+            },
+        },
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653,
+    },
+)  # fmt: skip
 # Name on the hub -> (class of transformers, what its configuration says).
 PUBLISHED: dict[str, tuple[str, Mapping[str, Any]]] = {
     "Qwen/Qwen2.5-VL-7B-Instruct": _QWEN_2_5_VL_7B,
+    "Qwen/Qwen3-VL-8B-Instruct": _QWEN_3_VL_8B,
     "Salesforce/blip-itm-base-coco": _BLIP,
     "Salesforce/blip-itm-base-flickr": _BLIP,
     "llava-hf/llava-1.5-13b-hf": _llava(_VICUNA_13B),
@@ -107,8 +141,13 @@ PUBLISHED: dict[str, tuple[str, Mapping[str, Any]]] = {
 }
 
 
-def build_published(name: str) -> nn.Module:
-    """A model of `PUBLISHED` on the meta device, in eval mode.
+def build_published(name: str, device: str = "meta", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model of `PUBLISHED` in eval mode.
+
+    Args:
+        name: on the hub.
+        device: "meta": without weights; elsewhere they are random.
+        dtype: of the weights.
 
     Raises:
         MissingExtraError: transformers is not installed.
@@ -119,5 +158,10 @@ def build_published(name: str) -> nn.Module:
         raise MissingExtraError("transformers", "transformers") from error
     kind, config = PUBLISHED[name]
     cls: Any = getattr(transformers, kind)
-    with torch.device("meta"):
-        return cls(cls.config_class(**config)).eval()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device(device):
+            return cls(cls.config_class(**config)).eval()
+    finally:
+        torch.set_default_dtype(before)

@@ -41,7 +41,12 @@ HUGGING_FACE: dict[str, tuple[str, Mapping[str, Any]]] = {
 
 
 def load_model(
-    name: str, pretrained: bool = False, img_size: int | None = None, seed: int = 0, meta: bool = False
+    name: str,
+    pretrained: bool = False,
+    img_size: int | None = None,
+    seed: int = 0,
+    meta: bool = False,
+    random_on: tuple[str, torch.dtype] | None = None,
 ) -> nn.Module:
     """A model (of dual encoders the image tower) in eval mode, called as `model(images)`.
 
@@ -51,6 +56,8 @@ def load_model(
         img_size: input size in pixels, `None` = the model's own.
         seed: of random weights.
         meta: build it without any weights, on the meta device.
+        random_on: (device, type) in which random weights of a published vision-language model are made, which never exist
+            elsewhere; other models are made on the CPU.
 
     Raises:
         ConfigError: no such model or weights, or a size that cannot be changed.
@@ -64,7 +71,11 @@ def load_model(
     if name.startswith(_OPEN_CLIP):
         return _open_clip(name.removeprefix(_OPEN_CLIP), pretrained, img_size, seed, meta)
     if name.startswith(_TRANSFORMERS):
-        return _hugging_face(name.removeprefix(_TRANSFORMERS), pretrained, img_size, seed, meta)
+        published = name.removeprefix(_TRANSFORMERS)
+        if random_on is not None and published in PUBLISHED and not (pretrained or meta or img_size):
+            torch.manual_seed(seed)
+            return build_published(published, *random_on)
+        return _hugging_face(published, pretrained, img_size, seed, meta)
     kwargs = {"img_size": img_size} if img_size else {}
     return create_model(name, Options(pretrained=pretrained, model_kwargs=kwargs, seed=seed), meta).eval()
 

@@ -49,6 +49,7 @@ from vtok.reading import exists, regular
 from vtok.writing import apart, writable
 
 __all__ = ["BACKENDS", "FIGURES", "REFERENCE", "RunConfig", "bundled", "find", "load", "parse_method", "parse_setting"]
+SUITES = "suites"  # a folder beside the runs: what vtok bench-suite reads
 NOT_REPRODUCIBLE = "not_reproducible"  # a table in the folder of the runs, which vtok.eval.published.tables reads
 
 
@@ -143,7 +144,7 @@ def bundled() -> list[str]:
 @cache
 def _bundled() -> dict[str, str]:
     """Name of a bundled run -> its folder in `vtok.configs`."""
-    folders = [folder for folder in files("vtok.configs").iterdir() if folder.is_dir()]
+    folders = [folder for folder in files("vtok.configs").iterdir() if folder.is_dir() and folder.name != SUITES]
     return {p.name.removesuffix(".yaml"): f.name for f in folders for p in f.iterdir() if p.name.endswith(".yaml")}
 
 

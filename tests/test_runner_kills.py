@@ -94,8 +94,10 @@ def _strict(folder):
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_sweeps_killed_at_random_moments_resume(tmp_path, kills):
-    """Whatever the moment: finished configurations stay, none is run again, and the end equals an uninterrupted run. Two programs
-    that are started at once share the work."""
+    """Whatever the moment: finished configurations stay, none is run again, and the end equals an uninterrupted run.
+
+    Two programs that are started at once share the work.
+    """
     path = _written(tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", KILLER, path, tmp_path, str(kills)], capture_output=True, text=True, env={**os.environ}

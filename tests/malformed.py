@@ -10,6 +10,7 @@ import copy
 import json
 import math
 import os
+import random
 import signal
 import traceback
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import click
+from timm.models.vision_transformer import VisionTransformer
 
 from vtok.errors import VtokError
 
@@ -163,3 +165,81 @@ def pipe(path: Any) -> Any:
     """A named pipe that nobody writes into."""
     os.mkfifo(path)
     return path
+
+
+# What a list of mutations is cut to in the default tests: every so many of it, so that all places are reached.
+MOST = 150
+
+
+def model():
+    return VisionTransformer(img_size=32, patch_size=4, embed_dim=32, depth=4, num_heads=2, num_classes=4).eval()
+
+
+def failures(inputs, allowed=(ACCEPTED, REFUSED)):
+    """Names of inputs, (name, call[, allowed]), that end otherwise than allowed, with what they end in."""
+    found, count = [], 0
+    for name, call, *own in inputs:
+        count += 1
+        what, detail = outcome(call)
+        if what not in (own[0] if own else allowed):
+            found.append(f"{name}: {what} {detail}")
+    assert count, "no inputs"
+    return found
+
+
+def some(inputs, most=MOST):
+    """All of a short list, a fixed choice of a long one."""
+    inputs = list(inputs)
+    return inputs if len(inputs) <= most else random.Random(0).sample(inputs, most)
+
+
+def told(found):
+    return "\n".join([f"{len(found)} inputs end badly", *found[:12], *[one.splitlines()[0][:150] for one in found[12:60]]])
+
+
+RUN = {
+    "model": {"backend": "timm", "name": "test_vit"},
+    "method": {"name": "tome", "r": 2},
+    "task": "imagenet",
+    "data": "folder",
+    "num_samples": 4,
+    "batch_size": 2,
+    "dtype": "fp32",
+    "seed": 1,
+    "options": {"crop_pct": 0.9, "interpolation": "bicubic", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+    "sweep": {"method.r": [1, 2]},
+    "output": "out",
+}
+
+
+def record():
+    return {
+        "key": "k",
+        "task": "imagenet",
+        "model": "net",
+        "backend": "timm",
+        "method": "tome",
+        "setting": "tome(r=2)",
+        "params": {"r": 2},
+        "budget": None,
+        "dataset": "pictures",
+        "n": 16,
+        "metrics": {
+            "top1": 50.0,
+            "top1_stderr": 12.9,
+            "difference": -2.0,
+            "difference_stderr": 1.0,
+            "difference_ci": [-5.0, 1.0],
+        },
+        "primary": "top1",
+        "percent": True,
+        "tokens": {"in": 65, "out": 20.0, "mean_per_layer": [60.0, 40.0, 20.0]},
+        "gmacs": {"base": 1.0, "model": 0.5, "pruner": 0.01},
+        "implied_speedup": 2.0,
+        "speedup": 1.4,
+        "speedup_ci": [1.2, 1.6],
+        "pairs": 9,
+        "groups": {"class": {"a": {"n": 8, "top1": 50.0, "top1_difference": 0.0}}},
+        "config": {"model": {"backend": "timm", "name": "net"}, "method": {"name": "tome", "r": 2}},
+        "correct": "ff00",
+    }

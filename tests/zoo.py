@@ -118,15 +118,15 @@ def config_for(name: str, method: str, model: nn.Module, **extra: Any) -> Method
     return None
 
 
+@functools.cache
+def _supported(name: str, method: str) -> bool:
+    return config_for(name, method, _prototype(name)) is not None
+
+
 def pairs(names: list[str] | None = None) -> list[tuple[str, str]]:
     """(example, method) for every combination that is supported."""
     chosen = list(EXAMPLES) if names is None else names
-    return [
-        (name, method)
-        for name in chosen
-        for method in encoder_methods()
-        if config_for(name, method, _prototype(name)) is not None
-    ]
+    return [(name, method) for name in chosen for method in encoder_methods() if _supported(name, method)]
 
 
 def covering(combinations: list[tuple[str, str]], shift: int, of: int = 3) -> list[Any]:

@@ -95,7 +95,12 @@ _BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "EVA post-norm": _eva(use_post_norm=True),
     "EVA grouped queries": _eva(attn_type="rope", num_kv_heads=2, qkv_fused=False),
     "DINOv3 rotary, 4 registers": _eva(
-        rope_type="dinov3", num_reg_tokens=4, use_abs_pos_emb=False, init_values=0.1, attn_type="rope"
+        rope_type="dinov3",
+        rope_rotate_half=True,  # as the published ones; the other rotary models turn neighbouring numbers
+        num_reg_tokens=4,
+        use_abs_pos_emb=False,
+        init_values=0.1,
+        attn_type="rope",
     ),
     "BEiT relative bias": _beit(use_rel_pos_bias=True, init_values=0.1),
     "BEiT shared relative bias": _beit(use_shared_rel_pos_bias=True),

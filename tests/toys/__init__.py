@@ -1,1 +1,1 @@
-"""What CONTRIBUTING's recipes add, each in a file of its own; `tests/test_recipes.py` registers them and runs the suites."""
+"""What the recipes of CONTRIBUTING add, each in its file; `tests/e2e/test_recipes.py` registers them and runs the suites."""

@@ -23,7 +23,7 @@ import vtok
 from vtok.eval.cli.app import app
 from vtok.serving import TokenChoice, VLMInfo
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
 COMMANDS = [

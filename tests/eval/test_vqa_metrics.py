@@ -11,7 +11,7 @@ from vtok.eval.tasks.vqa import metrics
 from vtok.eval.tasks.vqa.metrics import agreement, exact_match, majority, normalised, soft_accuracy
 
 MODES = ("lmms", "official")  # the others: test_question_metrics.py
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "vqa_soft_accuracy.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "vqa_soft_accuracy.json").read_text(encoding="utf-8"))
 
 
 def test_golden_cases_tell_the_modes_apart():

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from vtok.eval.cli import main
 from vtok.eval.cli.app import app
 
 run = CliRunner()
@@ -131,10 +132,17 @@ def test_run_prints_published_beside_measured(folder, tmp_path):
     assert found == ["unpatched", "pitome(ratio=0.95)", "pitome(ratio=0.8)"], "the file holds what the folder holds"
 
 
+def test_an_expected_error_ends_the_program_in_one_line():
+    command = [sys.executable, "-m", "vtok.eval", "plan", "reference", "tomee"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    assert done.returncode == 2
+    assert "unknown method 'tomee'; did you mean 'tome'?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["plan", "reference", "tomee"], "unknown method 'tomee'; did you mean 'tome'?"),
         (["run", "nothing"], "unknown run 'nothing'"),
         (["run", "tome_vit_s_augreg_r13"], "names no data; pass --data FOLDER"),
         (["demo", "--budgets", "a,b"], "--budgets takes numbers"),
@@ -144,16 +152,24 @@ def test_run_prints_published_beside_measured(folder, tmp_path):
         (["eval", "imagenet", "--model", "a", "--data", "b", "--results-file", "/dev/null/r"], "/dev/null/r cannot be written"),
     ],
 )
-def test_expected_errors_are_one_line(args, words):
-    done = subprocess.run([sys.executable, "-m", "vtok.eval", *args], capture_output=True, text=True, env={**os.environ})
-    assert done.returncode == 2
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
+def test_expected_errors_are_one_line(args, words, monkeypatch, capsys):
+    """What the program does after it has started, see above."""
+    monkeypatch.setattr(sys, "argv", ["vtok", *args])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer has one of its own
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
 
 
-def test_demo(tmp_path):
+def test_demo(tmp_path, monkeypatch):
     """The main job on a few images; a second run has nothing left to do. See also test_clip_demo and test_vqa_demo."""
-    args = ["demo", "--images", 20, "--out", tmp_path / "d", "--budgets", "0.6", "-b", 10, "--no-clip", "--no-vqa"]
+    from vtok.eval.demo import vit
+    from vtok.eval.tasks import fashion
+
+    for home in (vit, fashion):
+        monkeypatch.setattr(home, "CALIBRATION", 8)  # budgets are met on as many images, not on 128
+    args = ["demo", "--images", 8, "--out", tmp_path / "d", "--budgets", "0.6", "-b", 4, "--no-clip", "--no-vqa"]
     first = _ok(*args)
     for word in ("tome", "random", "unpatched", "implied", "standard errors"):
         assert word in first

@@ -19,6 +19,7 @@ from vtok.methods.ats import significance_scores
 from vtok.methods.baselines.uniform_grid import dither_rank
 from vtok.methods.pitome import energy_plan, energy_score, merge_count, sorted_bsm_plan
 from vtok.methods.zero_tprune import Step, prune_plan
+from vtok.ops.sampling import midpoint_samples
 from vtok.ops.selection import kept_tokens
 
 
@@ -78,6 +79,25 @@ def test_significance(batch: int, heads: int, n: int, per_head: bool, seed: int)
             scores = [float(attn[b, :, j].sum() * v[b, :, j].flatten().norm()) for j in range(1, n)]
         assert found[b].tolist() == pytest.approx([score / sum(scores) for score in scores], abs=1e-12)
     assert not significance_scores(attn, 0 * v, per_head).any()
+
+
+@properties
+@given(st.integers(1, 2), st.integers(3, 9), st.integers(1, 3), st.integers(1, 6), st.booleans(), seeds)
+def test_a_token_is_sampled_by_its_own_attention_and_value(
+    batch: int, patches: int, p: int, k: int, per_head: bool, seed: int
+) -> None:
+    """Of the class token's row, whatever stands in front of the patches."""
+    n = p + patches
+    view, k = attention(seed, batch, n), min(k, patches)
+    facts = model_info(num_prefix=p, num_patches=patches, grid=(1, patches), num_heads=2, head_dim=4)
+    config = vtok.ATS(num_tokens=k, layers=[0], score="per_head" if per_head else "sum_attention")
+    plan = config.build(facts).plan(torch.zeros(batch, n, 1), TokenState(p, n), view, Site(Place.BLOCK_PRE, 0))
+    assert plan is not None and view.v is not None
+    row = view.probs()[:, :, 0]
+    hit = midpoint_samples(significance_scores(row[:, :, p - 1 :], view.v[:, :, p - 1 :], per_head), k)
+    for b in range(batch):
+        real = plan.keep[b] if plan.valid is None else plan.keep[b][plan.valid[b]]
+        assert real.tolist() == [*range(p), *(hit[b].nonzero()[:, 0] + p).tolist()]
 
 
 @pytest.mark.parametrize("config", [{}, {"query": "mean"}, {"score": "per_head"}], ids=str)

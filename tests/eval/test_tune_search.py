@@ -7,9 +7,9 @@ from statistics import fmean
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import properties
 
 import vtok
-from tests.strategies import properties
 from vtok.core.search_space import Blocks, Choice, Real, Weights
 from vtok.eval.tune.search import LEAST_SAMPLES, SEARCHES, Search, TrialRandom, stages
 

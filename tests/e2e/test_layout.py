@@ -10,7 +10,7 @@ import pytest
 
 import vtok
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HOMES = {"vtok": ROOT / "vtok", "vtok.patches": ROOT / "patches", "vtok.eval": ROOT / "eval"}
 # The layers, lowest first: a module may import modules of its own layer and of layers below.
 LAYERS = (

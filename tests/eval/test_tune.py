@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+import zoo
 from filelock import FileLock
 from PIL import Image
 from typer.testing import CliRunner
 
 import vtok
-from tests import zoo
 from vtok.capabilities import HasSearchSpace
 from vtok.eval.cli.app import app
 from vtok.eval.common.settings import pass_cost

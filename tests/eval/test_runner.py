@@ -183,8 +183,11 @@ def test_records_of_dual_encoders(tmp_path):
     assert "image_retrieval_recall@2_difference_ci" in records[3]["metrics"]
 
 
-def test_records_of_questions(tmp_path):
+def test_records_of_questions(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
+    from helpers_vqa import tiny_llava
+
+    monkeypatch.setattr(runs_models, "load_vlm", lambda name: tiny_llava())
     config = load(
         tmp_path,
         {

@@ -154,7 +154,7 @@ PRINTED = {
 
 
 def test_records_of_the_first_release_are_read_as_it_printed_them(tmp_path):
-    path = Path(__file__).parent / "golden" / "records_0_1_0.jsonl"
+    path = Path(__file__).parents[1] / "golden" / "records_0_1_0.jsonl"
     found = {section.title: section for section in sections(read([path]).records)}
     assert set(found) == {*PRINTED, "reference-clip on easyvqa + easyvqa_pages"}
     for title, rows in PRINTED.items():

@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 import yaml
+from test_tune import vtok_tune
 
 import vtok
-from tests.test_tune import vtok_tune
 from vtok.core.search_space import draw
 from vtok.eval.tasks.vqa.opening import calibration_questions, easy_vqa
 from vtok.eval.tune import prompts as tune_prompts

@@ -27,7 +27,7 @@ from vtok.patches import block, pooling
 from vtok.testing import prompt_oracle, tiny
 from vtok.testing.encoder_oracle import Decision, Evidence, differences, masked_plan
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = Path(__file__).resolve().parents[2] / "README.md"
 complete = pytest.mark.skipif(
     bool(TOO_NEW) or set(BACKENDS) != set(vtok.ADAPTERS.names()), reason="an installed backend lacks some of the models"
 )

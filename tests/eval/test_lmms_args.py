@@ -95,7 +95,7 @@ def test_bad_arguments(args, error, message):
 
 def test_lmms_eval_finds_the_models_without_importing_them():
     """An entry point that failed to load would only be a warning in lmms-eval's log."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     text = (root / "pyproject.toml").read_text()
     assert '[project.entry-points."lmms_eval.models"]\nvtok = "vtok.eval.lmms:manifests"' in text
     heavy = "'transformers' in sys.modules, 'lmms_eval' in sys.modules"

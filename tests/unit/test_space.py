@@ -6,12 +6,12 @@ import random
 
 import pytest
 import torch
+import zoo
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import properties, seeds
 
 import vtok
-from tests import zoo
-from tests.strategies import properties, seeds
 from vtok.capabilities import HasSearchSpace, search_space
 from vtok.core.search_space import Blocks, BudgetCandidates, Choice, Real, Weights, draw
 from vtok.cost.budget import steps_of, within

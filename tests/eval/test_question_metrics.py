@@ -20,7 +20,7 @@ from vtok.eval.tasks.vqa_benchmarks.scienceqa import letter_match, prompt_text
 from vtok.eval.tasks.vqa_benchmarks.scienceqa import parse_llava as science_llava
 from vtok.eval.tasks.vqa_benchmarks.textvqa import prompt_text as textvqa_prompt
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "question_scores.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "question_scores.json").read_text(encoding="utf-8"))
 
 
 def ask(target, **groups):

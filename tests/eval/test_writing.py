@@ -14,7 +14,7 @@ from vtok.errors import ConfigError
 from vtok.eval.common.records import Records
 from vtok.writing import apart, replacing, writable, write, write_beside
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _full(monkeypatch):

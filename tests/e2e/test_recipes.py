@@ -28,7 +28,7 @@ from vtok.patches.hf_vlm.families import FAMILIES, OLDEST, release, supported
 from vtok.registry import METHODS, encoder_methods
 from vtok.testing import EncoderMethodTests, PromptMethodTests, tiny
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LINES = {  # the second place of each recipe
     "top_rows": "toys.encoder_method:TopRows",
     "strongest": "toys.prompt_method:Strongest",

@@ -25,7 +25,7 @@ from vtok.eval.tasks.vqa_choice.letters import letter_of
 from vtok.eval.tasks.vqa_choice.mmbench import infer_letter
 from vtok.eval.tasks.vqa_choice.mmmu import open_answers, read_letter
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "question_scores_2.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "question_scores_2.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("task", ["mmbench", "mmmu", "mvbench", "ocrbench", "refcoco", "seedbench", "videomme", "vizwiz"])

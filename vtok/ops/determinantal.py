@@ -14,6 +14,7 @@ from vtok.ops.diversity import all_at_once, all_with_all, all_with_all_macs, row
 from vtok.ops.matching import unit
 
 _RANK = 1e-4  # of the largest entry of the kernel's diagonal: below it no direction is left; rows in fp32 are off by up to 1e-5
+_ABOVE_ZERO = 1e-6  # in the numerator of a scaled similarity
 NEAR = 1e-5  # of the best: what is closer counts as equal; copies (newline tokens) differ by the rounding of their batch
 
 
@@ -77,3 +78,27 @@ def _first_of_best(value: Tensor) -> Tensor:
     """[B, 1]: the lowest place in [B, n] of what is as large as the largest, which is no less than 0."""
     best = value.amax(1, keepdim=True)
     return (value >= best - NEAR * best).view(torch.uint8).argmax(1, keepdim=True)
+
+
+def scaled(similarity: Tensor, sign: int = 1, joint: bool = False) -> Tensor:
+    """Quality in (0, 1] from a similarity (CDPruner, arXiv:2506.10967, eq. 3): sign times similarity less its minimum, divided
+    by its range; 1 where all are alike.
+
+    Args:
+        similarity: [B, n].
+        sign: 1 or -1.
+        joint: take minimum and maximum over the whole batch.
+
+    Returns:
+        [B, n].
+    """
+    score = sign * similarity
+    over = (0, 1) if joint else (1,)
+    low, high = score.amin(over, keepdim=True), score.amax(over, keepdim=True)
+    spread = high - low
+    return torch.where(spread > 0, (score - low + _ABOVE_ZERO) / spread.where(spread > 0, 1), 1.0)
+
+
+def balanced(relevance: Tensor, theta: float | None) -> Tensor:
+    """exp(theta r / (2 (1 - theta))), or r itself without theta."""
+    return relevance if theta is None else (relevance * (theta / (2 * (1 - theta)))).exp()

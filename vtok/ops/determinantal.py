@@ -19,7 +19,7 @@ NEAR = 1e-5  # of the best: what is closer counts as equal; copies (newline toke
 
 
 @torch.no_grad()
-def greedy_dpp(features: Tensor, quality: Tensor, k: int) -> Tensor:
+def greedy_dpp(features: Tensor, quality: Tensor, k: int, kernel: Tensor | None = None) -> Tensor:
     """Greedy maximum a posteriori of the kernel diag(q) S diag(q), S the cosines of the features (Chen et al., NeurIPS 2018).
 
     The next token is the one that adds most to the determinant; what each would add is carried along by a row of the
@@ -32,6 +32,7 @@ def greedy_dpp(features: Tensor, quality: Tensor, k: int) -> Tensor:
         features: [B, n, d], in at least fp32 here; a zero row is taken last.
         quality: [B, n] >= 0.
         k: at most n.
+        kernel: [B, n, n], the kernel itself, where it is known.
 
     Returns:
         [B, k] int64 in order of choice.
@@ -43,7 +44,8 @@ def greedy_dpp(features: Tensor, quality: Tensor, k: int) -> Tensor:
     gain = left.square() * (x != 0).any(2)
     least = _RANK * gain.amax(1, keepdim=True)
     x = x * left[..., None]
-    kernel = all_with_all(x) if all_at_once(n, k) else None
+    if kernel is None and all_at_once(n, k):
+        kernel = all_with_all(x)
     factor, order = x.new_zeros(batch, k, n), []
     for step in range(k):
         spent = gain.amax(1, keepdim=True) <= least

@@ -95,13 +95,73 @@ _QWEN_2_5_VL_7B = (
         "vision_end_token_id": 151653,
     },
 )
+_QWEN_3_VL_8B = (
+    "Qwen3VLForConditionalGeneration",
+    {
+        "vision_config": {
+            "depth": 27,
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_heads": 16,
+            "out_hidden_size": 4096,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [8, 16, 24],
+        },
+        "text_config": {
+            "vocab_size": 151936,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
+        },
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653,
+    },
+)
+_LLAVA_ONEVISION_7B = (
+    "LlavaOnevisionForConditionalGeneration",
+    {
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 16,
+            "image_size": 384,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        "text_config": {
+            "model_type": "qwen2",
+            "vocab_size": 152064,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+        },
+        "image_grid_pinpoints": [[384 * high, 384 * wide] for high in range(1, 7) for wide in range(1, 7)],
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+    },
+)
 # Name on the hub -> (class of transformers, what its configuration says).
 PUBLISHED: dict[str, tuple[str, Mapping[str, Any]]] = {
     "Qwen/Qwen2.5-VL-7B-Instruct": _QWEN_2_5_VL_7B,
+    "Qwen/Qwen3-VL-8B-Instruct": _QWEN_3_VL_8B,
     "Salesforce/blip-itm-base-coco": _BLIP,
     "Salesforce/blip-itm-base-flickr": _BLIP,
     "llava-hf/llava-1.5-13b-hf": _llava(_VICUNA_13B),
     "llava-hf/llava-1.5-7b-hf": _llava(_VICUNA_7B),
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": _LLAVA_ONEVISION_7B,
     "llava-hf/llava-v1.6-vicuna-13b-hf": _llava_next(_VICUNA_13B),
     "llava-hf/llava-v1.6-vicuna-7b-hf": _llava_next(_VICUNA_7B),
 }

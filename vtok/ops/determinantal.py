@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from vtok.core.tokens import at_least_fp32
 from vtok.ops.diversity import all_at_once, all_with_all, all_with_all_macs, rows_of
 from vtok.ops.matching import unit
 
@@ -32,18 +33,18 @@ def greedy_dpp(features: Tensor, quality: Tensor, k: int, kernel: Tensor | None 
         features: [B, n, d], in at least fp32 here; a zero row is taken last.
         quality: [B, n] >= 0.
         k: at most n.
-        kernel: [B, n, n], the kernel itself, where it is known.
+        kernel: [B, n, n], the kernel itself, where it is known; of the features only their shape counts then.
 
     Returns:
         [B, k] int64 in order of choice.
     """
-    x = unit(features)
+    x = at_least_fp32(features) if kernel is not None else unit(features)
     left = quality.to(x.dtype, copy=True)  # of the tokens that are not taken
     batch, n, width = x.shape
     # 1 for every row that is not zero: the squares of rounded unit rows would rank what is equal
-    gain = left.square() * (x != 0).any(2)
+    gain = left.square() * ((x != 0).any(2) if kernel is None else kernel.diagonal(dim1=1, dim2=2) > 0)
     least = _RANK * gain.amax(1, keepdim=True)
-    x = x * left[..., None]
+    x = x * left[..., None] if kernel is None else x
     if kernel is None and all_at_once(n, k):
         kernel = all_with_all(x)
     factor, order = x.new_zeros(batch, k, n), []

@@ -11,6 +11,8 @@ CLIP's common space, T text tokens, M segments of a question.
 from __future__ import annotations
 
 import functools
+import os
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,8 @@ from vtok.ops.matching import unit
 
 if TYPE_CHECKING:
     from vtok.methods.features.cdpruner import CDPruner
+
+_HUB = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # names of models there
 
 
 class Clip:
@@ -57,11 +61,6 @@ class Clip:
     def width(self) -> int:
         """Of the vision tower, C."""
         return int(self.model.visual_projection.in_features)
-
-    @property
-    def joint(self) -> int:
-        """Of the common space, e."""
-        return int(self.model.visual_projection.out_features)
 
     def segments(self, question: str) -> list[list[int]]:
         """Numbers of CLIP's tokens, in pieces of as many as its text tower takes, each with the marks of start and end."""
@@ -114,25 +113,36 @@ def build(config: CDPruner, info: VLMInfo) -> ClipReducer:
             "tower is the model's, and tokenizer=FOLDER, the model's own; or relevance='embeddings', which needs neither"
         )
     tower, block = looked_at(config, info, None)
-    found = load(config.clip, config.tokenizer)
-    if found.width != tower.width:
-        raise UnsupportedModelError(
-            f"cdpruner: the vision tower of {info.name} is {tower.width} wide, that of clip={config.clip!r} {found.width}; "
-            "pass the CLIP that the tower comes from, or relevance='embeddings'"
-        )
+    if not _HUB.fullmatch(config.clip) or os.path.isdir(config.clip):  # what the Hub names is read when it is first needed
+        _fitting(load(config.clip, config.tokenizer), config, info)
     if info.grid is not None and info.grid[0] * info.grid[1] != tower.num_patches:
         raise UnsupportedModelError(
             f"cdpruner compares patches with the question, but {info.name} merges {tower.num_patches} patches into "
             f"{info.grid[0] * info.grid[1]} visual tokens; pass relevance='embeddings'"
         )
-    return ClipReducer(config, info, (block,), found)
+    return ClipReducer(config, info, (block,))
+
+
+def _fitting(found: Clip, config: CDPruner, info: VLMInfo) -> Clip:
+    """The same, whose tower is as wide as that of the model."""
+    tower = info.tower
+    assert tower is not None
+    if found.width != tower.width:
+        raise UnsupportedModelError(
+            f"cdpruner: the vision tower of {info.name} is {tower.width} wide, that of clip={config.clip!r} {found.width}; "
+            "pass the CLIP that the tower comes from, or relevance='embeddings'"
+        )
+    return found
 
 
 @dataclass(frozen=True)
 class ClipReducer(ViewReducer):
     """CDPruner for one model; `blocks` holds the tower's feature block."""
 
-    clip: Any = None
+    @property
+    def clip(self) -> Clip:
+        """What is read of CLIP, when it is first needed."""
+        return _fitting(load(self.config.clip, self.config.tokenizer), self.config, self.info)
 
     @property
     def reads_text(self) -> bool:
@@ -171,8 +181,9 @@ class ClipReducer(ViewReducer):
                 f"cdpruner compares the {images.modality}s of {self.info.name} with the prompt's text, but which prompt they "
                 'belong to cannot be told; pass relevance="none"'
             )
-        words = self.clip.of_text(text).repeat_interleave(held.views, 0)
-        return held.by_row(torch.bmm(self.clip.of_patches(hidden), words[..., None]).squeeze(2))
+        clip = self.clip
+        words = clip.of_text(text).repeat_interleave(held.views, 0)
+        return held.by_row(torch.bmm(clip.of_patches(hidden), words[..., None]).squeeze(2))
 
     def feature_count(self, n: int, views: tuple[View, ...], modality: str = "image") -> int:
         sizes = view_sizes(views)
@@ -181,11 +192,13 @@ class ClipReducer(ViewReducer):
         return n if count == sum(sizes) else min(n, count + behind)
 
     def feature_macs(self, n: int, views: tuple[View, ...], modality: str = "image") -> int:
-        """Projection of the patches and the choice; the text tower's depend on the question and are left out."""
+        """Projection of the patches, into a space as wide as their tower, and the choice. The text tower's depend on the
+        question and are left out."""
         sizes, config, width = view_sizes(views), self.config, self.info.width
         if self._count(sizes) == sum(sizes):
             return 0
-        macs = sum(sizes) * self.clip.joint * (self.clip.width + 1)
+        assert self.info.tower is not None
+        macs = sum(sizes) * self.info.tower.width * (self.info.tower.width + 1)
         if config.official:
             return macs + sum(greedy_dpp_macs(size, config.count(size), width) for size in sizes)
         return macs + greedy_dpp_macs(sum(sizes), config.count(sum(sizes)), width)

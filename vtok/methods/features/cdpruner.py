@@ -35,14 +35,15 @@ stay.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vtok.core.prompt import ImageFeatures, PromptText, View, VLMInfo
+from vtok.core.search_space import Choice, Point, Space
 from vtok.errors import ConfigError, StateError, shown, unknown
 from vtok.methods.features.cdpruner_clip import ClipReducer, build
 from vtok.methods.kept_share import FeatureChoice, KeptShare
@@ -50,6 +51,10 @@ from vtok.methods.preset import Official
 from vtok.ops.determinantal import balanced, greedy_dpp, greedy_dpp_macs, scaled
 from vtok.ops.matching import unit
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_SEARCHED: Space = {"sign": Choice((-1, 1)), "theta": Choice((None, 0.3, 0.5, 0.7, 0.9))}
 RELEVANCE = ("embeddings", "clip", "none")
 
 
@@ -103,6 +108,14 @@ class CDPruner(Official, KeptShare):
             if value is not None and (not isinstance(value, (str, os.PathLike)) or self.relevance != "clip"):
                 raise ConfigError(f"{name} names a folder for relevance='clip', got {shown(value)} with {self.relevance!r}")
             object.__setattr__(self, name, None if value is None else os.fspath(value))
+
+    def search_space(self, info: VLMInfo) -> Space:
+        """What relevance counts; given parameters are left alone."""
+        given = self.given()
+        return {name: kind for name, kind in _SEARCHED.items() if name not in given} if self.relevance != "none" else {}
+
+    def candidates_at(self, info: VLMInfo, point: Point) -> Sequence[Self]:
+        return self.replace(**point).budget_candidates(info)
 
     def build_vlm(self, info: VLMInfo) -> CDPrunerReducer | ClipReducer:
         return build(self, info) if self.relevance == "clip" else CDPrunerReducer(self, info)

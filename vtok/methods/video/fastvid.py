@@ -9,7 +9,7 @@ Shapes: F frames of one video, m tokens of each, r of them not salient, D width,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from vtok.config import whole
 from vtok.core.prompt import ImageFeatures, View, VLMInfo
 from vtok.core.reduction import Plan
+from vtok.core.search_space import Choice, Dimension, Real
 from vtok.core.tokens import at_least_fp32
 from vtok.errors import ConfigError, UnsupportedModelError, shown, unknown
 from vtok.methods.features.view_tokens import attention_macs, patch_attention, view_tokens
@@ -57,6 +58,12 @@ class FastVID(Official, VideoConfig):
     """
 
     name: ClassVar[str] = "fastvid"
+    searched: ClassVar[Mapping[str, Dimension]] = {
+        "threshold": Real(0.5, 1.0),
+        "context": Real(0.0, 0.8),
+        "every": Choice((1, 2, 4, 8)),
+        "anchor_weight": Real(0.3, 0.9),
+    }
     default_keep: ClassVar[float | None] = 0.1
 
     segments: int = 8

@@ -14,7 +14,7 @@ import functools
 import os
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +26,6 @@ from vtok.errors import ConfigError, StateError, UnsupportedModelError
 from vtok.methods.features.view_tokens import ViewReducer, ViewTokens, looked_at, view_sizes, view_tokens
 from vtok.ops.determinantal import balanced, greedy_dpp, greedy_dpp_macs, scaled
 from vtok.ops.matching import unit
-
-if TYPE_CHECKING:
-    from vtok.methods.features.cdpruner import CDPruner
 
 _HUB = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # names of models there
 
@@ -100,7 +97,7 @@ def load(clip: str, tokenizer: str) -> Clip:
     return Clip(clip, tokenizer)
 
 
-def build(config: CDPruner, info: VLMInfo) -> ClipReducer:
+def build(config: Any, info: VLMInfo) -> ClipReducer:
     """CDPruner by CLIP's relevance for one model.
 
     Raises:
@@ -123,7 +120,7 @@ def build(config: CDPruner, info: VLMInfo) -> ClipReducer:
     return ClipReducer(config, info, (block,))
 
 
-def _fitting(found: Clip, config: CDPruner, info: VLMInfo) -> Clip:
+def _fitting(found: Clip, config: Any, info: VLMInfo) -> Clip:
     """The same, whose tower is as wide as that of the model."""
     tower = info.tower
     assert tower is not None
@@ -158,7 +155,7 @@ class ClipReducer(ViewReducer):
         return None if self._count(sizes) == sum(sizes) else self.choose(images, held)
 
     def choose(self, images: ImageFeatures, held: ViewTokens) -> Plan:
-        config: CDPruner = self.config
+        config = self.config
         tokens, pool = at_least_fp32(images.tokens), held.pool
         relevance = balanced(scaled(self._similarity(images, held)[:, pool], config.sign), config.theta)
         if not config.official:

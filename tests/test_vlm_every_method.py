@@ -123,7 +123,7 @@ def together(pair: tuple[str, str]) -> None:
     model, values = build("LLaVA-1.5"), inputs("LLaVA-1.5")
     configs = [setting(name) for name in pair]
     if pair[0] == "todre":
-        configs[0] = configs[0].replace(probe=None)  # its second stage is another method inside the LLM
+        configs[0] = vtok.ToDRE(keep=0.5, probe=None)  # its second stage is another method inside the LLM
     alone = vtok.patch(model, configs[0])
     generate(alone, values, steps=1)
     (row,) = vtok.info(alone).prompts[0].rows

@@ -1,10 +1,12 @@
 """Methods for videos on the bundled LLaVA: its weights in a LLaVA-OneVision, asked about clips of pictures that move.
 
-No bundled model was trained on videos. LLaVA-OneVision has the parts of LLaVA, and pools every frame to a quarter of its tokens; the
-weights of the reference LLaVA fit as they are. A clip shows one picture of easy-VQA, in every frame moved by up to three of its 64
-pixels, so that all frames hold the answer: methods differ in what they keep of it, not in which frame they find.
+No bundled model was trained on videos. LLaVA-OneVision has the parts of LLaVA, and pools every frame to a quarter of its
+tokens; the weights of the reference LLaVA fit as they are. A clip shows one picture of easy-VQA, in every frame moved by up to
+three of its 64 pixels, so that all frames hold the answer: methods differ in what they keep of it, not in which frame they find.
 
-`python -m vtok.eval.demo.clips` prints the table of the documentation (assets/docs/prompt_methods.md).
+`python -m vtok.eval.demo.clips` prints the table of the second part here:
+
+.. include:: ../../assets/docs/prompt_methods.md
 
 Shapes: Q questions, B of a batch, F frames of a clip, P pixels of a side.
 """
@@ -163,6 +165,7 @@ def table(found: Sequence[Shown]) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--questions", type=int, default=240)
     parser.add_argument("--frames", type=int, default=8)

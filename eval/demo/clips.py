@@ -2,7 +2,7 @@
 
 No bundled model was trained on videos. LLaVA-OneVision has the parts of LLaVA, and pools every frame to a quarter of its
 tokens; the weights of the reference LLaVA fit as they are. A clip shows one picture of easy-VQA, in every frame moved by up to
-three of its 64 pixels, so that all frames hold the answer: methods differ in what they keep of it, not in which frame they find.
+three of its 64 pixels, so that all frames hold the answer and methods differ in what they keep of it.
 
 `python -m vtok.eval.demo.clips` prints the table of the second part here:
 

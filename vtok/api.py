@@ -54,7 +54,8 @@ def patch(
             number that it has no default for (`correlation`), and on which a budget is solved instead of a stated prompt where
             counts depend on images or text; they are run now.
         trace: keep a map from original to reduced tokens of the vision tower, for `unmerge` and overlays.
-        positions: of a vision-language model's tokens behind dropped ones: "original" (default), or "compact", numbered anew.
+        positions: of a vision-language model's tokens behind dropped ones: "original", or "compact", numbered anew. Default:
+            those of the program that a method's `preset="official"` stands for, else "original".
         prompt: that a budget is solved for on a vision-language model: a `vtok.Prompt`, or a mapping of its fields such as
             {"images": 1, "text_tokens": 64}.
         **params: parameters of the method, if it was given by name.
@@ -161,7 +162,8 @@ def prune_inputs(
         model: with its language head, not patched.
         inputs: what the processor returned: input_ids, attention_mask, pixel_values and so on.
         method: as for `patch`.
-        positions: "original" (default): tokens keep the positions they had in the long prompt; "compact": numbered anew.
+        positions: "original": tokens keep the positions they had in the long prompt; "compact": numbered anew. Default: as for
+            `patch`.
         pad_token_id: fills rows that keep fewer tokens, on the left; default: the model's own.
         calibration: as for `patch`; for many prompts, pass the number it finds instead.
         **params: parameters of the method, if it was given by name.

@@ -81,6 +81,12 @@ class MethodConfig(RenamedMethods):
         """The same config with defaults that depend on the model written out, as `info`, `plan` and saved files show it."""
         return self
 
+    @property
+    def preset_positions(self) -> str | None:
+        """Positions of tokens behind dropped ones that a preset of the method stands for, where a caller names none: one of
+        `vtok.core.prompt.POSITIONS`, or `None`."""
+        return None
+
     def needs_budget(self) -> bool:
         """True when no knob is set and the default operating point is a share of FLOPs (`default_flops`)."""
         return False

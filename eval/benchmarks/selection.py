@@ -7,6 +7,10 @@
 | `dpp` | cdpruner | the kernel once; in every step what the chosen ones explain of it, from the rows kept so far |
 
 The last is what its program does, and no more can be left out of it: only its matrix is made in half the products here.
+
+`max_min` and `dpp` need cosines of all with all, in their programs and here: at the width of a 7B model that product is nearly
+all of the time, and an exact choice that makes half of it is at most about twice as fast as the loop. "its steps" compares what
+comes behind it, both sides given the matrix.
 """
 
 from __future__ import annotations
@@ -20,11 +24,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vtok.errors import unknown
 from vtok.eval.common.statistics import Interval, in_brackets, paired_ratio
 from vtok.eval.report.tables import Column, Table
 from vtok.methods.todre.selection import SELECTORS
 from vtok.ops.determinantal import NEAR, greedy_dpp
-from vtok.ops.diversity import max_min
+from vtok.ops.diversity import all_with_all, max_min, max_min_among
+from vtok.ops.matching import unit
 
 GROWN = ("tokens", "keep", "width")
 
@@ -39,6 +45,7 @@ class SelectorTime(NamedTuple):
         faster: loop / call, of pairs timed one right after the other.
         same: whether both choose the same tokens in the same order, in fp64 (in fp32 rounding orders what is almost equal).
         scaling: what was doubled -> by how much a call got longer; 2 where it costs keep x tokens x width.
+        steps: as `faster`, both given the products of all with all; `None` where the loop does not make them.
     """
 
     selector: str
@@ -47,6 +54,7 @@ class SelectorTime(NamedTuple):
     faster: Interval
     same: bool
     scaling: dict[str, float]
+    steps: Interval | None = None
 
 
 def loop_select(features: Tensor, k: int, pivot: int, selector: str) -> Tensor:
@@ -83,8 +91,11 @@ def max_min_loop(features: Tensor, k: int) -> Tensor:
         [k] int64, in order of choice.
     """
     x = features / features.norm(dim=1, keepdim=True)
-    distance = 1 - x @ x.T
-    chosen, free = torch.empty(k, dtype=torch.int64), torch.ones(len(x), dtype=torch.bool)
+    return _max_min_steps(1 - x @ x.T, k)
+
+
+def _max_min_steps(distance: Tensor, k: int) -> Tensor:
+    chosen, free = torch.empty(k, dtype=torch.int64), torch.ones(len(distance), dtype=torch.bool)
     for step in range(k):
         if step == 0:
             nearest = torch.topk(distance, 2, dim=0, largest=False).values[1]
@@ -109,8 +120,11 @@ def dpp_loop(features: Tensor, quality: Tensor, k: int) -> Tensor:
         [k] int64, in order of choice.
     """
     x = features / features.norm(dim=1, keepdim=True)
-    kernel = quality[:, None] * (x @ x.T) * quality
-    rows, gain, chosen = kernel.new_zeros(k, len(x)), quality.square(), torch.empty(k, dtype=torch.int64)
+    return _dpp_steps(quality[:, None] * (x @ x.T) * quality, quality, k)
+
+
+def _dpp_steps(kernel: Tensor, quality: Tensor, k: int) -> Tensor:
+    rows, gain, chosen = kernel.new_zeros(k, len(kernel)), quality.square(), torch.empty(k, dtype=torch.int64)
     for step in range(k):
         j = int((gain >= gain.amax() * (1 - NEAR)).long().argmax())
         explained = torch.einsum("s,sn->n", rows[:step, j], rows[:step])
@@ -143,8 +157,30 @@ CONTESTS: dict[str, tuple[Callable[[Tensor, int], Tensor], Callable[[Tensor, int
 }
 
 
+def _of_cosines(x: Tensor, k: int) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    cosines = all_with_all(unit(x))
+    distance = 1 - cosines[0]
+    return lambda: max_min_among(cosines, k), lambda: _max_min_steps(distance, k)
+
+
+def _of_kernel(x: Tensor, k: int) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    quality = _quality(x)
+    kernel = all_with_all(unit(x) * quality[..., None])
+    return lambda: greedy_dpp(x, quality, k, kernel), lambda: _dpp_steps(kernel[0], quality[0], k)
+
+
+# selector -> (features, k) -> (the choice, the loop), both given the products of all with all
+STEPS = {"max_min": _of_cosines, "dpp": _of_kernel}
+
+
 def measure(
-    tokens: int, keep: int, width: int, pairs: int, seed: int = 0, progress: Callable[[int, int], None] | None = None
+    tokens: int,
+    keep: int,
+    width: int,
+    pairs: int,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    names: Sequence[str] = (),
 ) -> list[SelectorTime]:
     """Times every selector on random features of one image (with a common part, so that cosines are positive, as real ones).
 
@@ -155,9 +191,16 @@ def measure(
         pairs: calls, each followed by the loop.
         seed: of the features.
         progress: called with pairs done and pairs in all.
+        names: of selectors; none = all.
+
+    Raises:
+        UnknownNameError: no such selector.
     """
-    results = []
-    for number, (name, (select, loop)) in enumerate(CONTESTS.items()):
+    wrong = [name for name in names if name not in CONTESTS]
+    if wrong:
+        raise unknown("selector", wrong[0], CONTESTS)
+    results, contests = [], {name: contest for name, contest in CONTESTS.items() if not names or name in names}
+    for number, (name, (select, loop)) in enumerate(contests.items()):
         x = _features(tokens, width, seed)
         ours, loops, exact = [], [], x.double()
         same = torch.equal(select(exact, keep)[0], loop(exact, keep))
@@ -166,12 +209,18 @@ def measure(
             ours.append(seconds)
             loops.append(slow)
             if progress is not None:
-                progress(number * pairs + i + 1, len(CONTESTS) * pairs)
+                progress(number * pairs + i + 1, len(contests) * pairs)
         faster = paired_ratio(loops, ours, seed=seed)
-        results.append(
-            SelectorTime(name, median(ours), median(loops), faster, same, _scaling(name, tokens, keep, width, pairs, seed))
-        )
+        scaling = _scaling(name, tokens, keep, width, pairs, seed)
+        steps = _steps(name, x, keep, pairs, seed) if name in STEPS else None
+        results.append(SelectorTime(name, median(ours), median(loops), faster, same, scaling, steps))
     return results
+
+
+def _steps(name: str, x: Tensor, keep: int, pairs: int, seed: int) -> Interval:
+    choice, loop = STEPS[name](x, keep)
+    times = [(_timed(lambda: loop())[1], _timed(lambda: choice())[1]) for _ in range(pairs)]
+    return paired_ratio([slow for slow, _ in times], [fast for _, fast in times], seed=seed)
 
 
 def _features(tokens: int, width: int, seed: int) -> Tensor:
@@ -204,6 +253,7 @@ def table(results: Sequence[SelectorTime], tokens: int, keep: int, width: int) -
         Column("ms", lambda r: f"{1000 * r.seconds:.0f}"),
         Column("loop, ms", lambda r: f"{1000 * r.loop_seconds:.0f}"),
         Column("faster [95 %]", lambda r: f"{r.faster.point:.1f}x{in_brackets(r.faster.ends, '.1f')}"),
+        Column("its steps", lambda r: "-" if r.steps is None else f"{r.steps.point:.1f}x{in_brackets(r.steps.ends, '.1f')}"),
         Column("same tokens", lambda r: "yes" if r.same else "no"),
         *(Column(f"{what} x 2", partial(_grown, what=what)) for what in GROWN),
     ]

@@ -4,27 +4,7 @@ Only the choice is run, with what it must work out again of a vision tower or of
 states are random tensors of the sizes of CLIP ViT-L/14 and of a Llama of 7B. What depends on the values (how many tokens leave
 under a method that adapts) is not that of a real image; times, products and memory of methods with a fixed budget are.
 
-Five crops of 576 tokens, one in nine stays, fp32, milliseconds of CPU time on one thread of an AMD EPYC, torch 2.14 (`vtok
-bench-select --every-method` measures yours; in front of a decoder layer its keys are made again, which is most of it):
-
-| method | stay | ms | GMACs | of a 7B prefill | peak MiB |
-|---|---|---|---|---|---|
-| `downsample`, `random`, `uniform` | 320 | 0 to 3 | 0 | 0 % | 0 |
-| `visionzip` | 320 | 280 | 9.3 | 0.04 % | 36 |
-| `prumerge` | 320 | 285 | 10.8 | 0.05 % | 34 |
-| `hired` | 320 | 292 | 18.2 | 0.09 % | 34 |
-| `holov` | 320 | 295 | 9.1 | 0.04 % | 34 |
-| `fastervlm` | 320 | 302 | 9.1 | 0.04 % | 34 |
-| `vispruner` | 320 | 360 | 10.6 | 0.05 % | 56 |
-| `divprune` | 320 | 713 | 18.5 | 0.09 % | 90 |
-| `cdpruner` | 320 | 794 | 18.6 | 0.09 % | 90 |
-| `todre` | 320 | 1188 | 5.6 | 0.03 % | 90 |
-| `pyramiddrop`, first stage | 1440 | 1368 | 49.4 | 0.23 % | 47 |
-| `fastv` | 320 | 1387 | 49.4 | 0.23 % | 47 |
-| `dart` | 324 | 1407 | 49.5 | 0.23 % | 92 |
-| `sparsevlm`, first stage | 1542 | 4396 | 52.0 | 0.24 % | 69 |
-
-Of 16 frames of 196 tokens a quarter: `evs` 167 ms, 49 MiB; `vidcom2` 234 ms, 123 MiB; `fastvid` 777 ms, 11.7 GMACs, 170 MiB.
+.. include:: ../../assets/docs/selectors.md
 """
 
 from __future__ import annotations

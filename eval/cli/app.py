@@ -194,6 +194,7 @@ def bench_select(
     views: Annotated[int, typer.Option(min=1, help="crops of the image, or frames, with --every-method")] = 5,
     video: Annotated[bool, typer.Option("--video", help="views are frames, with --every-method")] = False,
     device: Annotated[str, typer.Option(help="with --every-method")] = "cpu",
+    selector: Annotated[list[str] | None, typer.Option(help="only this one; repeatable (default: all)")] = None,
     seed: Seed = 0,
 ) -> None:
     """Times the choice of diverse tokens against loops that go step by step; or the choice of every method."""
@@ -221,7 +222,13 @@ def bench_select(
     with terminal.progress(transient=True) as progress:
         bar = progress.add_task("timing", total=None)
         results = select_bench.measure(
-            tokens, keep, width, pairs, seed, lambda done, total: progress.update(bar, completed=done, total=total)
+            tokens,
+            keep,
+            width,
+            pairs,
+            seed,
+            lambda done, total: progress.update(bar, completed=done, total=total),
+            selector or (),
         )
     console.print(select_bench.table(results, tokens, keep, width))
 

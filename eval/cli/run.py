@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +25,7 @@ Change = Annotated[list[str] | None, typer.Option("--set", help="key=value, as m
 Pretrained = Annotated[bool, typer.Option(help="load pretrained weights")]
 Workers = Annotated[int, typer.Option("--workers", "-j", min=0, help="processes that read images")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="folder of the results (default: what the file says)")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="print the table as Markdown")]
 Json = Annotated[Path | None, typer.Option("--json", help="file for the records of this run, besides")]
 
 
@@ -39,12 +41,13 @@ def run(
     workers: Workers = 4,
     output: Output = None,
     into: Json = None,
+    markdown: Markdown = False,
 ) -> None:
     """Runs a configuration and prints what is measured, beside what was published for it.
 
     Results go to results.jsonl in the output folder as soon as they are there; a second start goes on where the first stopped.
     """
-    _run(runs.load(config, change or ()), data, pretrained, workers, output, into)
+    _run(runs.load(config, change or ()), data, pretrained, workers, output, into, markdown)
 
 
 def sweep(
@@ -56,19 +59,28 @@ def sweep(
     workers: Workers = 4,
     output: Output = None,
     into: Json = None,
+    markdown: Markdown = False,
 ) -> None:
     """Runs a grid of settings or a list of FLOPs budgets: a table, sweep.csv and sweep.png.
+
+    Where random or downsample are among the settings, the table has paired differences to them at the same cost.
 
     Results go to results.jsonl in the output folder as soon as they are there; a second start goes on where the first stopped.
     """
     wanted = runs.load(config, [*(change or ()), *([f"sweep.flops=[{flops}]"] if flops is not None else [])])
     if not wanted.sweep:
         raise ConfigError(f"{wanted.path}: sweep is missing; give it a grid such as sweep: {{flops: [0.8, 0.6]}}, or --flops")
-    _run(wanted, data, pretrained, workers, output, into)
+    _run(wanted, data, pretrained, workers, output, into, markdown)
 
 
 def _run(
-    wanted: runs.RunConfig, data: Path | None, pretrained: bool, workers: int, output: Path | None, into: Path | None
+    wanted: runs.RunConfig,
+    data: Path | None,
+    pretrained: bool,
+    workers: int,
+    output: Path | None,
+    into: Path | None,
+    markdown: bool = False,
 ) -> None:
     from vtok.eval.runs import runner
 
@@ -77,18 +89,18 @@ def _run(
     apart([out / name for name in WRITTEN], [*runs.texts(wanted.content), wanted.file, *([] if data is None else [data])])
     outcome = runner.run(wanted, out, pretrained, workers, terminal.errors(quiet=not is_main()))
     if is_main():
-        _show(wanted, outcome, out, into)
+        _show(wanted, outcome, out, into, markdown)
     if set(outcome.left_out) - outcome.unmet:  # a budget that no setting meets is a finding
         raise typer.Exit(2)
 
 
-def _show(wanted: runs.RunConfig, outcome: Outcome, out: Path, into: Path | None) -> None:
+def _show(wanted: runs.RunConfig, outcome: Outcome, out: Path, into: Path | None, markdown: bool) -> None:
     """Tables, and the files that derive from records."""
     from vtok.eval.published.report import beside, footnotes
     from vtok.eval.report.frame import CSV, frame
     from vtok.eval.report.plots import plot
     from vtok.eval.report.sections import findings, sections
-    from vtok.eval.report.summary import table
+    from vtok.eval.report.summary import gap_columns, table
     from vtok.eval.report.tables import write_csv
     from vtok.eval.runs import runner
 
@@ -97,7 +109,10 @@ def _show(wanted: runs.RunConfig, outcome: Outcome, out: Path, into: Path | None
         write(into, json.dumps(outcome.records, indent=2, default=str))
     for section in sections(outcome.records):
         first = section.first
-        console.print(table(section))
+        if markdown:
+            print(table(section, gap_columns(section), 1, attrgetter("label")).markdown())
+        else:
+            console.print(table(section, gap_columns(section)))
         speeds = [line for row in section.rows if (line := throughput_line(row.label, row.record))]
         notes = [f"note: {note}" for note in first.get("notes", ())]
         left = [f"{one['file']} was skipped: {one['reason']}" for one in first.get("skipped", ())]

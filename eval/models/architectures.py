@@ -119,7 +119,10 @@ _QWEN_3_VL_8B = (
             "num_key_value_heads": 8,
             "head_dim": 128,
             "rope_parameters": {
-                "rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True,
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "mrope_section": [24, 20, 20],
+                "mrope_interleaved": True,
             },
         },
         "image_token_id": 151655,
@@ -127,7 +130,34 @@ _QWEN_3_VL_8B = (
         "vision_start_token_id": 151652,
         "vision_end_token_id": 151653,
     },
-)  # fmt: skip
+)
+_LLAVA_ONEVISION_7B = (
+    "LlavaOnevisionForConditionalGeneration",
+    {
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 16,
+            "image_size": 384,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        "text_config": {
+            "model_type": "qwen2",
+            "vocab_size": 152064,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+        },
+        "image_grid_pinpoints": [[384 * high, 384 * wide] for high in range(1, 7) for wide in range(1, 7)],
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+    },
+)
 # Name on the hub -> (class of transformers, what its configuration says).
 PUBLISHED: dict[str, tuple[str, Mapping[str, Any]]] = {
     "Qwen/Qwen2.5-VL-7B-Instruct": _QWEN_2_5_VL_7B,
@@ -136,6 +166,7 @@ PUBLISHED: dict[str, tuple[str, Mapping[str, Any]]] = {
     "Salesforce/blip-itm-base-flickr": _BLIP,
     "llava-hf/llava-1.5-13b-hf": _llava(_VICUNA_13B),
     "llava-hf/llava-1.5-7b-hf": _llava(_VICUNA_7B),
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": _LLAVA_ONEVISION_7B,
     "llava-hf/llava-v1.6-vicuna-13b-hf": _llava_next(_VICUNA_13B),
     "llava-hf/llava-v1.6-vicuna-7b-hf": _llava_next(_VICUNA_7B),
 }

@@ -26,10 +26,10 @@ _SAME = {
 
 @dataclass(frozen=True)
 class Rival:
-    """A setting beside random with the same cost.
+    """A setting beside a baseline with the same cost.
 
     Attributes:
-        row: the random one.
+        row: the baseline, random unless another is asked for.
         gap: of the headline metric, with its interval.
         paired: whether it was taken sample by sample.
         cost: what is the same, in words.
@@ -82,9 +82,15 @@ def sections(records: Sequence[dict[str, Any]]) -> list[Section]:
         base = next((row for row in rows if row.unpatched), None)
         rows = rows if base is None else [_told(row, base) for row in rows]
         section = Section(title, rows, "metrics" not in rows[0].record)
-        section.rivals = {i: rival for i, row in enumerate(rows) if (rival := _rival(row, rows)) is not None}
+        section.rivals = {i: rival for i, rival in rivals(section).items() if not rows[i].baseline}
         found.append(section)
     return found
+
+
+def rivals(section: Section, method: str = "random") -> dict[int, Rival]:
+    """Number of a row -> the setting of a method beside it that costs as much, where there is one; of all others' rows."""
+    found = ((i, _rival(row, section.rows, method)) for i, row in enumerate(section.rows))
+    return {i: rival for i, rival in found if rival is not None}
 
 
 def _told(row: Row, base: Row) -> Row:
@@ -135,16 +141,16 @@ def _ordered(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=place)
 
 
-def _rival(row: Row, rows: Sequence[Row]) -> Rival | None:
-    """The random setting that costs as much, if there is one."""
-    if row.unpatched or row.baseline or row.score is None:
+def _rival(row: Row, rows: Sequence[Row], method: str) -> Rival | None:
+    """The setting of a method that costs as much, if there is one."""
+    if row.unpatched or row.method == method or row.score is None:
         return None
-    random = [r for r in rows if r.method == "random" and r.score is not None]
-    same = [r for r in random if row.budget is not None and r.budget == row.budget]
+    others = [r for r in rows if r.method == method and r.score is not None]
+    same = [r for r in others if row.budget is not None and r.budget == row.budget]
     if same:
         return _beside(row, same[0], f"at {100 * (row.budget or 0):g} % of the FLOPs")
     tokens = row.mean_tokens
-    near = [r for r in random if tokens and r.mean_tokens and abs(r.mean_tokens - tokens) <= _NEAR * tokens]
+    near = [r for r in others if tokens and r.mean_tokens and abs(r.mean_tokens - tokens) <= _NEAR * tokens]
     if not near:
         return None
     found = min(near, key=lambda r: abs((r.mean_tokens or 0) - (tokens or 0)))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
 
 from vtok.eval.common.statistics import in_brackets, with_error
 from vtok.eval.report.frame import front_of, total_gmacs
 from vtok.eval.report.rows import Row, Score
-from vtok.eval.report.sections import Section
+from vtok.eval.report.sections import Section, rivals, with_sign
 from vtok.eval.report.tables import Column, Table
+from vtok.eval.report.values import Interval
 
 CAPTION = "± standard error; vs unpatched: paired; tokens: mean over layers; measured: median of pairs; * on the Pareto front"
+RIVALS = ("random", "downsample")  # that a method should beat at the same cost
 _WITHOUT = ("agreement",)  # are differences themselves
 
 
@@ -49,6 +51,21 @@ def table(section: Section, extra: Sequence[Column] = (), digits: int = 2, brief
     return Table.of(
         section.rows, columns, title, CAPTION, style=lambda row: "dim" if row.baseline else None, part=lambda row: row.budget
     )
+
+
+def gap_columns(section: Section, methods: Sequence[str] = RIVALS) -> list[Column]:
+    """Paired differences of the headline metric to methods of the same cost, of those that are among the settings."""
+    found = []
+    for method in methods:
+        beside = rivals(section, method)
+        gaps = {id(section.rows[i]): rival.gap for i, rival in beside.items()}
+        if gaps:
+            found.append(Column(f"vs {method} [95 %]", partial(_gap, gaps)))
+    return found
+
+
+def _gap(gaps: Mapping[int, Interval], row: Row) -> str:
+    return with_sign(gaps[id(row)]) if id(row) in gaps else "-"
 
 
 def metric_columns(names: Sequence[str]) -> list[Column]:

@@ -44,7 +44,7 @@ class PromptTexts:
         chosen = torch.where(behind.any(1, keepdim=True), behind, text)
         columns, self.real = rows_where(chosen, max(1, int(chosen.sum(1).max())))
         words = ids.gather(1, columns).masked_fill(~self.real, 0)  # a placeholder may lie outside the table of embeddings
-        self.embeds = model.get_input_embeddings()(words).detach()
+        self.words, self.embeds = words, model.get_input_embeddings()(words).detach()
 
     def of(self, modality: str, counts: Sequence[int], numbers: Sequence[int], device: torch.device) -> PromptText | None:
         """For some of the images of a modality; `None` if placeholders and features differ in number, which the model says
@@ -63,4 +63,4 @@ class PromptTexts:
         if first[-1] != len(row):
             return None
         rows = row[torch.tensor([first[i] for i in numbers], device=row.device)]
-        return PromptText(self.embeds[rows].to(device), self.real[rows].to(device))
+        return PromptText(self.embeds[rows].to(device), self.real[rows].to(device), self.words[rows].to(device))

@@ -13,10 +13,12 @@ vlms = pytest.mark.skipif(release() < OLDEST, reason="vision-language models nee
 # billions of parameters of the checkpoints' safetensors files
 PARAMETERS = {
     "Qwen/Qwen2.5-VL-7B-Instruct": 8.292,
+    "Qwen/Qwen3-VL-8B-Instruct": 8.767,
     "Salesforce/blip-itm-base-coco": 0.224,
     "Salesforce/blip-itm-base-flickr": 0.224,
     "llava-hf/llava-1.5-13b-hf": 13.351,
     "llava-hf/llava-1.5-7b-hf": 7.063,
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": 8.030,
     "llava-hf/llava-v1.6-vicuna-13b-hf": 13.352,
     "llava-hf/llava-v1.6-vicuna-7b-hf": 7.063,
 }

@@ -15,6 +15,7 @@ from vtok.eval.report import rows, sections, values
 from vtok.eval.report.frame import front_of
 from vtok.eval.report.html import ReportOptions, page, repeat
 from vtok.eval.report.read import read
+from vtok.eval.report.summary import gap_columns, table
 from vtok.eval.runs import loader as runs
 from vtok.eval.runs.loader import parse_setting
 
@@ -136,6 +137,22 @@ def test_gaps_are_those_of_the_samples(records):
     again = sections.sections(records)[0].rivals[i]
     assert not again.paired and again.gap.point == pytest.approx(gap.mean())
     assert again.gap.high - again.gap.low > 0
+
+
+def test_columns_of_gaps_to_random_and_downsample(records):
+    """Beside every setting but the baseline itself; no column for a baseline that is not among the settings."""
+    (section,) = sections.sections(records)
+    assert [column.name for column in gap_columns(section)] == ["vs random [95 %]"]
+    other = records[2] | {"method": "downsample", "setting": "downsample", "key": "other"}
+    assert records[2]["method"] == "random"
+    (section,) = sections.sections([*records, other])
+    to_random, to_downsample = gap_columns(section)
+    cells = {row.method: (to_random.cell(row), to_downsample.cell(row)) for row in section.rows}
+    assert cells["unpatched"] == ("-", "-") and cells["random"][0] == "-" and cells["downsample"][1] == "-"
+    hits = {row.method: row.correct.astype(float) for row in section.rows}
+    gap = 100 * (hits["tome"] - hits["random"]).mean()
+    assert all(float(cell.split()[0].replace("\u2212", "-")) == pytest.approx(gap, abs=0.05) for cell in cells["tome"])
+    assert "vs downsample [95 %]" in table(section, gap_columns(section), 1, str).markdown().splitlines()[0]
 
 
 def test_random_at_another_cost_is_no_rival(records):

@@ -40,6 +40,9 @@ def test_it_is_much_faster_than_the_loop() -> None:
         least = {"dpp": 0.2, "max_min": 1.2}  # the programs' loops leave little out themselves
         assert r.faster.point > least.get(r.selector, 2)
         assert set(r.scaling) == set(select_bench.GROWN)
+        assert (r.steps is None) == (r.selector not in select_bench.STEPS)
+    steps = {r.selector: r.steps.point for r in results if r.steps is not None}
+    assert steps["max_min"] > 2 and steps["dpp"] > 0.3  # measured 5 and 1
 
 
 def test_the_command() -> None:
@@ -47,6 +50,12 @@ def test_the_command() -> None:
     assert found.exit_code == 0, found.output
     assert "max_sum" in found.output
     assert "k_center" in found.output and "max_min" in found.output and "dpp" in found.output
+    some = CliRunner().invoke(
+        app, [*["bench-select", "--tokens", "64", "--keep", "16", "--width", "16", "--pairs", "2", "--selector", "dpp"]]
+    )
+    assert some.exit_code == 0 and "dpp" in some.output and "max_sum" not in some.output
+    with pytest.raises(vtok.UnknownNameError, match="unknown selector 'dpq'; did you mean 'dpp'"):
+        select_bench.measure(8, 4, 4, 1, names=["dpq"])
     refused = CliRunner().invoke(app, ["bench-select", "--tokens", "4", "--keep", "5"])
     assert isinstance(refused.exception, ConfigError)
     assert "--keep 5 of --tokens 4" in str(refused.exception)
@@ -57,6 +66,8 @@ def test_the_loops_of_other_programs_choose_the_same() -> None:
     for name in ("max_min", "dpp"):
         select, loop = select_bench.CONTESTS[name]
         assert torch.equal(select(x, 10)[0], loop(x, 10)), name
+        given, given_loop = select_bench.STEPS[name](x, 10)
+        assert torch.equal(given()[0], select(x, 10)[0]) and torch.equal(given_loop(), loop(x, 10)), name
 
 
 def test_max_min_costs_half_a_product_of_all_with_all() -> None:

@@ -7,9 +7,11 @@ import pytest
 pytest.importorskip("transformers")
 
 from helpers_vqa import picture, questions, write_vqav2
+from PIL import Image
 
 import vtok
-from vtok.eval.tasks.vqa.data import EASY_VQA, PAGES, blind_answers
+from vtok.eval.common.videos import Clip
+from vtok.eval.tasks.vqa.data import EASY_VQA, PAGES, Question, VQAData, blind_answers
 from vtok.eval.tasks.vqa.opening import open_vqa
 from vtok.eval.tasks.vqa.records import blind_scores, groups_of
 
@@ -108,3 +110,19 @@ def test_data_that_cannot_be_read(make, message, tmp_path):
     with pytest.raises(vtok.VtokError, match=message) as caught:
         open_vqa(make(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_pictures_with_shorter_sides():
+    """One, several and frames; what identifies them changes with them, and so does the name."""
+    seen = {"one": Image.new("RGB", (31, 20)), "two": [Image.new("RGB", (9, 8))] * 2}
+    seen["clip"] = Clip([Image.new("RGB", (40, 10))], [0], 1.0, 1)
+    asked = [Question(i, "?", ("yes",), name, {}) for i, name in enumerate(seen)]
+    data = VQAData("set", asked, seen.__getitem__, identify=lambda image: image)
+    assert data.shrunk(1) is data
+    half = data.shrunk(2)
+    assert half.name == "set, sides / 2" and half.read("one").size == (15, 10)
+    assert [one.size for one in half.read("two")] == [(4, 4)] * 2 and half.read("clip").frames[0].size == (20, 5)
+    assert data.shrunk(50).read("one").size == (1, 1)
+    identities = {one.identity() for one in (data, half, data.shrunk(3), VQAData("set", asked[:2], seen.__getitem__).shrunk(2))}
+    assert len(identities) == 4
+    assert half.readable()[1] == []

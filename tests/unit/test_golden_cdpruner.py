@@ -10,8 +10,8 @@ from torch import Tensor
 
 import vtok
 from vtok.core.prompt import ImageFeatures, PromptText, View
-from vtok.methods.features.cdpruner import balanced, clip_relevance, scaled, text_relevance
-from vtok.ops.determinantal import greedy_dpp
+from vtok.methods.features.cdpruner import clip_relevance, text_relevance
+from vtok.ops.determinantal import balanced, greedy_dpp, scaled
 
 FILES = {"baseline2_cdpruner": 7, "baseline2_cdpruner_576": 1}
 
@@ -159,7 +159,9 @@ def test_what_a_model_keeps() -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"relevance": "clip"}, "unknown relevance 'clip'; known: embeddings, none"),
+        ({"relevance": "words"}, "unknown relevance 'words'; known: clip, embeddings, none"),
+        ({"clip": "folder"}, "clip names a folder for relevance='clip', got 'folder' with 'embeddings'"),
+        ({"relevance": "none", "preset": "official"}, "preset='official' takes relevance from CLIP"),
         ({"sign": 0}, "sign is 1 or -1, got 0"),
         ({"theta": 1.0}, r"theta is a number in \[0, 1\), got 1.0"),
     ],

@@ -6,7 +6,7 @@ from helpers_golden import assert_equal, load
 
 import vtok
 from vtok.core.prompt import ImageFeatures, View, VLMInfo
-from vtok.methods.features.divprune import max_min_select
+from vtok.methods.features.divprune import max_min_select, official_select
 from vtok.ops.diversity import most_isolated
 
 
@@ -33,6 +33,23 @@ def test_copies_are_taken_last_and_once() -> None:
     order = max_min_select(g["features"][None], 24)[0]
     assert_equal(order[: g["n_unique"]], g["order"][: g["n_unique"]])
     assert_equal(order.sort().values, torch.arange(24))
+
+
+@pytest.mark.parametrize("name", ["576", "duplicates", "small"])
+def test_the_official_preset_goes_on_with_copies(name: str) -> None:
+    """Nothing is taken out of the race: the same tokens in the same order, then copies of what was taken, which of them is
+    rounding."""
+    g = load(f"baseline_divprune_{name}")
+    x, k = g["features"][None], len(g["order"])
+    found, first = official_select(x, k)[0], int(g.get("n_unique", k))
+    assert_equal(found[:first], g["order"][:first])
+    assert len(set(found.tolist())) <= first == len(set(g["order"].tolist()))
+    reducer = vtok.DivPrune(keep_tokens=k, preset="official").build_vlm(info(x.shape[2]))
+    images = ImageFeatures(torch.cat([x, x], 1), (View(0, 1, 2 * x.shape[1]),))  # every token twice
+    plan = reducer.features(images)
+    assert plan is not None and plan.remake is not None
+    assert len(set(plan.keep[0].tolist())) == k and bool((plan.keep[0].diff() > 0).all())
+    assert plan.remake(images.tokens).shape == (1, k, x.shape[2])
 
 
 def test_an_image_chooses_for_itself_alone() -> None:

@@ -65,11 +65,18 @@ def test_what_is_recycled() -> None:
     valid = torch.ones(1, 13, dtype=torch.bool)
     centre, home = density_peaks(g["hidden"][:, members], torch.tensor([2]), 2, valid, noise[None])
     padded = torch.cat([noise, noise.new_zeros(sparsevlm.recycled(380)[0] - 13)])[None]
-    into = sparsevlm.recycle(g["hidden"], relevance, dropped, padded)
+    found = sparsevlm.recycle(g["hidden"], relevance, dropped, padded)
+    into = found.into
     assert_equal((into[0] >= 0).nonzero()[:, 0], members.sort().values)
     assert_equal(into[0, members], members[centre[0][home[0]]])
     merged = folded(g["hidden"], into)[0, members[centre[0]]]
     assert_close(merged, g["merged"], 1e-5)  # the program divides by the count + 1e-6
+    kept = torch.zeros(1, 380, dtype=torch.bool)
+    kept[0, start : start + 340] = g["keep_mask"]
+    fold = sparsevlm.program_order(kept, found)
+    sequence = folded(g["hidden"], fold.into)[fold.keep]
+    assert_equal(sequence[:300], g["hidden"][kept])
+    assert_close(sequence[300:], g["merged"], 1e-5)  # behind all that stay, in the program's order
 
 
 def test_keep_is_a_fold_of_exactly_as_many_as_planned() -> None:

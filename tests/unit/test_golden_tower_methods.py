@@ -121,6 +121,30 @@ def test_downsampling(dtype: torch.dtype) -> None:
     assert kinds == {"avg", "max", "bilinear"}
 
 
+def test_images_made_smaller() -> None:
+    """What Pillow makes of them, and how many tokens Qwen-VL then makes; both as VTC-Bench does."""
+    from PIL import Image
+
+    from vtok.eval.common.pictures import shrink
+
+    found = [g for _, g in cases("baseline2_downsample", torch.float32) if g["kind"] == "image" and g["filter"] == "bicubic"]
+    assert len(found) == 2
+    for g in found:
+        picture = Image.fromarray(g["image"].numpy().astype("uint8"))
+        factor = g["image"].shape[0] // int(g["out"][0])
+        made = shrink(picture, factor)
+        assert made.size == (int(g["out"][1]), int(g["out"][0]))
+        assert (torch.tensor(list(made.tobytes())).view(g["resized"].shape) - g["resized"].long()).abs().max() <= 1
+    resize = pytest.importorskip("transformers.models.qwen2_vl.image_processing_qwen2_vl").smart_resize
+    for _, g in cases("baseline2_downsample", torch.float32):
+        if g["kind"] == "qwen":
+            limits = {name: int(g[name]) for name in ("factor", "min_pixels", "max_pixels")}
+            assert [list(resize(*size.tolist(), **limits)) for size in g["image_sizes"]] == g["resized_sizes"].tolist()
+    smaller = [shrink(Image.new("RGB", (640, 480)), r).size for r in (2, 3, 4, 5, 10)]
+    grids = [resize(high, wide, factor=28, min_pixels=3136, max_pixels=2408448) for wide, high in smaller]
+    assert [high * wide // 28**2 for high, wide in grids] == [99, 48, 24, 15, 4]
+
+
 def test_grids_of_a_budget() -> None:
     """Published counts of LLaVA-1.5; frames of LLaVA-OneVision; a grid that is one row."""
     square = (24, 24)

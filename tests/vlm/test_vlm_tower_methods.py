@@ -66,14 +66,14 @@ def test_removing_is_masking(name, config):
     assert all(int(stays.sum()) > 0 for stays in chosen.stays) and not chosen.columns.all()
     with MaskOracle(reference, dict.fromkeys(range(4), chosen.columns)):
         expected = generate(reference, encoded(values, chosen))
-    model = vtok.patch(build(name, kernel), config)
+    model = vtok.patch(build(name, kernel), config, positions="original")
     assert_same(generate(model, values), expected)
     assert_same(generate(model, values, use_cache=False), expected)
     (row,) = vtok.info(model).prompts[0].rows
     assert list(row.tokens_out) == [a - int(b) for a, b in zip(row.tokens_in, (~chosen.columns).sum(1))]
     vtok.unpatch(model)
     if "window" not in name:
-        assert_same(generate(model, vtok.prune_inputs(model, values, config)), expected)
+        assert_same(generate(model, vtok.prune_inputs(model, values, config, positions="original")), expected)
 
 
 @pytest.mark.parametrize("config", [*METHODS, *VARIANTS], ids=_id)
@@ -87,7 +87,7 @@ def test_beams(config):
 
     with MaskOracle(reference, dict.fromkeys(range(4), chosen.columns)):
         expected = beams(reference, encoded(values, chosen))
-    assert torch.equal(beams(vtok.patch(build("LLaVA-1.5"), config), values), expected)
+    assert torch.equal(beams(vtok.patch(build("LLaVA-1.5"), config, positions="original"), values), expected)
 
 
 @_pairs(["LLaVA-1.5", "LLaVA-NeXT", "Idefics3"], ["LLaVA-1.5", "LLaVA-NeXT"], ["InternVL"])
@@ -185,7 +185,7 @@ def test_pages_cut_into_crops(name, config):
     assert all(int(stays.sum()) > 0 for stays in chosen.stays) and not chosen.columns.all()
     with MaskOracle(model, dict.fromkeys(range(4), chosen.columns)):
         expected = generate(model, encoded(values, chosen), steps=3)
-    assert_same(generate(vtok.patch(build(name), config), values, steps=3), expected)
+    assert_same(generate(vtok.patch(build(name), config, positions="original"), values, steps=3), expected)
 
 
 @pytest.mark.parametrize("config", METHODS, ids=_id)

@@ -51,13 +51,13 @@ def test_removing_is_masking(name, config):
     assert all(0 < int(stays.sum()) < len(stays) for stays in chosen.stays)
     with MaskOracle(reference, dict.fromkeys(range(4), chosen.columns)):
         expected = generate(reference, encoded(values, chosen))
-    model = vtok.patch(build(name, kernel), config)
+    model = vtok.patch(build(name, kernel), config, positions="original")
     assert_same(generate(model, values), expected)
     assert_same(generate(model, values, use_cache=False), expected)
     (row,) = vtok.info(model).prompts[0].rows
     assert list(row.tokens_out) == [a - int(b) for a, b in zip(row.tokens_in, (~chosen.columns).sum(1))]
     vtok.unpatch(model)
-    assert_same(generate(model, vtok.prune_inputs(model, values, config)), expected)
+    assert_same(generate(model, vtok.prune_inputs(model, values, config, positions="original")), expected)
 
 
 @pytest.mark.parametrize("config", METHODS, ids=_id)
@@ -141,7 +141,7 @@ def test_beams_of_videos():
 
     with MaskOracle(reference, dict.fromkeys(range(4), chosen.columns)):
         expected = beams(reference, encoded(values, chosen))
-    assert torch.equal(beams(vtok.patch(build("Qwen2.5-VL"), config), values), expected)
+    assert torch.equal(beams(vtok.patch(build("Qwen2.5-VL"), config, positions="original"), values), expected)
 
 
 @pytest.mark.parametrize("method", ["evs", "vidcom2", "fastvid"])

@@ -113,10 +113,12 @@ class PromptText(NamedTuple):
         embeds: [B, T, D], embeddings of the text behind the first visual token of the prompt that an image belongs to, words of
             a chat template included; of all text where none is behind it.
         real: [B, T] bool, False = padding.
+        ids: [B, T] int64, numbers of the tokens; `None` = not known.
     """
 
     embeds: Tensor
     real: Tensor
+    ids: Tensor | None = None
 
 
 class ImageFeatures(NamedTuple):

@@ -56,7 +56,7 @@ class Fold(NamedTuple):
     Attributes:
         keep: [B, L] bool.
         into: [B, L] int64, the place (0 .. L-1) of a token that stays, whose hidden state becomes the plain mean of all tokens
-            that name it, itself being one of them; -1 = not folded.
+            that name it, itself being one of them unless it names another place, to which it moves; -1 = not folded.
     """
 
     keep: Tensor

@@ -13,7 +13,7 @@
 | `pyramiddrop` | [PyramidDrop](https://arxiv.org/abs/2410.17247), vision-language models: in front of three layers of the LLM, evenly spread, half of the visual tokens leave that are left | `keep`, `layers` | `keep=[0.5, 0.25, 0.125]`, in front of each quarter of the depth |
 | `sparsevlm` | [SparseVLM](https://arxiv.org/abs/2410.04417), vision-language models: behind three layers of the LLM the visual tokens stay that chosen text tokens attend to, and averages of some that leave | `keep` (or `keep_tokens`), `layers`, `recycle` | 300, 200 and 110 of 576 behind layers 2, 6 and 15 |
 | `dart` | [DART](https://arxiv.org/abs/2502.11494), vision-language models: in front of an early layer of the LLM the visual tokens stay that are least like a few pivots; no attention is looked at | `keep` (or `keep_tokens`), `layer`, `visual_pivots`, `text_pivots` | `keep=0.222`, `layer=2` |
-| `cdpruner` | [CDPruner](https://arxiv.org/abs/2506.10967), vision-language models: of every image the visual tokens enter the LLM that are unlike each other and relevant to the text (a determinantal point process); relevance from the embeddings of the prompt is our interpretation, as these models lack the text tower of CLIP | `keep` (or `keep_tokens`), `relevance` | `keep=1/9` |
+| `cdpruner` | [CDPruner](https://arxiv.org/abs/2506.10967), vision-language models: of every image the visual tokens enter the LLM that are unlike each other and relevant to the text (a determinantal point process); relevance from the embeddings of the prompt is our interpretation, as these models lack the text tower of CLIP; `relevance="clip"` reads one | `keep` (or `keep_tokens`), `relevance` | `keep=1/9` |
 | `correlation` | [Token-level correlation-guided compression](https://arxiv.org/abs/2407.14439): every crop of a page keeps as many visual tokens as its patches differ, those the class token attends to; the view of the whole page stays. LLaVA-NeXT, LLaVA-OneVision, InternVL, Idefics3, SmolVLM; our interpretation, as code and numbers are not public | `alpha` | none: pass it, or `calibration=[inputs, ...]`, a few pages on which 0.66 of the tokens of crops are to stay |
 | `visionzip` | [VisionZip](https://arxiv.org/abs/2412.04467), vision-language models: of every view the tokens that the class token attends to most, and means of the others merged in front of the connector | `keep` (or `dominant`, `contextual`) | `keep=1/9` |
 | `fastervlm` | [FasterVLM](https://arxiv.org/abs/2412.01818v1), vision-language models: of every view the tokens that the class token attends to most | `keep` (or `keep_tokens`) | `keep=1/9` |
@@ -33,6 +33,12 @@ interpretation where a paper is silent. `vtok.ToMe(r=13)` can be passed in place
 The code of PiToMe's authors has settings of its own for each family of models. To compare with it, name the family:
 `vtok.patch(model, "pitome", preset="official_clip")`, or `official_deit`, `official_mae`, `official_blip`, `official_llava`. Every
 preset works on every backend.
+
+# As their programs do
+
+`preset="official"` asks for a method as its authors' program is: its counts, its order of tokens in the prompt and its positions,
+which `positions=` overrides. What else a program does, and why the default does not, stands in the first lines of each method's
+module; what it changes on a small model, in assets/docs/prompt_methods.md, beside a comparison of all methods.
 
 # A budget instead of a knob
 

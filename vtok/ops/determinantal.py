@@ -10,15 +10,17 @@ import math
 import torch
 from torch import Tensor
 
+from vtok.core.tokens import at_least_fp32
 from vtok.ops.diversity import all_at_once, all_with_all, all_with_all_macs, rows_of
 from vtok.ops.matching import unit
 
 _RANK = 1e-4  # of the largest entry of the kernel's diagonal: below it no direction is left; rows in fp32 are off by up to 1e-5
+_ABOVE_ZERO = 1e-6  # in the numerator of a scaled similarity
 NEAR = 1e-5  # of the best: what is closer counts as equal; copies (newline tokens) differ by the rounding of their batch
 
 
 @torch.no_grad()
-def greedy_dpp(features: Tensor, quality: Tensor, k: int) -> Tensor:
+def greedy_dpp(features: Tensor, quality: Tensor, k: int, kernel: Tensor | None = None) -> Tensor:
     """Greedy maximum a posteriori of the kernel diag(q) S diag(q), S the cosines of the features (Chen et al., NeurIPS 2018).
 
     The next token is the one that adds most to the determinant; what each would add is carried along by a row of the
@@ -31,18 +33,20 @@ def greedy_dpp(features: Tensor, quality: Tensor, k: int) -> Tensor:
         features: [B, n, d], in at least fp32 here; a zero row is taken last.
         quality: [B, n] >= 0.
         k: at most n.
+        kernel: [B, n, n], the kernel itself, where it is known; of the features only their shape counts then.
 
     Returns:
         [B, k] int64 in order of choice.
     """
-    x = unit(features)
+    x = at_least_fp32(features) if kernel is not None else unit(features)
     left = quality.to(x.dtype, copy=True)  # of the tokens that are not taken
     batch, n, width = x.shape
     # 1 for every row that is not zero: the squares of rounded unit rows would rank what is equal
-    gain = left.square() * (x != 0).any(2)
+    gain = left.square() * ((x != 0).any(2) if kernel is None else kernel.diagonal(dim1=1, dim2=2) > 0)
     least = _RANK * gain.amax(1, keepdim=True)
-    x = x * left[..., None]
-    kernel = all_with_all(x) if all_at_once(n, k) else None
+    x = x * left[..., None] if kernel is None else x
+    if kernel is None and all_at_once(n, k):
+        kernel = all_with_all(x)
     factor, order = x.new_zeros(batch, k, n), []
     for step in range(k):
         spent = gain.amax(1, keepdim=True) <= least
@@ -77,3 +81,27 @@ def _first_of_best(value: Tensor) -> Tensor:
     """[B, 1]: the lowest place in [B, n] of what is as large as the largest, which is no less than 0."""
     best = value.amax(1, keepdim=True)
     return (value >= best - NEAR * best).view(torch.uint8).argmax(1, keepdim=True)
+
+
+def scaled(similarity: Tensor, sign: int = 1, joint: bool = False) -> Tensor:
+    """Quality in (0, 1] from a similarity (CDPruner, arXiv:2506.10967, eq. 3): sign times similarity less its minimum, divided
+    by its range; 1 where all are alike.
+
+    Args:
+        similarity: [B, n].
+        sign: 1 or -1.
+        joint: take minimum and maximum over the whole batch.
+
+    Returns:
+        [B, n].
+    """
+    score = sign * similarity
+    over = (0, 1) if joint else (1,)
+    low, high = score.amin(over, keepdim=True), score.amax(over, keepdim=True)
+    spread = high - low
+    return torch.where(spread > 0, (score - low + _ABOVE_ZERO) / spread.where(spread > 0, 1), 1.0)
+
+
+def balanced(relevance: Tensor, theta: float | None) -> Tensor:
+    """exp(theta r / (2 (1 - theta))), or r itself without theta."""
+    return relevance if theta is None else (relevance * (theta / (2 * (1 - theta)))).exp()

@@ -66,14 +66,17 @@ def max_min(features: Tensor, k: int) -> Tensor:
     n = features.shape[1]
     if n > _WHOLE:
         return greedy_diverse(features, k, most_isolated(features), criterion="max")[0]
-    x = unit(features.detach()).nan_to_num()
-    cosines = all_with_all(x)
+    return max_min_among(all_with_all(unit(features.detach()).nan_to_num()), k)
+
+
+def max_min_among(cosines: Tensor, k: int) -> Tensor:
+    """`max_min`, given the cosines of all with all [B, n, n], which are left as they were."""
     own = cosines.diagonal(dim1=1, dim2=2)
     held = own.clone()
     own.fill_(float("-inf"))
     first = cosines.amax(2).argmin(1)
     own.copy_(held)
-    return _traverse(lambda last: rows_of(cosines, last), x.new_zeros(x.shape[:2]), k, first, "max")[0]
+    return _traverse(lambda last: rows_of(cosines, last), cosines.new_zeros(cosines.shape[:2]), k, first, "max")[0]
 
 
 def max_min_macs(n: int, k: int, width: int) -> int:

@@ -45,6 +45,20 @@ def top(score: Tensor, count: int) -> Tensor:
     return score.argsort(dim=-1, descending=True, stable=True)[..., :count]
 
 
+def distinct(chosen: Tensor, n: int) -> Tensor:
+    """As many different places, rising: those that were chosen, and for each that was chosen again the first that was not.
+
+    Args:
+        chosen: [B, k] int64, numbers below n >= k.
+        n: places.
+
+    Returns:
+        [B, k] int64.
+    """
+    taken = torch.zeros(len(chosen), n, device=chosen.device).scatter(1, chosen, 1.0)
+    return top(taken, chosen.shape[1]).sort(1).values
+
+
 def largest(score: Tensor, count: Tensor, valid: Tensor | None = None) -> Tensor:
     """The `count` [B] highest scores of each row [B, n], as a mask [B, n]; of equal scores the first."""
     if valid is not None:

@@ -21,7 +21,7 @@ from vtok.targets import vlm_budget
 from vtok.targets.base import Layers, Request, Target
 from vtok.targets.resolve import run_of
 from vtok.targets.vlm_estimate import describe
-from vtok.targets.vlm_resolve import POSITIONS, calibrated, install, resolve
+from vtok.targets.vlm_resolve import calibrated, install, resolve
 from vtok.targets.vlm_tower import ON_GRID, describe_tower, place, tower_patched
 
 
@@ -59,7 +59,7 @@ class VLMTarget(Target):
         return pruner
 
     def _resolve(self, configs: Sequence[MethodConfig], request: Request) -> Pruner:
-        return resolve(self.vlm, configs, POSITIONS[0] if request.positions is None else request.positions, request.trace)
+        return resolve(self.vlm, configs, request.positions, request.trace)
 
     def install(self, resolved: Pruner) -> None:
         install(self.model, self.vlm, resolved)

@@ -102,7 +102,7 @@ def plan(
     stated_prompt, given = Prompt.of(prompt, input_size), prompt is not None or input_size is not None
     inputs = None if given else calibration
     configs, budget = budgeted(model, vlm, configs, flops, stated_prompt, inputs)
-    pruner, prompts = resolve(vlm, configs, POSITIONS[0]), 0
+    pruner, prompts = resolve(vlm, configs), 0
     result = planned(model, vlm, pruner, stated_prompt)
     if inputs is not None and not result.exact:
         each = measured_on(model, vlm, configs, inputs)

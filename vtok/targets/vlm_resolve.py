@@ -27,15 +27,38 @@ def check_positions(positions: str) -> None:
         raise unknown("positions", str(positions), POSITIONS)
 
 
-def resolve(vlm: VLM, configs: Sequence[MethodConfig], positions: str, trace: bool = False) -> Pruner:
+def positions_of(vlm: VLM, configs: Sequence[MethodConfig]) -> str:
+    """The positions that presets of methods stand for, "original" where there are none; visual tokens that have positions in
+    time, height and width keep them.
+
+    Raises:
+        ConfigError: two presets stand for different ones.
+    """
+    wanted = {config.preset_positions: config.name for config in configs if config.preset_positions is not None}
+    if vlm.family.rotary_3d or not wanted:
+        return POSITIONS[0]
+    if len(wanted) > 1:
+        named = " and ".join(f"{name} {positions}" for positions, name in wanted.items())
+        raise ConfigError(f"presets stand for different positions ({named}); pass positions='original' or 'compact'")
+    return next(iter(wanted))
+
+
+def resolve(vlm: VLM, configs: Sequence[MethodConfig], positions: str | None = None, trace: bool = False) -> Pruner:
     """Methods -> what the hooks of one model need, checked against it.
 
     A method that acts both in vision encoders and on prompts acts on the prompt here.
+
+    Args:
+        vlm: the model, described.
+        configs: the methods.
+        positions: of tokens behind dropped ones; `None` = those that presets stand for (`positions_of`).
+        trace: keep which patches were merged or dropped inside the vision tower.
 
     Raises:
         UnsupportedModelError: a method does not act on vision-language models, or not on this one.
         ConfigError: two methods want one place, or a place that the model does not have.
     """
+    positions = positions_of(vlm, configs) if positions is None else positions
     check_positions(positions)
     features: VLMReducer | None = None
     layers: dict[int, tuple[Site, VLMReducer]] = {}

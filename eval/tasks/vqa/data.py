@@ -10,8 +10,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from vtok.errors import brief
-from vtok.eval.common.pictures import digest
+from vtok.eval.common.pictures import digest, shrink
 from vtok.eval.common.records import key_of
+from vtok.eval.common.videos import Clip
 from vtok.eval.tasks.vqa.metrics import majority
 
 EASY_VQA, PAGES = "easy-vqa", "easy-vqa-pages"
@@ -118,9 +119,28 @@ class VQAData:
         kept = [q for q in self.questions if q.image not in skipped]
         return replace(self, questions=kept), [(str(image), why) for image, why in skipped.items()]
 
+    def shrunk(self, factor: int) -> VQAData:
+        """The same questions about pictures, or frames, whose sides are divided by a factor; the name says so."""
+        if factor == 1:
+            return self
+        identify = self.identify
+        return replace(
+            self,
+            name=f"{self.name}, sides / {factor}",
+            read=lambda image: _shrunk(self.read(image), factor),
+            identify=None if identify is None else lambda image: key_of({"image": identify(image), "sides": factor}),
+            probe=self.read if self.probe is None else self.probe,
+        )
+
     def with_prompt(self, prompt: str) -> VQAData:
         """The same questions with another text behind them."""
         return replace(self, prompt=prompt)
+
+
+def _shrunk(seen: Any, factor: int) -> Any:
+    if isinstance(seen, Clip):
+        return seen._replace(frames=[shrink(frame, factor) for frame in seen.frames])
+    return [shrink(one, factor) for one in seen] if isinstance(seen, list) else shrink(seen, factor)
 
 
 def _stretches(total: int, count: int) -> list[int]:

@@ -74,7 +74,7 @@ def evaluate(
     if not isinstance(data, VQAData):
         places = (options.questions, options.annotations, options.images, options.ocr, options.split)
         data = task.open(Sources(os.fspath(data), *places, options.frames))
-    data = data.take(options.num_samples)
+    data = data.take(options.num_samples).shrunk(options.shrink)
     if options.prompt is not None:
         data = data.with_prompt(options.prompt)
     data, skipped = data.readable()

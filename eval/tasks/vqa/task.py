@@ -40,6 +40,8 @@ class VQAOptions:
         num_samples: questions to ask, one of each of so many equal stretches; `None` = all.
         frames: of a video that the model is shown, at equal distances.
         frames_as_images: whether frames are shown as so many images: to models that read no videos.
+        shrink: factor that the sides of every picture are divided by before the processor sees it (VTC-Bench: 2, 3, 4, 5, 10).
+            Of models of native resolution (Qwen-VL) about its square fewer tokens are left; others make it large again.
         batch_size: questions in a batch.
         baselines: also random and uniform, which keep before the LLM the share of visual tokens that each setting keeps on
             average over the decoder layers.
@@ -63,6 +65,7 @@ class VQAOptions:
     num_samples: Count | None = None
     frames: Count = 16
     frames_as_images: bool = False
+    shrink: Count = 1
     batch_size: Count = 16
     baselines: bool = False
     device: str | None = None

@@ -5,8 +5,8 @@ score is an importance: high means keep. This file: scores, masks, gates; `atp_a
 `atp_spec`, `atp_module`: what is learned, saved and loaded; `atp_losses`: what it is trained with.
 
 Neither the paper's text nor code of its authors was at hand. The equation numbers are those that two independent student
-reproductions agree on; this is an implementation in the paper's spirit, **not a faithful reproduction**. Readings of ours, each
-with the alternative that can be chosen instead:
+reproductions agree on; this is an implementation in the paper's spirit, **not a faithful reproduction**. Our interpretation,
+each with the alternative that can be chosen instead:
 
 * The self score averages softmax probabilities over heads and all visual queries (`self_score="probs"`). One reproduction
   averages logits without the causal mask (`"logits"`); `"debiased"`, which is in neither, averages over the queries that can

@@ -42,8 +42,8 @@ LOW = 2 / 24  # the low block, as a share of the tower's depth
 class Correlation(MethodConfig):
     """Correlation-guided compression of the crops of a page, before the LLM.
 
-    The paper's numbers are not public, its text was not at hand and there is no code of the authors. Readings of ours, from its
-    figure, its abstract and reviews: keys compared with all heads side by side; a token does not count itself; `>` in both
+    The paper's numbers are not public, its text was not at hand and there is no code of the authors. Our interpretation, from
+    its figure, its abstract and reviews: keys compared with all heads side by side; a token does not count itself; `>` in both
     thresholds; attention averaged over heads after the softmax (`joint`: the alternative); 1.5 interquartile ranges, linear
     percentiles; local tokens drawn without replacement; a weighted mean with the most similar kept token (`aggregation`: the
     alternatives); every default below. Ours alone, where the paper has nothing: `topk`; calibration; connectors that merge

@@ -1,8 +1,8 @@
 """What becomes of the tokens that correlation-guided compression drops: they join the most similar token that stays, or are
 lost, or every token takes in its neighbours.
 
-The paper speaks of a weighted sum and no more; weights, neighbours and normalisation are readings of ours. `nearest` is convex
-and keeps the scale of the features; `knn` is the rule of LLaVA-PruMerge, which does not divide.
+The paper speaks of a weighted sum and no more; weights, neighbours and normalisation are our interpretation. `nearest` is
+convex and keeps the scale of the features; `knn` is the rule of LLaVA-PruMerge, which does not divide.
 
 Shapes: V views, m tokens of each at most, L feature rows of an image, M rows that stay, D width of the metric, C width.
 """

@@ -3,7 +3,7 @@ patches of a view stay. Patch-patch similarity at a low block says how many (inf
 there says which, and its outliers at a deep block are added. The view of the whole page is left alone.
 
 The authors published no code and the paper's text was not at hand; the steps follow its figure, its abstract and reviews of it.
-Readings of ours, each an assumption: keys compared with all heads side by side, a token does not count itself, `>` in both
+Our interpretation, each an assumption: keys compared with all heads side by side, a token does not count itself, `>` in both
 thresholds, attention averaged over heads after the softmax (`cls_attention(joint=True)` is the alternative), 1.5 interquartile
 ranges with linear percentiles, drawing without replacement, at least one token a view. Ours alone, where the paper has nothing:
 `topk`, merged tokens (`group_scores`), encoders without a class token (`received_attention`), `calibrate_alpha`.

@@ -3,11 +3,15 @@
 likely: unlike each other, and relevant to what is asked.
 
 Written from a description of the authors' program. Given its inputs, `clip_relevance` and `greedy_dpp` reproduce its choices
-(`tests/golden`). On a vision-language model **relevance is our interpretation**: the program takes it from CLIP's text tower
-and the projections into CLIP's common space, weights that these models do not carry. Here:
+(`tests/golden`). The program takes relevance from CLIP's text tower and the projections into CLIP's common space, weights that
+vision-language models do not carry:
 
-* `relevance="embeddings"` compares the visual tokens, as they enter the LLM, with the embeddings of the prompt's text behind
-  the image, in the LLM's own space: the mean cosine, scaled to [0, 1] within the image.
+* `relevance="clip"` reads them from a CLIP that is named, whose vision tower must be the model's
+  (`vtok.methods.features.cdpruner_clip`). Questions longer than CLIP's text tower takes are cut into pieces of 75 tokens, our
+  interpretation; words of a chat template count as text.
+* `relevance="embeddings"`, the default, is **our interpretation** that needs neither: it compares the visual tokens, as they
+  enter the LLM, with the embeddings of the prompt's text behind the image, in the LLM's own space: the mean cosine, scaled to
+  [0, 1] within the image.
 * `relevance="none"` gives all tokens the same: diversity alone, the half of the method that needs no text.
 
 Further differences:
@@ -19,9 +23,10 @@ Further differences:
   32 of its 256 visual tokens, answers 95.0 % with it, 91.1 % without relevance, 85.9 % with `sign=1` (all tokens: 97.5 %). That
   is one small model; try both on yours.
 * Once the tokens taken span the rest, the program divides by zero and returns fewer; here the rest follows by relevance.
-* The program keeps k tokens of every crop of a fixed canvas; here all tokens of an image are one pool, newline tokens included.
+* The program keeps k tokens of every crop of a fixed canvas, and no newlines; here all tokens of an image are one pool, newline
+  tokens included unless `relevance="clip"`. `preset="official"` chooses crop by crop, of the crops that the model makes.
 
-The program numbers positions without gaps, which `positions="compact"` does.
+The program numbers positions without gaps, as `positions="compact"` and the preset do.
 
 Shapes: B images, n visual tokens, D width of the language model, e width of CLIP's space, M segments of text, k tokens that
 stay.
@@ -29,25 +34,32 @@ stay.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vtok.core.prompt import ImageFeatures, PromptText, View, VLMInfo
+from vtok.core.search_space import Choice, Point, Space
 from vtok.errors import ConfigError, StateError, shown, unknown
+from vtok.methods.features.cdpruner_clip import ClipReducer, build
 from vtok.methods.kept_share import FeatureChoice, KeptShare
-from vtok.ops.determinantal import greedy_dpp, greedy_dpp_macs
+from vtok.methods.preset import Official
+from vtok.ops.determinantal import balanced, greedy_dpp, greedy_dpp_macs, scaled
 from vtok.ops.matching import unit
 
-RELEVANCE = ("embeddings", "none")
-_ABOVE_ZERO = 1e-6  # in the numerator of eq. 3
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_SEARCHED: Space = {"sign": Choice((-1, 1)), "theta": Choice((None, 0.3, 0.5, 0.7, 0.9))}
+RELEVANCE = ("embeddings", "clip", "none")
 
 
 @dataclass(frozen=True)
-class CDPruner(KeptShare):
+class CDPruner(Official, KeptShare):
     """Config of CDPruner.
 
     Attributes:
@@ -55,22 +67,33 @@ class CDPruner(KeptShare):
             rounded to whole tokens, halves to the even number; at least one. 1.0 is an exact no-op.
         keep_tokens: the same as a count for every image, thumbnail and crops together (program: visual_token_num, 128, 64 or
             32; whole number >= 1); an image with fewer tokens keeps them all. Give one of the two.
-        relevance: `"embeddings"` of the prompt's text behind the image (default; our interpretation, see above), or `"none"`.
+        relevance: `"embeddings"` of the prompt's text behind the image (our interpretation, see above), `"clip"`, or `"none"`.
+            Default: `"clip"` under the preset, else `"embeddings"`.
         sign: -1, tokens unlike the text are relevant (default, see above); 1, similar ones.
         theta: weight of relevance against diversity in [0, 1); relevance r becomes exp(theta r / (2 (1 - theta))). Default
             `None` leaves r as it is, as the program does.
+        clip: folder or name of a CLIP of transformers with its tokenizer, for `relevance="clip"` (of LLaVA-1.5:
+            `openai/clip-vit-large-patch14-336`).
+        tokenizer: folder or name of the vision-language model's tokenizer, for `relevance="clip"`.
+        preset: `"official"`: CLIP's relevance, scaled over the crops of an image; `keep` or `keep_tokens` of every crop; no
+            newlines; positions are numbered anew unless `positions` is given. The program couples the images of a batch; this
+            does not.
     """
 
     name: ClassVar[str] = "cdpruner"
     default_keep: ClassVar[float | None] = 1 / 9
     image_only: ClassVar[Mapping[str, Any]] = {"relevance": "none"}
 
-    relevance: str = RELEVANCE[0]
+    relevance: str | None = None
     sign: int = -1
     theta: float | None = None
+    clip: str | None = None
+    tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.relevance is None:
+            object.__setattr__(self, "relevance", "clip" if self.official else RELEVANCE[0])
         if self.relevance not in RELEVANCE:
             raise unknown("relevance", str(self.relevance), RELEVANCE)
         if isinstance(self.sign, bool) or self.sign not in (1, -1):
@@ -78,27 +101,24 @@ class CDPruner(KeptShare):
         theta = self.theta
         if theta is not None and (isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 <= theta < 1):
             raise ConfigError(f"theta is a number in [0, 1), got {shown(theta)}")
+        if self.official and self.relevance != "clip":
+            raise ConfigError(f"preset='official' takes relevance from CLIP; drop it or relevance={shown(self.relevance)}")
+        for name in ("clip", "tokenizer"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, (str, os.PathLike)) or self.relevance != "clip"):
+                raise ConfigError(f"{name} names a folder for relevance='clip', got {shown(value)} with {self.relevance!r}")
+            object.__setattr__(self, name, None if value is None else os.fspath(value))
 
-    def build_vlm(self, info: VLMInfo) -> CDPrunerReducer:
-        return CDPrunerReducer(self, info)
+    def search_space(self, info: VLMInfo) -> Space:
+        """What relevance counts; given parameters are left alone."""
+        given = self.given()
+        return {name: kind for name, kind in _SEARCHED.items() if name not in given} if self.relevance != "none" else {}
 
+    def candidates_at(self, info: VLMInfo, point: Point) -> Sequence[Self]:
+        return self.replace(**point).budget_candidates(info)
 
-def scaled(similarity: Tensor, sign: int = 1, joint: bool = False) -> Tensor:
-    """Relevance in (0, 1] (eq. 3): sign times similarity less its minimum, divided by its range; 1 where all are alike.
-
-    Args:
-        similarity: [B, n].
-        sign: 1 or -1.
-        joint: take minimum and maximum over the whole batch.
-
-    Returns:
-        [B, n].
-    """
-    score = sign * similarity
-    over = (0, 1) if joint else (1,)
-    low, high = score.amin(over, keepdim=True), score.amax(over, keepdim=True)
-    spread = high - low
-    return torch.where(spread > 0, (score - low + _ABOVE_ZERO) / spread.where(spread > 0, 1), 1.0)
+    def build_vlm(self, info: VLMInfo) -> CDPrunerReducer | ClipReducer:
+        return build(self, info) if self.relevance == "clip" else CDPrunerReducer(self, info)
 
 
 def clip_relevance(patch_embeds: Tensor, text_embeds: Tensor, sign: int = -1, joint: bool = False) -> Tensor:
@@ -121,11 +141,6 @@ def text_relevance(tokens: Tensor, text: PromptText, sign: int = 1) -> Tensor:
     words = unit(text.embeds) * text.real[..., None]
     mean = words.sum(1) / text.real.sum(1, keepdim=True).clamp_min(1)
     return scaled(torch.bmm(unit(tokens), mean[..., None]).squeeze(2), sign)
-
-
-def balanced(relevance: Tensor, theta: float | None) -> Tensor:
-    """exp(theta r / (2 (1 - theta))), or r itself without theta."""
-    return relevance if theta is None else (relevance * (theta / (2 * (1 - theta)))).exp()
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from vtok.core.prompt import ImageFeatures, View, VLMInfo
+from vtok.core.reduction import Plan
 from vtok.methods.kept_share import FeatureChoice, KeptShare
-from vtok.ops.diversity import max_min, max_min_macs
+from vtok.methods.preset import Official
+from vtok.ops.diversity import max_min, max_min_macs, rows_of
+from vtok.ops.rows import take_rows
+from vtok.ops.selection import distinct
 
 
 @dataclass(frozen=True)
-class DivPrune(KeptShare):
+class DivPrune(Official, KeptShare):
     """Config of DivPrune.
 
     Attributes:
@@ -37,6 +42,9 @@ class DivPrune(KeptShare):
             576 of LLaVA-1.5), rounded to whole tokens, halves to the even number; at least one. 1.0 is an exact no-op.
         keep_tokens: the same as a count for every image, thumbnail and crops together (whole number >= 1); an image with fewer
             tokens keeps them all. Give one of the two.
+        preset: `"official"`: distances in the type of the model; tokens that were taken stay in the race, and what comes back
+            stands in the prompt twice, at the place of a token that leaves; positions are numbered anew unless `positions` is
+            given.
     """
 
     name: ClassVar[str] = "divprune"
@@ -61,9 +69,34 @@ def max_min_select(features: Tensor, k: int) -> Tensor:
     return max_min(features, k)
 
 
+def official_select(features: Tensor, k: int) -> Tensor:
+    """The program's loop: in the type of the features, with what was taken still in the race. Shapes as in `max_min_select`."""
+    x = features.detach()
+    x = x / x.norm(dim=2, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)  # a row of zeros would be nothing but NaN
+    distance = 1 - x @ x.transpose(1, 2)
+    nearest = distance.topk(min(2, x.shape[1]), dim=1, largest=False).values[:, -1]
+    order: list[Tensor] = []
+    for step in range(k):
+        last = nearest.argmax(1, keepdim=True)
+        order.append(last)
+        row = rows_of(distance, last)
+        nearest = torch.minimum(nearest, row) if step else row
+    return torch.cat(order, 1)
+
+
 @dataclass(frozen=True)
 class DivPruneReducer(FeatureChoice):
     """DivPrune for one model."""
+
+    config: DivPrune
+
+    def features(self, images: ImageFeatures) -> Plan | None:
+        n = images.tokens.shape[1]
+        count = self.config.count(n)
+        if not self.config.official or count == n:
+            return super().features(images)
+        chosen = official_select(images.tokens, count).sort(1).values
+        return Plan(distinct(chosen, n), remake=lambda x: take_rows(x, chosen))
 
     def choose(self, images: ImageFeatures, count: int) -> Tensor:
         return max_min_select(images.tokens, count)

@@ -17,11 +17,12 @@ from vtok.config import whole
 from vtok.core.prompt import ImageFeatures, VLMInfo
 from vtok.core.reduction import Plan
 from vtok.methods.features.view_tokens import KeepConfig, ViewReducer, ViewTokens, chosen_rows, looked_at
+from vtok.methods.preset import Official
 from vtok.ops.selection import top
 
 
 @dataclass(frozen=True)
-class FasterVLM(KeepConfig):
+class FasterVLM(Official, KeepConfig):
     """Config of FasterVLM. It agrees with the authors' program wherever no scores are equal; of equal ones the first stays.
 
     Towers without a class token (SigLIP) rank a patch by the attention that it receives on average. Newline tokens between
@@ -34,6 +35,7 @@ class FasterVLM(KeepConfig):
             each of the five crops).
         layer: 0-based block of the vision tower whose attention counts, negative from the end; default: the one that the model
             takes its features from, as in the program.
+        preset: `"official"`: positions are numbered anew, as in the program, unless `positions` is given.
     """
 
     name: ClassVar[str] = "fastervlm"

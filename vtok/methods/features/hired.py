@@ -21,7 +21,7 @@ from vtok.config import whole
 from vtok.core.prompt import ImageFeatures, View, VLMInfo
 from vtok.core.reduction import Plan
 from vtok.core.search_space import Dimension, Real
-from vtok.errors import ConfigError, shown, unknown
+from vtok.errors import ConfigError, shown
 from vtok.methods.features.view_tokens import (
     KeepConfig,
     ViewReducer,
@@ -32,14 +32,13 @@ from vtok.methods.features.view_tokens import (
     view_sizes,
     view_tokens,
 )
+from vtok.methods.preset import Official
 from vtok.ops.rows import rows_where
 from vtok.ops.selection import top
 
-PRESETS = ("official",)
-
 
 @dataclass(frozen=True)
-class HiRED(KeepConfig):
+class HiRED(Official, KeepConfig):
     """Config of HiRED.
 
     An image of one view keeps floor(n keep) of its n tokens by the late block alone, as the program does on LLaVA-1.5; so does
@@ -58,7 +57,7 @@ class HiRED(KeepConfig):
         first_layer: 0-based block of the vision tower whose attention parts the budget among crops (program: 0), negative from
             the end.
         late_layer: block whose attention chooses; default: the one that the model takes its features from (program: 22 of 24).
-        preset: `"official"`: padding counts.
+        preset: `"official"`: padding counts; positions are numbered anew unless `positions` is given.
     """
 
     name: ClassVar[str] = "hired"
@@ -69,7 +68,6 @@ class HiRED(KeepConfig):
     alpha: float = 0.5
     first_layer: int = 0
     late_layer: int | None = None
-    preset: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,8 +76,6 @@ class HiRED(KeepConfig):
         whole(self.first_layer, "first_layer")
         if self.late_layer is not None:
             whole(self.late_layer, "late_layer")
-        if self.preset is not None and self.preset not in PRESETS:
-            raise unknown("preset", str(self.preset), PRESETS)
 
     def count(self, n: int) -> int:
         """Rounded down, as in the program."""
@@ -185,7 +181,7 @@ class HiREDReducer(ViewReducer):
         assert source is not None
         layout, shape = source.layout, (held.images, held.views)
         late, first = (patch_attention(images.tower[b], self.has_cls) for b in (self.blocks[0], self.blocks[-1]))
-        if config.preset == "official" and held.patches:
+        if config.official and held.patches:
             late, first = late.unflatten(0, shape), first.unflatten(0, shape)
             parts, n = late.shape[1:]
             total = int(parts * n * config.keep) if config.keep is not None else min(parts * n, config.keep_tokens)

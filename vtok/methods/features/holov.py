@@ -25,15 +25,16 @@ from vtok.core.search_space import Choice, Dimension
 from vtok.core.tokens import at_least_fp32
 from vtok.errors import ConfigError, shown, unknown
 from vtok.methods.features.view_tokens import KeepConfig, ViewReducer, ViewTokens, looked_at, view_sizes, view_tokens
+from vtok.methods.preset import Official
 from vtok.ops.rows import take_rows
-from vtok.ops.selection import top
+from vtok.ops.selection import distinct, top
 
-VARIANTS, PRESETS = ("code", "paper"), ("official",)
+VARIANTS = ("code", "paper")
 _EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class HoloV(KeepConfig):
+class HoloV(Official, KeepConfig):
     """Config of HoloV.
 
     In the authors' program the variance of similarities, which the paper adds to attention, has no effect: it is scaled to a
@@ -59,7 +60,7 @@ class HoloV(KeepConfig):
         layer: 0-based block of the vision tower whose attention counts, negative from the end; default: the one that the model
             takes its features from, as in the program.
         preset: `"official"`: the program's weights, its order (by attention within a run, unless the run stays whole) at the
-            places of those that stay, and its zero vectors.
+            places of those that stay, and its zero vectors; positions are numbered anew unless `positions` is given.
     """
 
     name: ClassVar[str] = "holov"
@@ -70,7 +71,6 @@ class HoloV(KeepConfig):
     variant: str = "code"
     alpha: float = 0.09
     layer: int | None = None
-    preset: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,9 +81,7 @@ class HoloV(KeepConfig):
             raise ConfigError(f"alpha is a number >= 0, got {shown(self.alpha)}")
         if self.layer is not None:
             whole(self.layer, "layer")
-        if self.preset is not None and self.preset not in PRESETS:
-            raise unknown("preset", str(self.preset), PRESETS)
-        if self.preset == "official" and self.variant != "code":
+        if self.official and self.variant != "code":
             raise ConfigError("preset='official' is the program; leave variant='paper' out")
 
     def build_vlm(self, info: VLMInfo) -> HoloVReducer:
@@ -232,7 +230,7 @@ class HoloVReducer(ViewReducer):
             attention = attention + config.alpha * attention.mean(1, keepdim=True) / mean * variance
         else:
             members, valid = consecutive(len(pool), config.runs, device)
-        official = config.preset == "official"
+        official = config.official
         if official:
             weight = program_weights(attention, tokens[:, pool], members, valid, config.alpha)
         else:
@@ -241,8 +239,8 @@ class HoloVReducer(ViewReducer):
         chosen = run_tokens(attention, members, valid, quota, k)
         if not official:
             return Plan(held.kept([pool[chosen]]))
-        taken = torch.zeros_like(attention).scatter_add(1, chosen.clamp_min(0), (chosen >= 0).to(attention.dtype))
-        rows = pool[top(taken, k).sort(1).values]  # where those stand that stay, and others, for zero vectors
+        first = torch.where(chosen >= 0, chosen, chosen[:, :1])  # a run's quota is never empty throughout
+        rows = pool[distinct(first, len(pool))]  # where those stand that stay, and others, for zero vectors
         stays = held.stays.expand(batch, -1)
 
         def remake(x: Tensor) -> Tensor:

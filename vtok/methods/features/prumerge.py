@@ -22,20 +22,20 @@ from vtok.core.prompt import ImageFeatures, TowerBlock, View, VLMInfo
 from vtok.core.reduction import Plan
 from vtok.core.search_space import Choice, Dimension
 from vtok.core.tokens import at_least_fp32
-from vtok.errors import ConfigError, shown, unknown
+from vtok.errors import ConfigError, shown
 from vtok.methods.features.view_tokens import Group, KeepConfig, ViewReducer, ViewTokens, looked_at, view_sizes, view_tokens
+from vtok.methods.preset import Official
 from vtok.ops.attention import cls_attention, received_attention
 from vtok.ops.matching import unit
 from vtok.ops.rows import take_rows
 from vtok.ops.selection import top, upper_outliers
 
-PRESETS = ("official",)
 RATIO = 1 / 8  # of the program, where nothing is adaptive
 _TYPICAL = 1 / 16, 1 / 4  # share of the tokens that stays adaptively, of PruMerge and PruMerge+: for costs before anything runs
 
 
 @dataclass(frozen=True)
-class PruMerge(KeepConfig):
+class PruMerge(Official, KeepConfig):
     """Config of PruMerge and PruMerge+.
 
     Attention is one softmax over the keys of all heads side by side, as in the program; weights of merged tokens are these
@@ -60,7 +60,7 @@ class PruMerge(KeepConfig):
             in the program, whose features come from the one before it.
         preset: `"official"`: the program's shares, also over a batch, its order (by attention, then the evenly spread ones, the
             extra token last, at the places of those that stay) and, under `keep`, its count: floor(n keep) and the extra token,
-            in PruMerge+ also every (1 / keep)-th token, chosen or not.
+            in PruMerge+ also every (1 / keep)-th token, chosen or not; positions are numbered anew unless `positions` is given.
     """
 
     name: ClassVar[str] = "prumerge"
@@ -72,7 +72,6 @@ class PruMerge(KeepConfig):
     neighbours: int = 32
     iqr_factor: float = 1.5
     layer: int | None = None
-    preset: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,8 +82,6 @@ class PruMerge(KeepConfig):
             raise ConfigError(f"iqr_factor is a number >= 0, got {shown(factor)}")
         if self.layer is not None:
             whole(self.layer, "layer")
-        if self.preset is not None and self.preset not in PRESETS:
-            raise unknown("preset", str(self.preset), PRESETS)
 
     @property
     def adaptive(self) -> bool:
@@ -92,7 +89,7 @@ class PruMerge(KeepConfig):
         return self.keep is None and self.keep_tokens is None
 
     def count(self, n: int) -> int:
-        if self.preset != "official" or self.adaptive:
+        if not self.official or self.adaptive:
             return super().count(n)
         first = int(n * self.share(n))
         return min(n, 1 + first + (len(_every(n, first / n)) if self.plus and first else 0))
@@ -253,7 +250,7 @@ class PruMergeReducer(ViewReducer):
         rows, valid, makers = [], [], []
         for group, found, width in zip(held.groups, ranked, widths):
             extra = min(1, group.size - width)
-            here, real = _places(found, width, extra, config.preset == "official")
+            here, real = _places(found, width, extra, config.official)
             rows.append(held.rows(group, here))
             valid.append(real.view(held.images, -1))
             inside = None if hidden is None else held.of(hidden, group)
@@ -273,7 +270,7 @@ class PruMergeReducer(ViewReducer):
 
     def _ranked(self, attention: Tensor) -> Ranked:
         config, n = self.config, attention.shape[1]
-        if config.preset == "official":
+        if config.official:
             return official_fixed_tokens(attention, config.share(n), config.plus)
         return fixed_tokens(attention, config.count(n) - 1 if config.count(n) < n else n, config.plus)
 
@@ -304,7 +301,7 @@ class AdaptiveReducer(PruMergeReducer):
 
     def _ranked(self, attention: Tensor) -> Ranked:
         config = self.config
-        return adaptive_tokens(attention, config.iqr_factor, config.plus, joint=config.preset == "official")
+        return adaptive_tokens(attention, config.iqr_factor, config.plus, joint=config.official)
 
 
 def _widths(ranked: Sequence[Ranked]) -> list[int]:

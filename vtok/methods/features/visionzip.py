@@ -21,18 +21,18 @@ from vtok.config import flag, whole
 from vtok.core.prompt import ImageFeatures, View, VLMInfo
 from vtok.core.reduction import Plan
 from vtok.core.tokens import at_least_fp32
-from vtok.errors import ConfigError, shown, unknown
+from vtok.errors import ConfigError, shown
 from vtok.methods.features.view_tokens import Group, KeepConfig, ViewReducer, ViewTokens, looked_at, view_sizes
+from vtok.methods.preset import Official
 from vtok.ops.matching import unit
 from vtok.ops.rows import rows_where, take_rows
 from vtok.ops.selection import top
 
-PRESETS = ("official",)
 _CONTEXTUAL = 5 / 32  # of the tokens: 10 of 64, 20 of 128, 30 of 192, as published points split them
 
 
 @dataclass(frozen=True)
-class VisionZip(KeepConfig):
+class VisionZip(Official, KeepConfig):
     """Config of VisionZip.
 
     The program merges in front of the connector. So does vtok where that connector works token by token (LLaVA-1.5, LLaVA-NeXT,
@@ -56,7 +56,7 @@ class VisionZip(KeepConfig):
         layer: 0-based block of the vision tower whose attention and keys count, negative from the end; default: the one that
             the model takes its features from.
         preset: `"official"`: in the prompt the class token, then dominant tokens, then contextual ones, at the places of those
-            that stay; with `positions="compact"` this is the program's sequence.
+            that stay, numbered anew unless `positions` is given: the program's sequence.
     """
 
     name: ClassVar[str] = "visionzip"
@@ -67,9 +67,9 @@ class VisionZip(KeepConfig):
     contextual: int | None = None
     class_token: bool | None = None
     layer: int | None = None
-    preset: str | None = None
 
     def __post_init__(self) -> None:
+        self.check_preset()
         counts = (self.dominant, self.contextual)
         if counts != (None, None):
             if None in counts or self.keep is not None or self.keep_tokens is not None:
@@ -86,8 +86,6 @@ class VisionZip(KeepConfig):
             flag(self.class_token, "class_token")
         if self.layer is not None:
             whole(self.layer, "layer")
-        if self.preset is not None and self.preset not in PRESETS:
-            raise unknown("preset", str(self.preset), PRESETS)
 
     def replace(self, **changes: Any) -> VisionZip:
         if changes.get("keep") is not None:
@@ -204,7 +202,7 @@ class VisionZipReducer(ViewReducer):
             first = connector is not None and self._class_token(dominant)
             zipped = zip_tokens(held.of(attention, group), held.of(metric, group), dominant - first, contextual)
             places = torch.cat([*([zipped.free] if first else []), zipped.dominant, zipped.targets], 1)
-            rows.append(held.rows(group, places.sort(1).values if config.preset == "official" else places))
+            rows.append(held.rows(group, places.sort(1).values if config.official else places))
             front = held.of(left.output[:, :1], group) if first else None
             inside = None if hidden is None else held.of(hidden, group)
             makers.append(functools.partial(_make, held, group, zipped, connector, inside, front))

@@ -22,6 +22,7 @@ from vtok.core.reduction import Plan
 from vtok.core.search_space import Dimension, Real
 from vtok.errors import ConfigError, shown
 from vtok.methods.features.view_tokens import Group, KeepConfig, ViewReducer, ViewTokens, chosen_rows, looked_at, view_sizes
+from vtok.methods.preset import Official
 from vtok.ops.matching import unit
 from vtok.ops.rows import take_rows
 from vtok.ops.selection import top
@@ -30,7 +31,7 @@ _ROUND = 8  # tokens that go in one round
 
 
 @dataclass(frozen=True)
-class VisPruner(KeepConfig):
+class VisPruner(Official, KeepConfig):
     """Config of VisPruner.
 
     Tokens are compared as they leave the vision tower, like in the program, where every visual token is one patch; elsewhere
@@ -47,6 +48,7 @@ class VisPruner(KeepConfig):
             the authors' example for 64 tokens has 0.75). 1.0 is FasterVLM.
         layer: 0-based block of the vision tower whose attention counts, negative from the end; default: the one that the model
             takes its features from, as in the program.
+        preset: `"official"`: positions are numbered anew, as in the program, unless `positions` is given.
     """
 
     name: ClassVar[str] = "vispruner"

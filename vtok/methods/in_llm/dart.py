@@ -33,6 +33,7 @@ from vtok.core.prompt import LayerAttention, Layout, VLMInfo
 from vtok.core.tokens import Site, at_least_fp32
 from vtok.errors import ConfigError, unknown
 from vtok.methods.in_llm.one_layer import OneLayer, OneLayerReducer
+from vtok.methods.preset import Official
 from vtok.ops.rows import take_rows
 from vtok.ops.selection import largest
 
@@ -40,12 +41,11 @@ if TYPE_CHECKING:
     pass
 
 ORDERS = ("list", "set")
-PRESETS = ("official",)
 _EPS = 1e-8  # shortest length in a cosine
 
 
 @dataclass(frozen=True)
-class DART(OneLayer):
+class DART(Official, OneLayer):
     """Config of DART.
 
     Attributes:
@@ -59,23 +59,21 @@ class DART(OneLayer):
         text_pivots: the same of the text behind the image (whole number >= 0, default 4).
         order: how pivots are visited: `"list"`, visual ones before text, each by falling norm; `"set"`, as a Python set of
             their positions in front of the layer would give them.
-        preset: `"official"` sets `order="set"`.
+        preset: `"official"` sets `order="set"`; positions are kept, as always.
     """
 
     name: ClassVar[str] = "dart"
     default_keep: ClassVar[float | None] = 0.222
+    official_positions: ClassVar[str] = "original"
 
     visual_pivots: int = 4
     text_pivots: int = 4
     order: str | None = None
-    preset: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         whole(self.visual_pivots, "visual_pivots", 1)
         whole(self.text_pivots, "text_pivots", 0)
-        if self.preset is not None and self.preset not in PRESETS:
-            raise unknown("preset", str(self.preset), PRESETS)
         if self.preset is not None and self.order == "list":
             raise ConfigError('preset "official" visits pivots in the order of a set; drop order="list" or the preset')
         if self.order is not None and self.order not in ORDERS:

@@ -24,6 +24,7 @@ from torch import Tensor
 from vtok.core.prompt import LayerAttention, Layout, VLMInfo
 from vtok.core.tokens import Site
 from vtok.methods.in_llm.one_layer import OneLayer, OneLayerReducer
+from vtok.methods.preset import Official
 from vtok.ops.selection import kept_counts, largest
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FastV(OneLayer):
+class FastV(Official, OneLayer):
     """Config of FastV.
 
     Attributes:
@@ -41,10 +42,12 @@ class FastV(OneLayer):
             papers' "192 tokens" may mean this count, or the mean over all layers; few say which.
         layer: K, 0-based decoder layer in front of which tokens leave; the attention of layer K - 1 decides (whole number >= 1,
             default 2; the authors' demo has 3).
+        preset: `"official"` is what is done anyway: for one prompt the programs choose the same, and positions are kept.
     """
 
     name: ClassVar[str] = "fastv"
     default_keep: ClassVar[float | None] = 0.5
+    official_positions: ClassVar[str] = "original"
 
     def build_vlm(self, info: VLMInfo) -> FastVReducer:
         return FastVReducer(self, info)

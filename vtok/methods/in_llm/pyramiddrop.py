@@ -5,7 +5,7 @@ least in that layer leave, each time half of them.
 Written from a description of the authors' program; it reproduces that program's choice (`tests/golden`). What differs:
 
 * Positions are kept. The program counts them anew behind every stage, so that later layers see other distances, and choices
-  behind the first stage differ: `positions="compact"` does the same, in decoding too.
+  behind the first stage differ: `positions="compact"`, which `preset="official"` stands for, does the same, in decoding too.
 * Padding may stand on either side, rows may have several images or none, and masks stay whatever they were.
 * Shares are of the visual tokens that entered the LLM, all images of a prompt together; at least one token stays.
 
@@ -24,13 +24,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from vtok.config import MethodConfig, block_numbers
+from vtok.config import block_numbers
 from vtok.core.prompt import LayerAttention, Layout, VLMInfo, VLMReducer
 from vtok.core.search_space import Blocks, Point, Space
 from vtok.core.tokens import Place, Site
 from vtok.errors import ConfigError
 from vtok.methods.in_llm.fastv import last_query_attention
 from vtok.methods.in_llm.stages import check_stages, shares
+from vtok.methods.preset import Official
 from vtok.ops.selection import largest
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PyramidDrop(MethodConfig):
+class PyramidDrop(Official):
     """Config of PyramidDrop.
 
     Attributes:
@@ -47,6 +48,7 @@ class PyramidDrop(MethodConfig):
             1.0 do nothing.
         layers: 0-based decoder layers in front of which tokens leave, one for each share (default: in front of equal parts of
             the depth, 8, 16 and 24 of 32 layers).
+        preset: `"official"`: positions are numbered anew at every stage, as in the program, unless `positions` is given.
     """
 
     name: ClassVar[str] = "pyramiddrop"
@@ -56,6 +58,7 @@ class PyramidDrop(MethodConfig):
     layers: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "keep", shares(self.keep, "keep"))
         if self.layers is not None:
             object.__setattr__(self, "layers", check_stages(block_numbers(self.layers), len(self.keep)))

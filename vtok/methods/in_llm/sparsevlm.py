@@ -6,9 +6,10 @@ Written from a description of the authors' program in its version 1; it reproduc
 clusters (`tests/golden`). What differs:
 
 * Every prompt of a batch decides for itself; the program takes one at a time.
-* The average of a cluster stands where its centre stood; in the program it follows on all kept tokens of the image.
+* The average of a cluster stands where its centre stood; in the program, and under `preset="official"`, it follows on all kept
+  tokens of the image.
 * Positions are kept. The program numbers the columns of each layer from 0 on, so that in decoding one token has another
-  position in every layer; `positions="compact"` does the same.
+  position in every layer; `positions="compact"`, which the preset stands for, does the same.
 * Where densities are equal the first token counts as denser. The program adds noise of up to 1e-6, so that two runs may differ:
   with two clusters, tokens that are nearest to each other have equal densities, and noise chooses (it does in the golden
   file). Densities too small for a float are told apart by their logarithms here.
@@ -25,18 +26,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vtok.config import MethodConfig, block_numbers, flag, whole
+from vtok.config import block_numbers, flag, whole
 from vtok.core.prompt import Entry, LayerAttention, Layout, VLMInfo, VLMReducer
 from vtok.core.reduction import Fold
 from vtok.core.search_space import Blocks, BudgetCandidates, Point, Space
 from vtok.core.tokens import Place, Site, at_least_fp32
 from vtok.errors import ConfigError, shown
 from vtok.methods.in_llm.stages import check_stages, shares
+from vtok.methods.preset import Official
 from vtok.ops.density_peaks import density_peaks
 from vtok.ops.rows import rows_where, take_rows
 from vtok.ops.selection import kept_counts, kept_tokens, largest
@@ -51,7 +53,7 @@ _SHARE, _PER_CLUSTER = 0.3, 10  # of the tokens that leave are recycled; recycle
 
 
 @dataclass(frozen=True)
-class SparseVLM(MethodConfig):
+class SparseVLM(Official):
     """Config of SparseVLM.
 
     Attributes:
@@ -65,6 +67,8 @@ class SparseVLM(MethodConfig):
             program has them; LLMs of 16 layers or fewer: the same shares of 32, rounded down and at least one apart).
         recycle: whether 0.3 of the tokens that leave, those of highest relevance, go on as averages of clusters of about ten
             (default True).
+        preset: `"official"`: averages follow on the kept visual tokens, in the order of their clusters, at the places of those
+            that stay; positions are numbered anew in every layer unless `positions` is given. Noise stays out.
     """
 
     name: ClassVar[str] = "sparsevlm"
@@ -76,6 +80,7 @@ class SparseVLM(MethodConfig):
     recycle: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.keep is not None and self.keep_tokens is not None:
             raise ConfigError(f"give keep or keep_tokens, not both (got {self.keep} and {self.keep_tokens})")
         if self.keep_tokens is not None:
@@ -143,11 +148,11 @@ class SparseVLM(MethodConfig):
             )
         if isinstance(self.keep_tokens, tuple):
             return SparseVLMReducer(
-                tuple((layer + 1, None, n) for layer, n in zip(layers, self.keep_tokens)), self.recycle, info
+                tuple((layer + 1, None, n) for layer, n in zip(layers, self.keep_tokens)), self.recycle, info, self.official
             )
         assert self.keep is not None
         found = tuple((layer + 1, share, None) for layer, share in zip(layers, self.keep) if share < 1)
-        return SparseVLMReducer(found, self.recycle, info)
+        return SparseVLMReducer(found, self.recycle, info, self.official)
 
 
 def _counts(value: Any) -> tuple[int, ...]:
@@ -210,7 +215,19 @@ def recycled_counts(dropped: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, (tokens // _PER_CLUSTER + 1).where(some, 0)
 
 
-def recycle(x: Tensor, relevance: Tensor, dropped: Tensor, noise: Tensor | None = None) -> Tensor:
+class Recycled(NamedTuple):
+    """What becomes of dropped tokens.
+
+    Attributes:
+        into: [B, L] int64, as `Fold.into`: the centre of each recycled token's cluster, -1 elsewhere.
+        rank: [B, L] int64, the number of that cluster, the clusters by falling density times distance; -1 elsewhere.
+    """
+
+    into: Tensor
+    rank: Tensor
+
+
+def recycle(x: Tensor, relevance: Tensor, dropped: Tensor, noise: Tensor | None = None) -> Recycled:
     """Which dropped tokens are averaged into which of them.
 
     Args:
@@ -219,8 +236,6 @@ def recycle(x: Tensor, relevance: Tensor, dropped: Tensor, noise: Tensor | None 
         dropped: [B, L] bool.
         noise: [B, T], added to the densities of the T tokens that are recycled at most, by falling relevance.
 
-    Returns:
-        [B, L] int64, as `Fold.into`: the centre of each recycled token's cluster, -1 elsewhere.
     """
     length = dropped.shape[1]
     tokens, clusters = recycled_counts(dropped.sum(1))
@@ -231,8 +246,24 @@ def recycle(x: Tensor, relevance: Tensor, dropped: Tensor, noise: Tensor | None 
     valid = torch.arange(order.shape[1], device=x.device) < tokens[:, None]
     centre, home = density_peaks(take_rows(x, order), clusters, min(most, order.shape[1]), valid, noise)
     target = order.gather(1, centre.gather(1, home)).where(valid, -1)
-    into = target.new_full((len(target), length + 1), -1)
-    return into.scatter(1, order.where(valid, length), target)[:, :length]
+    nowhere, places = target.new_full((len(target), length + 1), -1), order.where(valid, length)
+    into, rank = (nowhere.scatter(1, places, found)[:, :length] for found in (target, home.where(valid, -1)))
+    return Recycled(into, rank)
+
+
+def program_order(kept: Tensor, recycled: Recycled) -> Fold:
+    """Kept tokens as they stood, then the averages of clusters by rank, at the places of kept tokens and centres.
+
+    Args:
+        kept: [B, L] bool, visual tokens that go on as they are.
+        recycled: what becomes of the others.
+    """
+    place = torch.arange(kept.shape[1], device=kept.device)
+    stays = kept | (recycled.into == place)
+    behind = (kept.sum(1, keepdim=True) + recycled.rank).where(recycled.rank >= 0, -1)
+    number = (kept.cumsum(1) - 1).where(kept, behind)  # in the program's sequence
+    slots = (~stays).int().argsort(dim=1, stable=True)
+    return Fold(stays, slots.gather(1, number.clamp_min(0)).where(number >= 0, -1))
 
 
 @dataclass(frozen=True)
@@ -243,6 +274,7 @@ class SparseVLMReducer(VLMReducer):
         stages: (decoder layer in front of which tokens leave, share of the tokens that entered the LLM or `None`, count).
         recycles: whether some of what leaves is averaged.
         info: of the model.
+        official: whether averages stand as in the program.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention", "embeddings"})
@@ -251,6 +283,7 @@ class SparseVLMReducer(VLMReducer):
     stages: tuple[tuple[int, float | None, int | None], ...]
     recycles: bool
     info: VLMInfo
+    official: bool = False
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -268,9 +301,12 @@ class SparseVLMReducer(VLMReducer):
         top = largest(relevance, kept_counts(layout.num_entered, *self._wanted(at)), layout.visual)
         if not self.recycles:
             return top
-        into = recycle(x, relevance, layout.visual & ~top)
-        centres = into == torch.arange(into.shape[1], device=into.device)
-        return Fold(top | centres, into)
+        top = top & layout.visual
+        found = recycle(x, relevance, layout.visual & ~top)
+        if self.official:
+            return program_order(top, found)
+        centres = found.into == torch.arange(found.into.shape[1], device=x.device)
+        return Fold(top | centres, found.into)
 
     def layer_count(self, at: Site, visual: int, entered: int) -> int:
         top = min(visual, kept_tokens(entered, *self._wanted(at)))

@@ -9,7 +9,7 @@ Shapes: F frames of one video, m tokens of each, r of them not salient, D width,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -19,9 +19,11 @@ from torch import Tensor
 from vtok.config import whole
 from vtok.core.prompt import ImageFeatures, View, VLMInfo
 from vtok.core.reduction import Plan
+from vtok.core.search_space import Choice, Dimension, Real
 from vtok.core.tokens import at_least_fp32
 from vtok.errors import ConfigError, UnsupportedModelError, shown, unknown
 from vtok.methods.features.view_tokens import attention_macs, patch_attention, view_tokens
+from vtok.methods.preset import Official
 from vtok.methods.video.video_tokens import Frames, VideoConfig, VideoReducer, shape_of
 from vtok.ops.matching import unit
 from vtok.ops.rows import rows_where, take_rows
@@ -32,7 +34,7 @@ _NEAREST = 4  # tokens whose distance makes the density
 
 
 @dataclass(frozen=True)
-class FastVID(VideoConfig):
+class FastVID(Official, VideoConfig):
     """Config of FastVID. Images are left alone.
 
     The program ranks tokens by the attention of SigLIP's pooling head and compares frames by that head's output. Released
@@ -52,9 +54,16 @@ class FastVID(VideoConfig):
         salience: `"tower"`, the attention that a patch receives in the vision tower on average, or from its class token;
             `"features"`, the softmax of a token's similarity to the mean of its frame, over the frame. Default: the tower's
             where it can be read, else the features'.
+        preset: `"official"` is refused: no model of transformers carries the head that the program looks at.
     """
 
     name: ClassVar[str] = "fastvid"
+    searched: ClassVar[Mapping[str, Dimension]] = {
+        "threshold": Real(0.5, 1.0),
+        "context": Real(0.0, 0.8),
+        "every": Choice((1, 2, 4, 8)),
+        "anchor_weight": Real(0.3, 0.9),
+    }
     default_keep: ClassVar[float | None] = 0.1
 
     segments: int = 8
@@ -84,6 +93,11 @@ class FastVID(VideoConfig):
 
     def build_vlm(self, info: VLMInfo) -> FastVIDReducer:
         self.check(info)
+        if self.official:
+            raise UnsupportedModelError(
+                f"fastvid's program looks at the pooling head of a SigLIP tower, which {info.name} does not carry; leave the "
+                "preset out: salience says what stands in its place"
+            )
         if self.salience == "tower" and info.tower is None:
             raise UnsupportedModelError(
                 f'salience="tower" looks at the attention of {info.name}\'s vision tower, which cannot be read: '

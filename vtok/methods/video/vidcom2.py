@@ -19,18 +19,17 @@ from torch import Tensor
 
 from vtok.core.prompt import ImageFeatures, VLMInfo
 from vtok.core.reduction import Plan
-from vtok.errors import unknown
+from vtok.methods.preset import Official
 from vtok.methods.video.video_tokens import Frames, VideoConfig, VideoReducer
 from vtok.ops.matching import unit
 from vtok.ops.rows import rows_where
 
-PRESETS = ("official",)
 TEMPERATURE = 0.01
 _WIDTHS = tuple(2.0**e for e in range(-3, 2))  # variances of the Gaussians
 
 
 @dataclass(frozen=True)
-class VidCom2(VideoConfig):
+class VidCom2(Official, VideoConfig):
     """Config of VidCom2. Images are left alone.
 
     The authors' program keeps about a share of the tokens, as quotas of frames are rounded and capped one by one; vLLM's
@@ -40,17 +39,13 @@ class VidCom2(VideoConfig):
         keep: share of the visual tokens of a video that stay (program: R_RATIO; (0, 1]; default 0.25; the paper has 0.15 too),
             rounded down, but at least one token a frame. 1.0 changes nothing.
         keep_tokens: the same as a count for a video.
-        preset: `"official"`: the authors' counts.
+        preset: `"official"`: the authors' counts; positions are numbered anew, on Qwen-VL kept, unless `positions` is given.
     """
 
     name: ClassVar[str] = "vidcom2"
 
-    preset: str | None = None
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.preset is not None and self.preset not in PRESETS:
-            raise unknown("preset", str(self.preset), PRESETS)
 
     def count(self, n: int) -> int:
         """Rounded down, as in vLLM's program."""
@@ -58,7 +53,7 @@ class VidCom2(VideoConfig):
 
     def build_vlm(self, info: VLMInfo) -> VidCom2Reducer:
         self.check(info)
-        return (OfficialReducer if self.preset == "official" else VidCom2Reducer)(self, info)
+        return (OfficialReducer if self.official else VidCom2Reducer)(self, info)
 
 
 class Ranked(NamedTuple):

@@ -167,8 +167,8 @@ def table(found: Sequence[Shown]) -> Table:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--questions", type=int, default=240)
-    parser.add_argument("--frames", type=int, default=8)
+    parser.add_argument("--questions", type=int, default=120)
+    parser.add_argument("--frames", type=int, default=4)
     parser.add_argument("--keep", default="0.25,0.1", help="shares of the visual tokens")
     given = parser.parse_args(arguments)
     print(table(measure(given.questions, given.frames, [float(one) for one in given.keep.split(",")])).markdown())

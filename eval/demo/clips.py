@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ from vtok.eval.common.statistics import paired_difference, share
 from vtok.eval.models import reference_vlm
 from vtok.eval.report.sections import with_sign
 from vtok.eval.report.tables import Column, Table
+from vtok.eval.report.values import with_ends
 from vtok.registry import METHODS
 
 METHODS_SHOWN = ("random", "uniform", "downsample", "evs", "vidcom2", "fastvid")
@@ -144,12 +146,11 @@ def table(found: Sequence[Shown]) -> Table:
     """Shares right, with paired differences to the unpatched model, random and downsample."""
 
     def right(row: Shown) -> str:
-        point, low, high = share(row.hits).scaled(100)
-        return f"{point:.1f} [{low:.1f}, {high:.1f}]"
+        return with_ends(share(row.hits).scaled(100), 1)
 
-    def gap(row: Shown, method: str) -> str:
+    def gap(method: str, row: Shown) -> str:
         keep = row.keep if method else 1.0
-        (other,) = [one for one in found if one.method == method and one.keep == keep] or [None]
+        other = next((one for one in found if one.method == method and one.keep == keep), None)
         if other is None or other is row:
             return "-"
         return with_sign(paired_difference(row.hits.astype(float) - other.hits.astype(float)).scaled(100))
@@ -158,8 +159,8 @@ def table(found: Sequence[Shown]) -> Table:
         Column("setting", lambda row: row.title, left=True),
         Column("tokens", lambda row: f"{row.tokens:.0f}"),
         Column("right % [95 %]", right),
-        Column("vs unpatched [95 %]", lambda row: gap(row, "")),
-        *(Column(f"vs {name} [95 %]", lambda row, name=name: gap(row, name)) for name in BESIDE),
+        Column("vs unpatched [95 %]", partial(gap, "")),
+        *(Column(f"vs {name} [95 %]", partial(gap, name)) for name in BESIDE),
     ]
     return Table.of(found, columns, part=lambda row: row.keep)
 

@@ -28,6 +28,7 @@ from vtok.eval.common.statistics import paired_difference, share
 from vtok.eval.models import reference_vlm
 from vtok.eval.report.sections import with_sign
 from vtok.eval.report.tables import Column, Table
+from vtok.eval.report.values import with_ends
 from vtok.registry import METHODS
 
 METHODS_SHOWN = ("random", "uniform", "downsample", "evs", "vidcom2", "fastvid")
@@ -145,10 +146,9 @@ def table(found: Sequence[Shown]) -> Table:
     """Shares right, with paired differences to the unpatched model, random and downsample."""
 
     def right(row: Shown) -> str:
-        point, low, high = share(row.hits).scaled(100)
-        return f"{point:.1f} [{low:.1f}, {high:.1f}]"
+        return with_ends(share(row.hits).scaled(100), 1)
 
-    def gap(row: Shown, method: str) -> str:
+    def gap(method: str, row: Shown) -> str:
         keep = row.keep if method else 1.0
         other = next((one for one in found if one.method == method and one.keep == keep), None)
         if other is None or other is row:
@@ -159,8 +159,8 @@ def table(found: Sequence[Shown]) -> Table:
         Column("setting", lambda row: row.title, left=True),
         Column("tokens", lambda row: f"{row.tokens:.0f}"),
         Column("right % [95 %]", right),
-        Column("vs unpatched [95 %]", partial(gap, method="")),
-        *(Column(f"vs {name} [95 %]", partial(gap, method=name)) for name in BESIDE),
+        Column("vs unpatched [95 %]", partial(gap, "")),
+        *(Column(f"vs {name} [95 %]", partial(gap, name)) for name in BESIDE),
     ]
     return Table.of(found, columns, part=lambda row: row.keep)
 
@@ -168,8 +168,8 @@ def table(found: Sequence[Shown]) -> Table:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--questions", type=int, default=240)
-    parser.add_argument("--frames", type=int, default=8)
+    parser.add_argument("--questions", type=int, default=120)
+    parser.add_argument("--frames", type=int, default=4)
     parser.add_argument("--keep", default="0.25,0.1", help="shares of the visual tokens")
     given = parser.parse_args(arguments)
     print(table(measure(given.questions, given.frames, [float(one) for one in given.keep.split(",")])).markdown())

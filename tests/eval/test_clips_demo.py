@@ -19,6 +19,7 @@ def test_a_clip_is_its_picture_moved() -> None:
     assert len(places) > 1 and all(abs(row - 10) <= 3 and abs(column - 10) <= 3 for _, row, column in places)
 
 
+@pytest.mark.slow
 def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers are mostly right, tokens leave, and gaps are those of the hits."""
     monkeypatch.setattr(clips, "METHODS_SHOWN", ("random", "downsample", "evs"))

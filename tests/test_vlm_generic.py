@@ -7,7 +7,8 @@ import pytest
 import torch
 import vlm_classes
 from helpers_errors import message_of
-from vlm_classes import CLASSES, build, inputs
+from vlm_classes import CLASSES, build
+from vlm_pixels import inputs
 
 import vtok
 from vtok.patches.hf_vlm import image_features as hf
@@ -31,32 +32,41 @@ def _stays(model, values, method):
     return keep & (values["attention_mask"] == 1)
 
 
-def _by_hand(model, values, keep):
-    """Logits [B, V] of the last column: the LLM alone, row by row, fed with the columns that stay of what the unpatched model
-    fed it with. Everything but the cache goes along, positions as they were."""
+def _row(given, b, at, compact):
+    """Keywords of an LLM for the columns `at` of one row of what it was given, without a cache."""
+    x, mask, position = given["inputs_embeds"], given.get("attention_mask"), given.get("position_ids")
+    call = {**given, "use_cache": False, "cache": None, "attention_mask": torch.ones(1, len(at), dtype=torch.long)}
+    if isinstance(mask, dict):
+        call["attention_mask"] = {kind: m if m is None else m[b : b + 1, :, at][..., at] for kind, m in mask.items()}
+    for name, value in given.items():
+        if isinstance(value, torch.Tensor) and name != "attention_mask" and value.shape[:2] == x.shape[:2]:
+            call[name] = value[b : b + 1, at]
+    position = torch.arange(x.shape[1])[None] if position is None else position
+    position = position.expand(*position.shape[:-2], len(x), -1)[..., b : b + 1, at]
+    call["position_ids"] = torch.arange(len(at))[None] if compact else position
+    for planes, places in (("deepstack_visual_embeds", "visual_pos_masks"), ("deepstack_features", "vision_mask")):
+        deep = given.get(planes)
+        if deep is not None:
+            here = torch.zeros(x.shape[:2], dtype=torch.bool)
+            here[b, at] = True
+            left = here[given[places].reshape(here.shape)]
+            call[planes] = {k: d[left] for k, d in deep.items()} if isinstance(deep, dict) else [d[left] for d in deep]
+    return call
+
+
+def _by_hand(model, values, keep, compact=False):
+    """Logits [B, V] of the last column: the unpatched model, whose LLM is fed, row by row, with the columns that stay of what it
+    would be given. Everything but the cache goes along, positions as they were, or counted anew."""
     (vlm,) = find(model)
-    given = {}
-    handle = vlm.text.register_forward_pre_hook(lambda m, args, kwargs: given.update(kwargs), with_kwargs=True)
-    with torch.no_grad():
-        model(**values, use_cache=False)
-    handle.remove()
-    x, rows = given["inputs_embeds"], []
+    rows = []
     for b, stays in enumerate(keep):
         at = stays.nonzero()[:, 0]
-        call = {**given, "use_cache": False, "cache": None, "attention_mask": torch.ones(1, len(at), dtype=torch.long)}
-        for name, value in given.items():
-            if isinstance(value, torch.Tensor) and name != "attention_mask" and value.shape[:2] == x.shape[:2]:
-                call[name] = value[b : b + 1, at]
-        position = given.get("position_ids")
-        position = torch.arange(x.shape[1])[None] if position is None else position
-        call["position_ids"] = position.expand(*position.shape[:-2], len(keep), -1)[..., b : b + 1, at]
-        deep = given.get("deepstack_visual_embeds")
-        if deep is not None:
-            here = torch.zeros_like(keep)
-            here[b, at] = True
-            call["deepstack_visual_embeds"] = [features[here[given["visual_pos_masks"]]] for features in deep]
+        handle = vlm.text.register_forward_pre_hook(
+            lambda m, args, kwargs, b=b, at=at: (args, _row(kwargs, b, at, compact)), with_kwargs=True
+        )
         with torch.no_grad():
-            rows.append(model.get_output_embeddings()(vlm.text(**call)[0][:, -1])[0])
+            rows.append(model(**values, use_cache=False).logits[0, -1])
+        handle.remove()
     return torch.stack(rows)
 
 

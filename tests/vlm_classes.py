@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 _COMMON = {
     "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
@@ -24,11 +24,23 @@ _VISION = {
     "head_dim": 8, "projection_dim": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
     "fullatt_block_indexes": [1], "window_size": 32, "spatial_patch_size": 8, "text_hidden_size": 32,
 }  # fmt: skip
-_TOKENS = (
+TOKENS = (
     "image_token_id", "image_token_index", "video_token_id", "video_token_index", "vision_start_token_id",
     "vision_end_token_id", "image_start_token_id", "image_end_token_id", "boi_token_id", "eoi_token_id", "boi_token_index",
     "eoi_token_index", "audio_token_id", "audio_token_index", "video_start_token_id", "video_end_token_id",
 )  # fmt: skip
+
+
+_KINDS = ("sliding_attention", "full_attention")
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_TEXT = {key: _COMMON[key] for key in (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
+    "num_hidden_layers", "pad_token_id", "bos_token_id", "eos_token_id", "max_position_embeddings",
+)}  # fmt: skip
+_SIGHT = {key: _VISION[key] for key in (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "patch_size", "num_key_value_heads",
+    "head_dim",
+)}  # fmt: skip
 
 
 def _rope(sections: list[int], share: float = 1.0) -> dict[str, Any]:
@@ -42,14 +54,79 @@ def _rope(sections: list[int], share: float = 1.0) -> dict[str, Any]:
     }
 
 
-# Name of the class as AutoModelForImageTextToText knows it -> what its default needs beside small numbers.
+# Name of the class as AutoModelForImageTextToText knows it -> what its default needs beside small numbers. "make" = keywords
+# that its config is built from, where later changes would come too late; those parts are taken as they are.
 CLASSES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("glm46v", "glm4v", "glm_ocr"), _rope([2, 1, 1])),
+    **dict.fromkeys(("glm46v", "glm4v", "glm_ocr", "glmga"), _rope([2, 1, 1])),
     "glm4v_moe": _rope([1, 1, 0], 0.5),
     "aria": {"projector_patch_to_query_dict": {16: 6}},
     "got_ocr2": {"vision_config.image_size": 256},
     **{name: {"text_config.num_key_value_heads": 4} for name in ("glm5_next", "hy_v4_vl")},
+    "qwen2_5_omni_thinker": _rope([2, 1, 1]) | {"vision_start_token_id": 110},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 110},
+    "ernie4_5_vl_moe": _rope([1, 1, 2]),
+    "cohere_compass": {
+        "text_config.rope_parameters": {kind: _MROPE | {"mrope_section": [2, 1, 1]} for kind in _KINDS},
+        "text_config.layer_types": [*_KINDS, *_KINDS],
+        "text_config.sliding_window": 64,
+    },
+    "deepseek_ocr2": {"vision_config.sam_config.downsample_channels": [32, 32], "text_config.mlp_layer_types": ["dense", "sparse"] * 2, "text_config.num_experts_per_tok": 2,
+                      "text_config.n_group": 1, "text_config.topk_group": 1},
+    "fast_vlm": {"make": {"vision_config": {"architecture": "test_convnext", "hidden_size": 64, "do_pooling": True,
+                                            "model_args": {}}}, "vision_config.image_size": 64},
+    "gemma3n": {
+        "make": {
+            "text_config": _TEXT | {
+                "layer_types": [*_KINDS, *_KINDS], "num_kv_shared_layers": 2, "laurel_rank": 8, "hidden_size_per_layer_input": 8,
+                "vocab_size_per_layer_input": 128, "sliding_window": 64, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+                "intermediate_size": 48,
+            },
+            "vision_config": {"architecture": "test_efficientnet", "hidden_size": 64, "vocab_size": 8, "vocab_offset": 112,
+                              "model_args": {}},
+            "audio_config": {"hidden_size": 32, "vocab_size": 8, "vocab_offset": 120, "conf_num_hidden_layers": 1,
+                             "conf_num_attention_heads": 4},
+            "vision_soft_tokens_per_image": 4,
+        },
+        "image_token_id": 115, "audio_token_id": 125,
+    },
+    "gemma4": {
+        "make": {
+            "text_config": _TEXT | {
+                "layer_types": [*_KINDS, *_KINDS], "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8,
+                "vocab_size_per_layer_input": 128, "sliding_window": 64, "global_head_dim": 16,
+                "use_bidirectional_attention": "vision",
+            },
+            "vision_config": _SIGHT | {"pooling_kernel_size": 2, "position_embedding_size": 64},
+        },
+    },
+    "gemma4_unified": {
+        "make": {
+            "text_config": _TEXT | {"layer_types": [*_KINDS, *_KINDS], "sliding_window": 64, "global_head_dim": 16},
+            "vision_config": {"patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": 32, "mm_posemb_size": 16,
+                              "output_proj_dims": 32},
+        },
+    },
+    "granite4_vision": {
+        "make": {"image_grid_pinpoints": [[32, 64], [64, 32]], "downsample_rate": "1/2", "deepstack_layer_map": [[1, 0], [2, 1]],
+                 "spatial_target_layers": [1, 2, 2, 3], "spatial_vision_layer": -1, "vision_feature_select_strategy": "full"},
+    },
+    "hunyuan_vl": _rope([1, 1, 1, 1]) | {"text_config.head_dim": 8},
+    "llama4": {
+        "vision_config.vision_output_dim": 32, "vision_config.projector_input_dim": 32, "vision_config.projector_output_dim": 32,
+        "vision_config.intermediate_size": 128, "text_config.attention_chunk_size": 16, "text_config.floor_scale": 4,
+    },
+    "janus": {"vq_config.channel_multiplier": [1, 1]},
+    "llava_next_video": {"image_grid_pinpoints": [[32, 64], [64, 32]]},
+    "minicpmv4_6": {"vision_config.insert_layer_id": 0, "insert_layer_id": 0},
+    "ovis2": {"vision_config.vocab_size": 32, "visual_indicator_token_ids": [105, 106, 107, 108, 109], "hidden_size": 32,
+              "vocab_size": 128},
+    "perception_lm": {
+        "make": {"vision_config": {"architecture": "test_vit", "num_classes": 0, "global_pool": "",
+                                   "model_args": {"embed_dim": 64, "img_size": 64, "patch_size": 16}}},
+    },
+    "pp_chart2table": {"vision_config.image_size": 256},
+    "vipllava": {"vision_feature_layer": [-1, -2]},
+    "step3p7": {"vision_config.image_size": 64, "text_config.layer_types": ["full_attention"] * 4},
     **{
         name: {}
         for name in (
@@ -71,32 +148,41 @@ def _shrink(config: Any, values: dict[str, Any]) -> None:
 
 def _few_layers(config: Any) -> None:
     """Every kind of layer of the default, in turn; sections of M-RoPE that fit small heads."""
-    for name in ("layer_types", "mlp_layer_types"):
-        if getattr(config, name, None):
+    count = getattr(config, "num_hidden_layers", None)
+    for name in ("layer_types", "mlp_layer_types", "layers_block_type"):
+        if count and getattr(config, name, None):
             kinds = list(dict.fromkeys(getattr(config, name)))
-            setattr(config, name, [kinds[i % len(kinds)] for i in range(config.num_hidden_layers)])
+            setattr(config, name, [kinds[i % len(kinds)] for i in range(count)])
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, dict) and rope.get("mrope_section"):
         half = int(config.head_dim // 2 * rope.get("partial_rotary_factor", 1.0))
         rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
 
 
+def _shrink_all(config: Any, made: Mapping[str, Any], vision: bool = False) -> None:
+    """The parts of a config, and their parts."""
+    for key in type(config).sub_configs:
+        part = getattr(config, key, None)
+        if part is None or key in made:
+            continue
+        sees = vision or any(word in key for word in ("vision", "vq", "audio"))
+        _shrink(part, _VISION if sees else _COMMON)
+        _few_layers(part)
+        _shrink_all(part, {}, sees)
+
+
 def config_of(name: str) -> Any:
     """The config of a class, with few and small layers."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config = CONFIG_MAPPING[name]()
-    parts = {key: getattr(config, key, None) for key in type(config).sub_configs}
-    for key, part in parts.items():
-        if part is not None and any(word in key for word in ("vision", "vq", "audio")):
-            _shrink(part, _VISION)
-        elif part is not None:
-            _shrink(part, _COMMON)
-            _few_layers(part)
-    for i, key in enumerate(_TOKENS):
-        if getattr(config, key, None) is not None:
+    changes = dict(CLASSES[name])
+    made = changes.pop("make", {})
+    config = CONFIG_MAPPING[name](**copy.deepcopy(made))
+    _shrink_all(config, made)
+    for i, key in enumerate(TOKENS):
+        if hasattr(config, key):
             setattr(config, key, 127 - i)
-    for path, value in CLASSES[name].items():
+    for path, value in changes.items():
         owner, last = config, path.split(".")[-1]
         for part in path.split(".")[:-1]:
             owner = getattr(owner, part)
@@ -117,33 +203,3 @@ def build(name: str) -> Any:
                 p.normal_(0, 0.3 if p.shape[-1] < 64 else 0.1)
     model.generation_config.update(eos_token_id=None, pad_token_id=0, suppress_tokens=list(range(100, 128)))
     return model
-
-
-def inputs(model: Any) -> dict[str, Tensor]:
-    """Two prompts with two images and one, the second padded on the left."""
-    config, base, generator = model.config, model.base_model, torch.Generator().manual_seed(0)
-    vision, named = config.vision_config, inspect.signature(base.get_image_features).parameters
-    patch, side = (v if isinstance(v := getattr(vision, key, 8), int) else v[0] for key in ("patch_size", "image_size"))
-    if "image_grid_thw" in named:
-        channels = next(c for key in ("in_channels", "in_chans", "num_channels") if (c := getattr(vision, key, None)))
-        grid = torch.tensor([[1, 4, 4], [1, 8, 4], [1, 4, 8]])
-        width = channels * (getattr(vision, "temporal_patch_size", 1) or 1) * patch * patch
-        values = {"pixel_values": torch.randn(int(grid.prod(1).sum()), width, generator=generator), "image_grid_thw": grid}
-    else:
-        values = {"pixel_values": torch.randn(3, 3, side, side, generator=generator)}
-        if "image_sizes" in named:
-            values["image_sizes"] = torch.tensor([[side, side]] * 3)
-    with torch.no_grad():
-        a, b, c = (len(x) for x in base.get_image_features(**values, return_dict=True).pooler_output)
-    token = config.image_token_id
-    start = next((t for key in _TOKENS if "start" in key and (t := getattr(config, key, None)) is not None), 50)
-    rows = [
-        [5, 6, start, *[token] * a, 51, 7, start, *[token] * b, 51, 8, 9],
-        [10, 11, 12, start, *[token] * c, 51, 13, 14, 15],
-    ]
-    longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-    values |= {"input_ids": ids, "attention_mask": (ids != 0).long()}
-    if "mm_token_type_ids" in inspect.signature(base.forward).parameters:
-        values["mm_token_type_ids"] = (ids == token).int()
-    return values

@@ -20,10 +20,11 @@ from vtok.core.prompt import Entry, Layout
 from vtok.core.reduction import Fold, folded
 from vtok.errors import StateError, UnsupportedModelError
 from vtok.patches.decoder import embedded_prompts as embedded
-from vtok.patches.decoder import masks, outputs
+from vtok.patches.decoder import masks, outputs, riders
 from vtok.patches.decoder import packed_rows as packed
 from vtok.patches.decoder.attention_probe import layer_attention
 from vtok.patches.decoder.kv_cache import (
+    CACHES,
     PromptState,
     Stage,
     attach_state,
@@ -79,7 +80,7 @@ class BeforeModel(PrunerHook):
         if (pruner.shortens or counts) and hf.carries_images(kwargs):
             kwargs = self._read(module, running, kwargs)
         elif pruner.has_dropped_tokens and (holes := embedded.holes_in(kwargs)) is not None:
-            masks.check_text(getattr(module, pruner.family.text))
+            masks.check_text(module.get_submodule(pruner.family.text))
             embedded.read(module, pruner, running, kwargs, holes)
         elif pruner.shortens and kwargs.get("input_ids") is None and cached_length(cache) == 0:
             if pruner.encoded:
@@ -104,7 +105,7 @@ class BeforeModel(PrunerHook):
         if not shown:
             return kwargs
         if pruner.shortens:
-            masks.check_text(getattr(module, pruner.family.text))
+            masks.check_text(module.get_submodule(pruner.family.text))
         given = kwargs.get("mm_encoder_outputs")
         check_kind(kwargs)
         encoded = hf.encode(module, kwargs, hands_on=pruner.family.hands_on)
@@ -229,13 +230,9 @@ class BeforeText(PrunerHook):
             running.slots_counted = True
         if state.sample is not None and masks.is_flash(kind):
             changed |= {"attention_mask": None, **packed.lengths(packed.of_columns(state.sample, stage.column))}
-        changed |= {name: take(t, rows, 1) for name, t in kwargs.items() if name not in changed and masks.of_columns(t, x)}
-        visual = kwargs.get("visual_pos_masks")
-        if visual is not None:  # features of deeper tower layers, added to the visual tokens inside the LLM
-            visual = visual.to(x.device)
-            stays = (keep & state.real)[visual]
-            changed["visual_pos_masks"] = take(visual, rows, 1) & (rows >= 0)
-            changed["deepstack_visual_embeds"] = [deep[stays.to(deep.device)] for deep in kwargs["deepstack_visual_embeds"]]
+        rest = {name: value for name, value in kwargs.items() if name not in changed and name not in CACHES}
+        count = int(running.visual.sum()) if running.visual is not None and not running.embedded else 0
+        changed |= riders.shortened(text, rest, x, rows, keep & state.real, count) | _whole_pass(kwargs)
         return {**kwargs, **changed}
 
     def _later(self, kwargs: dict[str, Any], running: Pass, state: PromptState, cache: Any) -> dict[str, Any]:
@@ -248,7 +245,7 @@ class BeforeText(PrunerHook):
             position = column[:1, -queries:]
         if state.compact:
             position = position - state.now(state.dropped, batch).to(x.device)
-        return {**kwargs, "attention_mask": known.long(), "position_ids": position}
+        return {**kwargs, "attention_mask": known.long(), "position_ids": position, **_whole_pass(kwargs)}
 
 
 class AfterText(PrunerHook):
@@ -319,6 +316,11 @@ class BeforeLayer(PrunerHook):
         return take(x if into is None else folded(x, into), rows, 1)
 
 
+def _whole_pass(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """An LLM that would compute its last layers for the last columns alone counts slots there, its caller columns."""
+    return {"logits_to_keep": 0} if "logits_to_keep" in kwargs else {}
+
+
 def _prompt_kwargs(
     layer: Any, index: int, x: Tensor, kwargs: dict[str, Any], running: Pass, state: PromptState, cache: Any
 ) -> dict[str, Any]:
@@ -328,15 +330,19 @@ def _prompt_kwargs(
     if stage is None or (stage is state.before and not recounted):
         return kwargs
     mask, tables, position = (kwargs.get(name) for name in ("attention_mask", "position_embeddings", "position_ids"))
-    keys = masks.keys_of(cache, x.shape[1], index)
+    if (stored := masks.stored_in(layer, index)) != index:
+        return {**kwargs, "attention_mask": running.masks[stored]}
+    queries = x.shape[-2]  # Gemma 3n has several hidden states: [.., B, L, D]
+    keys = masks.keys_of(cache, queries, index)
     kind = layer.self_attn.config._attn_implementation
     if recounted:
         make: Any = functools.partial(
-            masks.text_mask, stage.column, state.real, x.shape[1], x, kind, keys, 0, window, state.sample
+            masks.text_mask, stage.column, state.real, queries, x, kind, keys, 0, window, state.sample
         )
     else:
         make = functools.partial(masks.gather_mask, mask, stage, x, kind, keys)
     shared = _once(running, ("mask", id(stage), id(mask), keys, window), mask, make)
+    running.masks[index] = shared
     if stage is state.before:
         return {**kwargs, "attention_mask": shared}
     changed: dict[str, Any] = {"attention_mask": shared}
@@ -363,12 +369,14 @@ def _later_kwargs(
     if stage is None or (stage is state.before and not sliding):
         return kwargs
     mask, kind = kwargs.get("attention_mask"), layer.self_attn.config._attn_implementation
-    batch, queries = x.shape[:2]
+    batch, queries = x.shape[-3:-1]
     if state.compact and stage is not state.before:
         kwargs = _moved_down(kwargs, x, stage, running, state)
     if mask is None and queries == 1 and not stage.padded and not sliding:
         return kwargs
     masks.check_implementation(kind, sliding)
+    if (stored := masks.stored_in(layer, index)) != index:
+        return {**kwargs, "attention_mask": running.masks[stored]}
     count = cached_length(cache, index)
     keys, offset = cache.get_mask_sizes(queries, index)
 
@@ -377,7 +385,9 @@ def _later_kwargs(
         real = running.real_columns(state, total, batch, x.device)
         return masks.text_mask(column, real, queries, x, kind, int(keys), int(offset), window)
 
-    return {**kwargs, "attention_mask": _once(running, ("text", id(stage), count, int(keys), int(offset), window), None, build)}
+    key = ("text", id(stage), count, int(keys), int(offset), window)
+    running.masks[index] = shared = _once(running, key, None, build)
+    return {**kwargs, "attention_mask": shared}
 
 
 def _moved_down(kwargs: dict[str, Any], x: Tensor, stage: Stage, running: Pass, state: PromptState) -> dict[str, Any]:

@@ -87,6 +87,7 @@ class Pass:
         probes: decoder layer -> its attention.
         layouts: of the images among whose features a method chose (see `Chosen`).
         memo: masks and tables that several layers share.
+        masks: decoder layer -> the mask made for it, for layers that attend to its keys.
         final_norm: the last norm of the LLM.
         rotary: (x, positions) -> rotary tables of the LLM, where it has one function for all layers.
         entry: what entered the LLM, if a method looks at it.
@@ -108,6 +109,7 @@ class Pass:
     probes: dict[int, LayerAttention] = field(default_factory=dict)
     layouts: tuple[Any, ...] = ()
     memo: dict[Any, Any] = field(default_factory=dict)
+    masks: dict[int, Any] = field(default_factory=dict)
     final_norm: Any = None
     rotary: Any = None
     entry: Entry | None = None

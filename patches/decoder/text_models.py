@@ -6,8 +6,6 @@ from typing import Any
 
 from vtok.patches.protocol import qualified_name
 
-CHILDREN = ("language_model", "text_model", "model")  # as vision-language models call the LLM inside them
-
 
 def _in(model: str) -> str:
     return f"transformers.models.{model}.modeling_{model}."
@@ -45,8 +43,7 @@ def why_not_between(text: Any) -> str | None:
 
 def stated_number(config: Any, name: str) -> int | None:
     """A number that a config states for all its layers, or `None`: some have one for each."""
-    try:
-        value = getattr(config, name, None)
-    except AttributeError:
+    if name in (getattr(config, "per_layer_attributes", None) or ()):
         return None
+    value = getattr(config, name, None)
     return value if isinstance(value, int) else None

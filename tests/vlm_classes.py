@@ -108,12 +108,14 @@ CLASSES: dict[str, dict[str, Any]] = {
     },
     "granite4_vision": {
         "make": {"image_grid_pinpoints": [[32, 64], [64, 32]], "downsample_rate": "1/2", "deepstack_layer_map": [[1, 0], [2, 1]],
-                 "spatial_target_layers": [1, 2, 2, 3], "spatial_vision_layer": -1, "vision_feature_select_strategy": "full"},
+                 "spatial_target_layers": [1, 2, 2, 3], "spatial_vision_layer": -1},
+        "qformer_config.encoder_hidden_size": 32,
     },
+    "idefics2": {"perceiver_config.resampler_n_latents": 4},
     "hunyuan_vl": _rope([1, 1, 1, 1]) | {"text_config.head_dim": 8},
     "llama4": {
         "vision_config.vision_output_dim": 32, "vision_config.projector_input_dim": 32, "vision_config.projector_output_dim": 32,
-        "vision_config.intermediate_size": 128, "text_config.attention_chunk_size": 16, "text_config.floor_scale": 4,
+        "vision_config.intermediate_size": 128, "text_config.attention_chunk_size": 8,
     },
     "janus": {"vq_config.channel_multiplier": [1, 1]},
     "llava_next_video": {"image_grid_pinpoints": [[32, 64], [64, 32]]},
@@ -126,12 +128,24 @@ CLASSES: dict[str, dict[str, Any]] = {
     },
     "pp_chart2table": {"vision_config.image_size": 256},
     "vipllava": {"vision_feature_layer": [-1, -2]},
-    "step3p7": {"vision_config.image_size": 64, "text_config.layer_types": ["full_attention"] * 4},
+    "step3p7": {"vision_config.image_size": 64, "text_config.layer_types": ["full_attention"] * 4, "text_config.sliding_window": 64},
+    "deepseek_vl_hybrid": {"high_res_vision_config.global_attn_indexes": [1]},
+    "kimi_k25": {"projection_hidden_size": 32, "text_config.num_key_value_heads": 4},
+    "paddleocr_vl": _rope([2, 1, 1]),
+    "minimax_m3_vl": {"projector_hidden_size": 32, "merged_hidden_size": 128},
+    **dict.fromkeys(("muse_glimmer", "muse_spark"), {"out_hidden_size": 128, "projector_hidden_size": 32}),
+    "nemotron_h_omni": {"projector_hidden_size": 32, "vision_hidden_size": 32, "vision_config.patch_dim": 192,
+                        "vision_config.video_patch_dim": 384},
+    "molmo2": {"adapter_config.vision_feature_layer": [1, 0], "adapter_config.hidden_size": 32,
+               "adapter_config.text_hidden_size": 32, "adapter_config.intermediate_size": 48},
+    "mistral_large4": {"text_config.num_key_value_heads": 4},
+    "unlimited_ocr": {"vision_config.sam_config.downsample_channels": [32, 32]},
     **{
         name: {}
         for name in (
-            "aya_vision", "cohere2_vision", "cosmos3_edge", "cosmos3_omni", "deepseek_vl", "exaone4_5", "hyperclovax_vision_v2",
-            "lfm3_vl", "lighton_ocr", "mistral3", "qianfan_ocr", "qwen3_5", "qwen3_5_moe", "qwen3_vl_moe", "video_llava",
+            "aya_vision", "cohere2_vision", "cosmos3_edge", "cosmos3_omni", "deepseek_vl", "exaone4_5", "granite_docling",
+            "hyperclovax_vision_v2", "lfm2_vl", "lfm3_vl", "lighton_ocr", "minicpm_ocr", "minicpmv4_7", "mistral3",
+            "qianfan_ocr", "qwen3_5", "qwen3_5_moe", "qwen3_vl_moe", "video_llama_3", "video_llava",
         )
     },
 }  # fmt: skip
@@ -201,5 +215,7 @@ def build(name: str) -> Any:
         for p in model.parameters():
             if p.ndim > 1 and p.is_floating_point():
                 p.normal_(0, 0.3 if p.shape[-1] < 64 else 0.1)
+    if name == "llama4":  # transformers 5.24 reads from the output of its LLM a field that this lacks
+        model.language_model.register_forward_hook(lambda module, args, output: setattr(output, "image_outputs", None))
     model.generation_config.update(eos_token_id=None, pad_token_id=0, suppress_tokens=list(range(100, 128)))
     return model

@@ -26,7 +26,7 @@ def _packed(config: Any, draw: Callable[..., Tensor]) -> Values:
     vision = config.vision_config
     channels = next((c for key in ("in_channels", "in_chans", "num_channels") if (c := getattr(vision, key, None))), 3)
     grid = torch.tensor([[1, 4, 4], [1, 8, 4], [1, 4, 8]])
-    patch, frames = _sizes(vision)[0], getattr(vision, "temporal_patch_size", 1) or 1
+    patch, frames = _sizes(vision)[0], next((f for key in ("temporal_patch_size", "patch_temporal") if (f := getattr(vision, key, 0))), 1)
     return {"pixel_values": draw(int(grid.prod(1).sum()), channels * frames * patch * patch), "image_grid_thw": grid}
 
 
@@ -105,7 +105,7 @@ def _idefics2(config: Any, draw: Callable[..., Tensor]) -> Values:
 
 def _two_towers(config: Any, draw: Callable[..., Tensor]) -> Values:
     high = config.high_res_vision_config.image_size
-    return {**_pictures(config, draw), "high_res_pixel_values": draw(3, 3, high, high)}
+    return {"pixel_values": _pictures(config, draw)["pixel_values"], "high_res_pixel_values": draw(3, 3, high, high)}
 
 
 def _radio(config: Any, draw: Callable[..., Tensor]) -> Values:
@@ -117,7 +117,7 @@ def _radio(config: Any, draw: Callable[..., Tensor]) -> Values:
 PIXELS: dict[str, Callable[[Any, Callable[..., Tensor]], Values]] = {
     **dict.fromkeys(("gemma4", "gemma4_unified"), _gemma4),
     **dict.fromkeys(("granite4_vision", "llava_next_video"), _any_resolution),
-    **dict.fromkeys(("kimi_k25", "muse_glimmer", "muse_spark", "paddleocr_vl"), _patches),
+    **dict.fromkeys(("kimi_k25", "paddleocr_vl"), _patches),
     **dict.fromkeys(("minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), _minicpm),
     "deepseek_vl_hybrid": _two_towers,
     "granite_docling": _granite_docling,
@@ -143,13 +143,11 @@ def inputs(model: Any) -> dict[str, Tensor]:
     config, base = model.config, model.base_model
     values = _vision(model)
     with torch.no_grad():
-        a, b, c = (len(x) for x in feature_list(base.get_image_features(**values, return_dict=True)))
+        *first, last = (len(x) for x in feature_list(base.get_image_features(**values, return_dict=True)))
     token = config.image_token_id
     start = next((t for key in TOKENS if "start" in key and (t := getattr(config, key, None)) is not None), 50)
-    rows = [
-        [5, 6, start, *[token] * a, 51, 7, start, *[token] * b, 51, 8, 9],
-        [10, 11, 12, start, *[token] * c, 51, 13, 14, 15],
-    ]
+    images = [[start, *[token] * count, 51, 7] for count in first]  # where a model returns all of a prompt's as one: one
+    rows = [[5, 6, *sum(images, []), 8, 9], [10, 11, 12, start, *[token] * last, 51, 13, 14, 15]]
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
     values |= {"input_ids": ids, "attention_mask": (ids != 0).long()}

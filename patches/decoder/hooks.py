@@ -20,7 +20,7 @@ from vtok.core.prompt import Entry, Layout
 from vtok.core.reduction import Fold, folded
 from vtok.errors import StateError, UnsupportedModelError
 from vtok.patches.decoder import embedded_prompts as embedded
-from vtok.patches.decoder import masks, outputs, riders
+from vtok.patches.decoder import layer_calls, masks, outputs, riders
 from vtok.patches.decoder import packed_rows as packed
 from vtok.patches.decoder.attention_probe import layer_attention
 from vtok.patches.decoder.kv_cache import (
@@ -215,6 +215,7 @@ class BeforeText(PrunerHook):
             position = renumbered(position, keep | ~state.real, state.sample)
         changed: dict[str, Any] = {"inputs_embeds": take(x, rows, 1), "position_ids": take(position, rows, position.ndim - 1)}
         if isinstance(mask, Mapping):
+            masks.check_kinds(mask)
             changed["attention_mask"] = {
                 name: masks.gather_mask(m, stage, x, kind, masks.keys_of(cache, rows.shape[1], masks.first_of(cache, name)))
                 for name, m in mask.items()
@@ -232,7 +233,7 @@ class BeforeText(PrunerHook):
             changed |= {"attention_mask": None, **packed.lengths(packed.of_columns(state.sample, stage.column))}
         rest = {name: value for name, value in kwargs.items() if name not in changed and name not in CACHES}
         count = int(running.visual.sum()) if running.visual is not None and not running.embedded else 0
-        changed |= riders.shortened(text, rest, x, rows, keep & state.real, count) | _whole_pass(kwargs)
+        changed |= riders.shortened(text, rest, x, rows, keep & state.real, count) | riders.whole_pass(kwargs)
         return {**kwargs, **changed}
 
     def _later(self, kwargs: dict[str, Any], running: Pass, state: PromptState, cache: Any) -> dict[str, Any]:
@@ -245,7 +246,7 @@ class BeforeText(PrunerHook):
             position = column[:1, -queries:]
         if state.compact:
             position = position - state.now(state.dropped, batch).to(x.device)
-        return {**kwargs, "attention_mask": known.long(), "position_ids": position, **_whole_pass(kwargs)}
+        return {**kwargs, "attention_mask": known.long(), "position_ids": position, **riders.whole_pass(kwargs)}
 
 
 class AfterText(PrunerHook):
@@ -276,8 +277,8 @@ class BeforeLayer(PrunerHook):
         state = running.state
         x = args[0] if args else kwargs["hidden_states"]
         if not running.prunes:
-            return args, _later_kwargs(module, self.index, x, kwargs, running, state, cache)
-        fitting = _prompt_kwargs(module, self.index, x, kwargs, running, state, cache)
+            return args, layer_calls.of_later_text(module, self.index, x, kwargs, running, state, cache)
+        fitting = layer_calls.of_prompt(module, self.index, x, kwargs, running, state, cache)
         x = brought(module, x)
         running.move(x.device)
         if self.index == 0 and self.pruner.reads_entry:
@@ -287,7 +288,7 @@ class BeforeLayer(PrunerHook):
             shorter = self._drop(x, running, state)
             if shorter is not None:
                 x = shorter
-                fitting = _prompt_kwargs(module, self.index, x, kwargs, running, state, cache)
+                fitting = layer_calls.of_prompt(module, self.index, x, kwargs, running, state, cache)
                 self._probe(module, x, fitting, running, state)  # for decisions in front of later layers
         if cache is not None and state_of(cache) is not state and (state.before is not None or state.between):
             attach_state(cache, state)
@@ -314,93 +315,3 @@ class BeforeLayer(PrunerHook):
         left = [t.gather(1, rows.clamp_min(0)).masked_fill(rows < 0, -1) for t in (layout.column, entry)]
         state.between[self.index] = Stage(left[0], left[1], padded, gone)
         return take(x if into is None else folded(x, into), rows, 1)
-
-
-def _whole_pass(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """An LLM that would compute its last layers for the last columns alone counts slots there, its caller columns."""
-    return {"logits_to_keep": 0} if "logits_to_keep" in kwargs else {}
-
-
-def _prompt_kwargs(
-    layer: Any, index: int, x: Tensor, kwargs: dict[str, Any], running: Pass, state: PromptState, cache: Any
-) -> dict[str, Any]:
-    """A layer's keywords while the prompt is read: mask, positions and rotary tables of the slots that are left."""
-    stage, window = state.at(index), masks.window_of(layer, index)
-    recounted = running.slots_counted and window is not None  # the LLM measured its windows in slots
-    if stage is None or (stage is state.before and not recounted):
-        return kwargs
-    mask, tables, position = (kwargs.get(name) for name in ("attention_mask", "position_embeddings", "position_ids"))
-    if (stored := masks.stored_in(layer, index)) != index:
-        return {**kwargs, "attention_mask": running.masks[stored]}
-    queries = x.shape[-2]  # Gemma 3n has several hidden states: [.., B, L, D]
-    keys = masks.keys_of(cache, queries, index)
-    kind = layer.self_attn.config._attn_implementation
-    if recounted:
-        make: Any = functools.partial(
-            masks.text_mask, stage.column, state.real, queries, x, kind, keys, 0, window, state.sample
-        )
-    else:
-        make = functools.partial(masks.gather_mask, mask, stage, x, kind, keys)
-    shared = _once(running, ("mask", id(stage), id(mask), keys, window), mask, make)
-    running.masks[index] = shared
-    if stage is state.before:
-        return {**kwargs, "attention_mask": shared}
-    changed: dict[str, Any] = {"attention_mask": shared}
-    if state.sample is not None and masks.is_flash(kind):
-        slots = packed.of_columns(state.sample, stage.column)
-        changed = {"attention_mask": None, **_once(running, ("lengths", id(stage)), stage, lambda: packed.lengths(slots))}
-    slots = _once(running, ("anew", id(stage)), stage, lambda: packed.anew(state, stage)) if state.compact else stage.entry
-    if tables is not None:
-        changed["position_embeddings"] = _once(
-            running, ("tables", id(stage), id(tables)), tables, lambda: tuple(take(t, slots, t.ndim - 2) for t in tables)
-        )
-    if position is not None:
-        changed["position_ids"] = take(position, slots, position.ndim - 1)
-    return {**kwargs, **changed}
-
-
-def _later_kwargs(
-    layer: Any, index: int, x: Tensor, kwargs: dict[str, Any], running: Pass, state: PromptState, cache: Any
-) -> dict[str, Any]:
-    """A layer's keywords for later text: the mask by the columns of the slots that this layer's cache holds."""
-    stage = state.at(index)
-    window = masks.window_of(layer, index)
-    sliding = window is not None
-    if stage is None or (stage is state.before and not sliding):
-        return kwargs
-    mask, kind = kwargs.get("attention_mask"), layer.self_attn.config._attn_implementation
-    batch, queries = x.shape[-3:-1]
-    if state.compact and stage is not state.before:
-        kwargs = _moved_down(kwargs, x, stage, running, state)
-    if mask is None and queries == 1 and not stage.padded and not sliding:
-        return kwargs
-    masks.check_implementation(kind, sliding)
-    if (stored := masks.stored_in(layer, index)) != index:
-        return {**kwargs, "attention_mask": running.masks[stored]}
-    count = cached_length(cache, index)
-    keys, offset = cache.get_mask_sizes(queries, index)
-
-    def build() -> Tensor:
-        column, total = running.slots(state, index, count, batch, queries, x.device)
-        real = running.real_columns(state, total, batch, x.device)
-        return masks.text_mask(column, real, queries, x, kind, int(keys), int(offset), window)
-
-    key = ("text", id(stage), count, int(keys), int(offset), window)
-    running.masks[index] = shared = _once(running, key, None, build)
-    return {**kwargs, "attention_mask": shared}
-
-
-def _moved_down(kwargs: dict[str, Any], x: Tensor, stage: Stage, running: Pass, state: PromptState) -> dict[str, Any]:
-    """Positions and rotary tables of later text behind a prompt of which a layer has renumbered what is left."""
-    position = kwargs["position_ids"]
-
-    def build() -> tuple[Tensor, Any]:
-        gone = state.now(state.anew(stage)[1], x.shape[0]).to(position.device)
-        lower = position - gone[:, None]
-        return lower, running.rotary(x, lower.to(x.device))
-
-    lower, tables = _once(running, ("lower", id(stage), id(position)), position, build)
-    return {**kwargs, "position_ids": lower, "position_embeddings": tables}
-
-
-_once = Pass.once  # what several layers share

@@ -68,6 +68,15 @@ def check_text(text: Any) -> None:
     check_implementation(text.config._attn_implementation, window)
 
 
+def check_kinds(mask: Mapping[str, Any]) -> None:
+    """Raises if masks that were made for a long prompt do not fit a short one: chunks begin every so many columns."""
+    if mask.get("chunked_attention") is not None:
+        raise UnsupportedModelError(
+            "the masks of this prompt were made for all of it, as a static cache asks for, and attention within chunks has their "
+            "borders in other places once tokens are dropped; leave cache_implementation out, or use vtok.prune_inputs"
+        )
+
+
 def real_columns(mask: Mask, batch: int, length: int, device: torch.device) -> Tensor:
     """[B, L] bool: False = padding, as far as the mask of a whole prompt says (2-D, 4-D, a mapping of these, or `None`)."""
     if isinstance(mask, Mapping):

@@ -58,6 +58,11 @@ def shortened(text: Any, kwargs: Mapping[str, Any], x: Tensor, rows: Tensor, sta
     return changed
 
 
+def whole_pass(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """An LLM that would compute its last layers for the last columns alone counts slots there, its caller columns."""
+    return {"logits_to_keep": 0} if "logits_to_keep" in kwargs else {}
+
+
 def _each(planes: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(planes, Mapping):
         return {layer: change(deep) for layer, deep in planes.items()}

@@ -41,6 +41,14 @@ def why_not_between(text: Any) -> str | None:
     return None
 
 
+def counts_columns(text: Any) -> bool:
+    """Whether an LLM measures something in columns that rotary positions must agree with, so that what is left of a prompt is
+    numbered anew, as if it had been that short: attention within chunks, whose borders are every so many columns. (A recurrent
+    state takes no positions: those of the layers between may stay as they were.)
+    """
+    return "chunked_attention" in (getattr(text.config, "layer_types", None) or ())
+
+
 def stated_number(config: Any, name: str) -> int | None:
     """A number that a config states for all its layers, or `None`: some have one for each."""
     if name in (getattr(config, "per_layer_attributes", None) or ()):

@@ -128,6 +128,39 @@ CLASSES: dict[str, dict[str, Any]] = {
     },
     "pp_chart2table": {"vision_config.image_size": 256},
     "vipllava": {"vision_feature_layer": [-1, -2]},
+    "fuyu": {"image_size": 16, "patch_size": 8},
+    **dict.fromkeys(("inkling2", "inkling2_loop"), {
+        "text_config.unpadded_vocab_size": 128, "vision_config.projection_hidden_dim": 32, "text_config.swa_num_attention_heads": 4,
+        "text_config.swa_num_key_value_heads": 2, "text_config.swa_head_dim": 8,
+    }),
+    "qwen4_exp": _rope([2, 1, 1]) | {
+        "text_config.indexer_n_heads": 2, "text_config.indexer_kv_heads": 1, "text_config.indexer_head_dim": 8,
+        "text_config.indexer_budget": 32, "text_config.indexer_compress_ratio": 2,
+    },
+    "emu3": {
+        "vocabulary_map": {"<image>": 127, "<|extra_200|>": 3} | {f"<|visual token {i:06d}|>": 60 + i for i in range(16)},
+        "vq_config.codebook_size": 16, "vq_config.base_channels": 32, "vq_config.channel_multiplier": [1, 1],
+        "vq_config.num_res_blocks": 1, "image_token_id": 127,
+    },
+    "apertus1p5": {
+        "vision_config.codebook_size": 16, "vision_config.base_channels": 32, "vision_config.channel_multiplier": [1, 1],
+        "vision_config.num_res_blocks": 1, "vision_config.latent_channels": 32, "vision_config.spatial_scale_factor": 2,
+        "vision_config.attn_resolutions": [], "image_token_offset": 60,
+    },
+    "dots3_note": {"make": {"text_config": _TEXT | {
+        "layer_types": ["indexed_attention", "sliding_attention"] * 2, "mlp_layer_types": ["dense", "sparse"] * 2,
+        "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8,
+        "qk_nope_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "index_topk": 64,
+        "index_head_dim": 16, "index_n_heads": 2, "head_dim": 16, "sliding_window": 64, "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 8, "swa_head_dim": 16,
+        "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
+    }, "vision_config": {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8,
+        "moe_intermediate_size": 16, "pyramid_num_routed": [-1, 4], "adapter_in_dim": 32, "adapter_out_dim": 32,
+    }, "audio_config": {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "downsample_hidden_size": 8,
+        "adapter_input_size": 32, "adapter_out_dim": 32,
+    }}},
     "step3p7": {"vision_config.image_size": 64, "text_config.layer_types": ["full_attention"] * 4, "text_config.sliding_window": 64},
     "deepseek_vl_hybrid": {"high_res_vision_config.global_attn_indexes": [1]},
     "kimi_k25": {"projection_hidden_size": 32, "text_config.num_key_value_heads": 4},

@@ -113,12 +113,31 @@ def _radio(config: Any, draw: Callable[..., Tensor]) -> Values:
     return {"pixel_values": draw(int(grid.prod(1).sum()), config.vision_config.patch_dim), "image_grid_hw": grid}
 
 
+def _fuyu(config: Any, draw: Callable[..., Tensor]) -> Values:
+    return {"pixel_values": draw(3, 4, 3 * config.patch_size**2)}
+
+
+def _codes(config: Any, draw: Callable[..., Tensor]) -> Values:
+    """Pictures that become words of the vocabulary."""
+    return {"pixel_values": draw(3, 3, 8, 8), "image_sizes": torch.tensor([[8, 8]] * 3)}
+
+
+def _squares(config: Any, draw: Callable[..., Tensor]) -> Values:
+    """A small picture for every visual token."""
+    grid, vision = torch.tensor([[1, 2, 2], [1, 4, 2], [1, 2, 4]]), config.vision_config
+    side = vision.spatial_merge_size * vision.patch_size
+    return {"pixel_values": draw(int(grid.prod(1).sum()), side, side, 3), "image_grid_thw": grid}
+
+
 # Class -> what its vision side takes, where that is neither of the first two.
 PIXELS: dict[str, Callable[[Any, Callable[..., Tensor]], Values]] = {
     **dict.fromkeys(("gemma4", "gemma4_unified"), _gemma4),
     **dict.fromkeys(("granite4_vision", "llava_next_video"), _any_resolution),
     **dict.fromkeys(("kimi_k25", "paddleocr_vl"), _patches),
     **dict.fromkeys(("minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), _minicpm),
+    **dict.fromkeys(("apertus1p5", "emu3"), _codes),
+    **dict.fromkeys(("inkling2", "inkling2_loop"), _squares),
+    "fuyu": _fuyu,
     "deepseek_vl_hybrid": _two_towers,
     "granite_docling": _granite_docling,
     "idefics2": _idefics2,

@@ -106,6 +106,14 @@ def find_vlms(model: nn.Module) -> Sequence[Any]:
     return [vlm for name in _backends(model, VLM_ADAPTERS) for vlm in VLM_ADAPTERS.get(name)().vlms(model)]
 
 
+def why_no_prompt(model: nn.Module) -> str | None:
+    """Why the prompts of a vision-language model inside `model` stay as they are, although its vision encoder may be patched;
+    `None` if there is none.
+    """
+    found = (VLM_ADAPTERS.get(name)().why_no_prompt(model) for name in _backends(model, VLM_ADAPTERS))
+    return next((why for why in found if why is not None), None)
+
+
 def _backends(model: nn.Module, known: Registry[Any]) -> list[str]:
     roots = {cls.__module__.partition(".")[0] for module in model.modules() for cls in type(module).__mro__}
     return [name for name in known if name in roots]

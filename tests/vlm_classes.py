@@ -61,7 +61,11 @@ CLASSES: dict[str, dict[str, Any]] = {
     "glm4v_moe": _rope([1, 1, 0], 0.5),
     "aria": {"projector_patch_to_query_dict": {16: 6}},
     "got_ocr2": {"vision_config.image_size": 256},
-    **{name: {"text_config.num_key_value_heads": 4} for name in ("glm5_next", "hy_v4_vl")},
+    "glm5_next": {
+        "text_config.num_key_value_heads": 4, "text_config.index_topk": 6, "text_config.linear_head_dim": 8,
+        "text_config.linear_num_heads": 4,
+    },
+    "hy_v4_vl": {"text_config.num_key_value_heads": 4, "text_config.index_topk": 6},
     "qwen2_5_omni_thinker": _rope([2, 1, 1]) | {"vision_start_token_id": 110},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 110},
     "ernie4_5_vl_moe": _rope([1, 1, 2]),
@@ -135,7 +139,7 @@ CLASSES: dict[str, dict[str, Any]] = {
     }),
     "qwen4_exp": _rope([2, 1, 1]) | {
         "text_config.indexer_n_heads": 2, "text_config.indexer_kv_heads": 1, "text_config.indexer_head_dim": 8,
-        "text_config.indexer_budget": 32, "text_config.indexer_compress_ratio": 2,
+        "text_config.indexer_budget": 8, "text_config.indexer_compress_ratio": 2,
     },
     "emu3": {
         "vocabulary_map": {"<image>": 127, "<|extra_200|>": 3} | {f"<|visual token {i:06d}|>": 60 + i for i in range(16)},
@@ -150,7 +154,7 @@ CLASSES: dict[str, dict[str, Any]] = {
     "dots3_note": {"make": {"text_config": _TEXT | {
         "layer_types": ["indexed_attention", "sliding_attention"] * 2, "mlp_layer_types": ["dense", "sparse"] * 2,
         "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8,
-        "qk_nope_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "index_topk": 64,
+        "qk_nope_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "index_topk": 6,
         "index_head_dim": 16, "index_n_heads": 2, "head_dim": 16, "sliding_window": 64, "swa_num_attention_heads": 4,
         "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 8, "swa_head_dim": 16,
         "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
@@ -165,20 +169,43 @@ CLASSES: dict[str, dict[str, Any]] = {
     "deepseek_vl_hybrid": {"high_res_vision_config.global_attn_indexes": [1]},
     "kimi_k25": {"projection_hidden_size": 32, "text_config.num_key_value_heads": 4},
     "paddleocr_vl": _rope([2, 1, 1]),
-    "minimax_m3_vl": {"projector_hidden_size": 32, "merged_hidden_size": 128},
+    "minimax_m3_vl": {
+        "projector_hidden_size": 32, "merged_hidden_size": 128, "text_config.layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
+        "text_config.index_block_size": 4, "text_config.index_topk_blocks": 2, "text_config.index_n_heads": 2,
+        "text_config.index_head_dim": 8, "text_config.rotary_dim": 8,
+    },
     **dict.fromkeys(("muse_glimmer", "muse_spark"), {"out_hidden_size": 128, "projector_hidden_size": 32}),
     "nemotron_h_omni": {"projector_hidden_size": 32, "vision_hidden_size": 32, "vision_config.patch_dim": 192,
                         "vision_config.video_patch_dim": 384},
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0], "adapter_config.hidden_size": 32,
                "adapter_config.text_hidden_size": 32, "adapter_config.intermediate_size": 48},
-    "mistral_large4": {"text_config.num_key_value_heads": 4},
+    "mistral_large4": {"text_config.num_key_value_heads": 4, "text_config.index_topk": 6},
+    "lfm2_vl": {"text_config.layer_types": ["conv", "full_attention"] * 2},
     "unlimited_ocr": {"vision_config.sam_config.downsample_channels": [32, 32]},
     **{
         name: {}
         for name in (
             "aya_vision", "cohere2_vision", "cosmos3_edge", "cosmos3_omni", "deepseek_vl", "exaone4_5", "granite_docling",
-            "hyperclovax_vision_v2", "lfm2_vl", "lfm3_vl", "lighton_ocr", "minicpm_ocr", "minicpmv4_7", "mistral3",
+            "hyperclovax_vision_v2", "lfm3_vl", "lighton_ocr", "minicpm_ocr", "minicpmv4_7", "mistral3",
             "qianfan_ocr", "qwen3_5", "qwen3_5_moe", "qwen3_vl_moe", "video_llama_3", "video_llava",
+        )
+    },
+}  # fmt: skip
+
+
+# Classes that are refused -> what their configs need to be built at all.
+REFUSED: dict[str, dict[str, Any]] = {
+    "chameleon": {"vocabulary_map": {"<image>": 127}},
+    "diffusion_gemma": {"make": {"text_config": _TEXT | {
+        "layer_types": [*_KINDS, *_KINDS], "sliding_window": 64, "global_head_dim": 16, "num_experts": 4, "top_k_experts": 2,
+        "moe_intermediate_size": 16,
+    }, "vision_config": {"model_type": "gemma4_vision", **_SIGHT, "pooling_kernel_size": 2, "position_embedding_size": 64}}},
+    **{
+        name: {}
+        for name in (
+            "blip", "blip-2", "evolla", "florence2", "git", "idefics", "inkling_mm_model", "instructblip", "instructblipvideo",
+            "kosmos-2", "kosmos-2.5", "mistral4", "mllama", "pi0", "pix2struct", "pp_formulanet", "t5gemma2", "udop",
+            "vision-encoder-decoder",
         )
     },
 }  # fmt: skip
@@ -222,7 +249,7 @@ def config_of(name: str) -> Any:
     """The config of a class, with few and small layers."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    changes = dict(CLASSES[name])
+    changes = {**CLASSES, **REFUSED}[name].copy()
     made = changes.pop("make", {})
     config = CONFIG_MAPPING[name](**copy.deepcopy(made))
     _shrink_all(config, made)

@@ -13,6 +13,8 @@ from vlm_classes import TOKENS
 from vtok.patches.hf_vlm.generic.outputs import feature_list
 
 Values = dict[str, Any]
+# Sparse attention of these chooses among padding as well, so that the rows of a batch are not what they are alone.
+ALONE = ("dots3_note", "minimax_m3_vl")
 
 
 def _sizes(vision: Any) -> tuple[int, int]:
@@ -158,7 +160,7 @@ def _vision(model: Any) -> Values:
 
 
 def inputs(model: Any) -> dict[str, Tensor]:
-    """Two prompts with two images and one, the second padded on the left."""
+    """Two prompts with two images and one, the second padded on the left; or one with three."""
     config, base = model.config, model.base_model
     values = _vision(model)
     with torch.no_grad():
@@ -167,6 +169,7 @@ def inputs(model: Any) -> dict[str, Tensor]:
     start = next((t for key in TOKENS if "start" in key and (t := getattr(config, key, None)) is not None), 50)
     images = [[start, *[token] * count, 51, 7] for count in first]  # where a model returns all of a prompt's as one: one
     rows = [[5, 6, *sum(images, []), 8, 9], [10, 11, 12, start, *[token] * last, 51, 13, 14, 15]]
+    rows = [[*rows[0], *rows[1]]] if config.model_type in ALONE else rows
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
     values |= {"input_ids": ids, "attention_mask": (ids != 0).long()}

@@ -43,6 +43,7 @@ from vtok.patches.decoder.kv_cache import (
 )
 from vtok.patches.decoder.layout import decided, in_order, layout_of
 from vtok.patches.decoder.pass_state import Pass, Pruner, Recorded, TowerCall
+from vtok.patches.decoder.text_models import counts_padding
 from vtok.patches.hf_vlm import image_features as hf
 from vtok.patches.hf_vlm.encoded import plain
 from vtok.patches.module_swap import Hook, brought
@@ -200,6 +201,11 @@ class BeforeText(PrunerHook):
         keep = keep | ~visual
         running.plan.keep[0] = keep
         rows, padded = compact(keep & state.real)
+        if padded and counts_padding(text):
+            raise UnsupportedModelError(
+                f"rows of this batch keep different numbers of tokens, and {type(text).__name__} takes padding for tokens in its "
+                "sparse attention; pass one prompt at a time"
+            )
         state.before = Stage(rows, rows, padded)
         return args, self._shortened(text, kwargs, x, keep, running, state)
 

@@ -42,11 +42,17 @@ def why_not_between(text: Any) -> str | None:
 
 
 def counts_columns(text: Any) -> bool:
-    """Whether an LLM measures something in columns that rotary positions must agree with, so that what is left of a prompt is
-    numbered anew, as if it had been that short: attention within chunks, whose borders are every so many columns. (A recurrent
-    state takes no positions: those of the layers between may stay as they were.)
+    """Whether an LLM measures something in columns that positions must agree with, so that what is left of a prompt is numbered
+    anew, as if it had been that short: attention within chunks, whose borders are every so many columns, and sparse attention
+    that finds a query's own block by its position. (A recurrent state takes no positions: those of the layers between may stay
+    as they were.)
     """
-    return "chunked_attention" in (getattr(text.config, "layer_types", None) or ())
+    return not {"chunked_attention", "minimax_m3_sparse"}.isdisjoint(getattr(text.config, "layer_types", None) or ())
+
+
+def counts_padding(text: Any) -> bool:
+    """Whether an LLM is wrong about rows with padding: it compares positions, which leave padding out, with slots."""
+    return "minimax_m3_sparse" in (getattr(text.config, "layer_types", None) or ())
 
 
 def stated_number(config: Any, name: str) -> int | None:

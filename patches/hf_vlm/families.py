@@ -21,7 +21,7 @@ from vtok.patches.hf_vlm import layout as hf_views
 from vtok.patches.hf_vlm import stated_images as stated
 from vtok.patches.hf_vlm.examples import VLMExample
 from vtok.patches.hf_vlm.generic.interfaces import encodes, position_axes, text_path
-from vtok.patches.hf_vlm.generic.refused import REFUSED
+from vtok.patches.hf_vlm.generic.refused import REFUSED, UNPROMPTED
 from vtok.patches.hf_vlm.image_features import Cuts, ViewCounts, Views
 from vtok.patches.hf_vlm.stated_images import VisionCosts
 from vtok.patches.hf_vlm.tower_bridge import TowerBridge
@@ -246,6 +246,11 @@ class HfVLMAdapter:
     def vlms(self, model: nn.Module) -> Sequence[VLM]:
         """See `find`."""
         return find(model)
+
+    def why_no_prompt(self, model: nn.Module) -> str | None:
+        """Of a model in `UNPROMPTED`; `None` if no module is."""
+        found = ((module, look_up(module, UNPROMPTED)) for module in model.modules())
+        return next((f"prompts of {type(module).__name__} stay as they are: {why}" for module, why in found if why), None)
 
 
 def find(model: nn.Module) -> Sequence[VLM]:

@@ -115,6 +115,7 @@ CLASSES: dict[str, dict[str, Any]] = {
                  "spatial_target_layers": [1, 2, 2, 3], "spatial_vision_layer": -1},
         "qformer_config.encoder_hidden_size": 32,
     },
+    "granite_docling": {"vision_config.image_size": 64},
     "idefics2": {"perceiver_config.resampler_n_latents": 4},
     "hunyuan_vl": _rope([1, 1, 1, 1]) | {"text_config.head_dim": 8},
     "llama4": {
@@ -185,7 +186,7 @@ CLASSES: dict[str, dict[str, Any]] = {
     **{
         name: {}
         for name in (
-            "aya_vision", "cohere2_vision", "cosmos3_edge", "cosmos3_omni", "deepseek_vl", "exaone4_5", "granite_docling",
+            "aya_vision", "cohere2_vision", "cosmos3_edge", "cosmos3_omni", "deepseek_vl", "exaone4_5",
             "hyperclovax_vision_v2", "lfm3_vl", "lighton_ocr", "minicpm_ocr", "minicpmv4_7", "mistral3",
             "qianfan_ocr", "qwen3_5", "qwen3_5_moe", "qwen3_vl_moe", "video_llama_3", "video_llava",
         )

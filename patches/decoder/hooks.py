@@ -43,7 +43,7 @@ from vtok.patches.decoder.kv_cache import (
 )
 from vtok.patches.decoder.layout import decided, in_order, layout_of
 from vtok.patches.decoder.pass_state import Pass, Pruner, Recorded, TowerCall
-from vtok.patches.decoder.text_models import counts_padding
+from vtok.patches.decoder.text_models import check_padding
 from vtok.patches.hf_vlm import image_features as hf
 from vtok.patches.hf_vlm.encoded import plain
 from vtok.patches.module_swap import Hook, brought
@@ -176,7 +176,8 @@ class BeforeText(PrunerHook):
             return None
         state.inside = True
         running.final_norm, running.rotary = getattr(module, "norm", None), getattr(module, "rotary_emb", None)
-        running.reached = True
+        entered = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        running.reached, running.shape = True, (entered.shape[0], entered.shape[1])
         if running.prunes:
             return self._first(module, args, kwargs, running, state)
         return (args, self._later(kwargs, running, state, cache)) if state.before is not None else None
@@ -201,11 +202,7 @@ class BeforeText(PrunerHook):
         keep = keep | ~visual
         running.plan.keep[0] = keep
         rows, padded = compact(keep & state.real)
-        if padded and counts_padding(text):
-            raise UnsupportedModelError(
-                f"rows of this batch keep different numbers of tokens, and {type(text).__name__} takes padding for tokens in its "
-                "sparse attention; pass one prompt at a time"
-            )
+        check_padding(text, padded)
         state.before = Stage(rows, rows, padded)
         return args, self._shortened(text, kwargs, x, keep, running, state)
 

@@ -27,7 +27,7 @@ def of_prompt(
     mask, tables, position = (kwargs.get(name) for name in ("attention_mask", "position_embeddings", "position_ids"))
     if (stored := masks.stored_in(layer, index)) != index:
         return {**kwargs, "attention_mask": running.masks[stored]}
-    queries = x.shape[-2]  # Gemma 3n has several hidden states: [.., B, L, D]
+    queries = stage.column.shape[1]
     keys = masks.keys_of(cache, queries, index)
     kind = layer.self_attn.config._attn_implementation
     if recounted:
@@ -64,7 +64,8 @@ def of_later_text(
     if stage is None or (stage is state.before and not sliding):
         return kwargs
     mask, kind = kwargs.get("attention_mask"), layer.self_attn.config._attn_implementation
-    batch, queries = x.shape[-3:-1]
+    assert running.shape is not None
+    batch, queries = running.shape
     if state.compact and stage is not state.before:
         kwargs = _moved_down(kwargs, x, stage, running, state)
     if mask is None and queries == 1 and not stage.padded and not sliding:

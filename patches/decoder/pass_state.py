@@ -92,6 +92,7 @@ class Pass:
         rotary: (x, positions) -> rotary tables of the LLM, where it has one function for all layers.
         entry: what entered the LLM, if a method looks at it.
         reached: whether the LLM has been called.
+        shape: (rows, columns) of what it was called with; hidden states of some LLMs have more dimensions.
     """
 
     prunes: bool = False
@@ -114,6 +115,7 @@ class Pass:
     rotary: Any = None
     entry: Entry | None = None
     reached: bool = False
+    shape: tuple[int, int] | None = None
 
     def move(self, device: torch.device) -> None:
         """The layers of an LLM may be spread over devices: what is known of the prompt goes along with its hidden states."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vtok.errors import UnsupportedModelError
 from vtok.patches.protocol import qualified_name
 
 
@@ -50,9 +51,15 @@ def counts_columns(text: Any) -> bool:
     return not {"chunked_attention", "minimax_m3_sparse"}.isdisjoint(getattr(text.config, "layer_types", None) or ())
 
 
-def counts_padding(text: Any) -> bool:
-    """Whether an LLM is wrong about rows with padding: it compares positions, which leave padding out, with slots."""
-    return "minimax_m3_sparse" in (getattr(text.config, "layer_types", None) or ())
+def check_padding(text: Any, padded: bool) -> None:
+    """Raises if rows of a short prompt are padded and an LLM is wrong about padding: it compares positions, which leave padding
+    out, with slots.
+    """
+    if padded and "minimax_m3_sparse" in (getattr(text.config, "layer_types", None) or ()):
+        raise UnsupportedModelError(
+            f"rows of this batch differ in what is left of them, and {type(text).__name__} takes padding for tokens in its sparse "
+            "attention; pass one prompt at a time"
+        )
 
 
 def stated_number(config: Any, name: str) -> int | None:

@@ -16,6 +16,7 @@ from vtok.patches.decoder import hooks, masks
 from vtok.patches.decoder import packed_rows as packed
 from vtok.patches.decoder.kv_cache import cache_in, cached_length, compact, renumbered, take, unknown, vouch
 from vtok.patches.decoder.pass_state import Pruner
+from vtok.patches.decoder.text_models import check_padding
 from vtok.patches.hf_vlm import image_features as hf
 from vtok.patches.hf_vlm import tower_taps
 from vtok.patches.hf_vlm.families import VLM
@@ -257,7 +258,8 @@ def short_inputs(model: Any, vlm: VLM, inputs: Mapping[str, Any], pruner: Pruner
             "a prompt ends with a visual token that is dropped, but generate() numbers the answer by the last token: put text "
             "behind the image, or pass positions='compact'"
         )
-    rows, _ = compact(keep & real)
+    rows, padded = compact(keep & real)
+    check_padding(vlm.text, padded)
     filled = rows >= 0
     if compacted:
         position = renumbered(position, keep | ~real, sample)

@@ -7,31 +7,50 @@ import pytest
 import torch
 import vlm_classes
 from helpers_errors import message_of
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as LISTED
 from vlm_classes import CLASSES, build
 from vlm_pixels import inputs
 
 import vtok
 from vtok.patches.hf_vlm import image_features as hf
 from vtok.patches.hf_vlm.families import find
-from vtok.testing.prompt_oracle import MaskedPrompt
+from vtok.testing.prompt_oracle import NOTHING, MaskedPrompt, check_prompts
+from vtok.testing.trials import trial
 
-KEEP = 0.5
 FAST = ("aya_vision", "mistral3", "glm4v", "qwen3_5", "qwen3_vl_moe", "exaone4_5")  # sliding, plain, M-RoPE, hybrid, DeepStack
-EACH = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CLASSES]
+KEEP = 0.5
+SLOW = pytest.mark.slow
+# Columns hidden in every layer are not what columns are that never entered:
+BY_HAND = {
+    **dict.fromkeys(
+        ("glm5_next", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "nemotron_h_omni", "qwen3_5", "qwen3_5_moe", "qwen4_exp"),
+        "a recurrent state reads all columns",
+    ),
+    **dict.fromkeys(("lfm2_vl", "lfm3_vl"), "convolutions run over neighbouring columns"),
+    **dict.fromkeys(("inkling2", "inkling2_loop"), "convolutions, and distances counted in stored tokens"),
+    "llama4": "chunks of attention begin every so many stored tokens",
+    **dict.fromkeys(("dots3_note", "minimax_m3_vl"), "sparse attention chooses among stored tokens"),
+}
 NUMBERED_ANEW = ("llama4", "minimax_m3_vl")  # attention within chunks, or to blocks that are found by positions
 OWN_CACHE = ("dots3_note", "nemotron_h_omni")  # with a cache the unpatched models themselves say something else than without
 OWN_NUMBERS = ("exaone4_5", "hyperclovax_vision_v2")  # generate() passes them no positions
+NEEDS_MORE = ("dart", "evs", "fastvid", "vidcom2")  # more tokens than these prompts have, or videos
 
 
-def _stays(model, values, method):
-    """[B, L] bool: what a method leaves, by asking it about the images that the unpatched model encodes."""
+def each(names, fast=()):
+    """Parameters, all but the fast ones marked as slow; classes that this release lacks are left out."""
+    return [name if name in fast else pytest.param(name, marks=SLOW) for name in names if name in LISTED]
+
+
+def _chosen(model, values, method):
+    """([B, L] bool: what a method leaves, by asking it about the images that the unpatched model encodes; their features)."""
     (vlm,) = find(model)
     reducer = vtok.METHODS.get(method)(keep=KEEP).build_vlm(vlm.info)
     with torch.no_grad():
         chosen = hf.choose(vlm.module, hf.encode(vlm.module, values), reducer, vlm.family, values)
     keep = hf.kept_columns(values["input_ids"], vlm.tokens, chosen.rows)
     assert keep is not None and not keep.all()
-    return keep & (values["attention_mask"] == 1)
+    return keep & (values["attention_mask"] == 1), chosen.outputs
 
 
 def _row(given, b, at, compact):
@@ -58,10 +77,11 @@ def _row(given, b, at, compact):
     return call
 
 
-def _by_hand(model, values, keep, compact=False):
+def _by_hand(model, values, keep, features, compact=False):
     """Logits [B, V] of the last column: the unpatched model, whose LLM is fed, row by row, with the columns that stay of what it
     would be given. Everything but the cache goes along, positions as they were, or counted anew."""
     (vlm,) = find(model)
+    rest = {name: value for name, value in values.items() if not name.startswith("pixel_values")}
     rows = []
     for b, stays in enumerate(keep):
         at = stays.nonzero()[:, 0]
@@ -69,7 +89,7 @@ def _by_hand(model, values, keep, compact=False):
             lambda m, args, kwargs, b=b, at=at: (args, _row(kwargs, b, at, compact)), with_kwargs=True
         )
         with torch.no_grad():
-            rows.append(model(**values, use_cache=False).logits[0, -1])
+            rows.append(model(**rest, mm_encoder_outputs=copy.copy(features), use_cache=False).logits[0, -1])
         handle.remove()
     return torch.stack(rows)
 
@@ -86,12 +106,13 @@ def _close(found, expected):
     assert (found - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max())
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", each(CLASSES, FAST))
 def test_removing_columns_by_hand(name):
+    """Forward passes, generate() with and without a cache, inputs shortened ahead; and the model is itself again afterwards."""
     model = build(name)
     values = inputs(model)
-    keep = _stays(model, values, "random")
-    expected = _by_hand(model, values, keep, compact=name in NUMBERED_ANEW)
+    keep, features = _chosen(model, values, "random")
+    expected = _by_hand(model, values, keep, features, name in NUMBERED_ANEW)
     with torch.no_grad():
         whole = model(**values, use_cache=False).logits[:, -1]
     assert (whole - expected).abs().max() > 1e-2
@@ -116,6 +137,35 @@ def test_removing_columns_by_hand(name):
     assert torch.equal(_generate(vtok.unpatch(model), values), untouched)
     if name in OWN_CACHE:
         assert (_generate(model, values, use_cache=False) - untouched).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", each([name for name in CLASSES if name not in BY_HAND], ("mistral3", "granite4_vision")))
+def test_removing_equals_masking(name):
+    """Whatever method is not refused: the unpatched model on the whole prompt, what was dropped hidden in every layer."""
+    model = build(name)
+    values, done = inputs(model), set()
+    for method, why in vtok.supports(model).methods.items():
+        if why is None:
+            evidence = check_prompts(vtok.patch(model, method, **trial(method).prompt), values, steps=3)
+            vtok.unpatch(model)
+            if evidence.fault == NOTHING:
+                assert method in NEEDS_MORE
+                continue
+            assert max(evidence.differences.values()) <= 3e-5, (method, evidence)
+            assert "other words" not in (evidence.fault or "")
+            done.add(method)
+    assert {"cdpruner", "divprune", "downsample", "random", "uniform"} <= done
+
+
+@pytest.mark.parametrize("name", each(BY_HAND))
+@pytest.mark.parametrize("method", ["cdpruner", "divprune", "downsample", "uniform"])
+def test_other_methods_by_hand(name, method):
+    model = build(name)
+    values = inputs(model)
+    expected = _by_hand(model, values, *_chosen(model, values, method), name in NUMBERED_ANEW)
+    vtok.patch(model, method, keep=KEEP)
+    with torch.no_grad():
+        _close(model(**values, use_cache=False).logits[:, -1], expected)
 
 
 @pytest.mark.parametrize("name", ["glm4v", "qwen3_5"])
@@ -172,7 +222,10 @@ def test_a_prompt_without_images_and_nothing_to_drop():
         assert torch.equal(_generate(model, text), expected[0])
 
 
-@pytest.mark.parametrize("name", ["aya_vision", pytest.param("cohere2_vision", marks=pytest.mark.slow), "exaone4_5"])
+WINDOWS = ("cohere2_vision", "cohere_compass", "gemma3n", "gemma4", "gemma4_unified", "idefics2", "muse_glimmer", "unlimited_ocr")
+
+
+@pytest.mark.parametrize("name", each(("aya_vision", "exaone4_5", *WINDOWS), ("aya_vision", "exaone4_5")))
 def test_windows_look_back_over_columns_of_the_long_prompt(name, monkeypatch):
     config_of = vlm_classes.config_of
 
@@ -184,7 +237,7 @@ def test_windows_look_back_over_columns_of_the_long_prompt(name, monkeypatch):
     monkeypatch.setattr(vlm_classes, "config_of", narrow)
     model = build(name)
     values = inputs(model)
-    alive = _stays(model, values, "random") | (values["attention_mask"] == 0)
+    alive = _chosen(model, values, "random")[0] | (values["attention_mask"] == 0)
     whole = _generate(model, values)
     with MaskedPrompt(model, dict.fromkeys(range(4), alive)):
         expected = _generate(model, values)
@@ -192,7 +245,7 @@ def test_windows_look_back_over_columns_of_the_long_prompt(name, monkeypatch):
     _close(_generate(vtok.patch(model, "random", keep=KEEP), values), expected)
 
 
-@pytest.mark.parametrize("name", ["aya_vision", "qwen3_5", "qwen3_vl_moe"])
+@pytest.mark.parametrize("name", each(("aya_vision", "qwen3_5", "qwen3_vl_moe", "gemma3n", "hy_v4_vl"), ("qwen3_5",)))
 def test_beams_and_hidden_states(name):
     model = build(name)
     values = inputs(model)
@@ -206,8 +259,9 @@ def test_beams_and_hidden_states(name):
     vtok.patch(model, "random", keep=KEEP)
     assert torch.equal(beams(values), expected)
     with torch.no_grad():
-        hidden = model(**values, output_hidden_states=True).hidden_states
-    assert {x.shape[1] for x in hidden} == {length}
+        hidden = model(**values, output_hidden_states=True, use_cache=False).hidden_states
+        whole = vtok.unpatch(model)(**values, output_hidden_states=True, use_cache=False).hidden_states
+    assert [x.shape for x in hidden] == [x.shape for x in whole] and length in hidden[0].shape
 
 
 @pytest.mark.parametrize("name", ["mistral3", "glm4v"])
@@ -248,9 +302,34 @@ def test_an_llm_that_is_not_called_is_noticed():
     assert "nothing was shortened" in message_of(vtok.UnsupportedModelError, model, **values)
 
 
-def test_classes_are_counted():
-    """What is exercised here and by rows, of all that transformers lists."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as LISTED
+def test_features_that_nothing_is_known_of_are_refused():
+    model = build("mistral3")
+    values = inputs(model)
+    count = int((values["input_ids"] == model.config.image_token_id).sum())
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "more_features": torch.zeros(count, 3)}), with_kwargs=True
+    )
+    text = message_of(vtok.UnsupportedModelError, vtok.patch(model, "random", keep=KEEP), **values)
+    assert "'more_features' with one entry a visual token" in text
 
-    assert set(CLASSES) <= set(LISTED)
-    assert len(CLASSES) >= 24
+
+@SLOW
+def test_attention_within_chunks_and_a_static_cache():
+    model = build("llama4")
+    values = inputs(model)
+    vtok.patch(model, "random", keep=KEEP)
+    text = message_of(
+        vtok.UnsupportedModelError, model.generate, **values, max_new_tokens=2, do_sample=False, cache_implementation="static"
+    )
+    assert "attention within chunks has their borders in other places" in text
+
+
+@SLOW
+def test_sparse_attention_that_takes_padding_for_tokens():
+    model = build("minimax_m3_vl")
+    values = inputs(model)
+    twice = {key: torch.cat([value, value]) for key, value in values.items()}
+    twice["attention_mask"][1, :3] = 0
+    for call in (vtok.patch(model, "random", keep=KEEP), lambda **given: vtok.prune_inputs(model, given, "random", keep=KEEP)):
+        assert "takes padding for tokens" in message_of(vtok.UnsupportedModelError, call, **twice)
+        vtok.unpatch(model)

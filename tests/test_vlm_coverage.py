@@ -3,19 +3,21 @@
 import warnings
 
 import pytest
-import torch
 import transformers
 from helpers_errors import message_of
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as LISTED
-from vlm_classes import CLASSES, REFUSED, config_of
+
 
 import vtok
+from vtok.eval.matrix import generic as matrix
 from vtok.patches import why_no_prompt
+from vtok.patches.hf_vlm import generic
 from vtok.patches.hf_vlm.families import FAMILIES
 from vtok.patches.hf_vlm.generic.refused import REFUSED as REASONS
 from vtok.patches.hf_vlm.generic.refused import UNPROMPTED
+from vtok.testing.generic_models import CLASSES, REFUSED, empty, listed
 
 WRITTEN_FOR = "5.24."  # release of transformers
+LISTED = listed()
 
 
 def _by_row():
@@ -38,8 +40,7 @@ def test_every_class_is_tested_or_refused():
 @pytest.mark.parametrize("name", [name for name in REFUSED if name in LISTED])
 def test_refused(name):
     """Nothing of these is shortened, and somebody says why."""
-    with torch.device("meta"):
-        model = getattr(transformers, LISTED[name])(config_of(name))
+    model = empty(name)
     text, why = message_of(vtok.UnsupportedModelError, vtok.patch, model, "divprune", keep=0.5), why_no_prompt(model)
     if why is None:
         assert any(reason in text for reason in REASONS.values())
@@ -47,3 +48,15 @@ def test_refused(name):
         assert any(reason in why for reason in UNPROMPTED.values())
         assert why in text or name == "vision-encoder-decoder"  # its encoder is found first, and says more of itself
     assert vtok.supports(model).methods.get("divprune", "") is not None
+
+
+def test_the_page_names_every_class():
+    """With numbers that are counted anew; cells of the table are compared by the test below."""
+    assert all(f"| {name} |" in generic.__doc__ for name in CLASSES)
+    assert f"{len(CLASSES)} classes x" in generic.__doc__
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not transformers.__version__.startswith(WRITTEN_FOR), reason="the table is that of another release")
+def test_the_page_has_the_matrix():
+    assert matrix.markdown(matrix.answers()) in generic.__doc__, "run: vtok matrix --generic --into patches/hf_vlm/generic/__init__.py"

@@ -5,15 +5,18 @@ import warnings
 
 import pytest
 import torch
-import vlm_classes
+
 from helpers_errors import message_of
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as LISTED
-from vlm_classes import CLASSES, build
-from vlm_pixels import inputs
+
+
 
 import vtok
 from vtok.patches.hf_vlm import image_features as hf
 from vtok.patches.hf_vlm.families import find
+from vtok.testing import generic_models
+from vtok.testing.generic_models import CLASSES, build
+from vtok.testing.generic_prompts import inputs
 from vtok.testing.prompt_oracle import NOTHING, MaskedPrompt, check_prompts
 from vtok.testing.trials import trial
 
@@ -34,7 +37,7 @@ BY_HAND = {
 NUMBERED_ANEW = ("llama4", "minimax_m3_vl")  # attention within chunks, or to blocks that are found by positions
 OWN_CACHE = ("dots3_note", "nemotron_h_omni")  # with a cache the unpatched models themselves say something else than without
 OWN_NUMBERS = ("exaone4_5", "hyperclovax_vision_v2")  # generate() passes them no positions
-NEEDS_MORE = ("dart", "evs", "fastvid", "vidcom2")  # more tokens than these prompts have, or videos
+NEEDS_MORE = ("dart",)  # visual tokens than these prompts have
 
 
 def each(names, fast=()):
@@ -194,6 +197,7 @@ def test_both_questions_are_answered():
     assert "none can leave between the layers of Qwen3_5Model" in support.methods["fastv"]
     assert "linear_attention" in support.methods["fastv"]
     assert "no row says which views" in support.methods["visionzip"]
+    assert "no row says which visual tokens of Qwen3_5Model are a frame" in support.methods["evs"]
     text = message_of(vtok.UnsupportedModelError, vtok.plan, model, "random", keep=KEEP, prompt={"images": 1, "text_tokens": 8})
     assert "Qwen3_5Model" in text and "not known" in text
 
@@ -227,14 +231,14 @@ WINDOWS = ("cohere2_vision", "cohere_compass", "gemma3n", "gemma4", "gemma4_unif
 
 @pytest.mark.parametrize("name", each(("aya_vision", "exaone4_5", *WINDOWS), ("aya_vision", "exaone4_5")))
 def test_windows_look_back_over_columns_of_the_long_prompt(name, monkeypatch):
-    config_of = vlm_classes.config_of
+    config_of = generic_models.config_of
 
     def narrow(name):
         config = config_of(name)
         config.text_config.sliding_window = 6
         return config
 
-    monkeypatch.setattr(vlm_classes, "config_of", narrow)
+    monkeypatch.setattr(generic_models, "config_of", narrow)
     model = build(name)
     values = inputs(model)
     alive = _chosen(model, values, "random")[0] | (values["attention_mask"] == 0)

@@ -29,10 +29,13 @@ TEXT_MODELS = frozenset(
 )
 
 
+_FORGETS = {"full_attention", "sliding_attention", "mlp", "moe"}  # kinds of layers that any token may be missing from
+
+
 def why_not_between(text: Any) -> str | None:
     """Why tokens cannot leave between the layers of an LLM, or `None` if they can."""
     config = text.config
-    odd = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    odd = sorted(set(getattr(config, "layer_types", None) or ()) - _FORGETS)
     if odd:
         return f"its LLM has layers of type {', '.join(odd)}, whose state cannot forget single tokens or counts them"
     if getattr(config, "num_kv_shared_layers", 0):

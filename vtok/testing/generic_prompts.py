@@ -1,4 +1,4 @@
-"""Prompts with images for the tiny models of `vlm_classes`: what their processors would make."""
+"""Prompts with images for the tiny models of `generic_models`: what their processors would make."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vlm_classes import TOKENS
 
 from vtok.patches.hf_vlm.generic.outputs import feature_list
+from vtok.testing.generic_models import TOKENS
 
 Values = dict[str, Any]
 # Sparse attention of these chooses among padding as well, so that the rows of a batch are not what they are alone.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -194,6 +194,14 @@ CLASSES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def _has_no_image_outputs(model: Any) -> None:
+    """transformers 5.24 reads from the output of the LLM of Llama 4 a field that this lacks."""
+    model.language_model.register_forward_hook(lambda module, args, output: setattr(output, "image_outputs", None))
+
+
+# Class -> what makes a model of it run at all.
+REPAIRS: dict[str, Callable[[Any], None]] = {"llama4": _has_no_image_outputs}
+
 # Classes that are refused -> what their configs need to be built at all.
 REFUSED: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 127}},
@@ -265,18 +273,32 @@ def config_of(name: str) -> Any:
     return config
 
 
+def listed() -> dict[str, str]:
+    """Name -> class, of all image-text-to-text classes of the installed transformers."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+
+
+def empty(name: str) -> Any:
+    """A model of a class without memory for its weights (device "meta")."""
+    import transformers
+
+    with torch.device("meta"):
+        return getattr(transformers, listed()[name])(config_of(name))
+
+
 def build(name: str) -> Any:
     """A tiny model with weights far from those that make all attention alike; it generates words alone, and no end."""
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     torch.manual_seed(0)
-    model = getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name])(config_of(name)).eval()
+    model = getattr(transformers, listed()[name])(config_of(name)).eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1 and p.is_floating_point():
                 p.normal_(0, 0.3 if p.shape[-1] < 64 else 0.1)
-    if name == "llama4":  # transformers 5.24 reads from the output of its LLM a field that this lacks
-        model.language_model.register_forward_hook(lambda module, args, output: setattr(output, "image_outputs", None))
+    if name in REPAIRS:
+        REPAIRS[name](model)
     model.generation_config.update(eos_token_id=None, pad_token_id=0, suppress_tokens=list(range(100, 128)))
     return model

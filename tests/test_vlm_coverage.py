@@ -6,7 +6,6 @@ import pytest
 import transformers
 from helpers_errors import message_of
 
-
 import vtok
 from vtok.eval.matrix import generic as matrix
 from vtok.patches import why_no_prompt
@@ -34,7 +33,9 @@ def test_every_class_is_tested_or_refused():
         assert not unknown and not gone
         assert len(rows) >= 12 and len(rows | generic) >= 60
     elif unknown or gone:  # another release: say so, and let it be
-        warnings.warn(f"transformers {transformers.__version__}: not known here: {unknown}; no longer listed: {gone}", stacklevel=1)
+        warnings.warn(
+            f"transformers {transformers.__version__}: not known here: {unknown}; no longer listed: {gone}", stacklevel=1
+        )
 
 
 @pytest.mark.parametrize("name", [name for name in REFUSED if name in LISTED])
@@ -59,4 +60,6 @@ def test_the_page_names_every_class():
 @pytest.mark.slow
 @pytest.mark.skipif(not transformers.__version__.startswith(WRITTEN_FOR), reason="the table is that of another release")
 def test_the_page_has_the_matrix():
-    assert matrix.markdown(matrix.answers()) in generic.__doc__, "run: vtok matrix --generic --into patches/hf_vlm/generic/__init__.py"
+    assert matrix.markdown(matrix.answers()) in generic.__doc__, (
+        "run: vtok matrix --generic --into patches/hf_vlm/generic/__init__.py"
+    )

@@ -5,15 +5,15 @@ import warnings
 
 import pytest
 import torch
-
 from helpers_errors import message_of
+from test_vlm_attention import Watch
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as LISTED
 
-
-
 import vtok
+from vtok.patches.decoder.text_models import GENERIC_TEXT_MODELS
 from vtok.patches.hf_vlm import image_features as hf
 from vtok.patches.hf_vlm.families import find
+from vtok.patches.protocol import qualified_name
 from vtok.testing import generic_models
 from vtok.testing.generic_models import CLASSES, build
 from vtok.testing.generic_prompts import inputs
@@ -36,6 +36,7 @@ BY_HAND = {
 }
 NUMBERED_ANEW = ("llama4", "minimax_m3_vl")  # attention within chunks, or to blocks that are found by positions
 OWN_CACHE = ("dots3_note", "nemotron_h_omni")  # with a cache the unpatched models themselves say something else than without
+CACHED_ALONE = ("ernie4_5_vl_moe",)  # generate(use_cache=False) of the unpatched model fails
 OWN_NUMBERS = ("exaone4_5", "hyperclovax_vision_v2")  # generate() passes them no positions
 NEEDS_MORE = ("dart",)  # visual tokens than these prompts have
 
@@ -81,8 +82,8 @@ def _row(given, b, at, compact):
 
 
 def _by_hand(model, values, keep, features, compact=False):
-    """Logits [B, V] of the last column: the unpatched model, whose LLM is fed, row by row, with the columns that stay of what it
-    would be given. Everything but the cache goes along, positions as they were, or counted anew."""
+    """Logits [B, V] of the last column: the unpatched model, whose LLM is fed, row by row, with the columns that stay of what
+    it would be given. Everything but the cache goes along, positions as they were, or counted anew."""
     (vlm,) = find(model)
     rest = {name: value for name, value in values.items() if not name.startswith("pixel_values")}
     rows = []
@@ -133,11 +134,15 @@ def test_removing_columns_by_hand(name):
     found = _generate(model, values)
     _close(found[:, 0], expected)
     assert name in OWN_NUMBERS or torch.equal(found.argmax(-1), short.argmax(-1))
-    uncached = _generate(model, values, use_cache=False)
-    _close(uncached[:, 0] if name in OWN_CACHE else uncached, found[:, 0] if name in OWN_CACHE else found)
+    if name not in CACHED_ALONE:
+        uncached = _generate(model, values, use_cache=False)
+        _close(uncached[:, 0] if name in OWN_CACHE else uncached, found[:, 0] if name in OWN_CACHE else found)
     left = (keep & (values["input_ids"] == model.config.image_token_id)).sum(1)
     assert vtok.info(model).prompts[0].rows[0].tokens_out == tuple(left.tolist())
     assert torch.equal(_generate(vtok.unpatch(model), values), untouched)
+    if name in CACHED_ALONE:
+        with pytest.raises(IndexError):
+            _generate(model, values, use_cache=False)
     if name in OWN_CACHE:
         assert (_generate(model, values, use_cache=False) - untouched).abs().max() > 1e-3
 
@@ -226,7 +231,16 @@ def test_a_prompt_without_images_and_nothing_to_drop():
         assert torch.equal(_generate(model, text), expected[0])
 
 
-WINDOWS = ("cohere2_vision", "cohere_compass", "gemma3n", "gemma4", "gemma4_unified", "idefics2", "muse_glimmer", "unlimited_ocr")
+WINDOWS = (
+    "cohere2_vision",
+    "cohere_compass",
+    "gemma3n",
+    "gemma4",
+    "gemma4_unified",
+    "idefics2",
+    "muse_glimmer",
+    "unlimited_ocr",
+)
 
 
 @pytest.mark.parametrize("name", each(("aya_vision", "exaone4_5", *WINDOWS), ("aya_vision", "exaone4_5")))
@@ -293,6 +307,53 @@ def test_packed_rows_see_only_themselves(name):
     found = last(2, torch.cat([pixels, others]), position_ids=torch.cat([position] * 2, -1))
     _close(found[len(ids) - 1], last(1, pixels)[-1])
     _close(found[-1], last(1, others)[-1])
+
+
+@SLOW
+@pytest.mark.parametrize("name", [name for name in CLASSES if name in LISTED and name not in BY_HAND])
+def test_attention_of_layers_that_may_drop_is_read_right(name):
+    """What methods between the layers choose by is what the layer computes itself."""
+    model = build(name)
+    (vlm,) = find(model)
+    if vlm.info.no_layers is not None:
+        assert qualified_name(type(vlm.text)) not in GENERIC_TEXT_MODELS
+        return
+    values = inputs(model)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model(**values, use_cache=False, output_attentions=True).attentions
+    for layer in (1, 2, 3):
+        seen = []
+        vtok.patch(model, Watch(layer=layer, back=0, seen=seen))
+        with torch.no_grad():
+            model(**values, use_cache=False)
+        vtok.unpatch(model)
+        ((layout, probs, _),) = seen
+        assert (probs - expected[layer])[layout.real[:, None, :, None].expand_as(probs)].abs().max() <= 5e-5
+
+
+@SLOW
+def test_every_llm_that_may_drop_is_among_these_models():
+    found = {qualified_name(type(module)) for name in CLASSES if name in LISTED for module in _texts(name)}
+    assert found >= GENERIC_TEXT_MODELS
+
+
+def _texts(name):
+    return [vlm.text for vlm in find(generic_models.empty(name))]
+
+
+@SLOW
+@pytest.mark.parametrize(("name", "old"), [("video_llava", "pixel_values_images"), ("fuyu", "image_patches")])
+def test_pixels_under_an_old_name(name, old):
+    model = build(name)
+    values = inputs(model)
+    expected = vtok.prune_inputs(model, values, "random", keep=KEEP)
+    again = vtok.prune_inputs(
+        model, {old if key == "pixel_values" else key: v for key, v in values.items()}, "random", keep=KEEP
+    )
+    assert expected["input_ids"].shape[1] < values["input_ids"].shape[1]
+    assert again.keys() == expected.keys() and torch.equal(again["input_ids"], expected["input_ids"])
+    assert old not in again and "pixel_values" not in again
 
 
 def test_an_llm_that_is_not_called_is_noticed():

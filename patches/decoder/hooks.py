@@ -8,7 +8,6 @@ Shapes: B rows, L columns of the prompt, M slots after a reduction, Q queries.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -68,7 +67,7 @@ class BeforeModel(PrunerHook):
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         running = self.pruner.open()
-        kwargs = dict(zip(inspect.signature(module.forward).parameters, args), **kwargs)
+        kwargs = hf.renamed(dict(zip(inspect.signature(module.forward).parameters, args), **kwargs))
         cache = cache_in(kwargs)
         running.real = masks.seen_columns(kwargs.get("attention_mask"))
         if state_of(cache) is not None and cached_length(cache) == 0:

@@ -72,8 +72,8 @@ def check_kinds(mask: Mapping[str, Any]) -> None:
     """Raises if masks that were made for a long prompt do not fit a short one: chunks begin every so many columns."""
     if mask.get("chunked_attention") is not None:
         raise UnsupportedModelError(
-            "the masks of this prompt were made for all of it, as a static cache asks for, and attention within chunks has their "
-            "borders in other places once tokens are dropped; leave cache_implementation out, or use vtok.prune_inputs"
+            "the masks of this prompt were made for all of it, as a static cache asks for, and attention within chunks has "
+            "their borders in other places once tokens are dropped; leave cache_implementation out, or use vtok.prune_inputs"
         )
 
 

@@ -40,7 +40,8 @@ def whole(text: Any, output: Any, state: PromptState, prunes: bool) -> Any:
     def part(value: Any, name: str = "") -> Any:
         if not isinstance(value, (tuple, list)) or not any(isinstance(x, Tensor) for x in value):
             return value
-        if name == "hidden_states" or next(x for x in value if isinstance(x, Tensor)).ndim == 3:  # what enters the first layer, and what leaves every one
+        hidden = name == "hidden_states" or next(x for x in value if isinstance(x, Tensor)).ndim == 3
+        if hidden:  # what enters the first layer, and what leaves every one
             first = depth - len(value)
             entries = enumerate(value, first)
             return tuple(x if x is None else long if x is last else _restored(x, max(i, 0), state, prunes) for i, x in entries)

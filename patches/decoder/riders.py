@@ -1,14 +1,14 @@
 """What rides along with a prompt into an LLM, beside embeddings, mask and positions: it is shortened with it.
 
-That is, whatever has one entry a column (kinds of tokens, embeddings for every layer), and features of deeper tower layers, which
-have one entry a visual token and are added to these inside the LLM (DeepStack).
+That is, whatever has one entry a column (kinds of tokens, embeddings for every layer), and features of deeper tower layers,
+which have one entry a visual token and are added to these inside the LLM (DeepStack).
 
 Shapes: B rows, L columns of the prompt, M slots, V visual tokens of all rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -46,8 +46,7 @@ def shortened(text: Any, kwargs: Mapping[str, Any], x: Tensor, rows: Tensor, sta
         planes, places = kwargs.get(name), kwargs.get(mask)
         if planes is not None and places is not None:
             places = (places if places.ndim == 2 else places[..., 0]).to(x.device)
-            left = stays[places]
-            changed[name] = _each(planes, lambda deep, left=left: deep[left.to(deep.device)])
+            changed[name] = _shorter(planes, stays[places])
     for name, value in kwargs.items():
         if name not in changed and visual > 1 and any(len(t) == visual for t in _tensors(value) if t.ndim):
             raise UnsupportedModelError(
@@ -63,10 +62,11 @@ def whole_pass(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {"logits_to_keep": 0} if "logits_to_keep" in kwargs else {}
 
 
-def _each(planes: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def _shorter(planes: Any, left: Tensor) -> Any:
+    """Features [V, D] of every layer, those of the tokens that are left: [V] bool."""
     if isinstance(planes, Mapping):
-        return {layer: change(deep) for layer, deep in planes.items()}
-    return [change(deep) for deep in planes]
+        return {layer: deep[left.to(deep.device)] for layer, deep in planes.items()}
+    return [deep[left.to(deep.device)] for deep in planes]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -29,6 +29,27 @@ TEXT_MODELS = frozenset(
 )
 
 
+# The same of models that no row describes.
+GENERIC_TEXT_MODELS = frozenset(
+    {
+        _in("aria") + "AriaTextModel",
+        _in("cohere_compass") + "CohereCompassTextModel",
+        _in("cosmos3_edge") + "Cosmos3EdgeTextModel",
+        _in("deepseek_ocr2") + "DeepseekOcr2TextModel",
+        _in("emu3") + "Emu3TextModel",
+        _in("glm4v") + "Glm4vTextModel",
+        _in("glm4v_moe") + "Glm4vMoeTextModel",
+        _in("glm_ocr") + "GlmOcrTextModel",
+        _in("granite_docling") + "GraniteDoclingTextModel",
+        _in("hyperclovax") + "HyperCLOVAXModel",
+        _in("molmo2") + "Molmo2TextModel",
+        _in("paddleocr_vl") + "PaddleOCRTextModel",
+        _in("qwen2_5_omni") + "Qwen2_5OmniThinkerTextModel",
+        _in("qwen3_omni_moe") + "Qwen3OmniMoeThinkerTextModel",
+        _in("qwen3_vl_moe") + "Qwen3VLMoeTextModel",
+        _in("step3p7") + "Step3p7TextModel",
+    }
+)
 _FORGETS = {"full_attention", "sliding_attention", "mlp", "moe"}  # kinds of layers that any token may be missing from
 
 
@@ -40,7 +61,7 @@ def why_not_between(text: Any) -> str | None:
         return f"its LLM has layers of type {', '.join(odd)}, whose state cannot forget single tokens or counts them"
     if getattr(config, "num_kv_shared_layers", 0):
         return "layers of its LLM share keys and values, and would have to hold the same tokens"
-    if not any(qualified_name(cls) in TEXT_MODELS for cls in type(text).__mro__):
+    if not any(qualified_name(cls) in TEXT_MODELS | GENERIC_TEXT_MODELS for cls in type(text).__mro__):
         return f"its LLM, {qualified_name(type(text))}, is not among those whose layers vtok has been tested with"
     return None
 
@@ -60,8 +81,8 @@ def check_padding(text: Any, padded: bool) -> None:
     """
     if padded and "minimax_m3_sparse" in (getattr(text.config, "layer_types", None) or ()):
         raise UnsupportedModelError(
-            f"rows of this batch differ in what is left of them, and {type(text).__name__} takes padding for tokens in its sparse "
-            "attention; pass one prompt at a time"
+            f"rows of this batch differ in what is left of them, and {type(text).__name__} takes padding for tokens in its "
+            "sparse attention; pass one prompt at a time"
         )
 
 

@@ -28,6 +28,7 @@ from vtok.patches.module_swap import weights_of
 from vtok.patches.precision import full_precision
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+OLD_NAMES = {"pixel_values_images": "pixel_values", "image_patches": "pixel_values"}  # that models still take
 # (model, modality, number of the image, its first feature, its features [n, D], keywords of the call) -> what the n tokens are
 Views = Callable[[Any, str, int, int, Tensor, Mapping[str, Any]], tuple[View, ...]]
 # (model, modality, features of every image, views of the tower in all, keywords of the call) -> views of every image, if known
@@ -64,6 +65,11 @@ class Chosen(NamedTuple):
     rows: dict[str, Tensor]
     layouts: tuple[tuple[str, tuple[View, ...], int, int], ...] = ()
     alive: Mapping[str, Tensor] = {}
+
+
+def renamed(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call with pixels under the names that models have for them now."""
+    return {OLD_NAMES.get(name, name): value for name, value in kwargs.items() if name not in OLD_NAMES or value is not None}
 
 
 def carries_images(kwargs: Mapping[str, Any]) -> bool:

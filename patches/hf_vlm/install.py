@@ -26,8 +26,6 @@ from vtok.patches.hf_vlm.macs import vision_tower
 from vtok.patches.module_swap import Mixin, swap_class
 from vtok.plain import check_numbers
 
-PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
-
 
 class Guard(Mixin):
     """Refuses ways to generate that read a prompt with images in pieces, or together with guesses at its answer.
@@ -216,7 +214,7 @@ def short_inputs(model: Any, vlm: VLM, inputs: Mapping[str, Any], pruner: Pruner
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         raise ConfigError(f"inputs must hold input_ids [rows, columns] as the processor makes them, got {sorted(inputs)}")
-    values = dict(inputs)
+    values = hf.renamed(inputs)
     mask = values.get("attention_mask")
     if mask is not None and mask.ndim != 2:
         raise ConfigError(f"attention_mask must be [rows, columns], got shape {list(mask.shape)}")
@@ -263,7 +261,9 @@ def short_inputs(model: Any, vlm: VLM, inputs: Mapping[str, Any], pruner: Pruner
     filled = rows >= 0
     if compacted:
         position = renumbered(position, keep | ~real, sample)
-    elif position.ndim == 3 and len(position) == vlm.family.axes + 1:  # the first row only says where samples start: gaps would be borders
+    elif (
+        position.ndim == 3 and len(position) == vlm.family.axes + 1
+    ):  # the first row says where samples start: gaps were borders
         position = torch.cat([renumbered(position[:1], keep | ~real), position[1:]])
     position = take(position, rows, position.ndim - 1)
     if position.ndim == 2 and sample is None and not masks.is_flash(kind) and bool(filled.all() & (position.diff() != 1).any()):
@@ -279,10 +279,10 @@ def short_inputs(model: Any, vlm: VLM, inputs: Mapping[str, Any], pruner: Pruner
         "position_ids": position,
         "mm_encoder_outputs": {m: short_output(out, chosen.rows[m]) for m, out in chosen.outputs.items()},
     }
-    for name in PER_TOKEN:
-        if values.get(name) is not None:
-            short[name] = take(values[name], rows, 1).masked_fill(~filled, 0)
     if values.get("labels") is not None:
         short["labels"] = take(values["labels"], rows, 1).masked_fill(~filled, -100)
     gone = {"pixel_attention_mask", "image_sizes", "image_grid_thw", "video_grid_thw", *vision_arguments(vlm.module)}
+    for name, value in values.items():  # kinds of tokens, under several names
+        if name not in gone | set(short) and isinstance(value, Tensor) and value.shape == ids.shape:
+            short[name] = take(value, rows, 1).masked_fill(~filled, 0)
     return {name: value for name, value in values.items() if name not in gone | set(short)} | short

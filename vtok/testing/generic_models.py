@@ -54,6 +54,12 @@ def _rope(sections: list[int], share: float = 1.0) -> dict[str, Any]:
     }
 
 
+_INKLING = {
+    "text_config.unpadded_vocab_size": 128, "vision_config.projection_hidden_dim": 32, "text_config.swa_num_attention_heads": 4,
+    "text_config.swa_num_key_value_heads": 2, "text_config.swa_head_dim": 8,
+}  # fmt: skip
+_MUSE = {"out_hidden_size": 128, "projector_hidden_size": 32}
+
 # Name of the class as AutoModelForImageTextToText knows it -> what its default needs beside small numbers. "make" = keywords
 # that its config is built from, where later changes would come too late; those parts are taken as they are.
 CLASSES: dict[str, dict[str, Any]] = {
@@ -74,15 +80,18 @@ CLASSES: dict[str, dict[str, Any]] = {
         "text_config.layer_types": [*_KINDS, *_KINDS],
         "text_config.sliding_window": 64,
     },
-    "deepseek_ocr2": {"vision_config.sam_config.downsample_channels": [32, 32], "text_config.mlp_layer_types": ["dense", "sparse"] * 2, "text_config.num_experts_per_tok": 2,
-                      "text_config.n_group": 1, "text_config.topk_group": 1},
+    "deepseek_ocr2": {
+        "vision_config.sam_config.downsample_channels": [32, 32], "text_config.mlp_layer_types": ["dense", "sparse"] * 2,
+        "text_config.num_experts_per_tok": 2, "text_config.n_group": 1, "text_config.topk_group": 1,
+    },
     "fast_vlm": {"make": {"vision_config": {"architecture": "test_convnext", "hidden_size": 64, "do_pooling": True,
                                             "model_args": {}}}, "vision_config.image_size": 64},
     "gemma3n": {
         "make": {
             "text_config": _TEXT | {
-                "layer_types": [*_KINDS, *_KINDS], "num_kv_shared_layers": 2, "laurel_rank": 8, "hidden_size_per_layer_input": 8,
-                "vocab_size_per_layer_input": 128, "sliding_window": 64, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+                "layer_types": [*_KINDS, *_KINDS], "num_kv_shared_layers": 2, "laurel_rank": 8,
+                "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128, "sliding_window": 64,
+                "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
                 "intermediate_size": 48,
             },
             "vision_config": {"architecture": "test_efficientnet", "hidden_size": 64, "vocab_size": 8, "vocab_offset": 112,
@@ -111,16 +120,16 @@ CLASSES: dict[str, dict[str, Any]] = {
         },
     },
     "granite4_vision": {
-        "make": {"image_grid_pinpoints": [[32, 64], [64, 32]], "downsample_rate": "1/2", "deepstack_layer_map": [[1, 0], [2, 1]],
-                 "spatial_target_layers": [1, 2, 2, 3], "spatial_vision_layer": -1},
+        "make": {"image_grid_pinpoints": [[32, 64], [64, 32]], "downsample_rate": "1/2",
+                 "deepstack_layer_map": [[1, 0], [2, 1]], "spatial_target_layers": [1, 2, 2, 3], "spatial_vision_layer": -1},
         "qformer_config.encoder_hidden_size": 32,
     },
     "granite_docling": {"vision_config.image_size": 64},
     "idefics2": {"perceiver_config.resampler_n_latents": 4},
     "hunyuan_vl": _rope([1, 1, 1, 1]) | {"text_config.head_dim": 8},
     "llama4": {
-        "vision_config.vision_output_dim": 32, "vision_config.projector_input_dim": 32, "vision_config.projector_output_dim": 32,
-        "vision_config.intermediate_size": 128, "text_config.attention_chunk_size": 8,
+        "vision_config.vision_output_dim": 32, "vision_config.projector_input_dim": 32,
+        "vision_config.projector_output_dim": 32, "vision_config.intermediate_size": 128, "text_config.attention_chunk_size": 8,
     },
     "janus": {"vq_config.channel_multiplier": [1, 1]},
     "llava_next_video": {"image_grid_pinpoints": [[32, 64], [64, 32]]},
@@ -134,10 +143,8 @@ CLASSES: dict[str, dict[str, Any]] = {
     "pp_chart2table": {"vision_config.image_size": 256},
     "vipllava": {"vision_feature_layer": [-1, -2]},
     "fuyu": {"image_size": 16, "patch_size": 8},
-    **dict.fromkeys(("inkling2", "inkling2_loop"), {
-        "text_config.unpadded_vocab_size": 128, "vision_config.projection_hidden_dim": 32, "text_config.swa_num_attention_heads": 4,
-        "text_config.swa_num_key_value_heads": 2, "text_config.swa_head_dim": 8,
-    }),
+    "inkling2": _INKLING,
+    "inkling2_loop": _INKLING,
     "qwen4_exp": _rope([2, 1, 1]) | {
         "text_config.indexer_n_heads": 2, "text_config.indexer_kv_heads": 1, "text_config.indexer_head_dim": 8,
         "text_config.indexer_budget": 8, "text_config.indexer_compress_ratio": 2,
@@ -163,19 +170,23 @@ CLASSES: dict[str, dict[str, Any]] = {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8,
         "moe_intermediate_size": 16, "pyramid_num_routed": [-1, 4], "adapter_in_dim": 32, "adapter_out_dim": 32,
     }, "audio_config": {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "downsample_hidden_size": 8,
-        "adapter_input_size": 32, "adapter_out_dim": 32,
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "downsample_hidden_size": 8, "adapter_input_size": 32, "adapter_out_dim": 32,
     }}},
-    "step3p7": {"vision_config.image_size": 64, "text_config.layer_types": ["full_attention"] * 4, "text_config.sliding_window": 64},
+    "step3p7": {
+        "vision_config.image_size": 64, "text_config.layer_types": ["full_attention"] * 4, "text_config.sliding_window": 64,
+    },
     "deepseek_vl_hybrid": {"high_res_vision_config.global_attn_indexes": [1]},
     "kimi_k25": {"projection_hidden_size": 32, "text_config.num_key_value_heads": 4},
     "paddleocr_vl": _rope([2, 1, 1]),
     "minimax_m3_vl": {
-        "projector_hidden_size": 32, "merged_hidden_size": 128, "text_config.layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
-        "text_config.index_block_size": 4, "text_config.index_topk_blocks": 2, "text_config.index_n_heads": 2,
+        "projector_hidden_size": 32, "merged_hidden_size": 128,
+        "text_config.layer_types": ["full_attention", "minimax_m3_sparse"] * 2, "text_config.index_block_size": 4,
+        "text_config.index_topk_blocks": 2, "text_config.index_n_heads": 2,
         "text_config.index_head_dim": 8, "text_config.rotary_dim": 8,
     },
-    **dict.fromkeys(("muse_glimmer", "muse_spark"), {"out_hidden_size": 128, "projector_hidden_size": 32}),
+    "muse_glimmer": _MUSE,
+    "muse_spark": _MUSE,
     "nemotron_h_omni": {"projector_hidden_size": 32, "vision_hidden_size": 32, "vision_config.patch_dim": 192,
                         "vision_config.video_patch_dim": 384},
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0], "adapter_config.hidden_size": 32,

@@ -28,7 +28,8 @@ def _packed(config: Any, draw: Callable[..., Tensor]) -> Values:
     vision = config.vision_config
     channels = next((c for key in ("in_channels", "in_chans", "num_channels") if (c := getattr(vision, key, None))), 3)
     grid = torch.tensor([[1, 4, 4], [1, 8, 4], [1, 4, 8]])
-    patch, frames = _sizes(vision)[0], next((f for key in ("temporal_patch_size", "patch_temporal") if (f := getattr(vision, key, 0))), 1)
+    patch, times = _sizes(vision)[0], ("temporal_patch_size", "patch_temporal")
+    frames = next((f for key in times if (f := getattr(vision, key, 0))), 1)
     return {"pixel_values": draw(int(grid.prod(1).sum()), channels * frames * patch * patch), "image_grid_thw": grid}
 
 
@@ -41,7 +42,8 @@ def _pictures(config: Any, draw: Callable[..., Tensor]) -> Values:
 def _any_resolution(config: Any, draw: Callable[..., Tensor]) -> Values:
     """An overview and crops of each image."""
     side = _sizes(config.vision_config)[1]
-    return {"pixel_values": draw(3, 3, 3, side, side), "image_sizes": torch.tensor([[side, 2 * side], [2 * side, side]] * 2)[:3]}
+    sizes = torch.tensor([[side, 2 * side], [2 * side, side], [side, 2 * side]])
+    return {"pixel_values": draw(3, 3, 3, side, side), "image_sizes": sizes}
 
 
 def _gemma4(config: Any, draw: Callable[..., Tensor]) -> Values:
@@ -81,8 +83,11 @@ def _molmo(config: Any, draw: Callable[..., Tensor]) -> Values:
     patch = _sizes(config.vision_config)[0]
     pool = torch.arange(16).view(2, 2, 2, 2).transpose(1, 2).reshape(4, 4)
     crops = [pool + 16 * i for i in range(3)]
-    return {"pixel_values": draw(3, 16, 3 * patch * patch), "image_token_pooling": torch.cat(crops),
-            "image_grids": torch.tensor([[2, 2, 0, 0]] * 3)}
+    return {
+        "pixel_values": draw(3, 16, 3 * patch * patch),
+        "image_token_pooling": torch.cat(crops),
+        "image_grids": torch.tensor([[2, 2, 0, 0]] * 3),
+    }
 
 
 def _tiles(config: Any, draw: Callable[..., Tensor]) -> Values:
@@ -156,7 +161,7 @@ def _vision(model: Any) -> Values:
     named = inspect.signature(model.base_model.get_image_features).parameters
     make = PIXELS.get(model.config.model_type) or (_packed if "image_grid_thw" in named else _pictures)
     values = make(model.config, lambda *shape: torch.randn(*shape, generator=generator))
-    return {key: value for key, value in values.items() if key != "image_sizes" or key in named or model.config.model_type in PIXELS}
+    return {key: value for key, value in values.items() if key in named or key != "image_sizes"}
 
 
 def inputs(model: Any) -> dict[str, Tensor]:
@@ -168,11 +173,12 @@ def inputs(model: Any) -> dict[str, Tensor]:
     token = config.image_token_id
     start = next((t for key in TOKENS if "start" in key and (t := getattr(config, key, None)) is not None), 50)
     images = [[start, *[token] * count, 51, 7] for count in first]  # where a model returns all of a prompt's as one: one
-    rows = [[5, 6, *sum(images, []), 8, 9], [10, 11, 12, start, *[token] * last, 51, 13, 14, 15]]
+    rows = [[5, 6, *(token for image in images for token in image), 8, 9], [10, 11, 12, start, *[token] * last, 51, 13, 14, 15]]
     rows = [[*rows[0], *rows[1]]] if config.model_type in ALONE else rows
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
     values |= {"input_ids": ids, "attention_mask": (ids != 0).long()}
-    if "mm_token_type_ids" in inspect.signature(base.forward).parameters:
-        values["mm_token_type_ids"] = (ids == token).int()
+    for name in ("mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids"):
+        if name in inspect.signature(base.forward).parameters:
+            values[name] = (ids == token).int()
     return values

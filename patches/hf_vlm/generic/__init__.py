@@ -23,17 +23,17 @@ inside, images that are put in front of a prompt or marked by no placeholder, an
 | class | cdpruner | dart | divprune | downsample | fastv | pyramiddrop | random | sparsevlm | todre | uniform |
 |---|---|---|---|---|---|---|---|---|---|---|
 | apertus1p5 | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
-| aria | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
+| aria | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
 | aya_vision | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
 | cohere2_vision | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
-| cohere_compass | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
-| cosmos3_edge | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
+| cohere_compass | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
+| cosmos3_edge | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
 | cosmos3_omni | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| deepseek_ocr2 | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
+| deepseek_ocr2 | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
 | deepseek_vl | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
 | deepseek_vl_hybrid | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
 | dots3_note | generic | no <sup>2</sup> | generic | generic | no <sup>2</sup> | no <sup>2</sup> | generic | no <sup>2</sup> | no <sup>2</sup> | generic |
-| emu3 | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
+| emu3 | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
 | ernie4_5_vl_moe | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
 | exaone4_5 | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
 | fast_vlm | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
@@ -41,18 +41,18 @@ inside, images that are put in front of a prompt or marked by no placeholder, an
 | gemma3n | generic | no <sup>3</sup> | generic | generic | no <sup>3</sup> | no <sup>3</sup> | generic | no <sup>3</sup> | no <sup>3</sup> | generic |
 | gemma4 | generic | no <sup>3</sup> | generic | generic | no <sup>3</sup> | no <sup>3</sup> | generic | no <sup>3</sup> | no <sup>3</sup> | generic |
 | gemma4_unified | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
-| glm46v | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
-| glm4v | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
-| glm4v_moe | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
+| glm46v | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
+| glm4v | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
+| glm4v_moe | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
 | glm5_next | generic | no <sup>4</sup> | generic | generic | no <sup>4</sup> | no <sup>4</sup> | generic | no <sup>4</sup> | no <sup>4</sup> | generic |
-| glm_ocr | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
-| glmga | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
+| glm_ocr | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
+| glmga | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
 | got_ocr2 | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
 | granite4_vision | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
-| granite_docling | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
+| granite_docling | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
 | hunyuan_vl | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
 | hy_v4_vl | generic | no <sup>2</sup> | generic | generic | no <sup>2</sup> | no <sup>2</sup> | generic | no <sup>2</sup> | no <sup>2</sup> | generic |
-| hyperclovax_vision_v2 | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
+| hyperclovax_vision_v2 | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
 | idefics2 | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
 | inkling2 | generic | no <sup>5</sup> | generic | generic | no <sup>5</sup> | no <sup>5</sup> | generic | no <sup>5</sup> | no <sup>5</sup> | generic |
 | inkling2_loop | generic | no <sup>5</sup> | generic | generic | no <sup>5</sup> | no <sup>5</sup> | generic | no <sup>5</sup> | no <sup>5</sup> | generic |
@@ -69,23 +69,23 @@ inside, images that are put in front of a prompt or marked by no placeholder, an
 | minimax_m3_vl | generic | no <sup>9</sup> | generic | generic | no <sup>9</sup> | no <sup>9</sup> | generic | no <sup>9</sup> | no <sup>9</sup> | generic |
 | mistral3 | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
 | mistral_large4 | generic | no <sup>2</sup> | generic | generic | no <sup>2</sup> | no <sup>2</sup> | generic | no <sup>2</sup> | no <sup>2</sup> | generic |
-| molmo2 | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
+| molmo2 | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
 | muse_glimmer | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
 | muse_spark | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
-| nemotron_h_omni | generic | no <sup>10</sup> | generic | generic | no <sup>10</sup> | no <sup>10</sup> | generic | no <sup>10</sup> | no <sup>10</sup> | generic |
+| nemotron_h_omni | generic | no <sup>8</sup> | generic | generic | no <sup>8</sup> | no <sup>8</sup> | generic | no <sup>8</sup> | no <sup>8</sup> | generic |
 | ovis2 | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| paddleocr_vl | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
+| paddleocr_vl | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
 | perception_lm | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
 | pp_chart2table | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
 | qianfan_ocr | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| qwen2_5_omni_thinker | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
+| qwen2_5_omni_thinker | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
 | qwen3_5 | generic | no <sup>8</sup> | generic | generic | no <sup>8</sup> | no <sup>8</sup> | generic | no <sup>8</sup> | no <sup>8</sup> | generic |
 | qwen3_5_moe | generic | no <sup>8</sup> | generic | generic | no <sup>8</sup> | no <sup>8</sup> | generic | no <sup>8</sup> | no <sup>8</sup> | generic |
-| qwen3_omni_moe_thinker | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
-| qwen3_vl_moe | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
+| qwen3_omni_moe_thinker | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
+| qwen3_vl_moe | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
 | qwen4_exp | generic | no <sup>4</sup> | generic | generic | no <sup>4</sup> | no <sup>4</sup> | generic | no <sup>4</sup> | no <sup>4</sup> | generic |
-| step3p7 | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
-| unlimited_ocr | generic | no <sup>11</sup> | generic | generic | no <sup>11</sup> | no <sup>11</sup> | generic | no <sup>11</sup> | no <sup>11</sup> | generic |
+| step3p7 | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
+| unlimited_ocr | generic | no <sup>10</sup> | generic | generic | no <sup>10</sup> | no <sup>10</sup> | generic | no <sup>10</sup> | no <sup>10</sup> | generic |
 | video_llama_3 | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
 | video_llava | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
 | vipllava | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
@@ -99,12 +99,11 @@ inside, images that are put in front of a prompt or marked by no placeholder, an
 7. drops tokens between decoder layers, but none can leave between the layers of the model: its LLM has layers of type chunked_attention, whose state cannot forget single tokens or counts them.
 8. drops tokens between decoder layers, but none can leave between the layers of the model: its LLM has layers of type linear_attention, whose state cannot forget single tokens or counts them.
 9. drops tokens between decoder layers, but none can leave between the layers of the model: its LLM has layers of type minimax_m3_sparse, whose state cannot forget single tokens or counts them.
-10. drops tokens between decoder layers, but none can leave between the layers of the model: its LLM has layers of type linear_attention, mlp, moe, whose state cannot forget single tokens or counts them.
-11. drops tokens between decoder layers, but none can leave between the layers of the model: its LLM has layers of type reference_sliding_attention, whose state cannot forget single tokens or counts them.
+10. drops tokens between decoder layers, but none can leave between the layers of the model: its LLM has layers of type reference_sliding_attention, whose state cannot forget single tokens or counts them.
 
 On none of them: atp, ats, correlation, evs, fastervlm, fastvid, hired, holov, pitome, prumerge, tome, vidcom2, visionzip, vispruner, zero_tprune, which need the row of a family.
 
-**67 classes x 25 methods: 420 cells generic.**
+**67 classes x 25 methods: 510 cells generic.**
 
 <!-- end of the generic matrix -->
 """  # noqa: E501  # rows of the table, which cannot be broken

@@ -1,8 +1,8 @@
 """Where image features lie in what `get_image_features` returns, for every layout that transformers has.
 
-Nearly all models: `pooler_output`, one tensor [n, D] an image (or one of all), and `deepstack_features` for deeper layers of the
-LLM. Granite Vision: none but `deepstack_features`, each with the layer that it goes to. Llama 4: `last_hidden_state`, which the
-model projects when it merges.
+Nearly all models: `pooler_output`, one tensor [n, D] an image (or one of all), and `deepstack_features` for deeper layers of
+the LLM. Granite Vision: none but `deepstack_features`, each with the layer that it goes to. Llama 4: `last_hidden_state`, which
+the model projects when it merges.
 
 Shapes: n visual tokens of an image, D width of the LLM (Llama 4: of its vision tower).
 """
@@ -83,5 +83,5 @@ def _planes(output: Any) -> list[Any]:
 
 def _layered(output: Any) -> bool:
     """Whether features come in pairs (layer of the LLM, features of every image), and nowhere else."""
-    found = getattr(output, "deepstack_features", None)
-    return getattr(output, "pooler_output", None) is None and bool(found) and isinstance(found[0][0], int)
+    found = getattr(output, "deepstack_features", None) or ()
+    return getattr(output, "pooler_output", None) is None and any(isinstance(pair[0], int) for pair in found)

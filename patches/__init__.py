@@ -78,6 +78,8 @@ short = vtok.prune_inputs(
 - `correlation` is for models that cut pages into crops; `vtok.patch(vlm, "correlation", calibration=[inputs, ...])` sets its
   threshold on a few of your pages.
 - `print(vtok.supports(vlm))` says what works on a model, and why something does not.
+
+Models of many other families need no row to have their prompts shortened: `vtok.patches.hf_vlm.generic` lists them.
 """  # noqa: E501  # rows of tables, which cannot be broken
 
 from __future__ import annotations

@@ -40,7 +40,8 @@ def _later(model, values):
     text = {"input_ids": ids, "attention_mask": torch.nn.functional.pad(values["attention_mask"], (0, more), value=1)}
     cache = first.cache if hasattr(first, "cache") else first.past_key_values
     kinds = {name: torch.nn.functional.pad(x, (0, more)) for name, x in values.items() if "type_ids" in name}
-    second = model.generate(**text, past_key_values=cache, max_new_tokens=3, **settings)
+    text_alone = {**text, "cache" if hasattr(first, "cache") else "past_key_values": cache}
+    second = model.generate(**text_alone, max_new_tokens=3, **settings)
     anew = model.generate(**{**copy.copy(values), **text, **kinds}, max_new_tokens=3, **settings)
     return torch.stack(second.logits, 1), torch.stack(anew.logits, 1)
 

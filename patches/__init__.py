@@ -78,6 +78,8 @@ short = vtok.prune_inputs(
 - `correlation` is for models that cut pages into crops; `vtok.patch(vlm, "correlation", calibration=[inputs, ...])` sets its
   threshold on a few of your pages.
 - `print(vtok.supports(vlm))` says what works on a model, and why something does not.
+
+Models of many other families need no row to have their prompts shortened: `vtok.patches.hf_vlm.generic` lists them.
 """  # noqa: E501  # rows of tables, which cannot be broken
 
 from __future__ import annotations
@@ -104,6 +106,14 @@ def find_vlms(model: nn.Module) -> Sequence[Any]:
         UnsupportedModelError: one is there but cannot be patched.
     """
     return [vlm for name in _backends(model, VLM_ADAPTERS) for vlm in VLM_ADAPTERS.get(name)().vlms(model)]
+
+
+def why_no_prompt(model: nn.Module) -> str | None:
+    """Why the prompts of a vision-language model inside `model` stay as they are, although its vision encoder may be patched;
+    `None` if there is none.
+    """
+    found = (VLM_ADAPTERS.get(name)().why_no_prompt(model) for name in _backends(model, VLM_ADAPTERS))
+    return next((why for why in found if why is not None), None)
 
 
 def _backends(model: nn.Module, known: Registry[Any]) -> list[str]:

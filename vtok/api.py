@@ -55,7 +55,8 @@ def patch(
             counts depend on images or text; they are run now.
         trace: keep a map from original to reduced tokens of the vision tower, for `unmerge` and overlays.
         positions: of a vision-language model's tokens behind dropped ones: "original", or "compact", numbered anew. Default:
-            those of the program that a method's `preset="official"` stands for, else "original".
+            those of the program that a method's `preset="official"` stands for, else "original". An LLM that counts columns
+            itself (attention within chunks, or to blocks) gets them numbered anew always.
         prompt: that a budget is solved for on a vision-language model: a `vtok.Prompt`, or a mapping of its fields such as
             {"images": 1, "text_tokens": 64}.
         **params: parameters of the method, if it was given by name.

@@ -12,6 +12,7 @@ from vtok.errors import ConfigError
 from vtok.eval.common import terminal
 from vtok.eval.common.settings import versions
 from vtok.eval.matrix import encoder as matrix
+from vtok.eval.matrix import generic as generic_matrix
 from vtok.eval.matrix import report as matrix_report
 from vtok.eval.matrix import vlm as vlm_matrix
 from vtok.eval.runs import loader as runs
@@ -26,13 +27,16 @@ def print_matrix(
     markdown: Annotated[bool, typer.Option(help="print the table as GitHub markdown")] = False,
     output: Annotated[Path | None, typer.Option("--json", help="file for every cell, with what was measured")] = None,
     into: Annotated[Path | None, typer.Option(help="file, such as README.md, whose table is replaced")] = None,
+    generic: Annotated[bool, typer.Option(help="vision-language models that no row describes, as markdown, instead")] = False,
 ) -> None:
     """Which methods work on which models, found out by running them: tokens go down, and removing equals masking.
 
     Ends with code 1 if some method is neither right nor refused.
     """
     runs.prepared(output, [into])
-    page = None if into is None else _read(into)
+    page = None if into is None else _read(into, generic)
+    if generic:
+        return _print_generic(into, page, [*(backend or ()), *(method or ())], output)
     for name in method or ():
         METHODS.get(name)
     examples, too_new = tiny.examples(backend)
@@ -62,10 +66,20 @@ def print_matrix(
         raise typer.Exit(1)
 
 
-def _read(path: Path) -> str:
+def _print_generic(into: Path | None, page: str | None, chosen: list[str], output: Path | None) -> None:
+    if chosen or output is not None:
+        raise ConfigError("--generic asks every method about every class; leave --backend, --method and --json out")
+    made = generic_matrix.markdown(generic_matrix.answers())
+    if into is not None and page is not None:
+        write(into, matrix_report.put_into(page, made, generic_matrix.BEGIN, generic_matrix.END))
+    print(made)
+
+
+def _read(path: Path, generic: bool) -> str:
     """The text of a file that has a place for the table."""
     if not path.is_file():
         raise ConfigError(f"{path} is no file; --into takes one that has a place for the table, such as README.md")
     text = path.read_text(encoding="utf-8")
-    matrix_report.put_into(text, "")
+    marks = (generic_matrix.BEGIN, generic_matrix.END) if generic else (matrix_report.BEGIN, matrix_report.END)
+    matrix_report.put_into(text, "", *marks)
     return text

@@ -139,14 +139,16 @@ def _markdown(found: Sequence[Cell]) -> str:
     return "\n".join([*lines, "", _legend(found), "", f"**{report.counts}**"])
 
 
-def put_into(text: str, made: str) -> str:
-    """A README with the part between the two markers replaced.
+def put_into(text: str, made: str, begin_mark: str = BEGIN, end_mark: str = END) -> str:
+    """A README, or another page, with the part between two markers replaced.
 
     Raises:
         ConfigError: there are no markers.
     """
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+    head, begin, rest = text.partition(begin_mark)
+    _, end, tail = rest.partition(end_mark)
     if not begin or not end:
-        raise ConfigError(f"the file has no place for the matrix; put these two lines where it belongs: {BEGIN} and {END}")
-    return f"{head}{BEGIN}\n\n{made}\n\n{END}{tail}"
+        raise ConfigError(
+            f"the file has no place for the matrix; put these two lines where it belongs: {begin_mark} and {end_mark}"
+        )
+    return f"{head}{begin_mark}\n\n{made}\n\n{end_mark}{tail}"

@@ -8,7 +8,6 @@ Shapes: B rows, L columns of the prompt, M slots after a reduction, Q queries.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -20,10 +19,11 @@ from vtok.core.prompt import Entry, Layout
 from vtok.core.reduction import Fold, folded
 from vtok.errors import StateError, UnsupportedModelError
 from vtok.patches.decoder import embedded_prompts as embedded
-from vtok.patches.decoder import masks, outputs
+from vtok.patches.decoder import layer_calls, masks, outputs, riders
 from vtok.patches.decoder import packed_rows as packed
 from vtok.patches.decoder.attention_probe import layer_attention
 from vtok.patches.decoder.kv_cache import (
+    CACHES,
     PromptState,
     Stage,
     attach_state,
@@ -42,6 +42,7 @@ from vtok.patches.decoder.kv_cache import (
 )
 from vtok.patches.decoder.layout import decided, in_order, layout_of
 from vtok.patches.decoder.pass_state import PassState, Pruner, Recorded, TowerCall
+from vtok.patches.decoder.text_models import check_padding
 from vtok.patches.hf_vlm import image_features as hf
 from vtok.patches.hf_vlm.encoded import plain
 from vtok.patches.module_swap import Hook, brought
@@ -66,7 +67,7 @@ class BeforeModel(PrunerHook):
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         running = self.pruner.open()
-        kwargs = dict(zip(inspect.signature(module.forward).parameters, args), **kwargs)
+        kwargs = hf.renamed(dict(zip(inspect.signature(module.forward).parameters, args), **kwargs))
         cache = cache_in(kwargs)
         running.real = masks.seen_columns(kwargs.get("attention_mask"))
         if state_of(cache) is not None and cached_length(cache) == 0:
@@ -79,7 +80,7 @@ class BeforeModel(PrunerHook):
         if (pruner.shortens or counts) and hf.carries_images(kwargs):
             kwargs = self._read(module, running, kwargs)
         elif pruner.has_dropped_tokens and (holes := embedded.holes_in(kwargs)) is not None:
-            masks.check_text(getattr(module, pruner.family.text))
+            masks.check_text(module.get_submodule(pruner.family.text))
             embedded.read(module, pruner, running, kwargs, holes)
         elif pruner.shortens and kwargs.get("input_ids") is None and cached_length(cache) == 0:
             if pruner.encoded:
@@ -104,7 +105,7 @@ class BeforeModel(PrunerHook):
         if not shown:
             return kwargs
         if pruner.shortens:
-            masks.check_text(getattr(module, pruner.family.text))
+            masks.check_text(module.get_submodule(pruner.family.text))
         given = kwargs.get("mm_encoder_outputs")
         check_kind(kwargs)
         encoded = hf.encode(module, kwargs, hands_on=pruner.family.hands_on)
@@ -174,7 +175,8 @@ class BeforeText(PrunerHook):
             return None
         state.inside = True
         running.final_norm, running.rotary = getattr(module, "norm", None), getattr(module, "rotary_emb", None)
-        running.reached = True
+        entered = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        running.reached, running.shape = True, (entered.shape[0], entered.shape[1])
         if running.prunes:
             return self._first(module, args, kwargs, running, state)
         return (args, self._later(kwargs, running, state, cache)) if state.before is not None else None
@@ -199,6 +201,7 @@ class BeforeText(PrunerHook):
         keep = keep | ~visual
         running.plan.keep[0] = keep
         rows, padded = compact(keep & state.real)
+        check_padding(text, padded)
         state.before = Stage(rows, rows, padded)
         return args, self._shortened(text, kwargs, x, keep, running, state)
 
@@ -214,6 +217,7 @@ class BeforeText(PrunerHook):
             position = renumbered(position, keep | ~state.real, state.sample)
         changed: dict[str, Any] = {"inputs_embeds": take(x, rows, 1), "position_ids": take(position, rows, position.ndim - 1)}
         if isinstance(mask, Mapping):
+            masks.check_kinds(mask)
             changed["attention_mask"] = {
                 name: masks.gather_mask(m, stage, x, kind, masks.keys_of(cache, rows.shape[1], masks.first_of(cache, name)))
                 for name, m in mask.items()
@@ -229,13 +233,9 @@ class BeforeText(PrunerHook):
             running.slots_counted = True
         if state.sample is not None and masks.is_flash(kind):
             changed |= {"attention_mask": None, **packed.lengths(packed.of_columns(state.sample, stage.column))}
-        changed |= {name: take(t, rows, 1) for name, t in kwargs.items() if name not in changed and masks.of_columns(t, x)}
-        visual = kwargs.get("visual_pos_masks")
-        if visual is not None:  # features of deeper tower layers, added to the visual tokens inside the LLM
-            visual = visual.to(x.device)
-            stays = (keep & state.real)[visual]
-            changed["visual_pos_masks"] = take(visual, rows, 1) & (rows >= 0)
-            changed["deepstack_visual_embeds"] = [deep[stays.to(deep.device)] for deep in kwargs["deepstack_visual_embeds"]]
+        rest = {name: value for name, value in kwargs.items() if name not in changed and name not in CACHES}
+        count = int(running.visual.sum()) if running.visual is not None and not running.embedded else 0
+        changed |= riders.shortened(text, rest, x, rows, keep & state.real, count) | riders.whole_pass(kwargs)
         return {**kwargs, **changed}
 
     def _later(self, kwargs: dict[str, Any], running: PassState, state: PromptState, cache: Any) -> dict[str, Any]:
@@ -248,7 +248,7 @@ class BeforeText(PrunerHook):
             position = column[:1, -queries:]
         if state.compact:
             position = position - state.now(state.dropped, batch).to(x.device)
-        return {**kwargs, "attention_mask": known.long(), "position_ids": position}
+        return {**kwargs, "attention_mask": known.long(), "position_ids": position, **riders.whole_pass(kwargs)}
 
 
 class AfterText(PrunerHook):
@@ -279,8 +279,8 @@ class BeforeLayer(PrunerHook):
         state = running.state
         x = args[0] if args else kwargs["hidden_states"]
         if not running.prunes:
-            return args, _later_kwargs(module, self.index, x, kwargs, running, state, cache)
-        fitting = _prompt_kwargs(module, self.index, x, kwargs, running, state, cache)
+            return args, layer_calls.of_later_text(module, self.index, x, kwargs, running, state, cache)
+        fitting = layer_calls.of_prompt(module, self.index, x, kwargs, running, state, cache)
         x = brought(module, x)
         running.move(x.device)
         if self.index == 0 and self.pruner.reads_entry:
@@ -290,7 +290,7 @@ class BeforeLayer(PrunerHook):
             shorter = self._drop(x, running, state)
             if shorter is not None:
                 x = shorter
-                fitting = _prompt_kwargs(module, self.index, x, kwargs, running, state, cache)
+                fitting = layer_calls.of_prompt(module, self.index, x, kwargs, running, state, cache)
                 self._probe(module, x, fitting, running, state)  # for decisions in front of later layers
         if cache is not None and state_of(cache) is not state and (state.before is not None or state.between):
             attach_state(cache, state)
@@ -317,80 +317,3 @@ class BeforeLayer(PrunerHook):
         left = [t.gather(1, rows.clamp_min(0)).masked_fill(rows < 0, -1) for t in (layout.column, entry)]
         state.between[self.index] = Stage(left[0], left[1], padded, gone)
         return take(x if into is None else folded(x, into), rows, 1)
-
-
-def _prompt_kwargs(
-    layer: Any, index: int, x: Tensor, kwargs: dict[str, Any], running: PassState, state: PromptState, cache: Any
-) -> dict[str, Any]:
-    """A layer's keywords while the prompt is read: mask, positions and rotary tables of the slots that are left."""
-    stage, window = state.at(index), masks.window_of(layer, index)
-    recounted = running.slots_counted and window is not None  # the LLM measured its windows in slots
-    if stage is None or (stage is state.before and not recounted):
-        return kwargs
-    mask, tables, position = (kwargs.get(name) for name in ("attention_mask", "position_embeddings", "position_ids"))
-    keys = masks.keys_of(cache, x.shape[1], index)
-    kind = layer.self_attn.config._attn_implementation
-    if recounted:
-        make: Any = functools.partial(
-            masks.text_mask, stage.column, state.real, x.shape[1], x, kind, keys, 0, window, state.sample
-        )
-    else:
-        make = functools.partial(masks.gather_mask, mask, stage, x, kind, keys)
-    shared = _once(running, ("mask", id(stage), id(mask), keys, window), mask, make)
-    if stage is state.before:
-        return {**kwargs, "attention_mask": shared}
-    changed: dict[str, Any] = {"attention_mask": shared}
-    if state.sample is not None and masks.is_flash(kind):
-        slots = packed.of_columns(state.sample, stage.column)
-        changed = {"attention_mask": None, **_once(running, ("lengths", id(stage)), stage, lambda: packed.lengths(slots))}
-    slots = _once(running, ("anew", id(stage)), stage, lambda: packed.anew(state, stage)) if state.compact else stage.entry
-    if tables is not None:
-        changed["position_embeddings"] = _once(
-            running, ("tables", id(stage), id(tables)), tables, lambda: tuple(take(t, slots, t.ndim - 2) for t in tables)
-        )
-    if position is not None:
-        changed["position_ids"] = take(position, slots, position.ndim - 1)
-    return {**kwargs, **changed}
-
-
-def _later_kwargs(
-    layer: Any, index: int, x: Tensor, kwargs: dict[str, Any], running: PassState, state: PromptState, cache: Any
-) -> dict[str, Any]:
-    """A layer's keywords for later text: the mask by the columns of the slots that this layer's cache holds."""
-    stage = state.at(index)
-    window = masks.window_of(layer, index)
-    sliding = window is not None
-    if stage is None or (stage is state.before and not sliding):
-        return kwargs
-    mask, kind = kwargs.get("attention_mask"), layer.self_attn.config._attn_implementation
-    batch, queries = x.shape[:2]
-    if state.compact and stage is not state.before:
-        kwargs = _moved_down(kwargs, x, stage, running, state)
-    if mask is None and queries == 1 and not stage.padded and not sliding:
-        return kwargs
-    masks.check_implementation(kind, sliding)
-    count = cached_length(cache, index)
-    keys, offset = cache.get_mask_sizes(queries, index)
-
-    def build() -> Tensor:
-        column, total = running.slots(state, index, count, batch, queries, x.device)
-        real = running.real_columns(state, total, batch, x.device)
-        return masks.text_mask(column, real, queries, x, kind, int(keys), int(offset), window)
-
-    return {**kwargs, "attention_mask": _once(running, ("text", id(stage), count, int(keys), int(offset), window), None, build)}
-
-
-def _moved_down(kwargs: dict[str, Any], x: Tensor, stage: Stage, running: PassState, state: PromptState) -> dict[str, Any]:
-    """Positions and rotary tables of later text behind a prompt of which a layer has renumbered what is left."""
-    position = kwargs["position_ids"]
-
-    def build() -> tuple[Tensor, Any]:
-        gone = state.now(state.anew(stage)[1], x.shape[0]).to(position.device)
-        lower = position - gone[:, None]
-        return lower, running.rotary(x, lower.to(x.device))
-
-    lower, tables = _once(running, ("lower", id(stage), id(position)), position, build)
-    return {**kwargs, "position_ids": lower, "position_embeddings": tables}
-
-
-_once = PassState.once  # what several layers share

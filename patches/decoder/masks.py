@@ -50,10 +50,31 @@ def window_of(layer: Any, index: int) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
+def stored_in(layer: Any, index: int) -> int:
+    """The decoder layer whose keys and values a layer attends to: its own, or, where later layers share those of earlier ones,
+    the last of the same kind that stores any.
+    """
+    attention = getattr(layer, "self_attn", None)
+    if not getattr(attention, "is_kv_shared_layer", False):
+        return index
+    config: Any = attention.config  # type: ignore[union-attr]
+    kinds = config.layer_types
+    return max(i for i, mode in enumerate(config.kv_sharing_modes) if mode == "store" and kinds[i] == kinds[index])
+
+
 def check_text(text: Any) -> None:
     """Raises if masks of a shortened sequence cannot be expressed for an LLM."""
     window = any(window_of(layer, i) is not None for i, layer in enumerate(text.layers))
     check_implementation(text.config._attn_implementation, window)
+
+
+def check_kinds(mask: Mapping[str, Any]) -> None:
+    """Raises if masks that were made for a long prompt do not fit a short one: chunks begin every so many columns."""
+    if mask.get("chunked_attention") is not None:
+        raise UnsupportedModelError(
+            "the masks of this prompt were made for all of it, as a static cache asks for, and attention within chunks has "
+            "their borders in other places once tokens are dropped; leave cache_implementation out, or use vtok.prune_inputs"
+        )
 
 
 def real_columns(mask: Mask, batch: int, length: int, device: torch.device) -> Tensor:
@@ -181,11 +202,6 @@ def first_of(cache: Any, kind: str) -> int:
     sliding = [] if cache is None else list(cache.is_sliding)
     wanted = kind == "sliding_attention"
     return sliding.index(wanted) if wanted in sliding else 0
-
-
-def of_columns(value: Any, x: Tensor) -> bool:
-    """Whether an argument holds something of every column of a prompt x [B, L, C], such as embeddings for every layer."""
-    return isinstance(value, Tensor) and value.ndim >= 2 and value.shape[:2] == x.shape[:2]
 
 
 def _off(dtype: torch.dtype) -> float | bool:

@@ -37,10 +37,11 @@ def whole(text: Any, output: Any, state: PromptState, prunes: bool) -> Any:
     last = output.last_hidden_state if named else output[0]
     long = _restored(last, depth - 1, state) if prunes else last
 
-    def part(value: Any) -> Any:
+    def part(value: Any, name: str = "") -> Any:
         if not isinstance(value, (tuple, list)) or not any(isinstance(x, Tensor) for x in value):
             return value
-        if next(x for x in value if isinstance(x, Tensor)).ndim == 3:  # what enters the first layer, and what leaves every one
+        hidden = name == "hidden_states" or next(x for x in value if isinstance(x, Tensor)).ndim == 3
+        if hidden:  # what enters the first layer, and what leaves every one
             first = depth - len(value)
             entries = enumerate(value, first)
             return tuple(x if x is None else long if x is last else _restored(x, max(i, 0), state, prunes) for i, x in entries)
@@ -57,14 +58,18 @@ def whole(text: Any, output: Any, state: PromptState, prunes: bool) -> Any:
     for name in ("hidden_states", "attentions"):
         value = getattr(output, name, None)
         if value:
-            setattr(output, name, part(value))
+            setattr(output, name, part(value, name))
     return output
 
 
 def _restored(x: Tensor, layer: int, state: PromptState, prunes: bool = True) -> Tensor:
-    """[B, L, D]: hidden states [B, M, D] of the slots of a layer at all columns."""
+    """[B, L, ...]: hidden states [B, M, ...] of the slots of a layer at all columns; [n, B, M, D] where an LLM has several."""
     stage = state.at(layer)
-    return x if stage is None or not prunes else restore(x, stage, state.length, state.sample)
+    if stage is None or not prunes:
+        return x
+    if x.ndim == 4 and x.shape[1:3] == stage.column.shape and x.shape[:2] != stage.column.shape:
+        return torch.stack([restore(one, stage, state.length, state.sample) for one in x])
+    return restore(x, stage, state.length, state.sample)
 
 
 def _attention(x: Tensor, layer: int, state: PromptState, prunes: bool) -> Tensor:

@@ -22,17 +22,17 @@ from vtok.errors import UnsupportedModelError
 from vtok.patches.decoder.kv_cache import PromptState, Stage, cache_in
 from vtok.patches.decoder.masks import is_flash
 from vtok.patches.hf_vlm.families import Family
-from vtok.patches.hf_vlm.image_features import feature_list
+from vtok.patches.hf_vlm.generic.outputs import feature_list
 
 _VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def samples(model: Any, family: Family, kwargs: Mapping[str, Any], batch: int, length: int) -> Tensor | None:
     """`sample_of` a call of a model without language head, described by `family`."""
-    text = getattr(model, family.text)
+    text = model.get_submodule(family.text)
     checkpoints = getattr(text, "gradient_checkpointing", False) and text.training and torch.is_grad_enabled()
     cached = cache_in(kwargs) is not None or (caches(model, kwargs) and not checkpoints)
-    return sample_of(kwargs, batch, length, text.config._attn_implementation, cached, family.flat_positions)
+    return sample_of(kwargs, batch, length, text.config._attn_implementation, cached, family)
 
 
 def caches(model: Any, kwargs: Mapping[str, Any]) -> bool:
@@ -42,7 +42,7 @@ def caches(model: Any, kwargs: Mapping[str, Any]) -> bool:
 
 
 def sample_of(
-    kwargs: Mapping[str, Any], batch: int, length: int, implementation: str, cached: bool, flat: bool
+    kwargs: Mapping[str, Any], batch: int, length: int, implementation: str, cached: bool, family: Family
 ) -> Tensor | None:
     """Which sample of its row every column belongs to, by the rules of the installed transformers; no host synchronisation.
 
@@ -52,7 +52,8 @@ def sample_of(
         length: L.
         implementation: of attention.
         cached: whether the LLM fills a cache: attention that takes explicit masks then looks for no borders.
-        flat: whether the LLM reads borders from positions [B, L] too, not only from the first of four rows [4, B, L].
+        family: of the model: whether its LLM reads borders from positions [B, L] too, not only from a row in front of those in
+            time, height and width.
 
     Returns:
         [B, L] int64, rising in each row; `None` where transformers would not look for borders. Whether there are any, `several`
@@ -67,8 +68,8 @@ def sample_of(
         column = torch.arange(batch * length, device=ends.device, dtype=ends.dtype)
         return torch.searchsorted(ends, column, right=True).view(batch, length)
     if isinstance(position, Tensor) and position.ndim == 3:
-        position = position[0] if len(position) == 4 else None
-    elif not flat:
+        position = position[0] if len(position) == family.axes + 1 else None
+    elif not family.flat_positions:
         position = None
     if not isinstance(position, Tensor) or position.shape[-1] != length or length < 2:
         return None

@@ -87,10 +87,12 @@ class PassState:
         probes: decoder layer -> its attention.
         layouts: of the images among whose features a method chose (see `Chosen`).
         memo: masks and tables that several layers share.
+        masks: decoder layer -> the mask made for it, for layers that attend to its keys.
         final_norm: the last norm of the LLM.
         rotary: (x, positions) -> rotary tables of the LLM, where it has one function for all layers.
         entry: what entered the LLM, if a method looks at it.
         reached: whether the LLM has been called.
+        shape: (rows, columns) of what it was called with; hidden states of some LLMs have more dimensions.
     """
 
     prunes: bool = False
@@ -108,10 +110,12 @@ class PassState:
     probes: dict[int, LayerAttention] = field(default_factory=dict)
     layouts: tuple[Any, ...] = ()
     memo: dict[Any, Any] = field(default_factory=dict)
+    masks: dict[int, Any] = field(default_factory=dict)
     final_norm: Any = None
     rotary: Any = None
     entry: Entry | None = None
     reached: bool = False
+    shape: tuple[int, int] | None = None
 
     def move(self, device: torch.device) -> None:
         """The layers of an LLM may be spread over devices: what is known of the prompt goes along with its hidden states."""

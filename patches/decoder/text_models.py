@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from vtok.errors import UnsupportedModelError
 from vtok.patches.protocol import qualified_name
-
-CHILDREN = ("language_model", "text_model", "model")  # as vision-language models call the LLM inside them
 
 
 def _in(model: str) -> str:
@@ -30,23 +29,66 @@ TEXT_MODELS = frozenset(
 )
 
 
+# The same of models that no row describes.
+GENERIC_TEXT_MODELS = frozenset(
+    {
+        _in("aria") + "AriaTextModel",
+        _in("cohere_compass") + "CohereCompassTextModel",
+        _in("cosmos3_edge") + "Cosmos3EdgeTextModel",
+        _in("deepseek_ocr2") + "DeepseekOcr2TextModel",
+        _in("emu3") + "Emu3TextModel",
+        _in("glm4v") + "Glm4vTextModel",
+        _in("glm4v_moe") + "Glm4vMoeTextModel",
+        _in("glm_ocr") + "GlmOcrTextModel",
+        _in("granite_docling") + "GraniteDoclingTextModel",
+        _in("hyperclovax") + "HyperCLOVAXModel",
+        _in("molmo2") + "Molmo2TextModel",
+        _in("paddleocr_vl") + "PaddleOCRTextModel",
+        _in("qwen2_5_omni") + "Qwen2_5OmniThinkerTextModel",
+        _in("qwen3_omni_moe") + "Qwen3OmniMoeThinkerTextModel",
+        _in("qwen3_vl_moe") + "Qwen3VLMoeTextModel",
+        _in("step3p7") + "Step3p7TextModel",
+    }
+)
+_FORGETS = {"full_attention", "sliding_attention", "mlp", "moe"}  # kinds of layers that any token may be missing from
+
+
 def why_not_between(text: Any) -> str | None:
     """Why tokens cannot leave between the layers of an LLM, or `None` if they can."""
     config = text.config
-    odd = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    odd = sorted(set(getattr(config, "layer_types", None) or ()) - _FORGETS)
     if odd:
         return f"its LLM has layers of type {', '.join(odd)}, whose state cannot forget single tokens or counts them"
     if getattr(config, "num_kv_shared_layers", 0):
         return "layers of its LLM share keys and values, and would have to hold the same tokens"
-    if not any(qualified_name(cls) in TEXT_MODELS for cls in type(text).__mro__):
+    if not any(qualified_name(cls) in TEXT_MODELS | GENERIC_TEXT_MODELS for cls in type(text).__mro__):
         return f"its LLM, {qualified_name(type(text))}, is not among those whose layers vtok has been tested with"
     return None
 
 
+def counts_columns(text: Any) -> bool:
+    """Whether an LLM measures something in columns that positions must agree with, so that what is left of a prompt is numbered
+    anew, as if it had been that short: attention within chunks, whose borders are every so many columns, and sparse attention
+    that finds a query's own block by its position. (A recurrent state takes no positions: those of the layers between may stay
+    as they were.)
+    """
+    return not {"chunked_attention", "minimax_m3_sparse"}.isdisjoint(getattr(text.config, "layer_types", None) or ())
+
+
+def check_padding(text: Any, padded: bool) -> None:
+    """Raises if rows of a short prompt are padded and an LLM is wrong about padding: it compares positions, which leave padding
+    out, with slots.
+    """
+    if padded and "minimax_m3_sparse" in (getattr(text.config, "layer_types", None) or ()):
+        raise UnsupportedModelError(
+            f"rows of this batch differ in what is left of them, and {type(text).__name__} takes padding for tokens in its "
+            "sparse attention; pass one prompt at a time"
+        )
+
+
 def stated_number(config: Any, name: str) -> int | None:
     """A number that a config states for all its layers, or `None`: some have one for each."""
-    try:
-        value = getattr(config, name, None)
-    except AttributeError:
+    if name in (getattr(config, "per_layer_attributes", None) or ()):
         return None
+    value = getattr(config, name, None)
     return value if isinstance(value, int) else None

@@ -12,7 +12,7 @@ from torch import nn
 from vtok.core.prompt import TowerFacts, VLMInfo
 from vtok.errors import UnsupportedModelError
 from vtok.patches.decoder import attention_probe as decoder_probe
-from vtok.patches.decoder.text_models import CHILDREN, stated_number, why_not_between
+from vtok.patches.decoder.text_models import stated_number, why_not_between
 from vtok.patches.hf_vision.adapter import HfAdapter
 from vtok.patches.hf_vision.tables import TOWERS, release
 from vtok.patches.hf_vlm import crops as hf_cuts
@@ -20,7 +20,9 @@ from vtok.patches.hf_vlm import examples as tiny
 from vtok.patches.hf_vlm import layout as hf_views
 from vtok.patches.hf_vlm import stated_images as stated
 from vtok.patches.hf_vlm.examples import VLMExample
-from vtok.patches.hf_vlm.image_features import Cuts, ViewCounts, Views, encodes
+from vtok.patches.hf_vlm.generic.interfaces import encodes, position_axes, text_path
+from vtok.patches.hf_vlm.generic.refused import REFUSED, UNPROMPTED
+from vtok.patches.hf_vlm.image_features import Cuts, ViewCounts, Views
 from vtok.patches.hf_vlm.stated_images import VisionCosts
 from vtok.patches.hf_vlm.tower_bridge import TowerBridge
 from vtok.patches.macs import linear_macs
@@ -39,13 +41,14 @@ class Family:
 
     Attributes:
         name: as users know it.
-        text: child that is the LLM.
+        text: path of the LLM.
         tower: path of the vision tower; "" = not known.
         views: says what the visual tokens of an image are.
         view_counts: says of how many views of the vision tower an image is made.
         grid: rows and columns of visual tokens of every image; says `None` where they depend on the image.
         cuts: says how images were cut into these views.
         rotary_3d: whether positions are (time, height, width), which cannot be renumbered.
+        axes: of these positions; one more row in front of them may count the tokens.
         connector: child between vision tower and LLM, if all there happens token by token; "" = the grid is needed.
         projector: child that takes what leaves the tower's feature block, token by token, whatever joins its output afterwards;
             "" = there is none.
@@ -66,6 +69,7 @@ class Family:
     grid: Callable[[Any], tuple[int, int] | None] = _no_grid
     cuts: Cuts = hf_cuts.lone
     rotary_3d: bool = False
+    axes: int = 3
     connector: str = ""
     projector: str = ""
     packed: bool = False
@@ -173,27 +177,6 @@ def supported() -> str:
     return f"transformers' {', '.join(names)} and {last}"
 
 
-_CROSS = "its LLM attends to the image by cross-attention: visual tokens are no part of the prompt that could be shortened"
-_MERGED = "it puts image features into the prompt itself, so that vtok is not told which columns are visual"
-_SHARED = "later layers of its LLM share keys and values with earlier ones, which would have to hold the same tokens"
-_LINEAR = "its LLM has convolutions over neighbouring tokens, and shortening its prompt has not been tested"
-_CHUNKED = "its LLM attends within chunks of the prompt, whose borders dropped tokens would move"
-_ENCODED = "its LLM is an encoder and a decoder: what is generated attends to the image, which is no part of it"
-
-REFUSED: dict[str, str] = {
-    _in("colqwen2") + "ColQwen2ForRetrieval": _MERGED,
-    _in("florence2") + "Florence2Model": _ENCODED,
-    _in("gemma3n") + "Gemma3nModel": _SHARED,
-    _in("gemma4") + "Gemma4Model": _SHARED,
-    _in("idefics") + "IdeficsModel": _CROSS,
-    _in("lfm2_vl") + "Lfm2VlModel": _LINEAR,
-    _in("llama4") + "Llama4ForConditionalGeneration": _CHUNKED,
-    _in("mllama") + "MllamaModel": _CROSS,
-    _in("pi0") + "PI0Model": _MERGED,
-    _in("t5gemma2") + "T5Gemma2Model": _ENCODED,
-}
-
-
 @dataclass(frozen=True)
 class VLM:
     """A vision-language model that can be patched.
@@ -217,7 +200,7 @@ class VLM:
     @property
     def text(self) -> Any:
         """The LLM."""
-        return getattr(self.module, self.family.text)
+        return self.module.get_submodule(self.family.text)
 
     def joint(self) -> TowerBridge:
         """How this model takes what its vision tower yields, once the tower yields fewer tokens.
@@ -264,6 +247,11 @@ class HfVLMAdapter:
         """See `find`."""
         return find(model)
 
+    def why_no_prompt(self, model: nn.Module) -> str | None:
+        """Of a model in `UNPROMPTED`; `None` if no module is."""
+        found = ((module, look_up(module, UNPROMPTED)) for module in model.modules())
+        return next((f"prompts of {type(module).__name__} stay as they are: {why}" for module, why in found if why), None)
+
 
 def find(model: nn.Module) -> Sequence[VLM]:
     """The vision-language models inside a model; empty if there is none.
@@ -289,11 +277,18 @@ def generic(module: nn.Module) -> Family | None:
     """
     if not encodes(module) or any(encodes(child) for child in module.children()):
         return None
-    text = next((name for name in CHILDREN if hasattr(getattr(module, name, None), "layers")), None)
+    text = text_path(module)
     if text is None:
         return None
-    rotary_3d = hasattr(module, "get_rope_index")
-    return Family(type(module).__name__, text=text, tower="", views=hf_views.one_row, rotary_3d=rotary_3d, generic=True)
+    return Family(
+        type(module).__name__,
+        text=text,
+        tower="",
+        views=hf_views.one_row,
+        rotary_3d=hasattr(module, "get_rope_index"),
+        axes=position_axes(module.get_submodule(text)),
+        generic=True,
+    )
 
 
 def _check_row(module: nn.Module, family: Family) -> None:
@@ -316,7 +311,7 @@ def _check_row(module: nn.Module, family: Family) -> None:
 
 def _describe(path: str, module: Any, family: Family) -> VLM:
     _check_row(module, family)
-    name, text = type(module).__name__, getattr(module, family.text)
+    name, text = type(module).__name__, module.get_submodule(family.text)
     config = text.config
     if not hasattr(text, "layers"):
         raise UnsupportedModelError(f"the LLM of {name}, {type(text).__name__}, keeps no list of layers, which vtok hooks")

@@ -5,7 +5,6 @@ Shapes: B rows, L columns of the prompt, n visual tokens of an image, D width of
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 import warnings
@@ -13,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtok.core.prompt import ImageFeatures, TowerBlock, View, VLMReducer
 from vtok.core.reduction import Plan, apply_plan
@@ -22,12 +21,14 @@ from vtok.errors import StateError, UnsupportedModelError
 from vtok.ops.crops import Cut, ViewMap, view_map
 from vtok.patches.hf_vlm import tower_bridge as vlm_tower
 from vtok.patches.hf_vlm import tower_taps
-from vtok.patches.hf_vlm.encoded import note_of, plain_class
+from vtok.patches.hf_vlm.encoded import note_of
+from vtok.patches.hf_vlm.generic.outputs import deep_features, feature_list, with_features
 from vtok.patches.hf_vlm.text import PromptTexts
 from vtok.patches.module_swap import weights_of
 from vtok.patches.precision import full_precision
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+OLD_NAMES = {"pixel_values_images": "pixel_values", "image_patches": "pixel_values"}  # that models still take
 # (model, modality, number of the image, its first feature, its features [n, D], keywords of the call) -> what the n tokens are
 Views = Callable[[Any, str, int, int, Tensor, Mapping[str, Any]], tuple[View, ...]]
 # (model, modality, features of every image, views of the tower in all, keywords of the call) -> views of every image, if known
@@ -66,23 +67,16 @@ class Chosen(NamedTuple):
     alive: Mapping[str, Tensor] = {}
 
 
+def renamed(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call with pixels under the names that models have for them now."""
+    return {OLD_NAMES.get(name, name): value for name, value in kwargs.items() if name not in OLD_NAMES or value is not None}
+
+
 def carries_images(kwargs: Mapping[str, Any]) -> bool:
     """Whether a call brings images or videos: generate() takes them away once the prompt is read."""
     given = any(kwargs.get(name) is not None for name in PIXELS.values())
     outputs = kwargs.get("mm_encoder_outputs")
     return given or (isinstance(outputs, Mapping) and any(value is not None for value in outputs.values()))
-
-
-def encodes(module: nn.Module) -> bool:
-    """Whether a module is a vision-language model of transformers as `generic` takes it, or wraps one."""
-    if not type(module).__module__.startswith("transformers.models."):
-        return False
-    config, forward = getattr(module, "config", None), inspect.signature(module.forward).parameters
-    return (
-        callable(getattr(module, "get_image_features", None))
-        and isinstance(getattr(config, "image_token_id", None), int)
-        and {"mm_encoder_outputs", "inputs_embeds", "input_ids"} <= set(forward)
-    )
 
 
 def encode(
@@ -118,11 +112,6 @@ def _unnamed(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Keywords such as output_attentions or interpolate_pos_encoding."""
     named = {*inspect.signature(model.forward).parameters, "past_key_values"}  # the last is an old name of the cache
     return {name: value for name, value in kwargs.items() if name not in named}
-
-
-def feature_list(output: Any) -> list[Tensor]:
-    """The features [n, D] of every image."""
-    return list(output.pooler_output)
 
 
 def choose(
@@ -185,7 +174,7 @@ def _choose(
         left = [mask.nonzero()[:, 0] for mask in stay] if has_dropped_tokens else []  # rows of the tokens that the tower left
         alike: dict[tuple[int, tuple[View, ...], int, int, Any], list[int]] = {}
         first, folded = 0, False
-        deep = [list(features) for features in getattr(output, "deepstack_features", None) or ()]  # of other tower layers
+        deep = deep_features(output)
         for i, x in enumerate(images):
             if not len(x):  # a prompt without images, where a model returns the features of a prompt as one
                 continue
@@ -222,7 +211,7 @@ def _choose(
                     stay[i] = stay[i].index_copy(0, left[i], kept)
                     images[i] = images[i].index_copy(0, left[i], x) if plan.changes else images[i]
         if folded:
-            outputs[modality] = _with_features(output, images, deep)
+            outputs[modality] = with_features(output, images, deep)
     return Chosen(outputs, {modality: torch.cat(parts) for modality, parts in rows.items()}, tuple(layouts), alive)
 
 
@@ -291,39 +280,6 @@ def _folded(plan: Plan, tokens: Tensor) -> Tensor:
         rows = plan.keep.where(plan.valid, tokens.shape[1])[..., None].expand_as(out)
         return torch.cat([tokens, tokens[:, :1]], 1).scatter(1, rows, out)[:, :-1]
     return tokens.scatter(1, plan.keep[..., None].expand_as(out), out)
-
-
-def _with_features(output: Any, images: list[Tensor], deep: Sequence[list[Tensor]] = ()) -> Any:
-    """A copy of a model output that holds other features of the same shapes, and other ones of deeper layers if it has any."""
-    changed = copy.copy(output)
-    if deep:
-        changed.deepstack_features = list(deep)
-    changed.pooler_output = torch.stack(images) if isinstance(output.pooler_output, Tensor) else images
-    return changed
-
-
-def short_output(output: Any, rows: Tensor) -> Any:
-    """A copy of a model output that holds the kept features alone, deep ones included, in the container the model expects.
-
-    Features stay parted by image, by which generate() repeats them for beams. A model that expects one tensor gets
-    [images, n, D] if every image keeps as many, else [1, all, D]: that cannot be repeated for several rows.
-
-    Args:
-        output: of `get_image_features`.
-        rows: [features in all] bool.
-    """
-
-    def kept(features: Any) -> Any:
-        parts = [x[stays] for x, stays in zip(features, rows.split([len(x) for x in features]))]
-        if not isinstance(features, Tensor):
-            return parts
-        return torch.stack(parts) if len({len(x) for x in parts}) == 1 else torch.cat(parts)[None]
-
-    values = {"pooler_output": kept(output.pooler_output)}
-    deep = getattr(output, "deepstack_features", None)
-    if deep is not None:
-        values["deepstack_features"] = [kept(features) for features in deep]
-    return plain_class(output)(**values)
 
 
 def refuse_merged(model: Any) -> None:

@@ -16,14 +16,15 @@ from vtok.patches.decoder import hooks, masks
 from vtok.patches.decoder import packed_rows as packed
 from vtok.patches.decoder.kv_cache import cache_in, cached_length, compact, renumbered, take, unknown, vouch
 from vtok.patches.decoder.pass_state import Pruner
+from vtok.patches.decoder.text_models import check_padding
 from vtok.patches.hf_vlm import image_features as hf
 from vtok.patches.hf_vlm import tower_taps
 from vtok.patches.hf_vlm.families import VLM
+from vtok.patches.hf_vlm.generic.interfaces import vision_arguments
+from vtok.patches.hf_vlm.generic.outputs import short_output
 from vtok.patches.hf_vlm.macs import vision_tower
 from vtok.patches.module_swap import Mixin, swap_class
 from vtok.plain import check_numbers
-
-PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 
 
 class Guard(Mixin):
@@ -33,7 +34,7 @@ class Guard(Mixin):
     """
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        with _installed(self.model).generating():  # what is decided for a prompt lasts until the answer ends
+        with _installed(_merging(self)).generating():  # what is decided for a prompt lasts until the answer ends
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def _prefill(self, input_ids: Tensor, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -52,12 +53,12 @@ class Guard(Mixin):
         if (
             unknown(cache)
             and 0 < cached_length(cache) < ids.shape[1]
-            and not bool(hf.visual_columns(ids, _installed(self.model).tokens).any())
+            and not bool(hf.visual_columns(ids, _installed(_merging(self)).tokens).any())
         ):
             vouch(cache)
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = self.model
+        model = _merging(self)
         found = (hook.pruner for hook in model._forward_pre_hooks.values() if isinstance(hook, hooks.BeforeModel))
         decides = next((site for pruner in found for site, _ in pruner.layers.values()), None)
         if decides is not None and hf.carries_images(kwargs):
@@ -66,6 +67,15 @@ class Guard(Mixin):
                 f"decided {decides}; generate without an assistant, or shorten the prompt with vtok.prune_inputs"
             )
         return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
+
+
+class WatchedGuard(Guard, tower_taps.WatchedModel):
+    """For a model that has its language head in itself."""
+
+
+def _merging(generator: Any) -> Any:
+    """The module of a model that generates which merges images into the prompt: the one without language head, or itself."""
+    return generator.model if isinstance(generator.__dict__["_modules"].get("model"), nn.Module) else generator
 
 
 def install(model: nn.Module, vlm: VLM, pruner: Pruner) -> None:
@@ -81,15 +91,19 @@ def install(model: nn.Module, vlm: VLM, pruner: Pruner) -> None:
     text.register_forward_hook(hooks.AfterText(pruner), with_kwargs=True)
     for i, layer in enumerate(text.layers):
         layer.register_forward_pre_hook(hooks.BeforeLayer(pruner, i), with_kwargs=True)
-    for owner in generators(model, vlm) if pruner.shortens else ():
-        swap_class(owner, Guard)
+    owners = generators(model, vlm) if pruner.shortens else []
+    for owner in owners:
+        if owner is not vlm.module:
+            swap_class(owner, Guard)
     blocks = () if pruner.features is None else pruner.features.tower_blocks
-    tower_taps.install(vlm.module, vlm.tower if blocks else None, blocks)
+    watched = WatchedGuard if any(owner is vlm.module for owner in owners) else tower_taps.WatchedModel
+    tower_taps.install(vlm.module, vlm.tower if blocks else None, blocks, watched)
 
 
 def generators(model: nn.Module, vlm: VLM) -> list[Any]:
     """The modules that generate text with a vision-language model."""
-    return [m for m in model.modules() if m.__dict__.get("_modules", {}).get("model") is vlm.module and hasattr(m, "_prefill")]
+    here = [m for m in model.modules() if m is vlm.module or m.__dict__.get("_modules", {}).get("model") is vlm.module]
+    return [m for m in here if hasattr(m, "_prefill")]
 
 
 def pruner_of(vlm: VLM) -> Pruner | None:
@@ -200,14 +214,14 @@ def short_inputs(model: Any, vlm: VLM, inputs: Mapping[str, Any], pruner: Pruner
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         raise ConfigError(f"inputs must hold input_ids [rows, columns] as the processor makes them, got {sorted(inputs)}")
-    values = dict(inputs)
+    values = hf.renamed(inputs)
     mask = values.get("attention_mask")
     if mask is not None and mask.ndim != 2:
         raise ConfigError(f"attention_mask must be [rows, columns], got shape {list(mask.shape)}")
     if not hf.carries_images(values):
         return values
     (batch, length), kind = ids.shape, vlm.text.config._attn_implementation
-    sample = packed.sample_of(values, batch, length, kind, cached=False, flat=vlm.family.flat_positions)
+    sample = packed.sample_of(values, batch, length, kind, cached=False, family=vlm.family)
     if sample is not None and not bool(packed.several(sample)):
         sample = None
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -242,11 +256,14 @@ def short_inputs(model: Any, vlm: VLM, inputs: Mapping[str, Any], pruner: Pruner
             "a prompt ends with a visual token that is dropped, but generate() numbers the answer by the last token: put text "
             "behind the image, or pass positions='compact'"
         )
-    rows, _ = compact(keep & real)
+    rows, padded = compact(keep & real)
+    check_padding(vlm.text, padded)
     filled = rows >= 0
     if compacted:
         position = renumbered(position, keep | ~real, sample)
-    elif position.ndim == 3 and len(position) == 4:  # the first row only says where samples start: gaps would be borders
+    elif (
+        position.ndim == 3 and len(position) == vlm.family.axes + 1
+    ):  # the first row says where samples start: gaps were borders
         position = torch.cat([renumbered(position[:1], keep | ~real), position[1:]])
     position = take(position, rows, position.ndim - 1)
     if position.ndim == 2 and sample is None and not masks.is_flash(kind) and bool(filled.all() & (position.diff() != 1).any()):
@@ -260,12 +277,12 @@ def short_inputs(model: Any, vlm: VLM, inputs: Mapping[str, Any], pruner: Pruner
         "input_ids": take(ids, rows, 1).masked_fill(~filled, pad),
         "attention_mask": filled.long() if sample is None else None,  # a mask would hide that rows hold several samples
         "position_ids": position,
-        "mm_encoder_outputs": {m: hf.short_output(out, chosen.rows[m]) for m, out in chosen.outputs.items()},
+        "mm_encoder_outputs": {m: short_output(out, chosen.rows[m]) for m, out in chosen.outputs.items()},
     }
-    for name in PER_TOKEN:
-        if values.get(name) is not None:
-            short[name] = take(values[name], rows, 1).masked_fill(~filled, 0)
     if values.get("labels") is not None:
         short["labels"] = take(values["labels"], rows, 1).masked_fill(~filled, -100)
-    gone = {"pixel_values", "pixel_values_videos", "pixel_attention_mask", "image_sizes", "image_grid_thw", "video_grid_thw"}
+    gone = {"pixel_attention_mask", "image_sizes", "image_grid_thw", "video_grid_thw", *vision_arguments(vlm.module)}
+    for name, value in values.items():  # kinds of tokens, under several names
+        if name not in gone | set(short) and isinstance(value, Tensor) and value.shape == ids.shape:
+            short[name] = take(value, rows, 1).masked_fill(~filled, 0)
     return {name: value for name, value in values.items() if name not in gone | set(short)} | short

@@ -25,6 +25,7 @@ from vtok.core.tokens import AttentionView, TokenState, gather_positions, log_si
 from vtok.errors import StateError
 from vtok.patches.block import Link, chain
 from vtok.patches.hf_vlm.encoded import Note, note_of, noted
+from vtok.patches.hf_vlm.generic.outputs import feature_list
 from vtok.patches.module_swap import Hook, Mixin, brought, leaves, remove_hooks, swap_class, weights_of
 from vtok.patches.padding import padding_of
 from vtok.patches.precision import as_now
@@ -240,13 +241,13 @@ class WatchedModel(Mixin):
         return watched(self, super().get_video_features, self.__dict__[_TAPS])  # type: ignore[misc]
 
 
-def install(model: Any, tower: Tower | None, blocks: Sequence[int]) -> None:
+def install(model: Any, tower: Tower | None, blocks: Sequence[int], mixin: type[WatchedModel] = WatchedModel) -> None:
     """Makes a model watch some blocks of its tower, or none, whenever it encodes images, and note it on what it returns."""
     taps = TowerTaps(blocks)
     model.__dict__[_TAPS] = taps
     if tower is not None:
         taps.hook(tower)
-    swap_class(model, WatchedModel)
+    swap_class(model, mixin)
 
 
 def watched(model: nn.Module, function: Callable[..., Any], taps: TowerTaps) -> Callable[..., Any]:
@@ -256,14 +257,14 @@ def watched(model: nn.Module, function: Callable[..., Any], taps: TowerTaps) -> 
     def encode(*args: Any, **kwargs: Any) -> Any:
         with taps.watching() as blocks, weights_of(model):
             output = function(*args, **kwargs)
-        if not hasattr(output, "pooler_output"):  # a tuple
+        if isinstance(output, tuple):
             return output
         named = {**dict(zip(inspect.signature(function).parameters, args)), **kwargs}
         call = {name: value for name, value in named.items() if not name.startswith("pixel_values")}
         pixels = named.get("pixel_values")
         if isinstance(pixels, Tensor) and pixels.ndim >= 4:  # [..., C, H, W]
             call["pixel_size"] = tuple(pixels.shape[-2:])
-        return noted(output, Note(blocks, call, list(output.pooler_output)))
+        return noted(output, Note(blocks, call, feature_list(output)))
 
     return encode
 

@@ -22,7 +22,8 @@ from vlm_zoo import (
 
 import vtok
 from vtok.patches.decoder.kv_cache import cache_in
-from vtok.patches.hf_vlm.families import REFUSED, release
+from vtok.patches.hf_vlm.families import release
+from vtok.patches.hf_vlm.generic.refused import REFUSED
 
 MAIN = ["LLaVA-1.5", "Qwen2.5-VL", "Qwen3-VL", "Idefics3", "Gemma3"]
 EACH = [*MAIN, *(pytest.param(name, marks=pytest.mark.slow) for name in EXAMPLES if name not in MAIN and "window" not in name)]

@@ -9,7 +9,8 @@ from transformers.models.llava.modeling_llava import LlavaModel
 from vlm_zoo import EXAMPLES, Attended, Columns, Nearest, build, generate, inputs, text_model
 
 import vtok
-from vtok.patches.hf_vlm.families import FAMILIES, REFUSED
+from vtok.patches.hf_vlm.families import FAMILIES
+from vtok.patches.hf_vlm.generic.refused import REFUSED
 from vtok.patches.hf_vlm.stated_images import VisionCosts
 from vtok.patches.protocol import qualified_name
 

@@ -20,7 +20,8 @@ from vlm_zoo import (
 import vtok
 from vtok.core.tokens import Site
 from vtok.patches.decoder.text_models import TEXT_MODELS
-from vtok.patches.hf_vlm.families import FAMILIES, REFUSED
+from vtok.patches.hf_vlm.families import FAMILIES
+from vtok.patches.hf_vlm.generic.refused import REFUSED
 from vtok.patches.protocol import qualified_name
 
 ALL = [(name, kernel) for name, example in EXAMPLES.items() for kernel in example.kernels]

@@ -5,79 +5,38 @@ import warnings
 
 import pytest
 import torch
-import vlm_classes
 from helpers_errors import message_of
-from vlm_classes import CLASSES, build, inputs
+from helpers_generic import (
+    BY_HAND,
+    CACHED_ALONE,
+    FAST,
+    KEEP,
+    NEEDS_MORE,
+    NUMBERED_ANEW,
+    OWN_CACHE,
+    OWN_NUMBERS,
+    by_hand,
+    chosen,
+    close,
+    each,
+    generate,
+)
 
 import vtok
-from vtok.patches.hf_vlm import image_features as hf
-from vtok.patches.hf_vlm.families import find
-from vtok.testing.prompt_oracle import MaskedPrompt
-
-KEEP = 0.5
-FAST = ("aya_vision", "mistral3", "glm4v", "qwen3_5", "qwen3_vl_moe", "exaone4_5")  # sliding, plain, M-RoPE, hybrid, DeepStack
-EACH = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CLASSES]
-OWN_NUMBERS = ("exaone4_5", "hyperclovax_vision_v2")  # generate() passes them no positions
+from vtok.testing import generic_models
+from vtok.testing.generic_models import CLASSES, build
+from vtok.testing.generic_prompts import inputs
+from vtok.testing.prompt_oracle import NOTHING, MaskedPrompt, check_prompts
+from vtok.testing.trials import trial
 
 
-def _stays(model, values, method):
-    """[B, L] bool: what a method leaves, by asking it about the images that the unpatched model encodes."""
-    (vlm,) = find(model)
-    reducer = vtok.METHODS.get(method)(keep=KEEP).build_vlm(vlm.info)
-    with torch.no_grad():
-        chosen = hf.choose(vlm.module, hf.encode(vlm.module, values), reducer, vlm.family, values)
-    keep = hf.kept_columns(values["input_ids"], vlm.tokens, chosen.rows)
-    assert keep is not None and not keep.all()
-    return keep & (values["attention_mask"] == 1)
-
-
-def _by_hand(model, values, keep):
-    """Logits [B, V] of the last column: the LLM alone, row by row, fed with the columns that stay of what the unpatched model
-    fed it with. Everything but the cache goes along, positions as they were."""
-    (vlm,) = find(model)
-    given = {}
-    handle = vlm.text.register_forward_pre_hook(lambda m, args, kwargs: given.update(kwargs), with_kwargs=True)
-    with torch.no_grad():
-        model(**values, use_cache=False)
-    handle.remove()
-    x, rows = given["inputs_embeds"], []
-    for b, stays in enumerate(keep):
-        at = stays.nonzero()[:, 0]
-        call = {**given, "use_cache": False, "cache": None, "attention_mask": torch.ones(1, len(at), dtype=torch.long)}
-        for name, value in given.items():
-            if isinstance(value, torch.Tensor) and name != "attention_mask" and value.shape[:2] == x.shape[:2]:
-                call[name] = value[b : b + 1, at]
-        position = given.get("position_ids")
-        position = torch.arange(x.shape[1])[None] if position is None else position
-        call["position_ids"] = position.expand(*position.shape[:-2], len(keep), -1)[..., b : b + 1, at]
-        deep = given.get("deepstack_visual_embeds")
-        if deep is not None:
-            here = torch.zeros_like(keep)
-            here[b, at] = True
-            call["deepstack_visual_embeds"] = [features[here[given["visual_pos_masks"]]] for features in deep]
-        with torch.no_grad():
-            rows.append(model.get_output_embeddings()(vlm.text(**call)[0][:, -1])[0])
-    return torch.stack(rows)
-
-
-def _generate(model, values, **kwargs):
-    values = {key: copy.copy(value) for key, value in values.items()}
-    out = model.generate(
-        **values, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True, **kwargs
-    )
-    return torch.stack(out.logits, 1)
-
-
-def _close(found, expected):
-    assert (found - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max())
-
-
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", each(CLASSES, FAST))
 def test_removing_columns_by_hand(name):
+    """Forward passes, generate() with and without a cache, inputs shortened ahead; and the model is itself again afterwards."""
     model = build(name)
     values = inputs(model)
-    keep = _stays(model, values, "random")
-    expected = _by_hand(model, values, keep)
+    keep, features = chosen(model, values, "random")
+    expected = by_hand(model, values, keep, features, name in NUMBERED_ANEW)
     with torch.no_grad():
         whole = model(**values, use_cache=False).logits[:, -1]
     assert (whole - expected).abs().max() > 1e-2
@@ -85,20 +44,56 @@ def test_removing_columns_by_hand(name):
         text = message_of(vtok.UnsupportedModelError, vtok.prune_inputs, model, values, "random", keep=KEEP)
         assert "numbers the tokens of its prompt itself" in text
     else:
-        short = _generate(model, vtok.prune_inputs(model, values, "random", keep=KEEP))
-        _close(short[:, 0], expected)
-    untouched = _generate(model, values)
+        short = generate(model, vtok.prune_inputs(model, values, "random", keep=KEEP))
+        close(short[:, 0], expected)
+    untouched = generate(model, values)
 
     vtok.patch(model, "random", keep=KEEP)
     with torch.no_grad():
-        _close(model(**values, use_cache=False).logits[:, -1], expected)
-    found = _generate(model, values)
-    _close(found[:, 0], expected)
+        close(model(**values, use_cache=False).logits[:, -1], expected)
+    found = generate(model, values)
+    close(found[:, 0], expected)
     assert name in OWN_NUMBERS or torch.equal(found.argmax(-1), short.argmax(-1))
-    _close(_generate(model, values, use_cache=False), found)
+    if name not in CACHED_ALONE:
+        uncached = generate(model, values, use_cache=False)
+        close(uncached[:, 0] if name in OWN_CACHE else uncached, found[:, 0] if name in OWN_CACHE else found)
     left = (keep & (values["input_ids"] == model.config.image_token_id)).sum(1)
     assert vtok.info(model).prompts[0].rows[0].tokens_out == tuple(left.tolist())
-    assert torch.equal(_generate(vtok.unpatch(model), values), untouched)
+    assert torch.equal(generate(vtok.unpatch(model), values), untouched)
+    if name in CACHED_ALONE:
+        with pytest.raises(IndexError):
+            generate(model, values, use_cache=False)
+    if name in OWN_CACHE:
+        assert (generate(model, values, use_cache=False) - untouched).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", each([name for name in CLASSES if name not in BY_HAND], ("mistral3", "granite4_vision")))
+def test_removing_equals_masking(name):
+    """Whatever method is not refused: the unpatched model on the whole prompt, what was dropped hidden in every layer."""
+    model = build(name)
+    values, done = inputs(model), set()
+    for method, why in vtok.supports(model).methods.items():
+        if why is None:
+            evidence = check_prompts(vtok.patch(model, method, **trial(method).prompt), values, steps=3)
+            vtok.unpatch(model)
+            if evidence.fault == NOTHING:
+                assert method in NEEDS_MORE
+                continue
+            assert max(evidence.differences.values()) <= 3e-5, (method, evidence)
+            assert "other words" not in (evidence.fault or "")
+            done.add(method)
+    assert {"cdpruner", "divprune", "downsample", "random", "uniform"} <= done
+
+
+@pytest.mark.parametrize("name", each(BY_HAND))
+@pytest.mark.parametrize("method", ["cdpruner", "divprune", "downsample", "uniform"])
+def test_other_methods_by_hand(name, method):
+    model = build(name)
+    values = inputs(model)
+    expected = by_hand(model, values, *chosen(model, values, method), name in NUMBERED_ANEW)
+    vtok.patch(model, method, keep=KEEP)
+    with torch.no_grad():
+        close(model(**values, use_cache=False).logits[:, -1], expected)
 
 
 @pytest.mark.parametrize("name", ["glm4v", "qwen3_5"])
@@ -106,7 +101,7 @@ def test_a_batch_is_its_rows(name):
     model = build(name)
     values = inputs(model)
     vtok.patch(model, "divprune", keep=KEEP)
-    both = _generate(model, values)
+    both = generate(model, values)
     grid, start = values["image_grid_thw"], [0, 2, 3]
     ends = [0, *grid.prod(1).cumsum(0).tolist()]
     for row in range(2):
@@ -116,7 +111,7 @@ def test_a_batch_is_its_rows(name):
         }
         images = slice(start[row], start[row + 1])
         one |= {"image_grid_thw": grid[images], "pixel_values": values["pixel_values"][ends[images.start] : ends[images.stop]]}
-        _close(_generate(model, one)[0], both[row])
+        close(generate(model, one)[0], both[row])
 
 
 def test_both_questions_are_answered():
@@ -127,6 +122,7 @@ def test_both_questions_are_answered():
     assert "none can leave between the layers of Qwen3_5Model" in support.methods["fastv"]
     assert "linear_attention" in support.methods["fastv"]
     assert "no row says which views" in support.methods["visionzip"]
+    assert "no row says which visual tokens of Qwen3_5Model are a frame" in support.methods["evs"]
     text = message_of(vtok.UnsupportedModelError, vtok.plan, model, "random", keep=KEEP, prompt={"images": 1, "text_tokens": 8})
     assert "Qwen3_5Model" in text and "not known" in text
 
@@ -138,7 +134,7 @@ def test_layers_that_are_known_from_other_models_may_drop():
     vtok.patch(model, "fastv", layer=2, keep=KEEP)
     with torch.no_grad():
         found = model(**values).logits[:, -1]
-    _close(_generate(model, values)[:, 0], found)
+    close(generate(model, values)[:, 0], found)
     (row,) = vtok.info(model).prompts[0].rows
     assert row.place == "decoder layer 2" and (row.tokens_in, row.tokens_out) == ((8, 4), (4, 2))
     assert "what Mistral3Model costs is not known" in str(vtok.info(model))
@@ -148,34 +144,46 @@ def test_a_prompt_without_images_and_nothing_to_drop():
     model = build("qwen3_5")
     values, text = inputs(model), {"input_ids": torch.tensor([[5, 6, 7, 8]])}
     with torch.no_grad(), warnings.catch_warnings():
-        expected = [_generate(model, given) for given in (text, values)]
+        expected = [generate(model, given) for given in (text, values)]
         vtok.patch(model, "random", keep=1.0)
-        assert torch.equal(_generate(model, values), expected[1])
+        assert torch.equal(generate(model, values), expected[1])
         vtok.patch(model, "random", keep=KEEP)
-        assert torch.equal(_generate(model, text), expected[0])
+        assert torch.equal(generate(model, text), expected[0])
 
 
-@pytest.mark.parametrize("name", ["aya_vision", pytest.param("cohere2_vision", marks=pytest.mark.slow), "exaone4_5"])
+WINDOWS = (
+    "cohere2_vision",
+    "cohere_compass",
+    "gemma3n",
+    "gemma4",
+    "gemma4_unified",
+    "idefics2",
+    "muse_glimmer",
+    "unlimited_ocr",
+)
+
+
+@pytest.mark.parametrize("name", each(("aya_vision", "exaone4_5", *WINDOWS), ("aya_vision", "exaone4_5")))
 def test_windows_look_back_over_columns_of_the_long_prompt(name, monkeypatch):
-    config_of = vlm_classes.config_of
+    config_of = generic_models.config_of
 
     def narrow(name):
         config = config_of(name)
         config.text_config.sliding_window = 6
         return config
 
-    monkeypatch.setattr(vlm_classes, "config_of", narrow)
+    monkeypatch.setattr(generic_models, "config_of", narrow)
     model = build(name)
     values = inputs(model)
-    alive = _stays(model, values, "random") | (values["attention_mask"] == 0)
-    whole = _generate(model, values)
+    alive = chosen(model, values, "random")[0] | (values["attention_mask"] == 0)
+    whole = generate(model, values)
     with MaskedPrompt(model, dict.fromkeys(range(4), alive)):
-        expected = _generate(model, values)
+        expected = generate(model, values)
     assert (whole - expected).abs().max() > 0.1
-    _close(_generate(vtok.patch(model, "random", keep=KEEP), values), expected)
+    close(generate(vtok.patch(model, "random", keep=KEEP), values), expected)
 
 
-@pytest.mark.parametrize("name", ["aya_vision", "qwen3_5", "qwen3_vl_moe"])
+@pytest.mark.parametrize("name", each(("aya_vision", "qwen3_5", "qwen3_vl_moe", "gemma3n", "hy_v4_vl"), ("qwen3_5",)))
 def test_beams_and_hidden_states(name):
     model = build(name)
     values = inputs(model)
@@ -189,8 +197,9 @@ def test_beams_and_hidden_states(name):
     vtok.patch(model, "random", keep=KEEP)
     assert torch.equal(beams(values), expected)
     with torch.no_grad():
-        hidden = model(**values, output_hidden_states=True).hidden_states
-    assert {x.shape[1] for x in hidden} == {length}
+        hidden = model(**values, output_hidden_states=True, use_cache=False).hidden_states
+        whole = vtok.unpatch(model)(**values, output_hidden_states=True, use_cache=False).hidden_states
+    assert [x.shape for x in hidden] == [x.shape for x in whole] and length in hidden[0].shape
 
 
 @pytest.mark.parametrize("name", ["mistral3", "glm4v"])
@@ -216,8 +225,8 @@ def test_packed_rows_see_only_themselves(name):
             return model(torch.cat([ids] * times)[None], pixel_values=pixels, use_cache=False, **given, **more).logits[0]
 
     found = last(2, torch.cat([pixels, others]), position_ids=torch.cat([position] * 2, -1))
-    _close(found[len(ids) - 1], last(1, pixels)[-1])
-    _close(found[-1], last(1, others)[-1])
+    close(found[len(ids) - 1], last(1, pixels)[-1])
+    close(found[-1], last(1, others)[-1])
 
 
 def test_an_llm_that_is_not_called_is_noticed():
@@ -229,11 +238,3 @@ def test_an_llm_that_is_not_called_is_noticed():
     for key in hooks:
         del text._forward_pre_hooks[key]
     assert "nothing was shortened" in message_of(vtok.UnsupportedModelError, model, **values)
-
-
-def test_classes_are_counted():
-    """What is exercised here and by rows, of all that transformers lists."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as LISTED
-
-    assert set(CLASSES) <= set(LISTED)
-    assert len(CLASSES) >= 24

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from vtok.patches import find_vlms
+from vtok.patches import find_vlms, why_no_prompt
 from vtok.targets.base import Layers, Request, Target
 from vtok.targets.encoder import EncoderTarget
 from vtok.targets.resolve import Size, require_module, towers
@@ -26,7 +26,11 @@ def find_targets(model: nn.Module, input_size: Size | None = None) -> list[Targe
         ConfigError: `input_size` is none.
     """
     require_module(model)
-    return [*vlm_targets(model)] or [EncoderTarget(adapter, tower) for adapter, tower in towers(model, input_size)]
+    found = vlm_targets(model)
+    if found:
+        return [*found]
+    why = why_no_prompt(model)
+    return [EncoderTarget(adapter, tower, why) for adapter, tower in towers(model, input_size, why)]
 
 
 def vlm_targets(model: nn.Module) -> list[VLMTarget]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtok.capabilities import encoder_reducer
+from vtok.capabilities import EncoderMethod, encoder_reducer
 from vtok.config import MethodConfig, ModelInfo, Reducer
 from vtok.core.tokens import Site
 from vtok.core.tracker import TokenTracker
@@ -59,10 +59,11 @@ class EncoderTarget(Target):
     Args:
         adapter: of its backend.
         tower: described for the input size that plans and budgets are for.
+        no_prompt: of the vision-language model that it is in: why its prompts stay as they are.
     """
 
-    def __init__(self, adapter: Adapter, tower: Tower):
-        self.adapter, self.tower = adapter, tower
+    def __init__(self, adapter: Adapter, tower: Tower, no_prompt: str | None = None):
+        self.adapter, self.tower, self.no_prompt = adapter, tower, no_prompt
 
     @property
     def info(self) -> ModelInfo:
@@ -76,6 +77,9 @@ class EncoderTarget(Target):
 
     def resolve(self, configs: tuple[MethodConfig, ...], request: Request) -> ResolvedMethods:
         self._check(request)
+        alone = [config.name for config in configs if not isinstance(config, EncoderMethod)]
+        if self.no_prompt is not None and alone:
+            raise UnsupportedModelError(f"{' + '.join(alone)} acts on prompts, but {self.no_prompt}")
         resolved = resolve(self.adapter, self.tower, configs, request.flops, request.calibration)
         check(self.tower, resolved.steps)
         return replace(resolved, trace=request.trace)

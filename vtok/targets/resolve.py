@@ -65,8 +65,8 @@ def configs(method: Method, params: dict[str, Any]) -> tuple[MethodConfig, ...]:
     raise unknown("method", str(method), METHODS.names())
 
 
-def towers(model: nn.Module, input_size: Size | None = None) -> list[tuple[Adapter, Tower]]:
-    """Every supported tower of a model; raises if there is none."""
+def towers(model: nn.Module, input_size: Size | None = None, no_prompt: str | None = None) -> list[tuple[Adapter, Tower]]:
+    """Every supported tower of a model; raises if there is none. `no_prompt` says why its prompts stay as they are."""
     require_module(model)
     if input_size is not None:
         numbers = isinstance(input_size, (tuple, list)) and all(isinstance(n, int) and n > 0 for n in input_size)
@@ -82,5 +82,6 @@ def towers(model: nn.Module, input_size: Size | None = None) -> list[tuple[Adapt
     if not found:
         encoders = [ADAPTERS.get(name).supported for name in ADAPTERS]
         known = "; ".join([*encoders, *(f"the prompts of {VLM_ADAPTERS.get(name).supported}" for name in VLM_ADAPTERS)])
-        raise UnsupportedModelError(f"{type(model).__name__} holds nothing that vtok can patch; supported: {known}")
+        why = "" if no_prompt is None else f", and {no_prompt}"
+        raise UnsupportedModelError(f"{type(model).__name__} holds nothing that vtok can patch{why}; supported: {known}")
     return found

@@ -15,6 +15,7 @@ from vtok.core.tokens import Place, Site
 from vtok.errors import ConfigError, UnsupportedModelError, unknown
 from vtok.patches.decoder.masks import window_of
 from vtok.patches.decoder.pass_state import Pruner
+from vtok.patches.decoder.text_models import counts_columns
 from vtok.patches.hf_vlm.families import VLM
 from vtok.patches.hf_vlm.install import calibration_inputs, observed
 from vtok.patches.hf_vlm.install import install as install_hooks
@@ -89,7 +90,7 @@ def resolve(vlm: VLM, configs: Sequence[MethodConfig], positions: str | None = N
     for layer, (site, reducer) in layers.items():
         if "attention" in reducer.needs:
             _check_probe(layer, reducer.probe(site), layers, vlm.info)
-    compact = positions == "compact"
+    compact = positions == "compact" or counts_columns(vlm.text)
     if compact:
         _check_compact(vlm, layers)
     left = iter(() if tower is None else tower.configs)

@@ -17,6 +17,7 @@ from torch import Tensor
 import vtok
 from vtok.errors import UnsupportedModelError
 from vtok.patches.decoder.kv_cache import cache_in
+from vtok.patches.decoder.masks import stored_in
 from vtok.patches.decoder.pass_state import Counts, Pruner
 from vtok.patches.hf_vlm import image_features as hf
 from vtok.patches.hf_vlm import tower_bridge as vlm_tower
@@ -123,7 +124,7 @@ def _features(vlm: VLM, pruner: Pruner, values: Mapping[str, Any]) -> dict[str, 
     """The image features of the patched model, chosen ones with what was folded into them; zeros where the tower left none."""
     outputs = hf.encode(vlm.module, values)
     outputs = hf.choose(vlm.module, outputs, pruner.features, vlm.family, values, pruner.has_dropped_tokens).outputs
-    for output in outputs.values():
+    for output in outputs.values() if pruner.has_dropped_tokens else ():
         whole = [x.masked_fill(vlm_tower.holes(x)[:, None], 0.0) for x in output.pooler_output]
         output.pooler_output = torch.stack(whole) if isinstance(output.pooler_output, Tensor) else whole
     return outputs
@@ -161,10 +162,12 @@ class MaskedPrompt:
     def __init__(self, model: Any, alive: dict[int, Tensor], into: dict[int, Tensor] | None = None):
         self.into = into or {}
         self.model, self.alive, self.handles = model, alive, list[Any]()
-        self.layers = find(model)[0].text.layers
+        self.text = find(model)[0].text
+        self.layers, self.shape = self.text.layers, (0, 0)
 
     def __enter__(self) -> MaskedPrompt:
-        self.handles = [
+        self.handles = [self.text.register_forward_pre_hook(self._enter, with_kwargs=True)]
+        self.handles += [
             layer.register_forward_pre_hook(functools.partial(self._hook, i), with_kwargs=True)
             for i, layer in enumerate(self.layers)
         ]
@@ -174,28 +177,36 @@ class MaskedPrompt:
         for handle in self.handles:
             handle.remove()
 
+    def _enter(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        x = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        self.shape = (x.shape[0], x.shape[1])
+
     def _hook(self, i: int, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         x, mask, cache = args[0], kwargs.get("attention_mask"), cache_in(kwargs)
         alive = self.alive[i]
         if i in self.into and x.shape[1] == self.into[i].shape[1]:  # the prompt is read
             x = _averaged(x, self.into[i].repeat_interleave(len(x) // len(self.into[i]), 0))
             args = (x, *args[1:])
-        if len(alive) != len(x):
-            alive = alive.repeat_interleave(len(x) // len(alive), 0)
-        queries = x.shape[1]
-        past = 0 if cache is None else int(cache.get_seq_length(i))
+        batch = self.shape[0]
+        if len(alive) != batch:
+            alive = alive.repeat_interleave(batch // len(alive), 0)
+        several = x.ndim == 4 and x.shape[1:3] == self.shape  # hidden states, of Gemma 3n
+        queries, stored = x.shape[2 if several else 1], stored_in(module, i)
+        past = 0 if cache is None else int(cache.get_seq_length(stored))
+        if stored != i and cache is not None:  # of another layer, which holds this pass already, and may hold more of it
+            past -= queries
         keys = past + queries if mask is None else mask.shape[-1]
-        held = past + queries if cache is None else cache.get_mask_sizes(queries, i)[0]
-        assert mask is None or keys == held
-        first = past + queries - keys if cache is not None and cache.is_sliding[i] and keys < past + queries else 0
+        held = past + queries if cache is None or stored != i else cache.get_mask_sizes(queries, i)[0]
+        assert mask is None or keys == held or stored != i
+        first = past + queries - keys if cache is not None and cache.is_sliding[stored] and keys < past + queries else 0
         column = torch.arange(first, first + keys)
-        alive = torch.cat([alive, alive.new_ones(len(x), max(first + keys - alive.shape[1], 0))], 1)[:, column]
+        alive = torch.cat([alive, alive.new_ones(batch, max(first + keys - alive.shape[1], 0))], 1)[:, column]
         asks = torch.arange(past, past + queries)
         causal = column <= asks[:, None]
         if mask is None:
-            mask = causal[None, None].expand(len(x), 1, -1, -1)
+            mask = causal[None, None].expand(batch, 1, -1, -1)
         hidden = ~(alive[:, None, None] | (column == asks[:, None]))
-        mask = mask.expand(len(x), -1, -1, -1)
+        mask = mask.expand(batch, -1, -1, -1)
         off = torch.finfo(x.dtype).min
         if mask.dtype == torch.bool:
             mask = mask & ~hidden

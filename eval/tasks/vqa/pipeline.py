@@ -27,7 +27,8 @@ from vtok.eval.tasks.vqa.data import Question, VQAData
 from vtok.eval.tasks.vqa.plain import TASK
 from vtok.eval.tasks.vqa.task import QuestionTask
 from vtok.patches.hf_vlm.families import VLM
-from vtok.patches.hf_vlm.image_features import encode, feature_list, visual_columns
+from vtok.patches.hf_vlm.generic.outputs import feature_list
+from vtok.patches.hf_vlm.image_features import encode, visual_columns
 from vtok.targets import vlm_targets
 
 TIMED_AGAIN = 2

@@ -90,6 +90,11 @@ class VideoConfig(KeepConfig):
 
     def check(self, info: VLMInfo) -> None:
         """Raises unless a model reads videos."""
+        if info.generic and info.videos:
+            raise UnsupportedModelError(
+                f"{self.name} compares the frames of videos, and no row says which visual tokens of {info.name} are a frame; "
+                "choose another method, such as downsample"
+            )
         if not info.videos:
             raise UnsupportedModelError(
                 f"{self.name} drops visual tokens of videos, and {info.name} reads none; for images choose another method, "

@@ -1,0 +1,102 @@
+"""Keywords of a decoder layer that fit the slots of its sequence: mask, positions, rotary tables.
+
+Shapes: B rows, L columns of the prompt, M slots, Q queries.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+
+from vtok.patches.decoder import masks
+from vtok.patches.decoder import packed_rows as packed
+from vtok.patches.decoder.kv_cache import PromptState, Stage, cached_length, take
+from vtok.patches.decoder.pass_state import PassState
+
+
+def of_prompt(
+    layer: Any, index: int, x: Tensor, kwargs: dict[str, Any], running: PassState, state: PromptState, cache: Any
+) -> dict[str, Any]:
+    """A layer's keywords while the prompt is read: mask, positions and rotary tables of the slots that are left."""
+    stage, window = state.at(index), masks.window_of(layer, index)
+    recounted = running.slots_counted and window is not None  # the LLM measured its windows in slots
+    if stage is None or (stage is state.before and not recounted):
+        return kwargs
+    mask, tables, position = (kwargs.get(name) for name in ("attention_mask", "position_embeddings", "position_ids"))
+    if (stored := masks.stored_in(layer, index)) != index:
+        return {**kwargs, "attention_mask": running.masks[stored]}
+    queries = stage.column.shape[1]
+    keys = masks.keys_of(cache, queries, index)
+    kind = layer.self_attn.config._attn_implementation
+    if recounted:
+        make: Any = functools.partial(
+            masks.text_mask, stage.column, state.real, queries, x, kind, keys, 0, window, state.sample
+        )
+    else:
+        make = functools.partial(masks.gather_mask, mask, stage, x, kind, keys)
+    shared = _once(running, ("mask", id(stage), id(mask), keys, window), mask, make)
+    running.masks[index] = shared
+    if stage is state.before:
+        return {**kwargs, "attention_mask": shared}
+    changed: dict[str, Any] = {"attention_mask": shared}
+    if state.sample is not None and masks.is_flash(kind):
+        slots = packed.of_columns(state.sample, stage.column)
+        changed = {"attention_mask": None, **_once(running, ("lengths", id(stage)), stage, lambda: packed.lengths(slots))}
+    slots = _once(running, ("anew", id(stage)), stage, lambda: packed.anew(state, stage)) if state.compact else stage.entry
+    if tables is not None:
+        changed["position_embeddings"] = _once(
+            running, ("tables", id(stage), id(tables)), tables, lambda: tuple(take(t, slots, t.ndim - 2) for t in tables)
+        )
+    if position is not None:
+        changed["position_ids"] = take(position, slots, position.ndim - 1)
+    return {**kwargs, **changed}
+
+
+def of_later_text(
+    layer: Any, index: int, x: Tensor, kwargs: dict[str, Any], running: PassState, state: PromptState, cache: Any
+) -> dict[str, Any]:
+    """A layer's keywords for later text: the mask by the columns of the slots that this layer's cache holds."""
+    stage = state.at(index)
+    window = masks.window_of(layer, index)
+    sliding = window is not None
+    if stage is None or (stage is state.before and not sliding):
+        return kwargs
+    mask, kind = kwargs.get("attention_mask"), layer.self_attn.config._attn_implementation
+    assert running.shape is not None
+    batch, queries = running.shape
+    if state.compact and stage is not state.before:
+        kwargs = _moved_down(kwargs, x, stage, running, state)
+    if mask is None and queries == 1 and not stage.padded and not sliding:
+        return kwargs
+    masks.check_implementation(kind, sliding)
+    if (stored := masks.stored_in(layer, index)) != index:
+        return {**kwargs, "attention_mask": running.masks[stored]}
+    count = cached_length(cache, index)
+    keys, offset = cache.get_mask_sizes(queries, index)
+
+    def build() -> Tensor:
+        column, total = running.slots(state, index, count, batch, queries, x.device)
+        real = running.real_columns(state, total, batch, x.device)
+        return masks.text_mask(column, real, queries, x, kind, int(keys), int(offset), window)
+
+    key = ("text", id(stage), count, int(keys), int(offset), window)
+    running.masks[index] = shared = _once(running, key, None, build)
+    return {**kwargs, "attention_mask": shared}
+
+
+def _moved_down(kwargs: dict[str, Any], x: Tensor, stage: Stage, running: PassState, state: PromptState) -> dict[str, Any]:
+    """Positions and rotary tables of later text behind a prompt of which a layer has renumbered what is left."""
+    position = kwargs["position_ids"]
+
+    def build() -> tuple[Tensor, Any]:
+        gone = state.now(state.anew(stage)[1], x.shape[0]).to(position.device)
+        lower = position - gone[:, None]
+        return lower, running.rotary(x, lower.to(x.device))
+
+    lower, tables = _once(running, ("lower", id(stage), id(position)), position, build)
+    return {**kwargs, "position_ids": lower, "position_embeddings": tables}
+
+
+_once = PassState.once  # what several layers share

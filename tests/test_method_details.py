@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import attention, decided, generator, grids, normal, positive, properties, row_stochastic, seeds
 from torch import Tensor
+from zoo import build, images
 
 import vtok
 from vtok.config import ModelInfo
@@ -247,3 +248,21 @@ def test_a_share_means_one_number_of_tokens(keep):
         llm = VLMInfo("VLM", 4, 64, 4)
         for config in (vtok.RandomDrop(keep=keep), vtok.UniformGrid(keep=keep), vtok.ToDRE(keep=keep, probe=None)):
             assert config.build_vlm(llm).feature_count(n, (View(0, 1, n),)) == wanted, config
+
+
+def test_ats_takes_a_k_for_every_block():
+    x = images("timm: ViT", batch=3)
+
+    def run(**params: Any) -> tuple[Tensor, list[float]]:
+        model = vtok.patch(build("timm: ViT"), "ats", **params)
+        with torch.no_grad():
+            out = model(x)
+        return out, [block.mean_tokens for block in vtok.info(model).towers[0].blocks]
+
+    same = run(num_tokens=[20, 20], layers=[1, 2]), run(num_tokens=20, layers=[1, 2])
+    assert torch.equal(same[0][0], same[1][0])
+    first, second = run(num_tokens=20, layers=[1])[1][1], run(num_tokens=[20, 7], layers=[2, 1])[1]  # blocks in their order
+    assert second[1] == first > second[2] and second[2] <= 1 + 7
+    assert vtok.plan(build("timm: ViT"), "ats", num_tokens=[20, 7], layers=[1, 2]).tokens[1:3] == (21, 8)
+    with pytest.raises(vtok.ConfigError, match=r"num_tokens has 2 numbers for 3 layers \(1, 2, 3\)"):
+        vtok.patch(build("timm: ViT"), "ats", num_tokens=[20, 7], layers=[1, 2, 3])

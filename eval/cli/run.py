@@ -85,6 +85,7 @@ def _run(
 def _show(wanted: runs.RunConfig, outcome: Outcome, out: Path, into: Path | None) -> None:
     """Tables, and the files that derive from records."""
     from vtok.eval.published.report import beside, footnotes
+    from vtok.eval.report.beside import choices
     from vtok.eval.report.frame import CSV, frame
     from vtok.eval.report.plots import plot
     from vtok.eval.report.sections import findings, sections
@@ -98,6 +99,8 @@ def _show(wanted: runs.RunConfig, outcome: Outcome, out: Path, into: Path | None
     for section in sections(outcome.records):
         first = section.first
         console.print(table(section))
+        for shown in choices(section):
+            console.print(shown)
         speeds = [line for row in section.rows if (line := throughput_line(row.label, row.record))]
         notes = [f"note: {note}" for note in first.get("notes", ())]
         left = [f"{one['file']} was skipped: {one['reason']}" for one in first.get("skipped", ())]

@@ -12,9 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok.errors import MissingExtraError
+from vtok.eval.models.data import asset
 from vtok.eval.models.dinov2.weights import encoder_weights, head_weights
 
+REFERENCE_DINOV2 = "reference-dinov2"
 SIZE, PATCH, WIDTH, HEADS, DEPTH = 224, 14, 384, 6, 12
+HEAD = "clip_art/head.safetensors"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _TABLE = 518 // PATCH  # side of the position table
 _TIMM = {  # names of the checkpoint -> timm's
@@ -60,6 +63,17 @@ def load_dinov2(size: int = SIZE, **extra: Any) -> nn.Module:
         "crop_pct": 1.0,
         "interpolation": "bicubic",
     }
+    return model.eval()
+
+
+def load_clip_art() -> nn.Module:
+    """`load_dinov2` with the bundled linear classifier of clip art on the class token. Errors are the same."""
+    from safetensors.torch import load_file
+
+    model: Any = load_dinov2()
+    weights = {name: value.float() for name, value in load_file(asset(HEAD)).items()}
+    model.reset_classifier(len(weights["bias"]))
+    model.head.load_state_dict(weights)
     return model.eval()
 
 

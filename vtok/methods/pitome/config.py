@@ -6,6 +6,7 @@ Shapes: B batch, T tokens without prefix, d metric width, k merged tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from vtok.core.reduction import Plan
 from vtok.core.search_space import Ladder, Point, Space, Weights
 from vtok.core.tokens import AttentionView, Place, Site, TokenState
 from vtok.errors import ConfigError, shown
-from vtok.methods.pitome.presets import BSM, HIDDEN, METRICS, PAPER, PRESETS, SORTED_BSM
+from vtok.methods.pitome.presets import BSM, HIDDEN, METRICS, PAPER, PRESETS, PROTECT, SORTED_BSM
 from vtok.methods.tome import check_merge_count
 from vtok.ops.matching import best_partner, bipartite_sides, bipartite_soft_matching, unit
 from vtok.ops.rows import take_rows, with_prefix
@@ -45,6 +46,8 @@ class PiToMe(MethodConfig):
             paper's 0.9 - 0.9 i / L for block i of L).
         alpha: how strongly tokens below the margin count (paper: alpha; default 1.0).
         metric: what is compared: `"keys"`, averaged over heads (default), or `"hidden"`, the hidden states about to merge.
+        protect: which blocks protect isolated tokens and merge among those of highest energy: `"all"` (the paper), `"late"`, the
+            second half alone, or `"none"`; the others run ToMe's matching on tokens sorted by energy, as the authors do on DeiT.
         prop_attn: proportional attention (default: on, as in the paper; presets: as in the authors' code, off).
         preset: margins, matching, metric, place and attention of the authors' last commit, for comparing with that code. In
             block i of L (0-based), between attention and MLP unless said otherwise, all without proportional attention:
@@ -72,6 +75,7 @@ class PiToMe(MethodConfig):
     margin: Any = None
     alpha: float = 1.0
     metric: str | None = None
+    protect: str | None = None
     prop_attn: bool | None = None
     preset: str | None = None
 
@@ -81,7 +85,7 @@ class PiToMe(MethodConfig):
             raise ConfigError(f"give ratio or r, not both (got ratio={self.ratio}, r={self.r})")
         if self.preset is not None and (not isinstance(self.preset, str) or self.preset not in PRESETS):
             raise ConfigError(f"unknown preset {shown(self.preset)}; known: {', '.join(PRESETS)}")
-        for name, what in (("margin", "margins"), ("metric", "metric")):
+        for name, what in (("margin", "margins"), ("metric", "metric"), ("protect", "matching")):
             if self.preset is not None and getattr(self, name) is not None:
                 raise ConfigError(
                     f"preset {shown(self.preset)} fixes the {what}; drop {name}={getattr(self, name)} or the preset"
@@ -103,6 +107,8 @@ class PiToMe(MethodConfig):
             raise ConfigError(f"alpha must be a number >= 0, got {shown(self.alpha)}")
         if self.metric is not None and self.metric not in METRICS:
             raise ConfigError(f"metric must be one of {', '.join(METRICS)}, got {shown(self.metric)}")
+        if self.protect is not None and self.protect not in PROTECT:
+            raise ConfigError(f"protect must be one of {', '.join(PROTECT)}, got {shown(self.protect)}")
         if self.prop_attn is not None:
             flag(self.prop_attn, "prop_attn")
         if self.prop_attn and self.preset is not None and not PRESETS[self.preset].use_size:
@@ -140,6 +146,8 @@ class PiToMe(MethodConfig):
         margin = tuple(preset.margin - preset.margin * i / depth for i in range(depth))
         if self.margin is not None:
             margin = self.margin.resolve(depth, "margin", pad=0.0)
+        if self.protect is not None:
+            preset = dataclasses.replace(preset, first=PROTECT[self.protect][0], rest=PROTECT[self.protect][1])
         hidden = (self.metric or preset.metric) == HIDDEN
         return PiToMeReducer(
             ratio=ratio,

@@ -13,7 +13,12 @@ from vtok.eval.runs import loader, runner
 
 RUN = {
     "model": {"backend": "reference", "name": "reference-vit"},
-    "methods": [{"name": "tome"}, {"name": "tome", "prop_attn": False}, {"name": "tome", "at_random": True}, {"name": "random"}],
+    "methods": [
+        {"name": "tome"},
+        {"name": "tome", "prop_attn": False},
+        {"name": "tome", "at_random": True},
+        {"name": "random"},
+    ],
     "task": "imagenet",
     "data": "fashion-mnist/test",
     "sweep": {"flops": [0.5]},
@@ -34,7 +39,11 @@ def test_a_run_sets_methods_beside_their_places_random_and_their_default(tmp_pat
     cells = {row[0]: dict(zip(table.header, row)) for row in table.rows}
     assert set(cells) == {tome.label, plain.label, random.label}
     right = [correctness(row.record).astype(float) for row in (tome, plain, drawn, random)]
-    for one, other, change in (tome, drawn, right[0] - right[2]), (tome, random, right[0] - right[3]), (plain, tome, right[1] - right[0]):
+    for one, other, change in (
+        (tome, drawn, right[0] - right[2]),
+        (tome, random, right[0] - right[3]),
+        (plain, tome, right[1] - right[0]),
+    ):
         assert paired(one, other, "top1") == paired_difference(change).scaled(100)
     assert cells[tome.label]["- its places"].startswith(f"{100 * (right[0] - right[2]).mean():+.1f} [")
     assert cells[plain.label]["- its default"].startswith(f"{100 * (right[1] - right[0]).mean():+.1f} [")

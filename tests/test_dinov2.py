@@ -1,4 +1,4 @@
-"""The reference encoder that was really pretrained: its weights, both libraries, the saliency head, its pictures and its task."""
+"""The reference encoder that was really pretrained: weights, both libraries, the saliency head, pictures and task."""
 
 import hashlib
 import struct
@@ -28,9 +28,7 @@ def varint(value):
 
 def message(*fields):
     """Protobuf of (number, bytes or whole number)."""
-    parts = [
-        varint(n << 3) + varint(v) if isinstance(v, int) else varint(n << 3 | 2) + varint(len(v)) + v for n, v in fields
-    ]
+    parts = [varint(n << 3) + varint(v) if isinstance(v, int) else varint(n << 3 | 2) + varint(len(v)) + v for n, v in fields]
     return b"".join(parts)
 
 
@@ -133,7 +131,9 @@ def test_agreement_of_unpatched_removed_and_drawn_tokens():
     assert random["method"] == "tome, tokens at random" and random["tokens"] == tome["tokens"]
     assert 1 > tome["metrics"]["cosine"] > random["metrics"]["cosine"]
     assert 0 < tome["metrics"]["map_mae"] < random["metrics"]["map_mae"]
-    one = agreement.evaluate("reference-dinov2", "photographs", [("tome", {"r": 13})], Options(num_samples=6, batch_size=1, workers=0))
+    one = agreement.evaluate(
+        "reference-dinov2", "photographs", [("tome", {"r": 13})], Options(num_samples=6, batch_size=1, workers=0)
+    )
     assert one[0]["per_image"]["map_mae"] == pytest.approx(tome["per_image"]["map_mae"], abs=1e-4)
     with pytest.raises(vtok.ConfigError, match="measured on bundled pictures"):
         agreement.evaluate("reference-dinov2", "elsewhere", [None], options)

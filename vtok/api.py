@@ -45,8 +45,8 @@ def patch(
             shortened by visual tokens, `generate()` and all; weights and state_dict stay as they are. Methods for vision
             encoders act in the tower of a vision-language model: `vtok.supports(model)` says whether its prompts get shorter.
         method: a method's name; a config object; a list of these (they must reduce in different blocks); or the path of a file,
-            or of a folder, that `save_config` wrote. Default: ToMe at its own default, which is never worse than random tokens on
-            the reference models (see `vtok.eval.models.dinov2`).
+            or of a folder, that `save_config` wrote. Default: ToMe at its own default (see
+            `vtok.eval.models.dinov2` for why).
         flops: a budget instead of a knob: the share of the model's FLOPs to leave, the reduction's own included, in (0, 1]. Of
             a vision-language model: of tower, connector and prefill of a stated prompt.
         input_size: (channels, height, width) for which a budget is solved and counts are checked; default: the model's own.

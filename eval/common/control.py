@@ -23,6 +23,7 @@ from vtok.methods.tome import ToMe
 from vtok.ops.hashing import splitmix
 from vtok.ops.rows import with_prefix
 
+
 @dataclass(frozen=True)
 class RandomChoice(MethodConfig):
     """A control, not a method: reduces where `method` does and to as many tokens, but keeps random ones and merges none.

@@ -77,7 +77,9 @@ def _table(section: Section, metric: str) -> Table:
 def _asked(row: Row) -> Any:
     """The setting without whether its tokens are drawn: equal for a method and its control."""
     spec = row.record.get("config", {}).get("method")
-    return {key: value for key, value in spec.items() if key != "at_random"} if isinstance(spec, dict) else row.record["setting"]
+    return (
+        {key: value for key, value in spec.items() if key != "at_random"} if isinstance(spec, dict) else row.record["setting"]
+    )
 
 
 def _of(rows: Sequence[Row], method: str, row: Row) -> Row | None:

@@ -1,7 +1,8 @@
 """Methods as run files and the command line write them, read into settings.
 
 In a file a method is a mapping with its name and its parameters, `{name: tome, r: 13}`; `flops` among them is a budget, solved
-for the model, and `at_random: true` draws the tokens that the method would choose. A list of mappings is patched together. On the command line the same is `tome:r=13` and `pitome:ratio=0.9+todre`.
+for the model, and `at_random: true` draws the tokens that the method would choose. A list of mappings is patched together. On
+the command line the same is `tome:r=13` and `pitome:ratio=0.9+todre`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""How far a patched encoder's features, and the saliency maps that a frozen head draws from them, move from the unpatched one's.
+"""How far the features of a patched encoder, and the saliency maps that a frozen head draws from them, move.
 
-Needs no labels, and tells methods apart on a few dozen pictures. The dense part asks what a user of `vtok.unmerge` gets: features
-are put back on the grid of patches, a dropped patch takes those of the nearest one that stayed, and the head sees the result.
+Needs no labels, and tells methods apart on a few dozen pictures. The dense part asks what a user of `vtok.unmerge` gets:
+features are put back on the grid of patches, a dropped patch takes those of the nearest one that stayed, and the head sees the
+result.
 
 Shapes: b images, M tokens that leave, n patches on a grid, D features.
 """
@@ -92,7 +93,9 @@ def evaluate(
                 images.append(len(x))
                 for patched, setting, values, spent in zip(models, chosen, found, costs):
                     plain = setting.method is None
-                    values.append(_compared(memory.outputs[number] if plain else _seen(patched, x, head), memory.outputs[number]))
+                    values.append(
+                        _compared(memory.outputs[number] if plain else _seen(patched, x, head), memory.outputs[number])
+                    )
                     spent.append(cost_of(patched, config["input_size"]))
                 if progress is not None:
                     progress(sum(images), len(data))
@@ -120,7 +123,7 @@ def evaluate(
     records = []
     for patched, setting, values, spent in zip(models, chosen, found, costs):
         columns = torch.cat(values).cpu().double().numpy().T
-        each = {name: column for name, column in zip(METRICS, columns)}
+        each = dict(zip(METRICS, columns))
         records.append(
             about
             | {"method": method_name(patched), "setting": setting.title, "params": resolved_params(patched)}
@@ -157,7 +160,8 @@ def _compared(one: tuple[Tensor, Tensor], base: tuple[Tensor, Tensor]) -> Tensor
     """[b, 3]: the metrics of every picture."""
     cosine = torch.cosine_similarity(one[0], base[0])
     ranks = [maps[:, ::_EVERY, ::_EVERY].flatten(1).argsort(-1).argsort(-1).double() for maps in (one[1], base[1])]
-    rank = torch.cosine_similarity(*(r - r.mean(-1, keepdim=True) for r in ranks))
+    first, second = (r - r.mean(-1, keepdim=True) for r in ranks)
+    rank = torch.cosine_similarity(first, second)
     return torch.stack([cosine, (one[1] - base[1]).abs().mean((1, 2)), rank.float()], 1)
 
 
@@ -166,5 +170,9 @@ def _metrics(each: Mapping[str, np.ndarray], cluster: np.ndarray) -> dict[str, A
     for name, values in each.items():
         mean, error = clustered_mean_stderr(values, cluster)
         known = cluster.max() + 1 >= FEWEST and error > 0
-        found |= {name: mean, f"{name}_stderr": error, f"{name}_ci": [mean - Z95 * error, mean + Z95 * error] if known else None}
+        found |= {
+            name: mean,
+            f"{name}_stderr": error,
+            f"{name}_ci": [mean - Z95 * error, mean + Z95 * error] if known else None,
+        }
     return found

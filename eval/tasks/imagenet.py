@@ -37,18 +37,21 @@ from vtok.eval.common.settings import (
 )
 from vtok.eval.common.statistics import mean_stderr, paired_difference, share
 from vtok.eval.common.timing import BaselineCache, PairedTimer
+from vtok.eval.models.dinov2 import REFERENCE_DINOV2, load_clip_art
+from vtok.eval.models.reference import load_reference_vit
 from vtok.eval.runs.again import run_file
 from vtok.eval.tasks.class_folders import are_ids, labels_for, wordnet_ids
 from vtok.eval.tasks.fashion import is_fashion, open_fashion
-from vtok.eval.models.dinov2 import REFERENCE_DINOV2, load_clip_art
-from vtok.eval.models.reference import load_reference_vit
 from vtok.eval.tasks.image_folder import CheckedImages, Unreadable, check_same_work, open_dataset, other_files
 from vtok.eval.tasks.pictures import is_bundled, open_pictures
 from vtok.eval.tasks.scoring import Scorer, Scores
 from vtok.eval.tasks.timm_pipeline import Options, create_loader, create_model, data_config
 from vtok.targets.resolve import Size, run_of
 
-REFERENCE_MODELS: dict[str, Callable[[], nn.Module]] = {"reference-vit": load_reference_vit, REFERENCE_DINOV2: load_clip_art}
+REFERENCE_MODELS: dict[str, Callable[[], nn.Module]] = {
+    "reference-vit": load_reference_vit,
+    REFERENCE_DINOV2: load_clip_art,
+}
 
 
 class _Part(NamedTuple):
@@ -186,7 +189,7 @@ def evaluate(
 
 
 def load_named(name: str, options: Options) -> nn.Module:
-    """A reference model, or a model of timm; errors are those of `create_model`, and `ConfigError` where weights are missing."""
+    """A reference model, or one of timm; errors are those of `create_model`, and `ConfigError` where weights are missing."""
     return REFERENCE_MODELS[name]() if name in REFERENCE_MODELS else create_model(name, options)
 
 

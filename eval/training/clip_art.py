@@ -27,7 +27,8 @@ from vtok.eval.models.dinov2.model import HEAD
 from vtok.writing import write
 
 DEBIAN_FOLDER = Path("/usr/share/openclipart/png")
-CLASSES = {  # class -> folder; "/*" = without those below. The encoder tells these apart; of others, many of its features do not
+# Class -> folder; "/*" = without those below. Of the package's folders these are the ones that the encoder tells apart.
+CLASSES = {
     "cards": "recreation/games/cards",
     "flags": "signs_and_symbols/flags",
     "flat_icons": "computer/icons/flat-theme/action",
@@ -121,7 +122,7 @@ def train(x: Tensor, y: Tensor, classes: int, decay: float = 1e-2) -> dict[str, 
         value.backward()
         return value
 
-    solver.step(loss)  # type: ignore[arg-type]  # torch's stub wants a float
+    solver.step(loss)
     weight = layer.weight.detach() / std
     return {"weight": weight.half(), "bias": (layer.bias.detach() - weight @ mean).half()}
 
@@ -190,6 +191,7 @@ def _pictures(source: Path, folder: str) -> list[Path]:
 
 
 def main() -> None:
+    """Writes either the photographs or the clip art."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--clip-art", type=Path, default=DEBIAN_FOLDER)
     parser.add_argument("--photos", type=Path, help="folder with the files that PHOTOS names")

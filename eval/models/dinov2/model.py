@@ -5,6 +5,7 @@ Shapes: B images, D = 384 width, a grid of g x g = 16 x 16 patches at 224 px.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -83,13 +84,14 @@ def load_hf_dinov2(size: int = SIZE) -> nn.Module:
         from transformers import Dinov2Config, Dinov2Model
     except ImportError as error:
         raise MissingExtraError("transformers", "transformers") from error
-    shape = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
+    shape: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
     model: Any = Dinov2Model(Dinov2Config(patch_size=PATCH, image_size=size, **shape))
     known = model.state_dict()
     newer = {f"attention.attention.{old}": f"attention.{new}_proj" for old, new in zip(_PARTS, "qkv")}
     newer["attention.output.dense"] = "attention.o_proj"
     weights = {
-        name if name in known else _renamed(name, newer): value for name, value in _resampled(encoder_weights(), size // PATCH).items()
+        name if name in known else _renamed(name, newer): value
+        for name, value in _resampled(encoder_weights(), size // PATCH).items()
     }
     weights["embeddings.mask_token"] = torch.zeros_like(known["embeddings.mask_token"])  # of training; no image has one
     model.load_state_dict(weights)
@@ -109,7 +111,7 @@ class Saliency(nn.Module):
         super().__init__()
         self.size = size
         widths = (WIDTH, 256, 128, 64)
-        for i, (before, after) in enumerate(zip(widths, widths[1:]), 1):
+        for i, (before, after) in enumerate(itertools.pairwise(widths), 1):
             setattr(self, f"upconv{i}", nn.ConvTranspose2d(before, after, 4, stride=2, padding=1))
             setattr(self, f"bn{i}", nn.BatchNorm2d(after))
         self.final_conv = nn.Conv2d(widths[-1], 1, 1)

@@ -1,10 +1,11 @@
-"""The weights in an ONNX file, without the onnx package: protobuf is a list of numbered fields, of which five kinds are read."""
+"""The weights in an ONNX file, without the onnx package: protobuf is a list of numbered fields."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -70,8 +71,8 @@ def _node(message: memoryview) -> Node:
     return Node(kind, name, tuple(inputs))
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """(number, value) of every field of a message."""
+def _fields(data: memoryview) -> Iterator[tuple[int, Any]]:
+    """(number, value) of every field of a message: a whole number, or a `memoryview`."""
     place = 0
     while place < len(data):
         key, place = _varint(data, place)

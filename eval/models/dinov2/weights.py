@@ -66,7 +66,7 @@ def installed() -> bool:
 
 
 def encoder_weights() -> dict[str, Tensor]:
-    """Of the encoder, fp32, as the checkpoint of Hugging Face names them; the position table is the one for 518 px, [1, 1370, 384].
+    """Of the encoder, fp32, under the names of Hugging Face's checkpoint; the position table, [1, 1370, 384], is for 518 px.
 
     Raises:
         ConfigError: see `weights_file`.
@@ -88,7 +88,9 @@ def _named(part: str) -> dict[str, Tensor]:
             if name in weights:
                 found[_layer(node) + ".weight"] = weights[name].T
     # Split by export: what belongs to the class token, and the patches' table, reshaped to a grid before it is resampled.
-    table = [next(value for name, value in weights.items() if name.startswith(f"onnx::{kind}")) for kind in ("Concat", "Reshape")]
+    table = [
+        next(value for name, value in weights.items() if name.startswith(f"onnx::{kind}")) for kind in ("Concat", "Reshape")
+    ]
     found[f"{_ENCODER}embeddings.position_embeddings"] = torch.cat([torch.tensor(one) for one in table], 1).numpy()
     return {name.removeprefix(part): torch.tensor(value) for name, value in found.items() if name.startswith(part)}
 

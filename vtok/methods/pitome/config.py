@@ -46,8 +46,9 @@ class PiToMe(MethodConfig):
             paper's 0.9 - 0.9 i / L for block i of L).
         alpha: how strongly tokens below the margin count (paper: alpha; default 1.0).
         metric: what is compared: `"keys"`, averaged over heads (default), or `"hidden"`, the hidden states about to merge.
-        protect: which blocks protect isolated tokens and merge among those of highest energy: `"all"` (the paper), `"late"`, the
-            second half alone, or `"none"`; the others run ToMe's matching on tokens sorted by energy, as the authors do on DeiT.
+        protect: which blocks protect isolated tokens and merge among those of highest energy alone: `"all"` (default, the
+            paper), `"late"`, the second half, or `"none"`. The others run ToMe's matching on tokens sorted by energy, as the
+            authors' first half does on DeiT.
         prop_attn: proportional attention (default: on, as in the paper; presets: as in the authors' code, off).
         preset: margins, matching, metric, place and attention of the authors' last commit, for comparing with that code. In
             block i of L (0-based), between attention and MLP unless said otherwise, all without proportional attention:

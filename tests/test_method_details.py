@@ -266,3 +266,26 @@ def test_ats_takes_a_k_for_every_block():
     assert vtok.plan(build("timm: ViT"), "ats", num_tokens=[20, 7], layers=[1, 2]).tokens[1:3] == (21, 8)
     with pytest.raises(vtok.ConfigError, match=r"num_tokens has 2 numbers for 3 layers \(1, 2, 3\)"):
         vtok.patch(build("timm: ViT"), "ats", num_tokens=[20, 7], layers=[1, 2, 3])
+
+
+def test_plans_say_what_was_measured_against_a_setting():
+    told = str(vtok.plan(build("timm: ViT"), "pitome"))
+    assert told.splitlines()[-1].startswith("note: with the paper's matching") and 'protect="late"' in told
+    assert "lost to random pruning" in str(vtok.plan(build("timm: ViT"), "zero_tprune"))
+    for params in ({"protect": "late"}, {"protect": "none"}, {"preset": "official_deit"}):
+        assert "note:" not in str(vtok.plan(build("timm: ViT"), "pitome", **params))
+
+
+def test_which_blocks_of_pitome_protect():
+    def matching(**params: Any) -> tuple[str, ...]:
+        return vtok.PiToMe(**params).build(model_info(depth=5, num_patches=20)).matching
+
+    assert matching() == matching(protect="all") == ("energy",) * 5
+    assert matching(protect="late") == matching(preset="official_deit") == ("sorted_bsm",) * 3 + ("energy",) * 2
+    assert matching(protect="none") == ("sorted_bsm",) * 5
+    late = vtok.PiToMe(protect="late").build(model_info(depth=5, num_patches=20))
+    assert late.prop_attn and late.margin[0] == 0.9 and not late.hidden  # all else is the paper's
+    with pytest.raises(vtok.ConfigError, match="protect must be one of all, late, none, got 'early'"):
+        vtok.PiToMe(protect="early")
+    with pytest.raises(vtok.ConfigError, match="preset 'official_mae' fixes the matching; drop protect=late"):
+        vtok.PiToMe(preset="official_mae", protect="late")

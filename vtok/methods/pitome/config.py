@@ -63,6 +63,10 @@ class PiToMe(MethodConfig):
               sizes; the first 13 blocks run plain ToMe matching with the share taken of all tokens, CLS included. Their 13 is
               written for a tower of 24 blocks and is kept at any depth.
 
+    On the reference DINOv2 (`vtok.eval.models.dinov2`) the matching decides: where early blocks protect, they merge tokens of
+    high energy that are not alike, and on photographs features end no closer to the unpatched ones than under random tokens.
+    `protect="late"` or `"none"` come close to ToMe; without proportional attention none of them does.
+
     The paper's energy keeps cos itself above the margin and leaves a token's own cosine out; the authors' code, which is
     followed here, subtracts the margin and leaves it in. That shifts energies, the second part alike for all tokens.
     """
@@ -116,6 +120,14 @@ class PiToMe(MethodConfig):
             raise ConfigError(
                 f"preset {shown(self.preset)} ignores sizes, so prop_attn=True would see none; drop prop_attn or the preset"
             )
+
+    def advice(self) -> str:
+        if self.preset is not None or self.protect not in (None, "all"):
+            return ""
+        return (
+            "with the paper's matching in every block the features of a pretrained DINOv2 moved as far on photographs as under "
+            'random tokens; protect="late" kept them close'
+        )
 
     @classmethod
     def alternatives(cls, info: Info) -> Sequence[Mapping[str, Any]]:

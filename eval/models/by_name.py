@@ -1,6 +1,6 @@
 """Models by name, for the command line.
 
-A name is timm's, `reference`, `reference-clip` (both come with vtok) or `reference-dinov2` (its weights come with a package), or
+A name is timm's, `reference`, `reference-clip` (both come with vtok), `reference-dinov2` (its weights come with a package), or
 starts with its library: `open_clip:ViT-B-16` (its image tower; `open_clip:ViT-B-16/openai` with weights) or
 `transformers:OWNER/NAME`. Architectures in
 `HUGGING_FACE` are built without asking the hub for a configuration, and so are the vision-language models in

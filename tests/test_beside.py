@@ -7,8 +7,8 @@ from rich.console import Console
 import vtok
 from vtok.eval.common.records import correctness
 from vtok.eval.common.statistics import clustered_mean_stderr, paired_difference
-from vtok.eval.report.beside import choices, paired
-from vtok.eval.report.sections import sections
+from vtok.eval.report.beside import choices
+from vtok.eval.report.sections import paired, sections
 from vtok.eval.runs import loader, runner
 
 RUN = {

@@ -7,13 +7,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from vtok.eval.common.records import BASELINES
-from vtok.eval.common.statistics import FEWEST, Z95, Interval, clustered_mean_stderr, paired_difference
 from vtok.eval.report.rows import Row
-from vtok.eval.report.sections import Section
+from vtok.eval.report.sections import Section, paired
 from vtok.eval.report.tables import Column, Table
+from vtok.eval.report.values import mapping
 
 _CAPTION = "paired differences [95 %]; its places: as many tokens in the same blocks, drawn at random; * beyond the interval"
 
@@ -22,21 +20,8 @@ def choices(section: Section) -> list[Table]:
     """One table a metric that is known sample by sample; none without a setting whose tokens were drawn, too."""
     if not any(row.drawn for row in section.rows):
         return []
-    names = list(section.first.get("per_image") or {}) or [section.rows[0].primary or ""]
+    names = list(mapping(section.first.get("per_image"))) or [section.rows[0].primary or ""]
     return [_table(section, name) for name in names]
-
-
-def paired(row: Row, other: Row, metric: str) -> Interval | None:
-    """What a row has more of a metric than another, sample by sample; in percent where the metric is a share."""
-    a, b = (one.record.get("per_image", {}).get(metric) for one in (row, other))
-    if a is not None and b is not None and len(a) == len(b):
-        cluster = np.asarray(row.record["cluster"])
-        gap, error = clustered_mean_stderr(np.subtract(a, b), cluster)
-        known = cluster.max() + 1 >= FEWEST and error > 0
-        return Interval(gap, gap - Z95 * error, gap + Z95 * error) if known else Interval(gap)
-    if row.correct is None or other.correct is None or len(row.correct) != len(other.correct) or metric != row.primary:
-        return None
-    return paired_difference(row.correct.astype(float) - other.correct.astype(float)).scaled(100)
 
 
 def _table(section: Section, metric: str) -> Table:

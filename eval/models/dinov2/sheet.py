@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ def write_sheet(path: Path) -> None:
 
     pixels = [np.array(Image.open(asset_folder("photographs") / f"{name}.jpg")) for name in SHOWN]
     images = normalise(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2))
-    budget = {"flops": BUDGET}
+    budget: dict[str, Any] = {"flops": BUDGET}
     settings = [
         ("tome", "tome", budget),
         ("pitome", "pitome", budget),

@@ -1,6 +1,6 @@
 """vtok: fewer visual tokens inside the vision transformer you already have.
 
-    vtok.patch(model, method="pitome")
+    vtok.patch(model, method="tome")
 
 Importing vtok needs torch alone; a backend is imported only when a model of it is patched.
 """

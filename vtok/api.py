@@ -28,7 +28,7 @@ from vtok.targets.resolve import Method, Size, methods_for, require_module, run_
 
 def patch(
     model: nn.Module,
-    method: Method = "pitome",
+    method: Method = "tome",
     *,
     flops: float | None = None,
     input_size: Size | None = None,
@@ -45,7 +45,8 @@ def patch(
             shortened by visual tokens, `generate()` and all; weights and state_dict stay as they are. Methods for vision
             encoders act in the tower of a vision-language model: `vtok.supports(model)` says whether its prompts get shorter.
         method: a method's name; a config object; a list of these (they must reduce in different blocks); or the path of a file,
-            or of a folder, that `save_config` wrote.
+            or of a folder, that `save_config` wrote. Default: ToMe at its own default (see
+            `vtok.eval.models.dinov2` for why).
         flops: a budget instead of a knob: the share of the model's FLOPs to leave, the reduction's own included, in (0, 1]. Of
             a vision-language model: of tower, connector and prefill of a stated prompt.
         input_size: (channels, height, width) for which a budget is solved and counts are checked; default: the model's own.
@@ -108,7 +109,7 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def patched(model: nn.Module, method: Method = "pitome", **kwargs: Any) -> Iterator[nn.Module]:
+def patched(model: nn.Module, method: Method = "tome", **kwargs: Any) -> Iterator[nn.Module]:
     """`with vtok.patched(model, "tome", r=8): ...`; at the end, whatever happens inside, the model is as it was before:
     unpatched, or with the patch that it had."""
     require_module(model)
@@ -119,7 +120,7 @@ def patched(model: nn.Module, method: Method = "pitome", **kwargs: Any) -> Itera
 
 def plan(
     model: nn.Module,
-    method: Method = "pitome",
+    method: Method = "tome",
     *,
     flops: float | None = None,
     input_size: Size | None = None,

@@ -91,6 +91,10 @@ class MethodConfig(RenamedMethods):
         """True when no knob is set and the default operating point is a share of FLOPs (`default_flops`)."""
         return False
 
+    def advice(self) -> str:
+        """What was measured against this setting of the method, in a sentence that plans end with; "" if nothing was."""
+        return ""
+
     def knob(self) -> dict[str, Any]:
         """The parameters that a FLOPs budget has set, as plain values."""
         return {name: _plain(value) for name in self.set_by_budget if (value := getattr(self, name)) is not None}

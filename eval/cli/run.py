@@ -97,6 +97,7 @@ def _run(
 def _show(wanted: runs.RunConfig, outcome: Outcome, out: Path, into: Path | None, markdown: bool) -> None:
     """Tables, and the files that derive from records."""
     from vtok.eval.published.report import beside, footnotes
+    from vtok.eval.report.beside import choices
     from vtok.eval.report.frame import CSV, frame
     from vtok.eval.report.plots import plot
     from vtok.eval.report.sections import findings, sections
@@ -113,6 +114,11 @@ def _show(wanted: runs.RunConfig, outcome: Outcome, out: Path, into: Path | None
             print(table(section, gap_columns(section), 1, attrgetter("label")).markdown())
         else:
             console.print(table(section, gap_columns(section)))
+        for shown in choices(section):
+            if markdown:
+                print(shown.markdown())
+            else:
+                console.print(shown)
         speeds = [line for row in section.rows if (line := throughput_line(row.label, row.record))]
         notes = [f"note: {note}" for note in first.get("notes", ())]
         left = [f"{one['file']} was skipped: {one['reason']}" for one in first.get("skipped", ())]

@@ -33,6 +33,7 @@ from vtok.writing import reason
 Record = dict[str, Any]
 UNPATCHED = "unpatched"  # as `method` of a record
 BASELINES = ("random", "uniform")  # methods that choose tokens blindly: what others are compared with
+AT_RANDOM = ", tokens at random"  # ends the name of a method whose tokens were drawn (`vtok.eval.common.control`)
 
 
 def bits(hits: Any) -> str:

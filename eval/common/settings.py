@@ -17,7 +17,8 @@ import vtok
 from vtok.config import MethodConfig
 from vtok.cost.encoder import Estimate, estimate
 from vtok.errors import ConfigError, shown
-from vtok.eval.common.records import key_of
+from vtok.eval.common.control import RandomChoice
+from vtok.eval.common.records import AT_RANDOM, key_of
 from vtok.patches import find_adapters
 from vtok.patches.protocol import Adapter, Tower
 from vtok.targets.resolve import Method, Size, run_of, towers
@@ -32,10 +33,12 @@ class Setting:
     Attributes:
         method: name, config object, list of these, or path of a saved config; `None` = leave the model unpatched.
         params: of a method given by name; `flops` for a budget.
+        at_random: keep as many tokens at the same places, but draw them (`vtok.eval.common.control`).
     """
 
     method: Method | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
+    at_random: bool = False
 
     @classmethod
     def of(cls, value: Any) -> Setting:
@@ -58,13 +61,14 @@ class Setting:
         if self.method is None:
             return "unpatched"
         parts = self.method if isinstance(self.method, (list, tuple)) else [self.method]
-        return " + ".join(part.name if isinstance(part, MethodConfig) else str(part) for part in parts)
+        names = " + ".join(part.name if isinstance(part, MethodConfig) else str(part) for part in parts)
+        return names + AT_RANDOM if self.at_random else names
 
     @property
     def title(self) -> str:
         """ "tome(r=13)": what the caller asked for, without what follows from it or was left at its default."""
         if isinstance(self.method, (list, tuple)):
-            return " + ".join(Setting(part).title for part in self.method)
+            return " + ".join(Setting(part).title for part in self.method) + (AT_RANDOM if self.at_random else "")
         given = {key: value for key, value in self.params.items() if key not in ("calibration", "prompt")}
         if isinstance(self.method, MethodConfig):
             defaults = type(self.method)().to_dict()
@@ -72,11 +76,14 @@ class Setting:
         text = ", ".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in given.items())
         return f"{self.name}({text})" if text else self.name
 
-    def apply(self, model: nn.Module, input_size: Size | None = None) -> nn.Module:
+    def apply(self, model: nn.Module, input_size: Size | None = None, trace: bool = False) -> nn.Module:
         """Patches (or unpatches) the model in place; a budget is solved for `input_size`. Errors are those of `vtok.patch`."""
         if self.method is None:
             return vtok.unpatch(model)
-        return vtok.patch(model, self.method, input_size=input_size, **self.params)
+        if self.at_random:
+            chosen = vtok.plan(model, self.method, input_size=input_size, **self.params).configs
+            return vtok.patch(model, [RandomChoice(config) for config in chosen], input_size=input_size, trace=trace)
+        return vtok.patch(model, self.method, input_size=input_size, trace=trace, **self.params)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def run_demo(
         budgets: shares of the model's FLOPs.
         methods: names; default all.
         batch_size: images a forward pass.
-        control: also run every method's places and counts with the tokens drawn at random (`vtok.eval.demo.control`).
+        control: also run every method's places and counts with the tokens drawn at random (`vtok.eval.common.control`).
         console: where the tables go.
 
     Returns:

@@ -1,7 +1,8 @@
 """Models by name, for the command line.
 
-A name is timm's, `reference` or `reference-clip` (both come with vtok), or starts with the library that it belongs to:
-`open_clip:ViT-B-16` (its image tower; `open_clip:ViT-B-16/openai` with weights) or `transformers:OWNER/NAME`. Architectures in
+A name is timm's, `reference`, `reference-clip` (both come with vtok), `reference-dinov2` (its weights come with a package), or
+starts with its library: `open_clip:ViT-B-16` (its image tower; `open_clip:ViT-B-16/openai` with weights) or
+`transformers:OWNER/NAME`. Architectures in
 `HUGGING_FACE` are built without asking the hub for a configuration, and so are the vision-language models in
 `prompts.ARCHITECTURES` and, without weights (`meta`), the checkpoints in `architectures.PUBLISHED`.
 """
@@ -9,7 +10,7 @@ A name is timm's, `reference` or `reference-clip` (both come with vtok), or star
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from vtok.eval.common.settings import towers
 from vtok.eval.models.architectures import PUBLISHED, build_published
 from vtok.eval.models.clip import REFERENCE as REFERENCE_CLIP
 from vtok.eval.models.data import normalise
+from vtok.eval.models.dinov2 import REFERENCE_DINOV2, load_clip_art
 from vtok.eval.models.random_vlm import ARCHITECTURES, build
 from vtok.eval.models.reference import (
     load_reference_clip,
@@ -33,6 +35,12 @@ from vtok.reading import is_folder
 
 REFERENCE = "reference"
 _OPEN_CLIP, _TRANSFORMERS = "open_clip:", "transformers:"
+# Name -> what loads the image tower of a reference model.
+_REFERENCE: dict[str, Callable[[], Any]] = {
+    REFERENCE: load_reference_vit,
+    REFERENCE_CLIP: lambda: load_reference_clip().net.visual,
+    REFERENCE_DINOV2: load_clip_art,
+}
 # Name -> (class of transformers, what its configuration changes of the defaults): for runs with random weights.
 HUGGING_FACE: dict[str, tuple[str, Mapping[str, Any]]] = {
     "vit-base-patch16-224": ("ViTForImageClassification", {"num_labels": 1000}),
@@ -63,11 +71,10 @@ def load_model(
         ConfigError: no such model or weights, or a size that cannot be changed.
         MissingExtraError: the library is not installed.
     """
-    if name in (REFERENCE, REFERENCE_CLIP):
+    if name in _REFERENCE:
         if img_size is not None:
             raise ConfigError(f"{name} has a size of its own; drop the image size {img_size}")
-        model: Any = load_reference_vit() if name == REFERENCE else load_reference_clip().net
-        return model if name == REFERENCE else model.visual
+        return _REFERENCE[name]()
     if name.startswith(_OPEN_CLIP):
         return _open_clip(name.removeprefix(_OPEN_CLIP), pretrained, img_size, seed, meta)
     if name.startswith(_TRANSFORMERS):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vtok.eval.common.records import BASELINES, UNPATCHED, correctness
+from vtok.eval.common.records import AT_RANDOM, BASELINES, UNPATCHED, correctness
 from vtok.eval.common.statistics import FEWEST, Z95
 from vtok.eval.report.values import Interval, at, figure, interval, mapping, number, numbers, text
 
@@ -87,7 +87,12 @@ class Row:
     @property
     def baseline(self) -> bool:
         """Whether it chooses tokens blindly: what others are compared with."""
-        return self.method in BASELINES
+        return self.method in BASELINES or self.drawn
+
+    @property
+    def drawn(self) -> bool:
+        """Whether it is the control of a method: its places and counts, its tokens drawn at random."""
+        return self.method.endswith(AT_RANDOM)
 
     @property
     def score(self) -> Score | None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from vtok.eval.common.statistics import Z95, paired_difference
+from vtok.eval.common.statistics import FEWEST, Z95, clustered_mean_stderr, paired_difference
 from vtok.eval.report.rows import Row, row_of
-from vtok.eval.report.values import Interval, count, figure, joined, number, text, with_ends
+from vtok.eval.report.values import Interval, count, figure, joined, mapping, number, numbers, text, with_ends
 
 _NEAR = 0.1  # relative distance of costs that count as the same
 # what decides a number: field of a record -> how a title says it
@@ -157,12 +157,30 @@ def _rival(row: Row, rows: Sequence[Row], method: str) -> Rival | None:
     return _beside(row, found, f"with {figure(found.mean_tokens, 0)} tokens")
 
 
+def paired(row: Row, other: Row, metric: str) -> Interval | None:
+    """What a row has more of a metric than another, sample by sample, where both records say it; shares in percent."""
+    a, b = (numbers(mapping(one.record.get("per_image")).get(metric)) for one in (row, other))
+    whole = numbers(row.record.get("cluster"))
+    if a and len(a) == len(b) == len(whole):
+        cluster = np.unique(whole, return_inverse=True)[1]
+        gap, error = clustered_mean_stderr(np.subtract(a, b), cluster)
+        known = cluster.max() + 1 >= FEWEST and error > 0
+        return Interval(gap, gap - Z95 * error, gap + Z95 * error) if known else Interval(gap)
+    c, d = row.correct, other.correct
+    if metric != row.primary or c is None or d is None or not len(c) == len(d) > 1:
+        return None
+    if not _counts(row, c) or not _counts(other, d):  # the headline metric counts something else
+        return None
+    return paired_difference(c.astype(float) - d.astype(float)).scaled(100)
+
+
 def _beside(row: Row, other: Row, cost: str) -> Rival | None:
-    """Paired where both say which samples were right and that is what the headline metric counts."""
+    """Paired where both say sample by sample what the headline metric counts."""
     assert row.score is not None and other.score is not None
-    a, b = row.correct, other.correct
-    if a is not None and b is not None and len(a) == len(b) > 1 and _counts(row, a) and _counts(other, b):
-        return Rival(other, paired_difference(a.astype(float) - b.astype(float)).scaled(100), True, cost)
+    found = paired(row, other, row.score.name)
+    if found is not None:
+        own = row.score.name in mapping(row.record.get("per_image"))
+        return Rival(other, found.scaled(row.factor) if own else found, True, cost)
     gap = row.score.value - other.score.value
     errors = [_error(one) for one in (row, other)]
     if None in errors or not any(errors):  # errors of nothing are not known

@@ -136,6 +136,8 @@ def _spec(setting: Setting) -> Any:
     """
     if setting.method is None:
         return None
+    if setting.at_random:
+        return _spec(dataclasses.replace(setting, at_random=False)) | {"at_random": True}
     if isinstance(setting.method, (list, tuple)):
         return [_spec(Setting(part)) for part in setting.method]
     if isinstance(setting.method, MethodConfig):

@@ -13,15 +13,17 @@ from vtok.eval.models.clip import DualEncoder
 from vtok.eval.models.reference import load_reference_pages, load_reference_pictures
 from vtok.eval.tasks.fashion import open_fashion
 from vtok.eval.tasks.image_folder import CheckedImages, Sample, open_dataset
+from vtok.eval.tasks.pictures import CALIBRATION, CLIP_ART, PHOTOGRAPHS, open_pictures
 
 PAGES = 48  # of "reference-pages/calibration"
+PICTURES = 14  # of "clip-art/calibration": an encoder of ordinary size takes its time, and every step of a search runs them
 
 
-def images(task: str, named: str | None, model: nn.Module | DualEncoder, options: Any, count: int) -> Tensor:
+def images(brought: str, named: str | None, model: nn.Module | DualEncoder, options: Any, count: int) -> Tensor:
     """[., C, H, W], on the model's device and in its type.
 
     Args:
-        task: that they are for.
+        brought: data that come with the model and the task that they are for, as `BUNDLED_DATA` names them.
         named: data of the task's kind; `None` = what comes with vtok.
         model: a classifier, or a dual encoder.
         options: of the task.
@@ -32,7 +34,7 @@ def images(task: str, named: str | None, model: nn.Module | DualEncoder, options
     """
     mode = "L" if isinstance(model, nn.Module) and _channels(model, options) == 1 else "RGB"
     if named is None:
-        data = _BUNDLED[task](count)
+        data = _BUNDLED[brought](count)
     else:
         data = _BY_NAME[named](count) if named in _BY_NAME else _named(named, options, mode, count)
     net = model if isinstance(model, nn.Module) else model.net
@@ -63,17 +65,19 @@ def _pictures(pixels: Callable[[], Tensor]) -> Callable[[int], CheckedImages]:
     return read
 
 
-# Task -> what reads so many of the bundled images that its budgets are solved on.
+# Data that come with vtok -> what reads so many of the bundled images that its budgets are solved on.
 _BUNDLED: dict[str, Callable[[int], CheckedImages]] = {
-    "imagenet": lambda count: open_fashion(count, split="calibration"),
-    "retrieval": _pictures(lambda: load_reference_pages("calibration").images),
-    "zeroshot": _pictures(lambda: load_reference_pictures("calibration")[0]),
+    "fashion-mnist": lambda count: open_fashion(count, split="calibration"),
+    "reference-pages": _pictures(lambda: load_reference_pages("calibration").images),
+    "reference-pictures": _pictures(lambda: load_reference_pictures("calibration")[0]),
+    **dict.fromkeys((CLIP_ART, PHOTOGRAPHS), lambda count: open_pictures(CALIBRATION, min(count, PICTURES))),
 }
 
 
 # Names that a run's `calibration` may have: what the demo's budgets are solved on.
 _BY_NAME: dict[str, Callable[[int], CheckedImages]] = {
     "fashion-mnist/calibration": lambda count: open_fashion(count, "fashion-mnist/calibration"),
+    CALIBRATION: lambda count: open_pictures(CALIBRATION, min(count, PICTURES)),
     "reference-pages/calibration": _pictures(lambda: load_reference_pages("calibration").images[:PAGES]),
 }
 

@@ -1,7 +1,8 @@
 """Methods as run files and the command line write them, read into settings.
 
 In a file a method is a mapping with its name and its parameters, `{name: tome, r: 13}`; `flops` among them is a budget, solved
-for the model. A list of mappings is patched together. On the command line the same is `tome:r=13` and `pitome:ratio=0.9+todre`.
+for the model, and `at_random: true` draws the tokens that the method would choose. A list of mappings is patched together. On
+the command line the same is `tome:r=13` and `pitome:ratio=0.9+todre`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class MethodEntry(FileModel, extra="allow"):
 
     name: str
     flops: Share | None = None
+    at_random: bool = False
 
 
 def read_setting(where: str, key: str, value: Any) -> Setting:
@@ -53,9 +55,12 @@ def read_setting(where: str, key: str, value: Any) -> Setting:
             )
     if len(parts) == 1:
         config, flops = _read(where, key, parts[0])
+        drawn = bool(parts[0].get("at_random"))
         if flops is None:
-            return Setting(config)
-        return Setting(config.name, {**_parameters(parts[0]), "flops": flops})
+            return Setting(config, at_random=drawn)
+        return Setting(config.name, {**_parameters(parts[0]), "flops": flops}, drawn)
+    if any(part.get("at_random") for part in parts):
+        raise ConfigError(f"{where}: {key}: at_random draws the tokens of one method; leave it out of several patched together")
     read = [_read(where, f"{key}.{i}", part) for i, part in enumerate(parts)]
     if any(flops is not None for _, flops in read):
         raise ConfigError(
@@ -100,7 +105,7 @@ def _read(where: str, key: str, value: Mapping[str, Any]) -> tuple[MethodConfig,
 
 
 def _parameters(value: Mapping[str, Any]) -> dict[str, Any]:
-    return {str(name): _asset(given) for name, given in value.items() if name not in ("name", "flops")}
+    return {str(name): _asset(given) for name, given in value.items() if name not in MethodEntry.model_fields}
 
 
 def _asset(value: Any) -> Any:

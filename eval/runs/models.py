@@ -24,7 +24,7 @@ from vtok.eval.models.clip import DualEncoder, load_clip
 from vtok.eval.models.reference_next import calibration_pages
 from vtok.eval.models.vlm import REFERENCE_NEXT, VisionLanguageModel, load_vlm
 from vtok.eval.runs.again import ELSEWHERE
-from vtok.eval.runs.schema import REFERENCE
+from vtok.eval.runs.schema import BUNDLED_DATA, REFERENCE
 from vtok.eval.tasks import TASKS
 from vtok.targets import vlm_targets
 
@@ -144,7 +144,7 @@ def resolved_setting(setting: Setting, model: Any, calibration: Any, prompt: Map
     elif calibration is not None:
         methods = setting.method if isinstance(setting.method, list) else [setting.method]
         extra = {"calibration": calibration} if any(getattr(config, "calibrates", False) for config in methods) else {}
-    return Setting(setting.method, {**setting.params, **extra})
+    return dataclasses.replace(setting, params={**setting.params, **extra})
 
 
 def _prompt_or_calibration(
@@ -180,7 +180,8 @@ def calibration_for(task: str, config: Any, model: Any, options: Any) -> Any:
         return None
     from vtok.eval.runs import calibration as runs_calibration
 
-    return runs_calibration.images(task, named, model, options, CALIBRATION)
+    brought = BUNDLED_DATA.get(config.model, {}).get(task, "")
+    return runs_calibration.images(brought, named, model, options, CALIBRATION)
 
 
 def _prompts(model: VisionLanguageModel, named: str | None) -> Any:

@@ -69,7 +69,8 @@ def plain(setting: Setting) -> Any:
     if setting.method is None:
         return None
     parts = setting.method if isinstance(setting.method, list) else [setting.method]
-    return [part.to_dict() if isinstance(part, MethodConfig) else {"method": part, **setting.params} for part in parts]
+    found = [part.to_dict() if isinstance(part, MethodConfig) else {"method": part, **setting.params} for part in parts]
+    return [*found, {"at_random": True}] if setting.at_random else found
 
 
 def resolved(config: RunConfig, task: str, spec: Any) -> dict[str, Any]:
@@ -180,6 +181,7 @@ def _stamp(config: RunConfig) -> Any:
 
 _WEIGHTS = {
     "reference-vit": "fashion_vit.safetensors",
+    "reference-dinov2": "clip_art/head.safetensors",  # the encoder's own file has a checksum
     "reference-clip": "easyvqa_clip/open_clip_model.safetensors",
     "reference-llava": "easyvqa_llava/model.safetensors",
     "reference-llava-next": "easyvqa_llava_next/differences.safetensors",

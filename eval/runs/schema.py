@@ -42,12 +42,14 @@ REFERENCE = "reference"
 # reference model -> task -> the data that comes with vtok for it
 BUNDLED_DATA: dict[str, dict[str, str]] = {
     "reference-vit": {"imagenet": "fashion-mnist"},
+    "reference-dinov2": {"imagenet": "clip-art", "agreement": "photographs"},
     "reference-clip": {"zeroshot": "reference-pictures", "retrieval": "reference-pages"},
     "reference-llava": {"vqa": "easy-vqa"},
     "reference-llava-next": {"vqa": "easy-vqa-pages"},
 }
 # task -> whose models it can build; tasks that are not listed ask vision-language models
 BACKENDS: dict[str, tuple[str, ...]] = {
+    "agreement": (REFERENCE,),
     "imagenet": ("timm", REFERENCE),
     "retrieval": ("open_clip", "transformers", REFERENCE),
     "vqa": ("transformers", REFERENCE),

@@ -35,6 +35,7 @@ TASKS: Registry[Any] = Registry(
     "task",
     {
         **{name: f"vtok.eval.tasks.vqa.evaluate:BY_TASK.{name}" for name in _QUESTIONS},
+        "agreement": "vtok.eval.tasks.agreement:evaluate",
         "imagenet": "vtok.eval.tasks.imagenet:evaluate",
         "retrieval": "vtok.eval.tasks.retrieval:evaluate",
         "vqa": "vtok.eval.tasks.vqa.evaluate:evaluate",

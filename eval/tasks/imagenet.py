@@ -37,15 +37,21 @@ from vtok.eval.common.settings import (
 )
 from vtok.eval.common.statistics import mean_stderr, paired_difference, share
 from vtok.eval.common.timing import BaselineCache, PairedTimer
+from vtok.eval.models.dinov2 import REFERENCE_DINOV2, load_clip_art
+from vtok.eval.models.reference import load_reference_vit
 from vtok.eval.runs.again import run_file
 from vtok.eval.tasks.class_folders import are_ids, labels_for, wordnet_ids
 from vtok.eval.tasks.fashion import is_fashion, open_fashion
 from vtok.eval.tasks.image_folder import CheckedImages, Unreadable, check_same_work, open_dataset, other_files
+from vtok.eval.tasks.pictures import is_bundled, open_pictures
 from vtok.eval.tasks.scoring import Scorer, Scores
 from vtok.eval.tasks.timm_pipeline import Options, create_loader, create_model, data_config
 from vtok.targets.resolve import Size, run_of
 
-REFERENCE_VIT = "reference-vit"
+REFERENCE_MODELS: dict[str, Callable[[], nn.Module]] = {
+    "reference-vit": load_reference_vit,
+    REFERENCE_DINOV2: load_clip_art,
+}
 
 
 class _Part(NamedTuple):
@@ -104,9 +110,10 @@ def evaluate(
     """Top-1 and top-5 accuracy of every setting, all on the same batches.
 
     Args:
-        model: a timm name, `"reference-vit"`, or an unpatched model, which is left as it is.
+        model: a timm name, `"reference-vit"`, `"reference-dinov2"`, or an unpatched model, which is left as it is.
         data_dir: folder with one sub-folder of images a class, what `options.dataset` reads, or `"fashion-mnist"`, which comes
-            with vtok (`"fashion-mnist/test"`: the same images, of which `num_samples` takes the first).
+            with vtok (`"fashion-mnist/test"`: the same images, of which `num_samples` takes the first), as the pictures of
+            `vtok.eval.tasks.pictures` do (`"clip-art"`).
         settings: each `None` (unpatched), a method, (method, parameters), or a `Setting`.
         options: see `Options`.
         progress: called with (images done, images).
@@ -165,7 +172,7 @@ def evaluate(
         "notes": notes,
     }
     unpatched = None if first is None else tallies[first]
-    own = {"pretrained": options.pretrained} if isinstance(model, str) and model != REFERENCE_VIT else {}
+    own = {"pretrained": options.pretrained} if isinstance(model, str) and model not in REFERENCE_MODELS else {}
     dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
     again = [run_file("imagenet", model, common["backend"], data_dir, setting, options, dtype) for setting in chosen]
     return [
@@ -182,17 +189,15 @@ def evaluate(
 
 
 def load_named(name: str, options: Options) -> nn.Module:
-    """The reference ViT, or a model of timm; errors are those of `create_model`."""
-    if name != REFERENCE_VIT:
-        return create_model(name, options)
-    from vtok.eval.models.reference import load_reference_vit
-
-    return load_reference_vit()
+    """A reference model, or one of timm; errors are those of `create_model`, and `ConfigError` where weights are missing."""
+    return REFERENCE_MODELS[name]() if name in REFERENCE_MODELS else create_model(name, options)
 
 
 def _open(data: str, size: Size, options: Options) -> CheckedImages:
     if is_fashion(data) and not options.dataset:
         return open_fashion(options.num_samples, data)
+    if is_bundled(data) and not options.dataset:
+        return open_pictures(data, options.num_samples)
     mode = "RGB" if size[0] == 3 else "L"
     return open_dataset(data, options.dataset, options.split, options.class_map, mode, options.num_samples)
 

@@ -29,7 +29,7 @@ _TRANSFORMERS = "transformers:"
 
 def visualize(
     model: str | nn.Module | VisionLanguageModel,
-    method: Method = "pitome",
+    method: Method = "tome",
     image: Any = 0,
     *,
     question: str | None = None,

@@ -6,7 +6,8 @@ from rich.console import Console
 from zoo import build, images
 
 import vtok
-from vtok.eval.demo.control import RandomChoice, attention_kept, controls, measure_controls, value_of_choice
+from vtok.eval.common.control import RandomChoice
+from vtok.eval.demo.control import attention_kept, controls, measure_controls, value_of_choice
 from vtok.eval.report.sections import sections
 from vtok.eval.tasks.imagenet import evaluate
 from vtok.eval.tasks.timm_pipeline import Options

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import attention, decided, generator, grids, normal, positive, properties, row_stochastic, seeds
 from torch import Tensor
+from zoo import build, images
 
 import vtok
 from vtok.config import ModelInfo
@@ -267,3 +268,44 @@ def test_a_share_means_one_number_of_tokens(keep):
         llm = VLMInfo("VLM", 4, 64, 4)
         for config in (vtok.RandomDrop(keep=keep), vtok.UniformGrid(keep=keep), vtok.ToDRE(keep=keep, probe=None)):
             assert config.build_vlm(llm).feature_count(n, (View(0, 1, n),)) == wanted, config
+
+
+def test_ats_takes_a_k_for_every_block():
+    x = images("timm: ViT", batch=3)
+
+    def run(**params: Any) -> tuple[Tensor, list[float]]:
+        model = vtok.patch(build("timm: ViT"), "ats", **params)
+        with torch.no_grad():
+            out = model(x)
+        return out, [block.mean_tokens for block in vtok.info(model).towers[0].blocks]
+
+    same = run(num_tokens=[20, 20], layers=[1, 2]), run(num_tokens=20, layers=[1, 2])
+    assert torch.equal(same[0][0], same[1][0])
+    first, second = run(num_tokens=20, layers=[1])[1][1], run(num_tokens=[20, 7], layers=[2, 1])[1]  # blocks in their order
+    assert second[1] == first > second[2] and second[2] <= 1 + 7
+    assert vtok.plan(build("timm: ViT"), "ats", num_tokens=[20, 7], layers=[1, 2]).tokens[1:3] == (21, 8)
+    with pytest.raises(vtok.ConfigError, match=r"num_tokens has 2 numbers for 3 layers \(1, 2, 3\)"):
+        vtok.patch(build("timm: ViT"), "ats", num_tokens=[20, 7], layers=[1, 2, 3])
+
+
+def test_plans_say_what_was_measured_against_a_setting():
+    told = str(vtok.plan(build("timm: ViT"), "pitome"))
+    assert told.splitlines()[-1].startswith("note: with the paper's matching") and 'protect="late"' in told
+    assert "lost to random pruning" in str(vtok.plan(build("timm: ViT"), "zero_tprune"))
+    for params in ({"protect": "late"}, {"protect": "none"}, {"preset": "official_deit"}):
+        assert "note:" not in str(vtok.plan(build("timm: ViT"), "pitome", **params))
+
+
+def test_which_blocks_of_pitome_protect():
+    def matching(**params: Any) -> tuple[str, ...]:
+        return vtok.PiToMe(**params).build(model_info(depth=5, num_patches=20)).matching
+
+    assert matching() == matching(protect="all") == ("energy",) * 5
+    assert matching(protect="late") == matching(preset="official_deit") == ("sorted_bsm",) * 3 + ("energy",) * 2
+    assert matching(protect="none") == ("sorted_bsm",) * 5
+    late = vtok.PiToMe(protect="late").build(model_info(depth=5, num_patches=20))
+    assert late.prop_attn and late.margin[0] == 0.9 and not late.hidden  # all else is the paper's
+    with pytest.raises(vtok.ConfigError, match="protect must be one of all, late, none, got 'early'"):
+        vtok.PiToMe(protect="early")
+    with pytest.raises(vtok.ConfigError, match="preset 'official_mae' fixes the matching; drop protect=late"):
+        vtok.PiToMe(preset="official_mae", protect="late")

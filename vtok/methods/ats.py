@@ -47,8 +47,9 @@ class ATS(MethodConfig):
     """Config of ATS.
 
     Attributes:
-        num_tokens: sample points per block (paper: K), an upper bound on the patches that survive; whole number >= 1. The paper
-            stops at the number of patches; more points sample finer and so keep more, which is ours.
+        num_tokens: sample points per block (paper: K), an upper bound on the patches that survive; whole number >= 1, or a list
+            with one for every block that samples, in their order. The paper stops at the number of patches; more points sample
+            finer and so keep more, which is ours.
         keep: the same as a share of the patches of the input size that the model is patched for ((0, 1]; default 0.55, which is
             K = 108 at 196 patches), rounded to whole tokens, halves to the even number; 1.0 is an exact no-op. Give one of the
             two.
@@ -67,7 +68,7 @@ class ATS(MethodConfig):
     name: ClassVar[str] = "ats"
     set_by_budget: ClassVar[tuple[str, ...]] = ("num_tokens", "keep")
 
-    num_tokens: int | None = None
+    num_tokens: int | Sequence[int] | None = None
     keep: float | None = None
     layers: Iterable[int] | None = None
     mode: str = "drop"
@@ -85,9 +86,11 @@ class ATS(MethodConfig):
             object.__setattr__(self, "keep", DEFAULT_KEEP)
         if self.keep is not None:
             fraction(self.keep, "keep")
-        k = self.num_tokens
-        if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
-            raise ConfigError(f"num_tokens must be a whole number >= 1, got {shown(k)}")
+        if isinstance(self.num_tokens, list):
+            object.__setattr__(self, "num_tokens", tuple(self.num_tokens))
+        for k in self.num_tokens if isinstance(self.num_tokens, tuple) else (self.num_tokens,):
+            if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
+                raise ConfigError(f"num_tokens must be a whole number >= 1, got {shown(k)}")
         for name, allowed in (("mode", ("drop", "mask")), ("score", ("sum_attention", "per_head")), ("query", ("cls", "mean"))):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {shown(getattr(self, name))}")
@@ -125,13 +128,15 @@ class ATS(MethodConfig):
         if self.query == "cls":
             require_cls(info, "ats", 'pass query="mean" to use the mean attention that a token receives instead')
         require_softmax(info, "ats")
-        points = self.num_tokens or info.num_patches
+        points, layers = self.num_tokens or info.num_patches, () if self.keep == 1.0 else self.blocks(info)
         if self.keep is not None:
             points = kept_tokens(info.num_patches, self.keep)
+        if not isinstance(points, int) and len(points) != len(layers):
+            raise ConfigError(f"num_tokens has {len(points)} numbers for {len(layers)} layers {layers}")
         kind = ParityReducer if self.parity else ATSReducer
         return kind(
-            points,
-            () if self.keep == 1.0 else self.blocks(info),
+            (points,) * len(layers) if isinstance(points, int) else tuple(points),
+            layers,
             self.mode == "drop",
             self.score == "per_head",
             self.query == "cls",
@@ -174,9 +179,9 @@ def significance_scores(cls_attn: Tensor, v: Tensor, per_head: bool = False) -> 
 
 @dataclass(frozen=True)
 class ATSReducer(Reducer):
-    """ATS with K sample points in some blocks."""
+    """ATS with K sample points in some blocks, one number for each of them."""
 
-    points: int
+    points: tuple[int, ...]
     layers: tuple[int, ...]
     drop: bool
     per_head: bool
@@ -205,8 +210,12 @@ class ATSReducer(Reducer):
         if v.shape[1] != attn.shape[1]:  # grouped-query attention
             v = v.repeat_interleave(attn.shape[1] // v.shape[1], 1)
         score = patch_scores(attn[:, :, p:], v[:, :, p:], self.per_head)  # padding has none: the bias of the view hides it
-        hit = midpoint_samples(score, self.points, None if state.keep is None else state.keep[:, p:])
-        return self._plan(*self._rows(hit, min(self.points, score.shape[1])), p)
+        points = self._points(at)
+        hit = midpoint_samples(score, points, None if state.keep is None else state.keep[:, p:])
+        return self._plan(*self._rows(hit, min(points, score.shape[1])), p)
+
+    def _points(self, at: Site) -> int:
+        return self.points[self.layers.index(at.index)]
 
     def _plan(self, kept: Tensor, real: Tensor | None, num_prefix: int) -> Plan:
         """The plan that keeps these patches [B, M], of which only `real` ones are no padding."""
@@ -223,7 +232,7 @@ class ATSReducer(Reducer):
         return rows, None if fewest == longest else real
 
     def count(self, at: Site, n: int, num_prefix: int) -> int:
-        return min(n, num_prefix + self.points)
+        return min(n, num_prefix + self._points(at))
 
     def macs(self, at: Site, n: int, num_prefix: int) -> int:
         if self.from_cls:

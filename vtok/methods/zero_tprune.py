@@ -55,6 +55,11 @@ class ZeroTPrune(MethodConfig):
             important one, `"alternate"` odd ranks, or `"random"`.
         metric: similarity of keys: `"cos"` (paper's choice), `"dot"`, `"manhattan"`, `"euclidean"`, `"minkowski3"` to `5`,
             `"chebyshev"`.
+
+    On the reference DINOv2 (`vtok.eval.models.dinov2`) the choice is worth no more than tokens drawn at random at the same
+    places, and a few large steps cost more than small ones in every block. The S-stage is as good as chance; the I-stage is
+    worse: it keeps what attracts attention and drops whole backgrounds, and the head filter at its scale here adds to that. The
+    other sign, dropping what attracts attention, is far worse still.
     """
 
     name: ClassVar[str] = "zero_tprune"
@@ -90,6 +95,9 @@ class ZeroTPrune(MethodConfig):
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {shown(getattr(self, name))}")
         if self.head_filter is not None and not _is_range(self.head_filter):
             raise ConfigError(f"head_filter is (low, high) or None, got {shown(self.head_filter)}")
+
+    def advice(self) -> str:
+        return "on a pretrained DINOv2 it chose no better than tokens drawn at random at its places, and lost to random pruning"
 
     @classmethod
     def alternatives(cls, info: Info) -> Sequence[Mapping[str, Any]]:

@@ -60,7 +60,7 @@ class PlanReport:
             lines.append("token counts depend on the image: these are upper bounds; pass calibration=images for means")
         if self.budget is not None:
             lines.append(str(self.budget))
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"note: {told}" for config in self.configs if (told := config.advice()))])
 
 
 @dataclass(frozen=True)

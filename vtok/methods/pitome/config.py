@@ -6,6 +6,7 @@ Shapes: B batch, T tokens without prefix, d metric width, k merged tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from vtok.core.reduction import Plan
 from vtok.core.search_space import BudgetCandidates, Point, Space, Weights
 from vtok.core.tokens import AttentionView, Place, Site, TokenState
 from vtok.errors import ConfigError, shown
-from vtok.methods.pitome.presets import BSM, HIDDEN, METRICS, PAPER, PRESETS, SORTED_BSM
+from vtok.methods.pitome.presets import BSM, HIDDEN, METRICS, PAPER, PRESETS, PROTECT, SORTED_BSM
 from vtok.methods.tome import check_merge_count
 from vtok.ops.matching import best_partner, bipartite_sides, bipartite_soft_matching, unit
 from vtok.ops.rows import take_rows, with_prefix
@@ -45,6 +46,9 @@ class PiToMe(MethodConfig):
             paper's 0.9 - 0.9 i / L for block i of L).
         alpha: how strongly tokens below the margin count (paper: alpha; default 1.0).
         metric: what is compared: `"keys"`, averaged over heads (default), or `"hidden"`, the hidden states about to merge.
+        protect: which blocks protect isolated tokens and merge among those of highest energy alone: `"all"` (default, the
+            paper), `"late"`, the second half, or `"none"`. The others run ToMe's matching on tokens sorted by energy, as the
+            authors' first half does on DeiT.
         prop_attn: proportional attention (default: on, as in the paper; presets: as in the authors' code, off).
         preset: margins, matching, metric, place and attention of the authors' last commit, for comparing with that code. In
             block i of L (0-based), between attention and MLP unless said otherwise, all without proportional attention:
@@ -59,6 +63,10 @@ class PiToMe(MethodConfig):
               sizes; the first 13 blocks run plain ToMe matching with the share taken of all tokens, CLS included. Their 13 is
               written for a tower of 24 blocks and is kept at any depth.
 
+    On the reference DINOv2 (`vtok.eval.models.dinov2`) the matching decides: where early blocks protect, they merge tokens of
+    high energy that are not alike, and on photographs features end no closer to the unpatched ones than under random tokens.
+    `protect="late"` or `"none"` come close to ToMe; without proportional attention none of them does.
+
     The paper's energy keeps cos itself above the margin and leaves a token's own cosine out; the authors' code, which is
     followed here, subtracts the margin and leaves it in. That shifts energies, the second part alike for all tokens.
     """
@@ -72,6 +80,7 @@ class PiToMe(MethodConfig):
     margin: Any = None
     alpha: float = 1.0
     metric: str | None = None
+    protect: str | None = None
     prop_attn: bool | None = None
     preset: str | None = None
 
@@ -81,7 +90,7 @@ class PiToMe(MethodConfig):
             raise ConfigError(f"give ratio or r, not both (got ratio={self.ratio}, r={self.r})")
         if self.preset is not None and (not isinstance(self.preset, str) or self.preset not in PRESETS):
             raise ConfigError(f"unknown preset {shown(self.preset)}; known: {', '.join(PRESETS)}")
-        for name, what in (("margin", "margins"), ("metric", "metric")):
+        for name, what in (("margin", "margins"), ("metric", "metric"), ("protect", "matching")):
             if self.preset is not None and getattr(self, name) is not None:
                 raise ConfigError(
                     f"preset {shown(self.preset)} fixes the {what}; drop {name}={getattr(self, name)} or the preset"
@@ -103,12 +112,22 @@ class PiToMe(MethodConfig):
             raise ConfigError(f"alpha must be a number >= 0, got {shown(self.alpha)}")
         if self.metric is not None and self.metric not in METRICS:
             raise ConfigError(f"metric must be one of {', '.join(METRICS)}, got {shown(self.metric)}")
+        if self.protect is not None and self.protect not in PROTECT:
+            raise ConfigError(f"protect must be one of {', '.join(PROTECT)}, got {shown(self.protect)}")
         if self.prop_attn is not None:
             flag(self.prop_attn, "prop_attn")
         if self.prop_attn and self.preset is not None and not PRESETS[self.preset].use_size:
             raise ConfigError(
                 f"preset {shown(self.preset)} ignores sizes, so prop_attn=True would see none; drop prop_attn or the preset"
             )
+
+    def advice(self) -> str:
+        if self.preset is not None or self.protect not in (None, "all"):
+            return ""
+        return (
+            "with the paper's matching in every block the features of a pretrained DINOv2 moved as far on photographs as under "
+            'random tokens; protect="late" kept them close'
+        )
 
     @classmethod
     def alternatives(cls, info: Info) -> Sequence[Mapping[str, Any]]:
@@ -140,6 +159,8 @@ class PiToMe(MethodConfig):
         margin = tuple(preset.margin - preset.margin * i / depth for i in range(depth))
         if self.margin is not None:
             margin = self.margin.resolve(depth, "margin", pad=0.0)
+        if self.protect is not None:
+            preset = dataclasses.replace(preset, first=PROTECT[self.protect][0], rest=PROTECT[self.protect][1])
         hidden = (self.metric or preset.metric) == HIDDEN
         return PiToMeReducer(
             ratio=ratio,

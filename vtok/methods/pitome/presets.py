@@ -14,6 +14,8 @@ from vtok.core.tokens import Place
 ENERGY, SORTED_BSM, BSM = "energy", "sorted_bsm", "bsm"  # ways to match, see `Preset`
 KEYS, HIDDEN = "keys", "hidden"  # what is compared: keys, averaged over heads; the hidden states that are about to merge
 METRICS = (KEYS, HIDDEN)
+# which blocks protect isolated tokens -> matching of the first half of the blocks (rounded up) and of the rest
+PROTECT = {"all": (ENERGY, ENERGY), "late": (SORTED_BSM, ENERGY), "none": (SORTED_BSM, SORTED_BSM)}
 
 
 @dataclass(frozen=True)

@@ -285,6 +285,9 @@ class ParityReducer(ATSReducer):
             attn = attn.gather(2, rows[:, None, :, None].expand(-1, attn.shape[1], -1, attn.shape[3]))
         return (attn @ v).to(view.v.dtype if view.v is not None else v.dtype)
 
+    def count(self, at: Site, n: int, num_prefix: int) -> int:
+        return super().count(at, n, num_prefix) if at.index in self.layers else n
+
     def _attention(self, state: TokenState, view: AttentionView) -> tuple[Tensor, Tensor]:
         """(probabilities [B, H, N, N], values [B, H, N, d]); padding has queries, keys and values of zero."""
         assert view.q is not None

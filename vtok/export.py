@@ -9,9 +9,11 @@ batch. A method whose number of tokens depends on the image has no such graph an
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -105,7 +107,7 @@ def onnx(
     with torch.no_grad():
         call(model, inputs)  # what is made on the first pass is made outside of the graph
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _quiet("onnxscript"):
                 warnings.simplefilter("ignore")
                 program: Any = torch.onnx.export(
                     model,
@@ -139,6 +141,18 @@ def onnx(
         difference,
         tuple(len(example[0]) for example in examples) if check else (),
     )
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """A library's logger tells errors alone: it warns of every sort that it does not fold into a constant."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _told(model: nn.Module, error: BaseException) -> VtokError:

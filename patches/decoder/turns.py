@@ -116,18 +116,18 @@ def placed(text: Any, kwargs: Mapping[str, Any], x: Tensor, running: PassState, 
             f"{type(text).__name__} got {position.shape[-1]} positions for a turn of {x.shape[1]} columns: this model does not "
             "work out by itself where images behind a cache stand; pass position_ids of the new columns"
         )
-    kinds = set(getattr(text.config, "layer_types", None) or ()) - _COUNTS
-    if kinds and (stage.padded or not bool(turn.real.all())):
-        raise UnsupportedModelError(
-            f"rows of this turn differ in length, and layers of {type(text).__name__} ({', '.join(sorted(kinds))}) may take "
-            "padding behind a cache for tokens; pass one prompt at a time"
-        )
     if isinstance(mask, Mapping):
         masks.check_kinds(mask)
     position, old = position.to(x.device), running.earlier
     if turn.compact and old is not None and old.before is not None:
         position = position - old.now(old.dropped, len(x)).to(x.device)
     state = joined(running, turn, cache)
+    kinds = set(getattr(text.config, "layer_types", None) or ()) - _COUNTS
+    if kinds and (state.before is None or state.before.padded or not bool(state.real.all())):
+        raise UnsupportedModelError(
+            f"rows of this conversation differ in length, and layers of {type(text).__name__} ({', '.join(sorted(kinds))}) may "
+            "take padding behind a cache for tokens; pass one prompt at a time"
+        )
     running.state, running.turn, running.shape = state, turn, (len(x), stage.column.shape[1])
     attach_state(cache, state)
     if isinstance(mask, Mapping):

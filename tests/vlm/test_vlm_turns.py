@@ -72,6 +72,11 @@ def masked(model, turns, alive, positions=None, between=(), **kwargs):
         return converse(model, turns, positions, between, **kwargs)
 
 
+def _read(model, values, **kwargs):
+    with torch.no_grad():
+        return model(**values, use_cache=True, **kwargs)[_name(model)]
+
+
 def stays(turn, keep=None):
     """[B, L] bool of a turn: all columns, if nothing else is said."""
     return torch.ones_like(turn["input_ids"], dtype=torch.bool) if keep is None else keep
@@ -161,6 +166,24 @@ def test_what_is_returned_has_the_length_of_the_turn():
     for a, b in zip(found.attentions, expected.attentions, strict=True):
         assert a.shape == b.shape
         assert (a - b).transpose(1, 2)[where].abs().max() <= 1e-5
+
+
+def test_masks_of_the_caller():
+    """[B, 1, L, P + L], of whole conversations: they say the same as those of two dimensions."""
+    model, turns = build("LLaVA-1.5"), [MORE_TEXT, inputs("LLaVA-1.5", 1)]
+    real = torch.cat([turn["attention_mask"] for turn in turns], 1).bool()
+    past = turns[0]["input_ids"].shape[1]
+    causal = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool).tril()[past:]
+    vtok.patch(model, "uniform", keep=0.4)
+    cache = _read(model, turns[0])
+    with torch.no_grad():
+        given = {**turns[1], "attention_mask": causal & real[:, None, None], _name(model): cache}
+        found = model(**given).logits
+        more = torch.nn.functional.pad(real, (0, 3), value=True).long()
+        found = [found, model(input_ids=MORE, attention_mask=more, **{_name(model): cache}).logits]
+    expected = converse(model, [*turns, MORE_TEXT])[0][:, past:]
+    where = torch.cat([real[:, past:], torch.ones(2, 3, dtype=torch.bool)], 1)
+    assert (torch.cat(found, 1) - expected)[where].abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("name", ["LLaVA-1.5", "Gemma3, window 9"])
@@ -276,11 +299,6 @@ def _alone(name):
         expected = model(**whole, use_cache=False).logits
     found, _ = converse(model, turns, positions)
     assert (found - expected)[:, -3:].abs().max() <= 5e-5 * max(1.0, expected.abs().max())
-
-
-def _read(model, values, **kwargs):
-    with torch.no_grad():
-        return model(**values, use_cache=True, **kwargs)[_name(model)]
 
 
 def test_what_is_refused():

@@ -66,7 +66,8 @@ short = vtok.prune_inputs(
 
 - A choice equals hiding what was dropped: 8 greedy steps under an explicit mask in every layer, within 1e-5, for every model above.
   Tokens keep the positions that they had (`positions="compact"` numbers them anew, in every layer what it holds); what a prompt
-  dropped is kept on its KV cache, so that later turns and interleaved calls are right.
+  dropped is kept on its KV cache, so that later turns and interleaved calls are right. New images in a later turn (all ids, the new
+  pixels and the cache) are shortened as well by what acts before the LLM; `info` goes on to tell of the first.
 - Packed rows (positions that start over, no mask) stay packed: no sample sees another, each is a prompt of its own to methods.
   `output_hidden_states` and `output_attentions` have a place for every column of the prompt; a dropped one repeats the nearest
   kept one in front of it, and gets no attention.

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from vtok.core.prompt import Entry, Layout
 from vtok.core.reduction import Fold, folded
-from vtok.errors import StateError, UnsupportedModelError
+from vtok.errors import StateError
 from vtok.patches.decoder import embedded_prompts as embedded
-from vtok.patches.decoder import layer_calls, masks, outputs, riders
+from vtok.patches.decoder import layer_calls, masks, outputs, riders, turns
 from vtok.patches.decoder import packed_rows as packed
 from vtok.patches.decoder.attention_probe import layer_attention
 from vtok.patches.decoder.kv_cache import (
@@ -93,17 +93,15 @@ class BeforeModel(PrunerHook):
         prompt = kwargs["inputs_embeds"] if ids is None else ids  # by which a prompt is known again
         if ids is None:
             ids = hf.placeholders(module, prompt, pruner.tokens)
-        if cached_length(cache) > 0:
-            raise UnsupportedModelError(
-                "images were passed with a cache that holds text already; vtok shortens a prompt when it is read as a whole, "
-                "from an empty cache (chunked prefill and images in a later turn are not supported)"
-            )
         visual = hf.visual_columns(ids, pruner.tokens)
         sample = packed.samples(module, pruner.family, kwargs, *ids.shape) if pruner.shortens else None
         found = [visual.any()] if sample is None else [visual.any(), packed.several(sample)]
         shown, *several = torch.stack(found).tolist()
         if not shown:
             return kwargs
+        running.later = cached_length(cache) > 0
+        if running.later:
+            turns.check(pruner, kwargs)
         if pruner.shortens:
             masks.check_text(module.get_submodule(pruner.family.text))
         given = kwargs.get("mm_encoder_outputs")
@@ -115,9 +113,9 @@ class BeforeModel(PrunerHook):
         kwargs["mm_encoder_outputs"] = {modality: plain(output) for modality, output in chosen.outputs.items()}
         if keep is None:
             return kwargs
-        real = masks.real_columns(kwargs.get("attention_mask"), ids.shape[0], ids.shape[1], ids.device)
+        real = masks.real_columns(kwargs.get("attention_mask"), ids.shape[0], ids.shape[1], ids.device, running.later)
         running.prunes, running.visual, running.given = True, visual & real, encoded if given is None else given
-        running.state = PromptState(ids.shape[1], real)
+        running.earlier, running.state = running.state, PromptState(ids.shape[1], real)
         running.state.compact = pruner.compact
         if sample is not None and any(several) and pruner.features is not None:
             packed.check_images(type(module).__name__, chosen.outputs, pruner.tokens, ids, sample, pruner.features.reads_text)
@@ -196,9 +194,9 @@ class BeforeText(PrunerHook):
                 more = packed.keep_of(reducer, x.detach(), Layout.whole(visual, state.real), None, site, state.sample)
             assert not isinstance(more, Fold)  # nothing has been computed yet that could be averaged
             keep = more if keep is None else (keep if more is None else keep & more)
-        if keep is None or bool((keep | ~visual).all()):
+        if running.earlier is None and (keep is None or bool((keep | ~visual).all())):
             return None
-        keep = keep | ~visual
+        keep = torch.ones_like(visual) if keep is None else keep | ~visual
         running.plan.keep[0] = keep
         rows, padded = compact(keep & state.real)
         check_padding(text, padded)
@@ -213,10 +211,14 @@ class BeforeText(PrunerHook):
         rows, kind = stage.entry, text.config._attn_implementation
         position = kwargs.get("position_ids")
         position = torch.arange(x.shape[1], device=x.device)[None] if position is None else position.to(x.device)
+        if running.later:
+            position, mask = turns.placed(text, kwargs, x, running, state)
         if state.compact:
             position = renumbered(position, keep | ~state.real, state.sample)
         changed: dict[str, Any] = {"inputs_embeds": take(x, rows, 1), "position_ids": take(position, rows, position.ndim - 1)}
-        if isinstance(mask, Mapping):
+        if running.later:
+            changed["attention_mask"] = mask
+        elif isinstance(mask, Mapping):
             masks.check_kinds(mask)
             changed["attention_mask"] = {
                 name: masks.gather_mask(m, stage, x, kind, masks.keys_of(cache, rows.shape[1], masks.first_of(cache, name)))
@@ -260,7 +262,7 @@ class AfterText(PrunerHook):
             return None
         state = running.state
         state.inside = False
-        return outputs.whole(module, output, state, running.prunes)
+        return outputs.whole(module, output, state, running.prunes, running.turn)
 
 
 class BeforeLayer(PrunerHook):
@@ -280,6 +282,8 @@ class BeforeLayer(PrunerHook):
         x = args[0] if args else kwargs["hidden_states"]
         if not running.prunes:
             return args, layer_calls.of_later_text(module, self.index, x, kwargs, running, state, cache)
+        if running.turn is not None:
+            return args, layer_calls.of_turn(module, self.index, x, kwargs, running, state, cache)
         fitting = layer_calls.of_prompt(module, self.index, x, kwargs, running, state, cache)
         x = brought(module, x)
         running.move(x.device)

@@ -86,6 +86,13 @@ def of_later_text(
     return {**kwargs, "attention_mask": shared}
 
 
+def of_turn(
+    layer: Any, index: int, x: Tensor, kwargs: dict[str, Any], running: PassState, state: PromptState, cache: Any
+) -> dict[str, Any]:
+    """A layer's keywords while images are read in a later turn, all of which left in front of the first layer."""
+    return of_later_text(layer, index, x, kwargs, running, state, cache) if running.slots_counted else kwargs
+
+
 def _moved_down(kwargs: dict[str, Any], x: Tensor, stage: Stage, running: PassState, state: PromptState) -> dict[str, Any]:
     """Positions and rotary tables of later text behind a prompt of which a layer has renumbered what is left."""
     position = kwargs["position_ids"]

@@ -77,8 +77,11 @@ def check_kinds(mask: Mapping[str, Any]) -> None:
         )
 
 
-def real_columns(mask: Mask, batch: int, length: int, device: torch.device) -> Tensor:
-    """[B, L] bool: False = padding, as far as the mask of a whole prompt says (2-D, 4-D, a mapping of these, or `None`)."""
+def real_columns(mask: Mask, batch: int, length: int, device: torch.device, later: bool = False) -> Tensor:
+    """[B, L] bool: False = padding, as far as the mask of a whole prompt says (2-D, 4-D, a mapping of these, or `None`).
+
+    later: whether the prompt is a later turn, whose columns are the last keys of the mask.
+    """
     if isinstance(mask, Mapping):
         mask = next((m for m in mask.values() if m is not None), None)
     if mask is None:
@@ -93,7 +96,8 @@ def real_columns(mask: Mask, batch: int, length: int, device: torch.device) -> T
             "prompt as it is before vtok shortens it, because generate() makes masks for all of it: raise max_cache_len, or "
             "shorten the prompt first with vtok.prune_inputs"
         )
-    diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)[:, :length]
+    first = mask.shape[-1] - length if later else 0
+    diagonal = mask[:, 0].diagonal(first, dim1=-2, dim2=-1)[:, :length]
     return (diagonal if diagonal.dtype == torch.bool else diagonal == 0).to(device).expand(batch, length)
 
 

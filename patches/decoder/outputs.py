@@ -18,7 +18,7 @@ from vtok.patches.decoder.kv_cache import PromptState, restore
 from vtok.patches.decoder.masks import window_of
 
 
-def whole(text: Any, output: Any, state: PromptState, prunes: bool) -> Any:
+def whole(text: Any, output: Any, state: PromptState, prunes: bool, turn: PromptState | None = None) -> Any:
     """The output of an LLM with everything at the prompt's length that has one entry a column.
 
     Args:
@@ -26,6 +26,7 @@ def whole(text: Any, output: Any, state: PromptState, prunes: bool) -> Any:
         output: of it, a mapping or a tuple.
         state: of the prompt.
         prunes: whether this pass read the prompt; in later ones keys of attention alone are short.
+        turn: of the columns that this pass read alone, where they came with images in a later turn.
 
     Raises:
         UnsupportedModelError: attention of later text was asked for, in layers that look back over a window.
@@ -34,8 +35,9 @@ def whole(text: Any, output: Any, state: PromptState, prunes: bool) -> Any:
     if state.at(depth - 1) is None:  # what a layer drops stays dropped
         return output
     named = not isinstance(output, tuple)
+    read = state if turn is None else turn
     last = output.last_hidden_state if named else output[0]
-    long = _restored(last, depth - 1, state) if prunes else last
+    long = _restored(last, depth - 1, read) if prunes else last
 
     def part(value: Any, name: str = "") -> Any:
         if not isinstance(value, (tuple, list)) or not any(isinstance(x, Tensor) for x in value):
@@ -44,13 +46,16 @@ def whole(text: Any, output: Any, state: PromptState, prunes: bool) -> Any:
         if hidden:  # what enters the first layer, and what leaves every one
             first = depth - len(value)
             entries = enumerate(value, first)
-            return tuple(x if x is None else long if x is last else _restored(x, max(i, 0), state, prunes) for i, x in entries)
-        if not prunes and any(window_of(layer, i) is not None for i, layer in enumerate(text.layers)):
+            return tuple(x if x is None else long if x is last else _restored(x, max(i, 0), read, prunes) for i, x in entries)
+        if (not prunes or turn is not None) and any(window_of(layer, i) is not None for i, layer in enumerate(text.layers)):
             raise UnsupportedModelError(
                 f"output_attentions: layers of {type(text).__name__} look back over a window of what is stored, whose columns "
                 "vtok cannot tell for text behind a shortened prompt; leave output_attentions out, or call vtok.unpatch(model)"
             )
-        return tuple(_attention(x, i, state, prunes) for i, x in enumerate(value))
+        found = (_attention(x, i, state, prunes and turn is None) for i, x in enumerate(value))
+        if turn is None or turn.before is None:
+            return tuple(found)
+        return tuple(restore(x.transpose(1, 2), turn.before, turn.length).transpose(1, 2) for x in found)
 
     if not named:
         return (long, *(part(value) for value in output[1:]))

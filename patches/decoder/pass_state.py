@@ -74,6 +74,8 @@ class PassState:
         prunes: whether it reads a prompt with images.
         real: [B, columns so far] bool from the caller's mask, or `None`.
         state: what the cache remembers, or will.
+        earlier: what it remembered of the turns before, where images come in a later one.
+        turn: of such a turn alone, once it has been shortened.
         visual: [B, L] bool, if it prunes.
         features: [B, L] bool, False = left by the choice among image features, or merged or dropped in the vision tower before;
             `None` = all stay.
@@ -83,6 +85,7 @@ class PassState:
         plan: what to record, or what was recorded.
         replays: whether `plan` was made by an earlier pass.
         embedded: whether the prompt came as embeddings, of which only the columns that leave are known to be visual.
+        later: whether its images come in a later turn, behind what the cache holds.
         slots_counted: whether the LLM made its masks for the shortened sequence, so that it measures windows in slots.
         probes: decoder layer -> its attention.
         layouts: of the images among whose features a method chose (see `Chosen`).
@@ -98,6 +101,8 @@ class PassState:
     prunes: bool = False
     real: Tensor | None = None
     state: PromptState | None = None
+    earlier: PromptState | None = None
+    turn: PromptState | None = None
     visual: Tensor | None = None
     features: Tensor | None = None
     alive: Tensor | None = None
@@ -106,6 +111,7 @@ class PassState:
     plan: Recorded | None = None
     replays: bool = False
     embedded: bool = False
+    later: bool = False
     slots_counted: bool = False
     probes: dict[int, LayerAttention] = field(default_factory=dict)
     layouts: tuple[Any, ...] = ()
@@ -144,6 +150,13 @@ class PassState:
         """
         stage = state.at(index)
         assert stage is not None
+        if self.turn is not None and state is self.state:  # which holds the queries already
+            if count + queries != stage.column.shape[1]:
+                raise StateError(
+                    f"decoder layer {index} of the cache holds {count} tokens, other than its first layer; somebody changed "
+                    "layers of the cache: read the prompt anew"
+                )
+            return stage.column.to(device), state.length
         behind = count - stage.column.shape[1]
         if behind < 0 or behind != self.once("behind", None, lambda: behind):
             raise StateError(
@@ -282,7 +295,7 @@ class Pruner:
         before = {} if state.before is None else {0: state.before}
         calls = tuple(self._calls)
         self._calls.clear()
-        if ended.embedded:
+        if ended.embedded or ended.later:  # what was read before is not known, or would be missing from the costs
             return
         stages = {**before, **state.between}
         self._local.__dict__["last"] = Counts(ended.visual, state.real, stages, ended.layouts, calls, ended.alive)

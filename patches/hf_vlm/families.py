@@ -56,6 +56,7 @@ class Family:
         flat_positions: whether the LLM finds the borders of packed samples in positions [rows, columns]; some look for them
             only in a row of their own in front of time, height and width.
         hands_on: whether forward gives the vision tower the keywords that it does not name itself.
+        prefix: whether all columns of a prompt see each other.
         costs: what the vision side costs beside its tower; `None` = not known: plans and FLOPs budgets are refused.
         examples: name -> tiny model that the contract tests and the support matrix run.
         generic: whether this is no row, but what the interfaces of a model say of it.
@@ -75,6 +76,7 @@ class Family:
     packed: bool = False
     flat_positions: bool = True
     hands_on: bool = False
+    prefix: bool = False
     costs: VisionCosts | None = None
     examples: Mapping[str, VLMExample] = field(default_factory=dict)
     generic: bool = False
@@ -158,6 +160,7 @@ FAMILIES: dict[str, Family] = {
     ),
     _in("paligemma") + "PaliGemmaModel": Family(
         "PaliGemma",
+        prefix=True,
         grid=hf_views.tower_grid,
         connector="multi_modal_projector",
         costs=VisionCosts(),

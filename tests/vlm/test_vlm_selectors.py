@@ -182,12 +182,12 @@ def test_budget_candidates_start_with_a_no_op_and_never_ease(method: str) -> Non
     try:
         space = search_space(config, info)
     except vtok.ConfigError:
-        assert method in ("cdpruner", "divprune")  # they act once, in one place
+        assert method == "divprune"  # it acts once, in one place, and has nothing else to choose
         space = {}
     if space:
         points = [draw(space, random.Random(seed)) for seed in range(3)]
         steps += [config.candidates_at(info, point) for point in points]
-        assert len({repr(candidates[1].build_vlm(info).sites) for candidates in steps}) > 1
+        assert len({candidates[1] for candidates in steps}) > 1, "all points are one setting"
     for candidates in steps:
         before = None
         for config in candidates[:: max(1, len(candidates) // 200)]:

@@ -25,15 +25,15 @@ from torch import Tensor, nn
 from vtok._version import __version__
 from vtok.core.prompt import VLMInfo
 from vtok.core.tracker import TokenTracker
-from vtok.errors import ConfigError, MissingExtraError, StateError, UnsupportedModelError, VtokError, brief
+from vtok.errors import ConfigError, MissingExtraError, StateError, UnsupportedModelError, VtokError, brief, shown
 from vtok.targets import find_targets
 from vtok.targets.encoder import EncoderTarget
 from vtok.targets.lifecycle import call
 from vtok.targets.resolve import run_of
-from vtok.writing import reason, writable
+from vtok.writing import put, reason, writable
 
 OPSET = 20
-_ROOM = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+_ROOM = {torch.float16: 3e-2}  # else 1e-3: what rounding may change, as a share of the largest output
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,14 @@ def onnx(
     _check(model, batch, dynamic_batch)
     target = Path(path)
     writable(target)
-    if opset < 18:
-        raise ConfigError(f"opset is 18 or newer (torch exports no older one), got {opset}")
+    if not isinstance(opset, int) or opset < 18:
+        raise ConfigError(f"opset is a whole number, 18 or newer (torch exports no older one), got {shown(opset)}")
+    if check and any(t.dtype == torch.bfloat16 for t in (*args, *kwargs.values())):
+        raise UnsupportedModelError("onnxruntime's operators for CPUs take no bfloat16; export in float32 or float16")
     translations = _translations()
     free = {0: torch.export.Dim("batch", min=1)} if dynamic_batch else None
     with torch.no_grad():
-        call(model, inputs)  # what is made on the first pass is made outside of the graph
+        _try(model, inputs)  # what is made on the first pass is made outside of the graph
         try:
             with warnings.catch_warnings(), _quiet("onnxscript"):
                 warnings.simplefilter("ignore")
@@ -132,7 +134,7 @@ def onnx(
             raise ConfigError(f"{target} cannot be written: {reason(error)}") from error
         difference = max(_difference(model, scratch, inputs, example) for example in examples) if check else None
         for file in sorted(Path(folder).iterdir(), reverse=True):  # the weights before the graph that names them
-            os.replace(file, target.parent / file.name)
+            put(file, target.parent / file.name)
     return OnnxFile(
         target,
         {one.name: tuple(d if isinstance(d, int) else str(d) for d in one.shape) for one in program.model.graph.inputs},
@@ -141,6 +143,23 @@ def onnx(
         difference,
         tuple(len(example[0]) for example in examples) if check else (),
     )
+
+
+def _try(model: nn.Module, inputs: Any) -> None:
+    """Runs the model once.
+
+    Raises:
+        ConfigError: it does not run on this example.
+    """
+    try:
+        call(model, inputs)
+    except VtokError:
+        raise
+    except Exception as error:  # whatever a model does with inputs that it is not made for
+        raise ConfigError(
+            f"{type(model).__name__} does not run on this example ({type(error).__name__}: {brief(error)}); pass what the "
+            "model takes, in its size and type"
+        ) from error
 
 
 @contextmanager
@@ -190,8 +209,8 @@ def _check(model: nn.Module, batch: int, dynamic_batch: bool) -> None:
             f"{type(model).__name__} is a vision-language model, which vtok.export does not write; export its vision tower, or "
             "serve it (vtok.serving)"
         )
-    if model.training:
-        raise StateError("the model is in training mode; call model.eval() before it is exported")
+    if any(module.training for module in model.modules()):
+        raise StateError("the model, or a part of it, is in training mode; call model.eval() before it is exported")
     if dynamic_batch and batch < 2:
         raise ConfigError("a graph with a free batch is made from an example of two images or more, got one")
     for run in _runs(model):
@@ -258,20 +277,27 @@ def _difference(model: nn.Module, path: Path, inputs: Any, example: tuple[Tensor
     named = dict(zip(inputs, example)) if isinstance(inputs, Mapping) else example[0]
     with torch.no_grad():
         wanted = [t for t in torch.utils._pytree.tree_leaves(call(model, named)) if isinstance(t, Tensor)]
-    session = _session(path)
-    arrays = [t.detach().cpu().numpy() for t in example]
-    found = session.run(None, {one.name: array for one, array in zip(session.get_inputs(), arrays)})
-    share = 0.0
+    if not all(t.isfinite().all() for t in wanted):
+        raise StateError("the model gives no numbers on this example (NaN or infinite): nothing to compare a file with")
+    try:
+        session = _session(path)
+        arrays = [t.detach().cpu().numpy() for t in example]
+        found = session.run(None, {one.name: array for one, array in zip(session.get_inputs(), arrays)})
+    except (VtokError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # onnxruntime has a class of its own for every kind of failure
+        raise UnsupportedModelError(f"onnxruntime cannot run the file, which was not kept: {brief(error)}") from error
+    room, shares = _ROOM.get(example[0].dtype, 1e-3), [0.0]
     for mine, theirs in zip(wanted, found):
-        largest = mine.abs().max().clamp_min(1e-6).item()
-        share = max(share, (torch.from_numpy(theirs) - mine.cpu()).abs().max().item() / largest)
-    room = _ROOM.get(example[0].dtype, 1e-3)
-    if len(wanted) != len(found) or not share <= room:
+        gap = (torch.from_numpy(theirs) - mine.cpu()).abs().max() / mine.abs().max().clamp_min(1e-6).cpu()
+        shares.append(gap.item())
+    if len(wanted) != len(found) or not all(share <= room for share in shares):  # a NaN is no rounding either
+        worst = next((share for share in shares if not share <= room), 0.0)
         raise StateError(
-            f"the exported graph gives {len(found)} outputs that differ from the model's {len(wanted)} by {share:.1e} of the "
+            f"the exported graph gives {len(found)} outputs that differ from the model's {len(wanted)} by {worst:.1e} of the "
             f"largest (at most {room:.0e} is rounding); the file was not kept"
         )
-    return share
+    return max(shares)
 
 
 def _session(path: Path) -> Any:

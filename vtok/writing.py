@@ -99,6 +99,17 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         raise ConfigError(f"{os.fspath(path)} cannot be written: {reason(error)}") from error
 
 
+def put(file: str | os.PathLike, path: str | os.PathLike) -> Path:
+    """Puts a finished file in the place of another, on the same disk.
+
+    Raises:
+        ConfigError: it cannot be put there.
+    """
+    with replacing(path) as scratch:
+        os.replace(file, scratch)
+    return Path(path)
+
+
 def reason(error: BaseException) -> str:
     """What went wrong in a few words, without the number and the path that the system puts around them."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -44,6 +44,8 @@ from vtok.registry import METHODS
 from vtok.targets import vlm_targets
 from vtok.writing import write
 
+_BUSY = "†: the unpatched times do not agree with those of a plain loop: the machine was busy, measure again"
+
 
 class Cell(BaseModel):
     """Benchmarks of one model: one for every batch size, type and way to compile.
@@ -183,6 +185,10 @@ def _measured(benchmark: dict[str, Any], models: dict[tuple[str, str], nn.Module
     return measure(model, pictures, settings, memory=on_gpu, profile=False, compiler=compiler, **common)
 
 
+def _mark(record: Record) -> str:
+    return "" if record["baseline_check"]["ok"] else " †"
+
+
 def table(records: Sequence[Record]) -> Table:
     """One line a setting of every benchmark: speed-up with its interval, the bound that its MACs imply, the share reached."""
 
@@ -192,14 +198,14 @@ def table(records: Sequence[Record]) -> Table:
         Column("dtype", lambda r: r["dtype"].replace("bfloat16", "bf16").replace("float", "fp")),
         Column("compiled", lambda r: r["compile"] or "-"),
         Column("method", lambda r: r["setting"], left=True),
-        Column("speed-up [95 %]", lambda r: interval(r["speedup"], r["speedup_ci"])),
+        Column("speed-up [95 %]", lambda r: interval(r["speedup"], r["speedup_ci"]) + _mark(r)),
         Column("implied", lambda r: f"{r['implied_speedup']:.2f}x"),
         Column("achieved [95 %]", lambda r: interval(r["achieved"], r["achieved_ci"], "")),
         Column("attention", lambda r: r["kernel"]["patched"] if "kernel" in r else r["attention"]),
     ]
     first = records[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    return Table.of(records, columns, caption=f"{first['device_name']}; {versions}; speed-up of VLMs: of the prefill")
+    return Table.of(records, columns, caption=f"{first['device_name']}; {versions}; speed-up of VLMs: of the prefill; {_BUSY}")
 
 
 def markdown(records: Sequence[Record], left: Sequence[str]) -> str:

@@ -40,7 +40,7 @@ evaluate.command("zeroshot")(evaluate_zeroshot)
 app.command("bench-suite")(bench_suite)
 app.command("configs")(list_configs)
 app.command("published")(run_published)
-app.command("book", hidden=True, deprecated=True)(run_published)  # its name in 0.1
+app.command("book", hidden=True, deprecated=True, help="Called published now.")(run_published)  # its name in 0.1
 app.command("export")(write_onnx)
 app.command("matrix")(print_matrix)
 app.command("run")(run)
@@ -151,6 +151,8 @@ def bench(
     runs.prepared(output, [model, *method])
     if runtime not in (torch_alone := "torch", *RUNTIMES):
         raise unknown("runtime", runtime, [torch_alone, *RUNTIMES])
+    if dynamic and compiled is None:
+        raise ConfigError("--dynamic goes with --compile MODE")
     how = None if compiled is None else Compiler(compiled, True if dynamic else None)
     net = load_model(model, pretrained, img_size, seed)
     if how is not None and (runtime in RUNTIMES or vlm_targets(net)):

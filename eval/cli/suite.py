@@ -28,5 +28,5 @@ def bench_suite(
     for line in left:
         console.print(f"not run: {line}", highlight=False, soft_wrap=True)
     console.print(f"results.jsonl and table.md are in {folder}", highlight=False)
-    if not records:
+    if not records or any("minutes were over" not in line for line in left):
         raise typer.Exit(2)

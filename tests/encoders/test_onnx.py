@@ -92,8 +92,18 @@ def test_what_has_no_file_is_refused(tmp_path):
         vtok.export.onnx(model, x[:1], path)
     with pytest.raises(vtok.ConfigError, match="got str"):
         vtok.export.onnx(model, "image.png", path)
-    with pytest.raises(vtok.ConfigError, match="opset is 18 or newer"):
-        vtok.export.onnx(model, x, path, opset=11)
+    for opset in (11, "20"):
+        with pytest.raises(vtok.ConfigError, match="opset is a whole number, 18 or newer"):
+            vtok.export.onnx(model, x, path, opset=opset)
+    for other in (torch.randn(2, 3, 40, 40), x[0][None].long().expand(2, -1, -1, -1), {"pixel_values": x}):
+        with pytest.raises(vtok.ConfigError, match="does not run on this example"):
+            vtok.export.onnx(model, other, path)
+    with pytest.raises(vtok.UnsupportedModelError, match="no bfloat16"):
+        vtok.export.onnx(build("timm: ViT", torch.bfloat16).eval(), x.bfloat16(), path)
+    model.blocks[0].train()
+    with pytest.raises(vtok.StateError, match="or a part of it"):
+        vtok.export.onnx(model, x, path)
+    model.eval()
     with pytest.raises(vtok.ConfigError, match="cannot be written"):
         vtok.export.onnx(model, x, tmp_path)
     with pytest.raises(vtok.UnsupportedModelError, match="holds nothing that vtok can patch"):
@@ -101,8 +111,9 @@ def test_what_has_no_file_is_refused(tmp_path):
     assert path.read_text() == "what stood there"
 
 
-def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
-    class Doubled:
+@pytest.mark.parametrize("wrong", [lambda out: 2 * out, lambda out: np.full_like(out, np.nan)])
+def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch, wrong):
+    class Wrong:
         def __init__(self, session):
             self.session = session
 
@@ -110,14 +121,16 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
             return self.session.get_inputs()
 
         def run(self, *args):
-            return [2 * out for out in self.session.run(*args)]
+            return [wrong(out) for out in self.session.run(*args)]
 
     model, x = build("timm: ViT"), images("timm: ViT")
     del model.blocks[1:]
     session = vtok.export._session
-    monkeypatch.setattr(vtok.export, "_session", lambda path: Doubled(session(path)))
+    monkeypatch.setattr(vtok.export, "_session", lambda path: Wrong(session(path)))
     with pytest.raises(vtok.StateError, match="differ from the model's"):
         vtok.export.onnx(model.eval(), x, tmp_path / "m.onnx")
+    with pytest.raises(vtok.StateError, match="no numbers on this example"):
+        vtok.export.onnx(model, x * float("nan"), tmp_path / "m.onnx", dynamic_batch=False)
     assert list(tmp_path.iterdir()) == []
 
 

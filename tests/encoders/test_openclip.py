@@ -36,7 +36,9 @@ def coca(**vision):
     pool = {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 6, "output_tokens": True}
     decoder = {**TEXT, "width": 16, "dim_head": 8, "n_queries": 6, "attn_pooler_heads": 2}
     text = {**TEXT, "width": 16, "embed_cls": True, "output_tokens": True}
-    return open_clip.CoCa(16, decoder, text, {**VISION, **pool, **vision}).eval()
+    model = open_clip.CoCa(16, decoder, text, {**VISION, **pool, **vision}).eval()
+    torch.nn.init.normal_(model.text_decoder.text_projection, std=0.25)  # open_clip leaves it as the memory was
+    return model
 
 
 def pictures(batch=3):

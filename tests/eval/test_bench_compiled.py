@@ -49,6 +49,8 @@ def test_what_cannot_be_compiled_is_refused():
         Compiler("reduce-overheads")
     refused = CliRunner().invoke(app, ["bench", "reference", "tome", "--runtime", "onnxruntime", "--compile", "default"])
     assert "--compile is for vision encoders that torch runs" in str(refused.exception)
+    refused = CliRunner().invoke(app, ["bench", "reference", "tome", "--dynamic"])
+    assert "--dynamic goes with --compile" in str(refused.exception)
 
 
 @pytest.mark.compile

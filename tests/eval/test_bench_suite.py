@@ -35,6 +35,8 @@ def test_goes_on_where_it_stopped(tmp_path):
     assert again == records and len(told) == 4, "only what failed is tried again"
     page = (out / "table.md").read_text()
     assert page.count("tome(r=4)") == 2 and "Not run:" in page
+    busy, calm = ({**records[0], "baseline_check": {"ok": ok}} for ok in (False, True))
+    assert [row[5].endswith(" †") for row in suite.table([busy, calm]).rows] == [True, False]
     assert len([json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]) == 2
 
 

@@ -182,7 +182,8 @@ def dart_select(hidden: Tensor, keys: Tensor, layout: Layout, config: DART) -> T
     visual = layout.visual
     place, real = choose_pivots(key_norms(keys), visual, layout.after_image, config)
     if config.visits == "set":
-        place = place.gather(1, visiting_order(place, real))
+        start = layout.real.int().argmax(1, keepdim=True)  # a set orders numbers as they are: those of the prompt alone
+        place = place.gather(1, visiting_order(place - start, real))
     own = torch.zeros_like(visual).scatter(1, place, True) & visual
     n = visual.sum(1)
     if config.keep_tokens is not None:

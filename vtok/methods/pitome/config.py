@@ -112,7 +112,7 @@ class PiToMe(MethodConfig):
             raise ConfigError(f"alpha must be a number >= 0, got {shown(self.alpha)}")
         if self.metric is not None and self.metric not in METRICS:
             raise ConfigError(f"metric must be one of {', '.join(METRICS)}, got {shown(self.metric)}")
-        if self.protect is not None and self.protect not in PROTECT:
+        if self.protect is not None and not (isinstance(self.protect, str) and self.protect in PROTECT):
             raise ConfigError(f"protect must be one of {', '.join(PROTECT)}, got {shown(self.protect)}")
         if self.prop_attn is not None:
             flag(self.prop_attn, "prop_attn")

@@ -57,9 +57,15 @@ class UnmaskedImages(StemHook):
     the caller gave images alone, that mask hides nothing."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            given = sum(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
-            self.run.unmasked = given == 1
+        given = sum(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
+        self.run.unmasked = torch.compiler.is_compiling() and given == 1
+
+
+class UnmaskedImagesEnd(StemHook):
+    """Forward hook of a tower: what is known of a call's masks says nothing of blocks that are called without the tower."""
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.run.unmasked = False
 
 
 class StatedStem(StemHook):

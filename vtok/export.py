@@ -282,9 +282,9 @@ def _difference(model: nn.Module, path: Path, inputs: Any, example: tuple[Tensor
     if not all(t.isfinite().all() for t in wanted):
         raise StateError("the model gives no numbers on this example (NaN or infinite): nothing to compare a file with")
     try:
-        session = _session(path)
+        opened = session(path)
         arrays = [t.detach().cpu().numpy() for t in example]
-        found = session.run(None, {one.name: array for one, array in zip(session.get_inputs(), arrays)})
+        found = opened.run(None, {one.name: array for one, array in zip(opened.get_inputs(), arrays)})
     except (VtokError, KeyboardInterrupt):
         raise
     except Exception as error:  # onnxruntime has a class of its own for every kind of failure
@@ -302,11 +302,16 @@ def _difference(model: nn.Module, path: Path, inputs: Any, example: tuple[Tensor
     return max(shares)
 
 
-def _session(path: Path) -> Any:
+def session(path: Path, threads: int = 0) -> Any:
+    """A file opened in onnxruntime on the CPU; 0 threads = as many as it takes by itself.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+    """
     try:
         import onnxruntime
     except ImportError as error:
         raise MissingExtraError("onnxruntime", "onnx") from error
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -30,6 +30,7 @@ from vtok.eval.common.settings import (
     model_name,
     pass_cost,
     resolved_params,
+    to_device,
     weight_sharing_copy,
 )
 
@@ -74,7 +75,7 @@ def measure_exported(
     images = images.float().cpu()
     size = (images.shape[1], images.shape[2], images.shape[3])
     with evaluating(model), TemporaryDirectory() as folder, torch.inference_mode():
-        base = model.float().cpu()
+        base = to_device(model, torch.float32, "cpu")
         patched = [setting.apply(weight_sharing_copy(base), size) for setting in chosen]
         sessions = []
         for number, one in enumerate((base, *patched)):
@@ -113,13 +114,7 @@ def measure_exported(
 
 def onnxruntime(path: Path, threads: int) -> Session:
     """The file in onnxruntime, on the CPU."""
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise MissingExtraError("onnxruntime", "onnx") from error
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = export.session(path, threads)
     name = session.get_inputs()[0].name
     return lambda array: session.run(None, {name: array})
 

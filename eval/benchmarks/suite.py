@@ -143,7 +143,7 @@ def run(
             f", compiled ({benchmark['compile']})" if benchmark["compile"] else ""
         )
         key = key_of(benchmark | here)
-        found = [record for record in done if record["suite_key"] == key]
+        found = [record for record in done if record.get("suite_key") == key]
         if found:
             records += found
             continue
@@ -154,8 +154,9 @@ def run(
         try:
             for number, result in enumerate(_measured(benchmark, models, device)):
                 found.append({"key": f"{key}-{number}", "suite_key": key, "compile": benchmark["compile"], **asdict(result)})
-        except (VtokError, torch.OutOfMemoryError) as error:
-            left.append(f"{title}: {brief(error)}")
+        except Exception as error:  # out of memory, a compiler, a kernel: the others run all the same
+            kind = "" if isinstance(error, VtokError) else f"{type(error).__name__}: "
+            left.append(f"{title}: {kind}{brief(error)}")
             continue
         kept.extend(found)
         records += found

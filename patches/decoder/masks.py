@@ -54,10 +54,10 @@ def stored_in(layer: Any, index: int) -> int:
     """The decoder layer whose keys and values a layer attends to: its own, or, where later layers share those of earlier ones,
     the last of the same kind that stores any.
     """
-    attention = getattr(layer, "self_attn", None)
+    attention: Any = getattr(layer, "self_attn", None)
     if not getattr(attention, "is_kv_shared_layer", False):
         return index
-    config: Any = attention.config  # type: ignore[union-attr]
+    config = attention.config
     kinds = config.layer_types
     return max(i for i, mode in enumerate(config.kv_sharing_modes) if mode == "store" and kinds[i] == kinds[index])
 

@@ -15,7 +15,7 @@ from vtok.patches.hf_vision.tables import ATTENTIONS, BLOCKS, OWNERS, TOWERS, Ow
 from vtok.patches.macs import block_cost, linear_macs, position_macs
 from vtok.patches.pooling import PoolBias
 from vtok.patches.protocol import Block, Example, Tower, look_up, qualified_name
-from vtok.patches.stems import ConvStem, StatedStem, UnmaskedImages
+from vtok.patches.stems import ConvStem, StatedStem, UnmaskedImages, UnmaskedImagesEnd
 
 
 class HfAdapter:
@@ -80,6 +80,7 @@ class HfAdapter:
         if stepwise:
             module.register_forward_pre_hook(WholeAttentions(stepwise), with_kwargs=True)
         module.register_forward_pre_hook(UnmaskedImages(run), with_kwargs=True)
+        module.register_forward_hook(UnmaskedImagesEnd(run))
         if spec.shapes:
             embeddings = module.get_submodule(spec.embed.rpartition(".")[0])
             embeddings.register_forward_pre_hook(StatedStem(run, spec.shapes, 1), with_kwargs=True)

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from zoo import SETTINGS, STATIC, WITHOUT_CLS, attach, build, images
 
 import vtok
-from vtok.eval.benchmarks.exported import RUNTIMES
+import vtok.targets.resolve
+from vtok.eval.benchmarks.exported import RUNTIMES, measure_exported
 from vtok.eval.cli.app import app
 from vtok.registry import encoder_methods
 
@@ -72,6 +73,21 @@ def test_strict_export(method):
         assert (exported(other) - outputs(model, other)[0]).abs().max() <= 1e-5
 
 
+def test_a_traced_call_without_a_mask_says_nothing_of_later_ones():
+    """Blocks that are compiled without their tower see the masks that they are given."""
+    model = build("transformers: CLIP tower").eval()
+    vtok.patch(model, "tome", r=4)
+    torch.compile(model, backend="eager")(images("transformers: CLIP tower"))
+    assert vtok.targets.resolve.run_of(model).unmasked is False
+
+
+def test_times_of_files_leave_the_model_as_it_was():
+    model = build("timm: ViT", torch.float16).eval()
+    del model.blocks[1:]
+    (result,) = measure_exported(model, images("timm: ViT"), [("tome", {"r": 2})], runtime="onnxruntime", pairs=5)
+    assert next(model.parameters()).dtype == torch.float16 and result.kernel["patched"] == "onnxruntime"
+
+
 def test_what_has_no_file_is_refused(tmp_path):
     path = tmp_path / "m.onnx"
     path.write_text("what stood there")
@@ -125,8 +141,8 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch, 
 
     model, x = build("timm: ViT"), images("timm: ViT")
     del model.blocks[1:]
-    session = vtok.export._session
-    monkeypatch.setattr(vtok.export, "_session", lambda path: Wrong(session(path)))
+    session = vtok.export.session
+    monkeypatch.setattr(vtok.export, "session", lambda path: Wrong(session(path)))
     with pytest.raises(vtok.StateError, match="differ from the model's"):
         vtok.export.onnx(model.eval(), x, tmp_path / "m.onnx")
     with pytest.raises(vtok.StateError, match="no numbers on this example"):

@@ -10,7 +10,9 @@ from vlm_zoo import assert_same, build, generate, inputs
 import vtok
 from vtok.core.prompt import POSITIONS
 from vtok.methods.preset import Official
+from vtok.patches.hf_vlm.families import examples
 from vtok.registry import METHODS
+from vtok.testing import tiny
 
 OFFICIAL = [name for name in METHODS if issubclass(METHODS.get(name), Official)]
 KEEPS = ("dart", "evs", "fastv")  # whose programs keep positions
@@ -25,6 +27,20 @@ def given(method: str) -> dict[str, Any]:
 
 def positions(model: Any) -> str:
     return vtok.info(model).prompts[0].positions
+
+
+@pytest.mark.parametrize("pad", [3, 8, 13])
+def test_padding_decides_nothing_for_darts_set(pad: int) -> None:
+    """The order of a set hangs on its numbers: those of the prompt, not of the padded batch."""
+    example = examples()["Qwen2.5-VL"]
+    model = tiny.build_vlm(example)
+    alone = tiny.alone(model, example.inputs(model, torch.Generator().manual_seed(0)))[0]
+    vtok.patch(model, "dart", keep=0.5, preset="official")
+    length = alone["input_ids"].shape
+    padded = {k: torch.cat([t.new_zeros(1, pad), t], 1) if t.shape[:2] == length else t for k, t in alone.items()}
+    with torch.no_grad():
+        wanted, found = (model(**values).logits[:, -1] for values in (alone, padded))
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 def test_every_method_of_the_field_has_one() -> None:

@@ -33,6 +33,7 @@ from vtok.patches.decoder.kv_cache import (
     check_origin,
     compact,
     detach_state,
+    is_traced_step,
     renumbered,
     state_of,
     take,
@@ -66,9 +67,11 @@ class BeforeModel(PrunerHook):
     leads: ClassVar[bool] = True
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        running = self.pruner.open()
         kwargs = hf.renamed(dict(zip(inspect.signature(module.forward).parameters, args), **kwargs))
+        if is_traced_step(kwargs) and kwargs.get("input_ids") is not None and not hf.carries_images(kwargs):
+            return (), kwargs
         cache = cache_in(kwargs)
+        running = self.pruner.open(cache)
         running.real = masks.seen_columns(kwargs.get("attention_mask"))
         if state_of(cache) is not None and cached_length(cache) == 0:
             detach_state(cache)
@@ -145,7 +148,9 @@ class AfterModel(PrunerHook):
 
     leads: ClassVar[bool] = True
 
-    def __call__(self, module: Any, args: Any, output: Any) -> None:
+    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if is_traced_step(kwargs):
+            return
         running = self.pruner.current
         missed = output is not None and running is not None and running.prunes and not running.reached
         self.pruner.close(failed=output is None or missed)
@@ -157,6 +162,8 @@ class BeforeText(PrunerHook):
     """Shortens what enters the LLM; for later text, makes mask and positions fit the shortened cache."""
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        if is_traced_step(kwargs):
+            return self._traced(args, kwargs)
         running = self.pruner.current
         cache = cache_in(kwargs)
         if running is None:
@@ -178,6 +185,21 @@ class BeforeText(PrunerHook):
         if running.prunes:
             return self._first(module, args, kwargs, running, state)
         return (args, self._later(kwargs, running, state, cache)) if state.before is not None else None
+
+    def _traced(self, args: Any, kwargs: dict[str, Any]) -> Call | None:
+        cache = cache_in(kwargs)
+        state = state_of(cache)
+        if state is None:
+            return None
+        x = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+        position = kwargs.get("position_ids")
+        if position is None:
+            first = type(cache).get_seq_length(cache, 0) + state.missing(0)
+            position = torch.arange(x.shape[1], device=x.device)[None] + first
+        if state.compact:
+            position = position - state.now(state.dropped, x.shape[0]).to(x.device)
+        state.inside = True
+        return args, {**kwargs, "position_ids": position, **riders.whole_pass(kwargs)}
 
     def _first(self, text: Any, args: Any, kwargs: dict[str, Any], running: PassState, state: PromptState) -> Call | None:
         x = kwargs["inputs_embeds"]
@@ -257,11 +279,20 @@ class AfterText(PrunerHook):
     """Gives the head as many columns as the caller passed, so that logits, labels and losses have the length of the prompt."""
 
     def __call__(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        cache = cache_in(kwargs)
+        if is_traced_step(kwargs):
+            state = state_of(cache)
+            if state is None:
+                return None
+            state.inside = False
+            return outputs.whole(module, output, state, False)
         running = self.pruner.current
         if running is None or running.state is None:
             return None
         state = running.state
         state.inside = False
+        if running.prunes and state_of(cache) is state and layer_calls.can_trace(module, cache, state):
+            state.lay_tables(cache)
         return outputs.whole(module, output, state, running.prunes, running.turn)
 
 
@@ -273,7 +304,11 @@ class BeforeLayer(PrunerHook):
         self.index = index
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        running, cache = self.pruner.current, cache_in(kwargs)
+        cache = cache_in(kwargs)
+        if is_traced_step(kwargs):
+            known = state_of(cache)
+            return None if known is None else (args, layer_calls.of_traced_step(module, self.index, kwargs, known))
+        running = self.pruner.current
         if self.index == 0 and running is not None and unknown(cache) and cached_length(cache) == 0:
             vouch(cache)
         if running is None or running.state is None:  # text alone, or a checkpoint that computes the layer again

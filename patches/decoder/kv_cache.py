@@ -25,6 +25,7 @@ else:
 
 _NAME = "_vtok"
 _WHOLE = "_vtok_whole"
+_BUSY = "_vtok_busy"
 CACHES = ("cache", "past_key_values")  # the keyword since transformers 5.24, and before
 
 
@@ -72,6 +73,7 @@ class PromptState:
         self.inside = False  # whether the LLM is running: it counts what is stored, everybody else the whole prompt
         self.sample: Tensor | None = None  # [B, L] int64, sample of each column, where a row holds several (decoder_packed)
         self.order: Tensor | None = None
+        self.tables: dict[int, Tensor] | None = None  # layer -> column of each slot, see `lay_tables`
 
     def move(self, device: torch.device) -> None:
         """Goes where the LLM goes on."""
@@ -79,6 +81,20 @@ class PromptState:
         self.before = None if self.before is None else self.before.to(device)
         self.between = {layer: stage.to(device) for layer, stage in self.between.items()}
         self.sample = None if self.sample is None else self.sample.to(device)
+
+    def lay_tables(self, cache: Any) -> None:
+        """Writes down, for every layer of a static cache that misses columns, which column of prompt and text each of its
+        slots holds or will hold: [B, slots] int64, -1 = padding. A compiled step then has nothing to count.
+        """
+        self.tables, made = {}, {}
+        for i, layer in enumerate(cache.layers):
+            stage = self.at(i)
+            if stage is None:
+                continue
+            if id(stage) not in made:
+                text = torch.arange(layer.keys.shape[2] - stage.column.shape[1], device=stage.column.device) + self.length
+                made[id(stage)] = torch.cat([stage.column, text.expand(len(stage.column), -1)], 1)
+            self.tables[i] = made[id(stage)].to(layer.keys.device)
 
     def reorder(self, rows: Tensor) -> None:
         """Rows of the cache were gathered: row i is what was row `rows[i]`; bool = those that stay."""
@@ -150,6 +166,8 @@ class _Length:
     @staticmethod
     def _whole(cache: ShortCache, own: Any, layer_idx: int = 0) -> Any:
         count, state = own(cache, layer_idx), cache.known
+        if state.tables is not None and not state.inside:  # a static cache counts in tensors: not to be read on the host
+            return count + state.missing(layer_idx)
         return count if state.inside or int(count) == 0 else count + state.missing(layer_idx)
 
 
@@ -170,6 +188,8 @@ class ShortCache(_Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         keys, offset = super().get_mask_sizes(query_length, layer_idx)
         state = self.known
+        if state.tables is not None and not state.inside:  # a key for every column that a slot can ever hold
+            return keys + state.missing(layer_idx), offset
         if state.inside or state.at(layer_idx) is None or cached_length(self, layer_idx) == 0:
             return keys, offset
         return max(int(keys), cached_length(self, layer_idx) + state.missing(layer_idx) + query_length), 0
@@ -235,6 +255,27 @@ def detach_state(cache: Any) -> None:
         cache.__dict__.pop(name, None)
     if isinstance(cache, ShortCache):
         cache.__class__ = type(cache).__bases__[1]
+
+
+def is_traced_step(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call is being compiled that reads text behind a prompt in a static cache, of which all is known beforehand.
+
+    Nothing of this thread is looked at then, and no value of a tensor. What a pass that is under way reads is none.
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    cache = cache_in(kwargs)
+    if not getattr(cache, "is_compileable", False) or _BUSY in cache.__dict__:
+        return False
+    return cache.known.tables is not None if isinstance(cache, ShortCache) else _WHOLE in cache.__dict__
+
+
+def mark_busy(cache: Any, busy: bool) -> None:
+    """Notes on a cache that a pass which looks at its contents is under way, or has ended."""
+    if busy and cache is not None:
+        cache.__dict__[_BUSY] = True
+    elif cache is not None:
+        cache.__dict__.pop(_BUSY, None)
 
 
 def cached_length(cache: Any, layer: int = 0) -> int:

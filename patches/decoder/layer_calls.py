@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vtok.errors import UnsupportedModelError
 from vtok.patches.decoder import masks
 from vtok.patches.decoder import packed_rows as packed
 from vtok.patches.decoder.kv_cache import PromptState, Stage, cached_length, take
@@ -84,6 +85,31 @@ def of_later_text(
     key = ("text", id(stage), count, int(keys), int(offset), window)
     running.masks[index] = shared = _once(running, key, None, build)
     return {**kwargs, "attention_mask": shared}
+
+
+def can_trace(text: Any, cache: Any, state: PromptState) -> bool:
+    """Whether later text behind a shortened prompt can be read without counting what a static cache holds.
+
+    Windows, whose static caches let slots go, packed rows, and positions that layers renumber are counted step by step.
+    """
+    if not getattr(cache, "is_compileable", False) or state.sample is not None or any(getattr(cache, "is_sliding", ())):
+        return False
+    renumbers = state.compact and bool(state.between)
+    return not renumbers and not masks.is_flash(text.config._attn_implementation)
+
+
+def of_traced_step(layer: Any, index: int, kwargs: dict[str, Any], state: PromptState) -> dict[str, Any]:
+    """A layer's keywords for text in a compiled step: the caller's mask, which has a key a column, with a key a slot."""
+    assert state.tables is not None
+    column, mask = state.tables.get(masks.stored_in(layer, index)), kwargs.get("attention_mask")
+    if column is None:
+        return kwargs
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        raise UnsupportedModelError(
+            f"a compiled step of text behind a shortened prompt needs the 4-D mask that generate() makes for static caches, "
+            f"and decoder layer {index} was given {type(mask).__name__}; leave compilation out, or use vtok.prune_inputs"
+        )
+    return {**kwargs, "attention_mask": masks.by_slots(mask, state.now(column, len(mask)))}
 
 
 def of_turn(

@@ -184,6 +184,18 @@ def text_mask(
     return formed(allowed[:, None], like, implementation, keys, None)
 
 
+def by_slots(mask: Tensor, column: Tensor) -> Tensor:
+    """The mask [B, 1, Q, columns] of later text with one key a slot: [B, 1, Q, slots].
+
+    Args:
+        mask: bool or additive, of prompt and text; what is not there yet is hidden.
+        column: [B, slots] int64, -1 = padding.
+    """
+    there = (column >= 0) & (column < mask.shape[-1])
+    index = column.clamp(0, mask.shape[-1] - 1)[:, None, None].expand(-1, *mask.shape[1:3], -1)
+    return _hidden(mask.gather(3, index), ~there[:, None, None])
+
+
 def formed(allowed: Tensor, like: Tensor, implementation: str, keys: int, real: Tensor | None) -> Tensor:
     """A bool mask [B, 1, Q, <= K] in the form that attention takes; keys that are not there yet are hidden."""
     if is_flash(implementation):

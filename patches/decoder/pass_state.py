@@ -22,7 +22,7 @@ from vtok.config import MethodConfig
 from vtok.core.prompt import Entry, LayerAttention, VLMReducer
 from vtok.core.tokens import Site
 from vtok.errors import StateError
-from vtok.patches.decoder.kv_cache import PromptState, Stage, to_places
+from vtok.patches.decoder.kv_cache import PromptState, Stage, mark_busy, to_places
 from vtok.patches.hf_vlm.encoded import note_of
 from vtok.patches.hf_vlm.families import Family
 from vtok.patches.hf_vlm.tower_bridge import TowerBridge
@@ -96,6 +96,7 @@ class PassState:
         entry: what entered the LLM, if a method looks at it.
         reached: whether the LLM has been called.
         shape: (rows, columns) of what it was called with; hidden states of some LLMs have more dimensions.
+        cache: that the model was called with.
     """
 
     prunes: bool = False
@@ -122,6 +123,7 @@ class PassState:
     entry: Entry | None = None
     reached: bool = False
     shape: tuple[int, int] | None = None
+    cache: Any = None
 
     def move(self, device: torch.device) -> None:
         """The layers of an LLM may be spread over devices: what is known of the prompt goes along with its hidden states."""
@@ -271,8 +273,9 @@ class Pruner:
         """This thread's running pass."""
         return self._stack[-1] if self._stack else None
 
-    def open(self) -> PassState:
-        self._stack.append(PassState())
+    def open(self, cache: Any) -> PassState:
+        mark_busy(cache, True)
+        self._stack.append(PassState(cache=cache))
         return self._stack[-1]
 
     def close(self, failed: bool = False) -> None:
@@ -280,6 +283,7 @@ class Pruner:
         if not self._stack:
             return
         ended = self._stack.pop()
+        mark_busy(ended.cache, False)
         state = ended.state
         if state is not None:
             state.inside = False

@@ -81,7 +81,7 @@ def _merging(generator: Any) -> Any:
 def install(model: nn.Module, vlm: VLM, pruner: Pruner) -> None:
     """Hooks the model; nothing is hooked if nothing would be dropped, apart from a marker that carries the configs."""
     vlm.module.register_forward_pre_hook(hooks.BeforeModel(pruner), with_kwargs=True)
-    vlm.module.register_forward_hook(hooks.AfterModel(pruner), always_call=True)
+    vlm.module.register_forward_hook(hooks.AfterModel(pruner), with_kwargs=True, always_call=True)
     if not pruner.acts:
         return
     if vlm.family.tower:

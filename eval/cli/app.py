@@ -12,6 +12,7 @@ import vtok
 from vtok.errors import ConfigError, MissingExtraError, brief, shown, unknown
 from vtok.eval.cli.clip import evaluate_retrieval, evaluate_zeroshot
 from vtok.eval.cli.export import write_onnx
+from vtok.eval.cli.growth import bench_growth
 from vtok.eval.cli.imagenet import evaluate_imagenet
 from vtok.eval.cli.matrix import print_matrix
 from vtok.eval.cli.published import list_configs, run_published
@@ -37,6 +38,7 @@ evaluate.command("imagenet")(evaluate_imagenet)
 evaluate.command("retrieval")(evaluate_retrieval)
 evaluate.command("vqa")(evaluate_vqa)
 evaluate.command("zeroshot")(evaluate_zeroshot)
+app.command("bench-growth")(bench_growth)
 app.command("bench-suite")(bench_suite)
 app.command("configs")(list_configs)
 app.command("published")(run_published)

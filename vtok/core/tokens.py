@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+LARGEST = 2**22  # numbers of a matrix of tokens by tokens that is built whole; 16 MiB in fp32
+
 
 class Place(Enum):
     """Where in a model tokens may be reduced."""
@@ -134,12 +136,37 @@ class AttentionView(NamedTuple):
         return logits.softmax(-1)
 
     def received(self, keep: Tensor | None = None) -> Tensor:
-        """[B, H, N]: attention that a token receives, averaged over the (unpadded) queries. Builds the N x N matrix."""
+        """[B, H, N]: attention that a token receives, averaged over the (unpadded) queries; rows of N x N, block by block."""
+        assert self.q is not None
+        blocks = row_blocks(self.q, self.q.shape[-2])
+        if len(blocks) > 1:
+            return self._received_from(blocks, keep)
         probs = self.probs()
         if keep is None:
             return probs.mean(-2)
         weight = keep.to(probs.dtype)[:, None, None]  # [B, 1, 1, N]
         return (weight @ probs).squeeze(-2) / weight.sum(-1)
+
+    def _received_from(self, blocks: tuple[Tensor, ...], keep: Tensor | None) -> Tensor:
+        """As `received`, of queries that are looked at block by block."""
+        total: Any = 0.0
+        start = 0
+        for q in blocks:
+            rows = slice(start, start + q.shape[-2])
+            bias = self.bias if self.bias is None or self.bias.shape[-2] == 1 else self.bias[..., rows, :]
+            probs = self._replace(q=q, bias=bias).probs()
+            total = total + (probs if keep is None else probs * keep[:, None, rows, None]).sum(-2)
+            start = rows.stop
+        return total / (start if keep is None else keep.sum(-1).to(total.dtype)[:, None, None])
+
+
+def row_blocks(t: Tensor, columns: int) -> tuple[Tensor, ...]:
+    """t [..., rows, d] in blocks of rows, of which products with so many others are made one after the other.
+
+    A matrix of up to `LARGEST` numbers is built whole: there is one block then, `t` itself.
+    """
+    rows = t.shape[-2]
+    return (t,) if rows * columns <= LARGEST else t.split(max(1, LARGEST // (4 * columns)), -2)
 
 
 def at_least_fp32(t: Tensor) -> Tensor:

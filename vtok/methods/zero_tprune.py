@@ -28,6 +28,7 @@ from vtok.core.tokens import AttentionView, Place, Site, TokenState
 from vtok.errors import ConfigError, shown
 from vtok.ops.duplicates import METRICS, PARTITIONS, most_similar, split_halves
 from vtok.ops.graph import importance
+from vtok.ops.room import check_room
 from vtok.ops.rows import rows_where, with_prefix
 
 # A schedule for DeiT-S that meets the 3.08 GFLOPs of the paper's ablation table (0-based blocks of 12; 196 patches). The paper
@@ -55,6 +56,8 @@ class ZeroTPrune(MethodConfig):
             important one, `"alternate"` odd ranks, or `"random"`.
         metric: similarity of keys: `"cos"` (paper's choice), `"dot"`, `"manhattan"`, `"euclidean"`, `"minkowski3"` to `5`,
             `"chebyshev"`.
+
+    Every pruning layer holds two H x N x N maps of each image; where they do not fit, it is refused.
 
     On the reference DINOv2 (`vtok.eval.models.dinov2`) the choice is worth no more than tokens drawn at random at the same
     places, and a few large steps cost more than small ones in every block. The S-stage is as good as chance; the I-stage is
@@ -310,8 +313,15 @@ class ZeroTPruneReducer(Reducer):
         patches = x.shape[1] - state.num_prefix
         if step.counts(patches)[1] == patches:
             return None
-        attn = view.probs(tau=self.tau)
         assert view.k is not None
+        if not torch.compiler.is_compiling():  # which knows no sizes that a device may lack room for
+            check_room(
+                2 * 4 * len(x) * self.num_heads * x.shape[1] ** 2,  # logits and probabilities, in fp32
+                x.device,
+                "zero_tprune reads the attention of every token to every other one in every head; use smaller batches or images, "
+                "or tome, pitome or ats, which need no such map",
+            )
+        attn = view.probs(tau=self.tau)
         return prune_plan(
             attn,
             view.k,

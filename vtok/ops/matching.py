@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtok.core.tokens import at_least_fp32
+from vtok.core.tokens import at_least_fp32, row_blocks
 from vtok.ops.rows import prefix_rows
 
 
@@ -19,9 +19,14 @@ def unit(t: Tensor) -> Tensor:
 
 
 def best_partner(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """For every unit vector a [B, a, d] the largest cosine to any of b [B, b, d], and where: ([B, a], [B, a])."""
-    score, partner = (a @ b.transpose(-1, -2)).max(-1)
-    return score, partner
+    """For every unit vector a [B, a, d] the largest cosine to any of b [B, b, d], and where: ([B, a], [B, a]).
+
+    Many rows are compared block by block: memory grows as a + b then, not as a x b.
+    """
+    found = [(rows @ b.transpose(-1, -2)).max(-1) for rows in row_blocks(a, b.shape[-2])]
+    if len(found) == 1:
+        return found[0].values, found[0].indices
+    return torch.cat([best.values for best in found], -1), torch.cat([best.indices for best in found], -1)
 
 
 def bipartite_pairs(n: int, r: int, num_prefix: int) -> int:

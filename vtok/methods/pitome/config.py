@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vtok.capabilities import Info
 from vtok.config import MethodConfig, ModelInfo, Reducer, Schedule, flag, fraction
 from vtok.core.reduction import Plan
 from vtok.core.search_space import BudgetCandidates, Point, Space, Weights
-from vtok.core.tokens import AttentionView, Place, Site, TokenState
+from vtok.core.tokens import AttentionView, Place, Site, TokenState, row_blocks
 from vtok.errors import ConfigError, shown
 from vtok.methods.pitome.presets import BSM, HIDDEN, METRICS, PAPER, PRESETS, PROTECT, SORTED_BSM
 from vtok.methods.tome import check_merge_count
@@ -187,7 +186,7 @@ def merge_count(t: int, ratio: float, num_prefix: int = 0) -> int:
 def energy_score(metric: Tensor, margin: float, alpha: float = 1.0) -> Tensor:
     """How large a cluster of similar tokens each token sits in: E_i = mean_j ELU_alpha(cos(v_i, v_j) - m).
 
-    One T x T matrix is built, and rectified in place.
+    One T x T matrix is built, of many tokens a block of its rows at a time.
 
     Args:
         metric: [B, T, d].
@@ -201,8 +200,13 @@ def energy_score(metric: Tensor, margin: float, alpha: float = 1.0) -> Tensor:
 
 
 def _energy(m: Tensor, margin: float, alpha: float) -> Tensor:
-    similarity = m @ m.transpose(-1, -2)
-    return F.elu_(similarity.sub_(margin), alpha).mean(-1)
+    other, energies = m.transpose(-1, -2), []
+    for rows in row_blocks(m, m.shape[-2]):
+        x = (rows @ other).sub_(margin)
+        above = x.relu().sum(-1)
+        below = x.clamp_max_(0).exp_().sum(-1) - x.shape[-1]  # several times as fast as torch's ELU, which is scalar on CPUs
+        energies.append((above + alpha * below) / x.shape[-1])
+    return energies[0] if len(energies) == 1 else torch.cat(energies, -1)
 
 
 def energy_plan(metric: Tensor, k: int, margin: float, alpha: float, num_prefix: int) -> Plan | None:

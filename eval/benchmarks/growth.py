@@ -80,8 +80,8 @@ def _attention(tokens: int, width: int, calls: int) -> Grown:
 
 def _step(model: nn.Module, name: str, tokens: int, calls: int, beside: float) -> Grown:
     """What a method's reduction takes in one pass."""
-    size = model.get_submodule("patch_embed").img_size
-    image, spent, peaks = torch.randn(1, 3, *size), [0.0], [0]
+    side = PATCH * math.isqrt(tokens)
+    image, spent, peaks = torch.randn(1, 3, side, side), [0.0], [0]
 
     @contextmanager
     def clock(_: Any) -> Iterator[None]:
@@ -215,6 +215,14 @@ def _ends(results: Sequence[Grown], name: str) -> list[Grown]:
     return [ran[0], ran[-1]] if len(ran) > 1 else ran
 
 
+def _milliseconds(r: Grown) -> float:
+    return 1000 * r.seconds
+
+
+def _mebibytes(r: Grown) -> float:
+    return r.peak / _MIB
+
+
 def plot(kinds: Sequence[tuple[str, Sequence[Grown]]], path: Path) -> None:
     """Writes one picture: a row a kind of measurement, time on the left and memory on the right, both axes logarithmic."""
     import matplotlib
@@ -224,10 +232,7 @@ def plot(kinds: Sequence[tuple[str, Sequence[Grown]]], path: Path) -> None:
 
     figure, axes = plt.subplots(len(kinds), 2, figsize=(11, 4.4 * len(kinds)), squeeze=False)
     for row, (title, results) in zip(axes, kinds):
-        for axis, label, value in (
-            (row[0], "milliseconds", lambda r: 1000 * r.seconds),
-            (row[1], "peak MiB", lambda r: r.peak / _MIB),
-        ):
+        for axis, label, value in ((row[0], "milliseconds", _milliseconds), (row[1], "peak MiB", _mebibytes)):
             for i, name in enumerate(dict.fromkeys(r.method for r in results)):
                 ran = [(r.tokens, value(r)) for r in results if r.method == name and not r.refused and value(r) > 0]
                 look: dict[str, Any] = {"color": "black", "lw": 2.5} if name == ATTENTION else {"color": f"C{i % 10}"}

@@ -1,6 +1,5 @@
 """Growth of time and memory: every method is measured, memory of merging stays linear, refusals are told."""
 
-import pytest
 from typer.testing import CliRunner
 
 from vtok.core import tokens
@@ -31,7 +30,8 @@ def test_memory_of_merging_is_linear(monkeypatch):
 def test_prompts():
     results = growth.measure_prompts((16, 64), width=32, calls=1)
     assert {"divprune", "todre", "uniform", "visionzip", "fastv"} <= {r.method for r in results}
-    assert growth.exponent(results, "divprune", lambda r: r.share) == pytest.approx(0.5, abs=1)
+    share = {(r.method, r.tokens): r.share for r in results}
+    assert share["uniform", 64] == 0 < share["visionzip", 16] and share["divprune", 64] > share["divprune", 16] > 0
 
 
 def test_the_command(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Compiled steps of text behind a shortened prompt in a static cache, as generate() compiles them: one graph, and the same answer."""
+"""Compiled steps of text behind a shortened prompt in a static cache, as generate() compiles them: one graph, same answers."""
 
 import copy
 
@@ -103,7 +103,8 @@ def _step(model, cache, token, mask, position):
     """One step as generate() prepares it: a 4-D mask over the columns that the cache counts, made outside."""
     prepared = model.prepare_inputs_for_generation(
         torch.zeros(len(token), mask.shape[1], dtype=torch.long).index_copy(1, torch.tensor([mask.shape[1] - 1]), token),
-        cache=cache, attention_mask=mask, position_ids=position, is_first_iteration=False, next_sequence_length=1, use_cache=True,
+        cache=cache, attention_mask=mask, position_ids=position, is_first_iteration=False, next_sequence_length=1,
+        use_cache=True,
     )  # fmt: skip
     return {key: value for key, value in prepared.items() if value is not None}
 

@@ -318,8 +318,8 @@ class ZeroTPruneReducer(Reducer):
             check_room(
                 2 * 4 * len(x) * self.num_heads * x.shape[1] ** 2,  # logits and probabilities, in fp32
                 x.device,
-                "zero_tprune reads the attention of every token to every other one in every head; use smaller batches or images, "
-                "or tome, pitome or ats, which need no such map",
+                "zero_tprune reads the attention of every token to every other one in every head; use smaller batches or "
+                "images, or tome, pitome or ats, which need no such map",
             )
         attn = view.probs(tau=self.tau)
         return prune_plan(

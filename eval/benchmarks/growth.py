@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,7 +205,7 @@ def table(results: Sequence[Grown], share: str, title: str) -> Table:
         return " / ".join("-" if x is None else f"{x:.1f}" for x in found)
 
     columns = [Column("method", lambda name: name, left=True)]
-    columns += [Column(f"{size:,}", lambda name, size=size: cell(name, size)) for size in sizes]
+    columns += [Column(f"{size:,}", partial(cell, size=size)) for size in sizes]
     columns += [Column(f"of {share}", part), Column("grows as N^", grows)]
     caption = f"ms / peak MiB of one image; of {share}: at the smallest and the largest size"
     return Table.of(names, columns, title=title, caption=caption)

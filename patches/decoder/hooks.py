@@ -29,11 +29,8 @@ from vtok.patches.decoder.kv_cache import (
     attach_state,
     cache_in,
     cached_length,
-    check_kind,
-    check_origin,
     compact,
     detach_state,
-    is_traced_step,
     renumbered,
     state_of,
     take,
@@ -41,9 +38,10 @@ from vtok.patches.decoder.kv_cache import (
     unknown,
     vouch,
 )
+from vtok.patches.decoder.layer_calls import is_traced_step
 from vtok.patches.decoder.layout import decided, in_order, layout_of
 from vtok.patches.decoder.pass_state import PassState, Pruner, Recorded, TowerCall
-from vtok.patches.decoder.text_models import check_padding
+from vtok.patches.decoder.text_models import check_kind, check_origin, check_padding
 from vtok.patches.hf_vlm import image_features as hf
 from vtok.patches.hf_vlm.encoded import plain
 from vtok.patches.module_swap import Hook, brought
@@ -292,7 +290,7 @@ class AfterText(PrunerHook):
         state = running.state
         state.inside = False
         if running.prunes and state_of(cache) is state and layer_calls.can_trace(module, cache, state):
-            state.lay_tables(cache)
+            state.tables = layer_calls.slot_tables(state, cache)
         return outputs.whole(module, output, state, running.prunes, running.turn)
 
 

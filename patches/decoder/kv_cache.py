@@ -24,8 +24,8 @@ else:
     _Cache = object
 
 _NAME = "_vtok"
-_WHOLE = "_vtok_whole"
-_BUSY = "_vtok_busy"
+WHOLE = "_vtok_whole"
+BUSY = "_vtok_busy"
 CACHES = ("cache", "past_key_values")  # the keyword since transformers 5.24, and before
 
 
@@ -73,7 +73,7 @@ class PromptState:
         self.inside = False  # whether the LLM is running: it counts what is stored, everybody else the whole prompt
         self.sample: Tensor | None = None  # [B, L] int64, sample of each column, where a row holds several (decoder_packed)
         self.order: Tensor | None = None
-        self.tables: dict[int, Tensor] | None = None  # layer -> column of each slot, see `lay_tables`
+        self.tables: dict[int, Tensor] | None = None  # layer -> column of each slot of a static cache, see `slot_tables`
 
     def move(self, device: torch.device) -> None:
         """Goes where the LLM goes on."""
@@ -81,20 +81,6 @@ class PromptState:
         self.before = None if self.before is None else self.before.to(device)
         self.between = {layer: stage.to(device) for layer, stage in self.between.items()}
         self.sample = None if self.sample is None else self.sample.to(device)
-
-    def lay_tables(self, cache: Any) -> None:
-        """Writes down, for every layer of a static cache that misses columns, which column of prompt and text each of its
-        slots holds or will hold: [B, slots] int64, -1 = padding. A compiled step then has nothing to count.
-        """
-        self.tables, made = {}, {}
-        for i, layer in enumerate(cache.layers):
-            stage = self.at(i)
-            if stage is None:
-                continue
-            if id(stage) not in made:
-                text = torch.arange(layer.keys.shape[2] - stage.column.shape[1], device=stage.column.device) + self.length
-                made[id(stage)] = torch.cat([stage.column, text.expand(len(stage.column), -1)], 1)
-            self.tables[i] = made[id(stage)].to(layer.keys.device)
 
     def reorder(self, rows: Tensor) -> None:
         """Rows of the cache were gathered: row i is what was row `rows[i]`; bool = those that stay."""
@@ -251,31 +237,18 @@ def attach_state(cache: Any, state: PromptState) -> None:
 
 def detach_state(cache: Any) -> None:
     """Makes a cache an ordinary one again."""
-    for name in (_NAME, _WHOLE):
+    for name in (_NAME, WHOLE):
         cache.__dict__.pop(name, None)
     if isinstance(cache, ShortCache):
         cache.__class__ = type(cache).__bases__[1]
 
 
-def is_traced_step(kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call is being compiled that reads text behind a prompt in a static cache, of which all is known beforehand.
-
-    Nothing of this thread is looked at then, and no value of a tensor. What a pass that is under way reads is none.
-    """
-    if not torch.compiler.is_compiling():
-        return False
-    cache = cache_in(kwargs)
-    if not getattr(cache, "is_compileable", False) or _BUSY in cache.__dict__:
-        return False
-    return cache.known.tables is not None if isinstance(cache, ShortCache) else _WHOLE in cache.__dict__
-
-
 def mark_busy(cache: Any, busy: bool) -> None:
     """Notes on a cache that a pass which looks at its contents is under way, or has ended."""
     if busy and cache is not None:
-        cache.__dict__[_BUSY] = True
+        cache.__dict__[BUSY] = True
     elif cache is not None:
-        cache.__dict__.pop(_BUSY, None)
+        cache.__dict__.pop(BUSY, None)
 
 
 def cached_length(cache: Any, layer: int = 0) -> int:
@@ -285,54 +258,12 @@ def cached_length(cache: Any, layer: int = 0) -> int:
 
 def unknown(cache: Any) -> bool:
     """Whether nothing is known of what a cache holds."""
-    return cache is not None and state_of(cache) is None and not cache.__dict__.get(_WHOLE)
+    return cache is not None and state_of(cache) is None and not cache.__dict__.get(WHOLE)
 
 
 def vouch(cache: Any) -> None:
     """Notes on a cache that nothing is missing from it."""
-    cache.__dict__[_WHOLE] = True
-
-
-def check_kind(kwargs: Mapping[str, Any]) -> None:
-    """Raises if a call that would shorten its prompt brings a store of tokens that cannot hold a shortened one."""
-    if cache_in(kwargs) is None and any(kwargs.get(name) is not None for name in CACHES):
-        raise UnsupportedModelError(
-            "images were passed with a store of tokens that is no transformers Cache (continuous batching keeps those of many "
-            "requests side by side) and cannot hold a shortened prompt; use generate(), or vtok.prune_inputs"
-        )
-
-
-def check_origin(kwargs: Mapping[str, Any], generating: bool) -> None:
-    """Raises if a cache that holds text may be one that a shortened prompt filled and that lost what was known of it.
-
-    Args:
-        kwargs: of a call of a patched model. A 2-D mask says how many tokens the caller knows of.
-        generating: whether generate() made the call: it counts what is stored, so that its mask is no evidence.
-
-    Raises:
-        StateError: it may be.
-    """
-    cache = cache_in(kwargs)
-    if not unknown(cache) or cached_length(cache) == 0:
-        return
-    mask, count, known = kwargs.get("attention_mask"), cached_length(cache), 0
-    x = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
-    if isinstance(mask, Tensor) and mask.ndim == 2 and x is not None:
-        known = mask.shape[1] - x.shape[1]
-    sliding, layers = list(getattr(cache, "is_sliding", ())), range(len(getattr(cache, "layers", ())))
-    lengths = sorted({cached_length(cache, i) for i in layers if not (i < len(sliding) and sliding[i])})
-    if len(lengths) > 1:
-        found = f"its layers hold {lengths[0]} to {lengths[-1]} tokens"
-    elif generating or known <= 0:
-        found = f"nothing says how many tokens its {count} stand for"
-    elif known > count and not getattr(cache, "is_compileable", False):
-        found = f"it holds {count} tokens where attention_mask has {known}"
-    else:
-        return vouch(cache)
-    raise StateError(
-        f"the cache was not filled by this patched model, or was rebuilt from its tensors, and {found}: visual tokens may have "
-        "been dropped from it; pass the cache that the model returned or a deep copy of it, or read the prompt anew"
-    )
+    cache.__dict__[WHOLE] = True
 
 
 def compact(keep: Tensor) -> tuple[Tensor, bool]:

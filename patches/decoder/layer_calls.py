@@ -6,14 +6,16 @@ Shapes: B rows, L columns of the prompt, M slots, Q queries.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vtok.errors import UnsupportedModelError
 from vtok.patches.decoder import masks
 from vtok.patches.decoder import packed_rows as packed
-from vtok.patches.decoder.kv_cache import PromptState, Stage, cached_length, take
+from vtok.patches.decoder.kv_cache import BUSY, WHOLE, PromptState, ShortCache, Stage, cache_in, cached_length, take
 from vtok.patches.decoder.pass_state import PassState
 
 
@@ -87,6 +89,19 @@ def of_later_text(
     return {**kwargs, "attention_mask": shared}
 
 
+def is_traced_step(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call is being compiled that reads text behind a prompt in a static cache, of which all is known beforehand.
+
+    Nothing of this thread is looked at then, and no value of a tensor. What a pass that is under way reads is none.
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    cache = cache_in(kwargs)
+    if not getattr(cache, "is_compileable", False) or BUSY in cache.__dict__:
+        return False
+    return cache.known.tables is not None if isinstance(cache, ShortCache) else WHOLE in cache.__dict__
+
+
 def can_trace(text: Any, cache: Any, state: PromptState) -> bool:
     """Whether later text behind a shortened prompt can be read without counting what a static cache holds.
 
@@ -96,6 +111,23 @@ def can_trace(text: Any, cache: Any, state: PromptState) -> bool:
         return False
     renumbers = state.compact and bool(state.between)
     return not renumbers and not masks.is_flash(text.config._attn_implementation)
+
+
+def slot_tables(state: PromptState, cache: Any) -> dict[int, Tensor]:
+    """For every layer of a static cache that misses columns, which column of prompt and text each of its slots holds or will
+    hold: [B, slots] int64, -1 = padding. A compiled step then has nothing to count.
+    """
+    tables: dict[int, Tensor] = {}
+    made: dict[int, Tensor] = {}
+    for i, layer in enumerate(cache.layers):
+        stage = state.at(i)
+        if stage is None:
+            continue
+        if id(stage) not in made:
+            text = torch.arange(layer.keys.shape[2] - stage.column.shape[1], device=stage.column.device) + state.length
+            made[id(stage)] = torch.cat([stage.column, text.expand(len(stage.column), -1)], 1)
+        tables[i] = made[id(stage)].to(layer.keys.device)
+    return tables
 
 
 def of_traced_step(layer: Any, index: int, kwargs: dict[str, Any], state: PromptState) -> dict[str, Any]:

@@ -1,10 +1,14 @@
-"""Language models inside vision-language models, between whose layers tokens may leave. Before the first, they always may."""
+"""What may be shortened: language models between whose layers tokens may leave (before the first, always), and caches."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from vtok.errors import UnsupportedModelError
+from torch import Tensor
+
+from vtok.errors import StateError, UnsupportedModelError
+from vtok.patches.decoder.kv_cache import CACHES, cache_in, cached_length, unknown, vouch
 from vtok.patches.protocol import qualified_name
 
 
@@ -92,3 +96,45 @@ def stated_number(config: Any, name: str) -> int | None:
         return None
     value = getattr(config, name, None)
     return value if isinstance(value, int) else None
+
+
+def check_kind(kwargs: Mapping[str, Any]) -> None:
+    """Raises if a call that would shorten its prompt brings a store of tokens that cannot hold a shortened one."""
+    if cache_in(kwargs) is None and any(kwargs.get(name) is not None for name in CACHES):
+        raise UnsupportedModelError(
+            "images were passed with a store of tokens that is no transformers Cache (continuous batching keeps those of many "
+            "requests side by side) and cannot hold a shortened prompt; use generate(), or vtok.prune_inputs"
+        )
+
+
+def check_origin(kwargs: Mapping[str, Any], generating: bool) -> None:
+    """Raises if a cache that holds text may be one that a shortened prompt filled and that lost what was known of it.
+
+    Args:
+        kwargs: of a call of a patched model. A 2-D mask says how many tokens the caller knows of.
+        generating: whether generate() made the call: it counts what is stored, so that its mask is no evidence.
+
+    Raises:
+        StateError: it may be.
+    """
+    cache = cache_in(kwargs)
+    if not unknown(cache) or cached_length(cache) == 0:
+        return
+    mask, count, known = kwargs.get("attention_mask"), cached_length(cache), 0
+    x = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
+    if isinstance(mask, Tensor) and mask.ndim == 2 and x is not None:
+        known = mask.shape[1] - x.shape[1]
+    sliding, layers = list(getattr(cache, "is_sliding", ())), range(len(getattr(cache, "layers", ())))
+    lengths = sorted({cached_length(cache, i) for i in layers if not (i < len(sliding) and sliding[i])})
+    if len(lengths) > 1:
+        found = f"its layers hold {lengths[0]} to {lengths[-1]} tokens"
+    elif generating or known <= 0:
+        found = f"nothing says how many tokens its {count} stand for"
+    elif known > count and not getattr(cache, "is_compileable", False):
+        found = f"it holds {count} tokens where attention_mask has {known}"
+    else:
+        return vouch(cache)
+    raise StateError(
+        f"the cache was not filled by this patched model, or was rebuilt from its tensors, and {found}: visual tokens may have "
+        "been dropped from it; pass the cache that the model returned or a deep copy of it, or read the prompt anew"
+    )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtok.errors import unknown
+from vtok.errors import ConfigError, unknown
 from vtok.eval.benchmarks.throughput import synchronise
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # reduce-overhead takes CUDA graphs
@@ -66,6 +66,32 @@ class Compiler:
         graphs, breaks = (after - earlier for after, earlier in zip(first, before))
         told = {"seconds": seconds, "graphs": graphs, "breaks": breaks, "again": again, "other_batches": others}
         return run, {"mode": self.mode, "dynamic": self.dynamic, **told}
+
+    def decoding(self) -> dict[str, Any]:
+        """Keywords of generate() under which it compiles its steps: a static cache, and how; the prefill is not compiled.
+
+        Raises:
+            ConfigError: `dynamic`, which says nothing to steps of one token.
+        """
+        from transformers import CompileConfig
+
+        if self.dynamic:
+            raise ConfigError("--dynamic is for batches of images; steps of generate() have the shape of their cache")
+        mode = self.mode if self.backend == "inductor" else None
+        config = CompileConfig(backend=self.backend, mode=mode, fullgraph=False, dynamic=False)
+        config._compile_all_devices = True  # transformers compiles on accelerators by itself, on the CPU when told so
+        return {"cache_implementation": "static", "compile_config": config}
+
+    def watched(self, answer: Callable[[], Any]) -> dict[str, Any]:
+        """What the first call of something that compiles took, as `__call__` tells it; later ones are to compile nothing."""
+        start, before = time.perf_counter(), _counted()
+        answer()
+        seconds, first = time.perf_counter() - start, _counted()
+        for _ in range(_AGAIN):
+            answer()
+        graphs, breaks = (after - earlier for after, earlier in zip(first, before))
+        told = {"seconds": seconds, "graphs": graphs, "breaks": breaks, "again": _counted()[0] - first[0]}
+        return {"mode": self.mode, "dynamic": self.dynamic, **told, "other_batches": None}
 
 
 def _counted() -> tuple[int, int]:

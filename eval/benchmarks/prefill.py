@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 import vtok
 from vtok.cost.prefill import PromptEstimate
 from vtok.errors import ConfigError, UnsupportedModelError
+from vtok.eval.benchmarks.compiled import Compiler
 from vtok.eval.benchmarks.flops import watched_prompt, watched_reduction
 from vtok.eval.benchmarks.result import PromptResult
 from vtok.eval.benchmarks.throughput import (
@@ -69,6 +71,7 @@ def measure_prompts(
     name: str | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    compiler: Compiler | None = None,
 ) -> list[PromptResult]:
     """Times settings against the unpatched model, all in one run.
 
@@ -85,6 +88,7 @@ def measure_prompts(
         name: of the model, for the records.
         seed: of the bootstrap.
         progress: called with (rounds done, rounds).
+        compiler: compiles the steps of all answers, over static caches, before they are timed; the prefill is timed as it is.
 
     Returns:
         One result a setting, in order.
@@ -105,7 +109,13 @@ def measure_prompts(
             _prefill(one, values)  # the costs below describe this pass
         costs = [_estimate(one) for one in patched]
         selection = [selection_seconds(one, values) for one in patched]
-        times, plain = _times([base, *patched], values, pairs, warmup, new_tokens, progress)
+        how = {} if compiler is None else compiler.decoding()
+        compiled = (
+            None
+            if compiler is None
+            else [compiler.watched(partial(_answer, one, values, new_tokens, how)) for one in (base, *patched)]
+        )
+        times, plain = _times([base, *patched], values, pairs, warmup, new_tokens, progress, how)
         common = described_run(first, len(values["input_ids"]), pairs, seed) | {
             "model": name or type(model).__name__,
             "attention": vlm_targets(base)[0].vlm.text.config._attn_implementation,
@@ -118,6 +128,7 @@ def measure_prompts(
                 setting=chosen[i].title,
                 selection_ms=1000 * selection[i],
                 selection_share=selection[i] / statistics.median(times[0].prefill),
+                compiled=None if compiled is None else {"base": compiled[0], "patched": compiled[i + 1]},
                 **_described(patched[i]),
                 **_costs(costs[i]),
                 **compare(times[0], times[i + 1], costs[i].implied_speedup, seed),
@@ -190,11 +201,12 @@ def _times(
     warmup: int,
     new_tokens: int,
     progress: Callable[[int, int], None] | None,
+    how: Mapping[str, Any],
 ) -> tuple[list[Times], list[float]]:
     """(times of every model, seconds of the plain loop's prefills)."""
     for model in models:
         for _ in range(warmup):
-            _answer(model, inputs, new_tokens)
+            _answer(model, inputs, new_tokens, how)
     answers: list[list[tuple[float, float]]] = [[] for _ in models]
     prefill, plain = interleave(
         models,
@@ -202,7 +214,7 @@ def _times(
         lambda model: _prefill(model, inputs),
         inputs["input_ids"].device,
         progress,
-        lambda i: answers[i].append(_answer(models[i], inputs, new_tokens)),
+        lambda i: answers[i].append(_answer(models[i], inputs, new_tokens, how)),
     )
     return [Times(own, *map(list, zip(*both))) for own, both in zip(prefill, answers)], plain
 
@@ -224,8 +236,8 @@ class _Stamps:
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
 
-def _answer(model: Any, inputs: Inputs, new_tokens: int) -> tuple[float, float]:
-    """One generate() -> (seconds to the first token, seconds of each later one)."""
+def _answer(model: Any, inputs: Inputs, new_tokens: int, how: Mapping[str, Any]) -> tuple[float, float]:
+    """One generate(), with further keywords -> (seconds to the first token, seconds of each later one)."""
     from transformers import StoppingCriteriaList
 
     stamps = _Stamps(inputs["input_ids"].device)
@@ -237,6 +249,7 @@ def _answer(model: Any, inputs: Inputs, new_tokens: int) -> tuple[float, float]:
         do_sample=False,
         pad_token_id=0,
         stopping_criteria=StoppingCriteriaList([stamps]),
+        **how,
     )
     seen = stamps.seconds
     return seen[0] - start, (seen[-1] - seen[0]) / (len(seen) - 1)

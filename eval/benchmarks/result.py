@@ -131,17 +131,8 @@ class Result(Timed):
             f"{self.model}, {self.img_size} px, batch {self.batch_size}, {self.dtype}, {self.device} ({self.device_name}), "
             f"{self.threads} threads, {self.pairs} interleaved pairs; {self.software}. Unpatched "
             f"{self.step_time_ms['base']:.1f} ms a batch; a plain loop takes {self.trust(1)}. GMACs and GFLOPs are per image: "
-            f"unpatched -> patched + the reduction's own.{self._compiling}"
+            f"unpatched -> patched + the reduction's own.{_compiling(self.compiled)}"
         )
-
-    @property
-    def _compiling(self) -> str:
-        """How the models were compiled; nothing if they were not."""
-        if self.compiled is None:
-            return ""
-        base = self.compiled["base"]
-        dynamic = {True: ", dynamic", False: ", static", None: ""}[base["dynamic"]]
-        return f" Compiled (mode {base['mode']}{dynamic}): {_compilation(base)} unpatched."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +155,8 @@ class PromptResult(Timed):
         new_tokens: of the answers.
         attention: implementation of the LLM.
         load: load average of the machine before the run; `None` where the system tells none.
+        compiled: of the unpatched and the patched model what compiling the steps of an answer took, see
+            `vtok.eval.benchmarks.compiled`; `None` if they were not compiled.
     """
 
     visual_tokens: dict[str, Any]
@@ -180,6 +173,7 @@ class PromptResult(Timed):
     new_tokens: int
     attention: str
     load: float | None
+    compiled: dict[str, Any] | None = None
 
     def caption(self) -> str:
         load = "" if self.load is None else f" (load average before the run {self.load:.1f})"
@@ -189,8 +183,17 @@ class PromptResult(Timed):
             f"threads{load}, {self.pairs} interleaved pairs, answers of {self.new_tokens} tokens; {self.software}. Times are "
             "medians of a batch, unpatched -> patched; the vision tower is part of prefill, bound and first token. GMACs and "
             "KV MB (10^6 bytes) are per prompt; selection is time spent deciding, as a share of the unpatched prefill. A plain "
-            f"loop over the unpatched model takes {self.trust(0)}."
+            f"loop over the unpatched model takes {self.trust(0)}.{_compiling(self.compiled)}"
         )
+
+
+def _compiling(compiled: dict[str, Any] | None) -> str:
+    """How the models were compiled; nothing if they were not."""
+    if compiled is None:
+        return ""
+    base = compiled["base"]
+    dynamic = {True: ", dynamic", False: ", static", None: ""}[base["dynamic"]]
+    return f" Compiled (mode {base['mode']}{dynamic}): {_compilation(base)} unpatched."
 
 
 def _compilation(took: dict[str, Any]) -> str:
@@ -226,6 +229,7 @@ _SPEED = (
     Column("implied", lambda r: f"{r.implied_speedup:.2f}x"),
     Column("achieved [95 %]", lambda r: interval(r.achieved, r.achieved_ci, "")),
 )
+_COMPILED = Column("compiled", lambda r: "-" if r.compiled is None else _compilation(r.compiled["patched"]))
 Result.columns = (
     _SETTING,
     Column("tokens", _tokens),
@@ -236,7 +240,7 @@ Result.columns = (
     Column("reduction", lambda r: "-" if r.reduction_share is None else f"{100 * r.reduction_share:.1f} %"),
     Column("memory MB", lambda r: "-" if r.peak_memory_mb is None else arrow(r.peak_memory_mb, 0)),
     Column("attention", _kernels),
-    Column("compiled", lambda r: "-" if r.compiled is None else _compilation(r.compiled["patched"])),
+    _COMPILED,
 )
 PromptResult.columns = (
     _SETTING,
@@ -249,6 +253,7 @@ PromptResult.columns = (
     Column("decode ms/token", lambda r: arrow(r.decode_ms, 1)),
     Column("decode [95 %]", lambda r: interval(r.decode_ratio, r.decode_ratio_ci)),
     Column("KV MB", lambda r: arrow(r.kv_mb, 2)),
+    _COMPILED,
 )
 
 
@@ -269,9 +274,10 @@ def from_plain(values: dict[str, Any]) -> Timed:
 
 
 def table(results: Sequence[Timed]) -> Table:
-    """One line a result; settings that are slower than the unpatched model are red."""
+    """One line a result, without columns of what was not measured; settings slower than the unpatched model are red."""
     first = results[0]
-    return Table.of(results, first.columns, caption=first.caption(), style=lambda r: "red" if r.is_slower else None)
+    columns = [column for column in first.columns if any(column.cell(result) != "-" for result in results)]
+    return Table.of(results, columns, caption=first.caption(), style=lambda r: "red" if r.is_slower else None)
 
 
 def markdown(results: Sequence[Timed]) -> str:

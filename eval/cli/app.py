@@ -140,7 +140,8 @@ def bench(
 ) -> None:
     """Times patched models against the unpatched one, interleaved in one run, beside what their MACs imply.
 
-    Of vision-language models it times prefill, first token and decoding (peak memory and the profiler are for encoders).
+    Of vision-language models it times prefill, first token and decoding, whose steps alone --compile compiles (peak memory
+    and the profiler are for encoders).
     """
     from vtok.eval.benchmarks import result as bench_result
     from vtok.eval.benchmarks.compiled import Compiler
@@ -157,8 +158,8 @@ def bench(
         raise ConfigError("--dynamic goes with --compile MODE")
     how = None if compiled is None else Compiler(compiled, True if dynamic else None)
     net = load_model(model, pretrained, img_size, seed)
-    if how is not None and (runtime in RUNTIMES or vlm_targets(net)):
-        raise ConfigError("--compile is for vision encoders that torch runs; leave it out")
+    if how is not None and runtime in RUNTIMES:
+        raise ConfigError("--compile is for models that torch runs; leave it out")
     if runtime in RUNTIMES and (dtype != "fp32" or device not in (None, "cpu") or vlm_targets(net)):
         raise ConfigError(f"--runtime {runtime} times vision encoders in fp32 on the CPU; leave it out for anything else")
     common: dict[str, Any] = {"pairs": pairs, "dtype": dtype, "device": device, "threads": threads, "name": model, "seed": seed}
@@ -169,7 +170,7 @@ def bench(
         common["progress"] = lambda done, total: progress.update(bar, completed=done, total=total)
         if vlm_targets(net):
             inputs = sample_prompts(net, batch_size, vtok.Prompt(images, text_tokens), seed)
-            results = measure_prompts(net, inputs, settings, new_tokens=new_tokens, **common)
+            results = measure_prompts(net, inputs, settings, new_tokens=new_tokens, compiler=how, **common)
         elif runtime in RUNTIMES:
             exported = {key: common[key] for key in ("pairs", "threads", "name", "seed", "progress")}
             pictures = sample_images(model, net, batch_size, seed)

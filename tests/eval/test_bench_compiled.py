@@ -4,11 +4,14 @@ import json
 
 import pytest
 from typer.testing import CliRunner
+from vlm_zoo import build as build_vlm
+from vlm_zoo import inputs
 from zoo import build, images
 
 import vtok
 from vtok.eval.benchmarks import result as bench_result
 from vtok.eval.benchmarks.compiled import Compiler
+from vtok.eval.benchmarks.prefill import measure_prompts
 from vtok.eval.benchmarks.throughput import measure
 from vtok.eval.cli.app import app
 
@@ -48,9 +51,24 @@ def test_what_cannot_be_compiled_is_refused():
     with pytest.raises(vtok.UnknownNameError, match="did you mean 'reduce-overhead'"):
         Compiler("reduce-overheads")
     refused = CliRunner().invoke(app, ["bench", "reference", "tome", "--runtime", "onnxruntime", "--compile", "default"])
-    assert "--compile is for vision encoders that torch runs" in str(refused.exception)
+    assert "--compile is for models that torch runs" in str(refused.exception)
     refused = CliRunner().invoke(app, ["bench", "reference", "tome", "--dynamic"])
     assert "--dynamic goes with --compile" in str(refused.exception)
+
+
+def test_steps_of_answers():
+    """Decoding of a patched vision-language model over a static cache: one graph, as unpatched, and none afterwards."""
+    model, values = build_vlm("LLaVA-1.5"), inputs("LLaVA-1.5")
+    settings = [("todre", {"keep": 0.5}), ("fastv", {"layer": 1})]
+    found = measure_prompts(model, values, settings, pairs=5, new_tokens=4, compiler=Compiler(backend="eager"))
+    for result in found:
+        for took in result.compiled.values():
+            assert (took["graphs"], took["breaks"], took["again"]) == (1, 0, 0)
+        assert "Compiled (mode default)" in result.caption()
+    assert "1 graph" in bench_result.table(found).markdown()
+    assert bench_result.from_json(bench_result.to_json(found)) == found
+    with pytest.raises(vtok.ConfigError, match="--dynamic is for batches of images"):
+        measure_prompts(model, values, settings, pairs=5, compiler=Compiler(dynamic=True, backend="eager"))
 
 
 @pytest.mark.compile

@@ -111,7 +111,7 @@ def _method(name: str, _: bool) -> str:
         listed = report.listing(name, found).markdown().split("\n\n", 1)[-1]
         parts.append(
             f"<details markdown>\n<summary>{len(found)} published operating points</summary>"
-            f"\n\n`vtok run NAME` repeats one; [reproduction](evaluate.md#published-tables) says more.\n\n{listed}\n\n</details>"
+            f"\n\n`vtok run NAME` repeats one ([reproduction](evaluate.md#published-tables)).\n\n{listed}\n\n</details>"
         )
     return "\n\n".join(parts)
 

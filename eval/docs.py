@@ -2,7 +2,7 @@
 
 | marker, as an HTML comment | is replaced by |
 |---|---|
-| `include: PATH` | a file of the repository; behind a heading of the page, its own headings go one level down |
+| `include: PATH` | a file, or a notebook with its outputs; behind a heading of the page its headings go one level down |
 | `include: PATH # HEADING` | of a Markdown file the part under that heading |
 | `method: NAME` | where a method acts, its class, its knobs and defaults, and the runs of its published operating points |
 | `tables` | the tables of published results, and what cannot be repeated |
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -46,11 +47,31 @@ def _included(what: str, deeper: bool) -> str:
     if not path.is_file():
         raise ConfigError(f"a page includes {name}, which is no file of the repository")
     text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        text = _notebook(text)
     if path.suffix in _FENCED:
         return f"```{_FENCED[path.suffix]}\n{text.rstrip()}\n```"
     if heading:
         text = section(text, heading, name)
     return _lowered(text) if deeper else text
+
+
+def _notebook(text: str) -> str:
+    """Cells of a notebook as Markdown, with the outputs that are stored in it: pictures, or else text."""
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        printed = "".join("".join(out["text"]) for out in cell.get("outputs", ()) if out["output_type"] == "stream")
+        for data in (out["data"] for out in cell.get("outputs", ()) if "data" in out):
+            if "image/png" in data:
+                parts.append(f"![what the cell draws](data:image/png;base64,{''.join(data['image/png'].split())})")
+            else:
+                printed += "".join(data.get("text/plain", ""))
+        if printed.strip():
+            lines = "\n".join(line for line in printed.splitlines() if line.strip())
+            parts.append(f"```text\n{lines}\n```")
+    return "\n\n".join(parts)
 
 
 def section(text: str, heading: str, name: str) -> str:

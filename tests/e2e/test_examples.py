@@ -45,7 +45,7 @@ def test_example(name, monkeypatch, tmp_path, capsys):
 
 @slow
 @pytest.mark.parametrize("path", sorted((DOCS / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
-def test_notebook(path, tmp_path):
+def test_notebook(path, tmp_path, monkeypatch):
     """From the first cell to the last, in a kernel of its own. Outputs are stored for readers; they are made anew here."""
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     notebook = nbformat.read(path, as_version=4)
@@ -55,5 +55,6 @@ def test_notebook(path, tmp_path):
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = []
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # a kernel draws into its own cells, unless another backend is asked for
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert any("image/png" in out.get("data", {}) for cell in notebook.cells for out in cell.get("outputs", ()))

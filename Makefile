@@ -62,7 +62,7 @@ test-vllm: install $(VLLM)/.installed
 	OMP_NUM_THREADS=1 VTOK_REFERENCE_PYTHON=$(CURDIR)/$(BIN)/python $(VLLM)/bin/python -m pytest -q -m vllm tests/vllm
 
 docs: install
-	$(BIN)/python -m vtok.eval.docs docs-html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file assets/mkdocs.yml
 
 lint: install
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@
 The file computes what the patched model computes: the reduction is part of the graph, with fixed numbers of tokens and a free
 batch. A method whose number of tokens depends on the image has no such graph and is refused. Needs `vtok[onnx]`.
 
-.. include:: ../assets/docs/export.md
+Which methods and runtimes, and how fast: assets/docs/quickstart/export.md in the repository.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ unpatched model checks what interleaving does to it. A round times the prefill a
 then one `generate()`, whose first step gives the time to the first token and whose later steps give the time of each further
 token.
 
-.. include:: ../../assets/docs/prefill.md
+What was measured: assets/docs/results/prefill.md in the repository.
 """
 
 from __future__ import annotations

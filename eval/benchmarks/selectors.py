@@ -4,7 +4,7 @@ Only the choice is run, with what it must work out again of a vision tower or of
 states are random tensors of the sizes of CLIP ViT-L/14 and of a Llama of 7B. What depends on the values (how many tokens leave
 under a method that adapts) is not that of a real image; times, products and memory of methods with a fixed budget are.
 
-.. include:: ../../assets/docs/selectors.md
+What was measured: assets/docs/results/selectors.md in the repository.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ every time. The models are separate module trees over the same parameters: nothi
 weights take memory once. What interleaving does to the unpatched model itself is measured too: a plain loop over it, in the
 same run, must agree with its interleaved times within 3 % (`baseline_check`).
 
-.. include:: ../../assets/docs/throughput.md
+What was measured: assets/docs/results/throughput.md in the repository.
 """
 
 from __future__ import annotations

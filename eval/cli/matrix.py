@@ -26,7 +26,7 @@ def print_matrix(
     method: Annotated[list[str] | None, typer.Option(help="name; repeatable (default: all)")] = None,
     markdown: Annotated[bool, typer.Option(help="print the table as GitHub markdown")] = False,
     output: Annotated[Path | None, typer.Option("--json", help="file for every cell, with what was measured")] = None,
-    into: Annotated[Path | None, typer.Option(help="file, such as README.md, whose table is replaced")] = None,
+    into: Annotated[Path | None, typer.Option(help="file, such as assets/docs/support.md, whose table is replaced")] = None,
     generic: Annotated[bool, typer.Option(help="vision-language models that no row describes, as markdown, instead")] = False,
 ) -> None:
     """Which methods work on which models, found out by running them: tokens go down, and removing equals masking.
@@ -78,7 +78,7 @@ def _print_generic(into: Path | None, page: str | None, chosen: list[str], outpu
 def _read(path: Path, generic: bool) -> str:
     """The text of a file that has a place for the table."""
     if not path.is_file():
-        raise ConfigError(f"{path} is no file; --into takes one that has a place for the table, such as README.md")
+        raise ConfigError(f"{path} is no file; --into takes one that has a place for the table, such as assets/docs/support.md")
     text = path.read_text(encoding="utf-8")
     marks = (generic_matrix.BEGIN, generic_matrix.END) if generic else (matrix_report.BEGIN, matrix_report.END)
     matrix_report.put_into(text, "", *marks)

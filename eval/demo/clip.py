@@ -1,7 +1,7 @@
 """The CLIP part of the demo: every method on the reference CLIP at two FLOPs budgets of its image tower, beside random, uniform
 and unpatched: zero-shot accuracy on single pictures, retrieval on pages.
 
-.. include:: ../../assets/docs/demo_clip.md
+What it found: assets/docs/results/demo_clip.md in the repository.
 """
 
 from __future__ import annotations

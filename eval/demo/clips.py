@@ -4,9 +4,7 @@ No bundled model was trained on videos. LLaVA-OneVision has the parts of LLaVA, 
 tokens; the weights of the reference LLaVA fit as they are. A clip shows one picture of easy-VQA, in every frame moved by up to
 three of its 64 pixels, so that all frames hold the answer and methods differ in what they keep of it.
 
-`python -m vtok.eval.demo.clips` prints the table of the second part here:
-
-.. include:: ../../assets/docs/prompt_methods.md
+`python -m vtok.eval.demo.clips` prints the table of the second part of assets/docs/results/prompt_methods.md in the repository.
 
 Shapes: Q questions, B of a batch, F frames of a clip, P pixels of a side.
 """

@@ -1,7 +1,7 @@
 """The part of the demo on vision-language models: questions about pictures to the reference LLaVA, questions about pages to the
 reference LLaVA-NeXT, todre, atp and correlation beside random, uniform, unpatched and what can be answered without the image.
 
-.. include:: ../../assets/docs/demo_questions.md
+What it found: assets/docs/results/demo_questions.md in the repository.
 """
 
 from __future__ import annotations

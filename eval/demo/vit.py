@@ -1,6 +1,6 @@
 """The main job: every method for encoders on the reference ViT at three FLOPs budgets.
 
-.. include:: ../../assets/docs/demo_vit.md
+What it found: assets/docs/results/demo_vit.md in the repository.
 """
 
 from __future__ import annotations

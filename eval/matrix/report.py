@@ -128,7 +128,7 @@ def notes(found: Sequence[Cell]) -> str:
 
 
 def markdown(found: Sequence[Cell]) -> str:
-    """The same as GitHub tables, ready for a README."""
+    """The same as GitHub tables, ready for a page."""
     return "\n\n".join(_markdown(part) for part in parts(found))
 
 
@@ -140,7 +140,7 @@ def _markdown(found: Sequence[Cell]) -> str:
 
 
 def put_into(text: str, made: str, begin_mark: str = BEGIN, end_mark: str = END) -> str:
-    """A README, or another page, with the part between two markers replaced.
+    """A page with the part between two markers replaced.
 
     Raises:
         ConfigError: there are no markers.

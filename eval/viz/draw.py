@@ -137,18 +137,14 @@ class TokenMaps:
 
     def png(self) -> bytes:
         """The sheet: the image, then every stage, six a line."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure  # without pyplot, whose backend belongs to the caller
 
         panels = [(self.image(), "image"), *((self.image(s), self.caption(s)) for s in self.stages)]
         columns = min(_SHEET_COLUMNS, len(panels))
         lines = -(-len(panels) // columns)
         aspect = panels[0][0].width / panels[0][0].height
-        figure, axes = plt.subplots(
-            lines, columns, figsize=(2.1 * aspect * columns, 2.45 * lines + 0.5), squeeze=False, layout="constrained"
-        )
+        figure = Figure(figsize=(2.1 * aspect * columns, 2.45 * lines + 0.5), layout="constrained")
+        axes = figure.subplots(lines, columns, squeeze=False)
         for axis in axes.flat:
             axis.axis("off")
         for axis, (picture, words) in zip(axes.flat, panels):
@@ -157,7 +153,6 @@ class TokenMaps:
         figure.suptitle("\n".join(_heading(self)), fontsize=10, parse_math=False)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110)
-        plt.close(figure)
         return buffer.getvalue()
 
     def gif(self, milliseconds: int = 500) -> bytes:

@@ -146,15 +146,13 @@ def write_sheet(
         titles: of the rows.
         size: inches of a picture.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.collections import LineCollection
+    from matplotlib.figure import Figure  # without pyplot, whose backend belongs to the caller
 
     whole = [("image", images), *columns]
     figsize = (size[0] * len(whole), size[1] * len(images))
-    figure, axes = plt.subplots(len(images), len(whole), figsize=figsize, squeeze=False, layout="constrained")
+    figure = Figure(figsize=figsize, layout="constrained")
+    axes = figure.subplots(len(images), len(whole), squeeze=False)
     for c, (title, tiles) in enumerate(whole):
         axes[0, c].set_title(title, fontsize=10 if not c else 9)
         for axis, tile in zip(axes[:, c], tiles):
@@ -169,4 +167,3 @@ def write_sheet(
     figure.suptitle(heading, fontsize=11)
     with replacing(path) as scratch:
         figure.savefig(scratch, dpi=110)
-    plt.close(figure)

@@ -1,9 +1,8 @@
 """CONTRIBUTING's recipes, executed: a method for encoders, one for prompts, a family of vision-language models and a task, each
 added through its file (`tests/toys`) and one line in a table, pass the suites that vtok's own pass."""
 
-import re
+import importlib.util
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -42,13 +41,12 @@ SOME = (
 needs_vlms = pytest.mark.skipif(release() < OLDEST, reason="vision-language models need a younger transformers")
 
 
-def readme_class():
-    """The class that the README shows, as it stands there, in a module of its own."""
-    (code,) = [s for s in re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M) if "class " in s]
-    module = sys.modules["readme_method"] = types.ModuleType("readme_method", "The README's example.")
-    vars(module).update(vtok=vtok, model=tiny.build(tiny.examples(["timm"])[0]["timm: ViT"]))
-    exec(compile(code, "README.md", "exec"), vars(module))
-    assert vtok.info(module.model).patched, "the snippet patches a model"
+def written_class():
+    """The class of the example of a method, in a module of its own."""
+    path = ROOT / "assets" / "docs" / "examples" / "write_a_method.py"
+    spec = importlib.util.spec_from_file_location("written_method", path)
+    module = sys.modules["written_method"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module.Loudest
 
 
@@ -67,10 +65,10 @@ class TestEncoderMethod(EncoderMethodTests):
     models = SOME
 
 
-class TestReadmeMethod(EncoderMethodTests):
-    """The README's example; it has no FLOPs budget."""
+class TestWrittenMethod(EncoderMethodTests):
+    """The example of the documentation; it has no FLOPs budget."""
 
-    config = readme_class()(keep=0.8)
+    config = written_class()(keep=0.8)
     models = SOME[:2]
 
 
@@ -114,7 +112,7 @@ class TestFamilyUnderFastV(TestFamilyUnderUniform):
 @pytest.mark.parametrize("method", ["top_rows", "loudest"])
 def test_a_registered_method_is_found_by_name(method, monkeypatch):
     """By `patch`, `supports`, the support matrix, and the command line."""
-    monkeypatch.setitem(METHODS._entries, "loudest", "readme_method:Loudest")
+    monkeypatch.setitem(METHODS._entries, "loudest", "written_method:Loudest")
     assert method in encoder_methods()
     model = tiny.build(tiny.examples(["timm"])[0]["timm: ViT"]).double()
     assert vtok.supports(model).methods[method] is None

@@ -1,4 +1,4 @@
-"""The support matrix: its oracle can fail, its table says what was found, the README has it. Its cells are contract tests."""
+"""The support matrix: its oracle can fail, its table says what was found, its page has it. Its cells are contract tests."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ from vtok.patches import block, pooling
 from vtok.testing import prompt_oracle, tiny
 from vtok.testing.encoder_oracle import Decision, Evidence, differences, masked_plan
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "assets" / "docs" / "support.md"
 complete = pytest.mark.skipif(
     bool(TOO_NEW) or set(BACKENDS) != set(vtok.ADAPTERS.names()), reason="an installed backend lacks some of the models"
 )
@@ -131,21 +131,21 @@ def spoken():
     return list(vlm_matrix.cells(tiny.vlm_examples()))
 
 
-def in_readme():
-    return README.read_text(encoding="utf-8").partition(matrix_report.BEGIN)[2].partition(matrix_report.END)[0].strip()
+def on_the_page():
+    return PAGE.read_text(encoding="utf-8").partition(matrix_report.BEGIN)[2].partition(matrix_report.END)[0].strip()
 
 
 @complete
-def test_the_readme_has_the_matrix(planned, spoken):
-    assert in_readme() == matrix_report.markdown([*planned, *spoken]), "run: vtok matrix --into README.md"
+def test_the_page_has_the_matrix(planned, spoken):
+    assert on_the_page() == matrix_report.markdown([*planned, *spoken]), "run: vtok matrix --into assets/docs/support.md"
 
 
 @complete
 @pytest.mark.slow
-def test_the_command_prints_what_the_readme_has():
+def test_the_command_prints_what_the_page_has():
     result = CliRunner().invoke(app, ["matrix", "--markdown"], catch_exceptions=False)
     assert result.exit_code == 0
-    assert result.stdout.strip() == in_readme()
+    assert result.stdout.strip() == on_the_page()
 
 
 @pytest.mark.parametrize("name", tiny.vlm_examples())

@@ -76,6 +76,16 @@ def test_sheets_and_animations(tmp_path):
         maps.save(tmp_path / "file" / "maps.png")
 
 
+def test_a_sheet_leaves_the_backend_alone(monkeypatch):
+    """A notebook that has shown token maps goes on to show other plots."""
+    import matplotlib
+
+    monkeypatch.setattr(matplotlib, "use", lambda *_, **__: pytest.fail("the backend is the caller's"))
+    view = View(np.full((16, 16, 3), 0.8), (2, 2))
+    maps = TokenMaps("a", (view,), (Stage("block 0", (np.array([0, 0, 2, -1]),), 2),), 4)
+    assert Image.open(io.BytesIO(maps._repr_png_())).width > 100
+
+
 def test_several_views_stand_side_by_side():
     one = View(np.ones((8, 8, 3)), (2, 2))
     stage = Stage("layer", (np.arange(4), None), 7)

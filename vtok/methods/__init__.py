@@ -38,7 +38,7 @@ preset works on every backend.
 
 `preset="official"` asks for a method as its authors' program is: its counts, its order of tokens in the prompt and its positions,
 which `positions=` overrides. What else a program does, and why the default does not, stands in the first lines of each method's
-module; what it changes on a small model, in assets/docs/prompt_methods.md, beside a comparison of all methods.
+module; what it changes on a small model, in assets/docs/results/prompt_methods.md, beside a comparison of all methods.
 
 # A budget instead of a knob
 

@@ -54,7 +54,8 @@ def frames_layout(frames: int, rows: int, columns: int, modality: str = "image",
 
     Args:
         frames: of the video.
-        rows, columns: of tokens, after merging.
+        rows: of tokens, after merging.
+        columns: likewise.
         modality: "image" or "video".
         newline: whether one newline token stands behind all frames (LLaVA-OneVision).
     """

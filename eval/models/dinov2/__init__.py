@@ -1,6 +1,6 @@
 """The reference encoder that was really pretrained: a DINOv2 ViT-S/14 from PyPI, with a head for clip art and a dense one.
 
-.. include:: ../../../assets/docs/dinov2.md
+What was measured on it: assets/docs/results/dinov2.md in the repository.
 """
 
 from vtok.eval.models.dinov2.model import (

@@ -4,7 +4,7 @@ Encoders: a random ViT of a few blocks, whose image grows; timed is what decidin
 blocks, beside the attention (scores, softmax, values) of all blocks unpatched. Prompts: the choice among visual tokens, see
 `vtok.eval.benchmarks.selectors`, beside the products of a 7B prefill. Peaks are bytes of the tensors that a step makes.
 
-.. include:: ../../assets/docs/growth.md
+What was measured: assets/docs/results/growth.md in the repository.
 """
 
 from __future__ import annotations

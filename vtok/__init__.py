@@ -20,6 +20,7 @@ from vtok.errors import (
     UnsupportedModelError,
     VtokError,
 )
+from vtok.measuring import benchmark, evaluate
 from vtok.registry import ADAPTERS, METHODS
 
 if TYPE_CHECKING:
@@ -117,6 +118,8 @@ __all__ = [
     "VtokError",
     "ZeroTPrune",
     "__version__",
+    "benchmark",
+    "evaluate",
     "info",
     "patch",
     "patched",

@@ -12,7 +12,6 @@ import typer
 from vtok.errors import ConfigError
 from vtok.eval.common import terminal
 from vtok.eval.common.distributed import is_main
-from vtok.eval.common.rates import throughput_line
 from vtok.eval.runs import loader as runs
 from vtok.writing import apart, write
 
@@ -28,8 +27,6 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="folder of t
 Markdown = Annotated[bool, typer.Option("--markdown", help="print the table as Markdown")]
 Json = Annotated[Path | None, typer.Option("--json", help="file for the records of this run, besides")]
 
-
-_SKIPPED = 10  # files that are named one by one
 WRITTEN = ("results.jsonl", "sweep.csv", "sweep.png")  # into the folder of the results
 
 
@@ -100,8 +97,8 @@ def _show(wanted: runs.RunConfig, outcome: Outcome, out: Path, into: Path | None
     from vtok.eval.report.beside import choices
     from vtok.eval.report.frame import CSV, frame
     from vtok.eval.report.plots import plot
-    from vtok.eval.report.sections import findings, sections
-    from vtok.eval.report.summary import gap_columns, table
+    from vtok.eval.report.sections import sections
+    from vtok.eval.report.summary import gap_columns, table, told
     from vtok.eval.report.tables import write_csv
     from vtok.eval.runs import runner
 
@@ -119,12 +116,7 @@ def _show(wanted: runs.RunConfig, outcome: Outcome, out: Path, into: Path | None
                 print(shown.markdown())
             else:
                 console.print(shown)
-        speeds = [line for row in section.rows if (line := throughput_line(row.label, row.record))]
-        notes = [f"note: {note}" for note in first.get("notes", ())]
-        left = [f"{one['file']} was skipped: {one['reason']}" for one in first.get("skipped", ())]
-        if len(left) > _SKIPPED:
-            left[_SKIPPED:] = [f"and {len(left) - _SKIPPED} other files were skipped, see {out / runner.RESULTS}"]
-        for line in (*(finding.words for finding in findings(section)), *speeds, *notes, *left):
+        for line in told(section, out / runner.RESULTS):
             console.print(f"- {line}", highlight=False)
         if wanted.published:
             for row in section.patched:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from vtok.eval.common.records import UNPATCHED
 from vtok.eval.report.frame import frame
@@ -15,6 +17,7 @@ from vtok.eval.report.sections import Section
 from vtok.writing import replacing
 
 WIDTH, HEIGHT = 5.75, 4.4  # inches of a panel
+DPI = 130
 
 
 @dataclass(frozen=True)
@@ -46,19 +49,34 @@ class Panel:
     marker: float | None = None
 
 
+class Picture(Figure):
+    """A figure that notebooks show without any backend of matplotlib being chosen."""
+
+    def _repr_png_(self) -> bytes:
+        held = io.BytesIO()
+        self.savefig(held, dpi=DPI, format="png")
+        return held.getvalue()
+
+
 def draw(panels: Sequence[Sequence[Panel]], path: Path, title: str = "") -> None:
-    """Writes a picture of rows of panels; those of a row with the same data share a legend and, if they show it, the axis of y.
+    """Writes what `figure` makes."""
+    save(figure(panels, title), path)
+
+
+def save(picture: Figure, path: str | Path) -> None:
+    """Writes a figure in the format that the name of the file says; it is there whole or not at all."""
+    with replacing(Path(path)) as scratch:
+        picture.savefig(scratch, dpi=DPI, format=Path(path).suffix.lstrip(".").lower() or "png")
+
+
+def figure(panels: Sequence[Sequence[Panel]], title: str = "") -> Picture:
+    """A picture of rows of panels; those of a row with the same data share a legend and, if they show it, the axis of y.
 
     The unpatched model is a star and a level; methods that choose blindly are grey and dashed.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     columns = max(len(row) for row in panels)
-    size = (WIDTH * columns, HEIGHT * len(panels))
-    figure, axes = plt.subplots(len(panels), columns, figsize=size, squeeze=False, layout="constrained")
+    made = Picture(figsize=(WIDTH * columns, HEIGHT * len(panels)), layout="constrained")
+    axes = made.subplots(len(panels), columns, squeeze=False)
     for row, places in zip(panels, axes):
         for panel, axis in zip(row, places):
             _draw(axis, panel)
@@ -72,10 +90,8 @@ def draw(panels: Sequence[Sequence[Panel]], path: Path, title: str = "") -> None
         else:
             places[0].legend(frameon=False, fontsize=8)
     if title:
-        figure.suptitle(title)
-    with replacing(path) as scratch:
-        figure.savefig(scratch, dpi=130)
-    plt.close(figure)
+        made.suptitle(title)
+    return made
 
 
 def _draw(axis: Any, panel: Panel) -> None:
@@ -118,6 +134,11 @@ def _draw(axis: Any, panel: Panel) -> None:
 
 
 def plot(sections: Sequence[Section], path: Path) -> None:
+    """Writes what `pareto` makes."""
+    save(pareto(sections), path)
+
+
+def pareto(sections: Sequence[Section]) -> Picture:
     """The headline metric of every section against GMACs and against measured speed.
 
     Rings mark the Pareto front over GMACs; bars are standard errors and, of speed, 95 % intervals.
@@ -131,4 +152,32 @@ def plot(sections: Sequence[Section], path: Path) -> None:
         ends = ("speedup_low", "speedup_high")
         speed = Panel(data, x="measured", x_label="measured speed-up over unpatched", ends=ends, marker=1.0, **common)
         rows.append([macs, speed])
-    draw(rows, path)
+    return figure(rows)
+
+
+def speeds(section: Section) -> Picture:
+    """Measured speed-ups of a benchmark with their 95 % intervals, beside what the GMACs imply."""
+    rows = [row for row in section.patched if row.speedup is not None]
+    made = Picture(figsize=(1.3 * WIDTH, 1.2 + 0.34 * len(rows)), layout="constrained")
+    axis: Any = made.subplots()
+    for place, row in enumerate(rows):
+        assert row.speedup is not None
+        point, ends = row.speedup.point, row.speedup.ends or [row.speedup.point] * 2
+        bar = [[point - ends[0]], [ends[1] - point]]
+        colour = {"bad": "C3", "good": "C2", "plain": "0.45"}[row.verdict[0]]
+        axis.errorbar([point], [place], xerr=bar, fmt="o", color=colour, capsize=3)
+        if row.implied is not None:
+            axis.plot([row.implied], [place], "|", color="black", markersize=13, markeredgewidth=1.6)
+    named = {"faster [95 %]": "C2", "no clear difference": "0.45", "slower": "C3"}
+    for name, colour in named.items():
+        axis.plot([], [], "o", color=colour, label=name)
+    axis.plot([], [], "|", color="black", markersize=10, markeredgewidth=1.6, label="implied by GMACs")
+    axis.axvline(1.0, color="black", linewidth=0.8, linestyle=":", label=UNPATCHED)
+    axis.set_yticks(range(len(rows)), [row.label for row in rows])
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.set_xlim(left=0)
+    axis.set_xlabel("speed-up over unpatched")
+    axis.set_title(section.title, loc="left", fontsize=9)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axis.grid(alpha=0.25, axis="x")
+    return made

@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,6 +113,19 @@ class Table:
         lines = [self.header, *self.rows]
         head, *body = ("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
         return "\n".join([head, f"|{rule}|", *body])
+
+    def html(self) -> str:
+        """The table as HTML, title and caption included; notebooks show it. Their style sheets have the class."""
+        align = ["left" if left else "right" for left in self.left]
+
+        def line(cells: Sequence[str], tag: str) -> str:
+            made = (f'<{tag} style="text-align:{side}">{escape(cell)}</{tag}>' for cell, side in zip(cells, align))
+            return f"<tr>{''.join(made)}</tr>"
+
+        above, below = (f"<p>{escape(words)}</p>" if words else "" for words in (self.title, self.caption))
+        body = "".join(line(row, "td") for row in self.rows)
+        head = line(self.header, "th")
+        return f'{above}<table class="dataframe"><thead>{head}</thead><tbody>{body}</tbody></table>{below}'
 
 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:

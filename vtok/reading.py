@@ -5,8 +5,10 @@ A pipe, a device or a folder in the place of a file would make reading wait fore
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import stat
 from pathlib import Path
 from typing import Any
@@ -95,3 +97,18 @@ def from_json(text: str | bytes, wrong: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, or a number of too many digits
         raise ConfigError(f"{wrong}: {brief(error)}") from error
+
+
+class _Plain(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it holds {module}.{name}")
+
+
+def from_pickle(data: bytes) -> Any:
+    """Lists, mappings, texts and numbers of a pickle; one that holds anything else could run a program and is refused.
+
+    Raises:
+        pickle.UnpicklingError: it does.
+        Exception: of many kinds, where it is no pickle.
+    """
+    return _Plain(io.BytesIO(data), encoding="utf-8").load()

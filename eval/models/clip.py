@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok.errors import ConfigError, MissingExtraError, UnsupportedModelError, shown
-from vtok.eval.models.data import asset
+from vtok.eval.models.assets import asset
 from vtok.reading import is_folder
 
 BACKENDS = ("open_clip", "transformers")

@@ -18,6 +18,7 @@ from vtok.config import MethodConfig
 from vtok.errors import ConfigError, UnknownNameError, VtokError, shown
 from vtok.eval.common.checked import FileModel, Share, validated
 from vtok.eval.common.settings import Setting
+from vtok.eval.models.assets import asset, assets
 from vtok.eval.runs import yaml_text
 from vtok.registry import METHODS
 
@@ -112,23 +113,16 @@ def _asset(value: Any) -> Any:
     """The path of a file that comes with vtok, where a value names one."""
     if not isinstance(value, str) or not value.startswith(ASSET):
         return value
-    from vtok.eval.models.reference import asset
-
-    try:
-        return str(asset(value.removeprefix(ASSET)))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{value}: {error}") from error
+    return str(asset(value.removeprefix(ASSET)))
 
 
 def portable(value: Any) -> Any:
     """Plain values with files that come with vtok named as run files name them, wherever vtok is installed."""
-    from vtok.eval.models.reference import VIT_WEIGHTS, asset
-
     if isinstance(value, dict):
         return {name: portable(one) for name, one in value.items()}
     if isinstance(value, list):
         return [portable(one) for one in value]
-    return value.replace(f"{asset(VIT_WEIGHTS).parent}{os.sep}", ASSET) if isinstance(value, str) else value
+    return value.replace(f"{assets()}{os.sep}", ASSET) if isinstance(value, str) else value
 
 
 _FORM = "name or name:key=value,key=value, e.g. tome:r=13"

@@ -116,7 +116,7 @@ def create_model(name: str, options: Options, meta: bool = False) -> nn.Module:
         with torch.device("meta") if meta else nullcontext():
             model = timm.create_model(name, pretrained=options.pretrained and not options.checkpoint, **kwargs)
         if options.checkpoint:
-            timm.models.load_checkpoint(model, options.checkpoint, options.use_ema)
+            timm.models.load_checkpoint(model, options.checkpoint, options.use_ema, weights_only=True)
     except VtokError:
         raise
     except Exception as error:  # unknown name or argument, no weights, no network, a broken checkpoint: each raises its own

@@ -28,6 +28,11 @@ def asset(name: str) -> Path:
     return path
 
 
+def installed() -> bool:
+    """Whether the files are there at all."""
+    return any(path.suffix == ".safetensors" for path in assets().glob("*"))
+
+
 def missing(name: str) -> ConfigError:
     """What is said where a file is not there."""
     return ConfigError(

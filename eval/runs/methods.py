@@ -18,7 +18,7 @@ from vtok.config import MethodConfig
 from vtok.errors import ConfigError, UnknownNameError, VtokError, shown
 from vtok.eval.common.checked import FileModel, Share, validated
 from vtok.eval.common.settings import Setting
-from vtok.eval.models.assets import asset, assets
+from vtok.eval.models.assets import asset, assets, installed
 from vtok.eval.runs import yaml_text
 from vtok.registry import METHODS
 
@@ -113,7 +113,8 @@ def _asset(value: Any) -> Any:
     """The path of a file that comes with vtok, where a value names one."""
     if not isinstance(value, str) or not value.startswith(ASSET):
         return value
-    return str(asset(value.removeprefix(ASSET)))
+    name = value.removeprefix(ASSET)  # where no file came with vtok, its runs are listed, and the model says what is missing
+    return str(asset(name) if installed() else assets() / name)
 
 
 def portable(value: Any) -> Any:

@@ -89,6 +89,8 @@ def test_the_wheel_is_whole_and_leaks_nothing(built, tmp_path):
         "assert vtok.__file__.startswith('.') or 'site' in vtok.__file__, vtok.__file__\n"
         "from vtok.eval.runs.methods import portable\n"
         "assert portable({'weights': '/x/y'}) == {'weights': '/x/y'}\n"
+        "from vtok.eval.published import tables\n"
+        "assert len(tables.tables()) > 9\n"
         "try: reference.load_reference_vit()\n"
         "except vtok.ConfigError as error: told = str(error)\n"
         "assert 'in the folder assets/ of its source repository and not in the installed package' in told, told\n"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -29,10 +28,9 @@ from vtok.eval.models.clip import DualEncoder, hugging_face_encoder
 from vtok.eval.models.vlm import VisionLanguageModel
 from vtok.eval.runs.loader import parse_setting
 from vtok.eval.runs.models import model_kinds, options_class
+from vtok.eval.runs.names import check_methods
 from vtok.eval.runs.schema import BUNDLED_DATA
 from vtok.eval.tasks import TASKS
-from vtok.registry import METHODS
-from vtok.serialization import is_path
 from vtok.targets import vlm_targets
 from vtok.targets.resolve import require_module
 
@@ -130,10 +128,9 @@ def settings_of(methods: Any) -> list[Setting]:
 
 
 def _setting(method: Any) -> Setting:
-    named = isinstance(method, str) and (re.split("[:+]", method)[0] in METHODS or not is_path(method))
-    found = Setting.of(parse_setting(method) if named else method)
-    if isinstance(found.method, str) and (found.method in METHODS or not is_path(found.method)):
-        METHODS.get(found.method)  # what is not there is said before anything runs
+    found = Setting.of(parse_setting(method) if isinstance(method, str) else method)
+    if isinstance(found.method, str):  # what is not there is said before anything runs
+        check_methods([found.method])
     return found
 
 

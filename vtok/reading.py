@@ -36,6 +36,11 @@ def is_file(path: str | os.PathLike) -> bool:
     return exists(path) and os.path.isfile(path)
 
 
+def is_path(text: str) -> bool:
+    """Whether a string that names no method is meant as the file of a saved patch."""
+    return bool(text) and (text.endswith(".json") or os.sep in text or exists(text))
+
+
 def regular(path: str | os.PathLike, what: str = "") -> Path:
     """The path, if it is that of a file.
 

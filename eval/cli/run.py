@@ -12,10 +12,10 @@ import typer
 from vtok.errors import ConfigError
 from vtok.eval.common import terminal
 from vtok.eval.common.distributed import is_main
-from vtok.eval.runs import loader as runs
-from vtok.writing import apart, write
+from vtok.eval.runs.names import find
 
 if TYPE_CHECKING:
+    from vtok.eval.runs import loader as runs
     from vtok.eval.runs.runner import Outcome
 
 Config = Annotated[str, typer.Argument(help="name of a bundled run (see `vtok configs`) or path of a YAML file")]
@@ -44,6 +44,9 @@ def run(
 
     Results go to results.jsonl in the output folder as soon as they are there; a second start goes on where the first stopped.
     """
+    find(config)  # a name that is none is said before anything is imported
+    from vtok.eval.runs import loader as runs
+
     _run(runs.load(config, change or ()), data, pretrained, workers, output, into, markdown)
 
 
@@ -64,6 +67,9 @@ def sweep(
 
     Results go to results.jsonl in the output folder as soon as they are there; a second start goes on where the first stopped.
     """
+    find(config)
+    from vtok.eval.runs import loader as runs
+
     wanted = runs.load(config, [*(change or ()), *([f"sweep.flops=[{flops}]"] if flops is not None else [])])
     if not wanted.sweep:
         raise ConfigError(f"{wanted.path}: sweep is missing; give it a grid such as sweep: {{flops: [0.8, 0.6]}}, or --flops")
@@ -79,7 +85,9 @@ def _run(
     into: Path | None,
     markdown: bool = False,
 ) -> None:
+    from vtok.eval.runs import loader as runs
     from vtok.eval.runs import runner
+    from vtok.writing import apart
 
     wanted, out = runner.with_data(wanted, data), output or wanted.folder
     runs.prepared(into, [*runs.texts(wanted.content), wanted.file, data, *(out / name for name in WRITTEN)])
@@ -101,6 +109,7 @@ def _show(wanted: runs.RunConfig, outcome: Outcome, out: Path, into: Path | None
     from vtok.eval.report.summary import gap_columns, table, told
     from vtok.eval.report.tables import write_csv
     from vtok.eval.runs import runner
+    from vtok.writing import write
 
     console = terminal.output(160)
     if into is not None:

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pandas as pd
 from rich.table import Table as RichTable
 
 from vtok.writing import replacing
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Column(NamedTuple):

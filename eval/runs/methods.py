@@ -20,6 +20,7 @@ from vtok.eval.common.checked import FileModel, Share, validated
 from vtok.eval.common.settings import Setting
 from vtok.eval.models.assets import asset, assets, installed
 from vtok.eval.runs import yaml_text
+from vtok.eval.runs.names import split_methods
 from vtok.registry import METHODS
 
 ASSET = "asset:"  # starts the name of a file that comes with vtok, as the value of a parameter
@@ -172,8 +173,7 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
 
 def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
     """Reads methods joined by "+": (name, parameters) of each. Errors are those of `parse_method`."""
-    parts = re.split(r"\+(?=[A-Za-z_]\w*(?:[:+]|$))", text)  # not the plus sign of a number
-    return [parse_method(part.strip()) for part in parts]
+    return [parse_method(part) for part in split_methods(text)]
 
 
 def parse_setting(text: str) -> Any:

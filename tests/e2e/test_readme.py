@@ -20,7 +20,7 @@ import typer.main
 from PIL import Image
 
 import vtok
-from vtok.eval.cli.app import app
+from vtok.eval.cli.program import app
 from vtok.serving import TokenChoice, VLMInfo
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -24,7 +24,8 @@ from vtok.measuring import benchmark, evaluate
 from vtok.registry import ADAPTERS, METHODS
 
 if TYPE_CHECKING:
-    from vtok.api import info, patch, patched, plan, prune_inputs, save_config, supports, unmerge, unpatch
+    from vtok._signatures import patch, patched, plan
+    from vtok.api import info, prune_inputs, save_config, supports, unmerge, unpatch
     from vtok.cost.prefill import Prompt
     from vtok.methods.atp import ATP
     from vtok.methods.ats import ATS

@@ -71,7 +71,15 @@ def test_the_wheel_is_whole_and_leaks_nothing(built, tmp_path):
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"vtok"}
     assert wheel.stat().st_size < 3e6
     assert [n for n in names if n.startswith("vtok/assets/")] == ["vtok/assets/__init__.py"], "weights and pictures stay here"
-    assert {Path(n).suffix for n in names if ".dist-info/" not in n} == {".py", ".typed", ".yaml", ".html", ".css", ".js"}
+    assert {Path(n).suffix for n in names if ".dist-info/" not in n} == {
+        ".py",
+        ".pyi",
+        ".typed",
+        ".yaml",
+        ".html",
+        ".css",
+        ".js",
+    }
     for file in (
         "vtok/py.typed",
         "vtok/eval/report/html/templates/report.html",

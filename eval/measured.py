@@ -104,7 +104,8 @@ class Benchmark(Measured):
 
     @property
     def notes(self) -> list[str]:
-        return [f"{result.setting}: {result.verdict}" for result in self.results]
+        warning = self.results[0].warning
+        return [*([warning] if warning else []), *(f"{result.setting}: {result.verdict}" for result in self.results)]
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a setting, in their order; what was measured of the unpatched and the patched model has two columns."""

@@ -38,7 +38,7 @@ def front_of(rows: Sequence[Row], x: Callable[[Row], float | None], less: bool) 
 
 
 def total_gmacs(row: Row) -> float | None:
-    """GMACs a sample, the reduction's own included."""
+    """GMACs per sample, token reduction included."""
     return row.total_gmacs
 
 

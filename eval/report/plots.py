@@ -18,6 +18,7 @@ from vtok.writing import replacing
 
 WIDTH, HEIGHT = 5.75, 4.4  # inches of a panel
 DPI = 130
+MACS = "GMACs per sample, incl. token-reduction overhead"
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def pareto(sections: Sequence[Section]) -> Picture:
         data, first = frame([section]), section.rows[0]
         label = f"{first.primary} ({first.score.unit})" if first.score and first.score.unit else str(first.primary)
         common: dict[str, Any] = {"y": "score", "y_label": label, "error": "score_error", "front": "pareto"}
-        macs = Panel(data, x="total_gmacs", x_label="GMACs a sample, reduction included", title=section.title, **common)
+        macs = Panel(data, x="total_gmacs", x_label=MACS, title=section.title, **common)
         ends = ("speedup_low", "speedup_high")
         speed = Panel(data, x="measured", x_label="measured speed-up over unpatched", ends=ends, marker=1.0, **common)
         rows.append([macs, speed])

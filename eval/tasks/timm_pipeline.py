@@ -50,7 +50,7 @@ class Options:
         model_dtype: "float32", "bfloat16" or "float16"; `None` = the model's own.
         real_labels: ReaL JSON, or "timm" for the file that timm brings along.
         valid_labels: file with the numbers of the model's outputs that count.
-        seed: of weights that are not loaded; stored with the result.
+        seed: for random initialisation.
     """
 
     dataset: str = ""

@@ -164,7 +164,7 @@ def _part(
 
 
 def macs(row: Row) -> float | None:
-    """GMACs a sample, the reduction's own left out."""
+    """GMACs per sample, token reduction left out."""
     return row.gmacs
 
 

@@ -15,7 +15,10 @@ from vtok.eval.report.sections import Section, findings, rivals, with_sign
 from vtok.eval.report.tables import Column, Table
 from vtok.eval.report.values import Interval
 
-CAPTION = "± standard error; vs unpatched: paired; tokens: mean over layers; measured: median of pairs; * on the Pareto front"
+CAPTION = (
+    "± standard error; vs unpatched: paired; tokens: mean over layers; measured: median of pairs; * on the Pareto front of "
+    "accuracy against GMACs + reduction"
+)
 RIVALS = ("random", "downsample")  # that a method should beat at the same cost
 _WITHOUT = ("agreement",)  # are differences themselves
 _SKIPPED = 10  # files that are named one by one
@@ -48,9 +51,7 @@ def table(section: Section, extra: Sequence[Column] = (), digits: int = 2, brief
         columns = [setting, tokens, macs, implied, measured, score, Column("vs unpatched", _change)]
     columns += extra
     record = section.first
-    title = (
-        f"{section.title} ({record.get('task')}), {record.get('n')} samples, {record.get('dtype')} on {record.get('device')}"
-    )
+    title = f"{section.title}, {record.get('n')} samples, {record.get('dtype')} on {record.get('device')}"
     return Table.of(
         section.rows, columns, title, CAPTION, style=lambda row: "dim" if row.baseline else None, part=lambda row: row.budget
     )

@@ -11,13 +11,18 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vtok.eval.common.records import UNPATCHED
+from vtok.eval.common.records import BASELINES, UNPATCHED
 from vtok.eval.report.frame import frame
 from vtok.eval.report.sections import Section
 from vtok.writing import replacing
 
 WIDTH, HEIGHT = 5.75, 4.4  # inches of a panel
 DPI = 130
+_RING: dict[str, Any] = {"markersize": 10, "markerfacecolor": "none", "markeredgecolor": "black", "markeredgewidth": 0.9}
+_BLIND: dict[str, dict[str, Any]] = {
+    name: {"color": colour, "linestyle": line, "marker": mark}
+    for name, (colour, line, mark) in zip(BASELINES, (("0.6", (0, (5, 2)), "x"), ("0.3", (0, (1, 2)), "+")))
+}
 MACS = "GMACs per sample, incl. token-reduction overhead"
 
 
@@ -70,10 +75,10 @@ def save(picture: Figure, path: str | Path) -> None:
         picture.savefig(scratch, dpi=DPI, format=Path(path).suffix.lstrip(".").lower() or "png")
 
 
-def figure(panels: Sequence[Sequence[Panel]], title: str = "") -> Picture:
+def figure(panels: Sequence[Sequence[Panel]], title: str = "", caption: str = "") -> Picture:
     """A picture of rows of panels; those of a row with the same data share a legend and, if they show it, the axis of y.
 
-    The unpatched model is a star and a level; methods that choose blindly are grey and dashed.
+    The unpatched model is a star and a level; methods that choose blindly are grey, random dashed and uniform dotted.
     """
     columns = max(len(row) for row in panels)
     made = Picture(figsize=(WIDTH * columns, HEIGHT * len(panels)), layout="constrained")
@@ -92,7 +97,16 @@ def figure(panels: Sequence[Sequence[Panel]], title: str = "") -> Picture:
             places[0].legend(frameon=False, fontsize=8)
     if title:
         made.suptitle(title)
+    if caption:
+        made.supxlabel(caption, fontsize=8)
     return made
+
+
+def _style(method: str, late: bool, number: int) -> dict[str, Any]:
+    """Colour, line and mark of a method; those that choose blindly are grey, each in its own way."""
+    if not late:
+        return {"color": f"C{number % 10}", "linestyle": "-", "marker": "o"}
+    return _BLIND.get(method, {"color": "0.75", "linestyle": "-.", "marker": "."})
 
 
 def _draw(axis: Any, panel: Panel) -> None:
@@ -110,17 +124,16 @@ def _draw(axis: Any, panel: Panel) -> None:
             yerr=None if panel.error is None else points[panel.error].astype(float).fillna(0),
             xerr=bars,
             label=method,
-            color="0.55" if late else f"C{i % 10}",
-            linestyle=(0, (1 + 3 * (i % 2), 2)) if late else "-",
-            marker="x" if late else "o",
+            **_style(str(method), bool(late), i),
             markersize=5,
             elinewidth=0.8,
             linewidth=1.3,
         )
         if panel.front is not None:
             best = points[points[panel.front].astype(bool)]
-            ring = {"markersize": 10, "markerfacecolor": "none", "markeredgecolor": "black", "markeredgewidth": 0.9}
-            axis.plot(best[panel.x], best[panel.y], "o", **ring)
+            axis.plot(best[panel.x], best[panel.y], "o", **_RING)
+    if panel.front is not None:
+        axis.plot([], [], "o", **_RING, label="Pareto front over GMACs")
     for _, base in known[known["unpatched"].astype(bool)].iterrows():
         axis.axhline(base[panel.y], color="black", linewidth=0.8)
         axis.plot(base[panel.x], base[panel.y], "k*", markersize=12, label=UNPATCHED)
@@ -153,7 +166,8 @@ def pareto(sections: Sequence[Section]) -> Picture:
         ends = ("speedup_low", "speedup_high")
         speed = Panel(data, x="measured", x_label="measured speed-up over unpatched", ends=ends, marker=1.0, **common)
         rows.append([macs, speed])
-    return figure(rows)
+    bars = "Bars: standard error of the metric, 95 % interval of the speed-up (none from too few pairs)."
+    return figure(rows, caption=f"Circles: Pareto front of the metric against GMACs, token reduction included. {bars}")
 
 
 def speeds(section: Section) -> Picture:

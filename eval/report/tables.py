@@ -134,7 +134,7 @@ class Table:
         """The table for a terminal of any width: words and numbers are never broken. What does not fit beside the first column
         goes into further tables below, each with the first column again; columns that say nothing are left out."""
         stacks = self._stacks(options.max_width)
-        alone = {"title": self.title, "caption": self.caption} if len(stacks) == 1 else {}
+        alone: dict[str, Any] = {"title": self.title, "caption": self.caption} if len(stacks) == 1 else {}
         if self.title and not alone:
             yield Text(self.title, "italic")
         for parts in stacks:

@@ -140,8 +140,8 @@ def _part(
     if not section.bench and (options.gallery or options.images):
         drawn = gallery(section, asked, max(options.gallery, 1), options.images)
     plots = [
-        charts.pareto(section, look, total_gmacs, True, "GMACs"),
-        charts.pareto(section, look, lambda row: row.measured, False, "measured speed-up"),
+        charts.pareto(section, look, total_gmacs, True, "GMACs per sample, token reduction included"),
+        charts.pareto(section, look, lambda row: row.measured, False, "measured speed-up", lambda row: row.speedup),
     ]
     front = front_of(section.rows, total_gmacs, True) if plots[0] else set()
     return Part(

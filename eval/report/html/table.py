@@ -79,6 +79,7 @@ def summary(section: Section, front: set[int]) -> Shown:
 
     columns = [
         _SETTING,
+        *([Column("Pareto", best, title="on the front of accuracy against GMACs, token reduction included")] if front else []),
         Column(name, lambda r: _score(r.score), title="± standard error", unit=unit),
         Column("vs unpatched", _difference, title="paired difference in points, with its 95 % interval", unit="points [95 %]"),
         Column("vs random", against_random, title="difference in points to random at the same cost", unit="points [95 %]"),
@@ -90,7 +91,6 @@ def summary(section: Section, front: set[int]) -> Shown:
         *(_extra(extra) for extra in _EXTRAS if score is None or extra != score.name),
         Column("first token", _of("ttft_ms", 0), title="time until the first token of an answer", unit="ms"),
         Column("KV", _kv, title="keys and values of a prompt, 10^6 bytes", unit="MB"),
-        *([Column("Pareto", best, title="on the front of accuracy against GMACs, token reduction included")] if front else []),
     ]
     return _table(columns, section.rows)
 

@@ -2,15 +2,15 @@
 
     vtok.patch(model, method="tome")
 
-Importing vtok needs torch alone; a backend is imported only when a model of it is patched.
+vtok needs torch alone; a backend is imported only when a model of it is patched. What is named here is imported when it is
+first used, so that importing vtok takes no time.
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from vtok._version import __version__
-from vtok.api import info, patch, patched, plan, prune_inputs, save_config, supports, unmerge, unpatch
-from vtok.cost.prefill import Prompt
 from vtok.errors import (
     BudgetError,
     ConfigError,
@@ -20,9 +20,13 @@ from vtok.errors import (
     UnsupportedModelError,
     VtokError,
 )
+from vtok.measuring import benchmark, evaluate
 from vtok.registry import ADAPTERS, METHODS
 
 if TYPE_CHECKING:
+    from vtok._signatures import patch, patched, plan
+    from vtok.api import info, prune_inputs, save_config, supports, unmerge, unpatch
+    from vtok.cost.prefill import Prompt
     from vtok.methods.atp import ATP
     from vtok.methods.ats import ATS
     from vtok.methods.baselines.downsample import Downsample
@@ -78,7 +82,13 @@ _CONFIGS = {
     "ZeroTPrune": "zero_tprune",
 }
 
-_PACKAGES = ("eval", "export", "methods", "ops", "patches", "serving")
+# Functions and classes, imported on first use: name -> module.
+_NAMES = {
+    **dict.fromkeys(
+        ("info", "patch", "patched", "plan", "prune_inputs", "save_config", "supports", "unmerge", "unpatch"), "vtok.api"
+    ),
+    "Prompt": "vtok.cost.prefill",
+}
 
 __all__ = [
     "ADAPTERS",
@@ -117,6 +127,8 @@ __all__ = [
     "VtokError",
     "ZeroTPrune",
     "__version__",
+    "benchmark",
+    "evaluate",
     "info",
     "patch",
     "patched",
@@ -132,7 +144,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _CONFIGS:
         return METHODS.get(_CONFIGS[name])
-    if name in _PACKAGES:  # imported by being named: help(vtok.eval.demo.vit)
+    if name in _NAMES:
+        found = globals()[name] = getattr(import_module(_NAMES[name]), name)
+        return found
+    if not name.startswith("_") and find_spec(f"vtok.{name}") is not None:  # imported by being named: help(vtok.eval.demo.vit)
         return import_module(f"vtok.{name}")
     raise AttributeError(f"module 'vtok' has no attribute {name!r}")
 

@@ -5,8 +5,10 @@ A pipe, a device or a folder in the place of a file would make reading wait fore
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import stat
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,11 @@ def is_folder(path: str | os.PathLike) -> bool:
 def is_file(path: str | os.PathLike) -> bool:
     """Whether it is a regular file, whatever the name looks like."""
     return exists(path) and os.path.isfile(path)
+
+
+def is_path(text: str) -> bool:
+    """Whether a string that names no method is meant as the file of a saved patch."""
+    return bool(text) and (text.endswith(".json") or os.sep in text or exists(text))
 
 
 def regular(path: str | os.PathLike, what: str = "") -> Path:
@@ -95,3 +102,18 @@ def from_json(text: str | bytes, wrong: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, or a number of too many digits
         raise ConfigError(f"{wrong}: {brief(error)}") from error
+
+
+class _Plain(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it holds {module}.{name}")
+
+
+def from_pickle(data: bytes) -> Any:
+    """Lists, mappings, texts and numbers of a pickle; one that holds anything else could run a program and is refused.
+
+    Raises:
+        pickle.UnpicklingError: it does.
+        Exception: of many kinds, where it is no pickle.
+    """
+    return _Plain(io.BytesIO(data), encoding="utf-8").load()

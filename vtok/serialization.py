@@ -67,11 +67,6 @@ class Saved:
         return [configs for _, configs in self.towers]
 
 
-def is_path(text: str) -> bool:
-    """Whether a string that names no method is meant as a file."""
-    return bool(text) and (text.endswith(".json") or os.sep in text or exists(text))
-
-
 def save(
     path: str | os.PathLike,
     towers: Sequence[tuple[ModelInfo | VLMInfo, tuple[MethodConfig, ...]]],

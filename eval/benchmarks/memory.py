@@ -8,21 +8,24 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vtok.errors import ConfigError
-from vtok.eval.common.settings import Setting, weight_sharing_copy
+from vtok.eval.common.settings import Setting, pixels_of, weight_sharing_copy
+from vtok.targets.lifecycle import call
 
 _CHILD = "from vtok.eval.benchmarks.memory import child; child()"
 _PASSES = 2
 _MB = 2**20
+Inputs = Tensor | Mapping[str, Any]
 
 
-def peak_memory(model: nn.Module, images: Tensor, settings: Sequence[Setting]) -> list[float]:
+def peak_memory(model: nn.Module, images: Inputs, settings: Sequence[Setting]) -> list[float]:
     """Runs each setting and reports how much memory the process holds at its peak, weights and libraries included.
 
     On the CPU a child process loads the model, forgets what loading took, and runs the passes. On CUDA this process runs them
@@ -30,7 +33,7 @@ def peak_memory(model: nn.Module, images: Tensor, settings: Sequence[Setting]) -
 
     Args:
         model: unpatched, on the device and in the type to be measured.
-        images: what `model(images)` takes, on the same device.
+        images: what the model takes, on the same device: a batch, or a mapping that holds one.
         settings: to measure.
 
     Returns:
@@ -39,7 +42,7 @@ def peak_memory(model: nn.Module, images: Tensor, settings: Sequence[Setting]) -
     Raises:
         ConfigError: the model cannot be sent to another process, or that process failed.
     """
-    if images.device.type == "cuda":
+    if pixels_of(images).device.type == "cuda":
         return [_cuda_peak(model, images, setting) for setting in settings]
     with tempfile.TemporaryDirectory(prefix="vtok-") as folder:
         path = Path(folder) / "model.pt"
@@ -53,14 +56,14 @@ def peak_memory(model: nn.Module, images: Tensor, settings: Sequence[Setting]) -
         return [_child_peak(path, i) for i in range(len(settings))]
 
 
-def _cuda_peak(model: nn.Module, images: Tensor, setting: Setting) -> float:
-    patched = setting.apply(weight_sharing_copy(model), _size(images))
-    torch.cuda.synchronize(images.device)
+def _cuda_peak(model: nn.Module, images: Inputs, setting: Setting) -> float:
+    patched, device = setting.apply(weight_sharing_copy(model), _size(images)), pixels_of(images).device
+    torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(images.device)
+    torch.cuda.reset_peak_memory_stats(device)
     _run(patched, images)
-    torch.cuda.synchronize(images.device)
-    return torch.cuda.max_memory_allocated(images.device) / _MB
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) / _MB
 
 
 def _child_peak(path: Path, index: int) -> float:
@@ -89,14 +92,14 @@ def child() -> None:
     print(json.dumps(_peak_bytes() / _MB))
 
 
-def _run(model: nn.Module, images: Tensor) -> None:
+def _run(model: nn.Module, images: Inputs) -> None:
     with torch.inference_mode():
         for _ in range(_PASSES):
-            model(images)
+            call(model, images)
 
 
-def _size(images: Tensor) -> tuple[int, int, int]:
-    channels, height, width = images.shape[1:]
+def _size(images: Inputs) -> tuple[int, int, int]:
+    channels, height, width = pixels_of(images).shape[1:]
     return channels, height, width
 
 

@@ -39,7 +39,7 @@ from vtok.eval.benchmarks.throughput import (
     threads_set,
     verdict,
 )
-from vtok.eval.common.settings import evaluating, to_device, weight_sharing_copy
+from vtok.eval.common.settings import evaluating, moved, to_device, weight_sharing_copy
 from vtok.eval.common.statistics import paired_ratio, spread
 from vtok.targets import vlm_targets
 
@@ -103,7 +103,7 @@ def measure_prompts(
     with threads_set(threads), evaluating(model), torch.no_grad():
         base: Any = to_device(model, dtype_of(dtype), device)
         first = next(base.parameters())
-        values = {key: t.to(first.device, first.dtype if t.is_floating_point() else None) for key, t in inputs.items()}
+        values = moved(inputs, first)
         patched = [setting.apply(weight_sharing_copy(base)) for setting in chosen]
         for one in patched:
             _prefill(one, values)  # the costs below describe this pass

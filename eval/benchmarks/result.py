@@ -70,11 +70,17 @@ class Timed:
         """Versions in a line."""
         return ", ".join(f"{name} {version}" for name, version in self.versions.items())
 
+    @property
+    def warning(self) -> str:
+        """What is said where the unpatched times do not agree with those of a plain loop; "" where they do."""
+        check = self.baseline_check
+        return "" if check["ok"] else f"Warning: unreliable timing (loops differ by {100 * abs(check['ratio'] - 1):.0f} %)"
+
     def trust(self, digits: int) -> str:
         """Whether the unpatched times agree with those of a plain loop; the loop's time in ms with so many digits."""
         check = self.baseline_check
-        found = "agrees" if check["ok"] else "DOES NOT AGREE: the machine was busy, measure again"
-        return f"{check['plain_ms']:.{digits}f} ms, ratio {check['ratio']:.3f}: {found}"
+        found = f". {self.warning}" if self.warning else ": agrees"
+        return f"{check['plain_ms']:.{digits}f} ms, ratio {check['ratio']:.3f}{found}"
 
     def caption(self) -> str:
         """What all settings of a run share: model, machine, versions, and whether the baseline can be trusted."""

@@ -44,7 +44,7 @@ from vtok.registry import METHODS
 from vtok.targets import vlm_targets
 from vtok.writing import write
 
-_BUSY = "†: the unpatched times do not agree with those of a plain loop: the machine was busy, measure again"
+_BUSY = "†: unreliable timing: interleaved and plain loops over the unpatched model differ by more than 3 %"
 
 
 class Cell(BaseModel):

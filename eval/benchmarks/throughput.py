@@ -16,7 +16,7 @@ import os
 import platform
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
 from typing import Any
@@ -35,13 +35,16 @@ from vtok.eval.common.settings import (
     evaluating,
     method_name,
     model_name,
+    moved,
     pass_cost,
+    pixels_of,
     resolved_params,
     to_device,
     versions,
     weight_sharing_copy,
 )
 from vtok.eval.common.statistics import FEWEST, Interval, paired_ratio, spread
+from vtok.targets.lifecycle import call
 from vtok.targets.resolve import run_of
 
 PAIRS, FEWEST_PAIRS, WARMUP = 20, FEWEST, 3
@@ -53,7 +56,7 @@ _PROFILED = 3  # forward passes under the profiler
 
 def measure(
     model: nn.Module,
-    images: Tensor,
+    images: Tensor | Mapping[str, Any],
     settings: Sequence[Any],
     *,
     pairs: int = PAIRS,
@@ -65,14 +68,15 @@ def measure(
     seed: int = 0,
     memory: bool = True,
     profile: bool = True,
-    compiler: Callable[[nn.Module, Tensor], tuple[Callable[[Tensor], Any], dict[str, Any]]] | None = None,
+    compiler: Callable[[nn.Module, Any], tuple[Callable[[Any], Any], dict[str, Any]]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Result]:
     """Times settings against the unpatched model, all in one run.
 
     Args:
         model: unpatched; left as it is. It is run in eval mode, without gradients.
-        images: one batch [B, C, H, W]; for methods that keep more of difficult images it should hold real ones.
+        images: one batch [B, C, H, W], or a mapping that holds one, as a processor makes it: the model then takes it by name.
+            For methods that keep more of difficult images it should hold real ones.
         settings: each a `Setting`, a method, or (method, parameters).
         pairs: timed batches of every model, 20 or more for a result to quote, 5 at least.
         warmup: untimed batches of every model.
@@ -99,9 +103,9 @@ def measure(
         raise ConfigError("measure patches copies of the model itself; pass it unpatched (vtok.unpatch(model))")
     with threads_set(threads), evaluating(model):
         base = to_device(model, dtype_of(dtype), device)
-        images = images.to(next(base.parameters()))
-        height, width = images.shape[-2:]
-        size = (images.shape[1], height, width)
+        images = moved(images, next(base.parameters()))
+        pixels = pixels_of(images)
+        size = (pixels.shape[1], pixels.shape[2], pixels.shape[3])
         patched = [setting.apply(weight_sharing_copy(base), size) for setting in chosen]
         peaks = peak_memory(base, images, [Setting(), *chosen]) if memory else None
         kernels = [attention_kernel(m, images) for m in (base, *patched)]  # a pass of each: the costs below describe it
@@ -114,12 +118,12 @@ def measure(
                 ran, compiled = (list(column) for column in zip(*(compiler(one, images) for one in ran)))
             for one in ran:
                 for _ in range(warmup):
-                    one(images)
-            times, plain = interleave(ran, pairs, lambda one: one(images), images.device, progress)
-        common = described_run(next(base.parameters()), len(images), pairs, seed) | {
+                    call(one, images)
+            times, plain = interleave(ran, pairs, lambda one: call(one, images), pixels.device, progress)
+        common = described_run(next(base.parameters()), len(pixels), pairs, seed) | {
             "model": name or model_name(model),
             "backend": backend(model),
-            "img_size": int(width),
+            "img_size": int(size[2]),
             "baseline_check": baseline_check(times[0], plain),
         }
         return [
@@ -132,7 +136,7 @@ def measure(
                 reduction_share=shares[i],
                 compiled=None if compiler is None else {"base": compiled[0], "patched": compiled[i + 1]},
                 **costs[i].fields(),
-                **compare(times[0], times[i + 1], costs[i].implied_speedup, len(images), seed),
+                **compare(times[0], times[i + 1], costs[i].implied_speedup, len(pixels), seed),
                 **common,
             )
             for i in range(len(chosen))
@@ -208,27 +212,28 @@ def verdict(speedup: Interval, achieved: Interval) -> str:
     return f"faster than unpatched ({speedup.point:.2f}x){beyond}"
 
 
-def attention_kernel(model: nn.Module, images: Tensor) -> str:
+def attention_kernel(model: nn.Module, images: Tensor | Mapping[str, Any]) -> str:
     """Runs the model once and names the attention kernels with their number of blocks: "flash (cpu) x12"."""
     kernels = [block.kernel or "-" for tower in vtok.info(model, probe=images).towers for block in tower.blocks]
     return ", ".join(f"{kernel} x{kernels.count(kernel)}" for kernel in dict.fromkeys(kernels))
 
 
-def reduction_share(model: nn.Module, images: Tensor) -> float:
+def reduction_share(model: nn.Module, images: Tensor | Mapping[str, Any]) -> float:
     """Part of the forward pass spent in the reduction step, by torch's profiler, in passes that are not timed otherwise."""
     from torch.profiler import ProfilerActivity, record_function
     from torch.profiler import profile as profiler
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports its own progress, and missing GPUs, on stderr
-    cuda = images.device.type == "cuda"
+    device = pixels_of(images).device
+    cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
     with torch.no_grad(), watched_reduction(model, lambda _: record_function("vtok.core.reduction")):
-        model(images)
+        call(model, images)
         with profiler(activities=activities) as recorded:
             for _ in range(_PROFILED):
                 with record_function("vtok.forward"):
-                    model(images)
-            synchronise(images.device)
+                    call(model, images)
+            synchronise(device)
     spent = {event.key: event.device_time_total if cuda else event.cpu_time_total for event in recorded.key_averages()}
     return spent.get("vtok.core.reduction", 0.0) / spent["vtok.forward"]
 

@@ -15,7 +15,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # names of files need not be text
 
     try:
-        from vtok.eval.cli.app import app
+        from vtok.eval.cli.program import app
     except ImportError as error:
         sys.exit(f"vtok: {MissingExtraError(error.name or 'a dependency', 'eval')}")
     try:

@@ -1,4 +1,4 @@
-"""The commands of the `vtok` program."""
+"""`vtok methods`, `plan`, `bench`, `bench-select` and `demo`."""
 
 from __future__ import annotations
 
@@ -10,46 +10,10 @@ import typer
 
 import vtok
 from vtok.errors import ConfigError, MissingExtraError, brief, shown, unknown
-from vtok.eval.cli.clip import evaluate_retrieval, evaluate_zeroshot
-from vtok.eval.cli.export import write_onnx
-from vtok.eval.cli.growth import bench_growth
-from vtok.eval.cli.imagenet import evaluate_imagenet
-from vtok.eval.cli.matrix import print_matrix
-from vtok.eval.cli.published import list_configs, run_published
-from vtok.eval.cli.report import write_page
-from vtok.eval.cli.run import run, sweep
-from vtok.eval.cli.suite import bench_suite
-from vtok.eval.cli.tune import tune
-from vtok.eval.cli.viz import draw_tokens
-from vtok.eval.cli.vqa import evaluate_vqa
 from vtok.eval.common import terminal
-from vtok.eval.common.checked import MOST
-from vtok.eval.common.launch import check_command
-from vtok.eval.report.tables import Table
-from vtok.eval.runs import loader as runs
+from vtok.eval.runs.names import check_methods, find
 from vtok.registry import METHODS
-from vtok.targets import vlm_targets
-from vtok.writing import write
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=vtok.__doc__)
-evaluate = typer.Typer(no_args_is_help=True, help="Accuracy of patched models on standard tasks.")
-app.add_typer(evaluate, name="eval")
-evaluate.command("imagenet")(evaluate_imagenet)
-evaluate.command("retrieval")(evaluate_retrieval)
-evaluate.command("vqa")(evaluate_vqa)
-evaluate.command("zeroshot")(evaluate_zeroshot)
-app.command("bench-growth")(bench_growth)
-app.command("bench-suite")(bench_suite)
-app.command("configs")(list_configs)
-app.command("published")(run_published)
-app.command("book", hidden=True, deprecated=True, help="Called published now.")(run_published)  # its name in 0.1
-app.command("export")(write_onnx)
-app.command("matrix")(print_matrix)
-app.command("run")(run)
-app.command("sweep")(sweep)
-app.command("tune")(tune)
-app.command("report")(write_page)
-app.command("viz")(draw_tokens)
 console = terminal.output()
 
 Methods = Annotated[
@@ -58,24 +22,14 @@ Methods = Annotated[
 Model = Annotated[str, typer.Argument(help="a timm name, open_clip:NAME, transformers:NAME, reference or reference-clip")]
 Images = Annotated[int, typer.Option(min=1, help="vision-language models: images in a prompt")]
 TextTokens = Annotated[int, typer.Option(min=1, help="vision-language models: other tokens of a prompt")]
-Seed = Annotated[int, typer.Option(min=0, max=MOST, help="of whatever is random")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of whatever is random")]
 Pretrained = Annotated[bool, typer.Option(help="load pretrained weights (they change what data-dependent methods keep)")]
 
 
-@app.callback(invoke_without_command=True)
-def _main(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="print the version and leave")] = False,
-) -> None:
-    check_command(context.invoked_subcommand)
-    if version:
-        console.print(vtok.__version__)
-        raise typer.Exit
-
-
-@app.command()
 def methods() -> None:
     """Lists the methods with their parameters and defaults."""
+    from vtok.eval.report.tables import Table
+
     rows = []
     for name in METHODS:
         cls = METHODS.get(name)
@@ -85,7 +39,6 @@ def methods() -> None:
     console.print(Table.plain(("method", "config class", "parameters and defaults", "what it does"), rows, 4))
 
 
-@app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="as for bench; or, without a method, a run (see `vtok configs`)")],
     method: Annotated[list[str] | None, typer.Argument(help="as for bench")] = None,
@@ -94,8 +47,13 @@ def plan(
     text_tokens: TextTokens = 64,
 ) -> None:
     """Tokens and MACs per block and the implied speed-up of methods on a model, before anything runs."""
+    check_methods(method)
+    if not method:
+        find(model)
     from vtok.eval.models.by_name import load_model
     from vtok.eval.published import tables as published
+    from vtok.eval.runs import loader as runs
+    from vtok.targets import vlm_targets
 
     if not method:
         if img_size is not None:
@@ -113,7 +71,6 @@ def plan(
         console.print()
 
 
-@app.command()
 def bench(
     model: Model,
     method: Methods,
@@ -143,6 +100,7 @@ def bench(
     Of vision-language models it times prefill, first token and decoding, whose steps alone --compile compiles (peak memory
     and the profiler are for encoders).
     """
+    check_methods(method)
     from vtok.eval.benchmarks import result as bench_result
     from vtok.eval.benchmarks.compiled import Compiler
     from vtok.eval.benchmarks.exported import RUNTIMES, measure_exported
@@ -150,6 +108,9 @@ def bench(
     from vtok.eval.benchmarks.throughput import measure
     from vtok.eval.models.by_name import load_model, sample_images
     from vtok.eval.models.random_vlm import sample_prompts
+    from vtok.eval.runs import loader as runs
+    from vtok.targets import vlm_targets
+    from vtok.writing import write
 
     runs.prepared(output, [model, *method])
     if runtime not in (torch_alone := "torch", *RUNTIMES):
@@ -186,7 +147,6 @@ def bench(
         console.print(bench_result.table(results))
 
 
-@app.command()
 def bench_select(
     tokens: Annotated[int, typer.Option(min=2, help="visual tokens of an image")] = 2880,
     keep: Annotated[int, typer.Option(min=1, help="how many stay")] = 288,
@@ -238,7 +198,6 @@ def bench_select(
     console.print(select_bench.table(results, tokens, keep, width))
 
 
-@app.command()
 def demo(
     images: Annotated[int, typer.Option("--images", "-n", min=2, max=10_000, help="test images")] = 1000,
     full: Annotated[bool, typer.Option("--full", help="all 10,000 test images")] = False,

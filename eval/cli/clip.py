@@ -17,6 +17,7 @@ from vtok.eval.common import terminal
 from vtok.eval.common.distributed import is_main
 from vtok.eval.report.printed import dual_encoders
 from vtok.eval.runs.loader import parse_method
+from vtok.eval.runs.names import check_methods
 from vtok.eval.tasks.captions import PAGES
 from vtok.eval.tasks.retrieval import RetrievalOptions
 from vtok.eval.tasks.zeroshot import PICTURES, ZeroshotOptions
@@ -38,6 +39,7 @@ def evaluate_retrieval(**flags: Any) -> None:
 
 
 def _evaluate(task: Any, kind: type, flags: dict[str, Any]) -> None:
+    check_methods(flags["method"])
     console = terminal.output()
     model, data, methods, output = (flags.pop(name) for name in ("model", "data", "method", "output"))
     settings = [None, *(parse_method(text) for text in methods or ())]

@@ -11,8 +11,6 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 
 from vtok.errors import ConfigError, shown
-from vtok.eval.common.checked import members
-from vtok.eval.runs import yaml_text
 
 METHOD_HELP = "name or name:key=value,...; repeatable"
 SETTING_HELP = "name or name:key=value,...; several patched together joined by +; repeatable"
@@ -33,6 +31,8 @@ def value_of(options: type, name: str, value: Any) -> Any:
     kind, inside = _kind(get_type_hints(options)[name])
     if not isinstance(value, str) or kind not in (tuple, Mapping):
         return value
+    from vtok.eval.runs import yaml_text
+
     flag = f"--{name.replace('_', '-')}"
     if kind is tuple and inside is str:
         return tuple(part.strip() for part in value.split("|"))
@@ -86,6 +86,8 @@ def _help(options: type) -> dict[str, str]:
 
 def _kind(hint: Any) -> tuple[Any, Any]:
     """(int, float, bool, str, tuple or Mapping; of a tuple what its entries are): the form in which a flag is written."""
+    from vtok.eval.common.checked import members
+
     (form,) = members(hint)
     origin, inside = get_origin(form), get_args(form)
     if origin is tuple:

@@ -12,11 +12,10 @@ import typer
 from vtok.errors import ConfigError
 from vtok.eval.common import terminal
 from vtok.eval.common.distributed import is_main
-from vtok.eval.common.rates import throughput_line
-from vtok.eval.runs import loader as runs
-from vtok.writing import apart, write
+from vtok.eval.runs.names import find
 
 if TYPE_CHECKING:
+    from vtok.eval.runs import loader as runs
     from vtok.eval.runs.runner import Outcome
 
 Config = Annotated[str, typer.Argument(help="name of a bundled run (see `vtok configs`) or path of a YAML file")]
@@ -28,8 +27,6 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="folder of t
 Markdown = Annotated[bool, typer.Option("--markdown", help="print the table as Markdown")]
 Json = Annotated[Path | None, typer.Option("--json", help="file for the records of this run, besides")]
 
-
-_SKIPPED = 10  # files that are named one by one
 WRITTEN = ("results.jsonl", "sweep.csv", "sweep.png")  # into the folder of the results
 
 
@@ -47,6 +44,9 @@ def run(
 
     Results go to results.jsonl in the output folder as soon as they are there; a second start goes on where the first stopped.
     """
+    find(config)  # a name that is none is said before anything is imported
+    from vtok.eval.runs import loader as runs
+
     _run(runs.load(config, change or ()), data, pretrained, workers, output, into, markdown)
 
 
@@ -67,6 +67,9 @@ def sweep(
 
     Results go to results.jsonl in the output folder as soon as they are there; a second start goes on where the first stopped.
     """
+    find(config)
+    from vtok.eval.runs import loader as runs
+
     wanted = runs.load(config, [*(change or ()), *([f"sweep.flops=[{flops}]"] if flops is not None else [])])
     if not wanted.sweep:
         raise ConfigError(f"{wanted.path}: sweep is missing; give it a grid such as sweep: {{flops: [0.8, 0.6]}}, or --flops")
@@ -82,7 +85,9 @@ def _run(
     into: Path | None,
     markdown: bool = False,
 ) -> None:
+    from vtok.eval.runs import loader as runs
     from vtok.eval.runs import runner
+    from vtok.writing import apart
 
     wanted, out = runner.with_data(wanted, data), output or wanted.folder
     runs.prepared(into, [*runs.texts(wanted.content), wanted.file, data, *(out / name for name in WRITTEN)])
@@ -100,10 +105,11 @@ def _show(wanted: runs.RunConfig, outcome: Outcome, out: Path, into: Path | None
     from vtok.eval.report.beside import choices
     from vtok.eval.report.frame import CSV, frame
     from vtok.eval.report.plots import plot
-    from vtok.eval.report.sections import findings, sections
-    from vtok.eval.report.summary import gap_columns, table
+    from vtok.eval.report.sections import sections
+    from vtok.eval.report.summary import gap_columns, table, told
     from vtok.eval.report.tables import write_csv
     from vtok.eval.runs import runner
+    from vtok.writing import write
 
     console = terminal.output(160)
     if into is not None:
@@ -119,12 +125,7 @@ def _show(wanted: runs.RunConfig, outcome: Outcome, out: Path, into: Path | None
                 print(shown.markdown())
             else:
                 console.print(shown)
-        speeds = [line for row in section.rows if (line := throughput_line(row.label, row.record))]
-        notes = [f"note: {note}" for note in first.get("notes", ())]
-        left = [f"{one['file']} was skipped: {one['reason']}" for one in first.get("skipped", ())]
-        if len(left) > _SKIPPED:
-            left[_SKIPPED:] = [f"and {len(left) - _SKIPPED} other files were skipped, see {out / runner.RESULTS}"]
-        for line in (*(finding.words for finding in findings(section)), *speeds, *notes, *left):
+        for line in told(section, out / runner.RESULTS):
             console.print(f"- {line}", highlight=False)
         if wanted.published:
             for row in section.patched:

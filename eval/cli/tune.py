@@ -17,6 +17,7 @@ from vtok.errors import ConfigError, shown
 from vtok.eval.cli.flags import options_from, signature
 from vtok.eval.common import terminal
 from vtok.eval.runs import loader as runs
+from vtok.eval.runs.names import check_methods
 from vtok.eval.tune import report as tune_report
 from vtok.eval.tune.models import BUNDLED, Source, prepared_subject
 from vtok.eval.tune.result import Plan
@@ -31,6 +32,7 @@ def tune(model: str, method: str, out: Path | None, **flags: Any) -> None:
     Every candidate costs what the default costs. No label is needed: by default candidates are ranked by how far the model's
     probabilities move (KL divergence to the unpatched model); of vision-language models those of the answer's first token.
     """
+    check_methods([method])
     console = terminal.output()
     plan, source = (
         options_from(kind, {name: value for name, value in flags.items() if name in {f.name for f in fields(kind)}})

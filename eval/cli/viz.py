@@ -10,9 +10,7 @@ import typer
 from vtok.errors import ConfigError, brief
 from vtok.eval.cli.flags import SETTING_HELP
 from vtok.eval.common import terminal
-from vtok.eval.report.tables import Table
-from vtok.eval.runs.loader import parse_setting
-from vtok.eval.viz.draw import FORMATS
+from vtok.eval.runs.names import check_methods
 from vtok.writing import apart, writable
 
 
@@ -32,6 +30,10 @@ def draw_tokens(
     pretrained: Annotated[bool, typer.Option(help="load pretrained weights (they decide what is merged)")] = True,
 ) -> None:
     """Draws which tokens of an image are merged, dropped and kept, layer by layer; of vision-language models in the LLM too."""
+    check_methods([method])
+    from vtok.eval.report.tables import Table
+    from vtok.eval.runs.loader import parse_setting
+    from vtok.eval.viz.draw import FORMATS
     from vtok.eval.viz.token_maps import visualize
 
     files = output or [Path("viz.png")]

@@ -48,8 +48,6 @@ from datetime import timedelta
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
-import torch
-
 from vtok.errors import ConfigError, MissingExtraError, VtokError
 
 TIMEOUT = "VTOK_PROCESS_TIMEOUT"
@@ -141,6 +139,8 @@ class Processes:
         """
         if self.group is None:
             return [value]
+        import torch
+
         found: list[Any] = [None] * self.world
         try:
             torch.distributed.all_gather_object(found, (kind, value), group=self.group)
@@ -196,6 +196,8 @@ class Processes:
         """
         if asked not in (None, "cuda"):
             return asked
+        import torch
+
         if not torch.cuda.is_available() or (asked is None and _cpu_only()):
             return asked
         return "cuda" if self.world == 1 else f"cuda:{self.local_rank % torch.cuda.device_count()}"
@@ -237,6 +239,8 @@ def current() -> Processes:
     """
     if world_size() == 1:
         return Processes()
+    import torch
+
     try:
         from accelerate import PartialState
     except ImportError as error:
@@ -259,6 +263,8 @@ def current() -> Processes:
 def leave() -> None:
     """Disconnects the processes, if they were connected, once all of them have come here."""
     if current.cache_info().currsize and current().group is not None:
+        import torch
+
         current().all(None, "end")
         torch.distributed.destroy_process_group()
 

@@ -232,6 +232,39 @@ def to_device(model: nn.Module, dtype: torch.dtype | None = None, device: str | 
     return copy.deepcopy(model).to(where, dtype)
 
 
+def pixels_of(inputs: Any) -> torch.Tensor:
+    """[B, C, H, W]: the images among the inputs of a model, which are these images or a mapping that holds them.
+
+    Raises:
+        ConfigError: there are none, or they have another form.
+    """
+    found = inputs
+    if isinstance(inputs, Mapping):
+        images = [value for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim == 4]
+        found = inputs["pixel_values"] if "pixel_values" in inputs else images[0] if len(images) == 1 else None
+    if not isinstance(found, torch.Tensor) or found.ndim != 4:
+        form = f" of shape {list(found.shape)}" if isinstance(found, torch.Tensor) else ""
+        held = f" with {', '.join(map(str, inputs))}" if isinstance(inputs, Mapping) else form
+        raise ConfigError(
+            "images are a tensor [B, C, H, W], or the mapping that a processor makes, with pixel_values [B, C, H, W]; got "
+            f"{type(inputs).__name__}{held}"
+        )
+    return found
+
+
+def moved(inputs: Any, like: torch.Tensor) -> Any:
+    """Images, or a mapping that holds them, on the device of `like` and in its type; ids and masks keep theirs."""
+    if not isinstance(inputs, Mapping):
+        return inputs.to(like) if isinstance(inputs, torch.Tensor) else inputs
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(like.device, like.dtype if value.is_floating_point() else None)
+
+    return {name: one(value) for name, value in inputs.items()}
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside, and every module's own mode back afterwards."""

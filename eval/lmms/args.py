@@ -15,6 +15,7 @@ from vtok.capabilities import to_calibrate
 from vtok.config import MethodConfig
 from vtok.errors import ConfigError, shown, unknown
 from vtok.eval.runs.methods import parse_method, parse_methods
+from vtok.reading import is_path
 from vtok.registry import METHODS
 from vtok.targets.vlm_resolve import POSITIONS
 
@@ -70,7 +71,7 @@ def read_args(args: Mapping[str, Any], known: Iterable[str]) -> tuple[Wish, dict
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
         raise ConfigError(f"calibration is a number of questions, got {shown(count)}")
     _check_options(options)
-    if text == NONE or (text not in METHODS and files.is_path(text)):
+    if text == NONE or (text not in METHODS and is_path(text)):
         if given or options or count:
             what = "the unpatched model" if text == NONE else f"the saved patch {text}, which holds all its numbers,"
             names = ", ".join([*given, *options, *(["calibration"] if count else [])])

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok.errors import ConfigError, MissingExtraError, UnsupportedModelError, shown
-from vtok.eval.models.data import asset
+from vtok.eval.models.assets import asset
 from vtok.reading import is_folder
 
 BACKENDS = ("open_clip", "transformers")
@@ -97,7 +97,7 @@ def load_clip(name: str, pretrained: str = "", backend: str | None = None, seed:
             Hugging Face. A folder is taken for what its configuration file says it is.
         pretrained: open_clip's tag or file of weights; "" leaves a model given by open_clip's name at random weights.
         backend: "open_clip" or "transformers"; `None` = find out.
-        seed: of weights that are not loaded.
+        seed: for random initialisation.
 
     Raises:
         ConfigError: no such model, weights or backend.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gzip
 import io
 import os
-from importlib.resources import as_file, files
 from pathlib import Path
 
 import torch
@@ -110,11 +109,3 @@ def _download(root: Path) -> Path:
 def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 pixels [.., 28, 28] -> zero mean, unit variance in `dtype` (statistics of the training set)."""
     return (images.to(dtype) / 255 - FASHION_MEAN) / FASHION_STD
-
-
-def asset(name: str) -> Path:
-    """Path of a bundled file; works from a checkout and from an installed wheel."""
-    with as_file(files("vtok.assets") / name) as path:
-        if not path.is_file():
-            raise FileNotFoundError(f"vtok.assets has no {name}: this installation of vtok is incomplete")
-        return path

@@ -1,4 +1,4 @@
-"""The reference models that come with vtok: small, trained on real images by scripts of this package, shipped in `assets/`."""
+"""The reference models that come with vtok: small, trained on real images by scripts of this package; in `assets/`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vtok.eval.models.assets import asset
 from vtok.eval.models.clip import REFERENCE, DualEncoder, load_clip
-from vtok.eval.models.data import FASHION_MEAN, FASHION_STD, asset, read_idx
+from vtok.eval.models.data import FASHION_MEAN, FASHION_STD, read_idx
 from vtok.eval.models.easyvqa import BLANK, PAGE_SIZE, caption, compose
 
 VIT_WEIGHTS = "fashion_vit.safetensors"

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vtok.eval.models.assets import asset
 from vtok.eval.models.data import read_idx
 from vtok.eval.models.easyvqa import COLOURS, PICTURE_SIZE, PLACES, SHAPES
-from vtok.eval.models.reference import DATA_FOLDER, MEAN, STD, asset, load_reference_pictures
+from vtok.eval.models.reference import DATA_FOLDER, MEAN, STD, load_reference_pictures
 from vtok.writing import write
 
 LLAVA_FOLDER = "easyvqa_llava"

@@ -11,7 +11,7 @@ import pandas as pd
 from vtok.eval.common.records import difference
 from vtok.eval.report.rows import Row, speed_ends
 from vtok.eval.report.sections import Section
-from vtok.eval.report.values import at
+from vtok.eval.report.values import at, mapping
 
 CSV = (
     *("model", "backend", "task", "dataset", "method", "setting", "budget", "params", "n", "metric", "value", "stderr"),
@@ -38,7 +38,7 @@ def front_of(rows: Sequence[Row], x: Callable[[Row], float | None], less: bool) 
 
 
 def total_gmacs(row: Row) -> float | None:
-    """GMACs a sample, the reduction's own included."""
+    """GMACs per sample, token reduction included."""
     return row.total_gmacs
 
 
@@ -60,13 +60,13 @@ def frame(sections: Iterable[Section]) -> pd.DataFrame:
 
 def _recorded(row: Row, best: bool) -> dict[str, Any]:
     r, primary = row.record, row.primary or ""
-    change, error, ends = difference({**r, "primary": primary})
+    change, error, ends = difference({**r, "metrics": mapping(r.get("metrics")), "primary": primary})
     low, high = ends or (None, None)
     slow, fast = speed_ends(r) or (None, None)
     same = ("model", "backend", "task", "dataset", "method", "setting", "budget", "n", "implied_speedup", "speedup", "achieved")
     found = {name: r.get(name) for name in (*same, "dtype", "device", "threads", "batch_size", "seed", "key")} | {
         "params": json.dumps(r.get("params")),
-        "metric": primary,
+        "metric": primary or None,
         "value": at(r, "metrics", primary),
         "stderr": at(r, "metrics", f"{primary}_stderr"),
         "difference": change,

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
-from vtok.eval.common.records import UNPATCHED
+from vtok.eval.common.records import BASELINES, UNPATCHED
 from vtok.eval.report.frame import frame
 from vtok.eval.report.sections import Section
 from vtok.writing import replacing
 
 WIDTH, HEIGHT = 5.75, 4.4  # inches of a panel
+DPI = 130
+_RING: dict[str, Any] = {"markersize": 10, "markerfacecolor": "none", "markeredgecolor": "black", "markeredgewidth": 0.9}
+_BLIND: dict[str, dict[str, Any]] = {
+    name: {"color": colour, "linestyle": line, "marker": mark}
+    for name, (colour, line, mark) in zip(BASELINES, (("0.6", (0, (5, 2)), "x"), ("0.3", (0, (1, 2)), "+")))
+}
+MACS = "GMACs per sample, incl. token-reduction overhead"
 
 
 @dataclass(frozen=True)
@@ -46,19 +55,34 @@ class Panel:
     marker: float | None = None
 
 
+class Picture(Figure):
+    """A figure that notebooks show without any backend of matplotlib being chosen."""
+
+    def _repr_png_(self) -> bytes:
+        held = io.BytesIO()
+        self.savefig(held, dpi=DPI, format="png")
+        return held.getvalue()
+
+
 def draw(panels: Sequence[Sequence[Panel]], path: Path, title: str = "") -> None:
-    """Writes a picture of rows of panels; those of a row with the same data share a legend and, if they show it, the axis of y.
+    """Writes what `figure` makes."""
+    save(figure(panels, title), path)
 
-    The unpatched model is a star and a level; methods that choose blindly are grey and dashed.
+
+def save(picture: Figure, path: str | Path) -> None:
+    """Writes a figure in the format that the name of the file says; it is there whole or not at all."""
+    with replacing(Path(path)) as scratch:
+        picture.savefig(scratch, dpi=DPI, format=Path(path).suffix.lstrip(".").lower() or "png")
+
+
+def figure(panels: Sequence[Sequence[Panel]], title: str = "", caption: str = "") -> Picture:
+    """A picture of rows of panels; those of a row with the same data share a legend and, if they show it, the axis of y.
+
+    The unpatched model is a star and a level; methods that choose blindly are grey, random dashed and uniform dotted.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     columns = max(len(row) for row in panels)
-    size = (WIDTH * columns, HEIGHT * len(panels))
-    figure, axes = plt.subplots(len(panels), columns, figsize=size, squeeze=False, layout="constrained")
+    made = Picture(figsize=(WIDTH * columns, HEIGHT * len(panels)), layout="constrained")
+    axes = made.subplots(len(panels), columns, squeeze=False)
     for row, places in zip(panels, axes):
         for panel, axis in zip(row, places):
             _draw(axis, panel)
@@ -72,10 +96,17 @@ def draw(panels: Sequence[Sequence[Panel]], path: Path, title: str = "") -> None
         else:
             places[0].legend(frameon=False, fontsize=8)
     if title:
-        figure.suptitle(title)
-    with replacing(path) as scratch:
-        figure.savefig(scratch, dpi=130)
-    plt.close(figure)
+        made.suptitle(title)
+    if caption:
+        made.supxlabel(caption, fontsize=8)
+    return made
+
+
+def _style(method: str, late: bool, number: int) -> dict[str, Any]:
+    """Colour, line and mark of a method; those that choose blindly are grey, each in its own way."""
+    if not late:
+        return {"color": f"C{number % 10}", "linestyle": "-", "marker": "o"}
+    return _BLIND.get(method, {"color": "0.75", "linestyle": "-.", "marker": "."})
 
 
 def _draw(axis: Any, panel: Panel) -> None:
@@ -93,17 +124,16 @@ def _draw(axis: Any, panel: Panel) -> None:
             yerr=None if panel.error is None else points[panel.error].astype(float).fillna(0),
             xerr=bars,
             label=method,
-            color="0.55" if late else f"C{i % 10}",
-            linestyle=(0, (1 + 3 * (i % 2), 2)) if late else "-",
-            marker="x" if late else "o",
+            **_style(str(method), bool(late), i),
             markersize=5,
             elinewidth=0.8,
             linewidth=1.3,
         )
         if panel.front is not None:
             best = points[points[panel.front].astype(bool)]
-            ring = {"markersize": 10, "markerfacecolor": "none", "markeredgecolor": "black", "markeredgewidth": 0.9}
-            axis.plot(best[panel.x], best[panel.y], "o", **ring)
+            axis.plot(best[panel.x], best[panel.y], "o", **_RING)
+    if panel.front is not None:
+        axis.plot([], [], "o", **_RING, label="Pareto front over GMACs")
     for _, base in known[known["unpatched"].astype(bool)].iterrows():
         axis.axhline(base[panel.y], color="black", linewidth=0.8)
         axis.plot(base[panel.x], base[panel.y], "k*", markersize=12, label=UNPATCHED)
@@ -118,6 +148,11 @@ def _draw(axis: Any, panel: Panel) -> None:
 
 
 def plot(sections: Sequence[Section], path: Path) -> None:
+    """Writes what `pareto` makes."""
+    save(pareto(sections), path)
+
+
+def pareto(sections: Sequence[Section]) -> Picture:
     """The headline metric of every section against GMACs and against measured speed.
 
     Rings mark the Pareto front over GMACs; bars are standard errors and, of speed, 95 % intervals.
@@ -127,8 +162,37 @@ def plot(sections: Sequence[Section], path: Path) -> None:
         data, first = frame([section]), section.rows[0]
         label = f"{first.primary} ({first.score.unit})" if first.score and first.score.unit else str(first.primary)
         common: dict[str, Any] = {"y": "score", "y_label": label, "error": "score_error", "front": "pareto"}
-        macs = Panel(data, x="total_gmacs", x_label="GMACs a sample, reduction included", title=section.title, **common)
+        macs = Panel(data, x="total_gmacs", x_label=MACS, title=section.title, **common)
         ends = ("speedup_low", "speedup_high")
         speed = Panel(data, x="measured", x_label="measured speed-up over unpatched", ends=ends, marker=1.0, **common)
         rows.append([macs, speed])
-    draw(rows, path)
+    bars = "Bars: standard error of the metric, 95 % interval of the speed-up (none from too few pairs)."
+    return figure(rows, caption=f"Circles: Pareto front of the metric against GMACs, token reduction included. {bars}")
+
+
+def speeds(section: Section) -> Picture:
+    """Measured speed-ups of a benchmark with their 95 % intervals, beside what the GMACs imply."""
+    rows = [row for row in section.patched if row.speedup is not None]
+    made = Picture(figsize=(1.3 * WIDTH, 1.2 + 0.34 * len(rows)), layout="constrained")
+    axis: Any = made.subplots()
+    for place, row in enumerate(rows):
+        assert row.speedup is not None
+        point, ends = row.speedup.point, row.speedup.ends or [row.speedup.point] * 2
+        bar = [[point - ends[0]], [ends[1] - point]]
+        colour = {"bad": "C3", "good": "C2", "plain": "0.45"}[row.verdict[0]]
+        axis.errorbar([point], [place], xerr=bar, fmt="o", color=colour, capsize=3)
+        if row.implied is not None:
+            axis.plot([row.implied], [place], "|", color="black", markersize=13, markeredgewidth=1.6)
+    named = {"faster [95 %]": "C2", "no clear difference": "0.45", "slower": "C3"}
+    for name, colour in named.items():
+        axis.plot([], [], "o", color=colour, label=name)
+    axis.plot([], [], "|", color="black", markersize=10, markeredgewidth=1.6, label="implied by GMACs")
+    axis.axvline(1.0, color="black", linewidth=0.8, linestyle=":", label=UNPATCHED)
+    axis.set_yticks(range(len(rows)), [row.label for row in rows])
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.set_xlim(left=0)
+    axis.set_xlabel("speed-up over unpatched")
+    axis.set_title(section.title, loc="left", fontsize=9)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axis.grid(alpha=0.25, axis="x")
+    return made

@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
+from pathlib import Path
 
+from vtok.eval.common.rates import throughput_line
 from vtok.eval.common.statistics import in_brackets, with_error
 from vtok.eval.report.frame import front_of, total_gmacs
 from vtok.eval.report.rows import Row, Score
-from vtok.eval.report.sections import Section, rivals, with_sign
+from vtok.eval.report.sections import Section, findings, rivals, with_sign
 from vtok.eval.report.tables import Column, Table
 from vtok.eval.report.values import Interval
 
-CAPTION = "± standard error; vs unpatched: paired; tokens: mean over layers; measured: median of pairs; * on the Pareto front"
+CAPTION = (
+    "± standard error; vs unpatched: paired; tokens: mean over layers; measured: median of pairs; * on the Pareto front of "
+    "accuracy against GMACs + reduction"
+)
 RIVALS = ("random", "downsample")  # that a method should beat at the same cost
 _WITHOUT = ("agreement",)  # are differences themselves
+_SKIPPED = 10  # files that are named one by one
 
 
 def table(section: Section, extra: Sequence[Column] = (), digits: int = 2, brief: Callable[[Row], str] | None = None) -> Table:
@@ -45,12 +51,28 @@ def table(section: Section, extra: Sequence[Column] = (), digits: int = 2, brief
         columns = [setting, tokens, macs, implied, measured, score, Column("vs unpatched", _change)]
     columns += extra
     record = section.first
-    title = (
-        f"{section.title} ({record.get('task')}), {record.get('n')} samples, {record.get('dtype')} on {record.get('device')}"
-    )
+    title = f"{section.title}, {record.get('n')} samples, {record.get('dtype')} on {record.get('device')}"
     return Table.of(
         section.rows, columns, title, CAPTION, style=lambda row: "dim" if row.baseline else None, part=lambda row: row.budget
     )
+
+
+def told(section: Section, records: Path | None = None) -> list[str]:
+    """What stands below the table of a section: what its numbers support, throughput of several processes, notes, files that
+    were left out.
+
+    Args:
+        section: of the table.
+        records: file in which all that were left out are named; `None` = there is none.
+    """
+    first = section.first
+    speeds = [line for row in section.rows if (line := throughput_line(row.label, row.record))]
+    notes = [f"note: {note}" for note in first.get("notes", ())]
+    left = [f"{one['file']} was skipped: {one['reason']}" for one in first.get("skipped", ())]
+    if len(left) > _SKIPPED:
+        where = "" if records is None else f", see {records}"
+        left[_SKIPPED:] = [f"and {len(left) - _SKIPPED} other files were skipped{where}"]
+    return [*(finding.words for finding in findings(section)), *speeds, *notes, *left]
 
 
 def gap_columns(section: Section, methods: Sequence[str] = RIVALS) -> list[Column]:

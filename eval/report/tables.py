@@ -5,15 +5,23 @@ GitHub Markdown. Numbers for other programs are frames (`vtok.eval.report.frame`
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pandas as pd
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from vtok.writing import replacing
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Column(NamedTuple):
@@ -32,6 +40,30 @@ class Column(NamedTuple):
     left: bool = False
     title: str = ""
     unit: str = ""
+
+
+_FIRST, _FLEXIBLE = 30, 24  # columns of a terminal: of what a row is called, if a third of the room is less; of texts at least
+
+
+class _Part(NamedTuple):
+    """A column for a terminal: header and cells with their line breaks; `flexible` = broken between words as there is room."""
+
+    name: str
+    cells: list[str]
+    left: bool
+    flexible: bool
+    width: int
+
+
+def _folded(cell: str, room: int) -> str:
+    """What a row is called, on lines of so many columns, broken behind commas, brackets and words where that is possible."""
+    lines = [""]
+    for piece in re.findall(r"[^\s,(+]+[,(+]?\s*|[\s,(+]", cell):
+        for part in [piece] if len(piece.rstrip()) <= room else textwrap.wrap(piece, room):
+            if len((lines[-1] + part).rstrip()) > room:
+                lines.append("")
+            lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)
 
 
 @dataclass
@@ -98,13 +130,51 @@ class Table:
             self.styles[len(self.rows)] = style
         self.rows.append(cells)
 
-    def __rich__(self) -> RichTable:
-        made = RichTable(title=self.title, caption=self.caption, **self.look)
-        for name, left in zip(self.header, self.left):
-            made.add_column(name, justify="left" if left else "right", overflow="fold")
-        for i, row in enumerate(self.rows):
-            made.add_row(*row, style=self.styles.get(i), end_section=i in self.rules)
-        return made
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RichTable | Text]:
+        """The table for a terminal of any width: words and numbers are never broken. What does not fit beside the first column
+        goes into further tables below, each with the first column again; columns that say nothing are left out."""
+        stacks = self._stacks(options.max_width)
+        alone: dict[str, Any] = {"title": self.title, "caption": self.caption} if len(stacks) == 1 else {}
+        if self.title and not alone:
+            yield Text(self.title, "italic")
+        for parts in stacks:
+            made: RichTable = RichTable(**alone, **self.look)
+            for part in parts:
+                side: Any = "left" if part.left else "right"
+                made.add_column(part.name, justify=side, overflow="fold", no_wrap=not part.flexible, min_width=part.width)
+            for i, row in enumerate(zip(*(part.cells for part in parts))):
+                made.add_row(*row, style=self.styles.get(i), end_section=i in self.rules)
+            yield made
+        if self.caption and not alone:
+            yield Text(self.caption, "italic dim")
+
+    def _stacks(self, room: int) -> list[list[_Part]]:
+        """The columns of every table that is printed."""
+        shown = [j for j in range(len(self.header)) if not j or not self.rows or any(row[j] != "-" for row in self.rows)]
+        parts = [self._part(j, room, False) for j in shown]
+        if sum(part.width + 3 for part in parts) + 1 > room:
+            parts = [self._part(j, room, True) for j in shown]
+        stacks, first = [parts[:1]], parts[:1]
+        for part in parts[1:]:
+            if len(stacks[-1]) > 1 and sum(one.width + 3 for one in (*stacks[-1], part)) + 1 > room:
+                stacks.append(list(first))
+            stacks[-1].append(part)
+        return stacks
+
+    def _part(self, j: int, room: int, narrow: bool) -> _Part:
+        """A column as it is printed; `narrow` = intervals and what follows an arrow stand on lines of their own."""
+        cells = [str(row[j]) for row in self.rows]
+        flexible = j > 0 and self.left[j]
+        if not j:
+            cells = [_folded(cell, max(_FIRST, room // 3)) for cell in cells]
+        elif narrow and not flexible:
+            cells = [cell.replace(" [", "\n[").replace(" -> ", "\n-> ") for cell in cells]
+        lines = [cell_len(line) for cell in cells for line in cell.splitlines()]
+        header = self.header[j].replace("[95 %]", "[95\u00a0%]")
+        words = max((cell_len(word) for word in header.split(" ")), default=1)
+        width = max(words, min(_FLEXIBLE, max(lines, default=1)) if flexible else max(lines, default=1))
+        name = header if flexible else "\n".join(textwrap.wrap(header, width, break_on_hyphens=False))
+        return _Part(name, cells, self.left[j], flexible, width)
 
     def markdown(self) -> str:
         """The cells as a GitHub table, without title and caption."""
@@ -112,6 +182,19 @@ class Table:
         lines = [self.header, *self.rows]
         head, *body = ("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
         return "\n".join([head, f"|{rule}|", *body])
+
+    def html(self) -> str:
+        """The table as HTML, title and caption included; notebooks show it. Their style sheets have the class."""
+        align = ["left" if left else "right" for left in self.left]
+
+        def line(cells: Sequence[str], tag: str) -> str:
+            made = (f'<{tag} style="text-align:{side}">{escape(cell)}</{tag}>' for cell, side in zip(cells, align))
+            return f"<tr>{''.join(made)}</tr>"
+
+        above, below = (f"<p>{escape(words)}</p>" if words else "" for words in (self.title, self.caption))
+        body = "".join(line(row, "td") for row in self.rows)
+        head = line(self.header, "th")
+        return f'{above}<table class="dataframe"><thead>{head}</thead><tbody>{body}</tbody></table>{below}'
 
 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from vtok.config import MethodConfig
 from vtok.errors import ConfigError, VtokError
 from vtok.eval.common.settings import Setting
+from vtok.eval.models.assets import assets
 from vtok.eval.runs.methods import ASSET, portable
 from vtok.eval.runs.schema import BUNDLED_DATA, REFERENCE
 from vtok.registry import METHODS
@@ -117,14 +118,10 @@ def configs_of(record: Mapping[str, Any]) -> list[MethodConfig]:
 
 
 def _file(value: Any) -> Any:
-    from vtok.eval.models.reference import asset
-
     if not isinstance(value, str) or not ("/" in value or value.startswith(ASSET)) or Path(value).exists():
         return value
-    try:
-        return str(asset(Path(value.removeprefix(ASSET)).name))
-    except FileNotFoundError:
-        return value
+    brought = assets() / Path(value.removeprefix(ASSET)).name
+    return str(brought) if brought.is_file() else value
 
 
 def _spec(setting: Setting) -> Any:

@@ -17,21 +17,19 @@ A file is read with `yaml.safe_load` and checked key by key; every complaint nam
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from vtok.config import MethodConfig
-from vtok.errors import ConfigError, brief, shown, unknown
+from vtok.errors import ConfigError, shown, unknown
 from vtok.eval.common.checked import validated
 from vtok.eval.common.settings import Setting
 from vtok.eval.published.schema import check as check_published
 from vtok.eval.runs import yaml_text
 from vtok.eval.runs.methods import parse_method, parse_setting, read_setting
+from vtok.eval.runs.names import SUITES, bundled, find
 from vtok.eval.runs.schema import (
     BACKENDS,
     BUNDLED_DATA,
@@ -45,11 +43,20 @@ from vtok.eval.runs.schema import (
     one_of_two,
 )
 from vtok.eval.tasks import TASKS
-from vtok.reading import exists, regular
 from vtok.writing import apart, writable
 
-__all__ = ["BACKENDS", "FIGURES", "REFERENCE", "RunConfig", "bundled", "find", "load", "parse_method", "parse_setting"]
-SUITES = "suites"  # a folder beside the runs: what vtok bench-suite reads
+__all__ = [
+    "BACKENDS",
+    "FIGURES",
+    "REFERENCE",
+    "SUITES",
+    "RunConfig",
+    "bundled",
+    "find",
+    "load",
+    "parse_method",
+    "parse_setting",
+]
 NOT_REPRODUCIBLE = "not_reproducible"  # a table in the folder of the runs, which vtok.eval.published.tables reads
 
 
@@ -134,33 +141,6 @@ class RunConfig:
     def folder(self) -> Path:
         """Where the results go."""
         return Path(self.output) if self.output else Path("results") / self.name
-
-
-def bundled() -> list[str]:
-    """Names of the runs that come with vtok."""
-    return sorted(_bundled())
-
-
-@cache
-def _bundled() -> dict[str, str]:
-    """Name of a bundled run -> its folder in `vtok.configs`."""
-    folders = [folder for folder in files("vtok.configs").iterdir() if folder.is_dir() and folder.name != SUITES]
-    return {p.name.removesuffix(".yaml"): f.name for f in folders for p in f.iterdir() if p.name.endswith(".yaml")}
-
-
-def find(name: str) -> Path:
-    """The file of a bundled run, or the path itself.
-
-    Raises:
-        UnknownNameError: neither a file nor a bundled run.
-    """
-    if name.endswith((".yaml", ".yml")) or os.sep in name:
-        if not exists(name):
-            raise ConfigError(f"{brief(name)} does not exist; `vtok configs` lists the runs that come with vtok")
-        return regular(name)
-    if name not in _bundled():
-        raise unknown("run", name, bundled())
-    return Path(str(files("vtok.configs") / _bundled()[name] / f"{name}.yaml"))
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> RunConfig:

@@ -18,7 +18,9 @@ from vtok.config import MethodConfig
 from vtok.errors import ConfigError, UnknownNameError, VtokError, shown
 from vtok.eval.common.checked import FileModel, Share, validated
 from vtok.eval.common.settings import Setting
+from vtok.eval.models.assets import asset, assets, installed
 from vtok.eval.runs import yaml_text
+from vtok.eval.runs.names import split_methods
 from vtok.registry import METHODS
 
 ASSET = "asset:"  # starts the name of a file that comes with vtok, as the value of a parameter
@@ -112,23 +114,17 @@ def _asset(value: Any) -> Any:
     """The path of a file that comes with vtok, where a value names one."""
     if not isinstance(value, str) or not value.startswith(ASSET):
         return value
-    from vtok.eval.models.reference import asset
-
-    try:
-        return str(asset(value.removeprefix(ASSET)))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{value}: {error}") from error
+    name = value.removeprefix(ASSET)  # where no file came with vtok, its runs are listed, and the model says what is missing
+    return str(asset(name) if installed() else assets() / name)
 
 
 def portable(value: Any) -> Any:
     """Plain values with files that come with vtok named as run files name them, wherever vtok is installed."""
-    from vtok.eval.models.reference import VIT_WEIGHTS, asset
-
     if isinstance(value, dict):
         return {name: portable(one) for name, one in value.items()}
     if isinstance(value, list):
         return [portable(one) for one in value]
-    return value.replace(f"{asset(VIT_WEIGHTS).parent}{os.sep}", ASSET) if isinstance(value, str) else value
+    return value.replace(f"{assets()}{os.sep}", ASSET) if isinstance(value, str) else value
 
 
 _FORM = "name or name:key=value,key=value, e.g. tome:r=13"
@@ -177,8 +173,7 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
 
 def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
     """Reads methods joined by "+": (name, parameters) of each. Errors are those of `parse_method`."""
-    parts = re.split(r"\+(?=[A-Za-z_]\w*(?:[:+]|$))", text)  # not the plus sign of a number
-    return [parse_method(part.strip()) for part in parts]
+    return [parse_method(part) for part in split_methods(text)]
 
 
 def parse_setting(text: str) -> Any:

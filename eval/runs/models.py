@@ -92,6 +92,12 @@ def options_class(task: str) -> type:
     return kind
 
 
+def model_kinds(task: str) -> list[type]:
+    """Types of models that a task takes, names among them."""
+    hint = get_type_hints(TASKS.get(task)).get("model")
+    return [one for one in (hint, *get_args(hint)) if isinstance(one, type)]
+
+
 def load_for(task: str, config: Any, options: Any) -> Any:
     """The model of a run as its task takes it, on its device and in its type; a name where the task takes names alone.
 
@@ -99,8 +105,7 @@ def load_for(task: str, config: Any, options: Any) -> Any:
         ConfigError: no such model, weights or device.
         MissingExtraError: its library is not installed.
     """
-    hint = get_type_hints(TASKS.get(task)).get("model")
-    kinds = [one for one in (hint, *get_args(hint)) if isinstance(one, type)]
+    kinds = model_kinds(task)
     model: Any
     if any(issubclass(kind, VisionLanguageModel) for kind in kinds):
         model = load_vlm(config.model)

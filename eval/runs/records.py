@@ -18,6 +18,7 @@ from vtok.eval.benchmarks.throughput import device_name
 from vtok.eval.common.records import Record, finite, key_of, stamp
 from vtok.eval.common.settings import Setting, versions
 from vtok.eval.common.statistics import FEWEST, Z95, Interval
+from vtok.eval.models.assets import asset
 from vtok.eval.runs.loader import FIGURES, RunConfig
 from vtok.eval.runs.methods import portable
 
@@ -169,8 +170,6 @@ def _stamp(config: RunConfig) -> Any:
     """Sizes and times of the files of a model that is a path or comes with vtok: trained again, it is another one."""
     path = Path(config.model)
     if config.backend == "reference":
-        from vtok.eval.models.reference import asset
-
         path = asset(_WEIGHTS[config.model])
         return [path.stat().st_size, key_of({"weights": path.read_bytes().hex()})]
     if not path.exists():

@@ -13,10 +13,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from vtok.errors import ConfigError, brief
 from vtok.eval.common.pictures import hidden
+from vtok.reading import from_pickle
 
 IMAGENET = "imagenet-1k"
 _WORDNET = re.compile(r"n\d{8}")
@@ -156,7 +158,10 @@ def read_class_map(path: str, root: str) -> dict[str, int]:
 
     file: Any = path  # timm's annotation forgets file names
     try:
-        found = load_class_map(file, root)
+        if path.endswith(".pkl"):  # older releases of timm would run what it holds
+            found = from_pickle(Path(path if os.path.isfile(path) else os.path.join(root, path)).read_bytes())
+        else:
+            found = load_class_map(file, root)
     except Exception as error:  # whatever the formats raise
         raise ConfigError(f"class map {path} cannot be read: {type(error).__name__} {error}") from error
     return {name.removeprefix("\ufeff") if isinstance(name, str) else name: label for name, label in found.items()}

@@ -55,7 +55,7 @@ class ClipOptions:
         amp, amp_dtype: autocast.
         model_dtype: "float32", "bfloat16" or "float16"; `None` = the model's own.
         language: of the texts; stored with the result.
-        seed: of weights that are not loaded; stored with the result.
+        seed: for random initialisation.
     """
 
     pretrained: str = ""

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vtok.errors import ConfigError
-from vtok.eval.models.data import asset
+from vtok.eval.models.assets import assets, missing
 from vtok.eval.tasks.image_folder import CheckedImages
 
 CLIP_ART, PHOTOGRAPHS, BOTH, CALIBRATION = "clip-art", "photographs", "pictures", "clip-art/calibration"
@@ -48,14 +47,14 @@ def origin(filename: str) -> str:
 
 def asset_folder(name: str) -> Path:
     """A folder of bundled files."""
-    return asset("__init__.py").parent / name
+    return assets() / name
 
 
 def _paths(data: str) -> list[Path]:
     name, _, half = data.rpartition("/") if data.rpartition("/")[2] in HALVES else (data, "", "")
     found = [path for folder in _FOLDERS[name] for path in sorted(asset_folder(folder).rglob("*.jpg"))]
     if not found:
-        raise ConfigError(f"vtok.assets has no pictures for {data}: this installation of vtok is incomplete")
+        raise missing(_FOLDERS[name][0])
     if not half:
         return found
     whole = list(dict.fromkeys(origin(str(path)) for path in found))

@@ -50,7 +50,7 @@ class Options:
         model_dtype: "float32", "bfloat16" or "float16"; `None` = the model's own.
         real_labels: ReaL JSON, or "timm" for the file that timm brings along.
         valid_labels: file with the numbers of the model's outputs that count.
-        seed: of weights that are not loaded; stored with the result.
+        seed: for random initialisation.
     """
 
     dataset: str = ""
@@ -116,7 +116,7 @@ def create_model(name: str, options: Options, meta: bool = False) -> nn.Module:
         with torch.device("meta") if meta else nullcontext():
             model = timm.create_model(name, pretrained=options.pretrained and not options.checkpoint, **kwargs)
         if options.checkpoint:
-            timm.models.load_checkpoint(model, options.checkpoint, options.use_ema)
+            timm.models.load_checkpoint(model, options.checkpoint, options.use_ema, weights_only=True)
     except VtokError:
         raise
     except Exception as error:  # unknown name or argument, no weights, no network, a broken checkpoint: each raises its own

@@ -97,9 +97,9 @@ def overlay_sheet(
         titles: of the rows.
         heading: of the sheet.
     """
-    columns = []
+    columns, size = [], (images.shape[1], images.shape[2], images.shape[3])
     for title, method, params in settings:
-        with vtok.patched(model, method, trace=True, input_size=tuple(images.shape[1:]), **params):
+        with vtok.patched(model, method, trace=True, input_size=size, **params):
             groups = token_groups(model, images)
         side = int(groups.shape[1] ** 0.5)
         grid = (side, groups.shape[1] // side)

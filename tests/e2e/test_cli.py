@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from vtok.eval.cli import main
-from vtok.eval.cli.app import app
+import vtok
+from vtok.eval.cli import main, program
+from vtok.eval.cli.program import app
 
 run = CliRunner()
 
@@ -25,8 +26,6 @@ def _ok(*args):
 
 def test_help_and_version():
     assert "bench" in run.invoke(app, ["--help"]).output
-    import vtok
-
     assert vtok.__version__ in _ok("--version")
 
 
@@ -215,3 +214,41 @@ def test_each_evaluation_offers_the_data_that_it_takes():
 
     assert "reference-pictures" in helped("zeroshot") and "reference-pages" not in helped("zeroshot")
     assert "reference-pages" in helped("retrieval") and "reference-pictures" not in helped("retrieval")
+
+
+def _entries():
+    groups = (program.COMMANDS, program.EVALUATIONS)
+    return [pytest.param(name, entry, id=name) for group in groups for name, entry in group.items()]
+
+
+@pytest.mark.parametrize(("name", "entry"), _entries())
+def test_a_command_says_in_the_list_what_it_says_itself(name, entry):
+    command = program.command_at(entry.home, name)
+    assert command.help.splitlines()[0] == entry.help
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["--version"], 0, vtok.__version__),
+        (["--help"], 0, "bench-suite"),
+        (["eval", "--help"], 0, "retrieval"),
+        (["bnech"], 2, "No such command 'bnech'"),
+        (["bench", "--help"], 0, "--pairs"),
+        (["bench", "vit", "tom"], 2, "unknown method 'tom'; did you mean 'tome'?"),
+        (["plan", "vit", "pitome+tdre:keep=0.1"], 2, "unknown method 'tdre'; did you mean 'todre'?"),
+        (["viz", "reference", "tom", "3"], 2, "unknown method 'tom'"),
+        (["run", "demo_vti"], 2, "unknown run 'demo_vti'; did you mean 'demo_vit'?"),
+        (["sweep", "x.yaml"], 2, "x.yaml does not exist"),
+    ],
+)
+def test_help_and_typos_import_nothing_that_takes_seconds(args, code, words):
+    heavy = "{'torch', 'timm', 'transformers', 'pandas', 'scipy', 'matplotlib', 'numpy', 'PIL'}"
+    script = (
+        "import sys, atexit; sys.argv = ['vtok', *sys.argv[1:]]\n"
+        f"atexit.register(lambda: print('loaded:', *sorted({heavy} & set(sys.modules))))\n"
+        "from vtok.eval.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True)
+    assert done.returncode == code and words in done.stdout + done.stderr
+    assert done.stdout.rstrip().endswith("loaded:"), done.stdout[-200:]

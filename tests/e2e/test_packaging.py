@@ -8,6 +8,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+import vtok
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,7 +47,8 @@ def test_the_top_level_is_the_agreed_one():
     top = {line.split("/")[0] for line in tracked.stdout.splitlines()}
     visible = {name for name in top if not name.startswith(".")}
     fixed = {"pyproject.toml", "vtok", "patches", "eval", "configs", "tests", "assets", "README.md"}
-    assert visible <= fixed | {"LICENSE", "NOTICE", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile"}
+    texts = {"LICENSE", "NOTICE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md", "Makefile"}
+    assert visible <= fixed | texts
     assert fixed <= visible
 
 
@@ -65,10 +69,20 @@ def test_the_wheel_is_whole_and_leaks_nothing(built, tmp_path):
         names = archive.namelist()
     assert len(names) == len(set(names))
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"vtok"}
+    assert wheel.stat().st_size < 3e6
+    assert [n for n in names if n.startswith("vtok/assets/")] == ["vtok/assets/__init__.py"], "weights and pictures stay here"
+    assert {Path(n).suffix for n in names if ".dist-info/" not in n} == {
+        ".py",
+        ".pyi",
+        ".typed",
+        ".yaml",
+        ".html",
+        ".css",
+        ".js",
+    }
     for file in (
         "vtok/py.typed",
         "vtok/eval/report/html/templates/report.html",
-        "vtok/assets/fashion_vit.safetensors",
         "vtok/configs/tome/tome_vit_s_augreg_r13.yaml",
     ):
         assert file in names
@@ -76,11 +90,20 @@ def test_the_wheel_is_whole_and_leaks_nothing(built, tmp_path):
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel)], check=True)
     assert {p.name for p in target.iterdir() if "dist-info" not in p.name and p.name != "bin"} == {"vtok"}
     code = (
+        f"ROOT = {str(ROOT)!r}\n"
         "import vtok, vtok.patches.timm_vit.adapter, vtok.eval.tasks.imagenet\n"
         "from vtok.eval.models import reference\n"
         "from vtok.eval.runs import loader as runs\n"
         "assert vtok.__file__.startswith('.') or 'site' in vtok.__file__, vtok.__file__\n"
-        "print(len(runs.bundled()), reference.asset('fashion_vit.safetensors').stat().st_size > 1e6)\n"
+        "from vtok.eval.runs.methods import portable\n"
+        "assert portable({'weights': '/x/y'}) == {'weights': '/x/y'}\n"
+        "from vtok.eval.published import tables\n"
+        "assert len(tables.tables()) > 9\n"
+        "try: reference.load_reference_vit()\n"
+        "except vtok.ConfigError as error: told = str(error)\n"
+        "assert 'in the folder assets/ of its source repository and not in the installed package' in told, told\n"
+        "import os; os.environ['VTOK_ASSETS'] = ROOT + '/assets'\n"
+        "print(vtok.__version__, len(runs.bundled()), sum(p.numel() for p in reference.load_reference_vit().parameters()))\n"
         "for name in ('patches', 'eval', 'configs', 'assets', 'tests'):\n"
         "    try: __import__(name)\n"
         "    except ModuleNotFoundError: continue\n"
@@ -89,8 +112,19 @@ def test_the_wheel_is_whole_and_leaks_nothing(built, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(target)}
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd="/", env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    runs = [path for path in (ROOT / "configs").rglob("*.yaml") if path.stem != "not_reproducible"]
-    assert done.stdout.split() == [str(len(runs)), "True"]
+    runs = [
+        path for path in (ROOT / "configs").rglob("*.yaml") if path.stem != "not_reproducible" and path.parent.name != "suites"
+    ]
+    assert done.stdout.split() == [vtok.__version__, str(len(runs)), "1362730"]
+
+
+@pytest.mark.slow
+def test_an_index_takes_both_files(built):
+    """What PyPI checks of metadata and README."""
+    done = subprocess.run(
+        [sys.executable, "-m", "twine", "check", "--strict", *map(str, built)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -107,6 +141,13 @@ def test_the_sdist_has_the_shape_of_the_repository(built):
         "patches/block.py",
         "eval/cli/__init__.py",
     } <= names
+    assert sdist.stat().st_size < 3e6
+
+
+def test_one_version_is_stated():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert citation["version"] == vtok.__version__ and f"\n## [{vtok.__version__}]" in changes
 
 
 def test_the_editable_install_sees_every_part():

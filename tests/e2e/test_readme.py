@@ -21,7 +21,7 @@ from PIL import Image
 
 import vtok
 from vtok.eval import docs
-from vtok.eval.cli.app import app
+from vtok.eval.cli.program import app
 from vtok.serving import TokenChoice, VLMInfo
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,7 +17,7 @@ from toys.prompt_method import Strongest
 from typer.testing import CliRunner
 
 import vtok
-from vtok.eval.cli.app import app
+from vtok.eval.cli.program import app
 from vtok.eval.matrix import encoder as matrix
 from vtok.eval.matrix import vlm as vlm_matrix
 from vtok.eval.tasks import QUESTION_TASKS

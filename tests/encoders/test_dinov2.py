@@ -10,7 +10,7 @@ from PIL import Image
 
 import vtok
 from vtok.eval.models import dinov2
-from vtok.eval.models.data import asset
+from vtok.eval.models.assets import asset
 from vtok.eval.models.dinov2 import weights
 from vtok.eval.models.dinov2.onnx_file import read_onnx
 from vtok.eval.tasks import agreement, pictures

@@ -14,7 +14,7 @@ from zoo import SETTINGS, STATIC, WITHOUT_CLS, attach, build, images
 import vtok
 import vtok.targets.resolve
 from vtok.eval.benchmarks.exported import RUNTIMES, measure_exported
-from vtok.eval.cli.app import app
+from vtok.eval.cli.program import app
 from vtok.registry import encoder_methods
 
 SHORT = {"zero_tprune": {"layers": [0, 1], "retain": 0.8}, "ats": {"layers": [0, 1]}}  # the model is cut to two blocks

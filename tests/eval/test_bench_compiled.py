@@ -13,7 +13,7 @@ from vtok.eval.benchmarks import result as bench_result
 from vtok.eval.benchmarks.compiled import Compiler
 from vtok.eval.benchmarks.prefill import measure_prompts
 from vtok.eval.benchmarks.throughput import measure
-from vtok.eval.cli.app import app
+from vtok.eval.cli.program import app
 
 
 def test_one_graph_and_none_afterwards():

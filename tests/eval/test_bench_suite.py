@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import vtok
 from vtok.eval.benchmarks import suite
 from vtok.eval.benchmarks.throughput import interleave
-from vtok.eval.cli.app import app
+from vtok.eval.cli.program import app
 from vtok.eval.models.by_name import load_model
 from vtok.eval.runs.methods import parse_setting
 

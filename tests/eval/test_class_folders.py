@@ -4,6 +4,8 @@ The models here are right about every picture: a score below 100 % says that lab
 """
 
 import json
+import os
+import pickle
 import tarfile
 
 import numpy as np
@@ -14,7 +16,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 import vtok
-from vtok.eval.tasks.class_folders import ClassFolders, labels_for, wordnet_ids
+from vtok.eval.tasks.class_folders import ClassFolders, labels_for, read_class_map, wordnet_ids
 from vtok.eval.tasks.image_folder import open_dataset
 from vtok.eval.tasks.imagenet import evaluate, folder_labels
 from vtok.eval.tasks.timm_pipeline import Options
@@ -238,3 +240,11 @@ def test_class_names_in_another_order_than_the_folders(tmp_path):
         (tmp_path / "names.json").write_text(json.dumps(wrong))
         with pytest.raises(vtok.ConfigError, match=words):
             names_of(plain, classnames=str(tmp_path / "names.json"))
+
+
+def test_a_pickled_class_map_holds_plain_values_alone(tmp_path):
+    (tmp_path / "map.pkl").write_bytes(pickle.dumps({"cat": 1, "dog": 0}))
+    assert read_class_map("map.pkl", str(tmp_path)) == {"cat": 1, "dog": 0}
+    (tmp_path / "code.pkl").write_bytes(pickle.dumps(os.getcwd))
+    with pytest.raises(vtok.ConfigError, match=r"code.pkl cannot be read: UnpicklingError it holds posix\.getcwd"):
+        read_class_map(str(tmp_path / "code.pkl"), "")

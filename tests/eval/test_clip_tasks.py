@@ -259,7 +259,7 @@ def test_clip_benchmark_builds_a_table_of_the_files(karpathy, folder, tmp_path, 
 
 
 def test_the_command_line(clip_folder, karpathy, folder, tmp_path):
-    from vtok.eval.cli.app import app
+    from vtok.eval.cli.program import app
 
     def run(*args):
         result = CliRunner().invoke(app, [str(a) for a in args], catch_exceptions=False)

@@ -4,7 +4,7 @@ from typer.testing import CliRunner
 
 from vtok.core import tokens
 from vtok.eval.benchmarks import growth
-from vtok.eval.cli.app import app
+from vtok.eval.cli.program import app
 from vtok.ops import room
 
 ENCODERS = {"ats", "pitome", "random", "tome", "uniform", "zero_tprune"}

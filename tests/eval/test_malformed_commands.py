@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import vtok
-from vtok.eval.cli.app import app
+from vtok.eval.cli.program import app
 
 WORDS = (
     "", " ", ":", "tome:", "tome:r", "tome:r=", "tome:r=x", "tome:r=[", "tome:r=(1", "tome:r=1e999", "tome:nope=1", "nope",

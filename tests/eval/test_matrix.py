@@ -17,7 +17,7 @@ from zoo import BACKENDS, EXAMPLES, TOO_NEW, Nothing, attach, build, images
 import vtok
 from vtok.core.reduction import apply_plan
 from vtok.core.tokens import gather_mask, gather_positions, log_size_bias
-from vtok.eval.cli.app import app
+from vtok.eval.cli.program import app
 from vtok.eval.matrix import encoder as matrix
 from vtok.eval.matrix import report as matrix_report
 from vtok.eval.matrix import vlm as vlm_matrix

@@ -8,7 +8,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import vtok
-from vtok.eval.cli.app import app
+from vtok.eval.cli.program import app
 from vtok.eval.published import report
 from vtok.eval.published import run as table_run
 from vtok.eval.published import tables as published

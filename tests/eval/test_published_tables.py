@@ -7,7 +7,7 @@ import timm
 from typer.testing import CliRunner
 
 import vtok
-from vtok.eval.cli.app import app
+from vtok.eval.cli.program import app
 from vtok.eval.published import schema
 from vtok.eval.published import tables as published
 from vtok.eval.runs import loader as runs

@@ -302,7 +302,7 @@ def test_one_file_of_pope(tmp_path):
 
 
 def test_the_command_line(tmp_path):
-    from vtok.eval.cli.app import app
+    from vtok.eval.cli.program import app
 
     folder = written("mme", tmp_path)
     args = ["eval", "vqa", "--task", "mme", "--model", REFERENCE_LLAVA, "--data", str(folder), "-M", "uniform:keep=0.25"]

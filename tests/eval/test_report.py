@@ -14,10 +14,13 @@ from zoo import build, images
 import vtok
 from vtok.eval import write_report
 from vtok.eval.report import plots
-from vtok.eval.report.frame import CSV, frame
+from vtok.eval.report.frame import CSV, frame, front_of, total_gmacs
+from vtok.eval.report.html import charts
+from vtok.eval.report.html.page import ReportOptions, _part
+from vtok.eval.report.html.table import summary
 from vtok.eval.report.read import read
 from vtok.eval.report.sections import findings, sections
-from vtok.eval.report.summary import metric_columns, table
+from vtok.eval.report.summary import gap_columns, metric_columns, table
 from vtok.eval.report.tables import Column, Table, write_csv
 from vtok.eval.viz.overlay import outlines, overlay_sheet, paint, token_groups
 
@@ -54,7 +57,56 @@ def test_a_table_in_a_terminal_and_as_markdown():
     assert made.markdown().splitlines() == [
         "| name | value |", "|---|---:|", "| a | 1.0 |", "| b\\|c | 2.0 |", "| d | 3.0 |", "| last | - |",
     ]  # fmt: skip
-    assert [column.justify for column in made.__rich__().columns] == ["left", "right"]
+
+
+@pytest.mark.parametrize("width", [80, 100, 130, 160])
+def test_no_width_breaks_words_or_loses_what_a_row_is_called(records, width):
+    """Numbers, intervals and words stay whole; every printed part has the settings beside its numbers."""
+    (section,) = sections(records)
+    made = table(section, gap_columns(section))
+    text = shown(made, width)
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+    whole = " ".join(text.split())
+    for row in made.rows:
+        for cell in row[1:]:
+            first, bracket, rest = cell.partition(" [")
+            assert first in text and (not bracket or f"[{rest}" in text), cell
+    for name in ("reduction", "unpatched", "measured", "achieved", "implied", "random", "[95 %]", "on the Pareto front"):
+        assert name in whole
+    parts = text.count("setting")
+    assert parts == text.count("│ unpatched") and (width < 160 or parts == 1) and (width > 80 or parts > 1)
+
+
+def test_a_long_name_of_a_row_is_broken_between_its_parameters():
+    made = Table.plain(("setting", "x"), [("zero_tprune(layers=[3, 6, 9], retain=[0.9, 0.9, 0.9], flops=0.6)", "1")])
+    lines = [line.split("│")[1].strip() for line in shown(made, 60).splitlines() if "│" in line]
+    assert lines == ["zero_tprune(layers=[3, 6, 9],", "retain=[0.9, 0.9, 0.9],", "flops=0.6)"]
+
+
+def test_columns_that_say_nothing_are_left_out_of_a_terminal():
+    text = shown(Table.plain(("method", "memory MB", "GMACs"), [("tome", "-", "1.0"), ("ats", "-", "-")]))
+    assert "memory" not in text and "GMACs" in text
+
+
+def test_table_picture_and_page_mark_the_same_front(records):
+    """A method's own MACs count everywhere: the cheaper setting by the model's alone is not on the front for that."""
+    cheap, dear = dict(records[1]), dict(records[1])
+    cheap |= {"method": "tome", "setting": "tome", "gmacs": {"base": 1.0, "model": 0.5, "pruner": 0.01}}
+    dear |= {"method": "ats", "setting": "ats", "gmacs": {"base": 1.0, "model": 0.4, "pruner": 0.2}}
+    (section,) = sections([records[0], cheap, dear])
+    assert {row.label for row in section.rows if row.score.value == section.rows[1].score.value} == {"tome", "ats"}
+    starred = {row[0].removesuffix(" *") for row in table(section).rows if row[0].endswith(" *")}
+    data = frame([section])
+    page = summary(section, front_of(section.rows, total_gmacs, True))
+    best = next(i for i, column in enumerate(page.columns) if column.name == "Pareto")
+    assert (
+        starred == set(data["label"][data["pareto"].astype(bool)]) == {r.label for r, cells in page.rows if cells[best].words}
+    )
+    assert "tome" in starred and "ats" not in starred
+    plot = charts.pareto(section, charts.looks([section]), total_gmacs, True, "GMACs")
+    assert {line.name for line in plot.lines if any(mark.front for mark in line.marks)} == {"tome"}
+    whole = _part(section, 1, charts.looks([section]), {}, ReportOptions()).table
+    assert [cells for _, cells in whole.rows] == [cells for _, cells in page.rows]
 
 
 def test_the_summary_of_settings(records):
@@ -69,7 +121,7 @@ def test_the_summary_of_settings(records):
     assert tuple(base[1:]) == ("63.3", "1.000", "0.0100", "90.00 ± 1.50", "-", "-", "-", "-", "90.0 ± 1.5", "-")
     assert tuple(ats[1:4]) == ("46.7", "0.600", "0.0100") and ats[6:9] == ("1.67x", "0.90x [0.85, 0.95]", "90 %")
     assert ats[5].startswith("-13.00 [-16.") and "*" in made.rows[5][0]
-    assert "net on pictures (None), 400 samples, float32 on cpu" in shown(made)
+    assert "net on pictures, 400 samples, float32 on cpu" in shown(made)
 
 
 def test_findings_speak_up(records):

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from vtok.errors import ConfigError
 from vtok.eval import write_report
-from vtok.eval.cli.app import app
+from vtok.eval.cli.program import app
 from vtok.eval.report import rows, sections, values
 from vtok.eval.report.frame import front_of
 from vtok.eval.report.html import ReportOptions, page, repeat

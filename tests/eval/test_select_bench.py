@@ -10,7 +10,7 @@ from vtok.capabilities import prompt_reducer
 from vtok.errors import ConfigError
 from vtok.eval.benchmarks import selection as select_bench
 from vtok.eval.benchmarks import selectors
-from vtok.eval.cli.app import app
+from vtok.eval.cli.program import app
 from vtok.methods.todre.selection import SELECTORS
 from vtok.ops import diversity
 from vtok.ops.determinantal import greedy_dpp, greedy_dpp_macs

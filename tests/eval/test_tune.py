@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import vtok
 from vtok.capabilities import HasSearchSpace
-from vtok.eval.cli.app import app
+from vtok.eval.cli.program import app
 from vtok.eval.common.settings import pass_cost
 from vtok.eval.common.statistics import paired_difference
 from vtok.eval.tune import report as tune_report

@@ -13,7 +13,7 @@ from zoo import build, images
 import vtok
 from vtok.errors import ConfigError, UnknownNameError
 from vtok.eval import visualize
-from vtok.eval.cli.app import app
+from vtok.eval.cli.program import app
 from vtok.eval.viz import input as viz_input
 from vtok.eval.viz.draw import Stage, TokenMaps, View
 from vtok.targets.resolve import run_of

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 from helpers_vqa import picture, questions, save_tiny, tiny_llava, write_lines
 from typer.testing import CliRunner
 
-from vtok.eval.cli.app import app
+from vtok.eval.cli.program import app
 from vtok.eval.common.records import Records
 from vtok.eval.tasks.vqa import pipeline as vqa_pipeline
 from vtok.eval.tasks.vqa.evaluate import VQAOptions, evaluate

@@ -223,7 +223,7 @@ def test_vqav2_files(llava, tmp_path):
 
 
 def test_the_command_line(folder, tmp_path):
-    from vtok.eval.cli.app import app
+    from vtok.eval.cli.program import app
 
     def run(*args):
         result = CliRunner().invoke(app, [str(a) for a in args], catch_exceptions=False)

@@ -152,7 +152,7 @@ def tiny_architecture(monkeypatch):
 
 
 def test_commands(tiny_architecture, tmp_path):
-    from vtok.eval.cli.app import app
+    from vtok.eval.cli.program import app
 
     def run(*args):
         found = CliRunner().invoke(app, [str(a) for a in args])

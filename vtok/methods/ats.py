@@ -49,7 +49,7 @@ class ATS(MethodConfig):
     Attributes:
         num_tokens: sample points per block (paper: K), an upper bound on the patches that survive; whole number >= 1, or a list
             with one for every block that samples, in their order. The paper stops at the number of patches; more points sample
-            finer and so keep more, which is ours.
+            finer and so keep more: our interpretation.
         keep: the same as a share of the patches of the input size that the model is patched for ((0, 1]; default 0.55, which is
             K = 108 at 196 patches), rounded to whole tokens, halves to the even number; 1.0 is an exact no-op. Give one of the
             two.

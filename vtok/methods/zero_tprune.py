@@ -2,9 +2,9 @@
 some blocks: one vote ranks the tokens (I'), near duplicates among the less important half go (S), many votes on the remaining
 graph keep the best (I). Tokens are dropped, not merged.
 
-The paper's text was not at hand: equations follow a detailed reading note and the authors' earlier code; what is a reading of
-ours (scale of the head filter, keys concatenated over heads, which half gets the odd token, rows normalised again after S) is
-said where it is done.
+The paper's text was not at hand: equations follow a detailed reading note and the authors' earlier code; what is our
+interpretation (scale of the head filter, keys concatenated over heads, which half gets the odd token, rows normalised again
+after S) is said where it is done.
 
 Shapes: B batch, N tokens, P prefix tokens, n patches, d head dim.
 """

@@ -16,6 +16,7 @@ from vtok.errors import ConfigError, UnsupportedModelError, shown, unknown
 from vtok.patches import find_adapters
 from vtok.patches.block import ReducingBlock
 from vtok.patches.protocol import Adapter, Tower
+from vtok.reading import is_path
 from vtok.registry import ADAPTERS, METHODS, VLM_ADAPTERS
 
 Method = str | os.PathLike | MethodConfig | Sequence[str | MethodConfig]
@@ -37,7 +38,7 @@ def methods_for(
     infos: Sequence[ModelInfo | VLMInfo], method: Method, params: dict[str, Any], flops: float | None
 ) -> tuple[list[tuple[MethodConfig, ...]], files.Saved | None]:
     """(configs for every tower or vision-language model, the file that they came from)."""
-    if isinstance(method, os.PathLike) or (isinstance(method, str) and method not in METHODS and files.is_path(method)):
+    if isinstance(method, os.PathLike) or (isinstance(method, str) and method not in METHODS and is_path(method)):
         if params or flops is not None:
             given = ", ".join([*params, *([] if flops is None else ["flops"])])
             raise ConfigError(f"{os.fspath(method)} is a saved patch, which holds all its numbers; leave out {given}")

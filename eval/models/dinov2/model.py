@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok.errors import MissingExtraError
-from vtok.eval.models.data import asset
+from vtok.eval.models.assets import asset
 from vtok.eval.models.dinov2.weights import encoder_weights, head_weights
 
 REFERENCE_DINOV2 = "reference-dinov2"

@@ -14,7 +14,7 @@ from vtok.eval.common.records import BASELINES
 from vtok.eval.report.frame import front_of
 from vtok.eval.report.rows import Row
 from vtok.eval.report.sections import Section
-from vtok.eval.report.values import figure, with_ends
+from vtok.eval.report.values import Interval, figure, with_ends
 
 WIDTH, HEIGHT = 430, 310
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 46
@@ -38,6 +38,7 @@ class Mark:
     Attributes:
         x, y: of the middle.
         low, high: y of the ends of the error bar; `None` = none.
+        left, right: x of the ends of the interval; `None` = none.
         path: of the shape.
         front: whether it lies on the Pareto front: filled, the others hollow.
         title: tooltip.
@@ -50,6 +51,8 @@ class Mark:
     path: str
     front: bool
     title: str
+    left: float | None = None
+    right: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,17 +108,32 @@ def looks(sections: Sequence[Section]) -> dict[str, tuple[str, int]]:
 
 
 def pareto(
-    section: Section, look: dict[str, tuple[str, int]], x: Callable[[Row], float | None], less: bool, label: str
+    section: Section,
+    look: dict[str, tuple[str, int]],
+    x: Callable[[Row], float | None],
+    less: bool,
+    label: str,
+    ends: Callable[[Row], Interval | None] = lambda row: None,
 ) -> Plot | None:
-    """Accuracy against a cost or a gain; `None` where fewer than two settings have both."""
-    rows = [row for row in section.rows if x(row) is not None and row.score is not None]
+    """Accuracy against a cost or a gain; `None` where fewer than two settings have both.
+
+    Args:
+        section: of the rows; controls whose tokens were drawn stand in tables alone.
+        look: of every method.
+        x: the cost or the gain.
+        less: whether less of it is better.
+        label: of the axis.
+        ends: interval of x, where there is one.
+    """
+    rows = [row for row in section.rows if x(row) is not None and row.score is not None and not row.drawn]
     if len(rows) < 2 or all(row.unpatched for row in rows):
         return None
     score = rows[0].score
     assert score is not None
     spans = [_ends(row) for row in rows]
     xs, ys = [x(row) or 0.0 for row in rows], [v for span in spans for v in span]
-    to_x, x_ticks = _axis(xs, _LEFT, WIDTH - _RIGHT)
+    wide = [found.ends if (found := ends(row)) is not None else None for row in rows]
+    to_x, x_ticks = _axis([*xs, *(v for one in wide if one is not None for v in one)], _LEFT, WIDTH - _RIGHT)
     to_y, y_ticks = _axis(ys, HEIGHT - _BOTTOM, _TOP)
     front = front_of(rows, x, less)
     marks: dict[str, list[Mark]] = {}
@@ -124,8 +142,10 @@ def pareto(
         left, top = to_x(xs[i]), to_y(row.score.value if row.score else 0.0)
         shape = "star" if row.unpatched else str(look[row.method][1])
         low, high = spans[i]
-        ends = (to_y(low), to_y(high)) if low < high else (None, None)
-        mark = Mark(left, top, ends[0], ends[1], _shape(shape, left, top), i in front, _tooltip(row, x, label))
+        bar = (to_y(low), to_y(high)) if low < high else (None, None)
+        span = [None, None] if (one := wide[i]) is None else [to_x(end) for end in one]
+        told = _tooltip(row, x, label)
+        mark = Mark(left, top, bar[0], bar[1], _shape(shape, left, top), i in front, told, span[0], span[1])
         if row.unpatched:
             base = mark
         else:
@@ -152,7 +172,7 @@ def pareto(
 
 def layers(section: Section, look: dict[str, tuple[str, int]]) -> list[Plot]:
     """Tokens after every layer, one small plot a method, all on the same axes."""
-    shown = [row for row in section.patched if len(row.per_layer) > 1]
+    shown = [row for row in section.patched if len(row.per_layer) > 1 and not row.drawn]
     if not shown:
         return []
     depth = max(len(row.per_layer) for row in shown)

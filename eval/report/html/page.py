@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import vtok
 from vtok.errors import ConfigError, MissingExtraError
-from vtok.eval.report.frame import front_of
+from vtok.eval.report.frame import front_of, total_gmacs
 from vtok.eval.report.html import charts
 from vtok.eval.report.html.gallery import Gallery, gallery
 from vtok.eval.report.html.groups import GroupTable, group_tables
@@ -21,7 +21,6 @@ from vtok.eval.report.html.questions import Questions, questions
 from vtok.eval.report.html.repeat import Repeat, environment, repeat
 from vtok.eval.report.html.table import Shown, Speeds, all_scores, speeds, summary
 from vtok.eval.report.read import read
-from vtok.eval.report.rows import Row
 from vtok.eval.report.sections import Finding, Section, findings, headline_of, sections
 from vtok.eval.report.values import count
 from vtok.writing import apart, writable, write
@@ -141,10 +140,10 @@ def _part(
     if not section.bench and (options.gallery or options.images):
         drawn = gallery(section, asked, max(options.gallery, 1), options.images)
     plots = [
-        charts.pareto(section, look, macs, True, "GMACs"),
-        charts.pareto(section, look, lambda row: row.measured, False, "measured speed-up"),
+        charts.pareto(section, look, total_gmacs, True, "GMACs per sample, token reduction included"),
+        charts.pareto(section, look, lambda row: row.measured, False, "measured speed-up", lambda row: row.speedup),
     ]
-    front = front_of(section.rows, macs, True) if plots[0] else set()
+    front = front_of(section.rows, total_gmacs, True) if plots[0] else set()
     return Part(
         f"s{number}",
         section,
@@ -161,11 +160,6 @@ def _part(
         environment(section),
         repeat(section, number),
     )
-
-
-def macs(row: Row) -> float | None:
-    """GMACs a sample, the reduction's own left out."""
-    return row.gmacs
 
 
 def render(title: str, parts: Sequence[Part], problems: Sequence[str], sources: str) -> str:

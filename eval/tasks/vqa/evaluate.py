@@ -107,8 +107,8 @@ class _ByTask:
             raise AttributeError(name)
 
         def evaluate_task(
-            model: Any,
-            data: Any,
+            model: str | VisionLanguageModel,
+            data: str | os.PathLike | VQAData,
             settings: Sequence[Any] = (None,),
             options: VQAOptions | None = None,
             progress: Progress | None = None,

@@ -44,7 +44,8 @@ def open_vqa(data: str | os.PathLike, questions: str = "", annotations: str = ""
 
 def easy_vqa() -> VQAData:
     """The bundled questions of easy-VQA's test set."""
-    from vtok.eval.models.reference import DATA_FOLDER, asset
+    from vtok.eval.models.assets import asset
+    from vtok.eval.models.reference import DATA_FOLDER
     from vtok.eval.models.reference_vlm import load_reference_questions
 
     found = load_reference_questions("test")

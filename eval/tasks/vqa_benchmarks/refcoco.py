@@ -14,8 +14,6 @@ anything; that is 0 here.
 
 from __future__ import annotations
 
-import io
-import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +25,7 @@ from vtok.eval.tasks.vqa.files import checked
 from vtok.eval.tasks.vqa.hub import Hub
 from vtok.eval.tasks.vqa.reading import Pictures, entries, fields, load_json, located, number_of, text_of, texts_of
 from vtok.eval.tasks.vqa.task import QuestionTask, Score, Sources
+from vtok.reading import from_pickle
 
 ASK = (
     "Bounding box coordinates are specified in the format (top-left x, top-left y, bottom-right x, bottom-right y). All values "
@@ -134,17 +133,10 @@ def _by_id(content: Any, name: str, coco: Path) -> dict[Any, Any]:
     return found
 
 
-class _Plain(pickle.Unpickler):
-    """Reads lists, dictionaries, texts and numbers alone: a pickle with anything else could run a program."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it holds {module}.{name}")
-
-
 def _refs(path: Path) -> list[Any]:
     """What REFER's file holds."""
     try:
-        found = _Plain(io.BytesIO(path.read_bytes()), encoding="utf-8").load()
+        found = from_pickle(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # whatever stands in a file that is no pickle

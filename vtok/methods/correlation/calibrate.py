@@ -66,7 +66,8 @@ def calibrate_alpha(
     """The alpha at which the cropped views of a few pages keep a share of their tokens, outliers included. Ours.
 
     The number kept never falls as alpha rises, and changes at the tokens' critical values alone: those are searched. The
-    default is a reading of published summaries (about two thirds of the tokens kept on average), not a number of the paper.
+    default is our interpretation of published summaries (about two thirds of the tokens kept on average), no number of the
+    paper.
 
     Args:
         scores: of the cropped views, without those of whole pages (`crop_scores`).

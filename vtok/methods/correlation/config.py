@@ -59,8 +59,8 @@ class Correlation(MethodConfig):
 
     Attributes:
         alpha: threshold on the cosine of two patches (paper: alpha; [-1, 1]; value not published). Larger keeps more.
-        target_keep: share of the crops' tokens that calibration aims at ((0, 1]; `None` = 0.66, a reading of published
-            summaries: about two thirds are kept on average). Not beside `alpha`.
+        target_keep: share of the crops' tokens that calibration aims at ((0, 1]; `None` = 0.66, our interpretation of
+            published summaries: about two thirds are kept on average). Not beside `alpha`.
         beta: how many similar patches are fine (paper: beta; not published): a number of patches, or, between 0 and 1, a share
             of the view's (default 0.03: 31 of 1024).
         low_layer: 0-based block of the tower for similarity and sampling (paper: "low layer"; negative counts from the end;

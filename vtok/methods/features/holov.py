@@ -39,7 +39,8 @@ class HoloV(Official, KeepConfig):
 
     In the authors' program the variance of similarities, which the paper adds to attention, has no effect: it is scaled to a
     fixed share of the mean attention of its own run, so that all runs are scaled alike, and no token is chosen by it. The
-    default does what that comes to, and leaves the products out. `variant="paper"` is our reading of the paper's equations.
+    default does what that comes to, and leaves the products out. `variant="paper"` is our interpretation of the
+    paper's equations.
 
     Towers without a class token (SigLIP) rank a patch by the attention that it receives on average. Newline tokens between rows
     are dropped, as in the program. An image in crops has one budget, whole view and crops together.

@@ -57,7 +57,7 @@ class PiToMe(MethodConfig):
             - `"official_mae"`: the same margins and metric, but it is the other half that runs ToMe's matching.
             - `"official_clip"`: m = 0.95 - 0.95 i / L, hidden states.
             - `"official_blip"`: m = 0.9 - 0.9 i / L, hidden states; every block reduces, as under `forward_features`, which
-              retrieval calls. (Their `forward` spares the last block; taking all blocks is our reading.)
+              retrieval calls. (Their `forward` spares the last block; taking all blocks is our interpretation.)
             - `"official_llava"`, CLIP inside LLaVA: m = 0.9 - 0.9 i / L, hidden states, after the MLP, plain means that ignore
               sizes; the first 13 blocks run plain ToMe matching with the share taken of all tokens, CLS included. Their 13 is
               written for a tower of 24 blocks and is kept at any depth.

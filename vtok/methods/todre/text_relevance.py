@@ -29,7 +29,7 @@ def kinds(layout: Layout | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Args:
         layout: one number a token ([B, N]): -1 padding, 0 system prompt, 1 visual, 2 the user's text. Or a layout, which knows
             no roles: the user's text is then whatever follows the first visual token (in a chat template that includes the
-            assistant's header), the rest is system prompt. That is our reading.
+            assistant's header), the rest is system prompt. That is our interpretation.
     """
     if isinstance(layout, Layout):
         return layout.visual & layout.real, layout.after_image, layout.real
@@ -149,7 +149,7 @@ def drops_visual(
     """Which prompts lose all their visual tokens: those whose ratios are below tau (section 4.2).
 
     At half depth ratios are below the default already and dropping ruins accuracy (the paper's ablation): it is the depth that
-    protects, not tau. A prompt without text, where the ratio is 0 / 0, keeps its visual tokens; that is our reading.
+    protects, not tau. A prompt without text, where the ratio is 0 / 0, keeps its visual tokens; that is our interpretation.
 
     Args:
         text_to_visual: [B], see `relevance`.

@@ -83,19 +83,19 @@ COMMANDS = {
 }
 EVALUATIONS = {
     "imagenet": Entry(
-        "imagenet:evaluate_imagenet",
+        "tasks.imagenet:evaluate_imagenet",
         "Accuracy on an ImageNet-style folder with timm's own pipeline, unpatched and patched on the same batches.",
     ),
     "zeroshot": Entry(
-        "clip:evaluate_zeroshot",
+        "tasks.clip:evaluate_zeroshot",
         "Zero-shot accuracy of a CLIP-like model on an image folder, unpatched and patched on the same batches.",
     ),
     "retrieval": Entry(
-        "clip:evaluate_retrieval",
+        "tasks.clip:evaluate_retrieval",
         "Image and text recall of a CLIP-like model on captioned images, unpatched and patched on the same batches.",
     ),
     "vqa": Entry(
-        "vqa:evaluate_vqa",
+        "tasks.vqa:evaluate_vqa",
         "Answers of a vision-language model to questions about images, unpatched and patched on the same batches.",
     ),
 }

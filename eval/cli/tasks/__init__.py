@@ -1,0 +1,1 @@
+"""Commands of `vtok eval`, a file a kind of task."""

@@ -188,7 +188,7 @@ def check(tower: Tower, steps: dict[int, tuple[Site, Reducer]]) -> None:
     """Raises whatever `install` and the adapter's `attach` would raise; changes nothing."""
     for i, block in enumerate(tower.blocks):
         _link(i, block, TokenTracker(0, 0, False, False), steps.get(i))
-        check_forward(block.module, ReducingBlock)
+        check_forward(block.module, block.spec.mixin or ReducingBlock)
 
 
 def install(blocks: tuple[Block, ...], run: TokenTracker, steps: dict[int, tuple[Site, Reducer]]) -> None:
@@ -198,8 +198,8 @@ def install(blocks: tuple[Block, ...], run: TokenTracker, steps: dict[int, tuple
         link = _link(i, block, run, steps.get(i))
         link.seeds, link.merges = i == 0 and bool(steps) and block.spec.padding_mask is not None, merges
         block.module.__dict__["_vtok"] = link
-        swap_class(block.module, ReducingBlock)
-        if link.reducer is not None and not link.stepwise:
+        swap_class(block.module, block.spec.mixin or ReducingBlock)
+        if link.reducer is not None and not link.stepwise and block.spec.mixin is None:
             place_taps(block.attend, block.attention, run, link.reducer.needs)
 
 

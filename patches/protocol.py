@@ -120,6 +120,7 @@ class BlockSpec:
         padding_mask: makes the mask that may mark padding, broadcastable to [B, H, N, N], from (block, kwargs); `None` = the
             block takes none. What the first block gets seeds the token state.
         seq_first: whether the block takes and returns [N, B, C].
+        mixin: the class put in front of the block's own, where blocks are not called as the others are; `None` = the usual one.
     """
 
     attn: str
@@ -135,6 +136,7 @@ class BlockSpec:
     seq_first: bool = False
     passes_mask: bool = True
     padding_mask: Callable[[nn.Module, dict[str, Any]], Tensor | None] | None = None
+    mixin: type[Any] | None = None
 
     @property
     def whole(self) -> bool:

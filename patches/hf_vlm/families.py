@@ -13,6 +13,7 @@ from vtok.core.prompt import TowerFacts, VLMInfo
 from vtok.errors import UnsupportedModelError
 from vtok.patches.decoder import attention_probe as decoder_probe
 from vtok.patches.decoder.text_models import stated_number, why_not_between
+from vtok.patches.hf_packed.adapter import PackedAdapter
 from vtok.patches.hf_vision.adapter import HfAdapter
 from vtok.patches.hf_vision.tables import TOWERS, release
 from vtok.patches.hf_vlm import crops as hf_cuts
@@ -26,7 +27,7 @@ from vtok.patches.hf_vlm.image_features import Cuts, ViewCounts, Views
 from vtok.patches.hf_vlm.stated_images import VisionCosts
 from vtok.patches.hf_vlm.tower_bridge import TowerBridge
 from vtok.patches.macs import linear_macs
-from vtok.patches.protocol import Tower, look_up
+from vtok.patches.protocol import Adapter, Tower, look_up
 
 OLDEST = (5, 23)  # release of transformers
 
@@ -190,7 +191,7 @@ class VLM:
         family: its row in the table.
         info: what methods may know.
         tokens: modality -> id of its placeholder.
-        tower: its vision tower, if its blocks can be looked into.
+        tower: its vision tower, if methods can act inside.
     """
 
     path: str
@@ -205,13 +206,23 @@ class VLM:
         """The LLM."""
         return self.module.get_submodule(self.family.text)
 
+    @property
+    def adapter(self) -> Adapter:
+        """Of its vision tower."""
+        return PackedAdapter() if self.family.packed else HfAdapter()
+
     def joint(self) -> TowerBridge:
         """How this model takes what its vision tower yields, once the tower yields fewer tokens.
 
         Raises:
             UnsupportedModelError: it takes the tokens of several layers side by side, or a first token that may be any.
         """
-        assert self.tower is not None and self.info.tower is not None
+        assert self.tower is not None
+        if self.family.packed:
+            path, deep = self.family.tower, getattr(self.tower.module, "deepstack_visual_indexes", ())
+            taps = {f"{path}.deepstack_merger_list.{i}": block + 1 for i, block in enumerate(deep)}
+            return TowerBridge(f"{path}.merger", len(self.tower.blocks), 0, packed=True, taps=taps)
+        assert self.info.tower is not None
         config, name = self.module.config, self.info.name
         layers = getattr(config, "vision_feature_layer", -1)
         skip = int(getattr(config, "vision_feature_select_strategy", None) == "default")
@@ -357,7 +368,7 @@ def _tower(module: Any, text: Any, family: Family) -> tuple[Tower | None, TowerF
     if len(found) != 1:
         named = next((m for name, m in module.named_children() if name.startswith("vision") or name == "visual"), module)
         if family.packed:
-            return None, None, f"{type(named).__name__} runs the patches of all images as one sequence, cut where images end"
+            return _packed_tower(module, family)
         return None, None, f"{type(named).__name__} is no vision tower whose blocks vtok knows"
     try:
         tower = HfAdapter().tower(*found[0])
@@ -377,6 +388,16 @@ def _tower(module: Any, text: Any, family: Family) -> tuple[Tower | None, TowerF
         bool(info.num_prefix) and getattr(module.config, "vision_feature_select_strategy", None) == "full",
     )
     return tower, facts, ""
+
+
+def _packed_tower(module: Any, family: Family) -> tuple[Tower | None, None, str]:
+    """As `_tower`: methods act inside on units, whose attention is not that of single tokens."""
+    tower = module.get_submodule(family.tower)
+    try:
+        found: Tower | None = PackedAdapter().tower(family.tower, tower)
+    except UnsupportedModelError as error:
+        return None, None, str(error)
+    return found, None, f"{type(tower).__name__} runs the patches of all images as one sequence, cut where images end"
 
 
 def feature_block(vision_feature_layer: int | Sequence[int], depth: int) -> int:

@@ -56,6 +56,8 @@ class TokenState(NamedTuple):
         masked: whether the mask that they came with says more than `real`, so that it goes on to be added.
         grid: (rows, columns) of the patches that entered block 0; [B, 2] int64 where images differ; (1, N0 - P) where they fill
             no grid; `None` = not known.
+        counts: real tokens of every row, where the host knows them; they stand in front of the padding. `None` = ask `keep`.
+        entered: the same of the rows that entered block 0, of towers whose images share one sequence.
     """
 
     num_prefix: int
@@ -67,6 +69,8 @@ class TokenState(NamedTuple):
     real: Tensor | None = None
     masked: bool = False
     grid: Grid | None = None
+    counts: tuple[int, ...] | None = None
+    entered: tuple[int, ...] | None = None
 
     def on(self, device: torch.device) -> TokenState:
         """The same on another device: the blocks of a tower may be spread over several."""

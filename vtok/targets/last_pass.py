@@ -29,7 +29,8 @@ def tower_info(adapter: Adapter, tower: Tower, run: TokenTracker | None, kernels
         notes.append(f"note: the last pass ended after {len(ran)} of {len(tower.blocks)} blocks")
     seen = last.length - run.num_prefix
     if seen != patches:  # the stem is priced per patch
-        cost = replace(cost, stem=round(cost.stem * seen / patches))
+        blocks_then = tuple(replace(block, fixed=round(block.fixed * seen / patches)) for block in cost.blocks)
+        cost = replace(cost, stem=round(cost.stem * seen / patches), blocks=blocks_then)
         notes.append(f"note: the last pass saw {seen} patches; plans and budgets of this patch were made for {patches}")
     ragged = any(b.per_image is not None for b in blocks)
     return TowerInfo(

@@ -9,10 +9,11 @@ from dataclasses import replace
 from vtok.capabilities import candidates
 from vtok.config import MethodConfig
 from vtok.core.prompt import VLMInfo, VLMReducer
+from vtok.core.tracker import TokenTracker
 from vtok.errors import ConfigError, UnsupportedModelError
 from vtok.patches.block import check
 from vtok.patches.decoder.pass_state import Pruner
-from vtok.patches.hf_vision.adapter import HfAdapter
+from vtok.patches.hf_packed.adapter import sized
 from vtok.patches.hf_vlm import tower_bridge as vlm_tower
 from vtok.patches.hf_vlm.families import VLM
 from vtok.patches.hf_vlm.install import pruner_of
@@ -43,7 +44,7 @@ def resolve_in_tower(vlm: VLM, configs: tuple[MethodConfig, ...]) -> ResolvedMet
     tower, joint = _tower(vlm, names), vlm.joint()
     dropping = [] if joint.connector else [config.name for config in configs if not config.merges]
     try:
-        resolved = resolve(HfAdapter(), tower, configs, None, None)
+        resolved = resolve(vlm.adapter, tower, configs, None, None)
     except UnsupportedModelError:
         if not dropping:
             raise
@@ -102,7 +103,7 @@ def install_tower(vlm: VLM, pruner: Pruner) -> None:
         return
     assert vlm.tower is not None
     grid = not pruner.joint.connector
-    run = install(HfAdapter(), vlm.tower, replace(pruner.tower, trace=pruner.trace or grid), spare=grid)
+    run = install(vlm.adapter, vlm.tower, replace(pruner.tower, trace=pruner.trace or pruner.joint.traces), spare=grid)
     vlm_tower.install(vlm.module, vlm.tower.module, pruner.joint, run)
 
 
@@ -121,9 +122,17 @@ def describe_tower(vlm: VLM) -> TowerInfo | None:
     if run is None or vlm.tower is None:
         return None
     pruner = pruner_of(vlm)
-    found = tower_info(HfAdapter(), vlm.tower, run, None)
+    found = tower_info(vlm.adapter, _as_seen(vlm, run), run, None)
     notes = (*found.notes, f"note: {ON_GRID}") if pruner is not None and not pruner.has_dropped_tokens else found.notes
     return replace(found, path=".".join(part for part in (vlm.path, found.path) if part), notes=notes)
+
+
+def _as_seen(vlm: VLM, run: TokenTracker) -> Tower:
+    """The tower, described for the images of the last pass where they were all alike and of any size."""
+    assert vlm.tower is not None
+    state = run.current.states[0]
+    grid = None if state is None or not vlm.family.packed else state.grid
+    return sized(vlm.tower, grid) if isinstance(grid, tuple) else vlm.tower
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtok.core.tokens import TokenState, log_size_bias
-from vtok.patches.hf_packed.units import Windows, counts_of, places, real, runs, windows
+from vtok.patches.hf_packed.units import Windows, counts_of, places, real, runs, to_sequence, windows
 from vtok.patches.module_swap import own_class
 from vtok.patches.protocol import Attend, Projected, TapSpec
 
@@ -83,8 +83,8 @@ def attended(
     bias = log_size_bias(state if state.counts is None else state._replace(keep=None), dtype, sizes)  # [S, 1, 1, U]
     drop = attend.dropout(attn) if attn.training else 0.0
     if len(ends) != len(counts):
-        inside = windows(places(state, p.q.device), ends, attend.window(attn))
-        return _in_windows(p, inside, _of_units(bias, counts, real(state)), m, attend.scale(attn), drop)
+        inside = windows(places(state, p.q.device), ends, attend.window(attn), real(state))
+        return _in_windows(p, inside, None if bias is None else to_sequence(bias[:, 0, 0], counts), m, attend.scale(attn), drop)
     parts = []
     for run in runs(counts):
         here = slice(run.start * m, (run.start + run.rows * run.length) * m)
@@ -97,16 +97,8 @@ def attended(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _of_units(bias: Tensor | None, counts: tuple[int, ...], keep: Tensor | None) -> Tensor | None:
-    """[S, 1, 1, U] -> [units of the sequence]; finite where they are padding, which may be all that a window holds."""
-    if bias is None:
-        return None
-    found = torch.cat([bias[r.first : r.first + r.rows, 0, 0, : r.length].flatten() for r in runs(counts)])
-    return found if keep is None else found.where(keep, torch.finfo(found.dtype).min)
-
-
 def _in_windows(p: Projected, inside: Windows, bias: Tensor | None, m: int, scale: float, drop: float) -> Tensor:
-    """Attention within windows whose units may have left: their slots stay empty, and hide from the others."""
+    """Attention within windows whose units may have left: their slots stay empty, and hide from the others. bias [units]."""
     q, k, v = (inside.spread(t.unflatten(0, (-1, m))).flatten(1, 2).transpose(1, 2) for t in (p.q, p.k_rot, p.v))
     shown = p.q.new_zeros(len(inside.slot)) if bias is None else bias
     mask = inside.spread(shown, torch.finfo(shown.dtype).min).repeat_interleave(m, 1)[:, None, None]

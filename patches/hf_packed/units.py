@@ -129,7 +129,7 @@ class Windows(NamedTuple):
     """Where units stand in windows of equally many slots.
 
     Attributes:
-        slot: [L] int64, window times M plus place in it.
+        slot: [L] int64, window times M plus place in it; W times M for padding, which stands in none.
         number: of windows, W.
         size: slots of each, M.
     """
@@ -140,26 +140,30 @@ class Windows(NamedTuple):
 
     def spread(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """[L, ...] -> [W, M, ...]."""
-        out = x.new_full((self.number * self.size, *x.shape[1:]), fill)
-        return out.index_copy(0, self.slot, x).unflatten(0, (self.number, self.size))
+        slots = self.number * self.size
+        out = x.new_full((slots + 1, *x.shape[1:]), fill)
+        return out.index_copy(0, self.slot, x)[:slots].unflatten(0, (self.number, self.size))
 
     def collect(self, x: Tensor) -> Tensor:
-        """[W, M, ...] -> [L, ...]."""
-        return x.flatten(0, 1).index_select(0, self.slot)
+        """[W, M, ...] -> [L, ...]; anything for padding."""
+        return x.flatten(0, 1).index_select(0, self.slot.clamp_max(self.number * self.size - 1))
 
 
-def windows(place: Tensor, ends: Tensor, size: int) -> Windows:
+def windows(place: Tensor, ends: Tensor, size: int, keep: Tensor | None = None) -> Windows:
     """Puts units into the windows that they were in before the first block, without asking the device how many each holds.
 
     Args:
         place: [L], see `places`.
         ends: [W], where windows end (units, rising), the last at L0.
         size: M.
+        keep: [L] bool, False = padding; `None` = all real.
     """
     number = len(ends)
     window = torch.searchsorted(ends, place, right=True)
+    if keep is not None:
+        window = window.where(keep, number)
     order = window.argsort(stable=True)
     inside = window[order]
-    start = torch.searchsorted(inside, torch.arange(number, device=place.device))
+    start = torch.searchsorted(inside, torch.arange(number + 1, device=place.device))
     slot = torch.arange(len(place), device=place.device) - start[inside] + inside * size
-    return Windows(torch.empty_like(slot).index_copy(0, order, slot), number, size)
+    return Windows(torch.empty_like(slot).index_copy(0, order, slot.clamp_max(number * size)), number, size)

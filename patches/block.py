@@ -208,6 +208,11 @@ def _link(index: int, block: Block, run: TokenTracker, step: tuple[Site, Reducer
     if step is None:
         return Link(run, index, spec, attend, stepwise=not attend.takes_bias)
     site, reducer = step
+    if spec.mixin is not None and type(reducer).attention is not Reducer.attention:
+        raise UnsupportedModelError(
+            f"block {index}: {type(block.module).__name__} attends patch by patch, and this method computes the attention of "
+            "whole tokens itself; leave its parameter for that out (ats: parity)"
+        )
     missing = reducer.needs - set(attend.taps)
     pre = site.place is Place.BLOCK_PRE
     stepwise = not spec.whole and (pre or bool(missing) or not attend.takes_bias)

@@ -169,7 +169,7 @@ def _real_view(view: AttentionView, who: Tensor, rows: Tensor) -> AttentionView:
         bias = bias.gather(2, rows[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[3])).transpose(2, 3)
         if bias.shape[2] > 1:  # one row a query
             bias = bias.gather(2, rows[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[3]))
-    return AttentionView(real(view.q), real(view.k), real(view.k_rot), real(view.v), view.scale, bias)
+    return view._replace(q=real(view.q), k=real(view.k), k_rot=real(view.k_rot), v=real(view.v), bias=bias)
 
 
 def _joined(parts: list[_Part], order: Tensor, spare: bool) -> Plan:

@@ -177,6 +177,8 @@ class Tower:
         blind_reader: why attention behind the tower, which reads its tokens, can see neither, or `None`.
         heads: modules of the patched model that follow the tower and run once an image (projection, classifier), for costs.
         averaged_by: the module around the tower whose own forward averages the tower's patches, if there is one.
+        parts: see `ModelInfo`.
+        varies: see `ModelInfo`.
     """
 
     path: str
@@ -191,6 +193,8 @@ class Tower:
     blind_reader: str | None = None
     heads: tuple[nn.Module, ...] = ()
     averaged_by: nn.Module | None = None
+    parts: int = 1
+    varies: bool = False
 
     @property
     def info(self) -> ModelInfo:
@@ -211,6 +215,8 @@ class Tower:
             plain_softmax=all(b.attend.softmax for b in self.blocks),
             blind_pool=self.blind_pool,
             blind_attention=self.blind_reader or next((why for why in refusals if why), None),
+            parts=self.parts,
+            varies=self.varies,
         )
 
 

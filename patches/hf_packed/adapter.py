@@ -81,8 +81,9 @@ class PackedAdapter:
         config = module.config
         size = input_size or (getattr(config, "in_channels", 3), _SIDE, _SIDE)
         rows, columns = (max(1, round(side / (config.patch_size * config.spatial_merge_size))) for side in size[1:])
-        width = _ATTEND.unit(blocks[0].attention) * int(cast(Any, blocks[0].attention).qkv.in_features)
-        return Tower(path, module, blocks, 0, False, width, size, (rows, columns))
+        unit = _ATTEND.unit(blocks[0].attention)
+        width = unit * int(cast(Any, blocks[0].attention).qkv.in_features)
+        return Tower(path, module, blocks, 0, False, width, size, (rows, columns), parts=unit, varies=True)
 
     def attach(self, tower: Tower, run: TokenTracker) -> None:
         tower.module.register_forward_pre_hook(Frames(run), with_kwargs=True)
@@ -103,6 +104,28 @@ class PackedAdapter:
 
     def examples(self) -> Sequence[Example]:
         return ()  # they are those of the families
+
+
+def lone_tower(model: Any, beside: set[nn.Module]) -> tuple[Tower | None, str]:
+    """The one such tower of a vision-language model, and why single tokens of it cannot be looked into.
+
+    Args:
+        model: the model.
+        beside: modules where no tower is looked for (those of the LLM).
+
+    Returns:
+        (the tower, `None` if there is none or it cannot be patched; why, "" = there is none).
+    """
+    named = model.named_modules()
+    found = [(path, module) for path, module in named if module not in beside and look_up(module, TOWERS) is not None]
+    if len(found) != 1:
+        return None, ""
+    (path, module) = found[0]
+    try:
+        tower = PackedAdapter().tower(path, module)
+    except UnsupportedModelError as error:
+        return None, str(error)
+    return tower, f"{type(module).__name__} runs the patches of all images as one sequence, cut where images end"
 
 
 def sized(tower: Tower, grid: tuple[int, int]) -> Tower:

@@ -5,15 +5,16 @@ Shapes: N patches of the sequence, S rows, U units of the longest row, m patches
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from vtok.core.tokens import AttentionView, Place, TokenState
 from vtok.errors import StateError
+from vtok.ops.rows import take_rows
 from vtok.patches.block import ReducingBlock, chain
-from vtok.patches.hf_packed.attention import PackedAttention, attended
+from vtok.patches.hf_packed.attention import PackedAttention, attended, unit_bias
 from vtok.patches.hf_packed.units import counts_of, places, to_rows, to_sequence
 from vtok.patches.precision import autocasts
 from vtok.patches.protocol import Projected
@@ -55,27 +56,45 @@ class PackedBlock(ReducingBlock):
         p = attend.project(attn, chain(self, spec.pre1, x), rope)
         ends = torch.div(borders[1:], m, rounding_mode="floor").long()
         dtype = torch.get_autocast_dtype(device) if autocasts(device) else p.q.dtype
-        x = x + chain(self, spec.post1, attn.proj(attended(attend, attn, p, state, ends, link.run.prop_attn, dtype)))
         place = None if link.site is None else link.site.place
+        view = None if place is None else self._view(p, state, ends, dtype)
+        asking = state
+        if place is Place.BLOCK_PRE:  # units that go attend no more, but still serve as keys and values
+            x, asking, q = self._reduced(x, state, view, m, p.q)
+            p = p._replace(q=q)
+        out = attended(attend, attn, p, state, asking, ends, link.run.prop_attn, dtype)
+        x, state = x + chain(self, spec.post1, attn.proj(out)), asking
         if place is Place.BLOCK_MID:
-            x, state = self._reduced(x, state, p, m)
+            x, state, _ = self._reduced(x, state, view, m)
         x = x + chain(self, spec.post2, getattr(self, spec.mlp)(chain(self, spec.pre2, x)))
         if place is Place.BLOCK_END:
-            x, state = self._reduced(x, state, p, m)
+            x, state, _ = self._reduced(x, state, view, m)
         return x, state
 
-    def _reduced(self, x: Tensor, state: TokenState, p: Projected, m: int) -> tuple[Tensor, TokenState]:
-        """The sequence [N, C] without the units that leave or merge here."""
+    def _view(self, p: Projected, state: TokenState, ends: Tensor, dtype: torch.dtype) -> AttentionView:
+        """What the method asked for, of units."""
         link, counts = self._vtok, counts_of(state)
-        attend: Any = link.attend
-        attn = link.spec.attention(self)
-        keys = None
-        if "k" in link.needs:
-            keys = attend.keys(attn, to_rows(p.k.detach().unflatten(0, (-1, m)), counts))
+        attn, attend, needs = link.spec.attention(self), cast(PackedAttention, link.attend), link.needs
+        q, k, k_rot, v = (
+            attend.side_by_side(attn, t.detach(), counts) if name in needs else None for name, t in zip(("q", "k", "k", "v"), p)
+        )
+        k_rot = k_rot if "q" in needs else k
+        bias = unit_bias(state, ends, dtype, link.run.prop_attn) if "q" in needs else None
+        return AttentionView(q, k, k_rot, v, attend.scale(attn), bias, attend.unit(attn))
+
+    def _reduced(
+        self, x: Tensor, state: TokenState, view: AttentionView | None, m: int, q: Tensor | None = None
+    ) -> tuple[Tensor, TokenState, Any]:
+        """The sequence [N, C] without the units that leave or merge here, its state, and the queries [N, H, D] of the rest."""
+        link, counts = self._vtok, counts_of(state)
+        assert view is not None
         rows = to_rows(x.unflatten(0, (-1, m)).flatten(1), counts)
-        view = AttentionView(None, keys, keys, None, attend.scale(attn), None)
         plan = link.decide(rows, state, view)
         if plan is None:
-            return x, state
-        rows, state = link.move(rows, state, plan)
-        return to_sequence(rows, counts_of(state)).unflatten(1, (m, -1)).flatten(0, 1), state
+            return x, state, q
+        rows, left = link.move(rows, state, plan)
+        after = counts_of(left)
+        if q is not None:
+            asked = take_rows(to_rows(q.unflatten(0, (-1, m)).flatten(1), counts), plan.keep)
+            q = to_sequence(asked, after).unflatten(1, (m, *q.shape[1:])).flatten(0, 1)
+        return to_sequence(rows, after).unflatten(1, (m, -1)).flatten(0, 1), left, q

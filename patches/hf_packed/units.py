@@ -45,6 +45,15 @@ def runs(counts: Sequence[int]) -> Iterator[Run]:
         first, start = first + rows, start + rows * length
 
 
+def both_runs(counts: Sequence[int], others: Sequence[int]) -> Iterator[tuple[Run, Run]]:
+    """Rows that are equally long by two counts, as runs of each."""
+    first = start = other = 0
+    for (length, less), same in itertools.groupby(zip(counts, others)):
+        rows = len(list(same))
+        yield Run(first, rows, length, start), Run(first, rows, less, other)
+        first, start, other = first + rows, start + rows * length, other + rows * less
+
+
 def first_state(counts: Sequence[int], device: torch.device, trace: bool, grid: tuple[int, int] | None = None) -> TokenState:
     """What enters the first block.
 

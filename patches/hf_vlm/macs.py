@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from vtok.patches.macs import linear_macs
 from vtok.patches.protocol import look_up
 
 Steps = dict[int, tuple[Site, Reducer]]  # block -> (site, reducer)
+FrameCounts = tuple[tuple[int, int], ...]  # units of a frame that enter and leave each block
 
 
 def vision_tower(vlm: VLM) -> nn.Module:
@@ -81,6 +83,7 @@ def vision_cost(
     seen: Estimate | None = None,
     joint: TowerBridge | None = None,
     steps: Steps | None = None,
+    counts: Sequence[FrameCounts] | None = None,
 ) -> VisionCost:
     """The vision side of a prompt.
 
@@ -90,12 +93,15 @@ def vision_cost(
         seen: of one view of a tower that reduces tokens itself; `None` = it does not.
         joint: how the model takes what that tower yields.
         steps: what reduces tokens there, by block: a tower that reads all images as one sequence is priced image by image.
+        counts: of such a tower: what its last call made of every frame, where that depends on the image.
 
     Raises:
         UnsupportedModelError: see `vision_costs`.
     """
     costs = vision_costs(vlm)
-    return _packed(costs, vlm, calls, steps or {}) if vlm.family.packed else _viewed(costs, vlm, calls, seen, joint)
+    return (
+        _packed(costs, vlm, calls, steps or {}, counts or ()) if vlm.family.packed else _viewed(costs, vlm, calls, seen, joint)
+    )
 
 
 def patches_left(vlm: VLM, seen: Estimate | None, joint: TowerBridge | None) -> int | None:
@@ -104,7 +110,7 @@ def patches_left(vlm: VLM, seen: Estimate | None, joint: TowerBridge | None) -> 
         return None
     assert vlm.tower is not None
     left = round(seen.rows[joint.state - 1].tokens_out) - vlm.tower.num_prefix
-    return left * vision_config(vlm.module).spatial_merge_size ** 2 if vlm.family.packed else left
+    return left * vision_config(vlm.module).spatial_merge_size ** 2 if vlm.packed else left
 
 
 def features_left(vlm: VLM, patches: int) -> int:
@@ -138,34 +144,36 @@ def _connector(costs: VisionCosts, model: Any) -> int:
     return bare + sum(linear_macs(model.get_submodule(path)) for path in costs.modules if not costs.weights)
 
 
-def _packed(costs: VisionCosts, vlm: VLM, calls: Sequence[TowerCall], steps: Steps) -> VisionCost:
+def _packed(
+    costs: VisionCosts, vlm: VLM, calls: Sequence[TowerCall], steps: Steps, counts: Sequence[FrameCounts]
+) -> VisionCost:
     """All patches run through every block together; attention stays within a frame, or within windows of a frame, and methods
     act on each frame as if it came alone."""
     model: Any = vlm.module
     merge, joint = vision_config(model).spatial_merge_size, vlm.joint()
     assert vlm.tower is not None
-    frames: Counter[tuple[int, int]] = Counter()
-    for call in calls:
-        for t, rows, columns in () if call.grid is None else call.grid.tolist():
-            frames[rows // merge, columns // merge] += t
+    sizes = [size for call in calls if call.grid is not None for size in call.grid.tolist()]
+    grids = [(rows // merge, columns // merge) for t, rows, columns in sizes for _ in range(t)]
+    known = [*[None] * (len(grids) - len(counts)), *counts]
     each: list[tuple[int, Estimate]] = []
-    for grid, number in frames.items():
+    for (grid, seen), number in Counter(zip(grids, known)).items():
         cost = vlm.adapter.cost(sized(vlm.tower, grid))
-        each.append((number, estimate(cost, steps, math.prod(grid), 0)))
-    found = []
+        found = estimate(cost, steps, math.prod(grid), 0, seen)
+        each.append((number, found if seen is None else replace(found, exact=True)))
+    blocks = []
     for i, block in enumerate(vlm.tower.blocks):
         unit, same = block.attend.unit(block.attention), [(n, e.rows[i]) for n, e in each]  # type: ignore[attr-defined]
         entered, left = (unit * sum(n * getattr(row, name) for n, row in same) for name in ("tokens_in", "tokens_out"))
         macs, own = (sum(n * getattr(row, name) for n, row in same) for name in ("macs", "reduction_macs"))
-        found.append(Row(i, steps[i][0].place if i in steps else None, entered, left, macs, own))
+        blocks.append(Row(i, steps[i][0].place if i in steps else None, entered, left, macs, own))
     connector = 0
     for path in costs.modules:
         for tap, state in {joint.connector: joint.state, **joint.taps}.items():
             if tap == path or tap.startswith(f"{path}."):
                 features = sum(n * (e.rows[state - 1].tokens_out if state else e.rows[0].tokens_in) for n, e in each)
                 connector += round(features) * linear_macs(model.get_submodule(tap))
-    whole, deciding = sum(n * e.macs for n, e in each), sum(row.reduction_macs for row in found)
-    return VisionCost(tuple(found), 1, whole, deciding, connector, all(e.exact for _, e in each))
+    whole, deciding = sum(n * e.macs for n, e in each), sum(row.reduction_macs for row in blocks)
+    return VisionCost(tuple(blocks), 1, whole, deciding, connector, all(e.exact for _, e in each))
 
 
 # The language model.

@@ -18,7 +18,7 @@ n visual tokens of an image, C and D widths.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,10 +26,12 @@ from torch import Tensor, nn
 
 from vtok.core.reduction import unmerge
 from vtok.core.tokens import TokenState, at_least_fp32
+from vtok.core.tower import TowerFacts
 from vtok.core.tracker import TokenTracker
-from vtok.errors import StateError
+from vtok.errors import StateError, UnsupportedModelError
 from vtok.patches.hf_packed import units
 from vtok.patches.module_swap import Hook
+from vtok.patches.protocol import Tower
 
 DROPPED = 2.0**-10  # in every dimension: no feature and no word is that, and every floating-point type holds it exactly
 
@@ -56,6 +58,39 @@ class TowerBridge:
     def traces(self) -> bool:
         """Whether it must be known which token each patch ended in."""
         return not self.connector or bool(self.taps)
+
+
+def packed_bridge(tower: Tower) -> TowerBridge:
+    """Of a tower that reads all images as one sequence: the merger at its end, and those of blocks that it taps."""
+    deep = getattr(tower.module, "deepstack_visual_indexes", ())
+    taps = {f"{tower.path}.deepstack_merger_list.{i}": block + 1 for i, block in enumerate(deep)}
+    return TowerBridge(f"{tower.path}.merger", len(tower.blocks), 0, packed=True, taps=taps)
+
+
+def feature_block(vision_feature_layer: int | Sequence[int], depth: int) -> int:
+    """0-based block of the vision tower that the features come from.
+
+    Args:
+        vision_feature_layer: index into the tower's hidden states, embeddings first (LLaVA: -2); of several the deepest counts.
+        depth: blocks of the tower.
+
+    Raises:
+        UnsupportedModelError: the features are the embeddings, or no such layer exists.
+    """
+    layers = list(vision_feature_layer) if isinstance(vision_feature_layer, Sequence) else [vision_feature_layer]
+    block = max((layer + depth if layer < 0 else layer - 1 for layer in layers), default=-1)
+    if not 0 <= block < depth:
+        raise UnsupportedModelError(
+            f"vision_feature_layer={vision_feature_layer} is the output of no block; the vision tower has {depth}"
+        )
+    return block
+
+
+def facts_of(tower: Tower, block: int, prefix_kept: bool) -> TowerFacts:
+    """What methods may know of a tower whose features leave a block; for `prefix_kept` see `TowerFacts`."""
+    info = tower.info
+    sizes = info.width, info.num_heads, info.head_dim, info.num_patches
+    return TowerFacts(info.depth, info.has_cls, info.num_prefix, block, *sizes, prefix_kept)
 
 
 def install(model: Any, tower: nn.Module, joint: TowerBridge, run: TokenTracker) -> None:

@@ -1,25 +1,17 @@
 """Methods inside vision towers that run all images as one sequence (the Qwen-VL family), in units of their merger."""
 
-import copy
-import io
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 import torch
-from helpers_errors import message_of
 from helpers_packed import PACKED, SIZES, Encoder, by_hand, deep, encoded, images
-from vlm_zoo import EXAMPLES, assert_same, build, generate, inputs, visual
 
 import vtok
 from vtok.config import MethodConfig
-from vtok.eval.benchmarks.flops import count_prompt_macs
 from vtok.methods.baselines.random_drop import RandomDrop
 from vtok.patches.hf_packed.attention import PackedAttention
-from vtok.patches.hf_vlm.families import find
 from vtok.patches.hf_vlm.tower_bridge import DROPPED, holes
-from vtok.targets.resolve import run_of
-from vtok.testing import prompt_checks
 from vtok.testing.encoder_oracle import differences
 
 METHODS = {

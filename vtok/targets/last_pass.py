@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -59,6 +60,16 @@ def _estimate(cost: TowerCost, run: TokenTracker, counts: Sequence[tuple[float, 
 def _real(state: TokenState | None) -> tuple[int, ...] | None:
     """Real tokens of every image, if some are padding."""
     return None if state is None or state.keep is None else tuple(int(c) for c in state.keep.sum(1).tolist())
+
+
+def rows_of(run: TokenTracker) -> list[tuple[tuple[int, int], ...]]:
+    """(real tokens in, out) of every block, for each row of the last pass."""
+    last = run.current
+    counts = []
+    for i, state in enumerate(last.states):
+        assert state is not None and state.entered is not None
+        counts.append(_real(state) or (last.tokens(i),) * len(state.entered))
+    return [tuple(itertools.pairwise(row)) for row in zip(*counts)]
 
 
 def _mean_estimate(

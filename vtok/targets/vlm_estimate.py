@@ -17,7 +17,7 @@ from vtok.patches.hf_vlm.install import pruner_of
 from vtok.patches.hf_vlm.macs import features_left, llm_cost, patches_left, stated_calls, stated_image, vision_cost
 from vtok.reports.results import PromptInfo, PromptRow
 from vtok.targets.encoder import estimate_cost
-from vtok.targets.last_pass import tower_info
+from vtok.targets.last_pass import rows_of, tower_info
 from vtok.targets.resolve import run_of
 from vtok.targets.vlm_resolve import POSITIONS
 
@@ -65,7 +65,7 @@ def _tower_estimate(vlm: VLM, pruner: Pruner, image: StatedImage) -> Estimate | 
     if pruner.joint is None:
         return None
     assert vlm.tower is not None
-    tower = sized(vlm.tower, (image.layout[0].rows, image.layout[0].columns)) if vlm.family.packed else vlm.tower
+    tower = sized(vlm.tower, (image.layout[0].rows, image.layout[0].columns)) if vlm.packed else vlm.tower
     return estimate_cost(vlm.adapter, tower, pruner.tower.steps)
 
 
@@ -121,16 +121,18 @@ def _vision(vlm: VLM, pruner: Pruner, counts: Counts) -> tuple[VisionCost | None
     missing = "note: the images were encoded before this prompt was read; tower and connector are not in these costs"
     if not counts.calls:
         return None, None, (missing,)
-    rows, seen, steps = len(counts.visual), None, {}
+    rows, seen, steps, frames = len(counts.visual), None, {}, None
     if pruner.joint is not None:
         assert vlm.tower is not None
-        steps = pruner.tower.steps
-        seen = tower_info(vlm.adapter, vlm.tower, run_of(vlm.tower.module), None).estimate
+        steps, run = pruner.tower.steps, run_of(vlm.tower.module)
+        seen = tower_info(vlm.adapter, vlm.tower, run, None).estimate
+        inexact = any(not reducer.exact for _, reducer in steps.values())
+        frames = rows_of(run) if run is not None and vlm.packed and inexact else None
     try:
         base = vision_cost(vlm, counts.calls).divided(rows)
     except UnsupportedModelError as error:
         return None, None, (f"note: {error}",)
-    return (base if seen is None else vision_cost(vlm, counts.calls, seen, pruner.joint, steps).divided(rows)), base, ()
+    return (base if seen is None else vision_cost(vlm, counts.calls, seen, pruner.joint, steps, frames).divided(rows)), base, ()
 
 
 def describe(model: nn.Module, vlm: VLM) -> PromptInfo:

@@ -33,11 +33,6 @@ ON_GRID = (
 )
 
 
-def in_tower(config: MethodConfig) -> bool:
-    """Whether a method acts in the vision tower of a vision-language model."""
-    return config.for_encoders() and not config.for_vlms()
-
-
 def resolve_in_tower(vlm: VLM, configs: tuple[MethodConfig, ...]) -> ResolvedMethods:
     """Methods for the vision tower, with every number chosen."""
     names, info = " + ".join(config.name for config in configs), vlm.info
@@ -79,7 +74,7 @@ def _tower(vlm: VLM, names: str) -> Tower:
 
 def budget_candidates(vlm: VLM, config: MethodConfig) -> Sequence[MethodConfig]:
     """A method from its mildest setting to its strongest, in the vision tower or on the prompt: what a budget chooses from."""
-    return candidates(config, _tower(vlm, config.name).info if in_tower(config) else vlm.info)
+    return candidates(config, _tower(vlm, config.name).info if config.in_tower else vlm.info)
 
 
 def check_readable(features: VLMReducer, info: VLMInfo, tower: ResolvedMethods, joint: TowerBridge) -> None:
@@ -109,7 +104,7 @@ def install_tower(vlm: VLM, pruner: Pruner) -> None:
 
 def place(config: MethodConfig, pruner: Pruner) -> str:
     """Where a method acts, in words."""
-    if not in_tower(config):
+    if not config.in_tower:
         return "on the prompt"
     if pruner.has_dropped_tokens:
         return "in the vision tower: the prompt gets shorter too"
@@ -131,7 +126,7 @@ def _as_seen(vlm: VLM, run: TokenTracker) -> Tower:
     """The tower, described for the images of the last pass where they were all alike and of any size."""
     assert vlm.tower is not None
     state = run.current.states[0]
-    grid = None if state is None or not vlm.family.packed else state.grid
+    grid = None if state is None or not vlm.packed else state.grid
     return sized(vlm.tower, grid) if isinstance(grid, tuple) else vlm.tower
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from typing import Any
 
@@ -11,14 +12,16 @@ from torch import Tensor, nn
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 from vlm_zoo import EXAMPLES, build
 
-Values = dict[str, Tensor]
+from vtok.testing import generic_models
+
 PACKED = [name for name in EXAMPLES if name.startswith("Qwen")]
+GENERIC = ["qwen3_vl_moe", "qwen3_5"]  # without a row; their towers are Qwen3-VL's and one like it without taps
 SIZES = [[1, 8, 8], [1, 4, 8], [1, 6, 10], [1, 8, 8]]  # frames, rows, columns of patches; windows have 4 x 4, some are cut off
 
 
 def deep(name: str, depth: int = 4) -> Any:
     """An example whose tower has more blocks, all different; windows in the even ones, taps behind blocks 0 and 2."""
-    model = build(name)
+    model = copy.deepcopy(_generic(name)) if name in GENERIC else build(name)
     tower = model.model.visual
     torch.manual_seed(3)
     while len(tower.blocks) < depth:
@@ -29,14 +32,21 @@ def deep(name: str, depth: int = 4) -> Any:
     if hasattr(tower, "fullatt_block_indexes"):
         tower.fullatt_block_indexes = tower.config.fullatt_block_indexes = [1, 3]
     if hasattr(tower, "deepstack_visual_indexes"):
-        tower.deepstack_visual_indexes = tower.config.deepstack_visual_indexes = [0, 2]
+        taps = [0, 2][: len(tower.deepstack_merger_list)]
+        tower.deepstack_visual_indexes = tower.config.deepstack_visual_indexes = taps
     return model.eval()
 
 
-def images(sizes: list[list[int]], seed: int = 0) -> tuple[Tensor, Tensor]:
+@functools.cache
+def _generic(name: str) -> Any:
+    return generic_models.build(name)
+
+
+def images(model: Any, sizes: list[list[int]], seed: int = 0) -> tuple[Tensor, Tensor]:
     """(pixels, grid_thw)."""
-    grid = torch.tensor(sizes)
-    return torch.randn(int(grid.prod(1).sum()), 96, generator=torch.Generator().manual_seed(seed)), grid
+    grid, weight = torch.tensor(sizes), model.model.visual.patch_embed.proj.weight
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(int(grid.prod(1).sum()), weight[0].numel(), generator=generator).to(weight.dtype), grid
 
 
 def encoded(model: Any, pixels: Tensor, grid: Tensor) -> list[list[Tensor]]:
@@ -143,3 +153,18 @@ def _merge(units: list[dict[str, Any]], keys: Tensor, r: int) -> list[dict[str, 
         mean = sum(u["x"] * len(u["members"]) for u in parts) / weight
         found.append({"x": mean, "at": units[j]["at"], "members": [i for u in parts for i in u["members"]]})
     return found
+
+
+def unit_probs(tower: Any, number: int, state: Any, view: Any, size: list[int]) -> Tensor:
+    """[1, H, U, U]: attention of a block, patch by patch, made one of units."""
+    q, k = (t.unflatten(3, (view.parts, -1)).flatten(2, 3) for t in (view.q, view.k_rot))
+    logits = q @ k.transpose(2, 3) * view.scale
+    if hasattr(tower, "fullatt_block_indexes") and number not in tower.fullatt_block_indexes:
+        grid, config = torch.tensor([size]), tower.config
+        order, ends = get_vision_window_index(grid, config.spatial_merge_size, config.window_size, config.patch_size)
+        window = torch.bucketize(torch.arange(len(order)), ends[1:] // view.parts, right=True)
+        here = window if state.index is None else window[state.index[0]]
+        here = here.repeat_interleave(view.parts)
+        logits = logits.masked_fill(here[:, None] != here, float("-inf"))
+    probs = logits.softmax(-1).unflatten(3, (-1, view.parts)).sum(4)
+    return probs.unflatten(2, (-1, view.parts)).mean(3)

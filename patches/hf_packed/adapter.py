@@ -173,6 +173,6 @@ class Frames(Hook):
         pixels: Tensor = args[0] if args else kwargs["hidden_states"]
         merge = module.config.spatial_merge_size
         sizes = [(h // merge, w // merge) for t, h, w in grid.tolist() for _ in range(t)]
-        raster = not hasattr(module.config, "window_size") and len(set(sizes)) == 1
         counts = [rows * columns for rows, columns in sizes]
-        self.run.announce_rows(first_state(counts, pixels.device, self.run.trace, sizes[0] if raster else None))
+        grids = [(1, count) for count in counts] if hasattr(module.config, "window_size") else sizes  # in the order of windows
+        self.run.announce_rows(first_state(counts, pixels.device, self.run.trace, grids))

@@ -54,17 +54,18 @@ def both_runs(counts: Sequence[int], others: Sequence[int]) -> Iterator[tuple[Ru
         first, start, other = first + rows, start + rows * length, other + rows * less
 
 
-def first_state(counts: Sequence[int], device: torch.device, trace: bool, grid: tuple[int, int] | None = None) -> TokenState:
+def first_state(counts: Sequence[int], device: torch.device, trace: bool, grids: Sequence[tuple[int, int]]) -> TokenState:
     """What enters the first block.
 
     Args:
         counts: units of every row.
         device: of the sequence.
         trace: whether the map from units to tokens is kept.
-        grid: rows and columns of units, where they are the same everywhere and in raster order; `None` = they are not.
+        grids: rows and columns of units; one row of all where they are not in raster order.
     """
     longest = max(counts)
     group = torch.arange(longest, device=device).expand(len(counts), longest) if trace else None
+    grid = grids[0] if len(set(grids)) == 1 else torch.tensor(grids, device=device)
     state = TokenState(0, longest, group=group, grid=grid, counts=tuple(counts), entered=tuple(counts))
     if min(counts) == longest:
         return state

@@ -9,7 +9,6 @@ from dataclasses import replace
 from vtok.capabilities import candidates
 from vtok.config import MethodConfig
 from vtok.core.prompt import VLMInfo, VLMReducer
-from vtok.core.tracker import TokenTracker
 from vtok.errors import ConfigError, UnsupportedModelError
 from vtok.patches.block import check
 from vtok.patches.decoder.pass_state import Pruner
@@ -117,17 +116,20 @@ def describe_tower(vlm: VLM) -> TowerInfo | None:
     if run is None or vlm.tower is None:
         return None
     pruner = pruner_of(vlm)
-    found = tower_info(vlm.adapter, _as_seen(vlm, run), run, None)
+    found = tower_info(vlm.adapter, _as_seen(vlm, pruner), run, None)
     notes = (*found.notes, f"note: {ON_GRID}") if pruner is not None and not pruner.has_dropped_tokens else found.notes
     return replace(found, path=".".join(part for part in (vlm.path, found.path) if part), notes=notes)
 
 
-def _as_seen(vlm: VLM, run: TokenTracker) -> Tower:
-    """The tower, described for the images of the last pass where they were all alike and of any size."""
+def _as_seen(vlm: VLM, pruner: Pruner | None) -> Tower:
+    """The tower, described for the images of the last prompt where they were all alike, and might have been of any size."""
     assert vlm.tower is not None
-    state = run.current.states[0]
-    grid = None if state is None or not vlm.packed else state.grid
-    return sized(vlm.tower, grid) if isinstance(grid, tuple) else vlm.tower
+    calls = () if pruner is None or pruner.last is None or not vlm.packed else pruner.last.calls
+    sizes = {(rows, columns) for call in calls if call.grid is not None for _, rows, columns in call.grid.tolist()}
+    if len(sizes) != 1:
+        return vlm.tower
+    (size,), merge = sizes, vlm.tower.module.config.spatial_merge_size  # type: ignore[union-attr]
+    return sized(vlm.tower, (size[0] // merge, size[1] // merge))
 
 
 @contextmanager

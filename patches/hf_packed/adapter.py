@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from vtok.core.tracker import TokenTracker
@@ -133,6 +134,18 @@ def sized(tower: Tower, grid: tuple[int, int]) -> Tower:
     config: Any = tower.module.config
     side = config.patch_size * config.spatial_merge_size
     return replace(tower, grid=grid, input_size=(tower.input_size[0], grid[0] * side, grid[1] * side))
+
+
+def raster_places(tower: Tower, grid: tuple[int, int]) -> Tensor:
+    """[U] int64: where each unit of an image of so many rows and columns of units lies in it, in the order of the sequence."""
+    config: Any = tower.module.config
+    place = torch.arange(math.prod(grid))
+    if not hasattr(config, "window_size"):
+        return place
+    side = config.window_size // config.spatial_merge_size // config.patch_size
+    y, x = place // grid[1], place % grid[1]
+    window = y // side * grid[1] + x // side  # rising as windows come, if not by one
+    return (window * side * side + y % side * side + x % side).argsort()
 
 
 def window_pairs(config: Any, rows: int, columns: int) -> int:

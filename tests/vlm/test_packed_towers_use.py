@@ -8,10 +8,12 @@ import torch
 from helpers_errors import message_of
 from helpers_generic import by_hand, close
 from helpers_packed import GENERIC, PACKED, deep, encoded, images
+from transformers.vision_utils import get_vision_window_index
 from vlm_zoo import EXAMPLES, assert_same, build, generate, inputs, visual
 
 import vtok
 from vtok.eval.benchmarks.flops import count_prompt_macs
+from vtok.patches.hf_packed.adapter import raster_places
 from vtok.patches.hf_vlm import image_features as hf
 from vtok.patches.hf_vlm.example_pages import END, IMAGE, START
 from vtok.patches.hf_vlm.families import find
@@ -291,3 +293,14 @@ def test_supports():
     assert support.methods["tome"] is None and support.methods["pitome"] is None
     assert support.on_request["ats"] == {"query": "mean"}
     assert "tome: yes, in the vision tower: the prompt gets shorter too" in str(support)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5), (5, 3), (7, 9), (1, 6)])
+def test_where_units_lie(grid):
+    """In the order of windows, as transformers has it."""
+    tower = deep(WINDOWS).model.visual
+    sizes = torch.tensor([[1, 2 * grid[0], 2 * grid[1]]])
+    order, _ = get_vision_window_index(sizes, tower.spatial_merge_size, tower.window_size, tower.patch_size)
+    (vlm,) = find(deep(WINDOWS))
+    assert torch.equal(raster_places(vlm.tower, grid), order)
+    assert torch.equal(raster_places(find(build("Qwen2-VL"))[0].tower, grid), torch.arange(grid[0] * grid[1]))

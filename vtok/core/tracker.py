@@ -77,6 +77,7 @@ class TokenTracker:
         self._grids: dict[int, Grid] = {}  # by thread: of images whose patches have not entered block 0 yet
         self._traced_grid: Grid | None = None
         self._starts: dict[int, TokenState] = {}  # by thread: what enters block 0 next, where its input does not show it
+        self._traced_start: TokenState | None = None
         self.unmasked = False  # whether the caller of a traced pass gave no tensor but images, which then have no padding
         self._traced_last = False  # whether the last pass was a compiled one
 
@@ -112,7 +113,14 @@ class TokenTracker:
 
     def announce_rows(self, state: TokenState) -> None:
         """Notes what enters block 0 next, where all images are one sequence: rows and tokens are not those of its input."""
-        self._starts[self._me()] = state
+        self._traced_start = state  # also where the tower is not compiled and the blocks are
+        if not torch.compiler.is_compiling():
+            self._starts[threading.get_ident()] = state
+
+    def _announced_rows(self) -> TokenState | None:
+        traced, self._traced_start = self._traced_start, None
+        own = None if torch.compiler.is_compiling() else self._starts.pop(threading.get_ident(), None)
+        return traced if own is None else own
 
     def _announced(self, patches: int) -> Grid | None:
         """The grid of the patches that enter block 0; `None` = the stem did not run (somebody called the blocks alone)."""
@@ -141,7 +149,7 @@ class TokenTracker:
         else:
             run = self._open(training) if i == 0 else self.current
             run.seen[i] = _address(x)
-        start = self._starts.pop(self._me(), None) if i == 0 else None
+        start = self._announced_rows() if i == 0 else None
         if start is not None:
             run.length, run.states[0] = start.length, start
         elif i == 0:

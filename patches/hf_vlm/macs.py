@@ -1,7 +1,7 @@
 """Closed-form costs of Hugging Face vision-language models: tower, connector, LLM.
 
-What a family costs beside its tower stands in its row (`Family.costs`). Towers that encoder methods can patch are priced as
-these are; the packed towers of Qwen-VL, which read all images as one sequence, have a closed form of their own here.
+What a family costs beside its tower stands in its row (`Family.costs`). Towers are priced as encoders are; those of the Qwen
+family, which read all images as one sequence, image by image, each at its own size.
 """
 
 from __future__ import annotations

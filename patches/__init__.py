@@ -71,10 +71,13 @@ short = vtok.prune_inputs(
 - Packed rows (positions that start over, no mask) stay packed: no sample sees another, each is a prompt of its own to methods.
   `output_hidden_states` and `output_attentions` have a place for every column of the prompt; a dropped one repeats the nearest
   kept one in front of it, and gets no attention.
-- Vision encoder methods act in the tower. Their tokens leave the prompt too in LLaVA-1.5 and PaliGemma, whose connectors work token
-  by token. The others need every patch at its place: methods that merge are put back on the grid, which saves work in the tower
-  alone and is said, methods that drop are refused; so is every method in the towers of Qwen-VL, which run all images as one
-  sequence.
+- Vision encoder methods act in the tower, `random` and `uniform` too where `layers` name its blocks. Their tokens leave the prompt
+  too in LLaVA-1.5 and PaliGemma, whose connectors work token by token, and in the Qwen family (Qwen2-VL, Qwen2.5-VL, Qwen3-VL,
+  Qwen3.5, with their mixtures of experts), where the 2 x 2 patches of one visual token merge, move or leave as one: numbers and
+  counts are of these units, for each image (or frame of a video) as if it came alone; `input_size` says for which size budgets are
+  solved. A merged unit stands where the unit stood that it was merged into, in the window of that unit where blocks attend within
+  windows. The others need every patch at its place: methods that merge are put back on the grid, which saves work in the tower
+  alone and is said, methods that drop are refused.
 - `todre` and `atp` decide between decoder layers too; the attention that they need is worked out for those rows, at that layer.
 - `correlation` is for models that cut pages into crops; `vtok.patch(vlm, "correlation", calibration=[inputs, ...])` sets its
   threshold on a few of your pages.

@@ -188,7 +188,7 @@ def check(tower: Tower, steps: dict[int, tuple[Site, Reducer]]) -> None:
     """Raises whatever `install` and the adapter's `attach` would raise; changes nothing."""
     for i, block in enumerate(tower.blocks):
         _link(i, block, TokenTracker(0, 0, False, False), steps.get(i))
-        check_forward(block.module, ReducingBlock)
+        check_forward(block.module, block.spec.mixin or ReducingBlock)
 
 
 def install(blocks: tuple[Block, ...], run: TokenTracker, steps: dict[int, tuple[Site, Reducer]]) -> None:
@@ -198,8 +198,8 @@ def install(blocks: tuple[Block, ...], run: TokenTracker, steps: dict[int, tuple
         link = _link(i, block, run, steps.get(i))
         link.seeds, link.merges = i == 0 and bool(steps) and block.spec.padding_mask is not None, merges
         block.module.__dict__["_vtok"] = link
-        swap_class(block.module, ReducingBlock)
-        if link.reducer is not None and not link.stepwise:
+        swap_class(block.module, block.spec.mixin or ReducingBlock)
+        if link.reducer is not None and not link.stepwise and block.spec.mixin is None:
             place_taps(block.attend, block.attention, run, link.reducer.needs)
 
 
@@ -208,6 +208,11 @@ def _link(index: int, block: Block, run: TokenTracker, step: tuple[Site, Reducer
     if step is None:
         return Link(run, index, spec, attend, stepwise=not attend.takes_bias)
     site, reducer = step
+    if spec.mixin is not None and type(reducer).attention is not Reducer.attention:
+        raise UnsupportedModelError(
+            f"block {index}: {type(block.module).__name__} attends patch by patch, and this method computes the attention of "
+            "whole tokens itself; leave its parameter for that out (ats: parity)"
+        )
     missing = reducer.needs - set(attend.taps)
     pre = site.place is Place.BLOCK_PRE
     stepwise = not spec.whole and (pre or bool(missing) or not attend.takes_bias)

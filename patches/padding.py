@@ -125,8 +125,12 @@ def plan_without_padding(
         )
     real = torch.ones_like(state.keep) if state.real is None else state.real
     images: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for image, lengths in enumerate(torch.stack([state.keep.sum(1), real.sum(1)], 1).tolist()):  # the one host synchronisation
-        images[lengths[0], lengths[1]].append(image)
+    if state.counts is not None and state.entered is not None:
+        lengths = list(zip(state.counts, state.entered))
+    else:
+        lengths = torch.stack([state.keep.sum(1), real.sum(1)], 1).tolist()  # the one host synchronisation
+    for image, (now, entered) in enumerate(lengths):
+        images[now, entered].append(image)
     order = state.keep.logical_not().long().argsort(dim=1, stable=True)  # real rows first
     parts, changes = [], False
     for (n, n0), members in images.items():
@@ -139,7 +143,10 @@ def plan_without_padding(
             plan = Plan(torch.arange(n, device=x.device).expand(len(members), n))
         src = None if plan.src is None else rows.gather(1, plan.src)
         parts.append(_Part(who, plan._replace(keep=rows.gather(1, plan.keep), src=src)))
-    return _joined(parts, order, spare) if changes else None
+    if not changes:
+        return None
+    left = {image: part.plan.keep.shape[1] for part, members in zip(parts, images.values()) for image in members}
+    return _joined(parts, order, spare)._replace(counts=tuple(left[image] for image in range(len(lengths))))
 
 
 def _real_state(state: TokenState, who: Tensor, rows: Tensor, length: int) -> TokenState:
@@ -162,7 +169,7 @@ def _real_view(view: AttentionView, who: Tensor, rows: Tensor) -> AttentionView:
         bias = bias.gather(2, rows[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[3])).transpose(2, 3)
         if bias.shape[2] > 1:  # one row a query
             bias = bias.gather(2, rows[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[3]))
-    return AttentionView(real(view.q), real(view.k), real(view.k_rot), real(view.v), view.scale, bias)
+    return view._replace(q=real(view.q), k=real(view.k), k_rot=real(view.k_rot), v=real(view.v), bias=bias)
 
 
 def _joined(parts: list[_Part], order: Tensor, spare: bool) -> Plan:

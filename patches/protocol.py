@@ -120,6 +120,7 @@ class BlockSpec:
         padding_mask: makes the mask that may mark padding, broadcastable to [B, H, N, N], from (block, kwargs); `None` = the
             block takes none. What the first block gets seeds the token state.
         seq_first: whether the block takes and returns [N, B, C].
+        mixin: the class put in front of the block's own, where blocks are not called as the others are; `None` = the usual one.
     """
 
     attn: str
@@ -135,6 +136,7 @@ class BlockSpec:
     seq_first: bool = False
     passes_mask: bool = True
     padding_mask: Callable[[nn.Module, dict[str, Any]], Tensor | None] | None = None
+    mixin: type[Any] | None = None
 
     @property
     def whole(self) -> bool:
@@ -175,6 +177,8 @@ class Tower:
         blind_reader: why attention behind the tower, which reads its tokens, can see neither, or `None`.
         heads: modules of the patched model that follow the tower and run once an image (projection, classifier), for costs.
         averaged_by: the module around the tower whose own forward averages the tower's patches, if there is one.
+        parts: see `ModelInfo`.
+        varies: see `ModelInfo`.
     """
 
     path: str
@@ -189,6 +193,8 @@ class Tower:
     blind_reader: str | None = None
     heads: tuple[nn.Module, ...] = ()
     averaged_by: nn.Module | None = None
+    parts: int = 1
+    varies: bool = False
 
     @property
     def info(self) -> ModelInfo:
@@ -209,6 +215,8 @@ class Tower:
             plain_softmax=all(b.attend.softmax for b in self.blocks),
             blind_pool=self.blind_pool,
             blind_attention=self.blind_reader or next((why for why in refusals if why), None),
+            parts=self.parts,
+            varies=self.varies,
         )
 
 

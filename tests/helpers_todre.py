@@ -49,7 +49,7 @@ def alive_of(name: str, values: Values, keep: float = KEEP) -> Tensor:
     (vlm,) = find(model)
     with torch.no_grad():
         outputs = hf.encode(vlm.module, values)
-    probs = {} if vlm.tower is None or not vlm.info.tower.has_cls else tower_probs(name, values)
+    probs = {} if vlm.info.tower is None or not vlm.info.tower.has_cls else tower_probs(name, values)
     stays = torch.ones_like(values["input_ids"], dtype=torch.bool)
     for modality, output in outputs.items():
         maps, views = None, []

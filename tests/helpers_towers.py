@@ -23,6 +23,7 @@ METHODS = {
     "tome": vtok.ToMe(r=3),
     "pitome": vtok.PiToMe(ratio=0.75),
     "official_llava": vtok.PiToMe(preset="official_llava", ratio=0.8),
+    "uniform": vtok.UniformGrid(keep=0.8, layers=[0, 1]),
     "ats": vtok.ATS(keep=0.6, layers=[0, 1], query="mean"),
     "zero_tprune": vtok.ZeroTPrune(layers=[0, 1], retain=0.7, cls_init="uniform"),
 }

@@ -1,8 +1,9 @@
 """What a method can do: small interfaces, each a method or two of its config. A config has a capability by defining them.
 
 A config that has `build` acts inside vision encoders, also in those of vision-language models; one that has `build_vlm` acts on
-the visual tokens of their prompts; one may have both, and then acts on the prompt of a vision-language model. Whatever else a
-config offers is asked for by the functions at the end of this file, which say in a sentence what a method lacks.
+the visual tokens of their prompts; one may have both, and then acts on the prompt of a vision-language model, unless its
+parameters name places in the tower (`MethodConfig.in_tower`). Whatever else a config offers is asked for by the functions at
+the end of this file, which say in a sentence what a method lacks.
 """
 
 from __future__ import annotations

@@ -77,6 +77,11 @@ class MethodConfig(RenamedMethods):
         """Whether the method acts on the visual tokens of vision-language models."""
         return issubclass(cls, PromptMethod)
 
+    @property
+    def in_tower(self) -> bool:
+        """Whether, on a vision-language model, it acts in its vision tower."""
+        return self.for_encoders() and not self.for_vlms()
+
     def resolved(self, info: ModelInfo) -> Self:
         """The same config with defaults that depend on the model written out, as `info`, `plan` and saved files show it."""
         return self

@@ -34,7 +34,7 @@ from vtok.patches.hf_vlm.families import VLM
 from vtok.targets import vlm_targets
 from vtok.targets.vlm_estimate import planned
 from vtok.targets.vlm_resolve import POSITIONS, resolve
-from vtok.targets.vlm_tower import budget_candidates, in_tower
+from vtok.targets.vlm_tower import budget_candidates
 
 PRICED = 16  # calibration prompts that say what a setting costs
 
@@ -79,7 +79,7 @@ class Prompts:
     def _inside(self) -> ModelInfo | None:
         """Of the vision tower, if that is where the method acts."""
         tower = self._vlm().tower
-        return tower.info if in_tower(self.config) and tower is not None else None
+        return tower.info if self.config.in_tower and tower is not None else None
 
     def _price(self, config: MethodConfig) -> PromptEstimate:
         key = json.dumps(config.to_dict())

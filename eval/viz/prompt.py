@@ -23,6 +23,7 @@ from vtok.eval.tasks.vqa.opening import open_vqa
 from vtok.eval.tasks.vqa.pipeline import answer
 from vtok.eval.viz.draw import Stage, TokenMaps, View
 from vtok.eval.viz.prompt_overlay import kept_by_layer
+from vtok.patches.hf_packed.adapter import raster_places
 from vtok.patches.hf_vlm.install import observed
 from vtok.targets import vlm_targets
 from vtok.targets.resolve import run_of
@@ -127,9 +128,18 @@ def _tower_stages(net: Any, vlm: Any, shown: tuple[View, ...]) -> list[Stage]:
         groups = state.group[:, run.num_prefix :].cpu().numpy()
         if len(groups) != len(shown) or any(groups.shape[1] != view.grid[0] * view.grid[1] for view in shown):
             return []
+        if vlm.packed:
+            groups = np.stack([_in_raster(vlm.tower, one, view) for one, view in zip(groups, shown)])
         tokens = sum(len(np.unique(one[one >= 0])) for one in groups)
         stages.append(Stage(f"vision tower, block {block}", tuple(groups), tokens))
     return stages
+
+
+def _in_raster(tower: Any, groups: np.ndarray, view: View) -> np.ndarray:
+    """What units of an image became, row by row, where the tower has them in another order."""
+    found = np.empty_like(groups)
+    found[raster_places(tower, view.grid).numpy()] = groups
+    return found
 
 
 def _names(layers: Sequence[int], depth: int) -> list[tuple[int, str]]:

@@ -13,6 +13,8 @@ from vtok.core.prompt import TowerFacts, VLMInfo
 from vtok.errors import UnsupportedModelError
 from vtok.patches.decoder import attention_probe as decoder_probe
 from vtok.patches.decoder.text_models import stated_number, why_not_between
+from vtok.patches.hf_packed.adapter import TOWERS as PACKED_TOWERS
+from vtok.patches.hf_packed.adapter import PackedAdapter, lone_tower
 from vtok.patches.hf_vision.adapter import HfAdapter
 from vtok.patches.hf_vision.tables import TOWERS, release
 from vtok.patches.hf_vlm import crops as hf_cuts
@@ -24,9 +26,9 @@ from vtok.patches.hf_vlm.generic.interfaces import encodes, position_axes, text_
 from vtok.patches.hf_vlm.generic.refused import REFUSED, UNPROMPTED
 from vtok.patches.hf_vlm.image_features import Cuts, ViewCounts, Views
 from vtok.patches.hf_vlm.stated_images import VisionCosts
-from vtok.patches.hf_vlm.tower_bridge import TowerBridge
+from vtok.patches.hf_vlm.tower_bridge import TowerBridge, facts_of, feature_block, packed_bridge
 from vtok.patches.macs import linear_macs
-from vtok.patches.protocol import Tower, look_up
+from vtok.patches.protocol import Adapter, Tower, look_up
 
 OLDEST = (5, 23)  # release of transformers
 
@@ -190,7 +192,7 @@ class VLM:
         family: its row in the table.
         info: what methods may know.
         tokens: modality -> id of its placeholder.
-        tower: its vision tower, if its blocks can be looked into.
+        tower: its vision tower, if methods can act inside.
     """
 
     path: str
@@ -205,13 +207,32 @@ class VLM:
         """The LLM."""
         return self.module.get_submodule(self.family.text)
 
+    @property
+    def adapter(self) -> Adapter:
+        """Of its vision tower."""
+        return PackedAdapter() if self.packed else HfAdapter()
+
+    @property
+    def packed(self) -> bool:
+        """Whether its tower, in which methods can act, reads all images as one sequence of units."""
+        return self.tower is not None and look_up(self.tower.module, PACKED_TOWERS) is not None
+
+    def sized(self, size: tuple[int, int, int] | None) -> VLM:
+        """The same, with its tower described for images of a size (channels, height, width), if it takes them at any."""
+        if size is None or self.tower is None or not self.tower.varies:
+            return self
+        return replace(self, tower=PackedAdapter().tower(self.tower.path, self.tower.module, size))
+
     def joint(self) -> TowerBridge:
         """How this model takes what its vision tower yields, once the tower yields fewer tokens.
 
         Raises:
             UnsupportedModelError: it takes the tokens of several layers side by side, or a first token that may be any.
         """
-        assert self.tower is not None and self.info.tower is not None
+        assert self.tower is not None
+        if self.packed:
+            return packed_bridge(self.tower)
+        assert self.info.tower is not None
         config, name = self.module.config, self.info.name
         layers = getattr(config, "vision_feature_layer", -1)
         skip = int(getattr(config, "vision_feature_select_strategy", None) == "default")
@@ -350,9 +371,12 @@ def _describe(path: str, module: Any, family: Family) -> VLM:
 
 def _tower(module: Any, text: Any, family: Family) -> tuple[Tower | None, TowerFacts | None, str]:
     """(the vision tower, what is known of it, why it cannot be looked into)."""
-    if family.generic:
-        return None, None, f"no row says which views of its vision tower an image of {type(module).__name__} is made of"
     inside = set(text.modules())
+    tower, why = lone_tower(module, inside)
+    if family.generic:
+        return tower, None, f"no row says which views of its vision tower an image of {type(module).__name__} is made of"
+    if why:
+        return tower, None, why
     found = [(path, m) for path, m in module.named_modules() if m not in inside and look_up(m, TOWERS) is not None]
     if len(found) != 1:
         named = next((m for name, m in module.named_children() if name.startswith("vision") or name == "visual"), module)
@@ -364,35 +388,5 @@ def _tower(module: Any, text: Any, family: Family) -> tuple[Tower | None, TowerF
         block = feature_block(getattr(module.config, "vision_feature_layer", -1), len(tower.blocks))
     except UnsupportedModelError as error:
         return None, None, str(error)
-    info = tower.info
-    facts = TowerFacts(
-        info.depth,
-        info.has_cls,
-        info.num_prefix,
-        block,
-        info.width,
-        info.num_heads,
-        info.head_dim,
-        info.num_patches,
-        bool(info.num_prefix) and getattr(module.config, "vision_feature_select_strategy", None) == "full",
-    )
-    return tower, facts, ""
-
-
-def feature_block(vision_feature_layer: int | Sequence[int], depth: int) -> int:
-    """0-based block of the vision tower that the features come from.
-
-    Args:
-        vision_feature_layer: index into the tower's hidden states, embeddings first (LLaVA: -2); of several the deepest counts.
-        depth: blocks of the tower.
-
-    Raises:
-        UnsupportedModelError: the features are the embeddings, or no such layer exists.
-    """
-    layers = list(vision_feature_layer) if isinstance(vision_feature_layer, Sequence) else [vision_feature_layer]
-    block = max((layer + depth if layer < 0 else layer - 1 for layer in layers), default=-1)
-    if not 0 <= block < depth:
-        raise UnsupportedModelError(
-            f"vision_feature_layer={vision_feature_layer} is the output of no block; the vision tower has {depth}"
-        )
-    return block
+    kept = bool(tower.num_prefix) and getattr(module.config, "vision_feature_select_strategy", None) == "full"
+    return tower, facts_of(tower, block, kept), ""

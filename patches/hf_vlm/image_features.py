@@ -201,9 +201,10 @@ def _choose(
             if plan.keep.shape[1] == 0 or (plan.valid is not None and not bool(plan.valid.any(1).all())):
                 raise StateError(f"{type(reducer).__name__} keeps no token of an image; at least one must stay")
             folded = folded or plan.changes
-            for features in deep if plan.changes and whole else ():  # they are added to the same tokens inside the LLM
-                for i, x in zip(numbers, _folded(plan, torch.stack([features[i] for i in numbers]))):
-                    features[i] = x
+            for features in deep if plan.changes else ():  # they are added to the same tokens inside the LLM
+                there = torch.stack([features[i] if whole else features[i][left[i]] for i in numbers])
+                for i, x in zip(numbers, _folded(plan, there)):
+                    features[i] = x if whole else features[i].index_copy(0, left[i], x)
             for i, kept, x in zip(numbers, _masks(plan, tokens), _folded(plan, tokens)):
                 if whole:
                     stay[i], images[i] = kept, x

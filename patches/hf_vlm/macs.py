@@ -1,30 +1,38 @@
 """Closed-form costs of Hugging Face vision-language models: tower, connector, LLM.
 
-What a family costs beside its tower stands in its row (`Family.costs`). Towers that encoder methods can patch are priced as
-these are; the packed towers of Qwen-VL, which read all images as one sequence, have a closed form of their own here.
+What a family costs beside its tower stands in its row (`Family.costs`). Towers are priced as encoders are; those of the Qwen
+family, which read all images as one sequence, image by image, each at its own size.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from vtok.config import Reducer
+from vtok.core.tokens import Site
 from vtok.cost.encoder import Estimate, Row, estimate
 from vtok.cost.prefill import LayerCost, LLMCost, StatedImage, VisionCost
 from vtok.errors import UnsupportedModelError
 from vtok.patches.decoder.masks import window_of
 from vtok.patches.decoder.pass_state import TowerCall
+from vtok.patches.hf_packed.adapter import sized
 from vtok.patches.hf_vision.adapter import HfAdapter
 from vtok.patches.hf_vision.tables import TOWERS
 from vtok.patches.hf_vlm.families import VLM
-from vtok.patches.hf_vlm.stated_images import VisionCosts, merged, native_size, vision_config
+from vtok.patches.hf_vlm.stated_images import VisionCosts, native_size, vision_config
 from vtok.patches.hf_vlm.tower_bridge import TowerBridge
-from vtok.patches.macs import linear_macs, position_macs
+from vtok.patches.macs import linear_macs
 from vtok.patches.protocol import look_up
+
+Steps = dict[int, tuple[Site, Reducer]]  # block -> (site, reducer)
+FrameCounts = tuple[tuple[int, int], ...]  # units of a frame that enter and leave each block
 
 
 def vision_tower(vlm: VLM) -> nn.Module:
@@ -44,7 +52,7 @@ def vision_costs(vlm: VLM) -> VisionCosts:
             f"what {vlm.info.name} costs is not known in closed form, so that no plan and no FLOPs budget can be made for it; "
             "pass the method's own parameters, and measure it with vtok.eval.benchmarks.flops.count_macs"
         )
-    if not family.packed and look_up(tower, TOWERS) is None:
+    if (vlm.tower if family.packed else look_up(tower, TOWERS)) is None:
         raise UnsupportedModelError(
             f"the cost of {type(tower).__name__}, the vision tower of {vlm.info.name}, is not known in closed form; measure it "
             "with vtok.eval.benchmarks.flops.count_macs"
@@ -70,7 +78,12 @@ def stated_calls(vlm: VLM, image: StatedImage, images: int) -> list[TowerCall]:
 
 
 def vision_cost(
-    vlm: VLM, calls: Sequence[TowerCall], seen: Estimate | None = None, joint: TowerBridge | None = None
+    vlm: VLM,
+    calls: Sequence[TowerCall],
+    seen: Estimate | None = None,
+    joint: TowerBridge | None = None,
+    steps: Steps | None = None,
+    counts: Sequence[FrameCounts] | None = None,
 ) -> VisionCost:
     """The vision side of a prompt.
 
@@ -79,12 +92,16 @@ def vision_cost(
         calls: of its tower.
         seen: of one view of a tower that reduces tokens itself; `None` = it does not.
         joint: how the model takes what that tower yields.
+        steps: what reduces tokens there, by block: a tower that reads all images as one sequence is priced image by image.
+        counts: of such a tower: what its last call made of every frame, where that depends on the image.
 
     Raises:
         UnsupportedModelError: see `vision_costs`.
     """
     costs = vision_costs(vlm)
-    return _packed(costs, vlm, calls) if vlm.family.packed else _viewed(costs, vlm, calls, seen, joint)
+    return (
+        _packed(costs, vlm, calls, steps or {}, counts or ()) if vlm.family.packed else _viewed(costs, vlm, calls, seen, joint)
+    )
 
 
 def patches_left(vlm: VLM, seen: Estimate | None, joint: TowerBridge | None) -> int | None:
@@ -92,7 +109,8 @@ def patches_left(vlm: VLM, seen: Estimate | None, joint: TowerBridge | None) -> 
     if seen is None or joint is None or not joint.connector or not joint.state:
         return None
     assert vlm.tower is not None
-    return round(seen.rows[joint.state - 1].tokens_out) - vlm.tower.num_prefix
+    left = round(seen.rows[joint.state - 1].tokens_out) - vlm.tower.num_prefix
+    return left * vision_config(vlm.module).spatial_merge_size ** 2 if vlm.packed else left
 
 
 def features_left(vlm: VLM, patches: int) -> int:
@@ -126,32 +144,36 @@ def _connector(costs: VisionCosts, model: Any) -> int:
     return bare + sum(linear_macs(model.get_submodule(path)) for path in costs.modules if not costs.weights)
 
 
-def _packed(costs: VisionCosts, vlm: VLM, calls: Sequence[TowerCall]) -> VisionCost:
-    """All patches run through every block together; attention stays within a frame, or within windows of a frame."""
+def _packed(
+    costs: VisionCosts, vlm: VLM, calls: Sequence[TowerCall], steps: Steps, counts: Sequence[FrameCounts]
+) -> VisionCost:
+    """All patches run through every block together; attention stays within a frame, or within windows of a frame, and methods
+    act on each frame as if it came alone."""
     model: Any = vlm.module
-    tower: Any = vision_tower(vlm)
-    config = vision_config(model)
-    sizes = [tuple(map(int, image)) for call in calls if call.grid is not None for image in call.grid.tolist()]
-    patches = sum(math.prod(size) for size in sizes)
-    full = sum(frames * (rows * columns) ** 2 for frames, rows, columns in sizes)
-    whole = getattr(config, "fullatt_block_indexes", None)
-    windows = full if whole is None else sum(frames * _window_pairs(config, rows, columns) for frames, rows, columns in sizes)
-    found: list[Row] = []
-    for i, block in enumerate(tower.blocks):
-        pairs = full if whole is None or i in whole else windows
-        macs = patches * linear_macs(block) + pairs * 2 * block.attn.qkv.in_features
-        found.append(Row(i, None, patches, patches, macs, 0.0))
-    stem = patches * position_macs(tower.patch_embed.proj)
-    connector = merged(model, patches) * _connector(costs, model)
-    return VisionCost(tuple(found), 1, stem + sum(row.macs for row in found), 0.0, connector)
-
-
-def _window_pairs(config: Any, rows: int, columns: int) -> int:
-    """(query, key) pairs of a frame whose windows of groups are filled up row by row."""
-    merge = config.spatial_merge_size
-    side = config.window_size // merge // config.patch_size  # groups of patches along a window
-    heights, widths = ([min(side, n // merge - at) for at in range(0, n // merge, side)] for n in (rows, columns))
-    return sum((h * w * merge * merge) ** 2 for h in heights for w in widths)
+    merge, joint = vision_config(model).spatial_merge_size, vlm.joint()
+    assert vlm.tower is not None
+    sizes = [size for call in calls if call.grid is not None for size in call.grid.tolist()]
+    grids = [(rows // merge, columns // merge) for t, rows, columns in sizes for _ in range(t)]
+    known = [*[None] * (len(grids) - len(counts)), *counts]
+    each: list[tuple[int, Estimate]] = []
+    for (grid, seen), number in Counter(zip(grids, known)).items():
+        cost = vlm.adapter.cost(sized(vlm.tower, grid))
+        found = estimate(cost, steps, math.prod(grid), 0, seen)
+        each.append((number, found if seen is None else replace(found, exact=True)))
+    blocks = []
+    for i, block in enumerate(vlm.tower.blocks):
+        unit, same = block.attend.unit(block.attention), [(n, e.rows[i]) for n, e in each]  # type: ignore[attr-defined]
+        entered, left = (unit * sum(n * getattr(row, name) for n, row in same) for name in ("tokens_in", "tokens_out"))
+        macs, own = (sum(n * getattr(row, name) for n, row in same) for name in ("macs", "reduction_macs"))
+        blocks.append(Row(i, steps[i][0].place if i in steps else None, entered, left, macs, own))
+    connector = 0
+    for path in costs.modules:
+        for tap, state in {joint.connector: joint.state, **joint.taps}.items():
+            if tap == path or tap.startswith(f"{path}."):
+                features = sum(n * (e.rows[state - 1].tokens_out if state else e.rows[0].tokens_in) for n, e in each)
+                connector += round(features) * linear_macs(model.get_submodule(tap))
+    whole, deciding = sum(n * e.macs for n, e in each), sum(row.reduction_macs for row in blocks)
+    return VisionCost(tuple(blocks), 1, whole, deciding, connector, all(e.exact for _, e in each))
 
 
 # The language model.

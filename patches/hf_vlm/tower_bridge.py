@@ -7,6 +7,9 @@ say
 themselves where they are missing, so that whatever is done with them between encoding and reading the prompt (repeating them
 for beams, moving, casting, scaling) needs no care; callers of get_image_features see finite numbers, next to nothing.
 
+A tower that reads all images as one sequence hands its units to the connector, which is the merger at its end; what it taps on
+the way for deeper layers of the LLM is put back at the same places: the mean of what the members of a unit were there.
+
 Where the connector needs the grid, every patch gets the features of the token it ended in, before anybody sees them.
 
 Shapes: V images as the tower takes them (crops, tiles, frames), N tokens that are left, N0 tokens that entered block 0,
@@ -15,16 +18,20 @@ n visual tokens of an image, C and D widths.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from vtok.core.reduction import unmerge
-from vtok.core.tokens import TokenState
+from vtok.core.tokens import TokenState, at_least_fp32
+from vtok.core.tower import TowerFacts
 from vtok.core.tracker import TokenTracker
-from vtok.errors import StateError
+from vtok.errors import StateError, UnsupportedModelError
+from vtok.patches.hf_packed import units
 from vtok.patches.module_swap import Hook
+from vtok.patches.protocol import Tower
 
 DROPPED = 2.0**-10  # in every dimension: no feature and no word is that, and every floating-point type holds it exactly
 
@@ -37,11 +44,53 @@ class TowerBridge:
         connector: path of the module that works token by token; "" = the grid is needed.
         state: number of the token state of the features: 0 = what entered block 0, i + 1 = what left block i.
         skip: tokens at the front that the model leaves out (the class token).
+        packed: whether the tower reads all images as one sequence of units.
+        taps: paths of connectors for what deeper layers of the LLM take -> number of the state that they see.
     """
 
     connector: str
     state: int
     skip: int
+    packed: bool = False
+    taps: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def traces(self) -> bool:
+        """Whether it must be known which token each patch ended in."""
+        return not self.connector or bool(self.taps)
+
+
+def packed_bridge(tower: Tower) -> TowerBridge:
+    """Of a tower that reads all images as one sequence: the merger at its end, and those of blocks that it taps."""
+    deep = getattr(tower.module, "deepstack_visual_indexes", ())
+    taps = {f"{tower.path}.deepstack_merger_list.{i}": block + 1 for i, block in enumerate(deep)}
+    return TowerBridge(f"{tower.path}.merger", len(tower.blocks), 0, packed=True, taps=taps)
+
+
+def feature_block(vision_feature_layer: int | Sequence[int], depth: int) -> int:
+    """0-based block of the vision tower that the features come from.
+
+    Args:
+        vision_feature_layer: index into the tower's hidden states, embeddings first (LLaVA: -2); of several the deepest counts.
+        depth: blocks of the tower.
+
+    Raises:
+        UnsupportedModelError: the features are the embeddings, or no such layer exists.
+    """
+    layers = list(vision_feature_layer) if isinstance(vision_feature_layer, Sequence) else [vision_feature_layer]
+    block = max((layer + depth if layer < 0 else layer - 1 for layer in layers), default=-1)
+    if not 0 <= block < depth:
+        raise UnsupportedModelError(
+            f"vision_feature_layer={vision_feature_layer} is the output of no block; the vision tower has {depth}"
+        )
+    return block
+
+
+def facts_of(tower: Tower, block: int, prefix_kept: bool) -> TowerFacts:
+    """What methods may know of a tower whose features leave a block; for `prefix_kept` see `TowerFacts`."""
+    info = tower.info
+    sizes = info.width, info.num_heads, info.head_dim, info.num_patches
+    return TowerFacts(info.depth, info.has_cls, info.num_prefix, block, *sizes, prefix_kept)
 
 
 def install(model: Any, tower: nn.Module, joint: TowerBridge, run: TokenTracker) -> None:
@@ -53,7 +102,13 @@ def install(model: Any, tower: nn.Module, joint: TowerBridge, run: TokenTracker)
         joint: of these two.
         run: of the tower.
     """
-    if joint.connector:
+    if joint.packed:
+        for path, state in joint.taps.items():
+            model.get_submodule(path).register_forward_hook(SpreadToMembers(run, state))
+        model.get_submodule(joint.connector).register_forward_hook(UnitsToGrid(run, joint.state))
+        if joint.taps:
+            tower.register_forward_hook(TapsToGrid(run, joint.state))
+    elif joint.connector:
         model.get_submodule(joint.connector).register_forward_hook(ScatterToGrid(run, joint))
     else:
         tower.register_forward_hook(UnmergeToGrid(run))
@@ -89,6 +144,64 @@ class ScatterToGrid(Hook):
             rows = rows.where(state.keep[:, skip:], count)
         out = output.new_full((rows.shape[0], count + 1, output.shape[2]), DROPPED)
         return out.scatter(1, rows[..., None].expand_as(output), output)[:, :count]
+
+
+class UnitsToGrid(Hook):
+    """Forward hook of the merger of a packed tower: [L, D], one row a unit -> [L0, D]."""
+
+    def __init__(self, run: TokenTracker, state: int):
+        self.run, self.state = run, state
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        state = self.run.current.states[self.state]
+        return None if state is None or state.untouched else at_places(output, state.on(output.device))
+
+
+class SpreadToMembers(Hook):
+    """Forward hook of a connector of a packed tower that sees an earlier block: [L, D] -> [L0, D], for every member."""
+
+    def __init__(self, run: TokenTracker, state: int):
+        self.run, self.state = run, state
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        state = self.run.current.states[self.state]
+        if state is None or state.untouched:
+            return None
+        unit, _ = units.ended_in(state.on(output.device), output.device)
+        return output.index_select(0, unit)
+
+
+class TapsToGrid(Hook):
+    """Forward hook of a packed tower: what it tapped, [L0, D] a tap, becomes one row a unit that is left, at its place."""
+
+    def __init__(self, run: TokenTracker, state: int):
+        self.run, self.state = run, state
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        state = self.run.current.states[self.state]
+        if state is None or state.untouched:
+            return None
+        output.deepstack_features = [_of_members(x, state.on(x.device)) for x in output.deepstack_features]
+        return output
+
+
+def at_places(x: Tensor, state: TokenState) -> Tensor:
+    """Units [L, D] -> [L0, D], `DROPPED` where no unit is left."""
+    assert state.entered is not None
+    place, total, keep = units.places(state, x.device), sum(state.entered), units.real(state)
+    if keep is not None:  # padding is written to a row of its own
+        place = place.where(keep, total)
+    return x.new_full((total + 1, x.shape[1]), DROPPED).index_copy(0, place, x)[:total]
+
+
+def _of_members(x: Tensor, state: TokenState) -> Tensor:
+    """[L0, D] -> [L0, D]: the mean over the members of every unit that is left, at its place."""
+    unit, alive = units.ended_in(state, x.device)
+    number, wide = sum(units.counts_of(state)), at_least_fp32(x)
+    unit = unit.where(alive, number)
+    total = wide.new_zeros(number + 1, x.shape[1]).index_add(0, unit, wide)
+    count = wide.new_zeros(number + 1).index_add(0, unit, wide.new_ones(len(unit)))
+    return at_places((total / count.clamp_min(1)[:, None])[:number].to(x.dtype), state)
 
 
 class UnmergeToGrid(Hook):

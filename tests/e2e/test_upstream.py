@@ -14,7 +14,7 @@ OTHER_CACHE = {"test_bc_cache_name_forward"}
 KEEPING, ALL = ("kept", "live"), ("kept", "live", "half", "layers", "merged")
 FAMILIES = {
     "LLaVA-1.5": ALL,
-    "Qwen2.5-VL": ALL[:4],  # nothing can be merged in its vision tower
+    "Qwen2.5-VL": ALL,
     "InternVL": ALL,
     "LLaVA-NeXT": ALL,
     **dict.fromkeys(("Qwen2-VL", "Qwen3-VL", "LLaVA-OneVision", "Gemma3", "PaliGemma", "Idefics3", "SmolVLM"), ALL[:3]),

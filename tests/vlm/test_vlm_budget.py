@@ -12,6 +12,7 @@ import vtok
 from vtok.cost.budget import TOLERANCE, solve_prompt
 from vtok.eval.benchmarks.flops import count_prompt_macs
 from vtok.targets.resolve import run_of
+from vtok.testing import generic_models
 
 PROMPT = {"images": 1, "text_tokens": 24}
 IN_TOWER = {"tome": {}, "pitome": {}, "ats": {"query": "mean"}, "zero_tprune": {"cls_init": "uniform"}}
@@ -177,8 +178,8 @@ def test_budgets_that_make_no_sense():
     with pytest.raises(vtok.ConfigError, match="in \\(0, 1\\]"):
         vtok.plan(model, "random", flops=2)
     assert not vtok.info(model).patched
-    text = message_of(vtok.UnsupportedModelError, vtok.patch, build("Qwen2-VL"), "tome", flops=0.7)
-    assert "tome reduces tokens inside the vision tower, and that of Qwen2VLModel cannot be patched" in text
+    text = message_of(vtok.UnsupportedModelError, vtok.patch, generic_models.build("aya_vision"), "tome", flops=0.7)
+    assert "tome reduces tokens inside the vision tower, and that of AyaVisionModel cannot be patched" in text
     text = message_of(vtok.UnsupportedModelError, vtok.patch, build("LLaVA-NeXT"), "ats", flops=0.7)
     assert "ats drops tokens inside the vision tower" in text
 

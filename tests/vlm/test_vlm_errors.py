@@ -13,19 +13,20 @@ from vtok.patches.hf_vlm.families import FAMILIES
 from vtok.patches.hf_vlm.generic.refused import REFUSED
 from vtok.patches.hf_vlm.stated_images import VisionCosts
 from vtok.patches.protocol import qualified_name
+from vtok.testing import generic_models, generic_prompts
 
 
 @pytest.mark.parametrize("method", ["ats", "pitome", "tome", "zero_tprune"])
 def test_methods_of_vision_encoders(method):
     """Where the tower cannot be patched."""
-    model = build("Qwen2-VL")
+    model = generic_models.build("aya_vision")
     text = message_of(vtok.UnsupportedModelError, vtok.patch, model, method)
-    assert f"{method} reduces tokens inside the vision tower, and that of Qwen2VLModel cannot be patched" in text
+    assert f"{method} reduces tokens inside the vision tower, and that of AyaVisionModel cannot be patched" in text
     assert "methods that act on its prompts: " in text
     for name in ("random", "uniform"):
         assert name in text
     assert not vtok.info(model).patched
-    assert method in message_of(vtok.UnsupportedModelError, vtok.prune_inputs, model, inputs("Qwen2-VL"), method)
+    assert method in message_of(vtok.UnsupportedModelError, vtok.prune_inputs, model, generic_prompts.inputs(model), method)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_methods_of_vision_encoders(method):
             vtok.ConfigError,
             ["tokens are dropped in between"],
         ),
-        (vtok.UniformGrid(layers=[1]), vtok.ConfigError, ["layers=[1] names blocks of a vision encoder", "leave layers out"]),
+        (vtok.UniformGrid(layers=[5]), vtok.ConfigError, ["layers names block 5, the model has blocks 0 to 1"]),
     ],
 )
 def test_values_that_make_no_sense(config, error, words):

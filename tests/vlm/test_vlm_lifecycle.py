@@ -115,7 +115,7 @@ def test_supports_and_info():
     support = vtok.supports(_build("Qwen3-VL"))
     assert support
     assert support.methods["uniform"] is None
-    assert "runs the patches of all images as one sequence" in support.methods["tome"]
+    assert "runs the patches of all images as one sequence" in support.methods["fastervlm"]
     assert "Qwen3VLTextDecoderLayer x4" in str(support)
     model = _build("Qwen3-VL")
     assert "not patched" in str(vtok.info(model))

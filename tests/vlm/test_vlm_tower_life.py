@@ -104,7 +104,8 @@ def test_values_that_make_no_sense():
         ([vtok.ToMe(r=2), vtok.ATS(layers=[3])], "patch it alone"),
         (vtok.ATS(layers=[3]), "from block 3 of the vision tower on, but LlavaModel takes what leaves block 2"),
         (vtok.ATS(layers=[9]), "layers names block 9"),
-        (vtok.UniformGrid(layers=[1]), "leave layers out"),
+        (vtok.UniformGrid(layers=[9]), "layers names block 9"),
+        ([vtok.ToMe(r=2), vtok.UniformGrid(layers=[1])], "two methods reduce in block 1"),
     ):
         assert words in message_of(vtok.VtokError, vtok.patch, model, method)
     assert vtok.info(model).towers[0].configs == (vtok.ToMe(r=2),), "the earlier patch is still there"
@@ -137,4 +138,4 @@ def test_supports():
     support = vtok.supports(build("Gemma3"))
     assert "in the vision tower alone: merged tokens are put back on the grid" in str(support)
     assert "needs every patch" in support.methods["ats"]
-    assert "one sequence" in vtok.supports(build("Qwen2-VL")).methods["tome"]
+    assert "one sequence" in vtok.supports(build("Qwen2-VL")).methods["fastervlm"]

@@ -19,7 +19,7 @@ class ModelInfo:
         name: class name of the tower, for messages.
         depth: number of blocks.
         num_prefix: tokens at the front that are never reduced (CLS, distillation, registers).
-        num_patches: patch tokens at the stated input size.
+        num_patches: patch tokens at the stated input size (units of patches, where they move in groups).
         grid: rows and columns of patches; rows x columns may differ from `num_patches` where no grid is known.
         has_cls: whether token 0 is a class token.
         width: of a token between blocks, C.
@@ -29,6 +29,8 @@ class ModelInfo:
         plain_softmax: whether attention is one softmax over q k^T (differential attention is not).
         blind_pool: why the pooling head can see neither sizes nor padding, or `None` if it can.
         blind_attention: why attention to the tokens, as it is set up, can see neither sizes nor padding, or `None` if it can.
+        parts: patches of a token, each of which attends by itself; `head_dim` is that of all of them side by side.
+        varies: whether every image comes at a size of its own, so that `num_patches` and `grid` are those of one among many.
     """
 
     name: str
@@ -44,6 +46,8 @@ class ModelInfo:
     plain_softmax: bool = True
     blind_pool: str | None = None
     blind_attention: str | None = None
+    parts: int = 1
+    varies: bool = False
 
 
 class Reducer:

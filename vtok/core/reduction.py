@@ -31,6 +31,7 @@ class Plan(NamedTuple):
         near_weight: [B, M, K], weight of each of them; 0 = it is not taken in.
         remake: makes what the kept rows become [B, M, C] of the N tokens [B, N, C], for methods that do it in another way than
             the above, which is then left out; `None` = it follows from the above.
+        counts: real rows of every image, where the host knows them and they come first; `None` = ask `valid`.
     """
 
     keep: Tensor
@@ -43,6 +44,7 @@ class Plan(NamedTuple):
     near: Tensor | None = None
     near_weight: Tensor | None = None
     remake: Callable[[Tensor], Tensor] | None = None
+    counts: tuple[int, ...] | None = None
 
     @property
     def changes(self) -> bool:
@@ -102,7 +104,7 @@ def apply_plan(x: Tensor, state: TokenState, plan: Plan) -> tuple[Tensor, TokenS
     if keep is None and state.keep is not None:
         keep = state.keep.gather(1, plan.keep)
     group = None if state.group is None else _follow(state.group, plan, x.shape[1])
-    return out, state._replace(index=index, size=size, keep=keep, group=group)
+    return out, state._replace(index=index, size=size, keep=keep, group=group, counts=plan.counts)
 
 
 def _fold(x: Tensor, size: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor | None]:

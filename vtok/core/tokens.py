@@ -58,6 +58,8 @@ class TokenState(NamedTuple):
         masked: whether the mask that they came with says more than `real`, so that it goes on to be added.
         grid: (rows, columns) of the patches that entered block 0; [B, 2] int64 where images differ; (1, N0 - P) where they fill
             no grid; `None` = not known.
+        counts: real tokens of every row, where the host knows them; they stand in front of the padding. `None` = ask `keep`.
+        entered: the same of the rows that entered block 0, of towers whose images share one sequence.
     """
 
     num_prefix: int
@@ -69,6 +71,8 @@ class TokenState(NamedTuple):
     real: Tensor | None = None
     masked: bool = False
     grid: Grid | None = None
+    counts: tuple[int, ...] | None = None
+    entered: tuple[int, ...] | None = None
 
     def on(self, device: torch.device) -> TokenState:
         """The same on another device: the blocks of a tower may be spread over several."""
@@ -101,6 +105,7 @@ class AttentionView(NamedTuple):
         v: [B, Hk, N, D].
         scale: factor on the logits.
         bias: additive logit bias, broadcastable to [B, H, N, N], or `None`.
+        parts: what attends within each token: the last axis of all four holds so many patches side by side, D in all.
     """
 
     q: Tensor | None
@@ -109,6 +114,7 @@ class AttentionView(NamedTuple):
     v: Tensor | None
     scale: float
     bias: Tensor | None
+    parts: int = 1
 
     def key_metric(self) -> Tensor:
         """[B, N, D]: keys summed over heads, in at least fp32 (ToMe section 2, step 3, takes the mean: same cosines)."""
@@ -123,17 +129,28 @@ class AttentionView(NamedTuple):
             tau: softmax temperature; 1 gives the model's own attention.
 
         Returns:
-            [B, H, first, N], every row sums to 1.
+            [B, H, first, N], every row sums to 1. Of tokens with parts: the mean over the parts that ask, summed over those
+            that are seen.
         """
         assert self.q is not None and self.k_rot is not None
         q, k = at_least_fp32(self.q[:, :, :first]), at_least_fp32(self.k_rot)
         if k.shape[1] != q.shape[1]:  # grouped-query attention
             k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        logits = (q * (self.scale / tau)) @ k.transpose(-2, -1)
+        bias = None
         if self.bias is not None:
-            bias = self.bias if self.bias.shape[-2] == 1 else self.bias[..., :first, :]
-            logits = logits + bias.to(logits.dtype) / tau
-        return logits.softmax(-1)
+            bias = (self.bias if self.bias.shape[-2] == 1 else self.bias[..., :first, :]).to(q.dtype) / tau
+        if self.parts == 1:
+            logits = (q * (self.scale / tau)) @ k.transpose(-2, -1)
+            return (logits if bias is None else logits + bias).softmax(-1)
+        k = k.unflatten(-1, (self.parts, -1)).flatten(2, 3).transpose(-2, -1)
+        bias = None if bias is None else bias.repeat_interleave(self.parts, -1)
+        total: Tensor | None = None
+        for part in q.chunk(self.parts, -1):  # one by one: the matrix of all of them is as many times as large
+            logits = (part * (self.scale / tau)) @ k
+            probs = (logits if bias is None else logits + bias).softmax(-1).unflatten(-1, (-1, self.parts)).sum(-1)
+            total = probs if total is None else total + probs
+        assert total is not None
+        return total / self.parts
 
     def received(self, keep: Tensor | None = None) -> Tensor:
         """[B, H, N]: attention that a token receives, averaged over the (unpadded) queries; rows of N x N, block by block."""

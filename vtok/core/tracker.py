@@ -76,6 +76,8 @@ class TokenTracker:
         self._averaged: dict[int, bool] = {}  # by thread
         self._grids: dict[int, Grid] = {}  # by thread: of images whose patches have not entered block 0 yet
         self._traced_grid: Grid | None = None
+        self._starts: dict[int, TokenState] = {}  # by thread: what enters block 0 next, where its input does not show it
+        self._traced_start: TokenState | None = None
         self.unmasked = False  # whether the caller of a traced pass gave no tensor but images, which then have no padding
         self._traced_last = False  # whether the last pass was a compiled one
 
@@ -109,6 +111,17 @@ class TokenTracker:
         if not torch.compiler.is_compiling():
             self._grids[threading.get_ident()] = grid
 
+    def announce_rows(self, state: TokenState) -> None:
+        """Notes what enters block 0 next, where all images are one sequence: rows and tokens are not those of its input."""
+        self._traced_start = state  # also where the tower is not compiled and the blocks are
+        if not torch.compiler.is_compiling():
+            self._starts[threading.get_ident()] = state
+
+    def _announced_rows(self) -> TokenState | None:
+        traced, self._traced_start = self._traced_start, None
+        own = None if torch.compiler.is_compiling() else self._starts.pop(threading.get_ident(), None)
+        return traced if own is None else own
+
     def _announced(self, patches: int) -> Grid | None:
         """The grid of the patches that enter block 0; `None` = the stem did not run (somebody called the blocks alone)."""
         traced, self._traced_grid = self._traced_grid, None
@@ -136,7 +149,10 @@ class TokenTracker:
         else:
             run = self._open(training) if i == 0 else self.current
             run.seen[i] = _address(x)
-        if i == 0:
+        start = self._announced_rows() if i == 0 else None
+        if start is not None:
+            run.length, run.states[0] = start.length, start
+        elif i == 0:
             run.length = x.shape[1]
             grid, group = self._announced(x.shape[1] - self.num_prefix), self._identity(x) if self.trace else None
             run.states[0] = TokenState(self.num_prefix, x.shape[1], group=group, grid=grid)

@@ -24,6 +24,7 @@ class BlockCost:
         per_pair: one (query, key) pair, scores and weighted values, over all heads.
         per_mlp_token: the MLP.
         whole: attention and MLP cannot be parted: every row pays everything.
+        fixed: what does not depend on the tokens that are left.
     """
 
     per_token: int
@@ -31,12 +32,14 @@ class BlockCost:
     per_pair: int
     per_mlp_token: int
     whole: bool = False
+    fixed: int = 0
 
     def macs(self, n: float, m: float, place: Place | None) -> float:
         """MACs when n tokens enter and m leave, reduced at `place` (`None` = nowhere in this block)."""
         queries = m if place is Place.BLOCK_PRE and not self.whole else n
         rows = n if place is Place.BLOCK_END or self.whole else m
-        return n * self.per_token + queries * self.per_query + queries * n * self.per_pair + rows * self.per_mlp_token
+        attention = n * self.per_token + queries * self.per_query + queries * n * self.per_pair + self.fixed
+        return attention + rows * self.per_mlp_token
 
 
 @dataclass(frozen=True)

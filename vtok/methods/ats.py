@@ -140,7 +140,7 @@ class ATS(MethodConfig):
             self.mode == "drop",
             self.score == "per_head",
             self.query == "cls",
-            info.num_heads * info.head_dim,
+            info.num_heads * info.head_dim * info.parts,
             info.num_heads,
             info.depth,
         )

@@ -88,7 +88,7 @@ def check_merge_count(per_block: Sequence[int], info: ModelInfo) -> None:
     """Raises if some block is asked to merge more tokens than half of the patches of an untouched image."""
     most = info.num_patches // 2
     for i, r in enumerate(per_block):
-        if r > most:
+        if r > most and not info.varies:
             raise ConfigError(
                 f"r={r} in block {i}: {info.name} has {info.num_patches} patches, of which one block can merge at most {most}"
             )

@@ -181,7 +181,7 @@ class ZeroTPrune(MethodConfig):
         require_softmax(info, "zero_tprune")
         steps = self._steps(info)
         for step in steps:
-            if step.r > info.num_patches // 2:
+            if step.r > info.num_patches // 2 and not info.varies:
                 raise ConfigError(
                     f"r={step.r} in block {step.block}: {info.name} has {info.num_patches} patches, of which the S-stage "
                     f"can prune at most {info.num_patches // 2}"
@@ -196,6 +196,7 @@ class ZeroTPrune(MethodConfig):
             info.num_heads,
             info.num_kv_heads,
             info.head_dim,
+            info.parts,
         )
 
 
@@ -299,6 +300,7 @@ class ZeroTPruneReducer(Reducer):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    parts: int = 1
     needs: ClassVar[frozenset[str]] = frozenset("qk")
 
     @property
@@ -345,4 +347,4 @@ class ZeroTPruneReducer(Reducer):
         votes = (1 if similar else 0) + (step.iters + (1 if similar else 0) if kept < patches - similar else 0)
         half = patches // 2
         products = half * (patches - half) * self.head_dim * self.num_kv_heads if similar else 0
-        return self.num_heads * n * n * (self.head_dim + votes) + products
+        return self.num_heads * n * n * (self.head_dim * self.parts + votes) + products

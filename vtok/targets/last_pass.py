@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -29,7 +30,8 @@ def tower_info(adapter: Adapter, tower: Tower, run: TokenTracker | None, kernels
         notes.append(f"note: the last pass ended after {len(ran)} of {len(tower.blocks)} blocks")
     seen = last.length - run.num_prefix
     if seen != patches:  # the stem is priced per patch
-        cost = replace(cost, stem=round(cost.stem * seen / patches))
+        blocks_then = tuple(replace(block, fixed=round(block.fixed * seen / patches)) for block in cost.blocks)
+        cost = replace(cost, stem=round(cost.stem * seen / patches), blocks=blocks_then)
         notes.append(f"note: the last pass saw {seen} patches; plans and budgets of this patch were made for {patches}")
     ragged = any(b.per_image is not None for b in blocks)
     return TowerInfo(
@@ -58,6 +60,16 @@ def _estimate(cost: TowerCost, run: TokenTracker, counts: Sequence[tuple[float, 
 def _real(state: TokenState | None) -> tuple[int, ...] | None:
     """Real tokens of every image, if some are padding."""
     return None if state is None or state.keep is None else tuple(int(c) for c in state.keep.sum(1).tolist())
+
+
+def rows_of(run: TokenTracker) -> list[tuple[tuple[int, int], ...]]:
+    """(real tokens in, out) of every block, for each row of the last pass."""
+    last = run.current
+    counts = []
+    for i, state in enumerate(last.states):
+        assert state is not None and state.entered is not None
+        counts.append(_real(state) or (last.tokens(i),) * len(state.entered))
+    return [tuple(itertools.pairwise(row)) for row in zip(*counts)]
 
 
 def _mean_estimate(

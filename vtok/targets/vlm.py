@@ -51,15 +51,13 @@ class VLMTarget(Target):
         stated = Prompt.of(request.prompt, request.input_size)
         free = request.prompt is None and request.input_size is None
         measures = free and request.flops is not None
-        configs = calibrated(self.vlm, configs, request.calibration, measures)
+        vlm = self.vlm.sized(stated.input_size)
+        configs = calibrated(vlm, configs, request.calibration, measures)
         inputs = request.calibration if free else None
-        configs, budget = vlm_budget.budgeted(self.model, self.vlm, configs, request.flops, stated, inputs)
-        pruner = self._resolve(configs, request)
+        configs, budget = vlm_budget.budgeted(self.model, vlm, configs, request.flops, stated, inputs)
+        pruner = resolve(vlm, configs, request.positions, request.trace)
         pruner.budget = budget
         return pruner
-
-    def _resolve(self, configs: Sequence[MethodConfig], request: Request) -> Pruner:
-        return resolve(self.vlm, configs, request.positions, request.trace)
 
     def install(self, resolved: Pruner) -> None:
         install(self.model, self.vlm, resolved)
@@ -69,10 +67,9 @@ class VLMTarget(Target):
 
     def plan(self, configs: tuple[MethodConfig, ...], request: Request) -> PromptPlan:
         free = request.prompt is None and request.input_size is None
-        configs = calibrated(self.vlm, configs, request.calibration, measures=free)
-        return vlm_budget.plan(
-            self.model, self.vlm, configs, request.flops, request.prompt, request.input_size, request.calibration
-        )
+        vlm = self.vlm.sized(Prompt.of(request.prompt, request.input_size).input_size)
+        configs = calibrated(vlm, configs, request.calibration, measures=free)
+        return vlm_budget.plan(self.model, vlm, configs, request.flops, request.prompt, request.input_size, request.calibration)
 
     def describe(self, kernels: Sequence[str] | None = None) -> Info:
         tower = describe_tower(self.vlm)
@@ -97,7 +94,7 @@ class VLMTarget(Target):
             )
         if self.installed() is not None or run_of(vlm.module) is not None:
             raise ConfigError("the model is patched and would shorten the prompt a second time; call vtok.unpatch(model) first")
-        pruner = self._resolve(calibrated(vlm, configs, request.calibration), request)
+        pruner = resolve(vlm, calibrated(vlm, configs, request.calibration), request.positions, request.trace)
         places = " and ".join(str(site) for site, _ in pruner.layers.values())
         names = " + ".join(config.name for config in pruner.configs)
         if pruner.features is None and pruner.joint is None:

@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 from vtok.core.prompt import View
 from vtok.cost.encoder import Estimate
-from vtok.cost.prefill import Prompt, PromptEstimate, VisionCost, mean_estimate, prompt_estimate
+from vtok.cost.prefill import Prompt, PromptEstimate, StatedImage, VisionCost, mean_estimate, prompt_estimate
 from vtok.errors import UnsupportedModelError
 from vtok.patches.decoder.pass_state import Counts, Pruner
-from vtok.patches.hf_vision.adapter import HfAdapter
+from vtok.patches.hf_packed.adapter import sized
 from vtok.patches.hf_vlm.families import VLM
 from vtok.patches.hf_vlm.install import pruner_of
 from vtok.patches.hf_vlm.macs import features_left, llm_cost, patches_left, stated_calls, stated_image, vision_cost
 from vtok.reports.results import PromptInfo, PromptRow
 from vtok.targets.encoder import estimate_cost
-from vtok.targets.last_pass import tower_info
+from vtok.targets.last_pass import rows_of, tower_info
 from vtok.targets.resolve import run_of
 from vtok.targets.vlm_resolve import POSITIONS
 
@@ -35,9 +35,9 @@ def planned(model: nn.Module, vlm: VLM, pruner: Pruner, prompt: Prompt) -> Promp
         ConfigError, UnsupportedModelError: see `stated_image`.
     """
     image = stated_image(vlm, prompt.input_size)
-    calls, inside = stated_calls(vlm, image, prompt.images), _tower_estimate(vlm, pruner)
+    calls, inside = stated_calls(vlm, image, prompt.images), _tower_estimate(vlm, pruner, image)
     base = vision_cost(vlm, calls)
-    vision = base if inside is None else vision_cost(vlm, calls, inside, pruner.joint)
+    vision = base if inside is None else vision_cost(vlm, calls, inside, pruner.joint, pruner.tower.steps)
     left, layout = patches_left(vlm, inside, pruner.joint), image.layout
     if left is not None and features_left(vlm, left) < image.tokens:  # methods see what the tower left as one row
         layout = (View(0, 1, features_left(vlm, left)),)
@@ -60,12 +60,13 @@ def planned(model: nn.Module, vlm: VLM, pruner: Pruner, prompt: Prompt) -> Promp
     )
 
 
-def _tower_estimate(vlm: VLM, pruner: Pruner) -> Estimate | None:
+def _tower_estimate(vlm: VLM, pruner: Pruner, image: StatedImage) -> Estimate | None:
     """What one view of a patched tower will cost; `None` = it is not patched."""
     if pruner.joint is None:
         return None
     assert vlm.tower is not None
-    return estimate_cost(HfAdapter(), vlm.tower, pruner.tower.steps)
+    tower = sized(vlm.tower, (image.layout[0].rows, image.layout[0].columns)) if vlm.packed else vlm.tower
+    return estimate_cost(vlm.adapter, tower, pruner.tower.steps)
 
 
 def measured(
@@ -120,15 +121,18 @@ def _vision(vlm: VLM, pruner: Pruner, counts: Counts) -> tuple[VisionCost | None
     missing = "note: the images were encoded before this prompt was read; tower and connector are not in these costs"
     if not counts.calls:
         return None, None, (missing,)
-    rows, seen = len(counts.visual), None
+    rows, seen, steps, frames = len(counts.visual), None, {}, None
     if pruner.joint is not None:
         assert vlm.tower is not None
-        seen = tower_info(HfAdapter(), vlm.tower, run_of(vlm.tower.module), None).estimate
+        steps, run = pruner.tower.steps, run_of(vlm.tower.module)
+        seen = tower_info(vlm.adapter, vlm.tower, run, None).estimate
+        inexact = any(not reducer.exact for _, reducer in steps.values())
+        frames = rows_of(run) if run is not None and vlm.packed and inexact else None
     try:
         base = vision_cost(vlm, counts.calls).divided(rows)
     except UnsupportedModelError as error:
         return None, None, (f"note: {error}",)
-    return (base if seen is None else vision_cost(vlm, counts.calls, seen, pruner.joint).divided(rows)), base, ()
+    return (base if seen is None else vision_cost(vlm, counts.calls, seen, pruner.joint, steps, frames).divided(rows)), base, ()
 
 
 def describe(model: nn.Module, vlm: VLM) -> PromptInfo:

@@ -19,7 +19,7 @@ from vtok.patches.decoder.text_models import counts_columns
 from vtok.patches.hf_vlm.families import VLM
 from vtok.patches.hf_vlm.install import calibration_inputs, observed
 from vtok.patches.hf_vlm.install import install as install_hooks
-from vtok.targets.vlm_tower import check_readable, in_tower, install_tower, resolve_in_tower
+from vtok.targets.vlm_tower import check_readable, install_tower, resolve_in_tower
 
 
 def check_positions(positions: str) -> None:
@@ -63,7 +63,7 @@ def resolve(vlm: VLM, configs: Sequence[MethodConfig], positions: str | None = N
     check_positions(positions)
     features: VLMReducer | None = None
     layers: dict[int, tuple[Site, VLMReducer]] = {}
-    inside = tuple(config for config in configs if in_tower(config))
+    inside = tuple(config for config in configs if config.in_tower)
     tower = resolve_in_tower(vlm, inside) if inside else None
     joint = vlm.joint() if tower is not None and tower.steps else None
     if trace and joint is None:
@@ -72,7 +72,7 @@ def resolve(vlm: VLM, configs: Sequence[MethodConfig], positions: str | None = N
             + ", ".join(config.name for config in configs)
         )
     for config in configs:
-        if in_tower(config):
+        if config.in_tower:
             continue
         reducer = prompt_reducer(config, vlm.info)
         _check_tower(config, reducer, vlm.info)
@@ -94,7 +94,7 @@ def resolve(vlm: VLM, configs: Sequence[MethodConfig], positions: str | None = N
     if compact:
         _check_compact(vlm, layers)
     left = iter(() if tower is None else tower.configs)
-    chosen = tuple(next(left) if in_tower(config) else config for config in configs)
+    chosen = tuple(next(left) if config.in_tower else config for config in configs)
     return Pruner(vlm.family, vlm.tokens, features, layers, compact, chosen, vlm.path, tower, joint, trace)
 
 

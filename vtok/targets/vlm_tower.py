@@ -12,7 +12,7 @@ from vtok.core.prompt import VLMInfo, VLMReducer
 from vtok.errors import ConfigError, UnsupportedModelError
 from vtok.patches.block import check
 from vtok.patches.decoder.pass_state import Pruner
-from vtok.patches.hf_vision.adapter import HfAdapter
+from vtok.patches.hf_packed.adapter import sized
 from vtok.patches.hf_vlm import tower_bridge as vlm_tower
 from vtok.patches.hf_vlm.families import VLM
 from vtok.patches.hf_vlm.install import pruner_of
@@ -32,18 +32,13 @@ ON_GRID = (
 )
 
 
-def in_tower(config: MethodConfig) -> bool:
-    """Whether a method acts in the vision tower of a vision-language model."""
-    return config.for_encoders() and not config.for_vlms()
-
-
 def resolve_in_tower(vlm: VLM, configs: tuple[MethodConfig, ...]) -> ResolvedMethods:
     """Methods for the vision tower, with every number chosen."""
     names, info = " + ".join(config.name for config in configs), vlm.info
     tower, joint = _tower(vlm, names), vlm.joint()
     dropping = [] if joint.connector else [config.name for config in configs if not config.merges]
     try:
-        resolved = resolve(HfAdapter(), tower, configs, None, None)
+        resolved = resolve(vlm.adapter, tower, configs, None, None)
     except UnsupportedModelError:
         if not dropping:
             raise
@@ -78,7 +73,7 @@ def _tower(vlm: VLM, names: str) -> Tower:
 
 def budget_candidates(vlm: VLM, config: MethodConfig) -> Sequence[MethodConfig]:
     """A method from its mildest setting to its strongest, in the vision tower or on the prompt: what a budget chooses from."""
-    return candidates(config, _tower(vlm, config.name).info if in_tower(config) else vlm.info)
+    return candidates(config, _tower(vlm, config.name).info if config.in_tower else vlm.info)
 
 
 def check_readable(features: VLMReducer, info: VLMInfo, tower: ResolvedMethods, joint: TowerBridge) -> None:
@@ -102,13 +97,13 @@ def install_tower(vlm: VLM, pruner: Pruner) -> None:
         return
     assert vlm.tower is not None
     grid = not pruner.joint.connector
-    run = install(HfAdapter(), vlm.tower, replace(pruner.tower, trace=pruner.trace or grid), spare=grid)
+    run = install(vlm.adapter, vlm.tower, replace(pruner.tower, trace=pruner.trace or pruner.joint.traces), spare=grid)
     vlm_tower.install(vlm.module, vlm.tower.module, pruner.joint, run)
 
 
 def place(config: MethodConfig, pruner: Pruner) -> str:
     """Where a method acts, in words."""
-    if not in_tower(config):
+    if not config.in_tower:
         return "on the prompt"
     if pruner.has_dropped_tokens:
         return "in the vision tower: the prompt gets shorter too"
@@ -121,9 +116,20 @@ def describe_tower(vlm: VLM) -> TowerInfo | None:
     if run is None or vlm.tower is None:
         return None
     pruner = pruner_of(vlm)
-    found = tower_info(HfAdapter(), vlm.tower, run, None)
+    found = tower_info(vlm.adapter, _as_seen(vlm, pruner), run, None)
     notes = (*found.notes, f"note: {ON_GRID}") if pruner is not None and not pruner.has_dropped_tokens else found.notes
     return replace(found, path=".".join(part for part in (vlm.path, found.path) if part), notes=notes)
+
+
+def _as_seen(vlm: VLM, pruner: Pruner | None) -> Tower:
+    """The tower, described for the images of the last prompt where they were all alike, and might have been of any size."""
+    assert vlm.tower is not None
+    calls = () if pruner is None or pruner.last is None or not vlm.packed else pruner.last.calls
+    sizes = {(rows, columns) for call in calls if call.grid is not None for _, rows, columns in call.grid.tolist()}
+    if len(sizes) != 1:
+        return vlm.tower
+    (size,), merge = sizes, vlm.tower.module.config.spatial_merge_size  # type: ignore[union-attr]
+    return sized(vlm.tower, (size[0] // merge, size[1] // merge))
 
 
 @contextmanager

@@ -164,7 +164,9 @@ def masked_plan(decision: Decision) -> Plan:
     everything = torch.arange(n, device=rows.device).expand(batch, n)
     if plan.src is None or plan.dst is None:
         return Plan(everything, valid=valid[:, :n])
-    return plan._replace(keep=everything, src=rows.gather(1, plan.src), dst=alive.gather(1, plan.dst), valid=valid[:, :n])
+    return plan._replace(
+        keep=everything, src=rows.gather(1, plan.src), dst=alive.gather(1, plan.dst), valid=valid[:, :n], counts=None
+    )
 
 
 def _copying(decision: Decision | None) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def one_image_each(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Two prompts with one image each, the second padded on the left, out of prompts the last of which has one image.
 
     Args:
-        values: of a model whose images are all [C, H, W].
+        values: of a model whose images are all [C, H, W], or packed along a grid.
     """
     last, start = values["attention_mask"][-1].argmax(), 2  # the second prompt lacks two words at its start
     made = {}
@@ -132,6 +132,8 @@ def one_image_each(values: dict[str, Tensor]) -> dict[str, Tensor]:
             made[name] = torch.stack([row, torch.cat([row[start:].new_full((start,), PAD), row[start:]])])
         else:
             made[name] = value[-2:]
+    if "image_grid_thw" in values:
+        made["pixel_values"] = values["pixel_values"][-int(made["image_grid_thw"].prod(1).sum()) :]
     return made
 
 

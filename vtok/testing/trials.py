@@ -61,7 +61,7 @@ TRIALS: dict[str, Trial] = {
         remark="Here the modules are random, nobody trained them: the cell shows that tokens go down and are dropped exactly, "
         "not that the right ones are",
     ),
-    "ats": Trial({"num_tokens": 24}, {"num_tokens": 10, "layers": [0, 1]}),
+    "ats": Trial({"num_tokens": 24}, {"num_tokens": 6, "layers": [0, 1]}),
     "cdpruner": _HALF,
     "correlation": Trial(requests=_stricter),
     "dart": _HALF,

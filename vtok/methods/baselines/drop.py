@@ -1,6 +1,7 @@
 """What the two baselines that look at no feature share: each block keeps a fixed share of its patches, in raster order.
 
 On a vision-language model they act once, on the image features before the LLM: `keep` is the share of visual tokens there.
+With `layers` they act in these blocks of its vision tower instead.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class DropConfig(MethodConfig):
         keep: share of its patches that each block in `layers` keeps ((0, 1]; default 0.925), rounded to whole tokens, halves to
             the even number, at least one; 1.0 is an exact no-op. On a vision-language model: share of the visual tokens that
             enter the LLM, rounded for every view of an image by itself.
-        layers: 0-based blocks that prune, between attention and MLP; default all. Not for vision-language models.
+        layers: 0-based blocks that prune, between attention and MLP; default all. On a vision-language model: blocks of its
+            vision tower, where it then acts.
     """
 
     set_by_budget: ClassVar[tuple[str, ...]] = ("keep",)
@@ -47,6 +49,10 @@ class DropConfig(MethodConfig):
         fraction(self.keep, "keep")
         if self.layers is not None:
             object.__setattr__(self, "layers", block_numbers(self.layers))
+
+    @property
+    def in_tower(self) -> bool:
+        return self.layers is not None
 
     def budget_candidates(self, info: Info) -> Sequence[Self]:
         return [self.replace(keep=1 - step / 1000) for step in range(1000)]
@@ -72,8 +78,8 @@ class DropConfig(MethodConfig):
     def build_vlm(self, info: VLMInfo) -> ViewDrop:
         if self.layers is not None:
             raise ConfigError(
-                f"layers={list(self.layers)} names blocks of a vision encoder; on a vision-language model such as {info.name} "
-                f"{self.name} acts once, before the LLM: leave layers out"
+                f"layers={list(self.layers)} names blocks of a vision encoder, but on the prompt of {info.name} {self.name} "
+                "acts once, before the LLM: leave layers out"
             )
         return ViewDrop(self)
 

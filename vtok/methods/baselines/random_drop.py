@@ -26,7 +26,8 @@ class RandomDrop(DropConfig):
         keep: share of its patches that each block in `layers` keeps ((0, 1]; default 0.925), rounded to whole tokens, halves to
             the even number, at least one; 1.0 is an exact no-op. On a vision-language model: share of the visual tokens that
             enter the LLM, rounded for every view of an image by itself.
-        layers: 0-based blocks that prune, between attention and MLP; default all. Not for vision-language models.
+        layers: 0-based blocks that prune, between attention and MLP; default all. On a vision-language model: blocks of its
+            vision tower, where it then acts.
         seed: of the permutations, one per block (whole number; default 0).
     """
 

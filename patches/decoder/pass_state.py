@@ -95,6 +95,7 @@ class PassState:
         rotary: (x, positions) -> rotary tables of the LLM, where it has one function for all layers.
         entry: what entered the LLM, if a method looks at it.
         reached: whether the LLM has been called.
+        unmatched: whether placeholders and features of its prompt differ in number, which the model has to refuse.
         shape: (rows, columns) of what it was called with; hidden states of some LLMs have more dimensions.
     """
 
@@ -121,6 +122,7 @@ class PassState:
     rotary: Any = None
     entry: Entry | None = None
     reached: bool = False
+    unmatched: bool = False
     shape: tuple[int, int] | None = None
 
     def move(self, device: torch.device) -> None:

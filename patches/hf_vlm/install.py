@@ -281,7 +281,8 @@ def short_inputs(model: Any, vlm: VLM, inputs: Mapping[str, Any], pruner: Pruner
     }
     if values.get("labels") is not None:
         short["labels"] = take(values["labels"], rows, 1).masked_fill(~filled, -100)
-    gone = {"pixel_attention_mask", "image_sizes", "image_grid_thw", "video_grid_thw", *vision_arguments(vlm.module)}
+    gone = {"pixel_attention_mask", "image_sizes", "image_grid_thw", "video_grid_thw", "pixel_values_videos", hf.COMPRESSED}
+    gone |= vision_arguments(vlm.module)
     for name, value in values.items():  # kinds of tokens, under several names
         if name not in gone | set(short) and isinstance(value, Tensor) and value.shape == ids.shape:
             short[name] = take(value, rows, 1).masked_fill(~filled, 0)

@@ -55,6 +55,7 @@ class VLMInfo:
         crops: whether it may cut an image into crops beside a view of the whole.
         connector_macs: multiply-accumulates of `ImageFeatures.connector` for one token; 0 = there is none.
         videos: whether it reads videos.
+        no_frames: why the frames of its videos cannot be compared, or `None` if they can.
         no_layers: why tokens cannot leave between decoder layers, or `None` if they can; before the LLM they always can.
         generic: whether all that is known of it is what its interfaces say, as no row describes its family.
     """
@@ -73,6 +74,7 @@ class VLMInfo:
     crops: bool = False
     connector_macs: int = 0
     videos: bool = False
+    no_frames: str | None = None
     no_layers: str | None = None
     generic: bool = False
 

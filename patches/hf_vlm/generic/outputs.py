@@ -45,6 +45,16 @@ def with_features(output: Any, images: list[Tensor], deep: Sequence[list[Tensor]
     return changed
 
 
+def joined(images: list[Tensor], size: int) -> list[Tensor]:
+    """Tensors [n, ...] with every `size` of them, the frames of a video, in one."""
+    return images if size == 1 else [torch.cat(images[i : i + size]) for i in range(0, len(images), size)]
+
+
+def parted(videos: list[Tensor], size: int) -> list[Tensor]:
+    """The reverse of `joined`, of frames that have as many tokens."""
+    return videos if size == 1 else [part for x in videos for part in x.chunk(size)]
+
+
 def short_output(output: Any, rows: Tensor) -> Any:
     """A copy of a model output that holds the kept features alone, deep ones included, in the container the model expects.
 

@@ -61,12 +61,14 @@ class Chosen(NamedTuple):
         rows: modality -> [features in all] bool, True = stays.
         layouts: (modality, views, tokens n, how many) of images that are laid out alike, if a method chose among features.
         alive: modality -> [features in all] bool, False = merged or dropped in the vision tower before; empty if none can be.
+        images: modality -> how many images or videos the features are of.
     """
 
     outputs: dict[str, Any]
     rows: dict[str, Tensor]
     layouts: tuple[tuple[str, tuple[View, ...], int, int], ...] = ()
     alive: Mapping[str, Tensor] = {}
+    images: Mapping[str, int] = {}
 
 
 def renamed(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,7 +158,7 @@ def _choose(
     kwargs: Mapping[str, Any],
     has_dropped_tokens: bool,
 ) -> Chosen:
-    outputs, rows, alive, layouts = dict(outputs), {}, {}, []
+    outputs, rows, alive, layouts, counts = dict(outputs), {}, {}, [], dict[str, int]()
     reads_text = reducer is not None and reducer.reads_text and bool(outputs)
     texts = PromptTexts(model, kwargs, videos.placeholders_of(model)) if reads_text else None
     for modality, output in outputs.items():
@@ -172,7 +174,7 @@ def _choose(
                 )
         else:
             stay = [torch.ones(len(x), dtype=torch.bool, device=x.device) for x in images]
-        rows[modality] = stay
+        rows[modality], counts[modality] = stay, len(images)
         if reducer is None:
             continue
         note = note_of(output)
@@ -180,7 +182,7 @@ def _choose(
         original = list(range(len(images))) if note is None else tower_taps.original(note, images)
         size = videos.pieces(modality, original, len(images) if note is None else len(note.images), call)
         images, stay, original = joined(images, size), joined(stay, size), [i // size for i in original[::size]]
-        rows[modality] = stay
+        rows[modality], counts[modality] = stay, len(images)
         tower = _Towers(model, modality, output, reducer.tower_blocks, anatomy, kwargs)
         left = [mask.nonzero()[:, 0] for mask in stay] if has_dropped_tokens else []  # rows of the tokens that the tower left
         alike: dict[tuple[int, tuple[View, ...], int, int, Any], list[int]] = {}
@@ -223,7 +225,7 @@ def _choose(
                     images[i] = images[i].index_copy(0, left[i], x) if plan.changes else images[i]
         if folded:
             outputs[modality] = with_features(output, parted(images, size), [parted(features, size) for features in deep])
-    return Chosen(outputs, {modality: torch.cat(parts) for modality, parts in rows.items()}, tuple(layouts), alive)
+    return Chosen(outputs, {modality: torch.cat(parts) for modality, parts in rows.items()}, tuple(layouts), alive, counts)
 
 
 class _Towers:

@@ -20,6 +20,13 @@ UNBROKEN = (
     "dots3_note", "ernie4_5_vl_moe", "exaone4_5", "hy_v4_vl", "hyperclovax_vision_v2", "llava_next_video", "perception_lm",
     "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "video_llava",
 )  # fmt: skip
+VIDEO_CLASSES = (
+    "cohere_compass", "cosmos3_edge", "cosmos3_omni", "ernie4_5_vl_moe", "exaone4_5", "gemma4", "gemma4_unified", "glm46v",
+    "glm4v", "glm4v_moe", "glm5_next", "glm_ocr", "glmga", "hy_v4_vl", "kimi_k25", "lfm3_vl", "llava_next_video", "minicpm_ocr",
+    "minicpmv4_6", "minicpmv4_7", "minimax_m3_vl", "molmo2", "muse_glimmer", "muse_spark", "nemotron_h_omni", "perception_lm",
+    "qwen2_5_omni_thinker", "qwen3_5", "qwen3_5_moe", "qwen3_omni_moe_thinker", "qwen3_vl_moe", "qwen4_exp", "video_llama_3",
+    "video_llava", "dots3_note", "hyperclovax_vision_v2",
+)  # fmt: skip
 Draw = Callable[..., Tensor]
 
 

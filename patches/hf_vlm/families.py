@@ -24,6 +24,7 @@ from vtok.patches.hf_vlm.generic import videos
 from vtok.patches.hf_vlm.generic.interfaces import encodes, position_axes, text_path
 from vtok.patches.hf_vlm.generic.refused import REFUSED, UNPROMPTED
 from vtok.patches.hf_vlm.image_features import Cuts, ViewCounts, Views
+from vtok.patches.hf_vlm.pixels import units
 from vtok.patches.hf_vlm.stated_images import VisionCosts
 from vtok.patches.hf_vlm.tower_bridge import TowerBridge
 from vtok.patches.macs import linear_macs
@@ -342,6 +343,7 @@ def _describe(path: str, module: Any, family: Family) -> VLM:
         crops=family.cuts is not hf_cuts.lone,
         videos=videos.encoder_of(module, "video") is not None,
         no_frames=videos.why_no_frames(module),
+        no_patches=units.why_not(module),
         connector_macs=linear_macs(getattr(module, family.projector)) if family.projector else 0,
         no_layers=why_not_between(text),
         generic=family.generic,

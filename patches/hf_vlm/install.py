@@ -84,7 +84,7 @@ def install(model: nn.Module, vlm: VLM, pruner: Pruner) -> None:
     vlm.module.register_forward_hook(hooks.AfterModel(pruner), always_call=True)
     if not pruner.acts:
         return
-    if vlm.family.tower:
+    if vlm.family.tower and pruner.pixels is None:
         vision_tower(vlm).register_forward_pre_hook(hooks.BeforeTower(pruner), with_kwargs=True)
     text = vlm.text
     text.register_forward_pre_hook(hooks.BeforeText(pruner), with_kwargs=True)

@@ -167,7 +167,7 @@ def test_images_and_videos_with_placeholders_of_their_own():
     model = build("qwen3_vl_moe")
     first, second = inputs(model), video_inputs(model)
     values = {name: torch.cat([first[name], second[name]], 1) for name in first.keys() & second.keys()}
-    position = values["attention_mask"].argsort(1, stable=True)  # padding in front
+    position = values["attention_mask"].argsort(dim=1, stable=True)  # padding in front
     values = {name: x.gather(1, position) for name, x in values.items()} | {
         name: x for name, x in (first | second).items() if name not in values
     }

@@ -20,6 +20,7 @@ from vtok.targets.encoder import estimate_cost
 from vtok.targets.last_pass import tower_info
 from vtok.targets.resolve import run_of
 from vtok.targets.vlm_resolve import POSITIONS
+from vtok.targets.vlm_tower import PATCHES
 
 
 def planned(model: nn.Module, vlm: VLM, pruner: Pruner, prompt: Prompt) -> PromptEstimate:
@@ -144,7 +145,7 @@ def describe(model: nn.Module, vlm: VLM) -> PromptInfo:
     rows: list[PromptRow] = []
     if last.alive is not None:
         left = tuple((last.visual & last.alive).sum(1).tolist())
-        rows.append(PromptRow("vision tower", entered, left))
+        rows.append(PromptRow("vision tower" if pruner.pixels is None else PATCHES, entered, left))
         entered = left
     for layer, stage in sorted(last.stages.items()):
         if layer == 0 and pruner.features is None and 0 not in pruner.layers:

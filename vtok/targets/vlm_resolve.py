@@ -62,6 +62,7 @@ def resolve(vlm: VLM, configs: Sequence[MethodConfig], positions: str | None = N
     positions = positions_of(vlm, configs) if positions is None else positions
     check_positions(positions)
     features: VLMReducer | None = None
+    pixels: VLMReducer | None = None
     layers: dict[int, tuple[Site, VLMReducer]] = {}
     inside = tuple(config for config in configs if in_tower(config))
     tower = resolve_in_tower(vlm, inside) if inside else None
@@ -78,13 +79,21 @@ def resolve(vlm: VLM, configs: Sequence[MethodConfig], positions: str | None = N
         _check_tower(config, reducer, vlm.info)
         for site in reducer.sites:
             _check_site(config, site, vlm.info)
-            taken = features is not None if site.place is Place.IMAGE_FEATURES else site.index in layers
+            before = {Place.IMAGE_FEATURES: features, Place.PATCHES: pixels}
+            taken = before[site.place] is not None if site.place in before else site.index in layers
             if taken:
                 raise ConfigError(f"two methods drop visual tokens at one place ({site}); give them different ones")
             if site.place is Place.IMAGE_FEATURES:
                 features = reducer
+            elif site.place is Place.PATCHES:
+                pixels = reducer
             else:
                 layers[site.index] = (site, reducer)
+    if joint is not None and pixels is not None:
+        raise ConfigError(
+            f"{' + '.join(config.name for config in configs)}: one drops patches in front of the vision tower of "
+            f"{vlm.info.name}, one acts inside on whole images; use one of the two, and another method on the prompt"
+        )
     if joint is not None and tower is not None and features is not None:
         check_readable(features, vlm.info, tower, joint)
     for layer, (site, reducer) in layers.items():
@@ -95,11 +104,11 @@ def resolve(vlm: VLM, configs: Sequence[MethodConfig], positions: str | None = N
         _check_compact(vlm, layers)
     left = iter(() if tower is None else tower.configs)
     chosen = tuple(next(left) if in_tower(config) else config for config in configs)
-    return Pruner(vlm.family, vlm.tokens, features, layers, compact, chosen, vlm.path, tower, joint, trace)
+    return Pruner(vlm.family, vlm.tokens, features, layers, compact, chosen, vlm.path, tower, joint, trace, pixels)
 
 
 def _check_site(config: MethodConfig, site: Site, info: VLMInfo) -> None:
-    if site.place is Place.IMAGE_FEATURES:
+    if site.place in (Place.IMAGE_FEATURES, Place.PATCHES):
         return
     if site.place is not Place.DECODER_IN:
         raise UnsupportedModelError(f"{config.name} acts at {site}, which is no place of a vision-language model's LLM")

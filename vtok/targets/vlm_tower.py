@@ -9,6 +9,7 @@ from dataclasses import replace
 from vtok.capabilities import candidates
 from vtok.config import MethodConfig
 from vtok.core.prompt import VLMInfo, VLMReducer
+from vtok.core.tokens import Place, Site
 from vtok.errors import ConfigError, UnsupportedModelError
 from vtok.patches.block import check
 from vtok.patches.decoder.pass_state import Pruner
@@ -16,6 +17,7 @@ from vtok.patches.hf_vision.adapter import HfAdapter
 from vtok.patches.hf_vlm import tower_bridge as vlm_tower
 from vtok.patches.hf_vlm.families import VLM
 from vtok.patches.hf_vlm.install import pruner_of
+from vtok.patches.hf_vlm.pixels import hooks as pixel_hooks
 from vtok.patches.hf_vlm.tower_bridge import TowerBridge
 from vtok.patches.protocol import Tower
 from vtok.patches.transaction import all_or_nothing, to_the_end
@@ -26,6 +28,7 @@ from vtok.targets.last_pass import tower_info
 from vtok.targets.lifecycle import unpatch
 from vtok.targets.resolve import run_of
 
+PATCHES = str(Site(Place.PATCHES, 0))
 ON_GRID = (
     "what follows the vision tower needs every patch at its place, so that merged tokens are put back on the grid: the tower "
     "gets cheaper, the prompt keeps its length"
@@ -97,7 +100,9 @@ def _for_prompts() -> str:
 
 
 def install_tower(vlm: VLM, pruner: Pruner) -> None:
-    """Installs the part of a resolved patch that acts in the vision tower, if there is one."""
+    """Installs the part of a resolved patch that acts in the vision tower or in front of it, if there is one."""
+    if pruner.pixels is not None:
+        pixel_hooks.install(vlm.module, pruner)
     if pruner.joint is None:
         return
     assert vlm.tower is not None
@@ -109,7 +114,8 @@ def install_tower(vlm: VLM, pruner: Pruner) -> None:
 def place(config: MethodConfig, pruner: Pruner) -> str:
     """Where a method acts, in words."""
     if not in_tower(config):
-        return "on the prompt"
+        first = pruner.pixels is not None and config == getattr(pruner.pixels, "config", None)
+        return f"{PATCHES}: tower and prompt get shorter" if first else "on the prompt"
     if pruner.has_dropped_tokens:
         return "in the vision tower: the prompt gets shorter too"
     return "in the vision tower alone: merged tokens are put back on the grid, the prompt keeps its length"
@@ -133,5 +139,5 @@ def tower_patched(vlm: VLM, pruner: Pruner) -> Iterator[None]:
         all_or_nothing(vlm.module, lambda: install_tower(vlm, pruner))
         yield
     finally:
-        if pruner.joint is not None:
+        if pruner.joint is not None or pruner.pixels is not None:
             to_the_end(lambda: unpatch(vlm.module))

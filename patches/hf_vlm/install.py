@@ -278,7 +278,8 @@ def short_inputs(model: Any, vlm: VLM, inputs: Mapping[str, Any], pruner: Pruner
         "attention_mask": filled.long() if sample is None else None,  # a mask would hide that rows hold several samples
         "position_ids": position,
         "mm_encoder_outputs": {
-            m: short_output(out, chosen.rows[m], len(feature_list(out)) // chosen.images[m]) for m, out in chosen.outputs.items()
+            m: short_output(out, chosen.rows[m], len(feature_list(out)) // chosen.images[m])
+            for m, out in chosen.outputs.items()
         },
     }
     mixed = [m for m, out in short["mm_encoder_outputs"].items() if not repeatable(out, chosen.images[m])]

@@ -120,7 +120,9 @@ def test_frames_handed_over_one_by_one_are_one_video():
     values, (vlm,) = video_inputs(model), find(model)
     with torch.no_grad():
         x = model.model.get_video_features(values["pixel_values_videos"], return_dict=True).pooler_output.unflatten(0, (3, 4))
-    rows = hf.choose(vlm.module, hf.encode(vlm.module, values), vtok.EVS(keep=KEEP).build_vlm(vlm.info), vlm.family, values).rows
+    rows = hf.choose(
+        vlm.module, hf.encode(vlm.module, values), vtok.EVS(keep=KEEP).build_vlm(vlm.info), vlm.family, values
+    ).rows
     change = 1 - torch.nn.functional.cosine_similarity(x[:, 1:], x[:, :-1], dim=-1)
     for stays, differs in zip(rows["video"].view(3, 4, 17), change):
         expected = torch.zeros(3 * 17, dtype=torch.bool)

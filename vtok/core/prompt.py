@@ -333,7 +333,8 @@ class VLMReducer:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Where visual tokens leave: in front of the tower, image features, decoder layers; sites that would change nothing are left out."""
+        """Where visual tokens leave: in front of the tower, image features, decoder layers; sites that would change nothing are
+        left out."""
         raise NotImplementedError
 
     def probe(self, at: Site) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -128,7 +129,8 @@ def video_inputs(model: Any) -> dict[str, Tensor]:
     shown = _unbroken if config.model_type in UNBROKEN else _parted
     videos = [shown(count, frames, start, token) for count, frames in zip(counts, _frames(values))]
     opens, closes = (getattr(config, f"video_{side}_token_id", None) for side in ("start", "end"))
-    videos = videos if closes is None else [[opens, *video, closes] for video in videos]
+    if opens is not None and closes is not None:
+        videos = [[opens, *video, closes] for video in videos]
     rows = [[5, 6, *videos[0], *videos[1], 8, 9], [10, 11, 12, *videos[2], 13, 14, 15]]
     rows = [[*rows[0], *rows[1]]] if config.model_type in ALONE else rows
     longest = max(map(len, rows))
@@ -143,7 +145,7 @@ def video_inputs(model: Any) -> dict[str, Tensor]:
 def _of_frames(features: list[int]) -> list[int]:
     """Tokens of every video, of which the model hands over the frames."""
     ends = [0, FRAMES[0], sum(FRAMES[:2]), sum(FRAMES)]
-    return [sum(features[a:b]) for a, b in zip(ends, ends[1:])]
+    return [sum(features[a:b]) for a, b in itertools.pairwise(ends)]
 
 
 def _frames(values: Values) -> tuple[int, ...]:

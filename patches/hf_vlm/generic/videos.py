@@ -101,8 +101,8 @@ def _frames(model: Any, number: int, kwargs: Mapping[str, Any]) -> int:
 
 
 def compressed(output: Any, kwargs: Mapping[str, Any]) -> Any:
-    """Encoded videos without the tokens that the processor left out of the prompt (VideoLLaMA 3); the model is then to be called
-    without that mask. One that does not fit is left to the model to refuse.
+    """Encoded videos without the tokens that the processor left out of the prompt (VideoLLaMA 3); the model is then to be
+    called without that mask. One that does not fit is left to the model to refuse.
     """
     mask = kwargs.get(COMPRESSED)
     if mask is None or bool(mask.all()) or len(mask) != sum(len(x) for x in feature_list(output)):
@@ -133,7 +133,9 @@ def pieces(modality: str, original: Sequence[int], total: int, kwargs: Mapping[s
     if frames <= 1 or total != videos * frames:
         return 1
     starts = range(0, len(original), frames)
-    if any(list(original[i : i + frames]) != [*range(original[i], original[i] + frames)] or original[i] % frames for i in starts):
+    if any(
+        list(original[i : i + frames]) != [*range(original[i], original[i] + frames)] or original[i] % frames for i in starts
+    ):
         raise StateError(
             f"the features of a video of {frames} frames come frame by frame, and those of mm_encoder_outputs are not all of "
             "them in order; pass what get_video_features returned, or pixels"

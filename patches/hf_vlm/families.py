@@ -278,8 +278,7 @@ def find(model: nn.Module) -> Sequence[VLM]:
 
 def generic(module: nn.Module) -> Family | None:
     """What the interfaces of a model say of it, where no row describes its family; `None` if it is no vision-language model.
-    It is enough to shorten its prompt before the LLM, by methods that look at image features alone, taken as one row an image.
-    """
+    It is enough to shorten its prompt before the LLM, by methods that look at image features alone, one row an image."""
     if not encodes(module) or any(encodes(child) for child in module.children()):
         return None
     text = text_path(module)

@@ -11,6 +11,7 @@ from helpers_generic import (
     KEEP,
     LISTED,
     NUMBERED_ANEW,
+    ON_FRAMES,
     OWN_CACHE,
     OWN_NUMBERS,
     SLOW,
@@ -30,7 +31,6 @@ from vtok.testing.generic_prompts import inputs
 from vtok.testing.generic_videos import FRAMES, UNBROKEN, VIDEO_CLASSES, video_inputs
 from vtok.testing.prompt_oracle import check_prompts
 
-ON_FRAMES = ("evs", "fastvid", "vidcom2")
 FEATURES = ("cdpruner", "divprune", "downsample", "random", "uniform")
 # Own placeholders and times between frames; those of images; frames handed over one by one; pieces of unknown videos.
 FAST = [("qwen3_5", "evs"), ("glm4v", "fastvid"), ("video_llava", "vidcom2"), ("kimi_k25", "divprune"), ("gemma4", "random")]

@@ -3,10 +3,10 @@
 The idea is PixelPrune's (Wang et al., Pixel-Level Adaptive Visual Token Reduction via Predictive Coding, arXiv:2604.00886,
 2026): pages and screens are full of patches that are, pixel by pixel, their neighbour's, and what leaves before the tower makes
 tower and LLM cheaper. ShowUI (Lin et al., CVPR 2025) groups like patches of screenshots too, by connected components, but drops
-them inside the model. Written from descriptions alone (the abstract, and an open pull request of vLLM, in which a threshold of 0
-is equality and a larger one the largest difference of a pixel value). Ours are: which neighbours a unit is compared with (the
-one to the left, then the one above), that near duplicates are compared with the unit that stays for them, so that differences
-do not add up along a gradient, and `compare="image"`.
+them inside the model. Written from descriptions alone (the abstract, and an open pull request of vLLM, in which a threshold of
+0 is equality and a larger one the largest difference of a pixel value). Ours are: which neighbours a unit is compared with
+(the one to the left, then the one above), that near duplicates are compared with the unit that stays for them, so that
+differences do not add up along a gradient, and `compare="image"`.
 
 What leaves or stays is a unit: the square of patches (2 x 2) that the model's merger makes one visual token of.
 

@@ -21,12 +21,12 @@ from vtok.patches.hf_vlm.pixels import hooks as pixel_hooks
 from vtok.patches.hf_vlm.tower_bridge import TowerBridge
 from vtok.patches.protocol import Tower
 from vtok.patches.transaction import all_or_nothing, to_the_end
-from vtok.registry import METHODS
 from vtok.reports.results import TowerInfo
 from vtok.targets.encoder import ResolvedMethods, install, resolve
 from vtok.targets.last_pass import tower_info
 from vtok.targets.lifecycle import unpatch
 from vtok.targets.resolve import run_of
+from vtok.targets.vlm_sites import prompt_methods
 
 PATCHES = str(Site(Place.PATCHES, 0))
 ON_GRID = (
@@ -57,7 +57,7 @@ def resolve_in_tower(vlm: VLM, configs: tuple[MethodConfig, ...]) -> ResolvedMet
         raise UnsupportedModelError(
             f"{' + '.join(dropping)} drops tokens inside the vision tower, but what follows it in {info.name} needs every "
             "patch at its place in the grid; choose a method that merges (pitome, tome), whose tokens are put back on the "
-            f"grid, or one that acts on the prompt: {_for_prompts()}"
+            f"grid, or one that acts on the prompt: {', '.join(prompt_methods(info))}"
         )
     check(tower, resolved.steps)
     first = min(resolved.steps)
@@ -74,7 +74,7 @@ def _tower(vlm: VLM, names: str) -> Tower:
     if vlm.tower is None:
         raise UnsupportedModelError(
             f"{names} reduces tokens inside the vision tower, and that of {vlm.info.name} cannot be patched: "
-            f"{vlm.info.no_tower}; methods that act on its prompts: {_for_prompts()}"
+            f"{vlm.info.no_tower}; methods that act on its prompts: {', '.join(prompt_methods(vlm.info))}"
         )
     return vlm.tower
 
@@ -93,10 +93,6 @@ def check_readable(features: VLMReducer, info: VLMInfo, tower: ResolvedMethods, 
             f"a method on the prompt compares all patches that block {max(blocks)} of the vision tower of {info.name} sees, "
             f"but {names} reduces them from block {first} on; use one of the two, or another method on the prompt"
         )
-
-
-def _for_prompts() -> str:
-    return ", ".join(name for name in METHODS if METHODS.get(name).for_vlms())
 
 
 def install_tower(vlm: VLM, pruner: Pruner) -> None:

@@ -95,8 +95,7 @@ class TokenChoice:
             )
         if any(site.place is Place.PATCHES for site in reducer.sites):
             raise UnsupportedModelError(
-                f"{config.name} drops patches in front of the vision tower, which a serving engine runs itself, on whole images; "
-                f"{hint}"
+                f"{config.name} drops patches in front of the vision tower, which an engine runs itself on whole images; {hint}"
             )
         if not reducer.sites:
             return

@@ -1,11 +1,13 @@
 """pixel_dedup: units of patches that show the same leave in front of the towers of the Qwen-VL family."""
 
+import copy
 import sys
 
 import pytest
 import torch
 from helpers_errors import message_of
 from helpers_generic import by_hand, close
+from test_vlm_turns import columns, converse, masked, same, three
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import vision_utils
@@ -172,6 +174,44 @@ def test_other_methods_choose_among_what_is_left():
     assert check_prompts(model, values, steps=2).fault is None
     text = message_of(vtok.ConfigError, vtok.patch, model, ["pixel_dedup", vtok.PixelDedup(threshold=1)])
     assert "two methods drop visual tokens at one place (in front of the vision tower)" in text
+
+
+def test_beams_and_a_later_turn():
+    """A second turn with images, behind a cache that holds a shortened one: what left is hidden in every layer of the unpatched
+    model, which is given the features of what stays."""
+    model, (first, second) = build("Qwen2.5-VL"), (inputs("Qwen2.5-VL", seed) for seed in (0, 1))
+    first, second = page(first, model), page(second, model, 1)
+
+    def beams(given):
+        given = {key: copy.copy(x) for key, x in given.items()}
+        return model.generate(**given, max_new_tokens=4, num_beams=2, do_sample=False)[:, given["input_ids"].shape[1] :]
+
+    expected = beams(vtok.prune_inputs(model, first, "pixel_dedup"))
+    vtok.patch(model, "pixel_dedup")
+    assert torch.equal(beams(first), expected)
+
+    turns, alive, shown = [first, turn_of_text(), second], [], []
+    for turn in turns:
+        stays, shows = torch.ones_like(turn["input_ids"], dtype=torch.bool), turn
+        if "pixel_values" in turn:
+            with torch.no_grad():
+                output = hf.encode(model.model, turn)["image"]
+            there = ~holes(torch.cat(list(output.pooler_output)))
+            stays[turn["input_ids"] == model.config.image_token_id] = there
+            output.pooler_output = [x.masked_fill(holes(x)[:, None], 0) for x in output.pooler_output]
+            shows = {key: x for key, x in turn.items() if key != "pixel_values"} | {"mm_encoder_outputs": {"image": output}}
+        alive.append(stays)
+        shown.append(shows)
+    positions = three(model, 2, columns(turns))
+    found, _ = converse(model, turns, positions)
+    vtok.unpatch(model)
+    wanted, _ = masked(model, shown, torch.cat(alive, 1), positions)
+    assert not torch.cat(alive, 1).all()
+    same(found, wanted, torch.cat(alive, 1), turns)
+
+
+def turn_of_text():
+    return {"input_ids": torch.tensor([[7, 8, 9], [10, 11, 12]]), "attention_mask": torch.ones(2, 3, dtype=torch.long)}
 
 
 @pytest.mark.parametrize("name", ["Qwen2.5-VL", "Qwen3-VL"])

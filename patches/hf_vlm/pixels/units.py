@@ -69,7 +69,7 @@ def shortened(tower: Any, grid: Tensor, keep: Tensor) -> tuple[Tensor, dict[str,
     """
     from transformers import vision_utils
 
-    m, merge = unit_of(tower), tower.spatial_merge_size
+    m, merge, grid = unit_of(tower), tower.spatial_merge_size, grid.to(keep.device)
     rows = _patches(keep.nonzero()[:, 0], m)
     changed = {
         "position_ids": vision_utils.get_vision_position_ids(grid, merge)[rows],

@@ -76,7 +76,7 @@ class VLMInfo:
     connector_macs: int = 0
     videos: bool = False
     no_frames: str | None = None
-    no_patches: str | None = "it is given whole images"
+    no_patches: str | None = "it takes whole images alone"
     no_layers: str | None = None
     generic: bool = False
 

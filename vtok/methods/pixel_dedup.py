@@ -64,8 +64,8 @@ class PixelDedup(MethodConfig):
     def build_vlm(self, info: VLMInfo) -> PixelDedupReducer:
         if info.no_patches is not None:
             raise UnsupportedModelError(
-                f"{self.name} drops patches in front of the vision tower, which that of {info.name} does not allow: "
-                f"{info.no_patches}; methods that act on its prompts can drop visual tokens behind it"
+                f"{self.name} drops patches in front of the vision tower, which the one of {info.name} cannot do without: "
+                f"{info.no_patches}; choose a method that drops visual tokens behind it, such as downsample"
             )
         return PixelDedupReducer(self)
 

@@ -27,90 +27,94 @@ inside, images that are put in front of a prompt or marked by no placeholder, an
 
 <!-- generic matrix: `vtok matrix --generic` -->
 
-| class | cdpruner | dart | divprune | downsample | fastv | pyramiddrop | random | sparsevlm | todre | uniform |
-|---|---|---|---|---|---|---|---|---|---|---|
-| apertus1p5 | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
-| aria | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| aya_vision | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
-| cohere2_vision | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
-| cohere_compass | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| cosmos3_edge | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| cosmos3_omni | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| deepseek_ocr2 | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| deepseek_vl | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| deepseek_vl_hybrid | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| dots3_note | generic | no <sup>2</sup> | generic | generic | no <sup>2</sup> | no <sup>2</sup> | generic | no <sup>2</sup> | no <sup>2</sup> | generic |
-| emu3 | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| ernie4_5_vl_moe | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
-| exaone4_5 | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
-| fast_vlm | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| fuyu | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
-| gemma3n | generic | no <sup>3</sup> | generic | generic | no <sup>3</sup> | no <sup>3</sup> | generic | no <sup>3</sup> | no <sup>3</sup> | generic |
-| gemma4 | generic | no <sup>3</sup> | generic | generic | no <sup>3</sup> | no <sup>3</sup> | generic | no <sup>3</sup> | no <sup>3</sup> | generic |
-| gemma4_unified | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
-| glm46v | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| glm4v | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| glm4v_moe | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| glm5_next | generic | no <sup>4</sup> | generic | generic | no <sup>4</sup> | no <sup>4</sup> | generic | no <sup>4</sup> | no <sup>4</sup> | generic |
-| glm_ocr | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| glmga | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| got_ocr2 | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| granite4_vision | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
-| granite_docling | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| hunyuan_vl | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
-| hy_v4_vl | generic | no <sup>2</sup> | generic | generic | no <sup>2</sup> | no <sup>2</sup> | generic | no <sup>2</sup> | no <sup>2</sup> | generic |
-| hyperclovax_vision_v2 | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| idefics2 | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| inkling2 | generic | no <sup>5</sup> | generic | generic | no <sup>5</sup> | no <sup>5</sup> | generic | no <sup>5</sup> | no <sup>5</sup> | generic |
-| inkling2_loop | generic | no <sup>5</sup> | generic | generic | no <sup>5</sup> | no <sup>5</sup> | generic | no <sup>5</sup> | no <sup>5</sup> | generic |
-| janus | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| kimi_k25 | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
-| lfm2_vl | generic | no <sup>6</sup> | generic | generic | no <sup>6</sup> | no <sup>6</sup> | generic | no <sup>6</sup> | no <sup>6</sup> | generic |
-| lfm3_vl | generic | no <sup>6</sup> | generic | generic | no <sup>6</sup> | no <sup>6</sup> | generic | no <sup>6</sup> | no <sup>6</sup> | generic |
-| lighton_ocr | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| llama4 | generic | no <sup>7</sup> | generic | generic | no <sup>7</sup> | no <sup>7</sup> | generic | no <sup>7</sup> | no <sup>7</sup> | generic |
-| llava_next_video | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| minicpm_ocr | generic | no <sup>8</sup> | generic | generic | no <sup>8</sup> | no <sup>8</sup> | generic | no <sup>8</sup> | no <sup>8</sup> | generic |
-| minicpmv4_6 | generic | no <sup>8</sup> | generic | generic | no <sup>8</sup> | no <sup>8</sup> | generic | no <sup>8</sup> | no <sup>8</sup> | generic |
-| minicpmv4_7 | generic | no <sup>8</sup> | generic | generic | no <sup>8</sup> | no <sup>8</sup> | generic | no <sup>8</sup> | no <sup>8</sup> | generic |
-| minimax_m3_vl | generic | no <sup>9</sup> | generic | generic | no <sup>9</sup> | no <sup>9</sup> | generic | no <sup>9</sup> | no <sup>9</sup> | generic |
-| mistral3 | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| mistral_large4 | generic | no <sup>2</sup> | generic | generic | no <sup>2</sup> | no <sup>2</sup> | generic | no <sup>2</sup> | no <sup>2</sup> | generic |
-| molmo2 | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| muse_glimmer | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
-| muse_spark | generic | no <sup>1</sup> | generic | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic |
-| nemotron_h_omni | generic | no <sup>8</sup> | generic | generic | no <sup>8</sup> | no <sup>8</sup> | generic | no <sup>8</sup> | no <sup>8</sup> | generic |
-| ovis2 | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| paddleocr_vl | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| perception_lm | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| pp_chart2table | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| qianfan_ocr | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| qwen2_5_omni_thinker | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| qwen3_5 | generic | no <sup>8</sup> | generic | generic | no <sup>8</sup> | no <sup>8</sup> | generic | no <sup>8</sup> | no <sup>8</sup> | generic |
-| qwen3_5_moe | generic | no <sup>8</sup> | generic | generic | no <sup>8</sup> | no <sup>8</sup> | generic | no <sup>8</sup> | no <sup>8</sup> | generic |
-| qwen3_omni_moe_thinker | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| qwen3_vl_moe | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| qwen4_exp | generic | no <sup>4</sup> | generic | generic | no <sup>4</sup> | no <sup>4</sup> | generic | no <sup>4</sup> | no <sup>4</sup> | generic |
-| step3p7 | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| unlimited_ocr | generic | no <sup>10</sup> | generic | generic | no <sup>10</sup> | no <sup>10</sup> | generic | no <sup>10</sup> | no <sup>10</sup> | generic |
-| video_llama_3 | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| video_llava | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
-| vipllava | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
+| class | cdpruner | dart | divprune | downsample | evs | fastv | fastvid | pixel_dedup | pyramiddrop | random | sparsevlm | todre | uniform | vidcom2 |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
+| apertus1p5 | generic | no <sup>1</sup> | generic | generic | no <sup>2</sup> | no <sup>1</sup> | no <sup>2</sup> | no <sup>3</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>2</sup> |
+| aria | generic | generic | generic | generic | no <sup>2</sup> | generic | no <sup>2</sup> | no <sup>3</sup> | generic | generic | generic | generic | generic | no <sup>2</sup> |
+| aya_vision | generic | no <sup>1</sup> | generic | generic | no <sup>2</sup> | no <sup>1</sup> | no <sup>2</sup> | no <sup>3</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>2</sup> |
+| cohere2_vision | generic | no <sup>1</sup> | generic | generic | no <sup>2</sup> | no <sup>1</sup> | no <sup>2</sup> | no <sup>3</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>2</sup> |
+| cohere_compass | generic | generic | generic | generic | generic | generic | generic | no <sup>3</sup> | generic | generic | generic | generic | generic | generic |
+| cosmos3_edge | generic | generic | generic | generic | generic | generic | generic | no <sup>3</sup> | generic | generic | generic | generic | generic | generic |
+| cosmos3_omni | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
+| deepseek_ocr2 | generic | generic | generic | generic | no <sup>2</sup> | generic | no <sup>2</sup> | no <sup>3</sup> | generic | generic | generic | generic | generic | no <sup>2</sup> |
+| deepseek_vl | generic | generic | generic | generic | no <sup>2</sup> | generic | no <sup>2</sup> | no <sup>3</sup> | generic | generic | generic | generic | generic | no <sup>2</sup> |
+| deepseek_vl_hybrid | generic | generic | generic | generic | no <sup>2</sup> | generic | no <sup>2</sup> | no <sup>3</sup> | generic | generic | generic | generic | generic | no <sup>2</sup> |
+| dots3_note | generic | no <sup>4</sup> | generic | generic | generic | no <sup>4</sup> | generic | no <sup>3</sup> | no <sup>4</sup> | generic | no <sup>4</sup> | no <sup>4</sup> | generic | generic |
+| emu3 | generic | generic | generic | generic | no <sup>2</sup> | generic | no <sup>2</sup> | no <sup>3</sup> | generic | generic | generic | generic | generic | no <sup>2</sup> |
+| ernie4_5_vl_moe | generic | no <sup>1</sup> | generic | generic | generic | no <sup>1</sup> | generic | no <sup>3</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic | generic |
+| exaone4_5 | generic | no <sup>1</sup> | generic | generic | generic | no <sup>1</sup> | generic | no <sup>3</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic | generic |
+| fast_vlm | generic | generic | generic | generic | no <sup>2</sup> | generic | no <sup>2</sup> | no <sup>3</sup> | generic | generic | generic | generic | generic | no <sup>2</sup> |
+| fuyu | generic | no <sup>1</sup> | generic | generic | no <sup>2</sup> | no <sup>1</sup> | no <sup>2</sup> | no <sup>3</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>2</sup> |
+| gemma3n | generic | no <sup>5</sup> | generic | generic | no <sup>2</sup> | no <sup>5</sup> | no <sup>2</sup> | no <sup>3</sup> | no <sup>5</sup> | generic | no <sup>5</sup> | no <sup>5</sup> | generic | no <sup>2</sup> |
+| gemma4 | generic | no <sup>5</sup> | generic | generic | generic | no <sup>5</sup> | generic | no <sup>3</sup> | no <sup>5</sup> | generic | no <sup>5</sup> | no <sup>5</sup> | generic | generic |
+| gemma4_unified | generic | no <sup>1</sup> | generic | generic | generic | no <sup>1</sup> | generic | no <sup>3</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic | generic |
+| glm46v | generic | generic | generic | generic | generic | generic | generic | no <sup>3</sup> | generic | generic | generic | generic | generic | generic |
+| glm4v | generic | generic | generic | generic | generic | generic | generic | no <sup>3</sup> | generic | generic | generic | generic | generic | generic |
+| glm4v_moe | generic | generic | generic | generic | generic | generic | generic | no <sup>3</sup> | generic | generic | generic | generic | generic | generic |
+| glm5_next | generic | no <sup>6</sup> | generic | generic | generic | no <sup>6</sup> | generic | no <sup>3</sup> | no <sup>6</sup> | generic | no <sup>6</sup> | no <sup>6</sup> | generic | generic |
+| glm_ocr | generic | generic | generic | generic | generic | generic | generic | no <sup>3</sup> | generic | generic | generic | generic | generic | generic |
+| glmga | generic | generic | generic | generic | generic | generic | generic | no <sup>3</sup> | generic | generic | generic | generic | generic | generic |
+| got_ocr2 | generic | generic | generic | generic | no <sup>2</sup> | generic | no <sup>2</sup> | no <sup>3</sup> | generic | generic | generic | generic | generic | no <sup>2</sup> |
+| granite4_vision | generic | no <sup>1</sup> | generic | generic | no <sup>2</sup> | no <sup>1</sup> | no <sup>2</sup> | no <sup>3</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>2</sup> |
+| granite_docling | generic | generic | generic | generic | no <sup>2</sup> | generic | no <sup>2</sup> | no <sup>3</sup> | generic | generic | generic | generic | generic | no <sup>2</sup> |
+| hunyuan_vl | generic | no <sup>1</sup> | generic | generic | no <sup>2</sup> | no <sup>1</sup> | no <sup>2</sup> | no <sup>3</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>2</sup> |
+| hy_v4_vl | generic | no <sup>4</sup> | generic | generic | generic | no <sup>4</sup> | generic | no <sup>3</sup> | no <sup>4</sup> | generic | no <sup>4</sup> | no <sup>4</sup> | generic | generic |
+| hyperclovax_vision_v2 | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
+| idefics2 | generic | generic | generic | generic | no <sup>2</sup> | generic | no <sup>2</sup> | no <sup>3</sup> | generic | generic | generic | generic | generic | no <sup>2</sup> |
+| inkling2 | generic | no <sup>7</sup> | generic | generic | no <sup>2</sup> | no <sup>7</sup> | no <sup>2</sup> | no <sup>3</sup> | no <sup>7</sup> | generic | no <sup>7</sup> | no <sup>7</sup> | generic | no <sup>2</sup> |
+| inkling2_loop | generic | no <sup>7</sup> | generic | generic | no <sup>2</sup> | no <sup>7</sup> | no <sup>2</sup> | no <sup>3</sup> | no <sup>7</sup> | generic | no <sup>7</sup> | no <sup>7</sup> | generic | no <sup>2</sup> |
+| janus | generic | generic | generic | generic | no <sup>2</sup> | generic | no <sup>2</sup> | no <sup>3</sup> | generic | generic | generic | generic | generic | no <sup>2</sup> |
+| kimi_k25 | generic | no <sup>1</sup> | generic | generic | no <sup>8</sup> | no <sup>1</sup> | no <sup>8</sup> | no <sup>3</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic | no <sup>8</sup> |
+| lfm2_vl | generic | no <sup>9</sup> | generic | generic | no <sup>2</sup> | no <sup>9</sup> | no <sup>2</sup> | no <sup>3</sup> | no <sup>9</sup> | generic | no <sup>9</sup> | no <sup>9</sup> | generic | no <sup>2</sup> |
+| lfm3_vl | generic | no <sup>9</sup> | generic | generic | generic | no <sup>9</sup> | generic | no <sup>3</sup> | no <sup>9</sup> | generic | no <sup>9</sup> | no <sup>9</sup> | generic | generic |
+| lighton_ocr | generic | generic | generic | generic | no <sup>2</sup> | generic | no <sup>2</sup> | no <sup>3</sup> | generic | generic | generic | generic | generic | no <sup>2</sup> |
+| llama4 | generic | no <sup>10</sup> | generic | generic | no <sup>2</sup> | no <sup>10</sup> | no <sup>2</sup> | no <sup>3</sup> | no <sup>10</sup> | generic | no <sup>10</sup> | no <sup>10</sup> | generic | no <sup>2</sup> |
+| llava_next_video | generic | generic | generic | generic | generic | generic | generic | no <sup>3</sup> | generic | generic | generic | generic | generic | generic |
+| minicpm_ocr | generic | no <sup>11</sup> | generic | generic | no <sup>12</sup> | no <sup>11</sup> | no <sup>12</sup> | no <sup>3</sup> | no <sup>11</sup> | generic | no <sup>11</sup> | no <sup>11</sup> | generic | no <sup>12</sup> |
+| minicpmv4_6 | generic | no <sup>11</sup> | generic | generic | no <sup>12</sup> | no <sup>11</sup> | no <sup>12</sup> | no <sup>3</sup> | no <sup>11</sup> | generic | no <sup>11</sup> | no <sup>11</sup> | generic | no <sup>12</sup> |
+| minicpmv4_7 | generic | no <sup>11</sup> | generic | generic | no <sup>12</sup> | no <sup>11</sup> | no <sup>12</sup> | no <sup>3</sup> | no <sup>11</sup> | generic | no <sup>11</sup> | no <sup>11</sup> | generic | no <sup>12</sup> |
+| minimax_m3_vl | generic | no <sup>13</sup> | generic | generic | no <sup>8</sup> | no <sup>13</sup> | no <sup>8</sup> | no <sup>3</sup> | no <sup>13</sup> | generic | no <sup>13</sup> | no <sup>13</sup> | generic | no <sup>8</sup> |
+| mistral3 | generic | generic | generic | generic | no <sup>2</sup> | generic | no <sup>2</sup> | no <sup>3</sup> | generic | generic | generic | generic | generic | no <sup>2</sup> |
+| mistral_large4 | generic | no <sup>4</sup> | generic | generic | no <sup>2</sup> | no <sup>4</sup> | no <sup>2</sup> | no <sup>3</sup> | no <sup>4</sup> | generic | no <sup>4</sup> | no <sup>4</sup> | generic | no <sup>2</sup> |
+| molmo2 | generic | generic | generic | generic | generic | generic | generic | no <sup>3</sup> | generic | generic | generic | generic | generic | generic |
+| muse_glimmer | generic | no <sup>1</sup> | generic | generic | generic | no <sup>1</sup> | generic | no <sup>3</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic | generic |
+| muse_spark | generic | no <sup>1</sup> | generic | generic | generic | no <sup>1</sup> | generic | no <sup>3</sup> | no <sup>1</sup> | generic | no <sup>1</sup> | no <sup>1</sup> | generic | generic |
+| nemotron_h_omni | generic | no <sup>11</sup> | generic | generic | generic | no <sup>11</sup> | generic | no <sup>3</sup> | no <sup>11</sup> | generic | no <sup>11</sup> | no <sup>11</sup> | generic | generic |
+| ovis2 | generic | generic | generic | generic | no <sup>2</sup> | generic | no <sup>2</sup> | no <sup>3</sup> | generic | generic | generic | generic | generic | no <sup>2</sup> |
+| paddleocr_vl | generic | generic | generic | generic | no <sup>2</sup> | generic | no <sup>2</sup> | no <sup>3</sup> | generic | generic | generic | generic | generic | no <sup>2</sup> |
+| perception_lm | generic | generic | generic | generic | generic | generic | generic | no <sup>3</sup> | generic | generic | generic | generic | generic | generic |
+| pp_chart2table | generic | generic | generic | generic | no <sup>2</sup> | generic | no <sup>2</sup> | no <sup>3</sup> | generic | generic | generic | generic | generic | no <sup>2</sup> |
+| qianfan_ocr | generic | generic | generic | generic | no <sup>2</sup> | generic | no <sup>2</sup> | no <sup>3</sup> | generic | generic | generic | generic | generic | no <sup>2</sup> |
+| qwen2_5_omni_thinker | generic | generic | generic | generic | generic | generic | generic | no <sup>3</sup> | generic | generic | generic | generic | generic | generic |
+| qwen3_5 | generic | no <sup>11</sup> | generic | generic | generic | no <sup>11</sup> | generic | generic | no <sup>11</sup> | generic | no <sup>11</sup> | no <sup>11</sup> | generic | generic |
+| qwen3_5_moe | generic | no <sup>11</sup> | generic | generic | generic | no <sup>11</sup> | generic | generic | no <sup>11</sup> | generic | no <sup>11</sup> | no <sup>11</sup> | generic | generic |
+| qwen3_omni_moe_thinker | generic | generic | generic | generic | generic | generic | generic | no <sup>3</sup> | generic | generic | generic | generic | generic | generic |
+| qwen3_vl_moe | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic | generic |
+| qwen4_exp | generic | no <sup>6</sup> | generic | generic | generic | no <sup>6</sup> | generic | no <sup>3</sup> | no <sup>6</sup> | generic | no <sup>6</sup> | no <sup>6</sup> | generic | generic |
+| step3p7 | generic | generic | generic | generic | no <sup>2</sup> | generic | no <sup>2</sup> | no <sup>3</sup> | generic | generic | generic | generic | generic | no <sup>2</sup> |
+| unlimited_ocr | generic | no <sup>14</sup> | generic | generic | no <sup>2</sup> | no <sup>14</sup> | no <sup>2</sup> | no <sup>3</sup> | no <sup>14</sup> | generic | no <sup>14</sup> | no <sup>14</sup> | generic | no <sup>2</sup> |
+| video_llama_3 | generic | generic | generic | generic | generic | generic | generic | no <sup>3</sup> | generic | generic | generic | generic | generic | generic |
+| video_llava | generic | generic | generic | generic | generic | generic | generic | no <sup>3</sup> | generic | generic | generic | generic | generic | generic |
+| vipllava | generic | generic | generic | generic | no <sup>2</sup> | generic | no <sup>2</sup> | no <sup>3</sup> | generic | generic | generic | generic | generic | no <sup>2</sup> |
 
 1. drops tokens between decoder layers, but none can leave between the layers of the model: its LLM is not among those whose layers vtok has been tested with.
-2. drops tokens between decoder layers, but none can leave between the layers of the model: its LLM has layers of type indexed_attention, whose state cannot forget single tokens or counts them.
-3. drops tokens between decoder layers, but none can leave between the layers of the model: layers of its LLM share keys and values, and would have to hold the same tokens.
-4. drops tokens between decoder layers, but none can leave between the layers of the model: its LLM has layers of type indexed_attention, linear_attention, whose state cannot forget single tokens or counts them.
-5. drops tokens between decoder layers, but none can leave between the layers of the model: its LLM has layers of type hybrid, hybrid_sliding, whose state cannot forget single tokens or counts them.
-6. drops tokens between decoder layers, but none can leave between the layers of the model: its LLM has layers of type conv, whose state cannot forget single tokens or counts them.
-7. drops tokens between decoder layers, but none can leave between the layers of the model: its LLM has layers of type chunked_attention, whose state cannot forget single tokens or counts them.
-8. drops tokens between decoder layers, but none can leave between the layers of the model: its LLM has layers of type linear_attention, whose state cannot forget single tokens or counts them.
-9. drops tokens between decoder layers, but none can leave between the layers of the model: its LLM has layers of type minimax_m3_sparse, whose state cannot forget single tokens or counts them.
-10. drops tokens between decoder layers, but none can leave between the layers of the model: its LLM has layers of type reference_sliding_attention, whose state cannot forget single tokens or counts them.
+2. drops visual tokens of videos, and the model reads none.
+3. drops patches in front of the vision tower, which the one of the model cannot do without: it is none of the Qwen-VL family, whose towers take any patches; choose a method that drops visual tokens behind it, such as downsample.
+4. drops tokens between decoder layers, but none can leave between the layers of the model: its LLM has layers of type indexed_attention, whose state cannot forget single tokens or counts them.
+5. drops tokens between decoder layers, but none can leave between the layers of the model: layers of its LLM share keys and values, and would have to hold the same tokens.
+6. drops tokens between decoder layers, but none can leave between the layers of the model: its LLM has layers of type indexed_attention, linear_attention, whose state cannot forget single tokens or counts them.
+7. drops tokens between decoder layers, but none can leave between the layers of the model: its LLM has layers of type hybrid, hybrid_sliding, whose state cannot forget single tokens or counts them.
+8. compares the frames of a video, which cannot be told of the model: a long video comes in chunks, which are handed over one by one, and nothing says which belong together.
+9. drops tokens between decoder layers, but none can leave between the layers of the model: its LLM has layers of type conv, whose state cannot forget single tokens or counts them.
+10. drops tokens between decoder layers, but none can leave between the layers of the model: its LLM has layers of type chunked_attention, whose state cannot forget single tokens or counts them.
+11. drops tokens between decoder layers, but none can leave between the layers of the model: its LLM has layers of type linear_attention, whose state cannot forget single tokens or counts them.
+12. compares the frames of a video, which cannot be told of the model: its frames, and slices of frames, are handed over one by one, and nothing says which belong together.
+13. drops tokens between decoder layers, but none can leave between the layers of the model: its LLM has layers of type minimax_m3_sparse, whose state cannot forget single tokens or counts them.
+14. drops tokens between decoder layers, but none can leave between the layers of the model: its LLM has layers of type reference_sliding_attention, whose state cannot forget single tokens or counts them.
 
-On none of them: atp, ats, correlation, evs, fastervlm, fastvid, hired, holov, pitome, prumerge, tome, vidcom2, visionzip, vispruner, zero_tprune, which need the row of a family.
+On none of them: atp, ats, correlation, fastervlm, hired, holov, pitome, prumerge, tome, visionzip, vispruner, zero_tprune, which need the row of a family.
 
-**67 classes x 25 methods: 510 cells generic.**
+**67 classes x 26 methods: 608 cells generic.**
 
 <!-- end of the generic matrix -->
 """  # noqa: E501  # rows of the table, which cannot be broken

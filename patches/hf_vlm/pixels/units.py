@@ -46,10 +46,7 @@ def tower_of(model: Any) -> nn.Module | None:
 
 def why_not(model: Any) -> str | None:
     """Why patches cannot leave in front of the vision tower of a model, or `None` if they can."""
-    if tower_of(model) is not None:
-        return None
-    tower = next((child for name, child in model.named_children() if name.startswith("vision") or name == "visual"), None)
-    return f"{type(model if tower is None else tower).__name__} is no tower of the Qwen-VL family, which takes any patches"
+    return None if tower_of(model) is not None else "it is none of the Qwen-VL family, whose towers take any patches"
 
 
 def unit_of(tower: Any) -> int:

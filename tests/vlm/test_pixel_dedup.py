@@ -1,6 +1,7 @@
 """pixel_dedup: units of patches that show the same leave in front of the towers of the Qwen-VL family."""
 
 import copy
+import itertools
 import sys
 
 import pytest
@@ -135,8 +136,14 @@ def generic_models_inputs(model):
     return made(model)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.compare}-{c.threshold}")
-@pytest.mark.parametrize("name", QWEN)
+FAST = [("Qwen2.5-VL", CONFIGS[0]), ("Qwen3-VL", CONFIGS[2])]
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [pair if pair in FAST else pytest.param(*pair, marks=pytest.mark.slow) for pair in itertools.product(QWEN, CONFIGS)],
+    ids=str,
+)
 def test_the_llm_sees_what_masking_would_show_it(name, config):
     """generate() with a cache, left padding, positions of the whole prompt; a batch is what its prompts are alone."""
     model = build(name)

@@ -43,15 +43,19 @@ def _cases(names, methods=(*ON_FRAMES, *FEATURES)):
     return [pair if pair in FAST else pytest.param(*pair, marks=SLOW) for pair in pairs]
 
 
+@SLOW
 def test_which_models_read_videos():
     """The classes with a prompt to test are those that take pixels of videos, and vtok knows it of each."""
     read = {name for name in CLASSES if name in LISTED for vlm in find(empty(name)) if vlm.info.videos}
     assert read == set(THOSE)
     for name in THOSE:
-        model = empty(name)
-        support = vtok.supports(model).methods
+        support = vtok.supports(empty(name)).methods
         for method in ON_FRAMES:
             assert (support[method] is None) == (name not in UNTOLD)
+
+
+def test_why_frames_cannot_be_told():
+    assert vtok.supports(empty("molmo2")).methods["evs"] is None
     text = vtok.supports(empty("kimi_k25")).methods["evs"]
     assert "cannot be told of Kimi_K25Model: a long video comes in chunks, which are handed over one by one" in text
     assert "reads none" in vtok.supports(empty("mistral3")).methods["evs"]

@@ -78,7 +78,7 @@ def _acts(name: str, info: VLMInfo) -> bool:
         try:
             reducer = prompt_reducer(config, info)
             check_tower(config, reducer, info)
-            layers = {}
+            layers: dict[int, VLMReducer] = {}
             for site in reducer.sites:
                 check_site(config, site, info)
                 layers |= {site.index: reducer} if site.place is Place.DECODER_IN else {}

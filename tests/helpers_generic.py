@@ -29,6 +29,7 @@ NUMBERED_ANEW = ("llama4", "minimax_m3_vl")  # attention within chunks, or to bl
 OWN_CACHE = ("dots3_note", "nemotron_h_omni")  # with a cache the unpatched models themselves say something else than without
 CACHED_ALONE = ("ernie4_5_vl_moe",)  # generate(use_cache=False) of the unpatched model fails
 OWN_NUMBERS = ("exaone4_5", "hyperclovax_vision_v2")  # generate() passes them no positions
+ON_FRAMES = ("evs", "fastvid", "vidcom2")
 NEEDS_MORE = ("dart",)  # visual tokens than these prompts have
 
 

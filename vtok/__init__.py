@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from vtok.methods.in_llm.pyramiddrop import PyramidDrop
     from vtok.methods.in_llm.sparsevlm import SparseVLM
     from vtok.methods.pitome import PiToMe
+    from vtok.methods.pixel_dedup import PixelDedup
     from vtok.methods.todre import ToDRE
     from vtok.methods.tome import ToMe
     from vtok.methods.video.evs import EVS
@@ -69,6 +70,7 @@ _CONFIGS = {
     "HiRED": "hired",
     "HoloV": "holov",
     "PiToMe": "pitome",
+    "PixelDedup": "pixel_dedup",
     "PruMerge": "prumerge",
     "PyramidDrop": "pyramiddrop",
     "RandomDrop": "random",
@@ -110,6 +112,7 @@ __all__ = [
     "HoloV",
     "MissingExtraError",
     "PiToMe",
+    "PixelDedup",
     "Prompt",
     "PruMerge",
     "PyramidDrop",

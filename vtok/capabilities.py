@@ -145,7 +145,8 @@ def candidates(config: Named, info: Info) -> Sequence[Any]:
     if isinstance(config, HasBudget) and _acts_on(config, info):
         return config.budget_candidates(info)
     where = "" if isinstance(info, ModelInfo) else " for a vision-language model"
-    raise ConfigError(f"{config.name} has no single knob that a FLOPs budget{where} could set")
+    why = getattr(config, "no_budget", "") or f"has no single knob that a FLOPs budget{where} could set"
+    raise ConfigError(f"{config.name} {why}")
 
 
 def search_space(config: Named, info: Info) -> Space:

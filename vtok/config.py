@@ -45,6 +45,7 @@ class MethodConfig(RenamedMethods):
         merges: inside an encoder, every token that goes is folded into one that stays: none is dropped.
         set_by_budget: parameters that a FLOPs budget sets: given beside a budget they are refused.
         default_flops: share of the blocks' FLOPs that is taken when `needs_budget()`.
+        no_budget: why no FLOPs budget can set it, behind its name; "" = the usual words.
         image_only: parameters under which it decides from an image alone, before the LLM: what `vtok.serving` can serve of it.
     """
 
@@ -52,6 +53,7 @@ class MethodConfig(RenamedMethods):
     merges: ClassVar[bool] = False
     set_by_budget: ClassVar[tuple[str, ...]] = ()
     default_flops: ClassVar[float | None] = None
+    no_budget: ClassVar[str] = ""
     image_only: ClassVar[Mapping[str, Any]] = {}
 
     def __post_init__(self) -> None:

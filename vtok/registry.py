@@ -105,6 +105,7 @@ METHODS: Registry[Any] = Registry(
         "fastvid": "vtok.methods.video.fastvid:FastVID",
         "hired": "vtok.methods.features.hired:HiRED",
         "holov": "vtok.methods.features.holov:HoloV",
+        "pixel_dedup": "vtok.methods.pixel_dedup:PixelDedup",
         "pitome": "vtok.methods.pitome:PiToMe",
         "prumerge": "vtok.methods.features.prumerge:PruMerge",
         "pyramiddrop": "vtok.methods.in_llm.pyramiddrop:PyramidDrop",

@@ -78,7 +78,12 @@ class Compiler:
         if self.dynamic:
             raise ConfigError("--dynamic is for batches of images; steps of generate() have the shape of their cache")
         mode = self.mode if self.backend == "inductor" else None
-        config = CompileConfig(backend=self.backend, mode=mode, fullgraph=False, dynamic=False)
+        config: Any = CompileConfig(
+            backend=self.backend,
+            mode=mode,  # type: ignore[arg-type]
+            fullgraph=False,
+            dynamic=False,
+        )
         config._compile_all_devices = True  # transformers compiles on accelerators by itself, on the CPU when told so
         return {"cache_implementation": "static", "compile_config": config}
 

@@ -110,9 +110,10 @@ class BeforeModel(PrunerHook):
         encoded = hf.encode(module, kwargs, hands_on=pruner.family.hands_on)
         chosen = hf.choose(module, encoded, pruner.features, pruner.family, kwargs, pruner.has_dropped_tokens)
         keep = hf.kept_columns(ids, pruner.tokens, chosen.rows)
-        kwargs = {name: value for name, value in kwargs.items() if name not in hf.PIXELS.values()}
+        kwargs = {name: value for name, value in kwargs.items() if name not in {*hf.PIXELS.values(), hf.COMPRESSED}}
         kwargs["mm_encoder_outputs"] = {modality: plain(output) for modality, output in chosen.outputs.items()}
         if keep is None:
+            running.unmatched = True
             return kwargs
         real = masks.real_columns(kwargs.get("attention_mask"), ids.shape[0], ids.shape[1], ids.device, running.later)
         running.prunes, running.visual, running.given = True, visual & real, encoded if given is None else given
@@ -151,9 +152,12 @@ class AfterModel(PrunerHook):
             return
         running = self.pruner.current
         missed = output is not None and running is not None and running.prunes and not running.reached
-        self.pruner.close(failed=output is None or missed)
+        unmatched = output is not None and running is not None and running.unmatched
+        self.pruner.close(failed=output is None or missed or unmatched)
         if missed:
             hf.refuse_unreached(module, self.pruner.family.text)
+        if unmatched:
+            hf.refuse_unmatched(module, self.pruner.tokens)
 
 
 class BeforeText(PrunerHook):

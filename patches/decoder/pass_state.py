@@ -95,6 +95,7 @@ class PassState:
         rotary: (x, positions) -> rotary tables of the LLM, where it has one function for all layers.
         entry: what entered the LLM, if a method looks at it.
         reached: whether the LLM has been called.
+        unmatched: whether placeholders and features of its prompt differ in number, which the model has to refuse.
         shape: (rows, columns) of what it was called with; hidden states of some LLMs have more dimensions.
         cache: that the model was called with.
     """
@@ -122,6 +123,7 @@ class PassState:
     rotary: Any = None
     entry: Entry | None = None
     reached: bool = False
+    unmatched: bool = False
     shape: tuple[int, int] | None = None
     cache: Any = None
 
@@ -204,10 +206,14 @@ class TowerCall(NamedTuple):
     Attributes:
         shape: of the pixels: [views, C, H, W], or [patches, values of one] for towers that read all images as one sequence.
         grid: [images, 3] (frames, rows, columns) of patches, for the latter.
+        ends: where images and frames end in the sequence that entered, in patches, if some had left before; else `None`.
+        windows: the same of windows, if its blocks have some.
     """
 
     shape: tuple[int, ...]
     grid: Tensor | None = None
+    ends: Tensor | None = None
+    windows: Tensor | None = None
 
 
 class Pruner:
@@ -224,6 +230,7 @@ class Pruner:
         tower: what is patched into the vision tower (vtok.targets.encoder.Patch), or `None`.
         joint: how the model takes what that tower yields; `None` if the tower is as it was.
         trace: whether the tower keeps the map from patches to tokens for the user.
+        pixels: what chooses among the patches in front of the vision tower, if anything does.
     """
 
     def __init__(
@@ -238,7 +245,9 @@ class Pruner:
         tower: Any = None,
         joint: TowerBridge | None = None,
         trace: bool = False,
+        pixels: VLMReducer | None = None,
     ):
+        self.pixels = pixels
         self.family, self.tokens, self.features, self.layers = family, tokens, features, layers
         self.compact, self.configs, self.path = compact, configs, path
         self.tower, self.joint, self.trace = tower, joint, trace
@@ -251,8 +260,8 @@ class Pruner:
 
     @property
     def has_dropped_tokens(self) -> bool:
-        """Whether visual tokens are missing that the vision tower merged or dropped."""
-        return self.joint is not None and bool(self.joint.connector)
+        """Whether visual tokens are missing that the vision tower merged or dropped, or that left in front of it."""
+        return self.pixels is not None or (self.joint is not None and bool(self.joint.connector))
 
     @property
     def shortens(self) -> bool:
@@ -334,6 +343,11 @@ class Pruner:
     def _record(self, outputs: Mapping[str, Any] | None, plan: Recorded) -> None:
         for plans in self._plans(outputs)[:1]:
             plans.append(plan)
+
+    @property
+    def entered(self) -> list[Tensor | None]:
+        """Units of patches [U] bool that entered each running call of this thread's vision tower; `None` = all."""
+        return self._local.__dict__.setdefault("entered", [])
 
     @property
     def _calls(self) -> deque[TowerCall]:

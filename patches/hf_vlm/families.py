@@ -22,9 +22,11 @@ from vtok.patches.hf_vlm import examples as tiny
 from vtok.patches.hf_vlm import layout as hf_views
 from vtok.patches.hf_vlm import stated_images as stated
 from vtok.patches.hf_vlm.examples import VLMExample
+from vtok.patches.hf_vlm.generic import videos
 from vtok.patches.hf_vlm.generic.interfaces import encodes, position_axes, text_path
 from vtok.patches.hf_vlm.generic.refused import REFUSED, UNPROMPTED
 from vtok.patches.hf_vlm.image_features import Cuts, ViewCounts, Views
+from vtok.patches.hf_vlm.pixels import units
 from vtok.patches.hf_vlm.stated_images import VisionCosts
 from vtok.patches.hf_vlm.tower_bridge import TowerBridge, facts_of, feature_block, packed_bridge
 from vtok.patches.macs import linear_macs
@@ -297,8 +299,7 @@ def find(model: nn.Module) -> Sequence[VLM]:
 
 def generic(module: nn.Module) -> Family | None:
     """What the interfaces of a model say of it, where no row describes its family; `None` if it is no vision-language model.
-    It is enough to shorten its prompt before the LLM, by methods that look at image features alone, taken as one row an image.
-    """
+    It is enough to shorten its prompt before the LLM, by methods that look at image features alone, one row an image."""
     if not encodes(module) or any(encodes(child) for child in module.children()):
         return None
     text = text_path(module)
@@ -308,7 +309,7 @@ def generic(module: nn.Module) -> Family | None:
         type(module).__name__,
         text=text,
         tower="",
-        views=hf_views.one_row,
+        views=videos.views,
         rotary_3d=hasattr(module, "get_rope_index"),
         axes=position_axes(module.get_submodule(text)),
         generic=True,
@@ -345,7 +346,6 @@ def _describe(path: str, module: Any, family: Family) -> VLM:
             "name the output of a block, such as -1 or -2"
         )
     heads = stated_number(config, "num_attention_heads") or max(config.hidden_size // 64, 1)
-    tokens = {m: getattr(module.config, f"{m}_token_id", None) for m in ("image", "video")}
     tower, facts, no_tower = _tower(module, text, family)
     deep = getattr(getattr(module.config, "vision_config", None), "deepstack_visual_indexes", None) or ()
     info = VLMInfo(
@@ -361,12 +361,14 @@ def _describe(path: str, module: Any, family: Family) -> VLM:
         no_tower=no_tower,
         grid=None if facts is not None and facts.prefix_kept else family.grid(module),
         crops=family.cuts is not hf_cuts.lone,
-        videos=hasattr(module, "get_video_features"),
+        videos=videos.encoder_of(module, "video") is not None,
+        no_frames=videos.why_no_frames(module),
+        no_patches=units.why_not(module),
         connector_macs=linear_macs(getattr(module, family.projector)) if family.projector else 0,
         no_layers=why_not_between(text),
         generic=family.generic,
     )
-    return VLM(path, module, family, info, {m: token for m, token in tokens.items() if token is not None}, tower)
+    return VLM(path, module, family, info, videos.placeholders_of(module), tower)
 
 
 def _tower(module: Any, text: Any, family: Family) -> tuple[Tower | None, TowerFacts | None, str]:

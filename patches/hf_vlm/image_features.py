@@ -22,12 +22,14 @@ from vtok.ops.crops import Cut, ViewMap, view_map
 from vtok.patches.hf_vlm import tower_bridge as vlm_tower
 from vtok.patches.hf_vlm import tower_taps
 from vtok.patches.hf_vlm.encoded import note_of
-from vtok.patches.hf_vlm.generic.outputs import deep_features, feature_list, with_features
+from vtok.patches.hf_vlm.generic import videos
+from vtok.patches.hf_vlm.generic.outputs import deep_features, feature_list, joined, parted, with_features
 from vtok.patches.hf_vlm.text import PromptTexts
 from vtok.patches.module_swap import weights_of
 from vtok.patches.precision import full_precision
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+COMPRESSED = videos.COMPRESSED
 OLD_NAMES = {"pixel_values_images": "pixel_values", "image_patches": "pixel_values"}  # that models still take
 # (model, modality, number of the image, its first feature, its features [n, D], keywords of the call) -> what the n tokens are
 Views = Callable[[Any, str, int, int, Tensor, Mapping[str, Any]], tuple[View, ...]]
@@ -59,12 +61,14 @@ class Chosen(NamedTuple):
         rows: modality -> [features in all] bool, True = stays.
         layouts: (modality, views, tokens n, how many) of images that are laid out alike, if a method chose among features.
         alive: modality -> [features in all] bool, False = merged or dropped in the vision tower before; empty if none can be.
+        images: modality -> how many images or videos the features are of.
     """
 
     outputs: dict[str, Any]
     rows: dict[str, Tensor]
     layouts: tuple[tuple[str, tuple[View, ...], int, int], ...] = ()
     alive: Mapping[str, Tensor] = {}
+    images: Mapping[str, int] = {}
 
 
 def renamed(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,6 +88,8 @@ def encode(
 ) -> dict[str, Any]:
     """Runs the vision side as generate() does: modality -> its output. What is encoded already is taken as it is.
 
+    What the processor left out of the prompt is left out (see `videos.compressed`).
+
     Args:
         model: the one without language head.
         kwargs: of the call.
@@ -94,7 +100,7 @@ def encode(
     given = kwargs.get("mm_encoder_outputs")
     outputs = {name: value for name, value in (given or {}).items() if value is not None}
     for modality, pixels in PIXELS.items():
-        function = getattr(model, f"get_{modality}_features", None)
+        function = videos.encoder_of(model, modality)
         if modality in outputs or kwargs.get(pixels) is None:
             continue
         if function is None:
@@ -105,6 +111,8 @@ def encode(
         named = {name: kwargs[name] for name in names if name != "kwargs"}
         with weights_of(model):
             outputs[modality] = function(**{**unnamed, **named, "return_dict": True})
+    if "video" in outputs:
+        outputs["video"] = videos.compressed(outputs["video"], kwargs)
     return outputs
 
 
@@ -150,10 +158,12 @@ def _choose(
     kwargs: Mapping[str, Any],
     has_dropped_tokens: bool,
 ) -> Chosen:
-    outputs, rows, alive, layouts = dict(outputs), {}, {}, []
-    texts = PromptTexts(model, kwargs) if reducer is not None and reducer.reads_text and outputs else None
+    outputs, rows, alive, layouts, counts = dict(outputs), {}, {}, [], dict[str, int]()
+    reads_text = reducer is not None and reducer.reads_text and bool(outputs)
+    texts = PromptTexts(model, kwargs, videos.placeholders_of(model)) if reads_text else None
     for modality, output in outputs.items():
         images = feature_list(output)
+        videos.check(model, modality)
         if has_dropped_tokens:
             stay = [~vlm_tower.holes(x.detach()) for x in images]
             alive[modality] = torch.cat(stay)
@@ -164,17 +174,20 @@ def _choose(
                 )
         else:
             stay = [torch.ones(len(x), dtype=torch.bool, device=x.device) for x in images]
-        rows[modality] = stay
+        rows[modality], counts[modality] = stay, len(images)
         if reducer is None:
             continue
         note = note_of(output)
         call = kwargs if note is None else tower_taps.merge_call(kwargs, note)
-        original = range(len(images)) if note is None else tower_taps.original(note, images)
+        original = list(range(len(images))) if note is None else tower_taps.original(note, images)
+        size = videos.pieces(modality, original, len(images) if note is None else len(note.images), call)
+        images, stay, original = joined(images, size), joined(stay, size), [i // size for i in original[::size]]
+        rows[modality], counts[modality] = stay, len(images)
         tower = _Towers(model, modality, output, reducer.tower_blocks, anatomy, kwargs)
         left = [mask.nonzero()[:, 0] for mask in stay] if has_dropped_tokens else []  # rows of the tokens that the tower left
         alike: dict[tuple[int, tuple[View, ...], int, int, Any], list[int]] = {}
         first, folded = 0, False
-        deep = deep_features(output)
+        deep = [joined(features, size) for features in deep_features(output)]
         for i, x in enumerate(images):
             if not len(x):  # a prompt without images, where a model returns the features of a prompt as one
                 continue
@@ -212,8 +225,8 @@ def _choose(
                     stay[i] = stay[i].index_copy(0, left[i], kept)
                     images[i] = images[i].index_copy(0, left[i], x) if plan.changes else images[i]
         if folded:
-            outputs[modality] = with_features(output, images, deep)
-    return Chosen(outputs, {modality: torch.cat(parts) for modality, parts in rows.items()}, tuple(layouts), alive)
+            outputs[modality] = with_features(output, parted(images, size), [parted(features, size) for features in deep])
+    return Chosen(outputs, {modality: torch.cat(parts) for modality, parts in rows.items()}, tuple(layouts), alive, counts)
 
 
 class _Towers:
@@ -300,6 +313,15 @@ def refuse_unreached(model: Any, text: str) -> None:
     )
 
 
+def refuse_unmatched(model: Any, tokens: Mapping[str, int]) -> None:
+    """Raises for a model that read a prompt whose placeholders, as vtok counts them, are more or fewer than the features."""
+    raise UnsupportedModelError(
+        f"{type(model).__name__} put its image features at other columns than those with the placeholders {dict(tokens)}, so "
+        "that vtok cannot tell which are visual: nothing was shortened; this family needs a row in "
+        "vtok/patches/hf_vlm/families.py"
+    )
+
+
 def warn_unseen(model: Any) -> None:
     """Says of a prompt of embeddings without images that none of it is shortened; features from elsewhere look like words."""
     warnings.warn(
@@ -339,7 +361,15 @@ def kept_columns(ids: Tensor, tokens: Mapping[str, int], rows_of: Mapping[str, T
     """[B, L] bool: False at placeholders whose feature leaves; `None` if placeholders and features differ in number.
 
     The model itself raises then, and says it better. rows_of: as in `Chosen`.
+
+    Raises:
+        UnsupportedModelError: there are images and videos, whose placeholders are the same.
     """
+    if len({tokens[modality] for modality in rows_of}) < len(rows_of):
+        raise UnsupportedModelError(
+            f"images and videos of this model have one placeholder (id {tokens['image']}), so that vtok cannot tell which "
+            "columns are of which; pass prompts with images and prompts with videos apart"
+        )
     keep = torch.ones_like(ids, dtype=torch.bool)
     for modality, rows in rows_of.items():
         here = ids == tokens[modality]

@@ -21,7 +21,7 @@ from vtok.patches.hf_vlm import image_features as hf
 from vtok.patches.hf_vlm import tower_taps
 from vtok.patches.hf_vlm.families import VLM
 from vtok.patches.hf_vlm.generic.interfaces import vision_arguments
-from vtok.patches.hf_vlm.generic.outputs import short_output
+from vtok.patches.hf_vlm.generic.outputs import feature_list, repeatable, short_output
 from vtok.patches.hf_vlm.macs import vision_tower
 from vtok.patches.module_swap import Mixin, swap_class
 from vtok.plain import check_numbers
@@ -84,7 +84,7 @@ def install(model: nn.Module, vlm: VLM, pruner: Pruner) -> None:
     vlm.module.register_forward_hook(hooks.AfterModel(pruner), with_kwargs=True, always_call=True)
     if not pruner.acts:
         return
-    if vlm.family.tower:
+    if vlm.family.tower and pruner.pixels is None:
         vision_tower(vlm).register_forward_pre_hook(hooks.BeforeTower(pruner), with_kwargs=True)
     text = vlm.text
     text.register_forward_pre_hook(hooks.BeforeText(pruner), with_kwargs=True)
@@ -277,11 +277,23 @@ def short_inputs(model: Any, vlm: VLM, inputs: Mapping[str, Any], pruner: Pruner
         "input_ids": take(ids, rows, 1).masked_fill(~filled, pad),
         "attention_mask": filled.long() if sample is None else None,  # a mask would hide that rows hold several samples
         "position_ids": position,
-        "mm_encoder_outputs": {m: short_output(out, chosen.rows[m]) for m, out in chosen.outputs.items()},
+        "mm_encoder_outputs": {
+            m: short_output(out, chosen.rows[m], len(feature_list(out)) // chosen.images[m])
+            for m, out in chosen.outputs.items()
+        },
     }
+    mixed = [m for m, out in short["mm_encoder_outputs"].items() if not repeatable(out, chosen.images[m])]
+    if mixed and batch > 1:
+        warnings.warn(
+            f"{vlm.info.name} takes the {mixed[0]}s of all prompts as one tensor, and they keep different numbers of tokens: "
+            "generate() would mix them up between the prompts of this batch if it repeated them (num_beams, "
+            "num_return_sequences); pass prompts one by one for that, or use vtok.patch",
+            stacklevel=4,
+        )
     if values.get("labels") is not None:
         short["labels"] = take(values["labels"], rows, 1).masked_fill(~filled, -100)
-    gone = {"pixel_attention_mask", "image_sizes", "image_grid_thw", "video_grid_thw", *vision_arguments(vlm.module)}
+    gone = {"pixel_attention_mask", "image_sizes", "image_grid_thw", "video_grid_thw", "pixel_values_videos", hf.COMPRESSED}
+    gone |= vision_arguments(vlm.module)
     for name, value in values.items():  # kinds of tokens, under several names
         if name not in gone | set(short) and isinstance(value, Tensor) and value.shape == ids.shape:
             short[name] = take(value, rows, 1).masked_fill(~filled, 0)

@@ -22,11 +22,6 @@ def square(model: Any, modality: str, number: int, first: int, x: Tensor, kwargs
     return (_grid(0, len(x)),)
 
 
-def one_row(model: Any, modality: str, number: int, first: int, x: Tensor, kwargs: Kwargs) -> tuple[View, ...]:
-    """One row of tokens: nothing is known of how they lie."""
-    return (View(0, 1, len(x)),)
-
-
 def patches(model: Any, modality: str, number: int, first: int, x: Tensor, kwargs: Kwargs) -> tuple[View, ...]:
     """LLaVA: one token a patch: a square grid, or under a tower of variable resolution (Pixtral) that of the image itself."""
     sizes, side = kwargs.get("image_sizes"), getattr(model.vision_tower, "patch_size", 0)

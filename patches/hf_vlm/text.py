@@ -16,8 +16,6 @@ from vtok.core.prompt import PromptText
 from vtok.errors import StateError
 from vtok.ops.rows import rows_where
 
-KINDS = ("image", "video")
-
 
 class PromptTexts:
     """Embeddings of the text behind the first visual token of every row; of all text where there is none behind it.
@@ -25,19 +23,20 @@ class PromptTexts:
     Args:
         model: the one without language head.
         kwargs: of the call.
+        tokens: modality -> id of its placeholder.
 
     Raises:
         StateError: the call has no token ids.
     """
 
-    def __init__(self, model: Any, kwargs: Mapping[str, Any]):
+    def __init__(self, model: Any, kwargs: Mapping[str, Any], tokens: Mapping[str, int]):
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if not isinstance(ids, Tensor):
             raise StateError("a method chooses visual tokens by the text of the prompt, which needs input_ids; found none")
-        self.tokens = {kind: getattr(model.config, f"{kind}_token_id", None) for kind in KINDS}
+        self.tokens = tokens
         self.ids, visual = ids, torch.zeros_like(ids, dtype=torch.bool)
-        for token in self.tokens.values():
-            visual = visual if token is None else visual | (ids == token)
+        for token in tokens.values():
+            visual = visual | (ids == token)
         two = isinstance(mask, Tensor) and mask.ndim == 2
         text = ~visual & mask.bool().to(ids.device) if two and isinstance(mask, Tensor) else ~visual
         behind = text & (visual.cumsum(1) > 0)
@@ -56,9 +55,7 @@ class PromptTexts:
             numbers: which images.
             device: where it is wanted.
         """
-        token = self.tokens[modality]
-        assert token is not None
-        row = torch.eq(self.ids, token).nonzero()[:, 0]
+        row = torch.eq(self.ids, self.tokens[modality]).nonzero()[:, 0]
         first = [0, *itertools.accumulate(counts)]
         if first[-1] != len(row):
             return None

@@ -264,6 +264,8 @@ def watched(model: nn.Module, function: Callable[..., Any], taps: TowerTaps) -> 
         pixels = named.get("pixel_values")
         if isinstance(pixels, Tensor) and pixels.ndim >= 4:  # [..., C, H, W]
             call["pixel_size"] = tuple(pixels.shape[-2:])
+        if isinstance(pixels := named.get("pixel_values_videos"), Tensor):
+            call["video_shape"] = tuple(pixels.shape)
         return noted(output, Note(blocks, call, feature_list(output)))
 
     return encode

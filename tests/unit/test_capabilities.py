@@ -47,9 +47,9 @@ def test_every_method_acts_somewhere():
 
 def test_what_else_methods_can_do():
     ours = set(vtok._CONFIGS.values())
-    assert {name for name in ours if not isinstance(METHODS.get(name)(), HasBudget)} == {"atp", "correlation"}
+    assert {name for name in ours if not isinstance(METHODS.get(name)(), HasBudget)} == {"atp", "correlation", "pixel_dedup"}
     without_space = {name for name in ours if not isinstance(METHODS.get(name)(), HasSearchSpace)}
-    assert without_space == {"atp", "correlation", "divprune"}
+    assert without_space == {"atp", "correlation", "divprune", "pixel_dedup"}
     assert [name for name in ours if isinstance(METHODS.get(name)(), Calibrates)] == ["correlation"]
     assert to_calibrate(vtok.Correlation()) is not None
     assert to_calibrate(vtok.Correlation(alpha=0.5)) is None

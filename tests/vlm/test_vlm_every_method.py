@@ -32,9 +32,10 @@ from vtok.testing.trials import trial
 NAMES = [name for name in METHODS if METHODS.get(name).for_vlms()]
 CALIBRATED = {"atp", "correlation"}  # need modules that were trained, or a threshold: tests of their own
 VIDEO = {"evs", "fastvid", "vidcom2"}
+PIXELS = {"pixel_dedup"}  # in front of packed towers, as many as an image has duplicates
 STATED = [name for name in NAMES if name not in CALIBRATED]
 # of which a budget sets the one number that there is, or whose modules were trained for one setting
-NOTHING_TO_SEARCH = {"atp", "correlation", "divprune", "downsample", "evs", "random", "uniform", "vidcom2"}
+NOTHING_TO_SEARCH = {"atp", "correlation", "divprune", "downsample", "evs", "pixel_dedup", "random", "uniform", "vidcom2"}
 PROMPT = {"images": 1, "text_tokens": 8}
 
 
@@ -42,11 +43,15 @@ def setting(name: str) -> MethodConfig:
     return METHODS.get(name).create(**trial(name).prompt)
 
 
+def family_for(name: str) -> str:
+    return "LLaVA-OneVision" if name in VIDEO else "Qwen2.5-VL" if name in PIXELS else "LLaVA-1.5"
+
+
 def model_for(name: str) -> tuple[Any, dict[str, Tensor]]:
     """A model that the method acts on, with prompts of which tokens leave."""
+    model = build(family_for(name))
     if name not in VIDEO:
-        return build("LLaVA-1.5"), inputs("LLaVA-1.5")
-    model = build("LLaVA-OneVision")
+        return model, inputs(family_for(name))
     return model, EXAMPLES["LLaVA-OneVision"].videos(model, torch.Generator().manual_seed(0))
 
 
@@ -55,7 +60,7 @@ def test_plan_info_and_files_know_it(name: str, tmp_path: Any) -> None:
     config, (model, values) = setting(name), model_for(name)
     planned = vtok.plan(model, config, prompt=PROMPT)
     assert name in str(planned) and planned.estimate.layers
-    before = build("LLaVA-OneVision" if name in VIDEO else "LLaVA-1.5")
+    before = build(family_for(name))
     expected = generate(before, values, steps=2)[1]
     vtok.patch(model, config)
     found = generate(model, values, steps=2)[1]
@@ -67,12 +72,12 @@ def test_plan_info_and_files_know_it(name: str, tmp_path: Any) -> None:
     vtok.save_config(model, tmp_path / "vtok.json")
     saved = json.loads((tmp_path / "vtok.json").read_text())
     assert name in str(saved)
-    again = vtok.patch(build("LLaVA-OneVision" if name in VIDEO else "LLaVA-1.5"), tmp_path / "vtok.json")
+    again = vtok.patch(build(family_for(name)), tmp_path / "vtok.json")
     assert torch.equal(generate(again, values, steps=2)[1], found)
     assert torch.equal(generate(vtok.unpatch(model), values, steps=2)[1], expected)
 
 
-@pytest.mark.parametrize("name", STATED)
+@pytest.mark.parametrize("name", [name for name in STATED if name not in PIXELS])
 def test_a_budget_sets_it(name: str) -> None:
     model, values = model_for(name)
     assert issubclass(METHODS.get(name), HasBudget)
@@ -110,7 +115,7 @@ def test_the_pairs_are_all_that_the_sites_allow() -> None:
     info = find(build("LLaVA-1.5"))[0].info
     first, later = [], []
     for name in STATED:
-        if name in VIDEO:
+        if name in VIDEO | PIXELS:
             continue
         config = setting(name).replace(**({"probe": None} if name == "todre" else {}))
         places = {site.place for site in prompt_reducer(config, info).sites}
@@ -154,8 +159,11 @@ def test_every_pair_goes_together(pair: tuple[str, str]) -> None:
     together(pair)
 
 
-@pytest.mark.parametrize("pair", [("evs", "fastv"), ("vidcom2", "dart"), ("fastvid", "pyramiddrop")], ids="+".join)
-def test_video_methods_go_with_those_between_layers(pair: tuple[str, str]) -> None:
+FIRST = [("evs", "fastv"), ("vidcom2", "dart"), ("fastvid", "pyramiddrop"), ("pixel_dedup", "fastv"), ("pixel_dedup", "random")]
+
+
+@pytest.mark.parametrize("pair", FIRST, ids="+".join)
+def test_methods_of_videos_and_pixels_go_with_later_ones(pair: tuple[str, str]) -> None:
     model, values = model_for(pair[0])
     vtok.patch(model, [setting(name) for name in pair])
     assert generate(model, values, steps=2)[1].isfinite().all()
@@ -201,7 +209,7 @@ def choice(name: str, **params: Any) -> tuple[VLMReducer, Any]:
     return reducer, _choice(reducer, prompt, reducer.sites[0])[0]
 
 
-@pytest.mark.parametrize("name", [name for name in STATED if name not in ASKS])
+@pytest.mark.parametrize("name", [name for name in STATED if name not in ASKS | PIXELS])
 def test_no_number_is_asked_for_where_counts_are_fixed(name: str) -> None:
     reducer, call = choice(name, **({"probe": None} if name == "todre" else {}))
     if name == "hired":  # the image decides how crops share

@@ -132,3 +132,17 @@ def test_sparse_attention_that_takes_padding_for_tokens():
     for call in (vtok.patch(model, "random", keep=KEEP), lambda **given: vtok.prune_inputs(model, given, "random", keep=KEEP)):
         assert "takes padding for tokens" in message_of(vtok.UnsupportedModelError, call, **twice)
         vtok.unpatch(model)
+
+
+@pytest.mark.parametrize(
+    "name", ["mistral3", "aya_vision", pytest.param("kimi_k25", marks=SLOW), pytest.param("gemma4", marks=SLOW)]
+)
+def test_the_refusal_of_encoder_methods_names_methods_that_work(name):
+    """Every method that it names is one that `supports` does not refuse, and none is left out."""
+    model = generic_models.empty(name)
+    text = message_of(vtok.UnsupportedModelError, vtok.patch, model, "tome")
+    named = text.split("methods that act on its prompts: ")[1].split(", ")
+    support = vtok.supports(model)
+    prompts = {method for method in vtok.METHODS.names() if vtok.METHODS.get(method).for_vlms()}
+    assert set(named) == {method for method in prompts if support.methods[method] is None or method in support.on_request}
+    assert "divprune" in named and "visionzip" not in named

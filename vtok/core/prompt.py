@@ -55,6 +55,8 @@ class VLMInfo:
         crops: whether it may cut an image into crops beside a view of the whole.
         connector_macs: multiply-accumulates of `ImageFeatures.connector` for one token; 0 = there is none.
         videos: whether it reads videos.
+        no_frames: why the frames of its videos cannot be compared, or `None` if they can.
+        no_patches: why patches cannot leave in front of its vision tower, or `None` if they can.
         no_layers: why tokens cannot leave between decoder layers, or `None` if they can; before the LLM they always can.
         generic: whether all that is known of it is what its interfaces say, as no row describes its family.
     """
@@ -73,6 +75,8 @@ class VLMInfo:
     crops: bool = False
     connector_macs: int = 0
     videos: bool = False
+    no_frames: str | None = None
+    no_patches: str | None = "it takes whole images alone"
     no_layers: str | None = None
     generic: bool = False
 
@@ -329,12 +333,25 @@ class VLMReducer:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Where visual tokens leave: image features, decoder layers; sites that would change nothing are left out."""
+        """Where visual tokens leave: in front of the tower, image features, decoder layers; sites that would change nothing are
+        left out."""
         raise NotImplementedError
 
     def probe(self, at: Site) -> int:
         """The decoder layer whose attention decides at a decoder site: that layer itself or one in front of it."""
         return at.index
+
+    def patches(self, units: Tensor) -> Tensor:
+        """Decides at PATCHES, for images and frames of videos of one size, each by itself.
+
+        Args:
+            units: [B, R, C, P], R rows of C squares of patches, of each of which the model makes one visual token: all pixel
+                values, as the processor made them, in the type of the tower.
+
+        Returns:
+            [B, R, C] bool, False = leaves. Of every image at least one stays.
+        """
+        raise NotImplementedError
 
     def features(self, images: ImageFeatures) -> Plan | None:
         """Decides at IMAGE_FEATURES, for images that are laid out alike; `None` = all tokens stay.

@@ -20,6 +20,7 @@ class Place(Enum):
     BLOCK_PRE = "pre"  # after the block's norm and q/k/v, before attention: only kept query rows attend (ATS)
     BLOCK_MID = "mid"  # between attention and MLP (ToMe, PiToMe)
     BLOCK_END = "end"  # after the whole block, with that block's attention (Zero-TPrune)
+    PATCHES = "patches"  # in front of a vision tower: pixels of patches, before anything has been computed
     IMAGE_FEATURES = "features"  # what a vision-language model's own get_image_features returns, before the LLM
     DECODER_IN = "decoder"  # in front of a decoder layer of the LLM, while the prompt is read
 
@@ -27,7 +28,8 @@ class Place(Enum):
 class Site(NamedTuple):
     """A place in a model: `Site(Place.BLOCK_MID, 3)` lies between attention and MLP of block 3 (0-based).
 
-    `Site(Place.DECODER_IN, 3)` lies in front of decoder layer 3; at `Place.IMAGE_FEATURES` the index is 0.
+    `Site(Place.DECODER_IN, 3)` lies in front of decoder layer 3; at `Place.IMAGE_FEATURES` and `Place.PATCHES`
+    the index is 0.
     """
 
     place: Place
@@ -36,6 +38,8 @@ class Site(NamedTuple):
     def __str__(self) -> str:
         if self.place is Place.IMAGE_FEATURES:
             return "image features"
+        if self.place is Place.PATCHES:
+            return "in front of the vision tower"
         if self.place is Place.DECODER_IN:
             return f"in front of decoder layer {self.index}"
         return f"block {self.index} {self.place.value}"

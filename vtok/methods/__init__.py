@@ -25,6 +25,7 @@
 | `evs` | [EVS](https://arxiv.org/abs/2510.14624), videos: the tokens that changed most since the frame before, the first frame whole | `keep` | `keep=0.25` |
 | `vidcom2` | [VidCom2](https://arxiv.org/abs/2505.14454), videos: frames unlike the video get more of the budget, tokens unlike the means of video and frame stay | `keep` | `keep=0.25` |
 | `fastvid` | [FastVID](https://arxiv.org/abs/2503.11187), videos: attended tokens of every frame, and density peaks of a segment that take in what is like them | `keep`, `segments`, `threshold` | `keep=0.1` |
+| `pixel_dedup` | after [PixelPrune](https://arxiv.org/abs/2604.00886), the towers of the Qwen-VL family: of patches that show the same, pixel by pixel, the first enters the vision tower and the others do not; documents and screens | `threshold`, `compare` | `threshold=0`, with their neighbours |
 | `random`, `uniform` | the baseline: a random, a regular subset in every block | `keep` | `keep=0.925` |
 
 Every knob is documented on its config class (`help(vtok.PiToMe)`), with the paper's symbol, unit and range, and with what is our

@@ -93,6 +93,10 @@ class TokenChoice:
                 f"{config.name} drops visual tokens {' and '.join(inside)}, but the KV cache of a serving engine holds the "
                 f"same tokens in all layers; {hint}"
             )
+        if any(site.place is Place.PATCHES for site in reducer.sites):
+            raise UnsupportedModelError(
+                f"{config.name} drops patches in front of the vision tower, which an engine runs itself on whole images; {hint}"
+            )
         if not reducer.sites:
             return
         if reducer.reads_text:
@@ -216,7 +220,7 @@ def _parsed(settings: Any) -> tuple[str, dict[str, Any]]:
 
 def _inside_llm(reducer: VLMReducer) -> list[str]:
     """The sites of a method that lie between layers of the LLM, as messages name them."""
-    return [str(site) for site in reducer.sites if site.place is not Place.IMAGE_FEATURES]
+    return [str(site) for site in reducer.sites if site.place is Place.DECODER_IN]
 
 
 def _written(params: Mapping[str, Any]) -> str:

@@ -97,7 +97,7 @@ class VLMTarget(Target):
         pruner = resolve(vlm, calibrated(vlm, configs, request.calibration), request.positions, request.trace)
         places = " and ".join(str(site) for site, _ in pruner.layers.values())
         names = " + ".join(config.name for config in pruner.configs)
-        if pruner.features is None and pruner.joint is None:
+        if pruner.features is None and pruner.joint is None and pruner.pixels is None:
             if places:
                 raise UnsupportedModelError(f"{names} drops tokens {places}, inside the LLM, which needs hooks: use vtok.patch")
             return dict(inputs)

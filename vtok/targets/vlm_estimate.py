@@ -15,11 +15,14 @@ from vtok.patches.hf_packed.adapter import sized
 from vtok.patches.hf_vlm.families import VLM
 from vtok.patches.hf_vlm.install import pruner_of
 from vtok.patches.hf_vlm.macs import features_left, llm_cost, patches_left, stated_calls, stated_image, vision_cost
+from vtok.patches.hf_vlm.pixels import units
+from vtok.patches.hf_vlm.pixels.costs import added, left_cost
 from vtok.reports.results import PromptInfo, PromptRow
 from vtok.targets.encoder import estimate_cost
 from vtok.targets.last_pass import rows_of, tower_info
 from vtok.targets.resolve import run_of
 from vtok.targets.vlm_resolve import POSITIONS
+from vtok.targets.vlm_tower import PATCHES
 
 
 def planned(model: nn.Module, vlm: VLM, pruner: Pruner, prompt: Prompt) -> PromptEstimate:
@@ -41,9 +44,10 @@ def planned(model: nn.Module, vlm: VLM, pruner: Pruner, prompt: Prompt) -> Promp
     left, layout = patches_left(vlm, inside, pruner.joint), image.layout
     if left is not None and features_left(vlm, left) < image.tokens:  # methods see what the tower left as one row
         layout = (View(0, 1, features_left(vlm, left)),)
-    stays, selection, exact, chooser = layout[-1].stop, 0, True, pruner.features
+    stays, selection, chooser = layout[-1].stop, 0, pruner.features
+    exact = pruner.pixels is None or pruner.pixels.exact
     if chooser is not None:
-        selection, exact = chooser.feature_macs(stays, layout), chooser.exact
+        selection, exact = chooser.feature_macs(stays, layout), exact and chooser.exact
         stays = chooser.feature_count(stays, layout)
     visual, tokens, reductions = prompt.images * stays, [], {}
     entered = visual
@@ -132,6 +136,10 @@ def _vision(vlm: VLM, pruner: Pruner, counts: Counts) -> tuple[VisionCost | None
         base = vision_cost(vlm, counts.calls).divided(rows)
     except UnsupportedModelError as error:
         return None, None, (f"note: {error}",)
+    if pruner.pixels is not None:
+        unit_tower = units.tower_of(vlm.module)
+        left = added([left_cost(unit_tower, vision_cost(vlm, [call]), call) for call in counts.calls])
+        return left.divided(rows), base, ()
     return (base if seen is None else vision_cost(vlm, counts.calls, seen, pruner.joint, steps, frames).divided(rows)), base, ()
 
 
@@ -148,7 +156,7 @@ def describe(model: nn.Module, vlm: VLM) -> PromptInfo:
     rows: list[PromptRow] = []
     if last.alive is not None:
         left = tuple((last.visual & last.alive).sum(1).tolist())
-        rows.append(PromptRow("vision tower", entered, left))
+        rows.append(PromptRow("vision tower" if pruner.pixels is None else PATCHES, entered, left))
         entered = left
     for layer, stage in sorted(last.stages.items()):
         if layer == 0 and pruner.features is None and 0 not in pruner.layers:

@@ -10,7 +10,7 @@ from torch import nn
 
 from vtok.capabilities import prompt_reducer, to_calibrate
 from vtok.config import MethodConfig
-from vtok.core.prompt import POSITIONS, ImageFeatures, VLMInfo, VLMReducer
+from vtok.core.prompt import POSITIONS, ImageFeatures, VLMReducer
 from vtok.core.tokens import Place, Site
 from vtok.errors import ConfigError, UnsupportedModelError, unknown
 from vtok.patches.decoder.masks import window_of
@@ -19,6 +19,7 @@ from vtok.patches.decoder.text_models import counts_columns
 from vtok.patches.hf_vlm.families import VLM
 from vtok.patches.hf_vlm.install import calibration_inputs, observed
 from vtok.patches.hf_vlm.install import install as install_hooks
+from vtok.targets.vlm_sites import check_probe, check_site, check_tower
 from vtok.targets.vlm_tower import check_readable, install_tower, resolve_in_tower
 
 
@@ -62,6 +63,7 @@ def resolve(vlm: VLM, configs: Sequence[MethodConfig], positions: str | None = N
     positions = positions_of(vlm, configs) if positions is None else positions
     check_positions(positions)
     features: VLMReducer | None = None
+    pixels: VLMReducer | None = None
     layers: dict[int, tuple[Site, VLMReducer]] = {}
     inside = tuple(config for config in configs if config.in_tower)
     tower = resolve_in_tower(vlm, inside) if inside else None
@@ -75,79 +77,35 @@ def resolve(vlm: VLM, configs: Sequence[MethodConfig], positions: str | None = N
         if config.in_tower:
             continue
         reducer = prompt_reducer(config, vlm.info)
-        _check_tower(config, reducer, vlm.info)
+        check_tower(config, reducer, vlm.info)
         for site in reducer.sites:
-            _check_site(config, site, vlm.info)
-            taken = features is not None if site.place is Place.IMAGE_FEATURES else site.index in layers
+            check_site(config, site, vlm.info)
+            before = {Place.IMAGE_FEATURES: features, Place.PATCHES: pixels}
+            taken = before[site.place] is not None if site.place in before else site.index in layers
             if taken:
                 raise ConfigError(f"two methods drop visual tokens at one place ({site}); give them different ones")
             if site.place is Place.IMAGE_FEATURES:
                 features = reducer
+            elif site.place is Place.PATCHES:
+                pixels = reducer
             else:
                 layers[site.index] = (site, reducer)
+    if joint is not None and pixels is not None:
+        raise ConfigError(
+            f"{' + '.join(config.name for config in configs)}: one drops patches in front of the vision tower of "
+            f"{vlm.info.name}, one acts inside on whole images; use one of the two, and another method on the prompt"
+        )
     if joint is not None and tower is not None and features is not None:
         check_readable(features, vlm.info, tower, joint)
     for layer, (site, reducer) in layers.items():
         if "attention" in reducer.needs:
-            _check_probe(layer, reducer.probe(site), layers, vlm.info)
+            check_probe(layer, reducer.probe(site), layers, vlm.info)
     compact = positions == "compact" or counts_columns(vlm.text)
     if compact:
         _check_compact(vlm, layers)
     left = iter(() if tower is None else tower.configs)
     chosen = tuple(next(left) if config.in_tower else config for config in configs)
-    return Pruner(vlm.family, vlm.tokens, features, layers, compact, chosen, vlm.path, tower, joint, trace)
-
-
-def _check_site(config: MethodConfig, site: Site, info: VLMInfo) -> None:
-    if site.place is Place.IMAGE_FEATURES:
-        return
-    if site.place is not Place.DECODER_IN:
-        raise UnsupportedModelError(f"{config.name} acts at {site}, which is no place of a vision-language model's LLM")
-    if not 0 <= site.index < info.depth:
-        raise ConfigError(
-            f"{config.name} drops tokens in front of decoder layer {site.index}, {info.name} has decoder layers 0 to "
-            f"{info.depth - 1}"
-        )
-    if site.index > 0 and info.no_layers is not None:
-        raise UnsupportedModelError(
-            f"{config.name} drops tokens in front of decoder layer {site.index}, but none can leave between the layers of "
-            f"{info.name}: {info.no_layers}; methods that shorten its prompt before the LLM work"
-        )
-    if 0 < site.index < info.first_layer:
-        raise UnsupportedModelError(
-            f"{config.name} drops tokens in front of decoder layer {site.index}, but {info.name} adds tower features to its "
-            f"visual tokens up to layer {info.first_layer - 1}; drop them before the LLM or from layer {info.first_layer} on"
-        )
-
-
-def _check_tower(config: MethodConfig, reducer: VLMReducer, info: VLMInfo) -> None:
-    wanted = reducer.tower_blocks
-    if not wanted:
-        return
-    if info.tower is None:
-        raise UnsupportedModelError(
-            f"{config.name} looks at the attention of {info.name}'s vision tower, which cannot be read: {info.no_tower}"
-        )
-    wrong = [block for block in wanted if not 0 <= block < info.tower.depth]
-    if wrong:
-        raise ConfigError(
-            f"{config.name} looks into block {wrong[0]} of the vision tower, {info.name} has blocks 0 to {info.tower.depth - 1}"
-        )
-
-
-def _check_probe(layer: int, probed: int, layers: Mapping[int, Any], info: VLMInfo) -> None:
-    if info.no_attention is not None:
-        raise UnsupportedModelError(f"attention of {info.name}'s decoder layers cannot be read: {info.no_attention}")
-    if layer == 0:
-        raise ConfigError("before the LLM there is no attention to decide by; drop in front of a later decoder layer")
-    between = [i for i in layers if probed < i < layer and i > 0]  # what a layer drops leaves before its attention is read
-    if not 0 <= probed <= layer or between:
-        why = (
-            f"tokens are dropped in between, in front of layer {between[0]}"
-            if between
-            else "it must be that layer or an earlier one"
-        )
-        raise ConfigError(f"attention of decoder layer {probed} cannot decide what is dropped in front of layer {layer}: {why}")
+    return Pruner(vlm.family, vlm.tokens, features, layers, compact, chosen, vlm.path, tower, joint, trace, pixels)
 
 
 def _check_compact(vlm: VLM, layers: Mapping[int, Any]) -> None:

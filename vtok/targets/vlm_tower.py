@@ -9,6 +9,7 @@ from dataclasses import replace
 from vtok.capabilities import candidates
 from vtok.config import MethodConfig
 from vtok.core.prompt import VLMInfo, VLMReducer
+from vtok.core.tokens import Place, Site
 from vtok.errors import ConfigError, UnsupportedModelError
 from vtok.patches.block import check
 from vtok.patches.decoder.pass_state import Pruner
@@ -16,16 +17,18 @@ from vtok.patches.hf_packed.adapter import sized
 from vtok.patches.hf_vlm import tower_bridge as vlm_tower
 from vtok.patches.hf_vlm.families import VLM
 from vtok.patches.hf_vlm.install import pruner_of
+from vtok.patches.hf_vlm.pixels import hooks as pixel_hooks
 from vtok.patches.hf_vlm.tower_bridge import TowerBridge
 from vtok.patches.protocol import Tower
 from vtok.patches.transaction import all_or_nothing, to_the_end
-from vtok.registry import METHODS
 from vtok.reports.results import TowerInfo
 from vtok.targets.encoder import ResolvedMethods, install, resolve
 from vtok.targets.last_pass import tower_info
 from vtok.targets.lifecycle import unpatch
 from vtok.targets.resolve import run_of
+from vtok.targets.vlm_sites import prompt_methods
 
+PATCHES = str(Site(Place.PATCHES, 0))
 ON_GRID = (
     "what follows the vision tower needs every patch at its place, so that merged tokens are put back on the grid: the tower "
     "gets cheaper, the prompt keeps its length"
@@ -49,7 +52,7 @@ def resolve_in_tower(vlm: VLM, configs: tuple[MethodConfig, ...]) -> ResolvedMet
         raise UnsupportedModelError(
             f"{' + '.join(dropping)} drops tokens inside the vision tower, but what follows it in {info.name} needs every "
             "patch at its place in the grid; choose a method that merges (pitome, tome), whose tokens are put back on the "
-            f"grid, or one that acts on the prompt: {_for_prompts()}"
+            f"grid, or one that acts on the prompt: {', '.join(prompt_methods(info))}"
         )
     check(tower, resolved.steps)
     first = min(resolved.steps)
@@ -66,7 +69,7 @@ def _tower(vlm: VLM, names: str) -> Tower:
     if vlm.tower is None:
         raise UnsupportedModelError(
             f"{names} reduces tokens inside the vision tower, and that of {vlm.info.name} cannot be patched: "
-            f"{vlm.info.no_tower}; methods that act on its prompts: {_for_prompts()}"
+            f"{vlm.info.no_tower}; methods that act on its prompts: {', '.join(prompt_methods(vlm.info))}"
         )
     return vlm.tower
 
@@ -87,12 +90,10 @@ def check_readable(features: VLMReducer, info: VLMInfo, tower: ResolvedMethods, 
         )
 
 
-def _for_prompts() -> str:
-    return ", ".join(name for name in METHODS if METHODS.get(name).for_vlms())
-
-
 def install_tower(vlm: VLM, pruner: Pruner) -> None:
-    """Installs the part of a resolved patch that acts in the vision tower, if there is one."""
+    """Installs the part of a resolved patch that acts in the vision tower or in front of it, if there is one."""
+    if pruner.pixels is not None:
+        pixel_hooks.install(vlm.module, pruner)
     if pruner.joint is None:
         return
     assert vlm.tower is not None
@@ -104,7 +105,8 @@ def install_tower(vlm: VLM, pruner: Pruner) -> None:
 def place(config: MethodConfig, pruner: Pruner) -> str:
     """Where a method acts, in words."""
     if not config.in_tower:
-        return "on the prompt"
+        first = pruner.pixels is not None and config == getattr(pruner.pixels, "config", None)
+        return f"{PATCHES}: tower and prompt get shorter" if first else "on the prompt"
     if pruner.has_dropped_tokens:
         return "in the vision tower: the prompt gets shorter too"
     return "in the vision tower alone: merged tokens are put back on the grid, the prompt keeps its length"
@@ -139,5 +141,5 @@ def tower_patched(vlm: VLM, pruner: Pruner) -> Iterator[None]:
         all_or_nothing(vlm.module, lambda: install_tower(vlm, pruner))
         yield
     finally:
-        if pruner.joint is not None:
+        if pruner.joint is not None or pruner.pixels is not None:
             to_the_end(lambda: unpatch(vlm.module))

@@ -163,7 +163,7 @@ CLASSES: dict[str, dict[str, Any]] = {
         "layer_types": ["indexed_attention", "sliding_attention"] * 2, "mlp_layer_types": ["dense", "sparse"] * 2,
         "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8,
         "qk_nope_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "index_topk": 6,
-        "index_head_dim": 16, "index_n_heads": 2, "head_dim": 16, "sliding_window": 64, "swa_num_attention_heads": 4,
+        "index_head_dim": 16, "index_n_heads": 2, "head_dim": 16, "sliding_window": 128, "swa_num_attention_heads": 4,
         "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 8, "swa_head_dim": 16,
         "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
     }, "vision_config": {

@@ -17,31 +17,34 @@ Values = dict[str, Any]
 ALONE = ("dots3_note", "minimax_m3_vl")
 
 
-def _sizes(vision: Any) -> tuple[int, int]:
+def sizes_of(vision: Any) -> tuple[int, int]:
     """(pixels of a patch, pixels of an image) on a side."""
     patch, side = (v if isinstance(v := getattr(vision, key, None) or 8, int) else v[0] for key in ("patch_size", "image_size"))
     return patch, side
 
 
+def patch_width(vision: Any) -> int:
+    """Values of one patch, as processors flatten it."""
+    channels = next((c for key in ("in_channels", "in_chans", "num_channels") if (c := getattr(vision, key, None))), 3)
+    patch, times = sizes_of(vision)[0], ("temporal_patch_size", "patch_temporal")
+    return channels * next((f for key in times if (f := getattr(vision, key, 0))), 1) * patch * patch
+
+
 def _packed(config: Any, draw: Callable[..., Tensor]) -> Values:
     """Patches of all images in one sequence, and how many there are in time, height and width."""
-    vision = config.vision_config
-    channels = next((c for key in ("in_channels", "in_chans", "num_channels") if (c := getattr(vision, key, None))), 3)
     grid = torch.tensor([[1, 4, 4], [1, 8, 4], [1, 4, 8]])
-    patch, times = _sizes(vision)[0], ("temporal_patch_size", "patch_temporal")
-    frames = next((f for key in times if (f := getattr(vision, key, 0))), 1)
-    return {"pixel_values": draw(int(grid.prod(1).sum()), channels * frames * patch * patch), "image_grid_thw": grid}
+    return {"pixel_values": draw(int(grid.prod(1).sum()), patch_width(config.vision_config)), "image_grid_thw": grid}
 
 
 def _pictures(config: Any, draw: Callable[..., Tensor]) -> Values:
     """Three square images."""
-    side = _sizes(config.vision_config)[1]
+    side = sizes_of(config.vision_config)[1]
     return {"pixel_values": draw(3, 3, side, side), "image_sizes": torch.tensor([[side, side]] * 3)}
 
 
 def _any_resolution(config: Any, draw: Callable[..., Tensor]) -> Values:
     """An overview and crops of each image."""
-    side = _sizes(config.vision_config)[1]
+    side = sizes_of(config.vision_config)[1]
     sizes = torch.tensor([[side, 2 * side], [2 * side, side], [side, 2 * side]])
     return {"pixel_values": draw(3, 3, 3, side, side), "image_sizes": sizes}
 
@@ -61,26 +64,26 @@ def _gemma4(config: Any, draw: Callable[..., Tensor]) -> Values:
 
 def _patches(config: Any, draw: Callable[..., Tensor]) -> Values:
     """Patches of images of different shapes, each a small picture."""
-    patch = _sizes(config.vision_config)[0]
+    patch = sizes_of(config.vision_config)[0]
     grid = torch.tensor([[1, 4, 4], [1, 8, 4], [1, 4, 8]])
     return {"pixel_values": draw(int(grid.prod(1).sum()), 3, patch, patch), "image_grid_thw": grid}
 
 
 def _minicpm(config: Any, draw: Callable[..., Tensor]) -> Values:
     """Patches of images side by side, and how many there are in height and width."""
-    patch, sizes = _sizes(config.vision_config)[0], torch.tensor([[4, 4], [8, 4], [4, 8]], dtype=torch.int32)
+    patch, sizes = sizes_of(config.vision_config)[0], torch.tensor([[4, 4], [8, 4], [4, 8]], dtype=torch.int32)
     return {"pixel_values": draw(1, 3, patch, patch * int(sizes.prod(1).sum())), "target_sizes": sizes}
 
 
 def _lfm2(config: Any, draw: Callable[..., Tensor]) -> Values:
-    patch, sizes = _sizes(config.vision_config)[0], torch.tensor([[4, 4], [2, 4], [4, 2]])
+    patch, sizes = sizes_of(config.vision_config)[0], torch.tensor([[4, 4], [2, 4], [4, 2]])
     mask = torch.arange(16) < sizes.prod(1, keepdim=True)
     return {"pixel_values": draw(3, 16, 3 * patch * patch), "spatial_shapes": sizes, "pixel_attention_mask": mask.long()}
 
 
 def _molmo(config: Any, draw: Callable[..., Tensor]) -> Values:
     """One crop an image, four patches pooled to a token."""
-    patch = _sizes(config.vision_config)[0]
+    patch = sizes_of(config.vision_config)[0]
     pool = torch.arange(16).view(2, 2, 2, 2).transpose(1, 2).reshape(4, 4)
     crops = [pool + 16 * i for i in range(3)]
     return {
@@ -92,7 +95,7 @@ def _molmo(config: Any, draw: Callable[..., Tensor]) -> Values:
 
 def _tiles(config: Any, draw: Callable[..., Tensor]) -> Values:
     """One tile an image."""
-    side = 64 if config.model_type == "perception_lm" else _sizes(config.vision_config)[1]
+    side = 64 if config.model_type == "perception_lm" else sizes_of(config.vision_config)[1]
     return {"pixel_values": draw(3, 1, 3, side, side)}
 
 

@@ -73,6 +73,10 @@ TRIALS: dict[str, Trial] = {
     "fastvid": _HALF,
     "hired": _HALF,
     "holov": _HALF,
+    "pixel_dedup": Trial(
+        prompt={"threshold": 4.6},
+        remark="The pixels are random numbers, of which none are the same: this threshold is as large as they differ",
+    ),
     "pitome": Trial({"ratio": 0.8}, {"ratio": 0.8}),
     "prumerge": _HALF,
     "random": Trial({"keep": 0.8}, {"keep": 0.5}),

@@ -7,14 +7,21 @@ classes and methods, which stands in assets/docs/support.md. Tests build each fr
 unpatched model: on the whole prompt with what was dropped hidden in every layer where attention allows that, else fed by hand
 with the columns that stay.
 
-- Columns leave before the first layer, with all that rides along: kinds of tokens, embeddings for every layer (Gemma 3n, Gemma
-  4), features of deeper tower layers (Qwen3-VL, Granite Vision), positions in time, height and width. Layers that share keys
-  and values, recurrent ones and convolutions read the shorter prompt.
-- Tokens keep the positions that they had, and sliding windows look back over as many columns of the long prompt, unless an LLM
-  counts columns itself: attention within chunks (Llama 4) and sparse attention to blocks (MiniMax M3) get a prompt that is
-  numbered anew, as if it had been that short, whatever `positions` says. Inkling 2 measures distances in stored tokens.
-- The visual tokens of an image are one row: nothing is known of how they lie, so that methods that look into the vision tower,
-  at crops or frames need a row. What a model costs is not known: `vtok.plan` and `flops=` say so.
+- Columns leave before the first layer, with all that rides along: kinds of tokens, embeddings for every layer (Gemma 3n,
+  Gemma 4), features of deeper tower layers (Qwen3-VL, Granite Vision), positions in time, height and width. Layers that share
+  keys and values, recurrent ones and convolutions read the shorter prompt.
+- Tokens keep the positions that they had, and sliding windows look back over as many columns of the long prompt, unless an
+  LLM counts columns itself: attention within chunks (Llama 4) and sparse attention to blocks (MiniMax M3) get a prompt that
+  is numbered anew, as if it had been that short, whatever `positions` says. Inkling 2 measures distances in stored tokens.
+- The visual tokens of an image are one row: nothing is known of how they lie, so that methods that look into the vision tower
+  or at crops need a row. What a model costs is not known: `vtok.plan` and `flops=` say so.
+- Of the 36 classes that read videos the frames are known where the inputs say how many there are, as a column of tokens each:
+  methods on frames act there. Five are refused to those, as they hand over chunks, frames or slices of a video one by one and
+  nothing says which belong together (Kimi K2.5, MiniMax M3, MiniCPM-V 4.6 and 4.7 and its OCR); other methods keep a share of
+  each of these. Frames that come one by one but in equal numbers are put together (Video-LLaVA, Perception LM). Where videos
+  have the placeholder of images (GLM-4V, 4.6V, 5 and OCR, Molmo 2, Nemotron Omni), a prompt with both is refused. Of
+  VideoLLaMA 3, what the processor left out of the prompt (`video_compression_mask`) is left out, and frames are then not
+  known. Nemotron Omni drops tokens itself under `video_pruning_rate`, and is refused there.
 
 Twenty-one classes are refused (`vtok.patches.hf_vlm.generic.refused` says why): cross-attention, encoder-decoders, a Q-Former
 inside, images that are put in front of a prompt or marked by no placeholder, and one language model that sees nothing.

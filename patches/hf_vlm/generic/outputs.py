@@ -45,19 +45,30 @@ def with_features(output: Any, images: list[Tensor], deep: Sequence[list[Tensor]
     return changed
 
 
-def short_output(output: Any, rows: Tensor) -> Any:
+def joined(images: list[Tensor], size: int) -> list[Tensor]:
+    """Tensors [n, ...] with every `size` of them, the frames of a video, in one."""
+    return images if size == 1 else [torch.cat(images[i : i + size]) for i in range(0, len(images), size)]
+
+
+def parted(videos: list[Tensor], size: int) -> list[Tensor]:
+    """The reverse of `joined`, of frames that have as many tokens."""
+    return videos if size == 1 else [part for x in videos for part in x.chunk(size)]
+
+
+def short_output(output: Any, rows: Tensor, size: int = 1) -> Any:
     """A copy of a model output that holds the kept features alone, deep ones included, in the container the model expects.
 
     Features stay parted by image, by which generate() repeats them for beams. A model that expects one tensor gets
-    [images, n, D] if every image keeps as many, else [1, all, D]: that cannot be repeated for several rows.
+    [images, n, D] if every image keeps as many, else [1, all, D]: that cannot be repeated for several rows (`repeatable`).
 
     Args:
         output: of `get_image_features`.
         rows: [features in all] bool.
+        size: how many entries of the output are one video, where a model hands over frames.
     """
 
     def kept(features: Any) -> Any:
-        parts = [x[stays] for x, stays in zip(features, rows.split([len(x) for x in features]))]
+        parts = joined([x[stays] for x, stays in zip(features, rows.split([len(x) for x in features]))], size)
         if not isinstance(features, Tensor):
             return parts
         return torch.stack(parts) if len({len(x) for x in parts}) == 1 else torch.cat(parts)[None]
@@ -69,6 +80,11 @@ def short_output(output: Any, rows: Tensor) -> Any:
         values = {_name(output): kept(getattr(output, _name(output))), **({"deepstack_features": planes} if planes else {})}
     base = plain_class(output)
     return base(**{field.name: values.get(field.name) for field in fields(base)})
+
+
+def repeatable(output: Any, images: int) -> bool:
+    """Whether generate() can repeat a shortened output of so many images for beams, row by row."""
+    return len(getattr(output, _name(output)) if not _layered(output) else _planes(output)[0]) == images
 
 
 def _name(output: Any) -> str:

@@ -55,7 +55,8 @@ def frames_of(images: ImageFeatures, method: str) -> Frames:
     if len(sizes) != 1 or grids == {(1, images.tokens.shape[1])}:
         raise StateError(
             f"{method} must know which of the {images.tokens.shape[1]} visual tokens of this video belong to which frame, and "
-            "the inputs do not say: pass them as the processor returns them, video_grid_thw and input_ids included"
+            "the inputs do not say: pass them as the processor returns them, video_grid_thw and input_ids included, with no "
+            "token left out already (video_compression_mask)"
         )
     rows, behind = _places(images.views, images.tokens.device)
     return Frames(at_least_fp32(images.tokens[:, rows.flatten()]).unflatten(1, rows.shape), rows, behind)
@@ -90,10 +91,10 @@ class VideoConfig(KeepConfig):
 
     def check(self, info: VLMInfo) -> None:
         """Raises unless a model reads videos."""
-        if info.generic and info.videos:
+        if info.videos and info.no_frames is not None:
             raise UnsupportedModelError(
-                f"{self.name} compares the frames of videos, and no row says which visual tokens of {info.name} are a frame; "
-                "choose another method, such as downsample"
+                f"{self.name} compares the frames of a video, which cannot be told of {info.name}: {info.no_frames}; choose "
+                "another method, such as downsample"
             )
         if not info.videos:
             raise UnsupportedModelError(

@@ -56,5 +56,5 @@ def test_notebook(path, tmp_path, monkeypatch):
         if cell.cell_type == "code":
             cell.outputs = []
     monkeypatch.delenv("MPLBACKEND", raising=False)  # a kernel draws into its own cells, unless another backend is asked for
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=560, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert any("image/png" in out.get("data", {}) for cell in notebook.cells for out in cell.get("outputs", ()))

@@ -53,8 +53,8 @@ class DART(Official, OneLayer):
             Qwen-VL): each picks floor(n keep / P), and the visual pivots stay besides. 1.0 is an exact no-op.
         keep_tokens: the same as a count (program: M, 128 for LLaVA-1.5, 320 for LLaVA-NeXT; whole number >= 1): each pivot
             picks floor(min(M, n - visual pivots) / P). Give one of the two.
-        layer: K, 0-based decoder layer in front of which tokens leave; keys and output of layer K - 1 decide (whole number
-            >= 1, default 2).
+        layer: K, 0-based decoder layer in front of which tokens leave; keys and output of layer K - 1 decide (whole
+            number >= 1, default 2).
         visual_pivots: visual tokens of largest key norm that pick (whole number >= 1, default 4).
         text_pivots: the same of the text behind the image (whole number >= 0, default 4).
         order: how pivots are visited: `"list"`, visual ones before text, each by falling norm; `"set"`, as a Python set of

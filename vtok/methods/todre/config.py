@@ -63,8 +63,8 @@ class ToDRE(MethodConfig):
         keep: share of the visual tokens of an image that enter the LLM ((0, 1]; default 0.1, the paper's 288 of 2880; it also
             reports 0.25). Rounded to whole tokens, halves to the even number (our interpretation: the paper states counts); at
             least one of every image stays. 1.0 leaves stage 1 out.
-        keep_tokens: the same as a count for every image, thumbnail and crops together (paper: k, 288 or 720); whole number
-            >= 1. An image with fewer tokens keeps them all. Give one of the two.
+        keep_tokens: the same as a count for every image, thumbnail and crops together (paper: k, 288 or 720); a whole
+            number >= 1. An image with fewer tokens keeps them all. Give one of the two.
         selector: `"max_sum"` (the paper's second version, eqs. 4 to 7) or `"k_center"` (which its first version's abstract
             names).
         pivot: token that stage 1 starts from: `"cls"`, the one that the vision tower's class token attends to most (of an

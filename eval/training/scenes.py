@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import random
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +112,11 @@ class Lessons:
 
     def __init__(self, split: str, count: int, depth: int, seed: int):
         self.features, scenes = features_of(split, count, depth)
-        tokenizer = make_scenes_processor().tokenizer
+        encode = cache(partial(make_scenes_processor().tokenizer.encode, add_special_tokens=False))
         self.patches = torch.stack([patch_words(things) for things in scenes]).to(torch.int16)
         self.turns: list[list[list[Turn]]] = []
         for number, things in enumerate(scenes):
             asked = questions_about(things, random.Random(f"{seed} {number}"))
-            encode = partial(tokenizer.encode, add_special_tokens=False)
             self.turns.append([[(encode(q), encode(a)[0]) for q, a in asked[kind]] for kind in KINDS])
 
     def visual(self, rows: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ Shapes: pictures are 224 x 224 RGB; a patch of the encoder is 14 x 14 pixels, so
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,7 +70,7 @@ def draw_scene(split: str, number: int) -> Scene:
         sprite = draw.choice(album.sprites[name])
         if album.varied:
             sprite = _shifted(sprite, draw)
-        colour = draw.choice([c for c, rgb in enumerate(COLOURS.values()) if _apart(sprite, rgb)])
+        colour = draw.choice(_apart(_mean(sprite)))
         _paste(image, sprite, colour, left, top, side, draw)
         things.append(Thing(name, colour, (left, top, side), cell))
     return Scene(image, tuple(things))
@@ -92,9 +91,9 @@ def _background(album: Album, draw: random.Random) -> Image.Image:
     return image
 
 
-def _apart(sprite: Image.Image, rgb: Sequence[int]) -> bool:
-    """Whether a little picture can be seen on a plate of that colour."""
-    return float(np.linalg.norm(_mean(sprite) - np.array(rgb))) > _CONTRAST
+def _apart(mean: np.ndarray) -> list[int]:
+    """Colours of plates on which a little picture of that mean colour can be seen."""
+    return [c for c, rgb in enumerate(COLOURS.values()) if float(np.linalg.norm(mean - np.array(rgb))) > _CONTRAST]
 
 
 def _mean(sprite: Image.Image) -> np.ndarray:

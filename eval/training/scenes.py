@@ -10,8 +10,9 @@ Shapes: B scenes, P = 256 visual tokens, W = 384 channels of the encoder, D of t
 from __future__ import annotations
 
 import argparse
+import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,14 @@ from vtok.eval.models.reference_vlm import EOS, SPECIAL
 from vtok.eval.models.scenes.album import NAMES
 from vtok.eval.models.scenes.compose import COLOUR_NAMES, PATCH, SIZE, Thing, draw_scene
 from vtok.eval.models.scenes.model import TRAINED, ReferenceScenes, load_tower, make_scenes_processor, save_trained
-from vtok.eval.models.scenes.questions import KINDS, WORDS, questions_about
+from vtok.eval.models.scenes.questions import BLIND, KINDS, WORDS, questions_about
+from vtok.eval.tasks.vqa.data import blind_answers
 from vtok.eval.training.loop import Stage, StageRun, epoch_rows, load_checkpoint, save_atomically
 from vtok.eval.training.turns import IGNORED, Turn, answer_logits, pack
+from vtok.writing import write
 
 SIDE = SIZE // PATCH
+VALIDATION = range(500_000, 500_160)  # scenes of the test pictures that the test does not ask about
 NOTHING = len(SPECIAL) + WORDS.index("zero")  # the word for a patch without a plate
 NAME_WORDS = [len(SPECIAL) + WORDS.index(name) for name in NAMES]
 COLOUR_WORDS = [len(SPECIAL) + WORDS.index(name) for name in COLOUR_NAMES]
@@ -46,7 +50,8 @@ class Recipe:
         scenes: training scenes, numbers 0, 1, ...
         align: the connector alone learns what lies in each patch.
         answer: connector and language model learn to answer.
-        batch_size: scenes a step.
+        align_batch_size: scenes a step of the first stage.
+        batch_size: scenes a step of the second.
         turns: questions of a scene a step.
         weights: of the kinds of questions, in the order of `KINDS`.
         naming: weight of the connector's own loss while questions are learned.
@@ -58,8 +63,9 @@ class Recipe:
 
     scenes: int = 7008
     align: Stage = field(default_factory=lambda: Stage(PATCH, 4, 2e-3, 0.1))
-    answer: Stage = field(default_factory=lambda: Stage(PATCH, 8, 1.2e-3, 0.02))
-    batch_size: int = 16
+    answer: Stage = field(default_factory=lambda: Stage(PATCH, 3, 1e-3, 0.02))
+    align_batch_size: int = 16
+    batch_size: int = 8
     turns: int = 18
     weights: tuple[int, ...] = (3, 3, 4, 2, 3)
     naming: float = 0.1
@@ -69,20 +75,21 @@ class Recipe:
     seed: int = 0
 
 
-def features_of(split: str, count: int, depth: int, batch_size: int = 16) -> tuple[np.ndarray, list[tuple[Thing, ...]]]:
-    """What the encoder says of scenes 0 .. count - 1, [count, P, W] fp16 on disk, and what the scenes show.
+def features_of(split: str, numbers: range, depth: int, batch_size: int = 16) -> tuple[np.ndarray, list[tuple[Thing, ...]]]:
+    """What the encoder says of some scenes, [count, P, W] fp16 on disk, and what the scenes show.
 
     Computed in bfloat16, once: a second call goes on where the first was stopped.
     """
     folder = cache_dir() / "train" / "scenes"
     folder.mkdir(parents=True, exist_ok=True)
-    path, done_path = folder / f"{split}-{count}-{depth}.npy", folder / f"{split}-{count}-{depth}.done"
+    count, name = len(numbers), f"{split}-{numbers.start}-{len(numbers)}-{depth}"
+    path, done_path = folder / f"{name}.npy", folder / f"{name}.done"
     done = int(done_path.read_text()) if done_path.is_file() else 0
     kept = np.lib.format.open_memmap(path, "r+" if done else "w+", np.float16, (count, SIDE**2, WIDTH))
     encoder = load_tower(depth).bfloat16() if done < count else None
     for start in range(done, count, batch_size):
         stop = min(count, start + batch_size)
-        images = [draw_scene(split, number).image for number in range(start, stop)]
+        images = [draw_scene(split, number).image for number in numbers[start:stop]]
         pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
         assert encoder is not None
         with torch.inference_mode():
@@ -91,7 +98,12 @@ def features_of(split: str, count: int, depth: int, batch_size: int = 16) -> tup
         done_path.write_text(str(stop))
         if start // batch_size % 20 == 0:
             print(f"encoded {stop} of {count} scenes of {split}", flush=True)
-    return kept, [draw_scene(split, number).things for number in range(count)]
+    known = folder / f"{name}.json"
+    if not known.is_file():
+        scenes = [[(t.name, t.colour, t.box, t.cell) for t in draw_scene(split, number).things] for number in numbers]
+        write(known, json.dumps(scenes))
+    read = json.loads(known.read_text(encoding="utf-8"))
+    return kept, [tuple(Thing(n, c, (x, y, s), (i, j)) for n, c, (x, y, s), (i, j) in scene) for scene in read]
 
 
 def patch_words(things: tuple[Thing, ...]) -> Tensor:
@@ -110,12 +122,12 @@ def patch_words(things: tuple[Thing, ...]) -> Tensor:
 class Lessons:
     """Scenes as the encoder saw them, with their questions as tokens."""
 
-    def __init__(self, split: str, count: int, depth: int, seed: int):
-        self.features, scenes = features_of(split, count, depth)
+    def __init__(self, split: str, numbers: range, depth: int, seed: int):
+        self.features, scenes = features_of(split, numbers, depth)
         encode = cache(partial(make_scenes_processor().tokenizer.encode, add_special_tokens=False))
         self.patches = torch.stack([patch_words(things) for things in scenes]).to(torch.int16)
         self.turns: list[list[list[Turn]]] = []
-        for number, things in enumerate(scenes):
+        for number, things in zip(numbers, scenes):
             asked = questions_about(things, random.Random(f"{seed} {number}"))
             self.turns.append([[(encode(q), encode(a)[0]) for q, a in asked[kind]] for kind in KINDS])
 
@@ -161,17 +173,19 @@ def train(recipe: Recipe, checkpoint: Path, log_every: int = 20, save_every: int
         The trained model without its tower (fp32, eval mode).
     """
     depth = recipe.model.tower_depth
-    lessons = Lessons("train", recipe.scenes, depth, recipe.seed)
-    held_out = Lessons("test", 160, depth, recipe.seed)
+    lessons = Lessons("train", range(recipe.scenes), depth, recipe.seed)
+    held_out = Lessons("test", VALIDATION, depth, recipe.seed)
     saved = load_checkpoint(checkpoint)
     model = build(recipe).train()
     mean, std = _moments(lessons)
+
+    sized = (replace(recipe, batch_size=recipe.align_batch_size), recipe)
 
     def connect(rows: Tensor, source: Lessons) -> Tensor:
         return model.model.multi_modal_projector((source.visual(rows) - mean) / std)
 
     def loss_of(number: int, step: int) -> Tensor:
-        rows = epoch_rows(recipe, number, step, recipe.scenes)
+        rows = epoch_rows(sized[number], number, step, recipe.scenes)
         with torch.autocast("cpu", torch.bfloat16):
             visual = connect(rows, lessons)
             named = naming_loss(model, visual, lessons.patches[rows])
@@ -190,8 +204,8 @@ def train(recipe: Recipe, checkpoint: Path, log_every: int = 20, save_every: int
     for number, stage in enumerate((recipe.align, recipe.answer)):
         if saved is not None and saved["stage"] > number:
             continue
-        total = round(stage.epochs * (recipe.scenes // recipe.batch_size))
-        run = StageRun(model, stage, number, total, recipe, checkpoint, log_every, save_every)
+        total = round(stage.epochs * (recipe.scenes // sized[number].batch_size))
+        run = StageRun(model, stage, number, total, sized[number], checkpoint, log_every, save_every)
         run.run(partial(loss_of, number), saved, partial(test, number), test_every)
         save_atomically(model.state_dict(), checkpoint.with_name(f"{checkpoint.stem}_stage{number}.pt"))
     with torch.no_grad():
@@ -240,6 +254,17 @@ def _answered(model: Any, lessons: Lessons, connect: Any, batch_size: int = 20) 
     return f"held-out questions: {sum(shares) / len(shares):.2f} % ({parts})"
 
 
+def write_blind_answers(path: Path, scenes: int, seed: int = 0) -> None:
+    """Writes the most frequent answer to every question text about the first training scenes."""
+    asked = [
+        pair
+        for number in range(scenes)
+        for kind in questions_about(draw_scene("train", number).things, random.Random(f"{seed} {number}")).values()
+        for pair in kind
+    ]
+    write(path, json.dumps(dict(sorted(blind_answers(*zip(*asked)).items())), indent=0) + "\n")
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -249,6 +274,7 @@ def main() -> None:
     model = train(Recipe(), args.checkpoint)
     if args.export is not None:
         save_trained(args.export / TRAINED, model)
+        write_blind_answers(args.export / BLIND, Recipe().scenes)
 
 
 if __name__ == "__main__":

@@ -32,11 +32,13 @@ from vtok.eval.models.scenes.model import TRAINED, ReferenceScenes, load_tower, 
 from vtok.eval.models.scenes.questions import BLIND, KINDS, WORDS, questions_about
 from vtok.eval.tasks.vqa.data import blind_answers
 from vtok.eval.training.loop import Stage, StageRun, epoch_rows, load_checkpoint, save_atomically
-from vtok.eval.training.turns import IGNORED, Turn, answer_logits, pack
+from vtok.eval.training.turns import IGNORED, Turn, Turns, answer_logits, logits_and_states, pack
 from vtok.writing import write
 
 SIDE = SIZE // PATCH
 VALIDATION = range(500_000, 500_160)  # scenes of the test pictures that the test does not ask about
+_SPREAD = 0.04  # standard deviation of the language model's first weights
+_GUIDED, _HEADS = (1, 3), 2  # decoder layers that are told where to look at first, and how many of their heads
 NOTHING = len(SPECIAL) + WORDS.index("zero")  # the word for a patch without a plate
 NAME_WORDS = [len(SPECIAL) + WORDS.index(name) for name in NAMES]
 COLOUR_WORDS = [len(SPECIAL) + WORDS.index(name) for name in COLOUR_NAMES]
@@ -55,6 +57,8 @@ class Recipe:
         turns: questions of a scene a step.
         weights: of the kinds of questions, in the order of `KINDS`.
         naming: weight of the connector's own loss while questions are learned.
+        guided: steps at first in which two layers are told where to look for what a question names; without them the model is slow
+            to find that the answer is in the picture.
         warmup: share of a stage's steps spent warming up.
         weight_decay: AdamW's, on matrices only.
         model: the model that comes out.
@@ -69,6 +73,7 @@ class Recipe:
     turns: int = 18
     weights: tuple[int, ...] = (3, 3, 4, 2, 3)
     naming: float = 0.1
+    guided: int = 600
     warmup: float = 0.03
     weight_decay: float = 0.05
     model: ReferenceScenes = field(default_factory=ReferenceScenes)
@@ -157,11 +162,48 @@ def naming_loss(model: Any, visual: Tensor, words: Tensor) -> Tensor:
     return loss
 
 
+def looking_loss(model: Any, states: Any, positions: Tensor, turns: Turns, words: Tensor) -> Tensor:
+    """How little the name or colour that a question ends with attends to patches, in some heads of two decoder layers.
+
+    In the first of them it should attend to what it names, in the second to what the answer names, if that is a thing.
+
+    Args:
+        model: of D channels.
+        states: what enters every decoder layer.
+        positions: of the tokens, [B, 1 + P + T].
+        turns: the text.
+        words: [B, 2, P] of `patch_words`.
+    """
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    language, prefix, words = model.model.language_model, 1 + words.shape[-1], words.long()
+    asks = (turns.targets != IGNORED) & (turns.targets != EOS)
+    answers = torch.where(torch.isin(turns.targets, torch.tensor(NAME_WORDS)), turns.targets, turns.ids)
+    loss = states[0].new_zeros(())
+    for number, named in zip(_GUIDED, (turns.ids, answers)):
+        layer = language.layers[number]
+        x = layer.input_layernorm(states[number])
+        query, key = (
+            proj(x).unflatten(-1, (-1, layer.self_attn.head_dim)).transpose(1, 2)[:, :_HEADS]
+            for proj in (layer.self_attn.q_proj, layer.self_attn.k_proj)
+        )
+        query, key = apply_rotary_pos_emb(query, key, *language.rotary_emb(x, positions))
+        scores = (query[:, :, prefix:] @ key[:, :, 1:prefix].transpose(-1, -2)).float() * layer.self_attn.head_dim**-0.5
+        right = (named[:, :, None, None] == words[:, None]).any(2)  # [B, T, P]
+        told = (asks & right.any(-1))[:, None].expand(-1, _HEADS, -1)
+        share = scores.log_softmax(-1).masked_fill(~right[:, None], -torch.inf).logsumexp(-1)  # [B, heads, T]
+        loss = loss - share[told].mean()
+    return loss
+
+
 def build(recipe: Recipe) -> Any:
     """Freshly initialised connector and language model, without a tower."""
     torch.manual_seed(recipe.seed)
     model = recipe.model.build()
     nn.init.normal_(model.get_input_embeddings().weight, std=0.3)  # words that patches can be told apart by
+    for name, weight in model.model.language_model.layers.named_parameters():
+        if name.endswith("proj.weight"):
+            nn.init.normal_(weight, std=_SPREAD)
     model.model.vision_tower = nn.Identity()
     return model
 
@@ -192,7 +234,9 @@ def train(recipe: Recipe, checkpoint: Path, log_every: int = 20, save_every: int
             if number == 0:
                 return named
             turns = pack([lessons.draw(row, recipe.turns, recipe.weights) for row in rows.tolist()])
-            logits = answer_logits(model, visual, turns)
+            logits, states, positions = logits_and_states(model, visual, turns, step < recipe.guided)
+            if step < recipe.guided:
+                named = named + looking_loss(model, states, positions, turns, lessons.patches[rows])
         return F.cross_entropy(logits.float(), turns.targets[turns.targets != IGNORED]) + recipe.naming * named
 
     def test(number: int) -> None:
@@ -242,7 +286,9 @@ def _answered(model: Any, lessons: Lessons, connect: Any, batch_size: int = 20) 
     for rows in torch.arange(len(lessons.turns)).split(batch_size):
         visual = connect(rows, lessons)
         for kind in range(len(KINDS)):
-            own = [[turns[i] for i in torch.randperm(len(turns))[:4].tolist()] for turns in (lessons.turns[r][kind] for r in rows)]
+            own = [
+                [turns[i] for i in torch.randperm(len(turns))[:4].tolist()] for turns in (lessons.turns[r][kind] for r in rows)
+            ]
             keep = [i for i, turns in enumerate(own) if turns]
             turns = pack([own[i] for i in keep])
             wanted = turns.targets[turns.targets != IGNORED]

@@ -28,16 +28,16 @@ def true_answer(text, things):
     """What a scene shows, asked in another way than the questions were made."""
     by_name = {NAMES[t.name]: t for t in things}
     colours = Counter(COLOUR_NAMES[t.colour] for t in things)
-    if found := re.fullmatch(r"what color is behind the (\w+)\?", text):
+    if found := re.fullmatch(r"what color is behind the (\w+)", text):
         return COLOUR_NAMES[by_name[found[1]].colour]
-    if found := re.fullmatch(r"what is on the (\w+) plate\?", text):
+    if found := re.fullmatch(r"what is on the plate that is (\w+)", text):
         (only,) = (name for name, t in by_name.items() if COLOUR_NAMES[t.colour] == found[1])
         return only
-    if found := re.fullmatch(r"is there any (\w+)\?", text):
+    if found := re.fullmatch(r"is there any (\w+)", text):
         return "yes" if found[1] in by_name else "no"
-    if found := re.fullmatch(r"how many plates are (\w+)\?", text):
+    if found := re.fullmatch(r"how many plates are (\w+)", text):
         return NUMBERS[colours[found[1]]]
-    found = re.fullmatch(r"what is (left of|right of|above|below) the (\w+)\?", text)
+    found = re.fullmatch(r"what is (left of|right of|above|below) the (\w+)", text)
     asked, (down, right) = by_name[found[2]], _BESIDE[found[1]]
     (other,) = (t for t in things if t.cell == (asked.cell[0] + down, asked.cell[1] + right))
     return NAMES[other.name]
@@ -49,7 +49,7 @@ def test_a_scene_is_always_the_same_and_nothing_overlaps():
     for number in range(20):
         covered = np.zeros((SIZE, SIZE), int)
         for left, top, side in (t.box for t in draw_scene("test", number).things):
-            assert 0 <= left and left + side <= SIZE and 0 <= top and top + side <= SIZE
+            assert left >= 0 and left + side <= SIZE and top >= 0 and top + side <= SIZE
             covered[top : top + side, left : left + side] += 1
         assert covered.max() == 1
 

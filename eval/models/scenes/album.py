@@ -84,6 +84,8 @@ def load_album(split: str) -> Album:
                 if np.asarray(cut)[..., 3].any():  # an artist may lack one
                     pictures.append(cut)
     paths = [
-        path for name in PHOTOGRAPHS[split] for path in sorted(asset("photographs/astronaut-0.jpg").parent.glob(f"{name}-*.jpg"))
+        path
+        for name in PHOTOGRAPHS[split]
+        for path in sorted(asset("photographs/astronaut-0.jpg").parent.glob(f"{name}-*.jpg"))
     ]
     return Album(sprites, [Image.open(path).convert("RGB") for path in paths], split == "train")

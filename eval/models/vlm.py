@@ -143,7 +143,8 @@ def load_vlm(name: str) -> VisionLanguageModel:
     """A vision-language model in eval mode.
 
     Args:
-        name: `"reference-llava"`, `"reference-llava-next"` or `"reference-scenes"`, which come with vtok; or a name or folder of Hugging Face.
+        name: `"reference-llava"`, `"reference-llava-next"` or `"reference-scenes"`, which come with vtok; or a name or folder
+            of Hugging Face.
 
     Raises:
         ConfigError: no such model, or one without a processor or without weights.

@@ -1,8 +1,8 @@
 """Trains the reference LLaVA of scenes: `python -m vtok.eval.training.scenes --export assets`. Resumes wherever it stopped.
 
 The encoder is frozen: what it says of the training scenes is computed once and kept in the cache folder. First the connector
-learns to turn a patch into the words for what lies there, name and colour, in the language model's own embedding; then connector
-and language model learn to answer questions, many about a scene in one sequence (see `vtok.eval.training.turns`).
+learns to turn a patch into the words for what lies there, name and colour, in the language model's own embedding; then
+connector and language model learn to answer questions, many about a scene in one sequence (see `vtok.eval.training.turns`).
 
 Shapes: B scenes, P = 256 visual tokens, W = 384 channels of the encoder, D of the language model.
 """
@@ -57,8 +57,8 @@ class Recipe:
         turns: questions of a scene a step.
         weights: of the kinds of questions, in the order of `KINDS`.
         naming: weight of the connector's own loss while questions are learned.
-        guided: steps at first in which two layers are told where to look for what a question names; without them the model is slow
-            to find that the answer is in the picture.
+        guided: steps at first in which two layers are told where to look for what a question names; without them the model is
+            slow to find that the answer is in the picture.
         warmup: share of a stage's steps spent warming up.
         weight_decay: AdamW's, on matrices only.
         model: the model that comes out.
@@ -150,7 +150,7 @@ class Lessons:
 
 
 def naming_loss(model: Any, visual: Tensor, words: Tensor) -> Tensor:
-    """Cross entropy of name and colour words at each patch: visual [B, P, D] as the language model takes it, words [B, 2, P]."""
+    """Cross entropy of name and colour words at each patch: visual [B, P, D] as the Llama takes it, words [B, 2, P]."""
     table = model.get_input_embeddings().weight
     loss = visual.new_zeros(())
     for place, known in enumerate((NAME_WORDS, COLOUR_WORDS)):

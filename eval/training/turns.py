@@ -75,4 +75,5 @@ def logits_and_states(model: Any, visual: Tensor, turns: Turns, states: bool = T
     out = model.model.language_model(
         inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False, output_hidden_states=states
     )
-    return model.lm_head(out.last_hidden_state[:, prefix:][turns.targets != IGNORED]), out.hidden_states, positions
+    logits = model.lm_head(out.last_hidden_state[:, prefix:][turns.targets != IGNORED])
+    return logits, out.hidden_states, positions

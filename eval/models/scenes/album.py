@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from vtok.eval.models.data import asset
+from vtok.eval.tasks.pictures import asset_folder
 
 FOLDER = "scenes"
 SHEET = 64  # side of a little picture in pixels
@@ -83,9 +84,6 @@ def load_album(split: str) -> Album:
                 left += SHEET
                 if np.asarray(cut)[..., 3].any():  # an artist may lack one
                     pictures.append(cut)
-    paths = [
-        path
-        for name in PHOTOGRAPHS[split]
-        for path in sorted(asset("photographs/astronaut-0.jpg").parent.glob(f"{name}-*.jpg"))
-    ]
+    folder = asset_folder("photographs")
+    paths = [path for name in PHOTOGRAPHS[split] for path in sorted(folder.glob(f"{name}-*.jpg"))]
     return Album(sprites, [Image.open(path).convert("RGB") for path in paths], split == "train")

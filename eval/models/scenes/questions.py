@@ -83,7 +83,7 @@ class AskedOf(NamedTuple):
 
 
 def one_of_each(split: str, numbers: Iterable[int]) -> list[AskedOf]:
-    """A question of every kind about each scene, as far as there is one; every second one about a thing's presence is a "no"."""
+    """A question of every kind about each scene, as far as there is one; of those about a presence every second is a "no"."""
     found = []
     for number in numbers:
         draw = random.Random(f"questions {split} {number}")

@@ -38,7 +38,8 @@ def open_vqa(data: str | os.PathLike, questions: str = "", annotations: str = ""
         return read_lines(path, Path(images) if images else None)
     if not path.is_dir() and not questions:
         raise ConfigError(
-            f"{name} is neither {', '.join(_BUNDLED)}, a .jsonl file nor a folder with VQAv2's questions, annotations and images"
+            f"{name} is neither {', '.join(_BUNDLED)}, a .jsonl file nor a folder with VQAv2's questions, annotations "
+            "and images"
         )
     return find_vqav2(path, questions, annotations, images)
 

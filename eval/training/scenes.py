@@ -71,7 +71,7 @@ class Recipe:
     align_batch_size: int = 16
     batch_size: int = 8
     turns: int = 18
-    weights: tuple[int, ...] = (3, 3, 4, 2, 3)
+    weights: tuple[int, ...] = (3, 3, 2, 3)
     naming: float = 0.1
     guided: int = 600
     warmup: float = 0.03

@@ -12,21 +12,17 @@ from vtok.eval.models.data import asset
 from vtok.eval.models.scenes.album import NAMES
 from vtok.eval.models.scenes.compose import COLOUR_NAMES, Thing, draw_scene
 
-KINDS = ("color", "thing", "beside", "present", "count")
+KINDS = ("color", "thing", "present", "count")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_BESIDE = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 # What is asked for stands last, where the answer is read from: with a question mark behind it training took far longer.
 _TEXTS = {
     "color": "what color is behind the {}",
     "thing": "what is on the plate that is {}",
-    "beside": "what is {} the {}",
     "present": "is there any {}",
     "count": "how many plates are {}",
 }
 WORDS = (
     *sorted({word.strip("{}") for text in _TEXTS.values() for word in text.split()} - {""}),
-    *sorted({word for place in _BESIDE for word in place.split()} - {"of"}),
-    "of",
     "no",
     "yes",
     *NUMBERS,
@@ -44,16 +40,11 @@ def questions_about(things: Sequence[Thing], draw: random.Random) -> dict[str, l
     """All that can be asked, kind -> questions; as many "no" as "yes", and colours of every number as often as can be."""
     found: dict[str, list[Asked]] = {kind: [] for kind in KINDS}
     plates = Counter(thing.colour for thing in things)
-    at = {thing.cell: thing for thing in things}
     for thing in things:
         name, colour = NAMES[thing.name], COLOUR_NAMES[thing.colour]
         found["color"].append((_TEXTS["color"].format(name), colour))
         if plates[thing.colour] == 1:
             found["thing"].append((_TEXTS["thing"].format(colour), name))
-        for place, (down, right) in _BESIDE.items():
-            other = at.get((thing.cell[0] + down, thing.cell[1] + right))
-            if other is not None:
-                found["beside"].append((_TEXTS["beside"].format(place, name), NAMES[other.name]))
         found["present"].append((_TEXTS["present"].format(name), "yes"))
     shown = {thing.name for thing in things}
     absent = draw.sample([i for i in range(len(NAMES)) if i not in shown], min(len(things), len(NAMES) - len(shown)))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import vtok
-from vtok.errors import ConfigError, MissingExtraError, brief, shown, unknown
+from vtok.errors import ConfigError, unknown
 from vtok.eval.common import terminal
 from vtok.eval.runs.names import check_methods, find
 from vtok.registry import METHODS
@@ -196,41 +196,3 @@ def bench_select(
             selector or (),
         )
     console.print(select_bench.table(results, tokens, keep, width))
-
-
-def demo(
-    images: Annotated[int, typer.Option("--images", "-n", min=2, max=10_000, help="test images")] = 1000,
-    full: Annotated[bool, typer.Option("--full", help="all 10,000 test images")] = False,
-    out: Annotated[Path, typer.Option(help="folder for results; a second run goes on where the first stopped")] = Path(
-        "results/demo"
-    ),
-    budgets: Annotated[str, typer.Option(help="shares of the FLOPs")] = "0.8,0.6,0.4",
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = 100,
-    control: Annotated[bool, typer.Option("--control", help="also: what each method's choice of tokens is worth")] = False,
-    clip: Annotated[bool, typer.Option(help="also: the bundled CLIP, zero-shot and retrieval")] = True,
-    vqa: Annotated[bool, typer.Option(help="also: questions to the bundled LLaVA and LLaVA-NeXT")] = True,
-) -> None:
-    """Methods for encoders, todre, atp and correlation on the bundled models and images: accuracy, tokens, MACs, time."""
-    from vtok.eval.demo import clip as clip_demo
-    from vtok.eval.demo import questions as vqa_demo
-    from vtok.eval.demo.vit import run_demo
-
-    try:
-        shares = tuple(float(b) for b in budgets.split(","))
-    except ValueError:
-        raise ConfigError(f"--budgets takes numbers such as 0.8,0.6,0.4, got {shown(budgets)}") from None
-    if not all(0 < share <= 1 for share in shares):
-        raise ConfigError(f"--budgets takes shares of the FLOPs in (0, 1], got {brief(budgets)}")
-    run_demo(out, None if full else images, shares, batch_size=batch_size, control=control, console=console)
-    if clip:
-        pictures, pages = (None if full else min(images, count) for count in (clip_demo.PICTURES, clip_demo.PAGES))
-        try:
-            clip_demo.run_clip_demo(out, pictures, pages, console=console)
-        except MissingExtraError as error:
-            console.print(f"the CLIP part was left out: {error}", style=terminal.WARNING)
-    if vqa:
-        asked, on_pages = (None if full else min(images, n) for n in (vqa_demo.QUESTIONS, vqa_demo.PAGE_QUESTIONS))
-        try:
-            vqa_demo.run_vqa_demo(out, asked, on_pages, console=console)
-        except MissingExtraError as error:
-            console.print(f"the part on vision-language models was left out: {error}", style=terminal.WARNING)

@@ -45,8 +45,8 @@ COMMANDS = {
         "Runs a list of benchmarks; a second start goes on where the first stopped. Prints one table of all.",
     ),
     "demo": Entry(
-        "app:demo",
-        "Methods for encoders, todre, atp and correlation on the bundled models and images: accuracy, tokens, MACs, time.",
+        "demo:demo",
+        "Methods for encoders on a pretrained DINOv2, methods for prompts on a LLaVA above it: accuracy, cost, speed.",
     ),
     "run": Entry("run:run", "Runs a configuration and prints what is measured, beside what was published for it."),
     "sweep": Entry("run:sweep", "Runs a grid of settings or a list of FLOPs budgets: a table, sweep.csv and sweep.png."),

@@ -18,7 +18,8 @@ def draw_tokens(
     model: Annotated[
         str,
         typer.Argument(
-            help="a timm name, open_clip:NAME/TAG, transformers:OWNER/NAME, reference, reference-clip, reference-llava(-next)"
+            help="a timm name, open_clip:NAME/TAG, transformers:OWNER/NAME, "
+            "reference, reference-clip, reference-llava(-next), reference-scenes"
         ),
     ],
     method: Annotated[str, typer.Argument(help=SETTING_HELP)],

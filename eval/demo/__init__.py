@@ -1,1 +1,1 @@
-"""The main job: methods for encoders, todre, atp and correlation on the reference models, beside random and uniform."""
+"""The main job: methods for encoders on a pretrained DINOv2 and for prompts on a LLaVA, beside random; and smaller models."""

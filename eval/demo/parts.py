@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,11 @@ from typing import Any
 from rich.console import Console
 
 from vtok.eval.common.records import Record
+from vtok.eval.common.statistics import with_error
 from vtok.eval.report.frame import CSV, frame
-from vtok.eval.report.sections import Section, findings, sections
-from vtok.eval.report.summary import table
+from vtok.eval.report.rows import Row
+from vtok.eval.report.sections import Section, findings, headline_of, sections
+from vtok.eval.report.summary import gap_columns, table
 from vtok.eval.report.tables import Column, Table, write_csv
 from vtok.eval.runs import loader, runner
 from vtok.registry import encoder_methods
@@ -43,8 +47,35 @@ def of_encoders(methods: Sequence[str] | None, budgets: Sequence[float]) -> dict
     return {"methods": [{"name": name} for name in names], "sweep": {"flops": list(budgets)}}
 
 
+def short_table(section: Section) -> Table:
+    """A table that 100 columns hold: what a setting costs and gets, beside random at the same cost."""
+    named = Counter(row.method for row in section.rows)
+
+    def name(row: Row) -> str:
+        """The method alone where its settings differ in the budget alone, which the rules part."""
+        alone = named[row.method] == 1 or (row.budget is not None and not row.drawn)
+        return row.method if alone else row.label.replace("keep_tokens=", "").replace("keep=", "")
+
+    columns = [
+        Column("setting", lambda row: "\n".join(textwrap.wrap(name(row), 26))),
+        Column("tokens", lambda row: "-" if row.mean_tokens is None else f"{row.mean_tokens:.0f}"),
+        Column("GMACs", lambda row: "-" if row.total_gmacs is None else f"{row.total_gmacs:.2f}"),
+        Column("right %", lambda row: with_error(row.record["metrics"], row.primary or "", row.factor, 1)),
+        *gap_columns(section, ("random",)),
+        Column("speed", lambda row: "-" if row.speedup is None else f"{row.speedup.point:.2f}x"),
+    ]
+    columns[0] = columns[0]._replace(left=True)
+    title = f"{section.title}, {section.first.get('n')} samples"
+    caption = "± standard error; vs random: at the same cost, paired; tokens: mean over layers; speed: median of pairs"
+    return Table.of(
+        section.rows, columns, title, caption, style=lambda row: "dim" if row.baseline else None, part=lambda row: row.budget
+    )
+
+
 def show(section: Section, console: Console, shown: Table | None = None) -> list[Record]:
-    """Prints the table of a section and what its numbers support; returns its records, unpatched first."""
+    """Prints the finding in a sentence, the table of a section and what its numbers support; returns its records, unpatched
+    first."""
+    console.print(f"{section.title}: {headline_of(section)}", style="bold", highlight=False)
     console.print(table(section) if shown is None else shown)
     for finding in findings(section):
         console.print(f"- {finding.words}", highlight=False)

@@ -146,12 +146,16 @@ def answering(model: Any) -> Any:
     return model.eval()
 
 
-def make_tokenizer() -> Any:
-    """One token a word or punctuation mark, in lower case; a prompt begins with `<s>`; batches are padded on the left."""
+def make_tokenizer(words: Sequence[str] = WORDS) -> Any:
+    """One token a word or punctuation mark, in lower case; a prompt begins with `<s>`; batches are padded on the left.
+
+    Args:
+        words: that it knows, behind `SPECIAL`.
+    """
     from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {word: number for number, word in enumerate((*SPECIAL, *WORDS))}
+    vocabulary = {word: number for number, word in enumerate((*SPECIAL, *words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[UNKNOWN]))
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tokenizer.normalizer = normalizers.Lowercase()

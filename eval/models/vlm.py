@@ -12,7 +12,7 @@ import torch
 from vtok.errors import ConfigError, MissingExtraError
 from vtok.eval.common.videos import Clip
 
-REFERENCE_LLAVA, REFERENCE_NEXT = "reference-llava", "reference-llava-next"
+REFERENCE_LLAVA, REFERENCE_NEXT, REFERENCE_SCENES = "reference-llava", "reference-llava-next", "reference-scenes"
 
 
 class BeginsOnce:
@@ -143,7 +143,8 @@ def load_vlm(name: str) -> VisionLanguageModel:
     """A vision-language model in eval mode.
 
     Args:
-        name: `"reference-llava"` or `"reference-llava-next"`, which come with vtok; or a name or folder of Hugging Face.
+        name: `"reference-llava"`, `"reference-llava-next"` or `"reference-scenes"`, which come with vtok; or a name or folder
+            of Hugging Face.
 
     Raises:
         ConfigError: no such model, or one without a processor or without weights.
@@ -169,8 +170,10 @@ def load_vlm(name: str) -> VisionLanguageModel:
 def _references() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
     from vtok.eval.models.reference_next import load_reference_llava_next, load_reference_llava_next_processor
     from vtok.eval.models.reference_vlm import load_reference_llava, load_reference_llava_processor
+    from vtok.eval.models.scenes import load_reference_scenes, make_scenes_processor
 
     return {
         REFERENCE_LLAVA: (load_reference_llava, load_reference_llava_processor),
         REFERENCE_NEXT: (load_reference_llava_next, load_reference_llava_next_processor),
+        REFERENCE_SCENES: (load_reference_scenes, make_scenes_processor),
     }

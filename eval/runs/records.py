@@ -184,4 +184,5 @@ _WEIGHTS = {
     "reference-clip": "easyvqa_clip/open_clip_model.safetensors",
     "reference-llava": "easyvqa_llava/model.safetensors",
     "reference-llava-next": "easyvqa_llava_next/differences.safetensors",
+    "reference-scenes": "scenes/trained.safetensors",  # the encoder's own file has a checksum
 }

@@ -46,6 +46,7 @@ BUNDLED_DATA: dict[str, dict[str, str]] = {
     "reference-clip": {"zeroshot": "reference-pictures", "retrieval": "reference-pages"},
     "reference-llava": {"vqa": "easy-vqa"},
     "reference-llava-next": {"vqa": "easy-vqa-pages"},
+    "reference-scenes": {"vqa": "scenes"},
 }
 # task -> whose models it can build; tasks that are not listed ask vision-language models
 BACKENDS: dict[str, tuple[str, ...]] = {

@@ -3,7 +3,8 @@
 The model stays frozen; what learns are the thresholds, from the language loss under soft masks and from the budget losses. A
 run resumes wherever it stopped. `--report FILE` measures modules instead: see `vtok.eval.training.atp_report`.
 
-By default the model is the reference LLaVA and the questions are easy-VQA's. For a model of one's own: `--model FOLDER` and
+By default the model is the reference LLaVA and the questions are easy-VQA's; `--model reference-scenes` takes that model and
+questions about scenes. For a model of one's own: `--model FOLDER` and
 `--questions FILE`, JSON lines with `image` (a path, relative to the file), `question` and `answer`.
 """
 
@@ -21,7 +22,18 @@ from torch import nn
 
 from vtok.errors import ConfigError
 from vtok.eval.models.data import cache_dir
-from vtok.eval.training.atp_questions import IGNORED, Asked, Batch, Host, load_easyvqa_questions, load_host, load_questions_file
+from vtok.eval.models.scenes import TEST_SCENES
+from vtok.eval.models.vlm import REFERENCE_SCENES
+from vtok.eval.training.atp_questions import (
+    IGNORED,
+    Asked,
+    Batch,
+    Host,
+    load_easyvqa_questions,
+    load_host,
+    load_questions_file,
+    load_scene_questions,
+)
 from vtok.eval.training.atp_report import load_test_questions, measure, table
 from vtok.eval.training.loop import save_atomically
 from vtok.methods.atp.losses import ATPLosses
@@ -31,7 +43,8 @@ from vtok.methods.atp.spec import ATPSpec
 from vtok.patches.decoder.soft_gates import softened
 from vtok.targets import vlm_targets
 
-ATP_WEIGHTS = "easyvqa_llava_atp.safetensors"
+ATP_WEIGHTS, SCENES_WEIGHTS = "easyvqa_llava_atp.safetensors", "scenes/atp.safetensors"
+SCENES = range(2_000_000, 2_000_800)  # training scenes that the model was not trained on
 
 
 @dataclass(frozen=True)
@@ -201,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     standard = Recipe()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=None, help="folder of the model (default: the reference LLaVA)")
+    parser.add_argument("--model", type=Path, default=None, help="folder, or reference-scenes (default: the reference LLaVA)")
     parser.add_argument("--questions", type=Path, default=None, help="JSON lines (default: easy-VQA's training questions)")
     parser.add_argument("--data", type=Path, default=None, help="folder of easy-VQA (default: the package easy-vqa)")
     parser.add_argument("--target", type=float, default=standard.target_tokens, help="visual tokens on average over layers")
@@ -213,18 +226,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--report", type=Path, default=None, help="measure the modules of this file, train nothing")
     parser.add_argument("--count", type=int, default=None, help="questions of the report (default: all test questions)")
     args = parser.parse_args(arguments)
-    host = load_host(args.model)
+    host, scenes = load_host(args.model), str(args.model) == REFERENCE_SCENES
     if args.report is None:
         layers = None if args.layers is None else tuple(args.layers)
         recipe = Recipe(args.target, layers, steps=args.steps, batch_size=args.batch_size)
-        asked = load_easyvqa_questions(args.data) if args.questions is None else load_questions_file(args.questions)
+        if args.questions is not None:
+            asked = load_questions_file(args.questions)
+        else:
+            asked = load_scene_questions("train", SCENES) if scenes else load_easyvqa_questions(args.data)
         modules = train(host, asked, recipe, args.checkpoint)
         if args.export is not None:
-            args.export.mkdir(parents=True, exist_ok=True)
-            modules.save(args.export / ATP_WEIGHTS)
-            print(f"modules are in {args.export / ATP_WEIGHTS}")
+            path = args.export / (SCENES_WEIGHTS if scenes else ATP_WEIGHTS)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            modules.save(path)
+            print(f"modules are in {path}")
         return
-    questions = load_test_questions() if args.questions is None else load_questions_file(args.questions)
+    if args.questions is not None:
+        questions = load_questions_file(args.questions)
+    else:
+        questions = load_scene_questions("test", range(TEST_SCENES)) if scenes else load_test_questions()
     print(table(measure(host, args.report, questions, args.count)))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from vtok.errors import ConfigError, brief
 from vtok.eval.common.pictures import open_picture
 from vtok.eval.models.reference_vlm import load_reference_llava, load_reference_llava_processor
-from vtok.eval.models.vlm import BeginsOnce
+from vtok.eval.models.vlm import REFERENCE_SCENES, BeginsOnce
 from vtok.eval.tasks.vqa.reading import text_of
 from vtok.eval.training.llava import load_lessons
 from vtok.reading import exists, from_json, read_text
@@ -85,9 +85,13 @@ def _opened(image: Any) -> Any:
 
 
 def load_host(folder: Path | None) -> Host:
-    """The model of a folder in eval mode, frozen, with its processor; `None` = the reference LLaVA."""
+    """The model of a folder in eval mode, frozen, with its processor; `None` = the reference LLaVA; or "reference-scenes"."""
     if folder is None:
         return Host(load_reference_llava().requires_grad_(False), load_reference_llava_processor())
+    if str(folder) == REFERENCE_SCENES:
+        from vtok.eval.models.scenes import load_reference_scenes, make_scenes_processor
+
+        return Host(load_reference_scenes().requires_grad_(False), make_scenes_processor())
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval().requires_grad_(False)
@@ -98,6 +102,17 @@ def load_easyvqa_questions(data: Path | None) -> Asked:
     """easy-VQA's training questions, those about the held-out pictures left out."""
     found, _, _ = load_lessons(HELD_OUT, data)
     return Asked(list(found.pictures), found.texts, found.answers, found.rows.tolist())
+
+
+def load_scene_questions(split: str, numbers: range) -> Asked:
+    """A question of every kind about each of these scenes of a split."""
+    from vtok.eval.models.scenes import draw_scene, one_of_each
+
+    found = one_of_each(split, numbers)
+    images = [draw_scene(split, number).image for number in numbers]
+    return Asked(
+        images, [one.text for one in found], [one.answer for one in found], [one.scene - numbers.start for one in found]
+    )
 
 
 def load_questions_file(path: Path) -> Asked:

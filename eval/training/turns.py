@@ -59,6 +59,11 @@ def turn_mask(turn: Tensor, prefix: int) -> Tensor:
 
 def answer_logits(model: Any, visual: Tensor, turns: Turns) -> Tensor:
     """Logits `[number of targets, vocabulary]` at the positions of `turns` with something to learn, in row-major order."""
+    return logits_and_states(model, visual, turns, False)[0]
+
+
+def logits_and_states(model: Any, visual: Tensor, turns: Turns, states: bool = True) -> tuple[Tensor, Any, Tensor]:
+    """(`answer_logits`; what enters every decoder layer, [B, 1 + P + T, D] each; positions [B, 1 + P + T])."""
     batch, count, _ = visual.shape
     embed = model.get_input_embeddings()
     start = embed(torch.full((batch, 1), BOS))
@@ -67,5 +72,8 @@ def answer_logits(model: Any, visual: Tensor, turns: Turns) -> Tensor:
     positions = torch.cat((torch.arange(prefix).expand(batch, -1), prefix + turns.place), 1)
     allowed = turn_mask(turns.turn, prefix)
     mask = torch.zeros(allowed.shape, dtype=x.dtype).masked_fill(~allowed, torch.finfo(x.dtype).min)
-    out = model.model.language_model(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False)
-    return model.lm_head(out.last_hidden_state[:, prefix:][turns.targets != IGNORED])
+    out = model.model.language_model(
+        inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False, output_hidden_states=states
+    )
+    logits = model.lm_head(out.last_hidden_state[:, prefix:][turns.targets != IGNORED])
+    return logits, out.hidden_states, positions

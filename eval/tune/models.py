@@ -14,8 +14,9 @@ from vtok.eval.common.checked import MOST, Count, Seed, Whole, check_fields
 from vtok.eval.common.settings import to_device
 from vtok.eval.models.by_name import REFERENCE, load_model
 from vtok.eval.models.clip import REFERENCE as REFERENCE_CLIP
-from vtok.eval.models.vlm import REFERENCE_LLAVA, VisionLanguageModel, load_vlm
+from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_SCENES, VisionLanguageModel, load_vlm
 from vtok.eval.tasks.timm_pipeline import Options, create_model, data_config
+from vtok.eval.tasks.vqa.data import VQAData
 from vtok.eval.tune.samples import Samples, reference_clip_samples, reference_vit_samples
 from vtok.eval.tune.subjects import Encoder, Subject
 
@@ -118,13 +119,23 @@ def _reference_clip(config: MethodConfig, source: Source) -> Prepared:
 
 def _reference_llava(config: MethodConfig, source: Source) -> Prepared:
     from vtok.eval.tasks.vqa.opening import calibration_questions, easy_vqa
+
+    return _asked(REFERENCE_LLAVA, calibration_questions(), easy_vqa(), config, source)
+
+
+def _reference_scenes(config: MethodConfig, source: Source) -> Prepared:
+    from vtok.eval.tasks.vqa.opening import calibration_scenes, scene_questions
+
+    return _asked(REFERENCE_SCENES, calibration_scenes(), scene_questions(), config, source)
+
+
+def _asked(name: str, first: VQAData, second: VQAData, config: MethodConfig, source: Source) -> Prepared:
+    """A bundled model whose answers are one token."""
     from vtok.eval.tune.prompts import Prompts, prompt_samples
 
-    net = _on(load_vlm(REFERENCE_LLAVA), source.device)
-    first, second = calibration_questions(), easy_vqa()
+    net = _on(load_vlm(name), source.device)
     found = prompt_samples(net, first, second, source.images, source.held_out_images, source.seed, labelled=True)
-    subject = Prompts(net, config, found[0])
-    return Prepared(subject, *found, {"backend": "reference", "name": REFERENCE_LLAVA}, {})
+    return Prepared(Prompts(net, config, found[0]), *found, {"backend": "reference", "name": name}, {})
 
 
 def _questions(name: str, config: MethodConfig, source: Source) -> Prepared:
@@ -171,4 +182,5 @@ BUNDLED: dict[str, Callable[[MethodConfig, Source], Prepared]] = {
     REFERENCE: _reference_vit,
     REFERENCE_CLIP: _reference_clip,
     REFERENCE_LLAVA: _reference_llava,
+    REFERENCE_SCENES: _reference_scenes,
 }

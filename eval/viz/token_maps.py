@@ -17,13 +17,13 @@ from vtok.errors import ConfigError, StateError
 from vtok.eval.common.settings import Setting, model_name, towers, weight_sharing_copy
 from vtok.eval.models.by_name import REFERENCE, load_model
 from vtok.eval.models.clip import REFERENCE as REFERENCE_CLIP
-from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_NEXT, VisionLanguageModel, load_vlm
+from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_NEXT, REFERENCE_SCENES, VisionLanguageModel, load_vlm
 from vtok.eval.viz.draw import Stage, TokenMaps, View
 from vtok.eval.viz.input import Prepared, home_of, prepared, reference_pixels
 from vtok.targets import vlm_targets
 from vtok.targets.resolve import Method, run_of
 
-_VLMS = (REFERENCE_LLAVA, REFERENCE_NEXT)
+_VLMS = (REFERENCE_LLAVA, REFERENCE_NEXT, REFERENCE_SCENES)
 _TRANSFORMERS = "transformers:"
 
 
@@ -44,8 +44,8 @@ def visualize(
 
     Args:
         model: a name of the command line (timm's, `open_clip:NAME/TAG`, `transformers:OWNER/NAME`, `reference`,
-            `reference-clip`, `reference-llava`, `reference-llava-next`), or an unpatched model, which is left as it is; of dual
-            encoders the image tower is drawn.
+            `reference-clip`, `reference-llava`, `reference-llava-next`, `reference-scenes`), or an unpatched model,
+            which is left as it is; of dual encoders the image tower is drawn.
         method: as for `vtok.patch`.
         image: path, PIL image, a tensor [C, H, W] that is ready for an encoder, or the number of a bundled test image (of a
             bundled question, for the reference vision-language models).

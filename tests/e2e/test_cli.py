@@ -162,15 +162,22 @@ def test_expected_errors_are_one_line(args, words, monkeypatch, capsys):
 
 
 def test_demo(tmp_path, monkeypatch):
-    """The main job on a few images; a second run has nothing left to do. See also test_clip_demo and test_vqa_demo."""
+    """Without the encoder's weights, which a package brings: the small models, on a few images; a second run has nothing left
+    to do. See also test_clip_demo and test_vqa_demo."""
+    from vtok.eval.cli import demo
     from vtok.eval.demo import vit
+    from vtok.eval.models.dinov2 import weights
     from vtok.eval.tasks import fashion
 
+    def none(name):
+        raise weights.PackageNotFoundError(name)
+
+    monkeypatch.setattr(weights, "files", none)
     for home in (vit, fashion):
         monkeypatch.setattr(home, "CALIBRATION", 8)  # budgets are met on as many images, not on 128
     args = ["demo", "--images", 8, "--out", tmp_path / "d", "--budgets", "0.6", "-b", 4, "--no-clip", "--no-vqa"]
     first = _ok(*args)
-    for word in ("tome", "random", "unpatched", "implied", "standard errors"):
+    for word in ("only the small models", "pip install --no-deps", "tome", "random", "unpatched", "implied", "standard errors"):
         assert word in first
     for name in ("results.jsonl", "sweep.csv", "pareto.png", "overlays.png"):
         assert (tmp_path / "d" / name).stat().st_size > 0
@@ -179,23 +186,21 @@ def test_demo(tmp_path, monkeypatch):
     second = _ok(*args)
     assert "7 of 7 configurations are in" in second
     assert (tmp_path / "d" / "results.jsonl").read_text().splitlines() == lines
+    assert not demo.installed()
 
 
-def test_the_demo_has_three_parts(monkeypatch, tmp_path):
-    from vtok.eval.demo import clip, questions, vit
+def test_the_demo_has_two_parts_and_three_of_small_models(monkeypatch, tmp_path):
+    from vtok.eval.demo import clip, encoder, questions, scenes, vit
 
     seen = {}
-    for home, name in ((vit, "run_demo"), (clip, "run_clip_demo"), (questions, "run_vqa_demo")):
+    parts = ((vit, "run_demo"), (clip, "run_clip_demo"), (questions, "run_vqa_demo"))
+    for home, name in (*parts, (encoder, "run_encoder_demo"), (scenes, "run_scenes_demo")):
         monkeypatch.setattr(home, name, lambda out, *counts, name=name, console, **_: seen.update({name: (out, counts)}))
     _ok("demo", "--images", 200, "--out", tmp_path)
-    assert seen == {
-        "run_demo": (tmp_path, (200, (0.8, 0.6, 0.4))),
-        "run_clip_demo": (tmp_path, (148, 200)),
-        "run_vqa_demo": (tmp_path, (200, 120)),
-    }
+    assert seen == {"run_encoder_demo": (tmp_path, (128, False)), "run_scenes_demo": (tmp_path, (200, False))}
     _ok("demo", "--full", "--out", tmp_path, "--no-clip")
-    assert seen["run_demo"][1][0] is None and seen["run_vqa_demo"] == (tmp_path, (None, None))
-    assert seen["run_clip_demo"] == (tmp_path, (148, 200))  # of the first call
+    assert seen.pop("run_encoder_demo") == seen.pop("run_scenes_demo") == (tmp_path, (None, True))
+    assert seen == {"run_demo": (tmp_path, (None, (0.8, 0.6, 0.4))), "run_vqa_demo": (tmp_path, (None, None))}
 
 
 def test_every_flag_of_the_evaluations_is_explained():

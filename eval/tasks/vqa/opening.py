@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from vtok.errors import ConfigError
-from vtok.eval.tasks.vqa.data import EASY_VQA, PAGES, Question, VQAData, blind_answers, kind_of
+from vtok.eval.tasks.vqa.data import EASY_VQA, PAGES, SCENES, Question, VQAData, blind_answers, kind_of
 from vtok.eval.tasks.vqa.files import find_vqav2, read_lines
 
 _BLIND_PAGES, _BLIND_SEED = 2000, 5
@@ -20,7 +21,7 @@ def open_vqa(data: str | os.PathLike, questions: str = "", annotations: str = ""
     """Questions by name, or from files.
 
     Args:
-        data: `"easy-vqa"` or `"easy-vqa-pages"`, which come with vtok; a file with an object
+        data: `"easy-vqa"`, `"easy-vqa-pages"` or `"scenes"`, which come with vtok; a file with an object
             `{"id", "image", "question", "answers"}` a line; or a folder of files in VQAv2's format.
         questions: VQAv2's question file; "" = the one in the folder whose name holds "uestions".
         annotations: VQAv2's annotation file; "" = the one in the folder whose name holds "nnotations".
@@ -30,14 +31,15 @@ def open_vqa(data: str | os.PathLike, questions: str = "", annotations: str = ""
         ConfigError: no such data, a file that is not of the form, a question without answers or without its image.
     """
     name = os.fspath(data)
-    if name in (EASY_VQA, PAGES):
-        return easy_vqa() if name == EASY_VQA else easy_vqa_pages()
+    if name in _BUNDLED:
+        return _BUNDLED[name]()
     path = Path(name)
     if path.suffix == ".jsonl":
         return read_lines(path, Path(images) if images else None)
     if not path.is_dir() and not questions:
         raise ConfigError(
-            f"{name} is neither {EASY_VQA}, {PAGES}, a .jsonl file nor a folder with VQAv2's questions, annotations and images"
+            f"{name} is neither {', '.join(_BUNDLED)}, a .jsonl file nor a folder with VQAv2's questions, annotations "
+            "and images"
         )
     return find_vqav2(path, questions, annotations, images)
 
@@ -71,6 +73,28 @@ def easy_vqa_pages() -> VQAData:
     return VQAData(PAGES, _questions(found, groups), _reader(found.pictures), blind=blind_page_answers())
 
 
+def scene_questions() -> VQAData:
+    """The bundled questions about test scenes; `kind` says what is asked."""
+    from vtok.eval.models.scenes import TEST_SCENES, blind_answers_of_scenes
+
+    return _scenes(SCENES, "test", range(TEST_SCENES), blind_answers_of_scenes())
+
+
+def calibration_scenes() -> VQAData:
+    """Questions about scenes of training pictures that were kept out of training."""
+    from vtok.eval.models.scenes import CALIBRATION_SCENES
+
+    return _scenes(f"{SCENES}/calibration", "train", CALIBRATION_SCENES)
+
+
+def _scenes(name: str, split: str, numbers: range, blind: Mapping[str, str] = MappingProxyType({})) -> VQAData:
+    from vtok.eval.models.scenes import draw_scene, one_of_each
+
+    asked = one_of_each(split, numbers)
+    questions = [Question(i, one.text, (one.answer,), one.scene, {"kind": one.kind}) for i, one in enumerate(asked)]
+    return VQAData(name, questions, lambda number: draw_scene(split, number).image, blind=blind)
+
+
 @cache
 def blind_page_answers() -> dict[str, str]:
     """`blind_answers` of the questions about pages, from as many random pages, drawn like those of training."""
@@ -93,3 +117,6 @@ def _reader(pictures: Any) -> Callable[[int], Any]:
 
     arrays = pictures.permute(0, 2, 3, 1).numpy()
     return lambda row: Image.fromarray(arrays[row])
+
+
+_BUNDLED: dict[str, Callable[[], VQAData]] = {EASY_VQA: easy_vqa, PAGES: easy_vqa_pages, SCENES: scene_questions}

@@ -1,0 +1,92 @@
+"""`vtok demo`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vtok.errors import ConfigError, MissingExtraError, brief, shown
+from vtok.eval.common import terminal
+from vtok.eval.models.dinov2 import installed
+
+
+def demo(
+    images: Annotated[
+        int | None, typer.Option("--images", "-n", min=2, max=10_000, help="pictures, and questions, at most")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="all pictures, questions and methods, and the small models too")] = False,
+    out: Annotated[Path, typer.Option(help="folder for results; a second run goes on where the first stopped")] = Path(
+        "results/demo"
+    ),
+    budgets: Annotated[str, typer.Option(help="shares of the FLOPs of the small ViT")] = "0.8,0.6,0.4",
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="of the small ViT")] = 100,
+    control: Annotated[
+        bool, typer.Option("--control", help="with --full, also: what each method's choice is worth on the small ViT")
+    ] = False,
+    clip: Annotated[bool, typer.Option(help="with --full, also: the bundled CLIP, zero-shot and retrieval")] = True,
+    vqa: Annotated[bool, typer.Option(help="with --full, also: questions to the small LLaVA and LLaVA-NeXT")] = True,
+) -> None:
+    """Methods for encoders on a pretrained DINOv2, methods for prompts on a LLaVA above it: accuracy, cost, speed."""
+    from vtok.eval.demo.encoder import PICTURES, run_encoder_demo
+    from vtok.eval.demo.scenes import QUESTIONS, run_scenes_demo
+
+    try:
+        shares = tuple(float(b) for b in budgets.split(","))
+    except ValueError:
+        raise ConfigError(f"--budgets takes numbers such as 0.8,0.6,0.4, got {shown(budgets)}") from None
+    if not all(0 < share <= 1 for share in shares):
+        raise ConfigError(f"--budgets takes shares of the FLOPs in (0, 1], got {brief(budgets)}")
+
+    def at_most(count: int) -> int | None:
+        return images if full else count if images is None else min(images, count)
+
+    console, small = terminal.output(100), full
+    try:
+        run_encoder_demo(out, at_most(PICTURES), full, console=console)
+        run_scenes_demo(out, at_most(QUESTIONS), full, console=console)
+    except MissingExtraError as error:
+        console.print(f"questions about scenes were left out: {error}", style=terminal.WARNING)
+    except ConfigError as error:  # the encoder's weights come with a package
+        if installed():
+            raise
+        small = True
+        console.print(f"only the small models, for now: {error}", style=terminal.WARNING)
+    if small:
+        _small_models(out, images, full, shares, batch_size, control, clip, vqa)
+
+
+def _small_models(
+    out: Path,
+    images: int | None,
+    full: bool,
+    budgets: Sequence[float],
+    batch_size: int,
+    control: bool,
+    clip: bool,
+    vqa: bool,
+) -> None:
+    """The bundled ViT, CLIP, LLaVA and LLaVA-NeXT."""
+    from vtok.eval.demo import clip as clip_demo
+    from vtok.eval.demo import questions as vqa_demo
+    from vtok.eval.demo.vit import run_demo
+
+    console = terminal.output()
+
+    def at_most(count: int) -> int | None:
+        return images if full else count if images is None else min(images, count)
+
+    run_demo(out, at_most(1000), budgets, batch_size=batch_size, control=control, console=console)
+    if clip:
+        try:
+            clip_demo.run_clip_demo(out, at_most(clip_demo.PICTURES), at_most(clip_demo.PAGES), console=console)
+        except MissingExtraError as error:
+            console.print(f"the CLIP part was left out: {error}", style=terminal.WARNING)
+    if vqa:
+        try:
+            asked, on_pages = at_most(vqa_demo.QUESTIONS), at_most(vqa_demo.PAGE_QUESTIONS)
+            vqa_demo.run_vqa_demo(out, asked, on_pages, console=console)
+        except MissingExtraError as error:
+            console.print(f"the small LLaVA was left out: {error}", style=terminal.WARNING)

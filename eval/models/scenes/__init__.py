@@ -1,0 +1,26 @@
+"""Scenes of little things, questions about one of them among many, and the reference LLaVA that answers them.
+
+.. include:: ../../../assets/docs/scenes.md
+"""
+
+from vtok.eval.models.scenes.compose import draw_scene
+from vtok.eval.models.scenes.model import ReferenceScenes, load_reference_scenes, make_scenes_processor
+from vtok.eval.models.scenes.questions import (
+    CALIBRATION_SCENES,
+    KINDS,
+    TEST_SCENES,
+    blind_answers_of_scenes,
+    one_of_each,
+)
+
+__all__ = [
+    "CALIBRATION_SCENES",
+    "KINDS",
+    "TEST_SCENES",
+    "ReferenceScenes",
+    "blind_answers_of_scenes",
+    "draw_scene",
+    "load_reference_scenes",
+    "make_scenes_processor",
+    "one_of_each",
+]

@@ -1,0 +1,139 @@
+"""The reference LLaVA of scenes: the frozen DINOv2 of `reference-dinov2`, a trained connector and a small trained Llama.
+
+What is bundled are connector and Llama; the encoder is read from the installed package (`vtok.eval.models.dinov2`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vtok.eval.models.data import asset
+from vtok.eval.models.dinov2 import load_hf_dinov2
+from vtok.eval.models.dinov2.model import HEADS, MEAN, PATCH, SIZE, STD, WIDTH
+from vtok.eval.models.reference_vlm import BOS, EOS, IMAGE, IMAGE_TOKEN, PAD, SPECIAL, answering, make_tokenizer
+from vtok.eval.models.scenes.questions import WORDS
+from vtok.writing import write
+
+TRAINED = "scenes/trained.safetensors"  # connector and Llama
+TOWER = "model.vision_tower."
+
+
+@dataclass(frozen=True)
+class ReferenceScenes:
+    """Anatomy: Hugging Face's `LlavaForConditionalGeneration` with a Dinov2 tower and a Llama.
+
+    Attributes:
+        tower_depth: blocks of the encoder that are there, of 12: what the connector takes is the output of the last of them,
+            which tells small things and their colours better than later ones do.
+        text_width: of the language model.
+        text_hidden: width of its MLPs.
+        text_depth: its layers.
+        text_heads: its heads.
+    """
+
+    tower_depth: int = 8
+    text_width: int = 256
+    text_hidden: int = 512
+    text_depth: int = 6
+    text_heads: int = 4
+
+    @property
+    def visual_tokens(self) -> int:
+        """Tokens that a picture takes in the prompt."""
+        return (SIZE // PATCH) ** 2
+
+    def config(self) -> Any:
+        """A `LlavaConfig`."""
+        from transformers import Dinov2Config, LlamaConfig, LlavaConfig
+
+        vision = Dinov2Config(
+            patch_size=PATCH, image_size=SIZE, hidden_size=WIDTH, num_hidden_layers=self.tower_depth, num_attention_heads=HEADS
+        )
+        text = LlamaConfig(
+            vocab_size=len(SPECIAL) + len(WORDS),
+            hidden_size=self.text_width,
+            intermediate_size=self.text_hidden,
+            num_hidden_layers=self.text_depth,
+            num_attention_heads=self.text_heads,
+            num_key_value_heads=self.text_heads,
+            max_position_embeddings=1024,
+            pad_token_id=PAD,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            tie_word_embeddings=False,
+        )
+        return LlavaConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_id=IMAGE,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="default",
+            tie_word_embeddings=False,
+            image_seq_length=self.visual_tokens,
+        )
+
+    def build(self) -> Any:
+        """A freshly initialised model, its tower too, that stops at the end of its answer."""
+        from transformers import LlavaForConditionalGeneration
+
+        return answering(LlavaForConditionalGeneration(self.config()))
+
+
+def load_tower(depth: int) -> Any:
+    """transformers' `Dinov2Model` with the first `depth` blocks of the reference DINOv2, in eval mode, fp32.
+
+    Raises:
+        ConfigError: the package with the weights is not installed.
+    """
+    tower = load_hf_dinov2()
+    del tower.encoder.layer[depth:]
+    tower.config.num_hidden_layers = depth
+    return tower
+
+
+def make_scenes_processor() -> Any:
+    """A `LlavaProcessor` for scenes and prompts."""
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessor(
+            size={"shortest_edge": SIZE},
+            crop_size={"height": SIZE, "width": SIZE},
+            image_mean=list(MEAN),
+            image_std=list(STD),
+        ),
+        tokenizer=make_tokenizer(WORDS),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=1,  # the class token, which "default" takes away again
+    )
+
+
+def save_trained(path: Path, model: Any) -> None:
+    """Writes connector and Llama in fp16."""
+    from safetensors.torch import save
+
+    weights = {k: v.detach().half().contiguous() for k, v in model.state_dict().items() if not k.startswith(TOWER)}
+    write(path, save(weights, metadata={"format": "pt"}))
+
+
+def load_reference_scenes() -> Any:
+    """The trained model in eval mode, fp32 (its weights are stored in fp16).
+
+    Raises:
+        ConfigError: the package with the encoder's weights is not installed.
+        FileNotFoundError: the trained weights are missing.
+    """
+    from safetensors.torch import load_file
+
+    anatomy = ReferenceScenes()
+    model = anatomy.build()
+    weights = {name: value.float() for name, value in load_file(asset(TRAINED)).items()}
+    weights |= {TOWER + name: value for name, value in load_tower(anatomy.tower_depth).state_dict().items()}
+    model.load_state_dict(weights)
+    return model.to(torch.float32).eval()

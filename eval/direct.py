@@ -50,7 +50,7 @@ def benchmark(
     """See `vtok.benchmark`; `timing` holds what `measure` and `measure_prompts` have in common."""
     require_module(model)
     settings = settings_of(methods)
-    with _bar("timing", progress) as advance:
+    with _bar("timing, in rounds", progress, timing.get("pairs")) as advance:
         common = {**timing, "progress": advance}
         if vlm_targets(model):
             if not isinstance(inputs, Mapping):
@@ -181,12 +181,12 @@ def _dual_encoder(model: nn.Module, task: str, processor: Any, name: str) -> Dua
 
 
 @contextmanager
-def _bar(what: str, wanted: bool) -> Iterator[Callable[[int, int], None] | None]:
+def _bar(what: str, wanted: bool, total: int | None = None) -> Iterator[Callable[[int, int], None] | None]:
     """What is told how much is done: a bar, where somebody sees it; `None` elsewhere."""
     console = terminal.errors()
     if not wanted or not (console.is_terminal or (console.is_jupyter and find_spec("ipywidgets"))):
         yield None
         return
     with terminal.progress(console, transient=True) as progress:
-        bar = progress.add_task(what, total=None)
+        bar = progress.add_task(what, total=total)
         yield lambda done, total: progress.update(bar, completed=done, total=total)

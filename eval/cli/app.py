@@ -127,7 +127,7 @@ def bench(
     settings = [runs.parse_setting(text) for text in method]
     results: Any
     with terminal.progress(transient=True) as progress:
-        bar = progress.add_task("timing", total=None)
+        bar = progress.add_task("timing, in rounds", total=pairs)
         common["progress"] = lambda done, total: progress.update(bar, completed=done, total=total)
         if vlm_targets(net):
             inputs = sample_prompts(net, batch_size, vtok.Prompt(images, text_tokens), seed)

@@ -142,7 +142,7 @@ def write_overlays(
         two_questions(data),
         sorted(alone.items()),
         out / "vqa_overlay.png",
-        "patches whose tokens reach the last layer of the LLM; dropped ones are dark",
+        "patches whose tokens reach the last layer of the LLM; dropped ones are blue",
     )
     found = open_vqa(PAGES)
     question_sheet(
@@ -151,7 +151,7 @@ def write_overlays(
         [next(q for q in found.questions if q.groups["density"] == n) for n in "1234"],
         [(row.label, _setting(row)) for row in pages.patched],
         out / "vqa_pages_overlay.png",
-        "tokens of the crops that enter the LLM; dropped ones are dark",
+        "tokens of the crops that enter the LLM; dropped ones are blue",
         overview_tokens(next_),
     )
 

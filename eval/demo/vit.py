@@ -84,5 +84,5 @@ def write_overlays(path: Path, methods: Sequence[str]) -> None:
         [(method, method, budget) for method in methods],
         path,
         [FASHION_CLASSES[c] for c in _OVERLAY_CLASSES],
-        f"after the last block at {OVERLAY_BUDGET:g} of the FLOPs: dropped patches are dark, merged ones share a colour",
+        f"after the last block at {OVERLAY_BUDGET:g} of the FLOPs",
     )

@@ -20,6 +20,7 @@ from vtok.eval.common.settings import Setting
 from vtok.eval.published.tables import groups, without_method
 from vtok.eval.runs import loader as runs
 from vtok.eval.runs.loader import RunConfig
+from vtok.eval.runs.models import check_there
 
 Pair = Mapping[str, dict[str, Any]]  # "base" -> record of the unpatched model, "patched" -> the other
 
@@ -123,10 +124,12 @@ def run_table(
         console: for progress; `None` = none.
 
     Raises:
-        ConfigError: no run has data.
+        ConfigError: no run has data, or data that is named is not there.
     """
     from vtok.eval.runs import runner
 
+    for task, place in data.items():
+        check_there(task, place)
     left_out: dict[str, str] = {}
     ready: dict[str, dict[str, RunConfig]] = {}
     for run in found:

@@ -7,6 +7,7 @@ task needs no line here.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 import vtok
-from vtok.errors import ConfigError, VtokError, shown, unknown
+from vtok.errors import ConfigError, VtokError, brief, shown, unknown
 from vtok.eval.common.distributed import current
 from vtok.eval.common.dtypes import LONG, TYPES
 from vtok.eval.common.settings import Setting, to_device
@@ -26,6 +27,10 @@ from vtok.eval.models.vlm import REFERENCE_NEXT, VisionLanguageModel, load_vlm
 from vtok.eval.runs.again import ELSEWHERE
 from vtok.eval.runs.schema import BUNDLED_DATA, REFERENCE
 from vtok.eval.tasks import TASKS
+from vtok.eval.tasks.fashion import is_fashion
+from vtok.eval.tasks.pictures import is_bundled
+from vtok.eval.tasks.vqa.hub import HUB
+from vtok.reading import exists
 from vtok.targets import vlm_targets
 
 CALIBRATION = 128  # images
@@ -64,6 +69,25 @@ def task_options(config: Any, task: str, pretrained: bool, workers: int, folder:
     known = {field.name for field in dataclasses.fields(kind)}
     made: Any = kind
     return made(**{name: value for name, value in (wanted | own).items() if name in known})
+
+
+def check_there(task: str, data: str, options: Mapping[str, Any] | None = None) -> None:
+    """Raises unless data that is named as a file or folder is there: that is said before weights are loaded.
+
+    Args:
+        task: name.
+        data: of the task: a path, or the name of what comes with vtok, of the hub, or of another package's task.
+        options: of the run; a data set that they name may be fetched.
+
+    Raises:
+        ConfigError: it is a path to nothing.
+    """
+    brought = {name for known in BUNDLED_DATA.values() for name in known.values()}
+    if data in brought or is_bundled(data) or is_fashion(data) or data.partition(":")[0] == HUB or exists(data):
+        return
+    ours = TASKS.get(task).__module__.startswith("vtok.")  # another package's task may know other names
+    if not (options or {}).get("dataset") and (ours or os.sep in data):
+        raise ConfigError(f"data of task {task}: {brief(data)} does not exist")
 
 
 def check_options(config: Any) -> None:

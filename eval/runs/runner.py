@@ -133,6 +133,9 @@ def run(
         if task not in config.data:
             raise ConfigError(f"{config.path} names no data; pass --data FOLDER (for task {task})")
     runs_models.check_options(config)
+    for point in points(config):
+        for task in point.tasks:
+            runs_models.check_there(task, point.data[task], point.options)
     groups = jobs_of(config, pretrained, out)
     keys = current().agree([[job.key for job in group] for group in groups])  # they hold the times of files on this machine
     groups = [[replace(job, key=key) for job, key in zip(*both)] for both in zip(groups, keys)]
@@ -287,7 +290,10 @@ def slug(name: str) -> str:
 
 def with_data(config: RunConfig, data: Path | None) -> RunConfig:
     """The run on other data, for all of its tasks."""
-    return config if data is None else replace(config, data=dict.fromkeys(config.tasks, str(data)))
+    if data is None:
+        return config
+    content = {**config.content, "data": str(data)}  # from which the points of a sweep are made
+    return replace(config, data=dict.fromkeys(config.tasks, str(data)), content=content)
 
 
 def _opened(out: Path) -> Records:

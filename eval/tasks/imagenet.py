@@ -138,11 +138,11 @@ def evaluate(
     chosen = [Setting.of(value) for value in settings]
     if not chosen:
         raise ConfigError("nothing to evaluate: name at least one setting, None for the unpatched model")
+    scorer, data = Scorer.load(options.valid_labels, options.real_labels), _open(os.fspath(data_dir), options)  # before weights
     net = load_named(model, options) if isinstance(model, str) else model
     name = model if isinstance(model, str) else model_name(model)
     if run_of(net) is not None:
         raise ConfigError("evaluate patches copies of the model itself; pass it unpatched (vtok.unpatch(model))")
-    scorer = Scorer.load(options.valid_labels, options.real_labels)
     processes = current()
     device = processes.device(options.device)
     with evaluating(net):
@@ -151,7 +151,8 @@ def evaluate(
             base = copy.deepcopy(base).to(memory_format=torch.channels_last)
         config = data_config(base, options)
         size = config["input_size"]
-        data = _open(os.fspath(data_dir), size, options)
+        if not _brought(os.fspath(data_dir), options):
+            data.mode = "RGB" if size[0] == 3 else "L"
         notes = _check_labels(data, scorer, base, options)
         tallies = [_Tally(setting.apply(weight_sharing_copy(base), size), setting.title) for setting in chosen]
         first = next((i for i, setting in enumerate(chosen) if setting.method is None), None)
@@ -193,13 +194,17 @@ def load_named(name: str, options: Options) -> nn.Module:
     return REFERENCE_MODELS[name]() if name in REFERENCE_MODELS else create_model(name, options)
 
 
-def _open(data: str, size: Size, options: Options) -> CheckedImages:
+def _open(data: str, options: Options) -> CheckedImages:
     if is_fashion(data) and not options.dataset:
         return open_fashion(options.num_samples, data)
     if is_bundled(data) and not options.dataset:
         return open_pictures(data, options.num_samples)
-    mode = "RGB" if size[0] == 3 else "L"
-    return open_dataset(data, options.dataset, options.split, options.class_map, mode, options.num_samples)
+    return open_dataset(data, options.dataset, options.split, options.class_map, "RGB", options.num_samples)
+
+
+def _brought(data: str, options: Options) -> bool:
+    """Whether the images come with vtok, and are as their models take them."""
+    return not options.dataset and (is_fashion(data) or is_bundled(data))
 
 
 def _describe(net: nn.Module, base: nn.Module, data_dir: str, config: dict[str, Any], options: Options) -> dict[str, Any]:

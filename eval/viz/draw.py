@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vtok.errors import ConfigError, brief
-from vtok.eval.viz.overlay import outlines, paint
+from vtok.eval.viz.overlay import legend, outlines, paint
 from vtok.writing import write
 
 SIDE = 256  # pixels of the longer side of a drawn view, at least
@@ -194,9 +194,9 @@ def _mark(part: np.ndarray) -> None:
 
 
 def _heading(maps: TokenMaps) -> list[str]:
-    words = "dropped patches are dark, merged ones share a colour"
+    words = legend(one for stage in maps.stages for one in stage.maps)
     answer = [] if maps.answer is None else [f"answer: {maps.answer}"]
-    return [maps.title, words, *answer, *maps.notes]
+    return [maps.title, *([words] if words else []), *answer, *maps.notes]
 
 
 def _columns(count: int) -> int:

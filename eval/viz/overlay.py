@@ -1,11 +1,11 @@
-"""Pictures of what a method did to an image: dropped patches fade, merged patches share a colour and an outline.
+"""Pictures of what a method did to an image: dropped patches turn blue, merged patches share a colour and an outline.
 
 Shapes: G x G patches, N0 = P + G*G original tokens, P prefix tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ import vtok
 from vtok.errors import StateError
 from vtok.targets.resolve import run_of
 from vtok.writing import replacing
+
+_DROPPED = (0.22, 0.30, 0.58)  # colour of dropped patches
 
 
 def token_groups(model: nn.Module, images: Tensor) -> np.ndarray:
@@ -47,7 +49,7 @@ def paint(image: np.ndarray, groups: np.ndarray, grid: tuple[int, int]) -> np.nd
 
     Returns:
         [H, W, 3]: patches that live on alone keep their pixels, merged ones show the mean of their group under a tint of its
-        own, dropped ones fade to dark blue.
+        own, which is that of its first patch from block to block, dropped ones turn blue, on black as on white.
     """
     rgb = np.repeat(image[..., None], 3, -1) if image.ndim == 2 else image.copy()
     height, width = rgb.shape[0] // grid[0], rgb.shape[1] // grid[1]
@@ -56,11 +58,24 @@ def paint(image: np.ndarray, groups: np.ndarray, grid: tuple[int, int]) -> np.nd
     for group in np.unique(groups):
         here = owner == group
         if group < 0:
-            out[here] = 0.18 * rgb[here] + np.array([0.02, 0.04, 0.16])
+            out[here] = 0.2 * rgb[here] + 0.8 * np.array(_DROPPED)
         elif (groups == group).sum() > 1:
-            tint = np.array(_tint(int(group)))
+            tint = np.array(_tint(int(np.flatnonzero(groups == group)[0])))
             out[here] = 0.75 * rgb[here].mean(0) + 0.25 * tint
     return np.clip(out, 0, 1)
+
+
+def legend(maps: Iterable[np.ndarray | None]) -> str:
+    """What colours mean in pictures of these maps, "dropped patches are blue" for instance; "" where none is drawn on.
+
+    Args:
+        maps: [G*G] each, from `token_groups`; `None` = nothing has happened.
+    """
+    known = [groups for groups in maps if groups is not None]
+    dropped = any((groups < 0).any() for groups in known)
+    merged = any(len(np.unique(kept)) < len(kept) for kept in (groups[groups >= 0] for groups in known))
+    words = [*(["dropped patches are blue"] if dropped else []), *(["merged ones share a colour"] if merged else [])]
+    return ", ".join(words) if dropped or not merged else "merged patches share a colour"
 
 
 def outlines(groups: np.ndarray, grid: tuple[int, int]) -> list[tuple[tuple[float, float], tuple[float, float]]]:
@@ -95,12 +110,13 @@ def overlay_sheet(
         settings: (column title, method, parameters).
         path: PNG to write.
         titles: of the rows.
-        heading: of the sheet.
+        heading: of the sheet; what the colours mean is put behind it.
     """
-    columns, size = [], (images.shape[1], images.shape[2], images.shape[3])
+    columns, maps, size = [], list[np.ndarray](), (images.shape[1], images.shape[2], images.shape[3])
     for title, method, params in settings:
         with vtok.patched(model, method, trace=True, input_size=size, **params):
             groups = token_groups(model, images)
+        maps += list(groups)
         side = int(groups.shape[1] ** 0.5)
         grid = (side, groups.shape[1] // side)
         words = [f"{len(np.unique(own[own >= 0]))} of {groups.shape[1]} patches" for own in groups]
@@ -109,7 +125,7 @@ def overlay_sheet(
             for picture, own, said in zip(pictures, groups, words)
         ]
         columns.append((title, tiles))
-    write_sheet([Tile(picture, "") for picture in pictures], columns, path, heading, titles)
+    write_sheet([Tile(picture, "") for picture in pictures], columns, path, f"{heading}: {legend(maps)}".strip(": "), titles)
 
 
 class Tile(NamedTuple):

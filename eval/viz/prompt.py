@@ -6,6 +6,7 @@ Shapes: n visual tokens of the prompt, V views that the vision tower sees.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,11 @@ from vtok.errors import ConfigError, StateError
 from vtok.eval.common.pictures import open_picture
 from vtok.eval.common.settings import Setting, weight_sharing_copy
 from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_NEXT, REFERENCE_SCENES, VisionLanguageModel
-from vtok.eval.tasks.vqa.data import EASY_VQA, PAGES, SCENES
+from vtok.eval.tasks.vqa.data import EASY_VQA, PAGES, SCENES, VQAData
 from vtok.eval.tasks.vqa.opening import open_vqa
 from vtok.eval.tasks.vqa.pipeline import answer
 from vtok.eval.viz.draw import Stage, TokenMaps, View
-from vtok.eval.viz.prompt_overlay import kept_by_layer
+from vtok.eval.viz.prompt_overlay import all_that_stays, kept_by_layer
 from vtok.patches.hf_packed.adapter import raster_places
 from vtok.patches.hf_vlm.install import observed
 from vtok.targets import vlm_targets
@@ -73,7 +74,16 @@ def prompt_maps(
             maps = tuple(_in_view(left, view) for view in views if not _newline_alone(view))
             stages.append(Stage(name, maps, int(left.sum())))
     title = f"{model.name}: {setting.title}, asked {question!r}"
-    return TokenMaps(title, shown, tuple(stages), seen[0].tokens.shape[1], said)
+    configs = () if pruner is None else pruner.configs
+    notes = ("the last stage holds no more than the method always keeps (min_tokens): its thresholds let all others go",)
+    few = bool(stages) and bool(all_that_stays(configs, stages[-1].tokens))
+    return TokenMaps(title, shown, tuple(stages), seen[0].tokens.shape[1], said, notes if few else ())
+
+
+@cache
+def questions_of(name: str) -> VQAData:
+    """The bundled questions of a reference model, read once."""
+    return open_vqa(QUESTIONS[name])
 
 
 def _asked(model: VisionLanguageModel, image: Any, question: str | None) -> tuple[Any, str]:
@@ -83,7 +93,7 @@ def _asked(model: VisionLanguageModel, image: Any, question: str | None) -> tupl
         return open_picture(image), question or DEFAULT_QUESTION
     if model.name not in QUESTIONS:
         raise ConfigError(f"{model.name} comes without images; name an image file instead of {number}")
-    data = open_vqa(QUESTIONS[model.name])
+    data = questions_of(model.name)
     if not 0 <= number < len(data.questions):
         raise ConfigError(f"question {number}: {model.name} comes with questions 0 to {len(data.questions) - 1}")
     asked = data.questions[number]

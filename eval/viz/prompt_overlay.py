@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vtok.config import MethodConfig
 from vtok.errors import StateError
 from vtok.eval.common.settings import Setting, weight_sharing_copy
 from vtok.eval.models.vlm import VisionLanguageModel
@@ -81,6 +82,11 @@ def kept_by_layer(last: Counts) -> dict[int, Tensor]:
     return found
 
 
+def all_that_stays(configs: Sequence[MethodConfig], tokens: int) -> str:
+    """What is said of a prompt of which no more is left than a method always keeps; "" of others."""
+    return "its minimum" if any(getattr(config, "min_tokens", None) == tokens for config in configs) else ""
+
+
 def crops_grid(left: np.ndarray, overview: int) -> np.ndarray:
     """[B, G, G] bool: survivors among the crops of pages, put together; newline tokens at the ends of the lines left out.
 
@@ -122,13 +128,17 @@ def question_sheet(
     pictures = [np.asarray(data.read(q.image)) / 255 for q in questions]
     columns = []
     for title, setting in settings:
-        found = survivors(model, setting.apply(weight_sharing_copy(model.net)), data, questions)
+        net = setting.apply(weight_sharing_copy(model.net))
+        found = survivors(model, net, data, questions)
+        pruner = vlm_targets(net)[0].installed()
+        configs = () if pruner is None else pruner.configs
         grids = crops_grid(found.left, overview) if overview else _square(found.left)
         side = grids.shape[1]
         tiles = []
         for picture, grid, said in zip(pictures, grids, found.texts):
             groups = np.where(grid.ravel(), np.arange(side * side), -1)
-            words = f"{int(grid.sum())} of {side * side} tokens\nsays: {said}"
+            least = all_that_stays(configs, int(grid.sum()))
+            words = f"{int(grid.sum())} of {side * side} tokens{f' ({least})' if least else ''}\nsays: {said}"
             tiles.append(Tile(paint(picture, groups, (side, side)), words))
         columns.append((title.replace("(", "\n("), tiles))
     asked = [Tile(picture, f"{q.text}\nright: {q.target}") for picture, q in zip(pictures, questions)]

@@ -6,6 +6,7 @@ Shapes: G x G patches, P prefix tokens, depth blocks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,14 @@ def _image(name: str, model: nn.Module, image: Any, transform: Callable[[Any], T
     return prepared(model, bundled(name, number))
 
 
+@cache
+def _bundled_images(name: str) -> Tensor:
+    """All test images of a reference encoder, read once."""
+    from vtok.eval.models.reference import load_reference_images, load_reference_pages
+
+    return load_reference_images("test")[0] if name == REFERENCE else load_reference_pages("test").images
+
+
 def bundled(name: str, number: int) -> Any:
     """A test image of a reference encoder: [28, 28] uint8, or a PIL image.
 
@@ -154,9 +163,7 @@ def bundled(name: str, number: int) -> Any:
     """
     from PIL import Image
 
-    from vtok.eval.models.reference import load_reference_images, load_reference_pages
-
-    images = load_reference_images("test")[0] if name == REFERENCE else load_reference_pages("test").images
+    images = _bundled_images(name)
     if not 0 <= number < len(images):
         raise ConfigError(f"image {number}: {name} comes with images 0 to {len(images) - 1}")
     return images[number][0] if name == REFERENCE else Image.fromarray(images[number].permute(1, 2, 0).numpy())

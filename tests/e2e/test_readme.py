@@ -116,10 +116,10 @@ def test_the_guides_have_snippets():
 
 def parse(command, words):
     """Walks down to the sub-command and lets it read its arguments, without running it."""
+    context = None
     while hasattr(command, "commands"):
-        name, *words = words
-        assert name in command.commands, f"no command {name!r}"
-        command = command.commands[name]
+        context = typer.Context(command, info_name=command.name, parent=context)
+        _, command, words = command.resolve_command(context, list(words))
     command.make_context(command.name, list(words))
 
 

@@ -148,3 +148,15 @@ def test_a_table_without_data_says_which():
         assert f"--data {task}=FOLDER" in str(result.exception)
     assert "vtok published todre_pivot" in _run("published").output
     assert isinstance(_run("published", "/nowhere/at/all").exception, vtok.ConfigError)
+
+
+def test_a_folder_that_is_not_there_is_said_first(monkeypatch):
+    """Before any model is built, and without a table of nothing."""
+    monkeypatch.setattr("vtok.eval.runs.models.load_for", lambda *args: pytest.fail("weights before data"))
+    for command in (["published", "pitome_deit", "--data", "/missing"], ["run", "sweep_reference_vit", "--data", "missing"]):
+        result = CliRunner().invoke(app, command)
+        assert "data of task imagenet" in str(result.exception) and "missing does not exist" in str(result.exception)
+        assert result.output == ""
+    monkeypatch.setattr("vtok.eval.tasks.imagenet.load_named", lambda *args: pytest.fail("weights before data"))
+    with pytest.raises(vtok.ConfigError, match="/missing does not exist"):
+        vtok.evaluate("deit_small_patch16_224", "imagenet", "tome", data="/missing")

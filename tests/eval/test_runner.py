@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+from pathlib import Path
 
 import pytest
 import yaml
@@ -377,3 +378,8 @@ def test_a_speed_up_from_a_few_pairs_is_no_verdict():
     words = [one.words for one in findings(section)]
     assert "Slower than unpatched: ats." in words
     assert "Timed in too few pairs to tell how fast they are: tome." in words
+
+
+def test_data_on_the_command_line_is_that_of_every_point_of_a_sweep():
+    config = runner.with_data(runs.load("sweep_reference_vit"), Path("/elsewhere"))
+    assert config.sweep and {point.data["imagenet"] for point in points(config)} == {"/elsewhere"}

@@ -36,7 +36,7 @@ def write_sheet(path: Path) -> None:
         ("zero_tprune", "zero_tprune", budget),
         ("random", "random", budget),
     ]
-    heading = f"DINOv2 ViT-S/14 at {BUDGET:g} of the FLOPs: dropped patches are dark, merged ones share a colour"
+    heading = f"DINOv2 ViT-S/14 at {BUDGET:g} of the FLOPs"
     overlay_sheet(load_dinov2(), images, [one / 255 for one in pixels], settings, path, [""] * len(SHOWN), heading)
 
 

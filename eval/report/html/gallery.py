@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from vtok.eval.report.values import text
 from vtok.eval.runs.again import configs_of
 from vtok.eval.viz.draw import TokenMaps
 from vtok.eval.viz.input import Prepared, prepared, reference_pixels
+from vtok.eval.viz.overlay import legend
+from vtok.eval.viz.prompt_overlay import all_that_stays
 from vtok.eval.viz.token_maps import bundled, encoder_maps
 
 SIDE = 128  # pixels of a drawn image
@@ -69,14 +71,22 @@ class Gallery:
         items: what was drawn.
         problems: what could not be drawn, and why.
         choice: how the images were chosen.
+        legend: what the colours mean.
     """
 
     items: list[Item] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     choice: str = ""
+    legend: str = ""
 
 
-def gallery(section: Section, asked: Questions | None, count: int, images: Sequence[str]) -> Gallery:
+def gallery(
+    section: Section,
+    asked: Questions | None,
+    count: int,
+    images: Sequence[str],
+    progress: Callable[[str], None] = lambda words: None,
+) -> Gallery:
     """Draws images under every setting whose model can be had.
 
     Args:
@@ -84,8 +94,10 @@ def gallery(section: Section, asked: Questions | None, count: int, images: Seque
         asked: single questions, of which disputed ones are drawn first.
         count: images, if none are named.
         images: files, or numbers of bundled images (of questions, for vision-language models).
+        progress: told which picture of how many is drawn.
     """
-    found = Gallery()
+    found, maps = Gallery(), list[TokenMaps]()
+    progress(f"{section.title}: building the model for token maps")
     try:
         name, model = _model(section, bool([image for image in images if not image.isdigit()]))
     except Exception as error:  # whatever a record names: the page is worth more than its pictures
@@ -102,12 +114,18 @@ def gallery(section: Section, asked: Questions | None, count: int, images: Seque
         chosen = [str(known[i * len(known) // count]) for i in range(min(count, len(known)))]
         found.choice = "evenly spaced over the data"
     settings = _settings(section, found.problems)
-    for image in chosen:
+    for number, image in enumerate(chosen):
+
+        def told(done: int, label: str, before: int = number * len(settings)) -> None:
+            progress(f"{section.title}: token map {before + done} of {len(chosen) * len(settings)} ({label})")
+
         try:
-            found.items.append(_item(name, model, section, settings, image, found.problems))
+            found.items.append(_item(name, model, section, settings, image, found.problems, maps, told))
         except Exception as error:  # as above
             found.problems.append(f"image {image}: {text(error)}")
     found.problems = list(dict.fromkeys(found.problems))
+    words = legend(drawn for one in maps for stage in one.stages[-1:] for drawn in stage.maps)
+    found.legend = f"{words[:1].upper()}{words[1:]}." if words else ""
     return found
 
 
@@ -155,12 +173,20 @@ def _count(section: Section) -> int:
 
 
 def _item(
-    name: str, model: Any, section: Section, settings: list[tuple[Row, list[MethodConfig]]], image: str, problems: list[str]
+    name: str,
+    model: Any,
+    section: Section,
+    settings: list[tuple[Row, list[MethodConfig]]],
+    image: str,
+    problems: list[str],
+    drawn: list[TokenMaps],
+    told: Callable[[int, str], None],
 ) -> Item:
-    """One image under every setting."""
+    """One image under every setting; its maps are added to those that were `drawn`."""
     tiles: list[Tile] = []
     title, shown = "", None
-    for row, configs in settings:
+    for number, (row, configs) in enumerate(settings, 1):
+        told(number, row.label)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of grids that are kept: the record has said so when it was made
@@ -176,7 +202,8 @@ def _item(
             continue
         if shown is None:
             title, shown = _title(name, section, image, maps), maps
-        tiles.append(_tile(row, maps, _verdict(name, section, row, image, maps)))
+        drawn.append(maps)
+        tiles.append(_tile(row, configs, maps, _verdict(name, section, row, image, maps)))
     if shown is None:
         raise ConfigError("no setting could be drawn")
     base = section.base
@@ -211,10 +238,9 @@ def _title(name: str, section: Section, image: str, maps: TokenMaps) -> str:
 
 
 def _asked(name: str, number: int) -> Any:
-    from vtok.eval.tasks.vqa.opening import open_vqa
-    from vtok.eval.viz.prompt import QUESTIONS
+    from vtok.eval.viz.prompt import questions_of
 
-    return open_vqa(QUESTIONS[name]).questions[number]
+    return questions_of(name).questions[number]
 
 
 def _verdict(name: str, section: Section, row: Row, image: str, maps: TokenMaps) -> str:
@@ -231,9 +257,11 @@ def _verdict(name: str, section: Section, row: Row, image: str, maps: TokenMaps)
     return "right" if row.correct[known.index(int(image))] else "wrong"
 
 
-def _tile(row: Row, maps: TokenMaps, verdict: str) -> Tile:
+def _tile(row: Row, configs: Sequence[MethodConfig], maps: TokenMaps, verdict: str) -> Tile:
     last = maps.stages[-1]
-    words = f"{last.tokens} of {maps.patches}" + ("" if maps.answer is None else f", says “{text(maps.answer, 40)}”")
+    least = all_that_stays(configs, last.tokens)
+    words = f"{last.tokens} of {maps.patches}" + (f" ({least})" if least else "")
+    words += "" if maps.answer is None else f", says “{text(maps.answer, 40)}”"
     alt = f"{row.label}: {words} tokens after the last layer"
     return Tile(_uri(maps, last), row.label, words, verdict, alt)
 

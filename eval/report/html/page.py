@@ -120,7 +120,7 @@ def write_report(
     look = charts.looks(grouped)
     for number, section in enumerate(grouped, 1):
         progress(section.title)
-        parts.append(_part(section, number, look, found.samples, options))
+        parts.append(_part(section, number, look, found.samples, options, progress))
     sources = f"{count(len(found.records), 'result')} in {count(len(found.files), 'file')}"
     page = render(options.title, parts, found.problems, sources)
     write(target, page)
@@ -134,11 +134,12 @@ def _part(
     look: dict[str, tuple[str, int]],
     samples: dict[str, list[dict[str, Any]]],
     options: ReportOptions,
+    progress: Progress = lambda words: None,
 ) -> Part:
     asked = questions(section, samples, options.questions)
     drawn = None
     if not section.bench and (options.gallery or options.images):
-        drawn = gallery(section, asked, max(options.gallery, 1), options.images)
+        drawn = gallery(section, asked, max(options.gallery, 1), options.images, progress)
     plots = [
         charts.pareto(section, look, total_gmacs, True, "GMACs per sample, token reduction included"),
         charts.pareto(section, look, lambda row: row.measured, False, "measured speed-up", lambda row: row.speedup),

@@ -133,10 +133,8 @@ def lone_tower(model: Any, beside: set[nn.Module]) -> tuple[Tower | None, str]:
     found = [(path, module) for path, module in named if module not in beside and look_up(module, TOWERS) is not None]
     if len(found) != 1:
         return None, ""
-    (path, module), why = (
-        found[0],
-        f"{type(found[0][1]).__name__} runs the patches of all images as one sequence, cut where images end",
-    )
+    path, module = found[0]
+    why = f"{type(module).__name__} runs the patches of all images as one sequence, cut where images end"
     if HOLDERS.isdisjoint(qualified_name(cls) for cls in type(model).__mro__):
         return None, f"{why}, and {type(model).__name__} is not known to take its visual tokens as they leave it"
     try:

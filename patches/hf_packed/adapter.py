@@ -51,6 +51,18 @@ BLOCKS: dict[str, BlockSpec] = {
     _in("qwen3_5") + "Qwen3_5VisionBlock": _BLOCK,
     _in("qwen3_5_moe") + "Qwen3_5MoeVisionBlock": _BLOCK,
 }
+# Models that take what the merger at the end of such a tower returns as their visual tokens, and nothing else of it.
+HOLDERS = frozenset(
+    {
+        _in("qwen2_vl") + "Qwen2VLModel",
+        _in("qwen2_5_vl") + "Qwen2_5_VLModel",
+        _in("qwen3_vl") + "Qwen3VLModel",
+        _in("qwen3_vl_moe") + "Qwen3VLMoeModel",
+        _in("qwen3_5") + "Qwen3_5Model",
+        _in("qwen3_5_moe") + "Qwen3_5MoeModel",
+        _in("cosmos3_omni") + "Cosmos3OmniModel",
+    }
+)
 PRECOMPUTED = ("cu_seqlens", "cu_window_seqlens", "window_index")  # of a caller, who may have cut images in another way
 
 
@@ -121,12 +133,14 @@ def lone_tower(model: Any, beside: set[nn.Module]) -> tuple[Tower | None, str]:
     found = [(path, module) for path, module in named if module not in beside and look_up(module, TOWERS) is not None]
     if len(found) != 1:
         return None, ""
-    (path, module) = found[0]
+    path, module = found[0]
+    why = f"{type(module).__name__} runs the patches of all images as one sequence, cut where images end"
+    if HOLDERS.isdisjoint(qualified_name(cls) for cls in type(model).__mro__):
+        return None, f"{why}, and {type(model).__name__} is not known to take its visual tokens as they leave it"
     try:
-        tower = PackedAdapter().tower(path, module)
+        return PackedAdapter().tower(path, module), why
     except UnsupportedModelError as error:
         return None, str(error)
-    return tower, f"{type(module).__name__} runs the patches of all images as one sequence, cut where images end"
 
 
 def sized(tower: Tower, grid: tuple[int, int]) -> Tower:

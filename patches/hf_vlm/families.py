@@ -375,8 +375,8 @@ def _tower(module: Any, text: Any, family: Family) -> tuple[Tower | None, TowerF
     """(the vision tower, what is known of it, why it cannot be looked into)."""
     inside = set(text.modules())
     tower, why = lone_tower(module, inside)
-    if family.generic:
-        return tower, None, f"no row says which views of its vision tower an image of {type(module).__name__} is made of"
+    if family.generic and (tower is not None or not why):
+        why = f"no row says which views of its vision tower an image of {type(module).__name__} is made of"
     if why:
         return tower, None, why
     found = [(path, m) for path, m in module.named_modules() if m not in inside and look_up(m, TOWERS) is not None]

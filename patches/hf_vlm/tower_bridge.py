@@ -181,7 +181,11 @@ class TapsToGrid(Hook):
         state = self.run.current.states[self.state]
         if state is None or state.untouched:
             return None
-        output.deepstack_features = [_of_members(x, state.on(x.device)) for x in output.deepstack_features]
+        tapped = output[-1] if isinstance(output, tuple) else output.deepstack_features
+        tapped = [_of_members(x, state.on(x.device)) for x in tapped]
+        if isinstance(output, tuple):
+            return (*output[:-1], tapped)
+        output.deepstack_features = tapped
         return output
 
 

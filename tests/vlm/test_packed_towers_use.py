@@ -288,6 +288,15 @@ def test_what_is_refused():
     assert "runs the patches of all images as one sequence" in text
 
 
+def test_models_that_do_more_with_the_tokens_of_such_a_tower():
+    """HyperCLOVAX has Qwen2.5-VL's tower and a projector behind it, which would hide what is missing."""
+    name = "hyperclovax_vision_v2"
+    if name not in generic_models.listed():
+        return
+    text = message_of(vtok.UnsupportedModelError, vtok.patch, generic_models.build(name), "tome", r=1)
+    assert "HyperCLOVAXVisionV2Model is not known to take its visual tokens as they leave it" in text
+
+
 def test_supports():
     support = vtok.supports(deep("Qwen2-VL"))
     assert support.methods["tome"] is None and support.methods["pitome"] is None

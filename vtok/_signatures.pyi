@@ -25,6 +25,7 @@ MethodName = Literal[
     "hired",
     "holov",
     "pitome",
+    "pixel_dedup",
     "prumerge",
     "pyramiddrop",
     "random",
@@ -320,6 +321,22 @@ def patch(
     prompt: Any = None,
 ) -> nn.Module:
     """`vtok.patch` with pitome; its knobs: help(vtok.PiToMe)."""
+
+@overload
+def patch(
+    model: nn.Module,
+    method: Literal["pixel_dedup"],
+    *,
+    threshold: float = 0.0,
+    compare: str = 'neighbours',
+    flops: float | None = None,
+    input_size: Size | None = None,
+    calibration: Any = None,
+    trace: bool = False,
+    positions: str | None = None,
+    prompt: Any = None,
+) -> nn.Module:
+    """`vtok.patch` with pixel_dedup; its knobs: help(vtok.PixelDedup)."""
 
 @overload
 def patch(
@@ -864,6 +881,22 @@ def patched(
 @overload
 def patched(
     model: nn.Module,
+    method: Literal["pixel_dedup"],
+    *,
+    threshold: float = 0.0,
+    compare: str = 'neighbours',
+    flops: float | None = None,
+    input_size: Size | None = None,
+    calibration: Any = None,
+    trace: bool = False,
+    positions: str | None = None,
+    prompt: Any = None,
+) -> AbstractContextManager[nn.Module]:
+    """`vtok.patched` with pixel_dedup; its knobs: help(vtok.PixelDedup)."""
+
+@overload
+def patched(
+    model: nn.Module,
     method: Literal["prumerge"],
     *,
     keep: float | None = None,
@@ -1342,6 +1375,20 @@ def plan(
     prompt: Any = None,
 ) -> PlanReport | PromptPlan:
     """`vtok.plan` with pitome; its knobs: help(vtok.PiToMe)."""
+
+@overload
+def plan(
+    model: nn.Module,
+    method: Literal["pixel_dedup"],
+    *,
+    threshold: float = 0.0,
+    compare: str = 'neighbours',
+    flops: float | None = None,
+    input_size: Size | None = None,
+    calibration: Any = None,
+    prompt: Any = None,
+) -> PlanReport | PromptPlan:
+    """`vtok.plan` with pixel_dedup; its knobs: help(vtok.PixelDedup)."""
 
 @overload
 def plan(

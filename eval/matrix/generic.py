@@ -60,7 +60,7 @@ def markdown(found: Answers) -> str:
     others = [m for m in next(iter(found.values())) if m not in methods]
     acts = sum(why is None for cells in found.values() for why in cells.values())
     ends = [
-        f"On none of them: {', '.join(others)}, which need the row of a family.",
+        f"On none of them: {', '.join(others)}, which need the row of a family, or a deeper tower than these have.",
         f"**{len(found)} classes x {len(methods) + len(others)} methods: {acts} cells generic.**",
     ]
     return "\n\n".join(["\n".join(table), "\n".join(listing), *ends])

@@ -22,6 +22,8 @@ with the columns that stay.
   have the placeholder of images (GLM-4V, 4.6V, 5 and OCR, Molmo 2, Nemotron Omni), a prompt with both is refused. Of
   VideoLLaMA 3, what the processor left out of the prompt (`video_compression_mask`) is left out, and frames are then not
   known. Nemotron Omni drops tokens itself under `video_pruning_rate`, and is refused there.
+- Methods that merge or drop inside vision encoders act in the towers that are those of the Qwen family
+  (`vtok.patches.hf_packed`): in Qwen3-VL-MoE, Qwen3.5 and its mixture of experts, and Cosmos 3 Omni.
 
 Twenty-one classes are refused (`vtok.patches.hf_vlm.generic.refused` says why): cross-attention, encoder-decoders, a Q-Former
 inside, images that are put in front of a prompt or marked by no placeholder, and one language model that sees nothing.

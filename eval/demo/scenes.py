@@ -1,7 +1,7 @@
 """The part of the demo on questions about one small thing among many, to the LLaVA of scenes: methods for prompts beside random
 and downsampling.
 
-.. include:: ../../assets/docs/scenes.md
+What was measured: assets/docs/results/scenes.md in the repository.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vtok.eval.viz.prompt_overlay import question_sheet
 
 QUESTIONS = 300
 SHOWN_TOKENS = 64
-_WIDEST = 7  # settings on a sheet
+SHOWN = ("random", "downsample", "visionzip", "todre", "divprune", "cdpruner", "fastv", "sparsevlm")
 
 
 def run_scenes_demo(
@@ -66,12 +66,13 @@ def kinds_table(section: Section) -> Table:
 
 
 def write_scenes_sheet(section: Section, path: Path) -> None:
-    """What the settings with about `SHOWN_TOKENS` tokens keep for two questions about one scene."""
+    """What methods of `SHOWN` with about `SHOWN_TOKENS` tokens keep for two questions about one scene."""
     model, data = load_vlm(REFERENCE_SCENES), open_vqa(SCENES)
     near = [row for row in section.patched if row.mean_tokens and abs(row.mean_tokens - SHOWN_TOKENS) < 0.1 * SHOWN_TOKENS]
-    settings = [(row.method, Setting(configs_of(row.record))) for row in near]
+    first = {row.method: row for row in reversed(near)}
+    settings = [(name, Setting(configs_of(first[name].record))) for name in SHOWN if name in first]
     heading = "patches whose tokens reach the last layer of the LLM; dropped ones are dark"
-    question_sheet(model, data, two_questions(data), settings[:_WIDEST], path, heading)
+    question_sheet(model, data, two_questions(data), settings, path, heading)
 
 
 def two_questions(data: VQAData, scene: int = 0) -> list[Question]:

@@ -7,6 +7,7 @@ rendered by resvg (`pip install resvg-py`).
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import json
 from pathlib import Path
@@ -50,7 +51,7 @@ def _called(source: Path, code: str) -> str:
 
 
 def _curves(folder: Path, name: str) -> Image.Image | None:
-    import resvg_py
+    resvg_py: Any = importlib.import_module("resvg_py")
 
     icons: Any = json.loads((folder / "icons.json").read_text(encoding="utf-8"))
     name = icons.get("aliases", {}).get(name, {}).get("parent", name)

@@ -1,6 +1,6 @@
 """Scenes of little things, questions about one of them among many, and the reference LLaVA that answers them.
 
-.. include:: ../../../assets/docs/scenes.md
+What was measured: assets/docs/results/scenes.md in the repository.
 """
 
 from vtok.eval.models.scenes.compose import draw_scene

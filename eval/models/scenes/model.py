@@ -66,15 +66,16 @@ class ReferenceScenes:
             eos_token_id=EOS,
             tie_word_embeddings=False,
         )
-        return LlavaConfig(
-            vision_config=vision,
-            text_config=text,
-            image_token_id=IMAGE,
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="default",
-            tie_word_embeddings=False,
-            image_seq_length=self.visual_tokens,
-        )
+        parts: dict[str, Any] = {
+            "vision_config": vision,
+            "text_config": text,
+            "image_token_id": IMAGE,
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "default",
+            "tie_word_embeddings": False,
+            "image_seq_length": self.visual_tokens,
+        }
+        return LlavaConfig(**parts)
 
     def build(self) -> Any:
         """A freshly initialised model, its tower too, that stops at the end of its answer."""
@@ -89,7 +90,7 @@ def load_tower(depth: int) -> Any:
     Raises:
         ConfigError: the package with the weights is not installed.
     """
-    tower = load_hf_dinov2()
+    tower: Any = load_hf_dinov2()
     del tower.encoder.layer[depth:]
     tower.config.num_hidden_layers = depth
     return tower

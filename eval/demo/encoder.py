@@ -1,6 +1,6 @@
 """The main job: methods for encoders on a DINOv2 that was really pretrained, labelled clip art, and photographs to look at.
 
-.. include:: ../../assets/docs/dinov2.md
+What was measured: assets/docs/results/dinov2.md in the repository.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from vtok.eval.models.data import asset
+from vtok.eval.models.assets import asset
 from vtok.eval.tasks.pictures import asset_folder
 
 FOLDER = "scenes"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vtok.eval.models.data import asset
+from vtok.eval.models.assets import asset
 from vtok.eval.models.dinov2 import load_hf_dinov2
 from vtok.eval.models.dinov2.model import HEADS, MEAN, PATCH, SIZE, STD, WIDTH
 from vtok.eval.models.reference_vlm import BOS, EOS, IMAGE, IMAGE_TOKEN, PAD, SPECIAL, answering, make_tokenizer

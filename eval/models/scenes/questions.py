@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from vtok.eval.models.data import asset
+from vtok.eval.models.assets import asset
 from vtok.eval.models.scenes.album import NAMES
 from vtok.eval.models.scenes.compose import COLOUR_NAMES, Thing, draw_scene
 

@@ -139,13 +139,18 @@ def test_relevance_of_text() -> None:
     assert balanced(found, None) is found
 
 
+def test_the_sign_follows_the_relevance() -> None:
+    assert [vtok.CDPruner(relevance=r).sign for r in ("embeddings", "none", "clip")] == [1, 1, -1]
+    assert vtok.CDPruner(preset="official").sign == -1 and vtok.CDPruner(sign=-1).sign == -1
+
+
 def test_what_a_model_keeps() -> None:
     generator = torch.Generator().manual_seed(0)
     tokens, words = (torch.randn(2, n, 32, generator=generator) for n in (40, 6))
     text = PromptText(words, torch.ones(2, 6, dtype=torch.bool))
     images = ImageFeatures(tokens, (View(0, 5, 8),), text=text)
     chosen = []
-    for params in ({}, {"relevance": "none"}, {"sign": 1}, {"theta": 0.9}):
+    for params in ({}, {"relevance": "none"}, {"sign": -1}, {"theta": 0.9}):
         reducer = vtok.CDPruner(keep_tokens=10, **params).build_vlm(info(32))
         plan = reducer.features(images)
         assert plan is not None and plan.keep.shape == (2, 10)

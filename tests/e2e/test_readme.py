@@ -96,16 +96,19 @@ def run_snippets(page):
 
 
 @pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=[pytest.mark.slow] if page.endswith("export.md") else []) for page in SNIPPETS]
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page.endswith(("export.md", "evaluate.md")) else []) for page in SNIPPETS
+    ],
 )
 def test_every_snippet_runs_in_order(page, offline):
-    """Exporting takes half a minute: it is left to `make test-all`."""
+    """Exporting and evaluating take half a minute: they are left to `make test-all`."""
     if page.endswith("export.md"):
         pytest.importorskip("onnxruntime")
     names = run_snippets(page)
     if page == "README.md":
         assert len(SNIPPETS[page]) >= 4
-        assert vtok.info(names["model"]).patched
+        assert "tome(flops=0.6)" in str(names["result"].records)
         assert names["answer"].shape[0] == 1
 
 

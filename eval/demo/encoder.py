@@ -15,7 +15,7 @@ from vtok.eval.demo.parts import measured, short_table, show, write_frame
 from vtok.eval.models.dinov2.sheet import write_sheet
 from vtok.eval.report.plots import plot
 
-PICTURES = 128
+PICTURES = 250
 
 
 def run_encoder_demo(

@@ -22,7 +22,8 @@ Further differences:
   as its authors answer. With CLIP's relevance the default is `sign=-1`, too. In the LLM's own space nothing inverts them, and
   the default is the paper's, `sign=1`. What is better depends on the model: a LLaVA on DINOv2 answers questions about small
   things (`reference-scenes`) almost as badly with -1 as from a grey picture, one trained from scratch on simple shapes
-  (`reference-llava`) better with -1 (of 800 questions, 32 of 256 tokens: 95.0 %, without relevance 91.1 %, `sign=1` 85.9 %). Try both, and "none".
+  (`reference-llava`) better with -1 (of 800 questions, 32 of 256 tokens: 95.0 %, without relevance 91.1 %, `sign=1` 85.9 %).
+  Try both, and "none".
 * Once the tokens taken span the rest, the program divides by zero and returns fewer; here the rest follows by relevance.
 * The program keeps k tokens of every crop of a fixed canvas, and no newlines; here all tokens of an image are one pool, newline
   tokens included unless `relevance="clip"`. `preset="official"` chooses crop by crop, of the crops that the model makes.

@@ -19,7 +19,13 @@ console = terminal.output()
 Methods = Annotated[
     list[str], typer.Argument(help="name or name:key=value,..., e.g. tome:r=13 or pitome:flops=0.6; several together: A+B")
 ]
-Model = Annotated[str, typer.Argument(help="a timm name, open_clip:NAME, transformers:NAME, reference or reference-clip")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="a timm name, open_clip:NAME, transformers:NAME, reference, reference-clip, reference-dinov2, "
+        "reference-llava(-next), reference-scenes"
+    ),
+]
 Images = Annotated[int, typer.Option(min=1, help="vision-language models: images in a prompt")]
 TextTokens = Annotated[int, typer.Option(min=1, help="vision-language models: other tokens of a prompt")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of whatever is random")]

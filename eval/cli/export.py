@@ -13,7 +13,7 @@ from vtok.eval.runs.names import check_methods
 
 
 def write_onnx(
-    model: Annotated[str, typer.Argument(help="a timm name, open_clip:NAME, transformers:NAME, reference or reference-clip")],
+    model: Annotated[str, typer.Argument(help="a timm name, open_clip:NAME, transformers:NAME, reference(-clip, -dinov2)")],
     method: Annotated[str, typer.Argument(help=f"{SETTING_HELP}; unpatched: the model as it is")],
     out: Annotated[Path, typer.Argument(help="the .onnx file")],
     batch_size: Annotated[

@@ -1,8 +1,8 @@
 """Models by name, for the command line.
 
-A name is timm's, `reference`, `reference-clip` (both come with vtok), `reference-dinov2` (its weights come with a package), or
-starts with its library: `open_clip:ViT-B-16` (its image tower; `open_clip:ViT-B-16/openai` with weights) or
-`transformers:OWNER/NAME`. Architectures in
+A name is timm's, `reference`, `reference-clip` (both come with vtok), `reference-dinov2` (its weights come with a package), a
+bundled vision-language model's (`reference-llava`, `reference-llava-next`, `reference-scenes`), or starts with its library:
+`open_clip:ViT-B-16` (its image tower; `open_clip:ViT-B-16/openai` with weights) or `transformers:OWNER/NAME`. Architectures in
 `HUGGING_FACE` are built without asking the hub for a configuration, and so are the vision-language models in
 `prompts.ARCHITECTURES` and, without weights (`meta`), the checkpoints in `architectures.PUBLISHED`.
 """
@@ -30,6 +30,7 @@ from vtok.eval.models.reference import (
     load_reference_vit,
     normalise_page,
 )
+from vtok.eval.models.vlm import BUNDLED, load_vlm
 from vtok.eval.tasks.timm_pipeline import Options, create_model
 from vtok.reading import is_folder
 
@@ -71,10 +72,12 @@ def load_model(
         ConfigError: no such model or weights, or a size that cannot be changed.
         MissingExtraError: the library is not installed.
     """
-    if name in _REFERENCE:
+    if name.startswith(REFERENCE):
+        if name not in (*_REFERENCE, *BUNDLED):
+            raise unknown("bundled model", name, (*_REFERENCE, *BUNDLED))
         if img_size is not None:
             raise ConfigError(f"{name} has a size of its own; drop the image size {img_size}")
-        return _REFERENCE[name]()
+        return _REFERENCE[name]() if name in _REFERENCE else load_vlm(name).net
     if name.startswith(_OPEN_CLIP):
         return _open_clip(name.removeprefix(_OPEN_CLIP), pretrained, img_size, seed, meta)
     if name.startswith(_TRANSFORMERS):

@@ -13,6 +13,7 @@ from vtok.errors import ConfigError, MissingExtraError
 from vtok.eval.common.videos import Clip
 
 REFERENCE_LLAVA, REFERENCE_NEXT, REFERENCE_SCENES = "reference-llava", "reference-llava-next", "reference-scenes"
+BUNDLED = (REFERENCE_LLAVA, REFERENCE_NEXT, REFERENCE_SCENES)
 
 
 class BeginsOnce:

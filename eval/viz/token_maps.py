@@ -18,13 +18,12 @@ from vtok.errors import ConfigError, StateError
 from vtok.eval.common.settings import Setting, model_name, towers, weight_sharing_copy
 from vtok.eval.models.by_name import REFERENCE, load_model
 from vtok.eval.models.clip import REFERENCE as REFERENCE_CLIP
-from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_NEXT, REFERENCE_SCENES, VisionLanguageModel, load_vlm
+from vtok.eval.models.vlm import BUNDLED, VisionLanguageModel, load_vlm
 from vtok.eval.viz.draw import Stage, TokenMaps, View
 from vtok.eval.viz.input import Prepared, home_of, prepared, reference_pixels
 from vtok.targets import vlm_targets
 from vtok.targets.resolve import Method, run_of
 
-_VLMS = (REFERENCE_LLAVA, REFERENCE_NEXT, REFERENCE_SCENES)
 _TRANSFORMERS = "transformers:"
 
 
@@ -125,7 +124,7 @@ def image_tower(model: nn.Module) -> nn.Module:
 
 
 def _load(name: str, question: str | None, pretrained: bool) -> nn.Module | VisionLanguageModel:
-    if name in _VLMS:
+    if name in BUNDLED:
         return load_vlm(name)
     if question is not None:
         return load_vlm(name.removeprefix(_TRANSFORMERS))

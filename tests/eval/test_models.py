@@ -25,6 +25,16 @@ def test_names_of_every_home_give_a_tower_without_weights(name):
     assert rows[-1].tokens_out < rows[0].tokens_in
 
 
+def test_bundled_vision_language_models_are_found_by_name():
+    model = load_model("reference-llava")
+    assert type(model).__name__ == "LlavaForConditionalGeneration" and not model.training
+    assert vtok.plan(model, "divprune", keep_tokens=64).estimate.fraction < 1
+    with pytest.raises(UnknownNameError, match=r"bundled model 'reference-lava'; did you mean 'reference-llava'"):
+        load_model("reference-lava")
+    with pytest.raises(ConfigError, match="reference-llava has a size of its own"):
+        load_model("reference-llava", img_size=96)
+
+
 def test_the_built_in_architectures_are_the_usual_ones():
     """ViT-B/16 has 17.56 GMACs with its head, whichever library builds it."""
     macs = [vtok.plan(load_model(f"transformers:{name}", meta=True), "tome", r=8).estimate.base_macs for name in HUGGING_FACE]

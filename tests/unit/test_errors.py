@@ -170,6 +170,15 @@ def test_nothing_to_patch(nothing):
     text = message_of(vtok.UnsupportedModelError, vtok.patch, nothing, "tome")
     assert "holds nothing that vtok can patch" in text
     assert "VisionTransformer" in text
+    assert "the prompts of transformers' LLaVA" in text
+    assert " object at 0x" not in text
+
+
+def test_parameters_in_the_name_of_a_method(model):
+    text = message_of(vtok.ConfigError, vtok.patch, model, "tome:r=8")
+    assert "'tome:r=8' holds parameters" in text
+    assert "'tome', r=8" in text
+    assert "'divprune', keep=0.1" in message_of(vtok.ConfigError, vtok.plan, model, ["tome", "divprune:keep=0.1"])
 
 
 def test_not_a_module():

@@ -12,7 +12,7 @@ from vtok import serialization as files
 from vtok.config import MethodConfig, ModelInfo
 from vtok.core.prompt import VLMInfo
 from vtok.core.tracker import TokenTracker
-from vtok.errors import ConfigError, UnsupportedModelError, shown, unknown
+from vtok.errors import ConfigError, UnsupportedModelError, brief, shown, unknown
 from vtok.patches import find_adapters
 from vtok.patches.block import ReducingBlock
 from vtok.patches.protocol import Adapter, Tower
@@ -50,6 +50,12 @@ def methods_for(
 def configs(method: Method, params: dict[str, Any]) -> tuple[MethodConfig, ...]:
     """What the user named -> config objects."""
     if isinstance(method, str):
+        name, colon, given = method.partition(":")
+        if colon and method not in METHODS and name in METHODS:
+            raise ConfigError(
+                f"{shown(method)} holds parameters, as vtok.benchmark and the program vtok read them; here they are "
+                f"keywords of their own: {name!r}, {brief(given, 80)}"
+            )
         return (METHODS.get(method).create(**params),)
     if isinstance(method, MethodConfig):
         if params:
@@ -82,7 +88,7 @@ def towers(model: nn.Module, input_size: Size | None = None, no_prompt: str | No
     found = list(outermost.values())
     if not found:
         encoders = [ADAPTERS.get(name).supported for name in ADAPTERS]
-        known = "; ".join([*encoders, *(f"the prompts of {VLM_ADAPTERS.get(name).supported}" for name in VLM_ADAPTERS)])
+        known = "; ".join([*encoders, *(f"the prompts of {VLM_ADAPTERS.get(name)().supported}" for name in VLM_ADAPTERS)])
         why = "" if no_prompt is None else f", and {no_prompt}"
         raise UnsupportedModelError(f"{type(model).__name__} holds nothing that vtok can patch{why}; supported: {known}")
     return found

@@ -16,7 +16,7 @@ from vtok.config import MethodConfig
 from vtok.errors import ConfigError
 from vtok.eval.common.settings import Setting
 from vtok.eval.models.by_name import REFERENCE, REFERENCE_CLIP, load_model
-from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_NEXT, VisionLanguageModel, load_vlm
+from vtok.eval.models.vlm import BUNDLED, VisionLanguageModel, load_vlm
 from vtok.eval.report.html.groups import images_of, labels_of
 from vtok.eval.report.html.questions import Questions
 from vtok.eval.report.html.repeat import model_name
@@ -33,7 +33,6 @@ from vtok.eval.viz.token_maps import bundled, encoder_maps
 SIDE = 128  # pixels of a drawn image
 _COLOURS = 96
 _ENCODERS = {"fashion_vit": REFERENCE, "reference-vit": REFERENCE, REFERENCE: REFERENCE, REFERENCE_CLIP: REFERENCE_CLIP}
-_VLMS = (REFERENCE_LLAVA, REFERENCE_NEXT)
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def _model(section: Section, files: bool) -> tuple[str, Any]:
     known = _ENCODERS.get(name.split("@")[0])
     if known is not None:
         return known, load_model(known)
-    if name in _VLMS:
+    if name in BUNDLED:
         return name, load_vlm(name)
     if not files:
         raise ConfigError(f"{name} does not come with vtok; name image files (--image) to draw timm's or open_clip's")

@@ -1,8 +1,10 @@
 """ATP-LLaVA: Adaptive Token Pruning for Large Vision Language Models (Ye, Gan, Ge, Zhang, Tang, CVPR 2025, arXiv:2412.00447).
 In front of a few decoder layers a small module looks at the attention of the layer before, predicts two thresholds for each
 sample, and drops the visual tokens whose redundancy score and spatial score both fall below their threshold. The "redundancy"
-score is an importance: high means keep. This file: scores, masks, gates; `atp_attention`: what reads attention or changes it;
-`atp_spec`, `atp_module`: what is learned, saved and loaded; `atp_losses`: what it is trained with.
+score is an importance: high means keep.
+
+This file: scores, masks, gates; `atp_attention`: what reads attention or changes it; `atp_spec`, `atp_module`: what is learned,
+saved and loaded; `atp_losses`: what it is trained with.
 
 Neither the paper's text nor code of its authors was at hand. The equation numbers are those that two independent student
 reproductions agree on; this is an implementation in the paper's spirit, **not a faithful reproduction**. Our interpretation,

@@ -1,4 +1,4 @@
-"""vtok: fewer visual tokens inside the vision transformer you already have.
+"""vtok: fewer visual tokens inside the vision transformer or vision-language model you already have.
 
     vtok.patch(model, method="tome")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ SIDE = 256  # pixels of the longer side of a drawn view, at least
 FORMATS = (".png", ".gif")
 _LINE_ON_DARK, _LINE_ON_LIGHT = 0.7, 0.4  # opacity of white and of black outlines
 _SHEET_COLUMNS = 6
+_HEADING, _LETTERS_PER_INCH, _LINE_HEIGHT = 10, 11, 0.17  # points of a sheet's heading, and what it takes of the sheet (inches)
 _STRIP = 26  # pixels of the caption of a frame
 
 
@@ -143,14 +145,17 @@ class TokenMaps:
         columns = min(_SHEET_COLUMNS, len(panels))
         lines = -(-len(panels) // columns)
         aspect = panels[0][0].width / panels[0][0].height
-        figure = Figure(figsize=(2.1 * aspect * columns, 2.45 * lines + 0.5), layout="constrained")
+        width = 2.1 * aspect * columns
+        heading = _wrapped(_heading(self), width)
+        more = len(heading) - len(_heading(self))
+        figure = Figure(figsize=(width, 2.45 * lines + 0.5 + more * _LINE_HEIGHT), layout="constrained")
         axes = figure.subplots(lines, columns, squeeze=False)
         for axis in axes.flat:
             axis.axis("off")
         for axis, (picture, words) in zip(axes.flat, panels):
             axis.imshow(picture, interpolation="nearest")
             axis.set_title(words, fontsize=8)
-        figure.suptitle("\n".join(_heading(self)), fontsize=10, parse_math=False)
+        figure.suptitle("\n".join(heading), fontsize=_HEADING, parse_math=False)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110)
         return buffer.getvalue()
@@ -197,6 +202,12 @@ def _heading(maps: TokenMaps) -> list[str]:
     words = legend(one for stage in maps.stages for one in stage.maps)
     answer = [] if maps.answer is None else [f"answer: {maps.answer}"]
     return [maps.title, *([words] if words else []), *answer, *maps.notes]
+
+
+def _wrapped(lines: Sequence[str], inches: float) -> list[str]:
+    """Lines no longer than a sheet is wide; a name that is longer is broken."""
+    letters = max(int(inches * _LETTERS_PER_INCH), 12)
+    return [part for line in lines for part in textwrap.wrap(line, letters) or [""]]
 
 
 def _columns(count: int) -> int:

@@ -78,6 +78,17 @@ def test_sheets_and_animations(tmp_path):
         maps.save(tmp_path / "file" / "maps.png")
 
 
+def test_a_long_heading_stays_on_the_sheet():
+    from dataclasses import replace
+
+    maps = visualize(build("timm: ViT"), "tome", images("timm: ViT", batch=1))
+    maps = replace(maps, title=f"{maps.title}, asked {'what is on the plate that is black ' * 4}", stages=maps.stages[:1])
+    sheet = np.asarray(Image.open(io.BytesIO(maps.png())).convert("L"))
+    heading = sheet[: len(sheet) // 3]
+    assert (heading < 128).any()
+    assert (heading[:, :3] == 255).all() and (heading[:, -3:] == 255).all()
+
+
 def test_a_sheet_leaves_the_backend_alone(monkeypatch):
     """A notebook that has shown token maps goes on to show other plots."""
     import matplotlib

@@ -166,7 +166,7 @@ class CDPrunerReducer(FeatureChoice):
                 f"cdpruner compares the {images.modality}s of {self.info.name} with the prompt's text, but which prompt they "
                 'belong to cannot be told; pass relevance="none"'
             )
-        return greedy_dpp(tokens, balanced(text_relevance(tokens, images.text, config.sign), config.theta), count)
+        return greedy_dpp(tokens, balanced(text_relevance(tokens, images.text, config.sign or 1), config.theta), count)
 
     def feature_macs(self, n: int, views: tuple[View, ...], modality: str = "image") -> int:
         count = self.config.count(n)

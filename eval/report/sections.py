@@ -288,6 +288,8 @@ def _ranks(section: Section) -> list[Finding]:
     row = random[-1]
     assert row.score is not None and row.score.difference is not None
     loss, errors = -row.score.difference.point, _errors(row)
+    if loss <= 0:
+        return [Finding("plain", f"{row.label} loses nothing to unpatched: too little to rank methods.")]
     enough = "enough" if errors is not None and errors >= 3 else "too little"
     told = "" if errors is None else f", {errors:.1f} standard errors"
     return [Finding("plain", f"{row.label} loses {loss:.2f} points to unpatched{told}: {enough} to rank methods.")]

@@ -134,6 +134,8 @@ def test_findings_speak_up(records):
     assert ranks.startswith("random at 40\u00a0% loses 13.00 points to unpatched, 7.7 standard errors: enough")
     few = [one | {"metrics": {**one["metrics"], "difference": -0.1}} for one in records[1:]]
     assert "too little to rank methods" in " ".join(one.words for one in findings(sections([records[0], *few])[0]))
+    gains = [one | {"metrics": {**one["metrics"], "difference": 0.1}} for one in records[1:]]
+    assert "loses nothing to unpatched" in " ".join(one.words for one in findings(sections([records[0], *gains])[0]))
 
 
 def test_a_frame_holds_what_records_say(records, tmp_path):

@@ -54,7 +54,7 @@ def short_table(section: Section) -> Table:
     def name(row: Row) -> str:
         """The method alone where its settings differ in the budget alone, which the rules part."""
         alone = named[row.method] == 1 or (row.budget is not None and not row.drawn)
-        return row.method if alone else row.label.replace("keep=None, ", "")
+        return row.method if alone else row.label
 
     columns = [
         Column("setting", lambda row: "\n".join(textwrap.wrap(name(row), 26))),

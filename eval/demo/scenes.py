@@ -61,7 +61,7 @@ def run_scenes_demo(
 
 def kinds_table(section: Section) -> Table:
     """Accuracy by kind of question, a line a setting."""
-    columns = [Column("setting", lambda row: row.label.replace("keep=None, ", ""), left=True), *part_columns(section, "kind")]
+    columns = [Column("setting", lambda row: row.label, left=True), *part_columns(section, "kind")]
     return Table.of(section.rows, columns, "accuracy by what is asked", style=lambda row: "dim" if row.baseline else None)
 
 

@@ -245,10 +245,10 @@ def _difference(metrics: dict[str, Any], name: str, primary: bool, factor: float
 
 
 def label_of(record: dict[str, Any], method: str, budget: float | None) -> str:
-    """What was asked for: "tome(r=13)", or "tome at 60 % of the FLOPs"; folders of files are left out."""
+    """What was asked for: "tome(r=13)", or "tome at 60 % of the FLOPs"; without folders of files and unset shares."""
     title = text(record.get("title")) or text(record.get("setting"))
     if title:
-        return _FOLDERS.sub(r"=\1", title)
+        return _FOLDERS.sub(r"=\1", title).replace("(keep=None, keep_tokens=", "(keep_tokens=")
     if budget is not None and method != UNPATCHED:
         return f"{method} at {100 * budget:g}\u00a0%"
     return method

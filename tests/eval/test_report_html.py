@@ -307,6 +307,7 @@ def test_numbers_as_they_stand_on_the_page():
     assert values.with_ends(values.Interval(1.5, 1.25, 1.75), 2, unit="×") == "1.50× [1.25, 1.75]"
     assert sections.with_sign(values.Interval(-0.9, -1.78, -0.02)) == "−0.90 [−1.78, −0.02]"
     assert values.joined(list("abcdefgh"), 3) == "a, b and 6 more"
+    assert rows.label_of({"title": "divprune(keep=None, keep_tokens=64)"}, "divprune", None) == "divprune(keep_tokens=64)"
     assert rows.label_of({"title": "atp(weights=/tmp/a/b.safetensors, x=1)"}, "atp", None) == "atp(weights=b.safetensors, x=1)"
 
 

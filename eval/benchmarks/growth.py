@@ -28,6 +28,7 @@ from vtok.eval.benchmarks.selectors import Held, Synthetic, configs
 from vtok.eval.benchmarks.selectors import measure as measure_choices
 from vtok.eval.report.tables import Column, Table
 from vtok.registry import METHODS
+from vtok.writing import replacing
 
 TOKENS = (256, 1024, 4096, 16384)
 VISUAL = (576, 2880, 8192, 32768)
@@ -241,5 +242,6 @@ def plot(kinds: Sequence[tuple[str, Sequence[Grown]]], path: Path) -> None:
             axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label, title=title)
             axis.grid(alpha=0.3)
         row[1].legend(fontsize=8, ncols=2, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    with replacing(path) as scratch:
+        figure.savefig(scratch, dpi=110, bbox_inches="tight")
     plt.close(figure)

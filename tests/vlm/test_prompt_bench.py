@@ -58,7 +58,7 @@ def test_json_and_markdown(measured):
     assert result.from_json(result.to_json(found)) == found
     text = result.markdown(found)
     lines = text.splitlines()
-    assert lines[0].count("|") == lines[2].count("|") == len(result.PromptResult.columns) + 1
+    assert lines[0].count("|") == lines[2].count("|") == len(result.PromptResult.columns)  # one less: nothing was compiled
     assert "| uniform(keep=0.5) | 24 -> 12 |" in lines[2]
     assert "tiny, 24 visual and 12 other tokens, batch 2, float32" in text
     assert "the vision tower is part of prefill" in text and "- uniform(keep=0.5): " in text

@@ -135,6 +135,18 @@ def test_rows_that_were_reordered():
     assert steps
 
 
+def test_masks_that_the_llm_has_yet_to_make():
+    """A compiled step with the mask [rows, columns] of the processor: made inside, the LLM's own would count slots as columns."""
+    values, model = inputs("LLaVA-1.5"), vtok.patch(build("LLaVA-1.5"), Columns(((0, 2),)))
+    torch.compiler.reset()
+    compiled = torch.compile(model.forward, backend="eager")
+    cache, first = _prefilled(model, values, values["input_ids"].shape[1] + 4)
+    mask, other = _mask(values, 1), copy.deepcopy(cache)
+    call = {"input_ids": first, "attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1, "use_cache": True}
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**call, cache=cache).logits, model(**call, cache=other).logits, rtol=0, atol=1e-5)
+
+
 @pytest.mark.slow  # traces prefills, which break into many graphs
 def test_a_compiled_model_reads_further_prompts_with_images():
     """A static cache that was reset, and whose plain contents were vouched for, must not pass for one that needs nothing."""

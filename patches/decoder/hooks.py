@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vtok.core.prompt import Entry, Layout
 from vtok.core.reduction import Fold, folded
-from vtok.errors import StateError
+from vtok.errors import StateError, UnsupportedModelError
 from vtok.patches.decoder import embedded_prompts as embedded
 from vtok.patches.decoder import layer_calls, masks, outputs, riders, turns
 from vtok.patches.decoder import packed_rows as packed
@@ -66,8 +66,15 @@ class BeforeModel(PrunerHook):
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         kwargs = hf.renamed(dict(zip(inspect.signature(module.forward).parameters, args), **kwargs))
-        if is_traced_step(kwargs) and kwargs.get("input_ids") is not None and not hf.carries_images(kwargs):
-            return (), kwargs
+        if is_traced_step(kwargs) and not hf.carries_images(kwargs):
+            short = state_of(cache_in(kwargs)) is not None
+            if kwargs.get("input_ids") is None and short and self.pruner.has_dropped_tokens:
+                raise UnsupportedModelError(
+                    "a compiled step cannot tell whether inputs_embeds hold tokens that the patched vision tower dropped; pass "
+                    "input_ids, or leave compilation out"
+                )
+            if kwargs.get("input_ids") is not None or short:
+                return (), kwargs
         cache = cache_in(kwargs)
         running = self.pruner.open(cache)
         running.real = masks.seen_columns(kwargs.get("attention_mask"))

@@ -92,14 +92,23 @@ def of_later_text(
 def is_traced_step(kwargs: Mapping[str, Any]) -> bool:
     """Whether a call is being compiled that reads text behind a prompt in a static cache, of which all is known beforehand.
 
-    Nothing of this thread is looked at then, and no value of a tensor. What a pass that is under way reads is none.
+    Nothing of this thread is looked at then, and no value of a tensor. What a pass that is under way reads is none, nor is a
+    step whose mask the LLM has yet to make: inside, it counts what is stored, and layers could not tell the two apart.
     """
     if not torch.compiler.is_compiling():
         return False
     cache = cache_in(kwargs)
     if not getattr(cache, "is_compileable", False) or BUSY in cache.__dict__:
         return False
-    return cache.known.tables is not None if isinstance(cache, ShortCache) else WHOLE in cache.__dict__
+    if not isinstance(cache, ShortCache):
+        return WHOLE in cache.__dict__
+    return cache.known.tables is not None and _is_made(kwargs.get("attention_mask"))
+
+
+def _is_made(mask: Any) -> bool:
+    """Whether a mask is 4-D, or a mapping of some that are."""
+    made = list(mask.values()) if isinstance(mask, Mapping) else [mask]
+    return all(isinstance(m, Tensor) and m.ndim == 4 for m in made)
 
 
 def can_trace(text: Any, cache: Any, state: PromptState) -> bool:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers_errors import message_of
 from transformers import CompileConfig, StaticCache
 from vlm_zoo import EXAMPLES, TOLERANCE, Columns, build, inputs
 
@@ -133,6 +134,36 @@ def test_rows_that_were_reordered():
             found = compiled(**_step(model, cache, token, mask, position)).logits
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert steps
+
+
+def test_masks_that_the_llm_has_yet_to_make():
+    """A compiled step with a mask [rows, columns]: the one that the LLM makes of it inside counts slots, not columns."""
+    values, model = inputs("LLaVA-1.5"), vtok.patch(build("LLaVA-1.5"), Columns(((0, 2),)))
+    torch.compiler.reset()
+    compiled = torch.compile(model.forward, backend="eager")
+    cache, first = _prefilled(model, values, values["input_ids"].shape[1] + 4)
+    mask, other = _mask(values, 1), copy.deepcopy(cache)
+    call = {"input_ids": first, "attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1, "use_cache": True}
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**call, cache=cache).logits, model(**call, cache=other).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [Columns(((0, 2),)), vtok.ToMe(r=2)], ids=["columns", "tome"])
+def test_steps_of_embeddings(method):
+    """With a mask a column; whether they are words nobody can look, where a tower marks by its features what it dropped."""
+    values, model = inputs("Qwen2.5-VL"), vtok.patch(build("Qwen2.5-VL"), method)
+    torch.compiler.reset()
+    compiled = torch.compile(model.forward, backend="eager")
+    cache, first = _prefilled(model, values, values["input_ids"].shape[1] + 4)
+    other, position = copy.deepcopy(cache), _mask(values, 1).sum(1)[None, :, None].expand(3, -1, 1) - 1
+    call = _step(model, cache, first, _mask(values, 1), position) | {"position_ids": position}
+    words = {key: x for key, x in call.items() if key != "input_ids"} | {"inputs_embeds": model.get_input_embeddings()(first)}
+    with torch.no_grad():
+        if isinstance(method, vtok.ToMe):
+            assert "cannot tell whether inputs_embeds" in message_of(vtok.UnsupportedModelError, compiled, **words)
+            return
+        expected = model(**{**call, "cache": other}).logits
+        torch.testing.assert_close(compiled(**words).logits, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow  # traces prefills, which break into many graphs

@@ -44,6 +44,8 @@ def demo(
         return images if full else count if images is None else min(images, count)
 
     console, small = terminal.output(100), full
+    if not full and images is None:
+        console.print("five to ten minutes on two cores; a run that was stopped goes on where it was", style="dim")
     try:
         run_encoder_demo(out, at_most(PICTURES), full, console=console)
         run_scenes_demo(out, at_most(QUESTIONS), full, console=console)

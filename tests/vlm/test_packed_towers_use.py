@@ -295,6 +295,8 @@ def test_models_that_do_more_with_the_tokens_of_such_a_tower():
         return
     text = message_of(vtok.UnsupportedModelError, vtok.patch, generic_models.build(name), "tome", r=1)
     assert "HyperCLOVAXVisionV2Model is not known to take its visual tokens as they leave it" in text
+    text = message_of(vtok.UnsupportedModelError, vtok.patch, generic_models.build(name), "pixel_dedup")
+    assert "HyperCLOVAXVisionV2Model is not known to take visual tokens as that tower yields them" in text
 
 
 def test_supports():

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtok.patches.protocol import look_up
+from vtok.patches.hf_packed.adapter import HOLDERS
+from vtok.patches.protocol import look_up, qualified_name
 
 
 def _in(model: str) -> str:
@@ -46,7 +47,11 @@ def tower_of(model: Any) -> nn.Module | None:
 
 def why_not(model: Any) -> str | None:
     """Why patches cannot leave in front of the vision tower of a model, or `None` if they can."""
-    return None if tower_of(model) is not None else "it is none of the Qwen-VL family, whose towers take any patches"
+    if tower_of(model) is None:
+        return "it is none of the Qwen-VL family, whose towers take any patches"
+    if HOLDERS.isdisjoint(qualified_name(cls) for cls in type(model).__mro__):  # a projector would hide what is missing
+        return f"{type(model).__name__} is not known to take visual tokens as that tower yields them"
+    return None
 
 
 def unit_of(tower: Any) -> int:

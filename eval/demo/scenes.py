@@ -71,7 +71,7 @@ def write_scenes_sheet(section: Section, path: Path) -> None:
     near = [row for row in section.patched if row.mean_tokens and abs(row.mean_tokens - SHOWN_TOKENS) < 0.1 * SHOWN_TOKENS]
     first = {row.method: row for row in reversed(near)}
     settings = [(name, Setting(configs_of(first[name].record))) for name in SHOWN if name in first]
-    heading = "patches whose tokens reach the last layer of the LLM; dropped ones are dark"
+    heading = "patches whose tokens reach the last layer of the LLM; dropped ones are blue"
     question_sheet(model, data, two_questions(data), settings, path, heading)
 
 

@@ -80,7 +80,7 @@ class Compiler:
         mode = self.mode if self.backend == "inductor" else None
         config: Any = CompileConfig(
             backend=self.backend,
-            mode=mode,  # type: ignore[arg-type]
+            mode=mode,  # type: ignore[arg-type]  # torch takes None, transformers' annotation does not say so
             fullgraph=False,
             dynamic=False,
         )

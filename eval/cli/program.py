@@ -122,7 +122,7 @@ def command_at(home: str, name: str) -> Any:
 def _placeholder(home: str) -> Any:
     def called() -> None: ...
 
-    called.home = home  # type: ignore[attr-defined]
+    called.home = home  # type: ignore[attr-defined]  # read by `OnCall` when the command is called
     return called
 
 

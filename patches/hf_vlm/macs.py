@@ -162,7 +162,8 @@ def _packed(
         each.append((number, found if seen is None else replace(found, exact=True)))
     blocks = []
     for i, block in enumerate(vlm.tower.blocks):
-        unit, same = block.attend.unit(block.attention), [(n, e.rows[i]) for n, e in each]  # type: ignore[attr-defined]
+        attend: Any = block.attend  # of a packed tower, which has units
+        unit, same = attend.unit(block.attention), [(n, e.rows[i]) for n, e in each]
         entered, left = (unit * sum(n * getattr(row, name) for n, row in same) for name in ("tokens_in", "tokens_out"))
         macs, own = (sum(n * getattr(row, name) for n, row in same) for name in ("macs", "reduction_macs"))
         blocks.append(Row(i, steps[i][0].place if i in steps else None, entered, left, macs, own))

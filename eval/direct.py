@@ -50,6 +50,7 @@ def benchmark(
     """See `vtok.benchmark`; `timing` holds what `measure` and `measure_prompts` have in common."""
     require_module(model)
     settings = settings_of(methods)
+    how = None if compile is None else Compiler(compile)
     with _bar("timing, in rounds", progress, timing.get("pairs")) as advance:
         common = {**timing, "progress": advance}
         if vlm_targets(model):
@@ -58,10 +59,7 @@ def benchmark(
                     f"{type(model).__name__} reads prompts: pass what its processor returns for images and texts, got "
                     f"{type(inputs).__name__}"
                 )
-            if compile is not None:
-                raise ConfigError("compile is for vision encoders; leave it out for vision-language models")
-            return Benchmark(measure_prompts(model, inputs, settings, new_tokens=new_tokens, **common))
-        how = None if compile is None else Compiler(compile)
+            return Benchmark(measure_prompts(model, inputs, settings, new_tokens=new_tokens, compiler=how, **common))
         if how is not None and isinstance(inputs, Mapping):
             raise ConfigError("with compile, pass the images as a tensor [B, C, H, W]")
         pixels = pixels_of(inputs)

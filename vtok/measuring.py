@@ -81,7 +81,8 @@ def benchmark(
             each; `None` = on GPUs alone.
         profile: whether to measure the share of the reduction step of encoders, with torch's profiler.
         new_tokens: of every answer of a vision-language model, 2 at least.
-        compile: mode of `torch.compile` for all models of a vision encoder, "default" for instance; `None` = not compiled.
+        compile: mode of `torch.compile` for all models, "default" for instance; of vision-language models the steps of answers,
+            over static caches, are compiled, the prefill is not. `None` = not compiled.
         name: of the model, for tables; `None` = found out.
         seed: of the bootstrap.
         progress: whether to show a bar, where there is a terminal or a notebook.

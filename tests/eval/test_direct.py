@@ -9,6 +9,8 @@ import vlm_zoo
 import zoo
 
 import vtok
+from vtok.eval import direct
+from vtok.eval.benchmarks.compiled import Compiler
 from vtok.eval.benchmarks.throughput import measure
 from vtok.eval.direct import benchmark, settings_of
 from vtok.eval.report.read import read
@@ -90,6 +92,16 @@ def test_prompts_are_timed_with_what_a_processor_makes(tmp_path):
         vtok.benchmark(model, "todre", inputs["pixel_values"])
     with pytest.raises(vtok.ConfigError, match=r"task gqa makes prompts: pass processor=AutoProcessor"):
         vtok.evaluate(model, "gqa", "todre", data="hub")
+
+
+def test_compiled_steps_of_prompts(monkeypatch):
+    """As `vtok bench --compile`, which was once refused here alone."""
+    monkeypatch.setattr(direct, "Compiler", lambda mode: Compiler(mode, backend="eager"))
+    name = next(iter(vlm_zoo.EXAMPLES))
+    (found,) = vtok.benchmark(
+        vlm_zoo.build(name), "uniform:keep=0.25", vlm_zoo.inputs(name), new_tokens=3, compile="default", **QUICK
+    ).results
+    assert found.compiled["patched"]["graphs"] == 1 and found.compiled["patched"]["again"] == 0
 
 
 def test_a_dual_encoder_is_given_its_processor():

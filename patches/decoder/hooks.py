@@ -41,7 +41,7 @@ from vtok.patches.decoder.kv_cache import (
 from vtok.patches.decoder.layer_calls import is_traced_step
 from vtok.patches.decoder.layout import decided, in_order, layout_of
 from vtok.patches.decoder.pass_state import PassState, Pruner, Recorded, TowerCall
-from vtok.patches.decoder.text_models import check_kind, check_origin, check_padding
+from vtok.patches.decoder.text_models import check_kind, check_origin, check_padding, final_norm_of
 from vtok.patches.hf_vlm import image_features as hf
 from vtok.patches.hf_vlm.encoded import plain
 from vtok.patches.module_swap import Hook, brought
@@ -188,7 +188,7 @@ class BeforeText(PrunerHook):
         if state is None:
             return None
         state.inside = True
-        running.final_norm, running.rotary = getattr(module, "norm", None), getattr(module, "rotary_emb", None)
+        running.final_norm, running.rotary = final_norm_of(module), getattr(module, "rotary_emb", None)
         entered = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         running.reached, running.shape = True, (entered.shape[0], entered.shape[1])
         if running.prunes:

@@ -347,13 +347,12 @@ def _describe(path: str, module: Any, family: Family) -> VLM:
         )
     heads = stated_number(config, "num_attention_heads") or max(config.hidden_size // 64, 1)
     tower, facts, no_tower = _tower(module, text, family)
-    deep = getattr(getattr(module.config, "vision_config", None), "deepstack_visual_indexes", None) or ()
     info = VLMInfo(
         name=name,
         depth=len(text.layers),
         width=config.hidden_size,
         num_heads=heads,
-        first_layer=max(len(deep), 1),
+        first_layer=_first_layer(module),
         num_kv_heads=stated_number(config, "num_key_value_heads") or heads,
         head_dim=stated_number(config, "head_dim") or config.hidden_size // heads,
         no_attention=next((why for layer in text.layers if (why := decoder_probe.why_not(layer))), None),
@@ -369,6 +368,13 @@ def _describe(path: str, module: Any, family: Family) -> VLM:
         generic=family.generic,
     )
     return VLM(path, module, family, info, videos.placeholders_of(module), tower)
+
+
+def _first_layer(module: Any) -> int:
+    """The first decoder layer in front of which tokens may leave: features of deeper tower layers (DeepStack) have arrived."""
+    deep = getattr(getattr(module.config, "vision_config", None), "deepstack_visual_indexes", None) or ()
+    named = [layer for _, layer in getattr(module.config, "deepstack_layer_map", None) or ()]
+    return max(len(deep), *named, *(getattr(module.config, "spatial_target_layers", None) or ()), 1)
 
 
 def _tower(module: Any, text: Any, family: Family) -> tuple[Tower | None, TowerFacts | None, str]:

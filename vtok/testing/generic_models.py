@@ -121,7 +121,7 @@ CLASSES: dict[str, dict[str, Any]] = {
     },
     "granite4_vision": {
         "make": {"image_grid_pinpoints": [[32, 64], [64, 32]], "downsample_rate": "1/2",
-                 "deepstack_layer_map": [[1, 0], [2, 1]], "spatial_target_layers": [1, 2, 2, 3], "spatial_vision_layer": -1},
+                 "deepstack_layer_map": [[1, 0], [2, 1]], "spatial_target_layers": [0, 0, 1, 1], "spatial_vision_layer": -1},
         "qformer_config.encoder_hidden_size": 32,
     },
     "granite_docling": {"vision_config.image_size": 64},

@@ -226,7 +226,9 @@ class BeforeText(PrunerHook):
             assert not isinstance(more, Fold)  # nothing has been computed yet that could be averaged
             keep = more if keep is None else (keep if more is None else keep & more)
         if running.earlier is None and (keep is None or bool((keep | ~visual).all())):
-            return None
+            return (
+                (args, {**kwargs, **riders.whole_pass(kwargs)}) if len(self.pruner.layers) > (0 in self.pruner.layers) else None
+            )
         keep = torch.ones_like(visual) if keep is None else keep | ~visual
         running.plan.keep[0] = keep
         rows, padded = compact(keep & state.real)
@@ -328,6 +330,9 @@ class BeforeLayer(PrunerHook):
             return args, layer_calls.of_later_text(module, self.index, x, kwargs, running, state, cache)
         if running.turn is not None:
             return args, layer_calls.of_turn(module, self.index, x, kwargs, running, state, cache)
+        if len(args) > 1:  # a tensor may have one entry a column: by its name it is told from the others
+            names = inspect.signature(type(module).forward).parameters
+            args, kwargs = args[:1], {**dict(zip([*names][2:], args[1:])), **kwargs}
         fitting = layer_calls.of_prompt(module, self.index, x, kwargs, running, state, cache)
         x = brought(module, x)
         running.move(x.device)
@@ -342,7 +347,7 @@ class BeforeLayer(PrunerHook):
                 self._probe(module, x, fitting, running, state)  # for decisions in front of later layers
         if cache is not None and state_of(cache) is not state and (state.before is not None or state.between):
             attach_state(cache, state)
-        return ((x, *args[1:]), fitting) if args else ((), {**fitting, "hidden_states": x})
+        return ((x,), fitting) if args else ((), {**fitting, "hidden_states": x})
 
     def _probe(self, module: Any, x: Tensor, kwargs: dict[str, Any], running: PassState, state: PromptState) -> None:
         if self.index in self.pruner.probed:

@@ -35,18 +35,17 @@ def of_prompt(
     if stage is None or (stage is state.before and not recounted):
         return kwargs
     mask, tables, position = (kwargs.get(name) for name in ("attention_mask", "position_embeddings", "position_ids"))
-    if (stored := masks.stored_in(layer, index)) != index:
-        return {**kwargs, "attention_mask": running.masks[stored]}
-    queries = stage.column.shape[1]
-    keys = masks.keys_of(cache, queries, index)
+    stored, queries = masks.stored_in(layer, index), stage.column.shape[1]
+    keys = masks.keys_of(cache, queries, stored)
     kind = layer.self_attn.config._attn_implementation
-    if recounted:
-        make: Any = functools.partial(
-            masks.text_mask, stage.column, state.real, queries, x, kind, keys, 0, window, state.sample
-        )
+    make: Any
+    if stored != index:
+        make = functools.partial(running.masks.__getitem__, stored)
+    elif recounted:
+        make = functools.partial(masks.text_mask, stage.column, state.real, queries, x, kind, keys, 0, window, state.sample)
     else:
         make = functools.partial(masks.gather_mask, mask, stage, x, kind, keys)
-    shared = _once(running, ("mask", id(stage), id(mask), keys, window), mask, make)
+    shared = make() if stored != index else _once(running, ("mask", id(stage), id(mask), keys, window), mask, make)
     running.masks[index] = shared
     if stage is state.before:
         return {**kwargs, "attention_mask": shared}

@@ -64,6 +64,7 @@ OWN_ATTENTION = frozenset(
         _in("cohere2") + "Cohere2Model",
         _in("deepseek_v3") + "DeepseekV3Model",
         _in("exaone4") + "Exaone4Model",
+        _in("gemma4") + "Gemma4TextModel",
         _in("gemma4_unified") + "Gemma4UnifiedTextModel",
         _in("hunyuan_vl") + "HunYuanVLTextModel",
         _in("muse_glimmer") + "MuseGlimmerTextModel",
@@ -81,8 +82,8 @@ def why_not_between(text: Any) -> str | None:
     odd = sorted(set(getattr(config, "layer_types", None) or ()) - _FORGETS)
     if odd:
         return f"its LLM has layers of type {', '.join(odd)}, whose state cannot forget single tokens or counts them"
-    if getattr(config, "num_kv_shared_layers", 0):
-        return "layers of its LLM share keys and values, and would have to hold the same tokens"
+    if getattr(config, "altup_num_inputs", 1) > 1:
+        return "its LLM carries several hidden states of every token (AltUp) from layer to layer"
     if not any(qualified_name(cls) in TEXT_MODELS | GENERIC_TEXT_MODELS | OWN_ATTENTION for cls in type(text).__mro__):
         return f"its LLM, {qualified_name(type(text))}, is not among those whose layers vtok has been tested with"
     return None

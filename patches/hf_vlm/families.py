@@ -12,6 +12,7 @@ from torch import nn
 from vtok.core.prompt import TowerFacts, VLMInfo
 from vtok.errors import UnsupportedModelError
 from vtok.patches.decoder import attention_probe as decoder_probe
+from vtok.patches.decoder import masks
 from vtok.patches.decoder.text_models import stated_number, why_not_between
 from vtok.patches.hf_packed.adapter import TOWERS as PACKED_TOWERS
 from vtok.patches.hf_packed.adapter import PackedAdapter, lone_tower
@@ -353,6 +354,7 @@ def _describe(path: str, module: Any, family: Family) -> VLM:
         width=config.hidden_size,
         num_heads=heads,
         first_layer=_first_layer(module),
+        last_layer=min((masks.stored_in(layer, i) for i, layer in enumerate(text.layers) if masks.shares(layer)), default=None),
         num_kv_heads=stated_number(config, "num_key_value_heads") or heads,
         head_dim=stated_number(config, "head_dim") or config.hidden_size // heads,
         no_attention=next((why for layer in text.layers if (why := decoder_probe.why_not(layer))), None),

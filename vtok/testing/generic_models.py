@@ -105,8 +105,8 @@ CLASSES: dict[str, dict[str, Any]] = {
     "gemma4": {
         "make": {
             "text_config": _TEXT | {
-                "layer_types": [*_KINDS, *_KINDS], "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8,
-                "vocab_size_per_layer_input": 128, "sliding_window": 64, "global_head_dim": 16,
+                "num_hidden_layers": 8, "layer_types": [*_KINDS * 4], "num_kv_shared_layers": 2, "sliding_window": 64,
+                "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128, "global_head_dim": 16,
                 "use_bidirectional_attention": "vision",
             },
             "vision_config": _SIGHT | {"pooling_kernel_size": 2, "position_embedding_size": 64},

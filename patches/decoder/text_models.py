@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vtok.errors import StateError, UnsupportedModelError
 from vtok.patches.decoder.kv_cache import CACHES, cache_in, cached_length, unknown, vouch
+from vtok.patches.decoder.masks import shares
 from vtok.patches.protocol import qualified_name
 
 
@@ -88,6 +89,8 @@ def why_not_between(text: Any) -> str | None:
     odd = sorted(set(getattr(config, "layer_types", None) or ()) - _FORGETS)
     if odd:
         return f"its LLM has layers of type {', '.join(odd)}, which count stored tokens or choose among them"
+    if getattr(config, "num_kv_shared_layers", 0) and not any(shares(layer) for layer in text.layers):
+        return "layers of its LLM share keys and values, and none says that it does"
     if getattr(config, "altup_num_inputs", 1) > 1:
         return "its LLM carries several hidden states of every token (AltUp) from layer to layer"
     if not any(hasattr(layer, "self_attn") for layer in text.layers):

@@ -112,8 +112,8 @@ def test_models_that_are_refused():
     ("setting", "words"),
     [
         (
-            {"layer_types": ["linear_attention", "full_attention"] * 2},
-            "layers of type linear_attention, whose state",
+            {"layer_types": ["chunked_attention", "full_attention"] * 2},
+            "layers of type chunked_attention, which count stored tokens",
         ),
         ({"num_kv_shared_layers": 2}, "layers of its LLM share keys and values"),
     ],

@@ -7,11 +7,13 @@ that unpatching works on deep copies and on unpickled models, with no list of ha
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import reprlib
 import sys
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -181,6 +183,39 @@ def weights_of(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         hook.post_forward(module, None)
+
+
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")  # by torch.compile, and by torch's wrapper for checkpoints
+
+
+def bare(module: nn.Module) -> Any:
+    """What a wrapper calls, or the module itself."""
+    for name in _WRAPPED:
+        if name in module._modules:
+            return bare(module.get_submodule(name))
+    return module
+
+
+def twin(module: nn.Module) -> Any:
+    """A copy that shares a module's weights, without the hooks on it and without accelerate's. A forward that somebody put onto
+    the module is the copy's as well.
+
+    Raises:
+        UnsupportedModelError: that forward says nothing of the module that it belongs to.
+    """
+    made = copy.copy(module)
+    made._forward_pre_hooks, made._forward_hooks = OrderedDict(), OrderedDict()
+    forward = made.__dict__.pop("forward", None)
+    forward = made.__dict__.pop("_old_forward", forward)
+    if forward is None:
+        return made
+    if getattr(forward, "__self__", None) is not module:
+        raise UnsupportedModelError(
+            f"somebody replaced the forward of {type(module).__name__} by {type(forward).__name__}, which vtok cannot run on a "
+            "copy of that layer to see what its attention is given; leave that out, or use a method that acts before the LLM"
+        )
+    made.forward = types.MethodType(forward.__func__, made)
+    return made
 
 
 def leaves(module: nn.Module) -> bool:

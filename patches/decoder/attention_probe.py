@@ -8,7 +8,6 @@ Shapes: B rows, L columns that enter the layer, R query rows, H heads, D head di
 
 from __future__ import annotations
 
-import copy
 import functools
 import sys
 from collections.abc import Callable, Mapping
@@ -19,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from vtok.core.prompt import Entry, LayerAttention
+from vtok.errors import UnsupportedModelError
 from vtok.patches.decoder import masks
 from vtok.patches.decoder.kv_cache import CACHES, take
 from vtok.patches.decoder.masks import Mask
 from vtok.patches.decoder.text_models import has_own_attention
-from vtok.patches.module_swap import leaves
+from vtok.patches.module_swap import bare, leaves, twin, weights_of
 from vtok.patches.precision import as_now
 
 READS = "vtok_reads_queries_and_keys"  # name of the kernel that does, among transformers' attention functions
@@ -92,6 +92,7 @@ def layer_attention(
         entry: what entered the LLM.
         real: [B, L] bool, False = padding: positions then count from each row's first real column. `None` = as they are.
     """
+    layer = bare(layer)
     attention, device = layer.self_attn, hidden.device
     mask = kwargs.get("attention_mask")
     mask = mask.to(device) if isinstance(mask, Tensor) else mask
@@ -104,12 +105,12 @@ def layer_attention(
 
     @functools.cache
     def normed() -> Tensor:
-        with torch.no_grad(), autocast():
+        with torch.no_grad(), autocast(), weights_of(layer):
             return layer.input_layernorm(hidden)
 
     @functools.cache
     def ran() -> tuple[Tensor, Tensor]:
-        with torch.no_grad(), autocast():
+        with torch.no_grad(), autocast(), weights_of(layer), weights_of(attention):
             return _run(layer, hidden, {**kwargs, "position_embeddings": tables})
 
     own = has_own_attention(attention)
@@ -119,8 +120,9 @@ def layer_attention(
             q, k = ran()
             return k if rows is None else take(q.transpose(1, 2), rows, 1).transpose(1, 2)
         assert tables is not None
-        with torch.no_grad(), autocast():
-            return _project(attention, normed(), tables, rows)
+        x = normed()
+        with torch.no_grad(), autocast(), weights_of(layer), weights_of(attention):
+            return _project(attention, x, tables, rows)
 
     def bias(rows: Tensor) -> Tensor:
         return _bias(mask, rows, hidden.shape[1])
@@ -211,22 +213,26 @@ def _run(layer: Any, hidden: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor,
     """Queries [B, H, L, D] and keys [B, Hk, L, D] that a layer hands to its kernel.
 
     A copy of the layer that shares its weights runs, without what others hooked to it and without the cache.
+
+    Raises:
+        UnsupportedModelError: no kernel of transformers was asked for attention.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(READS, _read)
-    twin, attention = copy.copy(layer), copy.copy(layer.self_attn)
+    copied, attention = twin(layer), twin(layer.self_attn)
     attention.__dict__["config"] = _Reading(layer.self_attn.config)
-    for name in ("_forward_pre_hooks", "_forward_hooks"):
-        attention.__dict__[name] = {}
-    twin.__dict__["_modules"] = {**layer._modules, "self_attn": attention}
+    copied.__dict__["_modules"] = {**layer._modules, "self_attn": attention}
     given = {name: None if name in CACHES else value for name, value in kwargs.items() if name != "hidden_states"}
     given = {name: dict(value) if name == "shared_kv_states" and value is not None else value for name, value in given.items()}
     try:
-        type(layer).forward(twin, hidden, **given)
+        copied.forward(hidden, **given)
     except _KernelReachedError as reached:
         return reached.found
-    raise AssertionError(f"{type(layer).__name__} asked no kernel of transformers for its attention")
+    raise UnsupportedModelError(
+        f"{type(layer).__name__} asks no kernel of transformers for its attention, so that vtok cannot see what it is given; "
+        "leave out what replaced its attention, or use a method that acts before the LLM"
+    )
 
 
 def _project(attention: Any, x: Tensor, tables: tuple[Tensor, Tensor], rows: Tensor | None) -> Tensor:

@@ -44,7 +44,7 @@ from vtok.patches.decoder.pass_state import PassState, Pruner, Recorded, TowerCa
 from vtok.patches.decoder.text_models import check_kind, check_origin, check_padding, final_norm_of
 from vtok.patches.hf_vlm import image_features as hf
 from vtok.patches.hf_vlm.encoded import plain
-from vtok.patches.module_swap import Hook, brought
+from vtok.patches.module_swap import Hook, bare, brought
 from vtok.patches.precision import full_precision
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -331,8 +331,14 @@ class BeforeLayer(PrunerHook):
         if running.turn is not None:
             return args, layer_calls.of_turn(module, self.index, x, kwargs, running, state, cache)
         if len(args) > 1:  # a tensor may have one entry a column: by its name it is told from the others
-            names = inspect.signature(type(module).forward).parameters
-            args, kwargs = args[:1], {**dict(zip([*names][2:], args[1:])), **kwargs}
+            taken = inspect.signature(type(bare(module)).forward).parameters.values()
+            names = [p.name for p in taken if p.kind is p.POSITIONAL_OR_KEYWORD][2:]
+            if len(names) < len(args) - 1:
+                raise UnsupportedModelError(
+                    f"decoder layer {self.index} is a {type(module).__name__}, which takes arguments without names, so that "
+                    "vtok cannot tell what they are; take that wrapper off the layer"
+                )
+            args, kwargs = args[:1], {**dict(zip(names, args[1:])), **kwargs}
         fitting = layer_calls.of_prompt(module, self.index, x, kwargs, running, state, cache)
         x = brought(module, x)
         running.move(x.device)

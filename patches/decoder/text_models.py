@@ -107,7 +107,8 @@ def has_own_attention(attention: Any) -> bool:
 
 def final_norm_of(text: Any) -> Any:
     """The last norm of an LLM, or `None`."""
-    return getattr(text, "norm", getattr(text, "final_layernorm", None))
+    names = ("norm", "final_layernorm", "embedding_norm")  # the last is LFM2's
+    return next((getattr(text, name) for name in names if hasattr(text, name)), None)
 
 
 def counts_columns(text: Any) -> bool:

@@ -203,6 +203,43 @@ def test_layers_without_attention_are_named():
     assert "counts tokens by its first layer of attention" in text and "from layer 2 on" in text
 
 
+@pytest.mark.parametrize(
+    ("kinds", "method", "why"),
+    [
+        ("CCCA", "fastv", "drop them before the LLM, as there is no later layer"),
+        ("ACCC", "pyramiddrop", "a recurrent state or a convolution; use a method that acts before the LLM"),
+    ],
+)
+def test_where_no_layer_can_be_named_instead_none_is(kinds, method, why, monkeypatch):
+    config_of = generic_models.config_of
+
+    def other(name):
+        config = config_of(name)
+        config.text_config.layer_types = [{"C": "conv", "A": "full_attention"}[kind] for kind in kinds]
+        return config
+
+    monkeypatch.setattr(generic_models, "config_of", other)
+    assert message_of(vtok.UnsupportedModelError, vtok.patch, build("lfm2_vl"), method).endswith(why)
+
+
+@pytest.mark.parametrize("name", each(HYBRIDS, ("lfm2_vl",)))
+def test_dart_behind_recurrent_layers(name):
+    """It compares hidden states behind the LLM's last norm, whatever that is called."""
+    model = build(name)
+    values, (vlm,) = inputs(model), find(model)
+    layer = vlm.info.judged_layers()[0]
+    vtok.patch(model, "dart", layer=layer, keep=KEEP, visual_pivots=1, text_pivots=1)
+    with torch.no_grad():
+        found = model(**values, use_cache=False).logits[:, -1]
+    last = pruner_of(find(model)[0]).last
+    columns, length = last.stages[layer].column, values["input_ids"].shape[1]
+    keep = torch.zeros(len(columns), length + 1, dtype=torch.bool)
+    keep = keep.scatter(1, columns.where(columns >= 0, length), True)[:, :length]
+    assert ((~keep) & last.real).any()
+    vtok.unpatch(model)
+    close(found, by_hand_between(model, values, layer, keep))
+
+
 def test_layers_that_are_known_from_other_models_may_drop():
     """Mistral 3 has no row; its LLM is LLaVA's."""
     model = build("mistral3")

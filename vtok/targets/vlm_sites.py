@@ -30,9 +30,10 @@ def check_site(config: MethodConfig, site: Site, info: VLMInfo) -> None:
             f"{info.name}: {info.no_layers}; methods that shorten its prompt before the LLM work"
         )
     if 0 < site.index < info.first_layer:
+        later = f" or from layer {info.first_layer} on" if info.inner_layers else ", as there is no later layer"
         raise UnsupportedModelError(
             f"{config.name} drops tokens in front of decoder layer {site.index} of {info.name}, but {info.no_earlier}; drop "
-            f"them before the LLM or from layer {info.first_layer} on"
+            f"them before the LLM{later}"
         )
     _check_shared(config, site.index, info)
 
@@ -68,10 +69,11 @@ def check_probe(layer: int, probed: int, layers: Mapping[int, Any], info: VLMInf
     known = info.attention_layers
     if known is not None and probed not in known and layer > 0:
         able = info.judged_layers(layer - probed)
-        named = ", ".join(str(i) for i in able[:6]) + (", ..." if len(able) > 6 else "")
+        listed = ", ".join(str(i) for i in able[:6]) + (", ..." if len(able) > 6 else "")
+        instead = f"let them leave in front of one of the layers {listed}" if able else "use a method that acts before the LLM"
         raise UnsupportedModelError(
             f"decoder layer {probed} of {info.name}, by whose attention tokens would leave in front of layer {layer}, has none "
-            f"but a recurrent state or a convolution; let them leave in front of one of the layers {named}"
+            f"but a recurrent state or a convolution; {instead}"
         )
     if layer == 0:
         raise ConfigError("before the LLM there is no attention to decide by; drop in front of a later decoder layer")

@@ -99,14 +99,14 @@ def run_snippets(page):
     "page",
     [pytest.param(page, marks=[pytest.mark.slow] if page.endswith(("export.md", "evaluate.md")) else []) for page in SNIPPETS],
 )
-def test_every_snippet_runs_in_order(page, offline):
+def test_every_snippet_runs_in_order(page, offline, capsys):
     """Exporting and evaluating take half a minute: they are left to `make test-all`."""
     if page.endswith("export.md"):
         pytest.importorskip("onnxruntime")
     names = run_snippets(page)
     if page == "README.md":
         assert len(SNIPPETS[page]) >= 4
-        assert "tome(flops=0.6)" in str(names["result"].records)
+        assert "tome(r=13)" in capsys.readouterr().out, "the table of the first snippet: a gain that was measured"
         assert names["answer"].shape[0] == 1
 
 
@@ -161,9 +161,9 @@ def test_every_file_it_names_is_there(page):
 def test_a_newcomer_reads_it_in_five_minutes():
     """About 230 words a minute; tables and code are looked at, not read."""
     prose = re.sub(r"^```.*?^```|^\|.*?$", "", README, flags=re.S | re.M)
-    assert len(prose.split()) < 1150
+    assert len(prose.split()) < 800
     lines = README.splitlines()
-    assert len(lines) <= 190
+    assert len(lines) <= 158
     assert max(map(len, lines)) <= 200
     tables = re.findall(r"(?:^\|.*\n)+", README, re.M)
     assert tables and max(table.count("\n") for table in tables) <= 8 + 2

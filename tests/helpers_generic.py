@@ -9,6 +9,7 @@ import vtok
 from vtok.patches.hf_vlm import image_features as hf
 from vtok.patches.hf_vlm.families import find
 from vtok.testing.generic_models import listed
+from vtok.testing.trials import trial
 
 LISTED = listed()
 FAST = ("aya_vision", "mistral3", "glm4v", "qwen3_5", "qwen3_vl_moe", "exaone4_5")  # sliding, plain, M-RoPE, hybrid, DeepStack
@@ -29,8 +30,9 @@ NUMBERED_ANEW = ("llama4", "minimax_m3_vl")  # attention within chunks, or to bl
 OWN_CACHE = ("dots3_note", "nemotron_h_omni")  # with a cache the unpatched models themselves say something else than without
 CACHED_ALONE = ("ernie4_5_vl_moe",)  # generate(use_cache=False) of the unpatched model fails
 OWN_NUMBERS = ("exaone4_5", "hyperclovax_vision_v2")  # generate() passes them no positions
+FEW_TOKENS = ("gemma4",)  # two of an image at most
 ON_FRAMES = ("evs", "fastvid", "vidcom2")
-NEEDS_MORE = ("dart",)  # visual tokens than these prompts have
+NEEDS_MORE = ("dart", "sparsevlm")  # visual tokens than these prompts have
 
 
 def each(names, fast=()):
@@ -96,6 +98,18 @@ def generate(model, values, **kwargs):
         **values, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True, **kwargs
     )
     return torch.stack(out.logits, 1)
+
+
+def patched(model, method):
+    """With parameters that leave a tiny prompt something, at layers that the model allows."""
+    (vlm,) = find(model)
+    refused = None
+    for extra in ({}, *vtok.METHODS.get(method).alternatives(vlm.info)):
+        try:
+            return vtok.patch(model, method, **{**trial(method).prompt, **extra})
+        except vtok.UnsupportedModelError as error:
+            refused = refused or error
+    raise refused
 
 
 def close(found, expected):

@@ -41,9 +41,11 @@ GENERIC_TEXT_MODELS = frozenset(
         _in("cosmos3_edge") + "Cosmos3EdgeTextModel",
         _in("deepseek_ocr2") + "DeepseekOcr2TextModel",
         _in("emu3") + "Emu3TextModel",
+        _in("ernie4_5_vl_moe") + "Ernie4_5_VLMoeTextModel",
         _in("glm4v") + "Glm4vTextModel",
         _in("glm4v_moe") + "Glm4vMoeTextModel",
         _in("glm_ocr") + "GlmOcrTextModel",
+        _in("granite4_vision") + "Granite4VisionTextModel",
         _in("granite_docling") + "GraniteDoclingTextModel",
         _in("hyperclovax") + "HyperCLOVAXModel",
         _in("molmo2") + "Molmo2TextModel",
@@ -54,6 +56,23 @@ GENERIC_TEXT_MODELS = frozenset(
         _in("step3p7") + "Step3p7TextModel",
     }
 )
+# The same, where queries and keys are not made as in Llama: no positions in some layers, another norm or none in front, a norm
+# behind the rotation, one projection for both, a latent. The layer itself says what they are.
+OWN_ATTENTION = frozenset(
+    {
+        _in("apertus1p5") + "Apertus1p5TextModel",
+        _in("cohere2") + "Cohere2Model",
+        _in("deepseek_v3") + "DeepseekV3Model",
+        _in("exaone4") + "Exaone4Model",
+        _in("gemma4") + "Gemma4TextModel",
+        _in("gemma4_unified") + "Gemma4UnifiedTextModel",
+        _in("hunyuan_vl") + "HunYuanVLTextModel",
+        _in("muse_glimmer") + "MuseGlimmerTextModel",
+        _in("muse_spark") + "MuseSparkTextModel",
+        _in("persimmon") + "PersimmonModel",
+    }
+)
+_OWN = {name.rpartition(".")[0] for name in OWN_ATTENTION}
 _FORGETS = {"full_attention", "sliding_attention", "mlp", "moe"}  # kinds of layers that any token may be missing from
 
 
@@ -63,11 +82,21 @@ def why_not_between(text: Any) -> str | None:
     odd = sorted(set(getattr(config, "layer_types", None) or ()) - _FORGETS)
     if odd:
         return f"its LLM has layers of type {', '.join(odd)}, whose state cannot forget single tokens or counts them"
-    if getattr(config, "num_kv_shared_layers", 0):
-        return "layers of its LLM share keys and values, and would have to hold the same tokens"
-    if not any(qualified_name(cls) in TEXT_MODELS | GENERIC_TEXT_MODELS for cls in type(text).__mro__):
+    if getattr(config, "altup_num_inputs", 1) > 1:
+        return "its LLM carries several hidden states of every token (AltUp) from layer to layer"
+    if not any(qualified_name(cls) in TEXT_MODELS | GENERIC_TEXT_MODELS | OWN_ATTENTION for cls in type(text).__mro__):
         return f"its LLM, {qualified_name(type(text))}, is not among those whose layers vtok has been tested with"
     return None
+
+
+def has_own_attention(attention: Any) -> bool:
+    """Whether the attention of a decoder layer is that of an LLM of `OWN_ATTENTION`."""
+    return any(cls.__module__ in _OWN for cls in type(attention).__mro__)
+
+
+def final_norm_of(text: Any) -> Any:
+    """The last norm of an LLM, or `None`."""
+    return getattr(text, "norm", getattr(text, "final_layernorm", None))
 
 
 def counts_columns(text: Any) -> bool:

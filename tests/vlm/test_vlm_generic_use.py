@@ -9,7 +9,7 @@ from helpers_generic import BY_HAND, KEEP, LISTED, OWN_CACHE, SLOW, generate
 from test_vlm_attention import Watch
 
 import vtok
-from vtok.patches.decoder.text_models import GENERIC_TEXT_MODELS
+from vtok.patches.decoder.text_models import GENERIC_TEXT_MODELS, OWN_ATTENTION
 from vtok.patches.hf_vlm.families import find
 from vtok.patches.protocol import qualified_name
 from vtok.testing import generic_models
@@ -61,7 +61,7 @@ def test_attention_of_layers_that_may_drop_is_read_right(name):
     model = build(name)
     (vlm,) = find(model)
     if vlm.info.no_layers is not None:
-        assert qualified_name(type(vlm.text)) not in GENERIC_TEXT_MODELS
+        assert qualified_name(type(vlm.text)) not in GENERIC_TEXT_MODELS | OWN_ATTENTION
         return
     values = inputs(model)
     model.set_attn_implementation("eager")
@@ -80,7 +80,7 @@ def test_attention_of_layers_that_may_drop_is_read_right(name):
 @SLOW
 def test_every_llm_that_may_drop_is_among_these_models():
     found = {qualified_name(type(module)) for name in CLASSES if name in LISTED for module in _texts(name)}
-    assert found >= GENERIC_TEXT_MODELS
+    assert found >= GENERIC_TEXT_MODELS | OWN_ATTENTION
 
 
 def _texts(name):

@@ -48,6 +48,7 @@ class VLMInfo:
         num_kv_heads: key and value heads, Hk: fewer under grouped-query attention; 0 = as many as query heads.
         head_dim: width of a head, D; 0 = width / heads.
         first_layer: lowest decoder layer in front of which tokens may be dropped; layer 0 (before the LLM) always may.
+        last_layer: highest one, behind which layers read keys and values that this or a later one stores; `None` = the last.
         no_attention: why the attention of a decoder layer cannot be read, or `None` if it can.
         tower: its vision tower; `None` = it cannot be looked into, and `no_tower` says why.
         no_tower: see `tower`; empty if there is one.
@@ -66,6 +67,7 @@ class VLMInfo:
     width: int
     num_heads: int
     first_layer: int = 1
+    last_layer: int | None = None
     no_attention: str | None = None
     num_kv_heads: int = 0
     head_dim: int = 0
@@ -79,6 +81,11 @@ class VLMInfo:
     no_patches: str | None = "it takes whole images alone"
     no_layers: str | None = None
     generic: bool = False
+
+    @property
+    def inner_layers(self) -> range:
+        """Decoder layers in front of which tokens may leave, all but the first one."""
+        return range(self.first_layer, self.depth if self.last_layer is None else self.last_layer + 1)
 
     def probe_macs(self, rows: int, length: int) -> int:
         """Multiply-accumulates of `LayerAttention.probs` for so many query rows over so many columns: keys of all columns,

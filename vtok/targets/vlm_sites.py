@@ -34,6 +34,15 @@ def check_site(config: MethodConfig, site: Site, info: VLMInfo) -> None:
             f"{config.name} drops tokens in front of decoder layer {site.index}, but {info.name} adds tower features to its "
             f"visual tokens up to layer {info.first_layer - 1}; drop them before the LLM or from layer {info.first_layer} on"
         )
+    _check_shared(config, site.index, info)
+
+
+def _check_shared(config: MethodConfig, layer: int, info: VLMInfo) -> None:
+    if info.last_layer is not None and layer > info.last_layer:
+        raise UnsupportedModelError(
+            f"{config.name} drops tokens in front of decoder layer {layer}, but later layers of {info.name} read the keys and "
+            f"values of layer {info.last_layer}, and would see them; drop them before the LLM or up to layer {info.last_layer}"
+        )
 
 
 def check_tower(config: MethodConfig, reducer: VLMReducer, info: VLMInfo) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vtok.core.prompt import Entry, LayerAttention
+from vtok.patches.decoder import masks
 from vtok.patches.decoder.kv_cache import CACHES, take
 from vtok.patches.decoder.masks import Mask
 from vtok.patches.decoder.text_models import has_own_attention
@@ -42,6 +43,30 @@ def why_not(layer: nn.Module) -> str | None:
     if hasattr(attention, "sinks"):
         return f"{type(attention).__name__} has attention sinks"
     return f"{type(attention).__name__} has no {', '.join(lacking)}" if lacking else None
+
+
+def inner_layers(config: Any, text: Any) -> dict[str, Any]:
+    """Fields of `VLMInfo`: between which decoder layers tokens may leave, and what decides there.
+
+    Args:
+        config: of the vision-language model.
+        text: its LLM.
+    """
+    deep = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or ()
+    named = [layer for _, layer in getattr(config, "deepstack_layer_map", None) or ()]
+    found: dict[str, Any] = {
+        "first_layer": max(len(deep), *named, *(getattr(config, "spatial_target_layers", None) or ()), 1),
+        "last_layer": min((masks.stored_in(x, i) for i, x in enumerate(text.layers) if masks.shares(x)), default=None),
+    }
+    attending = tuple(i for i, layer in enumerate(text.layers) if hasattr(layer, "self_attn"))
+    if attending and len(attending) < len(text.layers):
+        found["attention_layers"] = attending
+        if attending[0] + 1 > found["first_layer"]:
+            found["first_layer"] = attending[0] + 1
+            found["no_earlier"] = "its cache counts tokens by its first layer of attention, which has to hold them all"
+    looked_at = [text.layers[i] for i in attending] or text.layers
+    found["no_attention"] = next((why for layer in looked_at if (why := why_not(layer))), None)
+    return found
 
 
 def layer_attention(

@@ -35,6 +35,9 @@ def of_prompt(
     if stage is None or (stage is state.before and not recounted):
         return kwargs
     mask, tables, position = (kwargs.get(name) for name in ("attention_mask", "position_embeddings", "position_ids"))
+    if not hasattr(layer, "self_attn"):
+        seen = (stage.column >= 0).long() if stage.padded or mask is not None else None  # padding on the left leaves no trace
+        return {**kwargs, **_of_columns(kwargs, stage, running, state), "attention_mask": seen}
     stored, queries = masks.stored_in(layer, index), stage.column.shape[1]
     keys = masks.keys_of(cache, queries, stored)
     kind = layer.self_attn.config._attn_implementation
@@ -80,7 +83,7 @@ def of_later_text(
     stage = state.at(index)
     window = masks.window_of(layer, index)
     sliding = window is not None
-    if stage is None or (stage is state.before and not sliding):
+    if stage is None or (stage is state.before and not sliding) or not hasattr(layer, "self_attn"):
         return kwargs
     mask, kind = kwargs.get("attention_mask"), layer.self_attn.config._attn_implementation
     assert running.shape is not None

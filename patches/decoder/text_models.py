@@ -67,13 +67,19 @@ OWN_ATTENTION = frozenset(
         _in("gemma4") + "Gemma4TextModel",
         _in("gemma4_unified") + "Gemma4UnifiedTextModel",
         _in("hunyuan_vl") + "HunYuanVLTextModel",
+        _in("lfm2") + "Lfm2Model",
+        _in("lfm3") + "Lfm3Model",
         _in("muse_glimmer") + "MuseGlimmerTextModel",
         _in("muse_spark") + "MuseSparkTextModel",
         _in("persimmon") + "PersimmonModel",
+        _in("qwen3_5") + "Qwen3_5TextModel",
+        _in("qwen3_5_moe") + "Qwen3_5MoeTextModel",
     }
 )
 _OWN = {name.rpartition(".")[0] for name in OWN_ATTENTION}
-_FORGETS = {"full_attention", "sliding_attention", "mlp", "moe"}  # kinds of layers that any token may be missing from
+# Kinds of layers that any token may be missing from. Those that carry something from one token to the next read what is left
+# of the sequence, as they would read a prompt of that length.
+_FORGETS = {"full_attention", "sliding_attention", "mlp", "moe", "linear_attention", "conv"}
 
 
 def why_not_between(text: Any) -> str | None:
@@ -81,9 +87,11 @@ def why_not_between(text: Any) -> str | None:
     config = text.config
     odd = sorted(set(getattr(config, "layer_types", None) or ()) - _FORGETS)
     if odd:
-        return f"its LLM has layers of type {', '.join(odd)}, whose state cannot forget single tokens or counts them"
+        return f"its LLM has layers of type {', '.join(odd)}, which count stored tokens or choose among them"
     if getattr(config, "altup_num_inputs", 1) > 1:
         return "its LLM carries several hidden states of every token (AltUp) from layer to layer"
+    if not any(hasattr(layer, "self_attn") for layer in text.layers):
+        return "none of its LLM's layers has an attention of the name self_attn, by which vtok finds it"
     if not any(qualified_name(cls) in TEXT_MODELS | GENERIC_TEXT_MODELS | OWN_ATTENTION for cls in type(text).__mro__):
         return f"its LLM, {qualified_name(type(text))}, is not among those whose layers vtok has been tested with"
     return None
@@ -154,7 +162,8 @@ def check_origin(kwargs: Mapping[str, Any], generating: bool) -> None:
     if isinstance(mask, Tensor) and mask.ndim == 2 and x is not None:
         known = mask.shape[1] - x.shape[1]
     sliding, layers = list(getattr(cache, "is_sliding", ())), range(len(getattr(cache, "layers", ())))
-    lengths = sorted({cached_length(cache, i) for i in layers if not (i < len(sliding) and sliding[i])})
+    counts = [i for i in layers if hasattr(cache.layers[i], "get_seq_length")]  # a recurrent state does not
+    lengths = sorted({cached_length(cache, i) for i in counts if not (i < len(sliding) and sliding[i])})
     if len(lengths) > 1:
         found = f"its layers hold {lengths[0]} to {lengths[-1]} tokens"
     elif generating or known <= 0:

@@ -12,7 +12,6 @@ from torch import nn
 from vtok.core.prompt import TowerFacts, VLMInfo
 from vtok.errors import UnsupportedModelError
 from vtok.patches.decoder import attention_probe as decoder_probe
-from vtok.patches.decoder import masks
 from vtok.patches.decoder.text_models import stated_number, why_not_between
 from vtok.patches.hf_packed.adapter import TOWERS as PACKED_TOWERS
 from vtok.patches.hf_packed.adapter import PackedAdapter, lone_tower
@@ -353,11 +352,9 @@ def _describe(path: str, module: Any, family: Family) -> VLM:
         depth=len(text.layers),
         width=config.hidden_size,
         num_heads=heads,
-        first_layer=_first_layer(module),
-        last_layer=min((masks.stored_in(layer, i) for i, layer in enumerate(text.layers) if masks.shares(layer)), default=None),
+        **decoder_probe.inner_layers(module.config, text),
         num_kv_heads=stated_number(config, "num_key_value_heads") or heads,
         head_dim=stated_number(config, "head_dim") or config.hidden_size // heads,
-        no_attention=next((why for layer in text.layers if (why := decoder_probe.why_not(layer))), None),
         tower=facts,
         no_tower=no_tower,
         grid=None if facts is not None and facts.prefix_kept else family.grid(module),
@@ -370,13 +367,6 @@ def _describe(path: str, module: Any, family: Family) -> VLM:
         generic=family.generic,
     )
     return VLM(path, module, family, info, videos.placeholders_of(module), tower)
-
-
-def _first_layer(module: Any) -> int:
-    """The first decoder layer in front of which tokens may leave: features of deeper tower layers (DeepStack) have arrived."""
-    deep = getattr(getattr(module.config, "vision_config", None), "deepstack_visual_indexes", None) or ()
-    named = [layer for _, layer in getattr(module.config, "deepstack_layer_map", None) or ()]
-    return max(len(deep), *named, *(getattr(module.config, "spatial_target_layers", None) or ()), 1)
 
 
 def _tower(module: Any, text: Any, family: Family) -> tuple[Tower | None, TowerFacts | None, str]:

@@ -84,7 +84,7 @@ def test_positions():
 
 def test_layers_that_get_features_of_the_tower():
     text = message_of(vtok.UnsupportedModelError, vtok.patch, build("Qwen3-VL"), Columns(((1, 2),)))
-    assert "in front of decoder layer 1, but Qwen3VLModel adds tower features" in text
+    assert "in front of decoder layer 1 of Qwen3VLModel, but features of its vision tower are added" in text
     assert "from layer 2 on" in text
 
 

@@ -49,7 +49,9 @@ class VLMInfo:
         head_dim: width of a head, D; 0 = width / heads.
         first_layer: lowest decoder layer in front of which tokens may be dropped; layer 0 (before the LLM) always may.
         last_layer: highest one, behind which layers read keys and values that this or a later one stores; `None` = the last.
-        no_attention: why the attention of a decoder layer cannot be read, or `None` if it can.
+        no_earlier: why not in front of an earlier one than `first_layer`.
+        no_attention: why the attention of decoder layers cannot be read, or `None` if it can.
+        attention_layers: those that have attention, beside others with a recurrent state or a convolution; `None` = all.
         tower: its vision tower; `None` = it cannot be looked into, and `no_tower` says why.
         no_tower: see `tower`; empty if there is one.
         grid: rows and columns of visual tokens, the same for every image; `None` = they depend on the image.
@@ -68,7 +70,9 @@ class VLMInfo:
     num_heads: int
     first_layer: int = 1
     last_layer: int | None = None
+    no_earlier: str = "features of its vision tower are added to visual tokens further on"
     no_attention: str | None = None
+    attention_layers: tuple[int, ...] | None = None
     num_kv_heads: int = 0
     head_dim: int = 0
     tower: TowerFacts | None = None
@@ -86,6 +90,11 @@ class VLMInfo:
     def inner_layers(self) -> range:
         """Decoder layers in front of which tokens may leave, all but the first one."""
         return range(self.first_layer, self.depth if self.last_layer is None else self.last_layer + 1)
+
+    def judged_layers(self, back: int = 1) -> tuple[int, ...]:
+        """Those of `inner_layers` in front of which the attention of a layer can decide that stands `back` layers before."""
+        known = self.attention_layers
+        return tuple(layer for layer in self.inner_layers if known is None or layer - back in known)
 
     def probe_macs(self, rows: int, length: int) -> int:
         """Multiply-accumulates of `LayerAttention.probs` for so many query rows over so many columns: keys of all columns,

@@ -72,14 +72,14 @@ class PyramidDrop(Official):
     def alternatives(cls, info: VLMInfo) -> Sequence[Mapping[str, Any]]:
         """Other layers, where a model lets no token go at the quarters of its depth."""
         usual = cls()
-        layers = tuple(info.inner_layers)[: len(usual.keep)]
-        if set(usual.quarters(info)) <= set(info.inner_layers) or not layers:
+        layers = info.judged_layers(0)[: len(usual.keep)]
+        if set(usual.quarters(info)) <= set(info.judged_layers(0)) or not layers:
             return ()
         return ({"keep": list(usual.keep[: len(layers)]), "layers": list(layers)},)
 
     def search_space(self, info: VLMInfo) -> Space:
         """In front of which layers; given ones are left alone."""
-        stages, layers = len(self.keep), tuple(info.inner_layers)
+        stages, layers = len(self.keep), info.judged_layers(0)
         if self.layers is not None or len(layers) < stages:
             return {}
         return {"layers": Blocks(layers, stages, stages, self.stages(info))}

@@ -105,8 +105,8 @@ class SparseVLM(Official):
     @classmethod
     def alternatives(cls, info: VLMInfo) -> Sequence[Mapping[str, Any]]:
         """Other layers, where a model lets no token go behind the default ones."""
-        layers, usual = tuple(i - 1 for i in info.inner_layers)[: len(LAYERS)], cls().stage_layers(info)
-        if {layer + 1 for layer in usual} <= set(info.inner_layers) or not layers:
+        layers, usual = tuple(i - 1 for i in info.judged_layers())[: len(LAYERS)], cls().stage_layers(info)
+        if {layer + 1 for layer in usual} <= set(info.judged_layers()) or not layers:
             return ()
         return ({"keep": list(DEFAULT_KEEP[: len(layers)]), "layers": list(layers)},)
 
@@ -120,7 +120,7 @@ class SparseVLM(Official):
 
     def search_space(self, info: VLMInfo) -> Space:
         """Behind which layers; given ones are left alone."""
-        layers = tuple(i - 1 for i in info.inner_layers)
+        layers = tuple(i - 1 for i in info.judged_layers())
         if self.layers is not None or len(layers) < self.stages:
             return {}
         return {"layers": Blocks(layers, self.stages, self.stages, self.stage_layers(info))}

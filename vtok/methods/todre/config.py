@@ -133,8 +133,8 @@ class ToDRE(MethodConfig):
     @classmethod
     def alternatives(cls, info: VLMInfo) -> Sequence[Mapping[str, Any]]:
         """Stage 2 where it may be, where a model lets no token go behind 7/8 of its depth."""
-        usual = [layer + 1 for layer in probe_layers(DEFAULT_PROBE, info.depth)]
-        return () if set(usual) <= set(info.inner_layers) or not info.inner_layers else ({"probe": info.inner_layers[-1] - 1},)
+        usual, layers = [layer + 1 for layer in probe_layers(DEFAULT_PROBE, info.depth)], info.judged_layers()
+        return () if set(usual) <= set(layers) or not layers else ({"probe": layers[-1] - 1},)
 
     def budget_candidates(self, info: VLMInfo) -> Sequence[Self]:
         return [self.replace(keep=(1000 - step) / 1000, keep_tokens=None) for step in range(1000)]
@@ -143,7 +143,7 @@ class ToDRE(MethodConfig):
         """Where stage 2 looks, if anywhere, and what it asks for; the last layer is left out, behind which nothing is left."""
         space: dict[str, Dimension] = {}
         if self.probe == DEFAULT_PROBE:
-            space["probe"] = Choice((None, *(layer - 1 for layer in info.inner_layers)))
+            space["probe"] = Choice((None, *(layer - 1 for layer in info.judged_layers())))
         if self.tau == DEFAULT_TAU and self.probe is not None:
             space["tau"] = Real(*_TAUS)
         return space

@@ -160,7 +160,7 @@ def test_the_arguments_are_those_that_are_described():
 
 
 def test_a_misspelt_model_that_brings_its_data_is_told_by_its_name():
-    with pytest.raises(vtok.ConfigError, match="needs data.*; of reference-vit, if that was meant, they come with vtok"):
+    with pytest.raises(vtok.ConfigError, match=r"needs data.*; of reference-vit, if that was meant, they come with vtok"):
         vtok.evaluate("refernce-vit", "imagenet", ["tome"])
     with pytest.raises(vtok.ConfigError, match=r"needs data: .* of task gqa$"):
         vtok.evaluate("reference-llava", "gqa", ["todre"])

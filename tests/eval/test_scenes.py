@@ -131,6 +131,6 @@ def test_the_bundled_modules_of_atp():
         said = model(**inputs, logits_to_keep=1).logits[:, -1].argmax(-1)
     rows = vtok.info(model).prompts[0].rows
     assert np.mean([processor.decode(word).strip() == q.target for word, q in zip(said, asked)]) >= 0.6
-    assert [row.tokens_in[0] for row in rows][0] == 256
+    assert rows[0].tokens_in[0] == 256
     left = [count for row in rows for count in row.tokens_out]
     assert 0 < min(left) < max(left) < 256

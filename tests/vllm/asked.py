@@ -48,6 +48,8 @@ MARKS = {
     "llava_siglip": ("<image>", SIZES),
     "llava_next": ("<image>", SIZES),
     "onevision": ("<image>", SIZES),
+    "internvl": ("<IMG_CONTEXT>", SIZES),
+    "gemma3": ("<start_of_image>", SIZES),
 }
 
 

@@ -39,6 +39,8 @@ CASES |= {
         **{name: TOWER[name] for name in ("fastervlm", "visionzip", "vispruner", "holov")},
         "prumerge": {"method": "prumerge", "keep": 0.25},
     },
+    "internvl": {**FEATURES, **{name: TOWER[name] for name in ("fastervlm", "visionzip", "vispruner", "holov")}},
+    "gemma3": {**FEATURES, **{name: TOWER[name] for name in ("fastervlm", "visionzip", "vispruner", "holov")}},
     "qwen2": _GRIDS,
     "qwen25": _GRIDS,
     "qwen3": _GRIDS,

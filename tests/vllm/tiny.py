@@ -252,7 +252,80 @@ def qwen3(folder):
     qwen(folder, "Qwen3VL", {**vision, **deep}, text)
 
 
+def internvl(folder):
+    """InternVL with tiles of 64 tokens, up to six and a thumbnail."""
+    from transformers import (
+        GotOcr2ImageProcessor,
+        InternVLConfig,
+        InternVLForConditionalGeneration,
+        InternVLProcessor,
+        InternVLVideoProcessor,
+    )
+
+    marks = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    words, count = tokenizer(marks.values(), **marks)
+    config = InternVLConfig(
+        vision_config={
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 3,
+            "image_size": [32, 32],
+            "patch_size": [2, 2],
+        },
+        text_config={"model_type": "qwen2", **TEXT, "num_key_value_heads": 2, "vocab_size": count},
+        image_token_id=6,
+        image_seq_length=64,
+        downsample_ratio=0.5,
+        tie_word_embeddings=False,
+    )
+    size = {"height": 32, "width": 32}
+    images = GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=6)
+    processor = InternVLProcessor(
+        images, words, InternVLVideoProcessor(size=size), image_seq_length=64, chat_template=LLAVA_CHAT
+    )
+    save(widen(InternVLForConditionalGeneration(config)), processor, folder)
+
+
+NEWLINES = ["\n", "\n\n", "\n\n\n", "\n\n\n\n"]
+
+
+def gemma3(folder):
+    """Gemma 3 with 64 tokens a tile; wide and tall pictures are cut into crops (pan and scan)."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3ImageProcessor, Gemma3Processor
+
+    marks = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    words, count = tokenizer([*marks.values(), *NEWLINES], **marks)
+    words.add_tokens(NEWLINES, special_tokens=True)
+    text = {**TEXT, "num_key_value_heads": 2, "vocab_size": count, "head_dim": 32, "sliding_window": 256, "tie_word_embeddings": True}
+    config = Gemma3Config(
+        text_config={**text, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+        vision_config={**VISION, "num_hidden_layers": 3, "image_size": 32, "patch_size": 2, "vision_use_head": False},
+        boi_token_index=4,
+        eoi_token_index=5,
+        image_token_index=6,
+        mm_tokens_per_image=64,
+    )
+    images = Gemma3ImageProcessor(
+        size={"height": 32, "width": 32},
+        do_pan_and_scan=True,
+        pan_and_scan_min_crop_size=16,
+        pan_and_scan_max_num_crops=3,
+        pan_and_scan_min_ratio_to_activate=1.2,
+        image_seq_length=64,
+    )
+    processor = Gemma3Processor(images, words, image_seq_length=64, chat_template=LLAVA_CHAT)
+    save(widen(Gemma3ForConditionalGeneration(config)), processor, folder)
+
+
 BUILDERS = {
+    "internvl": internvl,
+    "gemma3": gemma3,
     "llava": llava,
     "llava_siglip": lambda folder: llava(folder, "siglip", layer=-1),
     "llava_next": llava_next,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,6 +120,28 @@ def qwen_vl(config: Any) -> VLMInfo:
     return VLMInfo("Qwen-VL, which vtok serves with images alone,", **_text(config), no_tower=why)
 
 
+def internvl(config: Any) -> VLMInfo:
+    """InternVL as transformers has it: tiles whose patches are folded by pixel shuffle."""
+    vision = config.vision_config
+    patches = [size // patch for size, patch in zip(vision.image_size, vision.patch_size)]
+    rows, columns = (int(side * config.downsample_ratio) for side in patches)
+    tower = _whole_tower(vision, 1, patches[0] * patches[1])
+    return VLMInfo("InternVL, which vtok serves with images alone,", **_text(config), tower=tower, grid=(rows, columns), crops=True)
+
+
+def gemma3(config: Any) -> VLMInfo:
+    """Gemma 3: tiles whose patches are pooled to a square of tokens."""
+    vision, side = config.vision_config, math.isqrt(config.mm_tokens_per_image)
+    tower = _whole_tower(vision, 0, (vision.image_size // vision.patch_size) ** 2)
+    return VLMInfo("Gemma 3", **_text(config), tower=tower, grid=(side, side))
+
+
+def _whole_tower(vision: Any, prefix: int, patches: int) -> TowerFacts:
+    """A tower whose last layer the features come from."""
+    depth, heads = vision.num_hidden_layers, vision.num_attention_heads
+    return TowerFacts(depth, prefix > 0, prefix, depth - 1, vision.hidden_size, heads, vision.hidden_size // heads, patches)
+
+
 _HERE = "vtok.serving.vllm_plugin."
 
 # vLLM's name of an architecture -> how it is served.
@@ -126,6 +149,8 @@ MODELS: dict[str, ServedModel] = {
     "LlavaForConditionalGeneration": ServedModel(_HERE + "llava:VtokLlava", llava),
     "LlavaNextForConditionalGeneration": ServedModel(_HERE + "llava_next:VtokLlavaNext", llava_next),
     "LlavaOnevisionForConditionalGeneration": ServedModel(_HERE + "llava_next:VtokOnevision", llava_next),
+    "InternVLForConditionalGeneration": ServedModel(_HERE + "tiles:VtokInternVL", internvl),
+    "Gemma3ForConditionalGeneration": ServedModel(_HERE + "tiles:VtokGemma3", gemma3),
     "Qwen2VLForConditionalGeneration": ServedModel(_HERE + "qwen_vl:VtokQwen2", qwen_vl),
     "Qwen2_5_VLForConditionalGeneration": ServedModel(_HERE + "qwen_vl:VtokQwen25", qwen_vl),
     "Qwen3VLForConditionalGeneration": ServedModel(_HERE + "qwen_vl:VtokQwen3", qwen_vl),

@@ -25,9 +25,8 @@ from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems
 
 from vtok.errors import ConfigError
 from vtok.serving.layouts import ImageLayout, packed_crops_layout
-from vtok.serving.vllm_plugin.llava import watch
 from vtok.serving.vllm_plugin.processor import ImagesOnly, ServedProcessor
-from vtok.serving.vllm_plugin.worker import start
+from vtok.serving.vllm_plugin.worker import start, watch
 
 
 def crops_of(config: Any, height: int, width: int) -> ImageLayout:
@@ -58,7 +57,7 @@ class CropModel:
         choice = start(self.architecture, vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.vtok = choice
-        self.vtok_watch = watch(self, choice)
+        self.vtok_watch = watch(self.vision_tower.vision_model.encoder.layers, choice)  # type: ignore[attr-defined]
 
     def _process_image_input(self, image_input: Any) -> Any:
         features = super()._process_image_input(image_input)  # type: ignore[misc]

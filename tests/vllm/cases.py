@@ -47,3 +47,14 @@ CASES |= {
 }
 # Model -> positions of `prune_inputs`, "compact" elsewhere.
 POSITIONS = {"qwen2": "original", "qwen25": "original", "qwen3": "original"}
+# Models that let the tokens of an image attend to each other both ways, which vLLM does on GPUs alone: compared without it.
+CAUSAL = ("gemma3",)
+# Model -> what its processor is told, there and here.
+PROCESSED = {
+    "gemma3": {
+        "do_pan_and_scan": True,
+        "pan_and_scan_min_crop_size": 16,
+        "pan_and_scan_max_num_crops": 3,
+        "pan_and_scan_min_ratio_to_activate": 1.2,
+    }
+}

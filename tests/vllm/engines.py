@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 
+from cases import PROCESSED
+
 os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"})
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -29,6 +31,8 @@ def engine(folder, settings=None, **options):
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     options = {**COMMON, **options}
+    if folder.name in PROCESSED:
+        options["mm_processor_kwargs"] = PROCESSED[folder.name]
     if settings is not None:
         options["hf_overrides"] = {"vtok": settings}
     llm = LLM(str(folder), **options)

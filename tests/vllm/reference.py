@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import asked
 import torch
-from cases import CASES, POSITIONS
+from cases import CASES, CAUSAL, POSITIONS, PROCESSED
 from tiny import BUILDERS
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -21,13 +21,15 @@ import vtok
 TOKENS = 12
 
 
-def answer(model, processor, text, pictures, settings, positions, tokens=TOKENS):
+def answer(model, processor, text, pictures, settings, positions, told=None, causal=False, tokens=TOKENS):
     """{"prompt": its length, "unpruned": before, "tokens": the answer, "margins": of every token over the second best}"""
-    inputs = processor(images=pictures or None, text=text, return_tensors="pt")
+    inputs = processor(images=pictures or None, text=text, return_tensors="pt", **(told or {}))
     before = inputs["input_ids"].shape[1]
     if settings and pictures:
         params = {name: value for name, value in settings.items() if name != "method"}
         inputs = vtok.prune_inputs(model, inputs, settings["method"], positions=positions, **params)
+    if causal:
+        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
     length = inputs["input_ids"].shape[1]
     with torch.no_grad():
         got = model.generate(
@@ -52,8 +54,8 @@ def main():
     assert not report["missing_keys"], report
     processor = AutoProcessor.from_pretrained(target)
     for case in only or CASES[name]:
-        settings, positions = CASES[name][case], POSITIONS.get(name, "compact")
-        found = [answer(model.eval(), processor, text, pictures, settings, positions) for text, pictures in asked.of(name)]
+        how = CASES[name][case], POSITIONS.get(name, "compact"), PROCESSED.get(name), name in CAUSAL
+        found = [answer(model.eval(), processor, *one, *how) for one in asked.of(name)]
         (target / f"{case}.json").write_text(json.dumps(found))
         print(name, case, len({tuple(one["tokens"]) for one in found}), "different answers of", len(found))
 

@@ -44,6 +44,7 @@ MARKS = {
     "qwen2": (_QWEN, GRID_SIZES),
     "qwen25": (_QWEN, GRID_SIZES),
     "qwen3": (_QWEN, GRID_SIZES),
+    "qwen35": (_QWEN, GRID_SIZES),
     "llava": ("<image>", SIZES),
     "llava_siglip": ("<image>", SIZES),
     "llava_next": ("<image>", SIZES),

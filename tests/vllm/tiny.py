@@ -209,11 +209,14 @@ QWEN_CHAT = (
 _ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
 
 
-def qwen(folder, family, vision, text=None):
-    """A Qwen-VL: family is the name of its classes in transformers; vision, text: what its configs need beside."""
+def qwen(folder, family, vision, text=None, processed=None):
+    """A Qwen-VL: family is the name of its classes in transformers, `processed` of its processors where that is another;
+    vision, text: what its configs need beside."""
     import transformers
 
     words, count = tokenizer(QWEN_MARKS, image_token="<|image_pad|>", video_token="<|video_pad|>")
+    if family == "Qwen3_5":  # is loaded with a tokenizer of its own, that takes whole words from here alone
+        words.add_tokens([*QWEN_MARKS, *(f"w{i}" for i in range(WORDS))], special_tokens=True)
     text = {**TEXT, "num_key_value_heads": 2, "vocab_size": count, "rope_parameters": _ROPE, **(text or {})}
     tower = {"depth": 2, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, **vision}
     config = getattr(transformers, f"{family}Config")(
@@ -229,8 +232,9 @@ def qwen(folder, family, vision, text=None):
     side = tower["patch_size"]
     size = {"shortest_edge": 16 * side * side, "longest_edge": 4 * side * side * 200}
     options = {"patch_size": side, "merge_size": 2, "temporal_patch_size": 2, "size": size}
-    videos = transformers.Qwen3VLVideoProcessor if family == "Qwen3VL" else transformers.Qwen2VLVideoProcessor
-    processor = getattr(transformers, f"{family}Processor")(
+    processed = processed or family
+    videos = transformers.Qwen3VLVideoProcessor if processed == "Qwen3VL" else transformers.Qwen2VLVideoProcessor
+    processor = getattr(transformers, f"{processed}Processor")(
         transformers.Qwen2VLImageProcessor(**options), words, videos(**options), chat_template=QWEN_CHAT
     )
     save(widen(model), processor, folder)
@@ -250,6 +254,15 @@ def qwen3(folder):
     deep = {"depth": 3, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
     text = {"head_dim": 32, "rope_parameters": {**_ROPE, "mrope_interleaved": True}}
     qwen(folder, "Qwen3VL", {**vision, **deep}, text)
+
+
+def qwen35(folder):
+    """Without layers of linear attention, which vLLM runs in bf16 alone on a CPU; these see no positions."""
+    vision = {"hidden_size": 64, "out_hidden_size": 128, "intermediate_size": 128, "in_channels": 3, "num_position_embeddings": 64}
+    rope = {**_ROPE, "mrope_section": [2, 3, 3], "mrope_interleaved": True, "partial_rotary_factor": 0.5}
+    linear = {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    kinds = {"layer_types": ["full_attention"] * 3}
+    qwen(folder, "Qwen3_5", vision, {"head_dim": 32, "rope_parameters": rope, **linear, **kinds}, "Qwen3VL")
 
 
 def internvl(folder):
@@ -326,4 +339,5 @@ BUILDERS = {
     "qwen2": qwen2,
     "qwen25": qwen25,
     "qwen3": qwen3,
+    "qwen35": qwen35,
 }

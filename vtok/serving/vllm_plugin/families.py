@@ -115,7 +115,7 @@ def llava_next(config: Any) -> VLMInfo:
 
 
 def qwen_vl(config: Any) -> VLMInfo:
-    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL."""
+    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5."""
     why = "it runs the patches of all images as one sequence, cut where images end"
     return VLMInfo("Qwen-VL, which vtok serves with images alone,", **_text(config), no_tower=why)
 
@@ -154,4 +154,5 @@ MODELS: dict[str, ServedModel] = {
     "Qwen2VLForConditionalGeneration": ServedModel(_HERE + "qwen_vl:VtokQwen2", qwen_vl),
     "Qwen2_5_VLForConditionalGeneration": ServedModel(_HERE + "qwen_vl:VtokQwen25", qwen_vl),
     "Qwen3VLForConditionalGeneration": ServedModel(_HERE + "qwen_vl:VtokQwen3", qwen_vl),
+    "Qwen3_5ForConditionalGeneration": ServedModel(_HERE + "qwen_vl:VtokQwen35", qwen_vl),
 }

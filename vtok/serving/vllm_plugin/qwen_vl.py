@@ -32,6 +32,7 @@ from vllm.model_executor.models.qwen3_vl import (
     Qwen3VLMultiModalProcessor,
     Qwen3VLProcessingInfo,
 )
+from vllm.model_executor.models.qwen3_5 import Qwen3_5ForConditionalGeneration, Qwen3_5ProcessingInfo
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -233,3 +234,20 @@ class VtokQwen3(GridModel, Qwen3VLForConditionalGeneration):
     """vLLM's Qwen3-VL, which hands the LLM the features that stay."""
 
     architecture = "Qwen3VLForConditionalGeneration"
+
+
+class VtokQwen35Info(ImagesOnly, Qwen3_5ProcessingInfo):
+    """vLLM's info without videos."""
+
+
+class VtokQwen35Processor(GridProcessor, Qwen3VLMultiModalProcessor):
+    """vLLM's processor with fewer placeholders."""
+
+    architecture = "Qwen3_5ForConditionalGeneration"
+
+
+@MULTIMODAL_REGISTRY.register_processor(VtokQwen35Processor, info=VtokQwen35Info, dummy_inputs=Qwen3VLDummyInputsBuilder)
+class VtokQwen35(GridModel, Qwen3_5ForConditionalGeneration):
+    """vLLM's Qwen3.5, which hands the LLM the features that stay."""
+
+    architecture = "Qwen3_5ForConditionalGeneration"

@@ -50,6 +50,7 @@ MARKS = {
     "llava_next": ("<image>", SIZES),
     "onevision": ("<image>", SIZES),
     "internvl": ("<IMG_CONTEXT>", SIZES),
+    "idefics3": ("<image>", SIZES),
     "gemma3": ("<start_of_image>", SIZES),
 }
 

@@ -40,6 +40,7 @@ CASES |= {
         "prumerge": {"method": "prumerge", "keep": 0.25},
     },
     "internvl": {**FEATURES, **{name: TOWER[name] for name in ("fastervlm", "visionzip", "vispruner", "holov")}},
+    "idefics3": {**FEATURES, **{name: TOWER[name] for name in ("fastervlm", "visionzip", "vispruner", "holov")}},
     "gemma3": {**FEATURES, **{name: TOWER[name] for name in ("fastervlm", "visionzip", "vispruner", "holov")}},
     "qwen2": _GRIDS,
     "qwen25": _GRIDS,
@@ -62,3 +63,5 @@ PROCESSED = {
         "pan_and_scan_min_ratio_to_activate": 1.2,
     }
 }
+# Models whose images transformers prunes together, all of a prompt; an engine prunes each by itself, and so does the reference.
+APART = ("idefics3",)

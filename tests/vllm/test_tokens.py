@@ -36,6 +36,7 @@ SCHEDULED = [
     ("qwen25", "uniform"),
     ("internvl", "divprune"),
     ("gemma3", "fastervlm"),
+    ("idefics3", "todre"),
 ]
 SITUATIONS = {
     "chunks that end inside images": {"max_num_batched_tokens": 20, "max_num_seqs": 3},

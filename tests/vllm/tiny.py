@@ -329,7 +329,29 @@ def gemma3(folder):
     save(widen(Gemma3ForConditionalGeneration(config)), processor, folder, _TOWER)
 
 
+def idefics3(folder):
+    """Idefics3 with tiles of 16 tokens, up to nine and a view of all."""
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessor, Idefics3Processor
+
+    names = [f"<row_{i}_col_{j}>" for i in (1, 2, 3) for j in (1, 2, 3)]
+    marks = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *names, *NEWLINES]
+    words, count = tokenizer(marks, image_token="<image>")
+    words.add_tokens(marks, special_tokens=True)
+    config = Idefics3Config(
+        vision_config={**VISION, "num_hidden_layers": 3, "image_size": 32},
+        text_config={"model_type": "llama", **TEXT, "vocab_size": count, "tie_word_embeddings": False},
+        image_token_id=5,
+        scale_factor=2,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+    images = Idefics3ImageProcessor(size={"longest_edge": 96}, max_image_size={"longest_edge": 32})
+    processor = Idefics3Processor(images, words, image_seq_len=16, chat_template=LLAVA_CHAT)
+    save(widen(Idefics3ForConditionalGeneration(config)), processor, folder)
+
+
 BUILDERS = {
+    "idefics3": idefics3,
     "internvl": internvl,
     "gemma3": gemma3,
     "llava": llava,

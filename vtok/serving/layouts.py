@@ -49,6 +49,13 @@ def square_layout(n: int) -> ImageLayout:
     return grid_layout(side, side) if side * side == n else grid_layout(1, n)
 
 
+def tiles_layout(tiles: int, rows: int, columns: int) -> ImageLayout:
+    """Tiles one behind the other, the last of which shows the whole image (Idefics3, SmolVLM)."""
+    size = rows * columns
+    cut = Cut((*[False] * (tiles - 1), True), tuple(range(tiles)), size)
+    return ImageLayout(tuple(View(i * size, rows, columns) for i in range(tiles)), cut=cut)
+
+
 def frames_layout(frames: int, rows: int, columns: int, modality: str = "image", newline: bool = False) -> ImageLayout:
     """One grid for every frame (Qwen-VL: an image has one frame).
 

@@ -136,6 +136,13 @@ def gemma3(config: Any) -> VLMInfo:
     return VLMInfo("Gemma 3", **_text(config), tower=tower, grid=(side, side))
 
 
+def idefics3(config: Any) -> VLMInfo:
+    """Idefics3 and SmolVLM: tiles with names in front, all of an image pruned together."""
+    vision = config.vision_config
+    tower = _whole_tower(vision, 0, (vision.image_size // vision.patch_size) ** 2)
+    return VLMInfo("Idefics3", **_text(config), tower=tower, crops=True)
+
+
 def _whole_tower(vision: Any, prefix: int, patches: int) -> TowerFacts:
     """A tower whose last layer the features come from."""
     depth, heads = vision.num_hidden_layers, vision.num_attention_heads
@@ -151,6 +158,8 @@ MODELS: dict[str, ServedModel] = {
     "LlavaOnevisionForConditionalGeneration": ServedModel(_HERE + "llava_next:VtokOnevision", llava_next),
     "InternVLForConditionalGeneration": ServedModel(_HERE + "tiles:VtokInternVL", internvl),
     "Gemma3ForConditionalGeneration": ServedModel(_HERE + "tiles:VtokGemma3", gemma3),
+    "Idefics3ForConditionalGeneration": ServedModel(_HERE + "marked_tiles:VtokIdefics3", idefics3),
+    "SmolVLMForConditionalGeneration": ServedModel(_HERE + "marked_tiles:VtokSmolVLM", idefics3),
     "Qwen2VLForConditionalGeneration": ServedModel(_HERE + "qwen_vl:VtokQwen2", qwen_vl),
     "Qwen2_5_VLForConditionalGeneration": ServedModel(_HERE + "qwen_vl:VtokQwen25", qwen_vl),
     "Qwen3VLForConditionalGeneration": ServedModel(_HERE + "qwen_vl:VtokQwen3", qwen_vl),

@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import asked
+import numpy as np
 import torch
 from cases import APART, CASES, CAUSAL, POSITIONS, PROCESSED
 from tiny import BUILDERS
@@ -23,7 +24,9 @@ TOKENS = 12
 
 def answer(model, processor, text, pictures, settings, positions, told=None, causal=False, mark=None, tokens=TOKENS):
     """{"prompt": its length, "unpruned": before, "tokens": the answer, "margins": of every token over the second best}"""
-    inputs = processor(images=pictures or None, text=text, return_tensors="pt", **(told or {}))
+    images, clips = ([one for one in pictures if isinstance(one, np.ndarray) is kind] or None for kind in (False, True))
+    seen = {} if clips is None else {"videos": clips, "video_metadata": [asked.told(one) for one in clips], "do_sample_frames": False}
+    inputs = processor(images=images, text=text, return_tensors="pt", **seen, **(told or {}))
     before = inputs["input_ids"].shape[1]
     if settings and pictures:
         params = {name: value for name, value in settings.items() if name != "method"}

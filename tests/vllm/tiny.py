@@ -351,6 +351,9 @@ def idefics3(folder):
 
 
 BUILDERS = {
+    "onevision_video": onevision,
+    "qwen2_video": qwen2,
+    "qwen25_video": qwen25,
     "idefics3": idefics3,
     "internvl": internvl,
     "gemma3": gemma3,

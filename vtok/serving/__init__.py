@@ -54,7 +54,7 @@ What to know:
 from vtok.core.prompt import View, VLMInfo
 from vtok.core.tower import TowerBlock, TowerFacts
 from vtok.serving.choice import Kept, TokenChoice, choose_tokens
-from vtok.serving.layouts import ImageLayout, frames_layout, grid_layout, packed_crops_layout
+from vtok.serving.layouts import ImageLayout, frames_layout, grid_layout, packed_crops_layout, tiles_layout
 from vtok.serving.tower import block_of
 
 __all__ = [
@@ -70,4 +70,5 @@ __all__ = [
     "frames_layout",
     "grid_layout",
     "packed_crops_layout",
+    "tiles_layout",
 ]

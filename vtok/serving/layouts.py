@@ -35,7 +35,7 @@ class ImageLayout(NamedTuple):
     @property
     def tower_views(self) -> int:
         """V; of videos, their frames."""
-        return len(self.views) if self.cut is None else len(self.cut.whole)
+        return sum(not view.newline for view in self.views) if self.cut is None else len(self.cut.whole)
 
 
 def grid_layout(rows: int, columns: int) -> ImageLayout:

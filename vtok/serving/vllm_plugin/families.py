@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vtok.core.prompt import VLMInfo
@@ -105,19 +105,31 @@ def llava(config: Any) -> VLMInfo:
 
 
 def llava_next(config: Any) -> VLMInfo:
-    """LLaVA-NeXT and LLaVA-OneVision, the latter with images alone."""
+    """LLaVA-NeXT."""
     tower = _tower(config)
     if tower.prefix_kept:
         raise UnsupportedModelError(
             'vtok lays out crops without the class token of the vision tower, found vision_feature_select_strategy="full"'
         )
-    return VLMInfo("LLaVA with crops, which vtok serves with images alone,", **_text(config), tower=tower, crops=True)
+    return VLMInfo("LLaVA with crops", **_text(config), tower=tower, crops=True)
+
+
+def onevision(config: Any) -> VLMInfo:
+    """LLaVA-OneVision."""
+    return replace(llava_next(config), name="LLaVA-OneVision", videos=True)
+
+
+_PACKED = "it runs the patches of all images as one sequence, cut where images end"
 
 
 def qwen_vl(config: Any) -> VLMInfo:
-    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5."""
-    why = "it runs the patches of all images as one sequence, cut where images end"
-    return VLMInfo("Qwen-VL, which vtok serves with images alone,", **_text(config), no_tower=why)
+    """Qwen2-VL and Qwen2.5-VL."""
+    return VLMInfo("Qwen-VL", **_text(config), no_tower=_PACKED, videos=True)
+
+
+def qwen3_vl(config: Any) -> VLMInfo:
+    """Qwen3-VL and Qwen3.5, which have text between the frames of a video."""
+    return VLMInfo("Qwen-VL, which vtok serves with images alone from Qwen3-VL on,", **_text(config), no_tower=_PACKED)
 
 
 def internvl(config: Any) -> VLMInfo:
@@ -155,13 +167,13 @@ _HERE = "vtok.serving.vllm_plugin."
 MODELS: dict[str, ServedModel] = {
     "LlavaForConditionalGeneration": ServedModel(_HERE + "llava:VtokLlava", llava),
     "LlavaNextForConditionalGeneration": ServedModel(_HERE + "llava_next:VtokLlavaNext", llava_next),
-    "LlavaOnevisionForConditionalGeneration": ServedModel(_HERE + "llava_next:VtokOnevision", llava_next),
+    "LlavaOnevisionForConditionalGeneration": ServedModel(_HERE + "llava_next:VtokOnevision", onevision),
     "InternVLForConditionalGeneration": ServedModel(_HERE + "tiles:VtokInternVL", internvl),
     "Gemma3ForConditionalGeneration": ServedModel(_HERE + "tiles:VtokGemma3", gemma3),
     "Idefics3ForConditionalGeneration": ServedModel(_HERE + "marked_tiles:VtokIdefics3", idefics3),
     "SmolVLMForConditionalGeneration": ServedModel(_HERE + "marked_tiles:VtokSmolVLM", idefics3),
     "Qwen2VLForConditionalGeneration": ServedModel(_HERE + "qwen_vl:VtokQwen2", qwen_vl),
     "Qwen2_5_VLForConditionalGeneration": ServedModel(_HERE + "qwen_vl:VtokQwen25", qwen_vl),
-    "Qwen3VLForConditionalGeneration": ServedModel(_HERE + "qwen_vl:VtokQwen3", qwen_vl),
-    "Qwen3_5ForConditionalGeneration": ServedModel(_HERE + "qwen_vl:VtokQwen35", qwen_vl),
+    "Qwen3VLForConditionalGeneration": ServedModel(_HERE + "qwen_vl:VtokQwen3", qwen3_vl),
+    "Qwen3_5ForConditionalGeneration": ServedModel(_HERE + "qwen_vl:VtokQwen35", qwen3_vl),
 }

@@ -73,7 +73,7 @@ class ServedProcessor:
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
         if self.choice is None:
             return updates
-        return [self._shorter(update, mm_items, out_mm_kwargs) for update in updates if update.modality == "image"]
+        return [self._shorter(update, mm_items, out_mm_kwargs) for update in updates]
 
     def _shorter(self, update: Any, items: Any, made: Any) -> Any:
         """The same prompt update with the placeholders of tokens that stay."""

@@ -25,7 +25,11 @@ TOKENS = 12
 def answer(model, processor, text, pictures, settings, positions, told=None, causal=False, mark=None, tokens=TOKENS):
     """{"prompt": its length, "unpruned": before, "tokens": the answer, "margins": of every token over the second best}"""
     images, clips = ([one for one in pictures if isinstance(one, np.ndarray) is kind] or None for kind in (False, True))
-    seen = {} if clips is None else {"videos": clips, "video_metadata": [asked.told(one) for one in clips], "do_sample_frames": False}
+    seen = (
+        {}
+        if clips is None
+        else {"videos": clips, "video_metadata": [asked.told(one) for one in clips], "do_sample_frames": False}
+    )
     inputs = processor(images=images, text=text, return_tensors="pt", **seen, **(told or {}))
     before = inputs["input_ids"].shape[1]
     if settings and pictures:

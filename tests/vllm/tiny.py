@@ -258,7 +258,13 @@ def qwen3(folder):
 
 def qwen35(folder):
     """Without layers of linear attention, which vLLM runs in bf16 alone on a CPU; these see no positions."""
-    vision = {"hidden_size": 64, "out_hidden_size": 128, "intermediate_size": 128, "in_channels": 3, "num_position_embeddings": 64}
+    vision = {
+        "hidden_size": 64,
+        "out_hidden_size": 128,
+        "intermediate_size": 128,
+        "in_channels": 3,
+        "num_position_embeddings": 64,
+    }
     rope = {**_ROPE, "mrope_section": [2, 3, 3], "mrope_interleaved": True, "partial_rotary_factor": 0.5}
     linear = {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
     kinds = {"layer_types": ["full_attention"] * 3}
@@ -315,7 +321,14 @@ def gemma3(folder):
     marks = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
     words, count = tokenizer([*marks.values(), *NEWLINES, " "], **marks)
     words.add_tokens([*NEWLINES, " "], special_tokens=True)  # one that drops spaces would have newlines of two crops meet
-    text = {**TEXT, "num_key_value_heads": 2, "vocab_size": count, "head_dim": 32, "sliding_window": 256, "tie_word_embeddings": True}
+    text = {
+        **TEXT,
+        "num_key_value_heads": 2,
+        "vocab_size": count,
+        "head_dim": 32,
+        "sliding_window": 256,
+        "tie_word_embeddings": True,
+    }
     config = Gemma3Config(
         text_config={**text, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
         vision_config={**VISION, "num_hidden_layers": 3, "image_size": 32, "patch_size": 2, "vision_use_head": False},

@@ -25,8 +25,8 @@ from vtok.serving import (
 from vtok.serving.layouts import square_layout
 from vtok.serving.vllm_plugin.families import MODELS, choice_of
 from vtok.serving.vllm_plugin.plugin import check_model, check_release
-from vtok.serving.vllm_plugin.prompts import between, joined, shortened, woven
 from vtok.serving.vllm_plugin.positions import Grid, placed, prompt_positions, with_columns, without_columns
+from vtok.serving.vllm_plugin.prompts import between, joined, shortened, woven
 
 SIDE, WIDTH = 6, 16
 PINPOINTS = [[24, 48], [48, 24], [48, 48], [24, 72], [72, 72]]  # views of 24 pixels, patches of 4

@@ -138,7 +138,9 @@ def internvl(config: Any) -> VLMInfo:
     patches = [size // patch for size, patch in zip(vision.image_size, vision.patch_size)]
     rows, columns = (int(side * config.downsample_ratio) for side in patches)
     tower = _whole_tower(vision, 1, patches[0] * patches[1])
-    return VLMInfo("InternVL, which vtok serves with images alone,", **_text(config), tower=tower, grid=(rows, columns), crops=True)
+    return VLMInfo(
+        "InternVL, which vtok serves with images alone,", **_text(config), tower=tower, grid=(rows, columns), crops=True
+    )
 
 
 def gemma3(config: Any) -> VLMInfo:

@@ -58,9 +58,7 @@ class MarkedProcessor(ServedProcessor):
         """[L] int64 of an image of so many pixels."""
         info: Any = self.info  # type: ignore[attr-defined]
         processor = info.get_hf_processor(**hf_kwargs)
-        text = info.get_image_repl(
-            image_width=size.width, image_height=size.height, processor=processor, mm_kwargs=hf_kwargs
-        )
+        text = info.get_image_repl(image_width=size.width, image_height=size.height, processor=processor, mm_kwargs=hf_kwargs)
         ids = info.get_tokenizer().encode(text, add_special_tokens=False)
         return torch.tensor(between(ids, [token == processor.image_token_id for token in ids]))
 

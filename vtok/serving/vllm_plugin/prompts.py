@@ -1,8 +1,8 @@
 """Prompts with a placeholder for every visual token that stays, as lists of tokens. No engine is needed here.
 
-Where text stands between the tokens of an image (names of its tiles, times of frames) and tokens of all of it compete, the image
-alone says how many stay in front of each word. The text between then has placeholders too, and comes with the features, as the
-LLM embeds it: its place among them is known once they are.
+Where text stands between the tokens of an image (names of its tiles) and tokens of all of it compete, the image alone says how
+many stay in front of each word. The text between then has placeholders too, and comes with the features, as the LLM embeds it:
+its place among them is known once they are.
 
 Shapes: n placeholders of an image, m tokens of a piece of it that is pruned by itself, k that stay; L tokens from the first
 placeholder of an image to its last, D width of the LLM.

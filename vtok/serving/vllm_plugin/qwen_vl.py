@@ -26,13 +26,13 @@ from vllm.model_executor.models.qwen2_vl import (
     Qwen2VLMultiModalProcessor,
     Qwen2VLProcessingInfo,
 )
+from vllm.model_executor.models.qwen3_5 import Qwen3_5ForConditionalGeneration, Qwen3_5ProcessingInfo
 from vllm.model_executor.models.qwen3_vl import (
     Qwen3VLDummyInputsBuilder,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMultiModalProcessor,
     Qwen3VLProcessingInfo,
 )
-from vllm.model_executor.models.qwen3_5 import Qwen3_5ForConditionalGeneration, Qwen3_5ProcessingInfo
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -79,8 +79,8 @@ class GridProcessor(ServedProcessor):
         config = self.info.get_hf_config()  # type: ignore[attr-defined]
         if inputs.prompt and inputs.prompt[-1] in (config.image_token_id, config.video_token_id):
             raise ConfigError(
-                "the prompt ends with an image or a video, and positions behind one that was pruned are told by the text there: end "
-                "with text, as chat templates do"
+                "the prompt ends with an image or a video, and positions behind one that was pruned are told by the text "
+                "there: end with text, as chat templates do"
             )
         return super().apply(inputs, *args, **kwargs)  # type: ignore[misc]
 
@@ -234,7 +234,9 @@ class VtokQwen25Processor(GridProcessor, Qwen2_5_VLMultiModalProcessor):
     architecture = "Qwen2_5_VLForConditionalGeneration"
 
 
-@MULTIMODAL_REGISTRY.register_processor(VtokQwen25Processor, info=Qwen2_5_VLProcessingInfo, dummy_inputs=Qwen2_5_VLDummyInputsBuilder)
+@MULTIMODAL_REGISTRY.register_processor(
+    VtokQwen25Processor, info=Qwen2_5_VLProcessingInfo, dummy_inputs=Qwen2_5_VLDummyInputsBuilder
+)
 class VtokQwen25(GridModel, Qwen2_5_VLForConditionalGeneration):
     """vLLM's Qwen2.5-VL, which hands the LLM the features that stay."""
 

@@ -88,9 +88,7 @@ class VtokInternVLProcessor(TileProcessor, InternS1MultiModalProcessor):
     architecture = "InternVLForConditionalGeneration"
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    VtokInternVLProcessor, info=VtokInternVLInfo, dummy_inputs=InternS1DummyInputsBuilder
-)
+@MULTIMODAL_REGISTRY.register_processor(VtokInternVLProcessor, info=VtokInternVLInfo, dummy_inputs=InternS1DummyInputsBuilder)
 class VtokInternVL(TileModel, InternS1ForConditionalGeneration):
     """vLLM's class for InternVL as transformers has it, which hands the LLM the features that stay."""
 
@@ -110,9 +108,7 @@ class VtokGemma3Processor(TileProcessor, Gemma3MultiModalProcessor):
     architecture = "Gemma3ForConditionalGeneration"
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    VtokGemma3Processor, info=Gemma3ProcessingInfo, dummy_inputs=Gemma3DummyInputsBuilder
-)
+@MULTIMODAL_REGISTRY.register_processor(VtokGemma3Processor, info=Gemma3ProcessingInfo, dummy_inputs=Gemma3DummyInputsBuilder)
 class VtokGemma3(TileModel, Gemma3ForConditionalGeneration):
     """vLLM's Gemma 3, which hands the LLM the features that stay."""
 

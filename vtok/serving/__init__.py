@@ -29,11 +29,11 @@ vLLM runs its own classes. The worker logs one line with the resolved settings; 
 
 Served by vLLM 0.32, with images: LLaVA-1.5 (CLIP and SigLIP towers), LLaVA-NeXT, LLaVA-OneVision, InternVL as transformers
 has it, Gemma 3, Idefics3, SmolVLM, Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5; with videos too: LLaVA-OneVision, Qwen2-VL and
-Qwen2.5-VL. Qwen keeps the positions that tokens had (`positions="original"`), the others number the shorter prompt anew (`"compact"`).
-`make test-vllm` compares greedy tokens with transformers and `vtok.prune_inputs` on the same tiny random weights, in fp32 on a
-CPU: pictures of many sizes in a batch, several in a prompt, the same again, requests without any, prefix cache on and off,
-chunks of a prompt that end inside and around images, blocks that run out, aborted requests; and `vllm serve` under 1, 8 and 32
-requests at once.
+Qwen2.5-VL. Qwen keeps the positions that tokens had (`positions="original"`), the others number the shorter prompt anew
+(`"compact"`). `make test-vllm` compares greedy tokens with transformers and `vtok.prune_inputs` on the same tiny random
+weights, in fp32 on a CPU: pictures of many sizes in a batch, several in a prompt, the same again, requests without any,
+prefix cache on and off, chunks of a prompt that end inside and around images, blocks that run out, aborted requests; and
+`vllm serve` under 1, 8 and 32 requests at once.
 
 What to know:
 

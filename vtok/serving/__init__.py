@@ -27,12 +27,12 @@ The plug-in for vLLM (`vtok.serving.vllm_plugin`) registers itself when `vtok` i
 `LLM(model, hf_overrides={"vtok": {...}})` is the same, and so is a key `"vtok"` in the model's config.json. Without the key
 vLLM runs its own classes. The worker logs one line with the resolved settings; clients see fewer `usage.prompt_tokens`.
 
-Served by vLLM 0.32, with images: LLaVA-1.5 (CLIP and SigLIP towers), LLaVA-NeXT, LLaVA-OneVision, InternVL as transformers
-has it, Gemma 3, Idefics3, SmolVLM, Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5; with videos too: LLaVA-OneVision, Qwen2-VL and
-Qwen2.5-VL. Qwen keeps the positions that tokens had (`positions="original"`), the others number the shorter prompt anew
-(`"compact"`). `make test-vllm` compares greedy tokens with transformers and `vtok.prune_inputs` on the same tiny random
-weights, in fp32 on a CPU: pictures of many sizes in a batch, several in a prompt, the same again, requests without any,
-prefix cache on and off, chunks of a prompt that end inside and around images, blocks that run out, aborted requests; and
+Served by vLLM 0.31 and 0.32, with images: LLaVA-1.5 (CLIP and SigLIP towers), LLaVA-NeXT, LLaVA-OneVision, InternVL as
+transformers has it, Gemma 3, Idefics3, SmolVLM, Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5; with videos too: LLaVA-OneVision,
+Qwen2-VL and Qwen2.5-VL. Qwen keeps the positions that tokens had (`positions="original"`), the others number the shorter
+prompt anew (`"compact"`). `make test-vllm` compares greedy tokens with transformers and `vtok.prune_inputs` on the same tiny
+random weights, in fp32 on a CPU: pictures of many sizes in a batch, several in a prompt, the same again, requests without
+any, prefix cache on and off, chunks of a prompt that end inside and around images, blocks that run out, aborted requests; and
 `vllm serve` under 1, 8 and 32 requests at once.
 
 What to know:
@@ -54,6 +54,8 @@ What to know:
 * Refused in a sentence, most of it before anything is loaded: other releases and models, methods as above, other videos, a
   method that looks at the tower together with tensor parallelism or with features that a client sends, speculative decoding,
   LoRA on the tower, vLLM's own --video-pruning-rate on Qwen-VL, and prompts of Qwen-VL that end with an image or a video.
+* The whole comparison was run with vLLM 0.32; with 0.31 one method each on LLaVA-1.5, Idefics3, Qwen2-VL and Qwen3-VL. vLLM
+  0.30 calls its processors otherwise, and 0.33 has no build for CPUs: both are refused.
 * Processes of one engine, and engines that share a cache, tell different settings apart by keys of cached images.
 """
 

@@ -26,7 +26,15 @@ BY_HAND = {
     "llama4": "chunks of attention begin every so many stored tokens",
     **dict.fromkeys(("dots3_note", "minimax_m3_vl"), "sparse attention chooses among stored tokens"),
 }
-HYBRIDS = ("lfm2_vl", "lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "qwen3_5", "qwen3_5_moe")  # tokens may leave inside
+HYBRIDS = (
+    "lfm2_vl",
+    "lfm3_vl",
+    "minicpm_ocr",
+    "minicpmv4_6",
+    "minicpmv4_7",
+    "qwen3_5",
+    "qwen3_5_moe",
+)
 NUMBERED_ANEW = ("llama4", "minimax_m3_vl")  # attention within chunks, or to blocks that are found by positions
 OWN_CACHE = ("dots3_note", "nemotron_h_omni")  # with a cache the unpatched models themselves say something else than without
 CACHED_ALONE = ("ernie4_5_vl_moe",)  # generate(use_cache=False) of the unpatched model fails

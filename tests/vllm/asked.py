@@ -20,6 +20,30 @@ def picture(seed, size):
     return Image.fromarray((image.clip(0, 1) * 255).astype("uint8"))
 
 
+def clip(seed, size):
+    """[F, H, W, 3], two to eight frames: a part of the picture moves. Not longer than wide or high: transformers counts the
+    positions of the text behind a video by its height and width alone, and vLLM by its time as well."""
+    still = np.asarray(picture(seed, size))
+    frames = [still.copy() for _ in range(2 * min(1 + seed % 4, max(size) // 28))]
+    for i, frame in enumerate(frames):
+        frame[:, : size[0] // 2] = np.roll(still, 5 * i, 0)[:, : size[0] // 2]
+    return np.stack(frames)
+
+
+def with_clips(found, image, video):
+    """The same requests, with clips in place of three in four pictures."""
+    out, count = [], 0
+    for text, pictures in found:
+        first, *rest = text.split(image)
+        media = []
+        for part, one in zip(rest, pictures, strict=True):
+            count += 1
+            media.append(clip(count // 2, one.size) if count % 4 else one)
+            first += f"{video if count % 4 else image}{part}"
+        out.append((first, media))
+    return out
+
+
 def requests(mark, sizes, count=14):
     """[(text, pictures)]: one picture each, every third one again; then two with two pictures, and two without any."""
     rng = np.random.default_rng(1)
@@ -44,13 +68,40 @@ MARKS = {
     "qwen2": (_QWEN, GRID_SIZES),
     "qwen25": (_QWEN, GRID_SIZES),
     "qwen3": (_QWEN, GRID_SIZES),
+    "qwen35": (_QWEN, GRID_SIZES),
     "llava": ("<image>", SIZES),
     "llava_siglip": ("<image>", SIZES),
     "llava_next": ("<image>", SIZES),
     "onevision": ("<image>", SIZES),
+    "internvl": ("<IMG_CONTEXT>", SIZES),
+    "idefics3": ("<image>", SIZES),
+    "gemma3": ("<start_of_image>", SIZES),
+}
+
+
+CLIPS = {
+    "onevision_video": ("onevision", "<video>"),
+    "qwen2_video": ("qwen2", _QWEN.replace("image", "video")),
+    "qwen25_video": ("qwen25", _QWEN.replace("image", "video")),
 }
 
 
 def of(model):
     """The requests for a tiny model."""
-    return requests(*MARKS[model])
+    if model not in CLIPS:
+        return requests(*MARKS[model])
+    base, video = CLIPS[model]
+    image, sizes = MARKS[base]
+    return with_clips(requests(image, sizes), image, video)
+
+
+def told(clip):
+    """What is said of a clip: 16 frames a second, all of which are to be read."""
+    count = len(clip)
+    return {
+        "fps": 16.0,
+        "duration": count / 16,
+        "total_num_frames": count,
+        "frames_indices": list(range(count)),
+        "video_backend": "opencv",
+    }

@@ -39,9 +39,40 @@ CASES |= {
         **{name: TOWER[name] for name in ("fastervlm", "visionzip", "vispruner", "holov")},
         "prumerge": {"method": "prumerge", "keep": 0.25},
     },
+    "internvl": {**FEATURES, **{name: TOWER[name] for name in ("fastervlm", "visionzip", "vispruner", "holov")}},
+    "idefics3": {**FEATURES, **{name: TOWER[name] for name in ("fastervlm", "visionzip", "vispruner", "holov")}},
+    "gemma3": {**FEATURES, **{name: TOWER[name] for name in ("fastervlm", "visionzip", "vispruner", "holov")}},
     "qwen2": _GRIDS,
     "qwen25": _GRIDS,
     "qwen3": _GRIDS,
+    # In transformers vtok does not know the grids of this model's images, so that there these two choose from a row of tokens.
+    "qwen35": {name: one for name, one in _GRIDS.items() if name not in ("uniform", "downsample")},
+}
+VIDEO = {"evs": {"method": "evs", "keep": 0.4}, "vidcom2": {"method": "vidcom2", "keep": 0.3}}
+_CLIPS = {name: FEATURES[name] for name in ("plain", "uniform", "divprune", "todre_center")}
+CASES |= {"onevision_video": {**_CLIPS, **VIDEO}, "qwen2_video": {**_CLIPS, **VIDEO}, "qwen25_video": {**_CLIPS, **VIDEO}}
+# vLLM's own class fails on videos of several lengths at once, so that there is no "plain".
+CASES["onevision_video"] = {
+    **{name: FEATURES[name] for name in ("uniform", "divprune")},
+    "todre_farthest": _CROPS["todre_farthest"],
+    **{name: TOWER[name] for name in ("fastervlm", "visionzip")},
+    **VIDEO,
 }
 # Model -> positions of `prune_inputs`, "compact" elsewhere.
-POSITIONS = {"qwen2": "original", "qwen25": "original", "qwen3": "original"}
+POSITIONS = {"qwen2": "original", "qwen25": "original", "qwen3": "original", "qwen35": "original"}
+POSITIONS |= {"qwen2_video": "original", "qwen25_video": "original"}
+# Models that let the tokens of an image attend to each other both ways, which vLLM does on GPUs alone: compared without it.
+CAUSAL = ("gemma3",)
+# vLLM caches no prefixes of a model that it takes for one with linear attention, and that has none.
+UNCACHED = ("qwen35",)
+# Model -> what its processor is told, there and here.
+PROCESSED = {
+    "gemma3": {
+        "do_pan_and_scan": True,
+        "pan_and_scan_min_crop_size": 16,
+        "pan_and_scan_max_num_crops": 3,
+        "pan_and_scan_min_ratio_to_activate": 1.2,
+    }
+}
+# Models whose images transformers prunes together, all of a prompt; an engine prunes each by itself, and so does the reference.
+APART = ("idefics3",)

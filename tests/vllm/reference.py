@@ -11,8 +11,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import asked
+import numpy as np
 import torch
-from cases import CASES, POSITIONS
+from cases import APART, CASES, CAUSAL, POSITIONS, PROCESSED
 from tiny import BUILDERS
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -21,13 +22,24 @@ import vtok
 TOKENS = 12
 
 
-def answer(model, processor, text, pictures, settings, positions, tokens=TOKENS):
+def answer(model, processor, text, pictures, settings, positions, told=None, causal=False, mark=None, tokens=TOKENS):
     """{"prompt": its length, "unpruned": before, "tokens": the answer, "margins": of every token over the second best}"""
-    inputs = processor(images=pictures or None, text=text, return_tensors="pt")
+    images, clips = ([one for one in pictures if isinstance(one, np.ndarray) is kind] or None for kind in (False, True))
+    seen = (
+        {}
+        if clips is None
+        else {"videos": clips, "video_metadata": [asked.told(one) for one in clips], "do_sample_frames": False}
+    )
+    inputs = processor(images=images, text=text, return_tensors="pt", **seen, **(told or {}))
     before = inputs["input_ids"].shape[1]
     if settings and pictures:
         params = {name: value for name, value in settings.items() if name != "method"}
-        inputs = vtok.prune_inputs(model, inputs, settings["method"], positions=positions, **params)
+        if mark is None:
+            inputs = vtok.prune_inputs(model, inputs, settings["method"], positions=positions, **params)
+        else:
+            inputs = apart(model, processor, text, pictures, mark, settings["method"], params)
+    if causal:
+        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
     length = inputs["input_ids"].shape[1]
     with torch.no_grad():
         got = model.generate(
@@ -42,6 +54,26 @@ def answer(model, processor, text, pictures, settings, positions, tokens=TOKENS)
     return {"prompt": length, "unpruned": before, "tokens": got.sequences[0, length:].tolist(), "margins": margins}
 
 
+def apart(model, processor, text, pictures, mark, method, params):
+    """A prompt whose images were pruned one by one: every one with the text in front of it, the last with that behind too."""
+    *fronts, end = text.split(mark)
+    texts = [f"{front}{mark}" for front in fronts]
+    texts[-1] += end
+    parts = [
+        vtok.prune_inputs(
+            model, processor(images=[image], text=one, return_tensors="pt"), method, positions="compact", **params
+        )
+        for one, image in zip(texts, pictures, strict=True)
+    ]
+    first = parts[0]
+    features = [x for part in parts for x in part["mm_encoder_outputs"]["image"].pooler_output]
+    first["mm_encoder_outputs"]["image"].pooler_output = [torch.cat(features)]
+    for name in ("input_ids", "attention_mask"):
+        first[name] = torch.cat([part[name] for part in parts], 1)
+    first["position_ids"] = torch.arange(first["input_ids"].shape[1])[None]
+    return first
+
+
 def main():
     torch.set_num_threads(1)
     folder, name, *only = Path(sys.argv[1]), *sys.argv[2:]
@@ -52,8 +84,9 @@ def main():
     assert not report["missing_keys"], report
     processor = AutoProcessor.from_pretrained(target)
     for case in only or CASES[name]:
-        settings, positions = CASES[name][case], POSITIONS.get(name, "compact")
-        found = [answer(model.eval(), processor, text, pictures, settings, positions) for text, pictures in asked.of(name)]
+        how = CASES[name][case], POSITIONS.get(name, "compact"), PROCESSED.get(name), name in CAUSAL
+        how = (*how, asked.MARKS[name][0] if name in APART else None)
+        found = [answer(model.eval(), processor, *one, *how) for one in asked.of(name)]
         (target / f"{case}.json").write_text(json.dumps(found))
         print(name, case, len({tuple(one["tokens"]) for one in found}), "different answers of", len(found))
 

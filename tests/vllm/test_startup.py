@@ -59,8 +59,8 @@ def test_a_model_that_is_not_covered_is_refused(tmp_path):
 
     from vtok.serving.vllm_plugin.plugin import check_model
 
-    with pytest.raises(TypeError, match="does not prune visual tokens of Gemma3ForConditionalGeneration"):
-        check_model("Gemma3ForConditionalGeneration", LlamaConfig(vtok={"method": "divprune"}))
+    with pytest.raises(TypeError, match="does not prune visual tokens of PaliGemmaForConditionalGeneration"):
+        check_model("PaliGemmaForConditionalGeneration", LlamaConfig(vtok={"method": "divprune"}))
 
 
 @pytest.mark.parametrize(

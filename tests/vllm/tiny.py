@@ -209,11 +209,14 @@ QWEN_CHAT = (
 _ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
 
 
-def qwen(folder, family, vision, text=None):
-    """A Qwen-VL: family is the name of its classes in transformers; vision, text: what its configs need beside."""
+def qwen(folder, family, vision, text=None, processed=None):
+    """A Qwen-VL: family is the name of its classes in transformers, `processed` of its processors where that is another;
+    vision, text: what its configs need beside."""
     import transformers
 
     words, count = tokenizer(QWEN_MARKS, image_token="<|image_pad|>", video_token="<|video_pad|>")
+    if family == "Qwen3_5":  # is loaded with a tokenizer of its own, that takes whole words from here alone
+        words.add_tokens([*QWEN_MARKS, *(f"w{i}" for i in range(WORDS))], special_tokens=True)
     text = {**TEXT, "num_key_value_heads": 2, "vocab_size": count, "rope_parameters": _ROPE, **(text or {})}
     tower = {"depth": 2, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, **vision}
     config = getattr(transformers, f"{family}Config")(
@@ -229,8 +232,9 @@ def qwen(folder, family, vision, text=None):
     side = tower["patch_size"]
     size = {"shortest_edge": 16 * side * side, "longest_edge": 4 * side * side * 200}
     options = {"patch_size": side, "merge_size": 2, "temporal_patch_size": 2, "size": size}
-    videos = transformers.Qwen3VLVideoProcessor if family == "Qwen3VL" else transformers.Qwen2VLVideoProcessor
-    processor = getattr(transformers, f"{family}Processor")(
+    processed = processed or family
+    videos = transformers.Qwen3VLVideoProcessor if processed == "Qwen3VL" else transformers.Qwen2VLVideoProcessor
+    processor = getattr(transformers, f"{processed}Processor")(
         transformers.Qwen2VLImageProcessor(**options), words, videos(**options), chat_template=QWEN_CHAT
     )
     save(widen(model), processor, folder)
@@ -252,7 +256,120 @@ def qwen3(folder):
     qwen(folder, "Qwen3VL", {**vision, **deep}, text)
 
 
+def qwen35(folder):
+    """Without layers of linear attention, which vLLM runs in bf16 alone on a CPU; these see no positions."""
+    vision = {
+        "hidden_size": 64,
+        "out_hidden_size": 128,
+        "intermediate_size": 128,
+        "in_channels": 3,
+        "num_position_embeddings": 64,
+    }
+    rope = {**_ROPE, "mrope_section": [2, 3, 3], "mrope_interleaved": True, "partial_rotary_factor": 0.5}
+    linear = {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    kinds = {"layer_types": ["full_attention"] * 3}
+    qwen(folder, "Qwen3_5", vision, {"head_dim": 32, "rope_parameters": rope, **linear, **kinds}, "Qwen3VL")
+
+
+def internvl(folder):
+    """InternVL with tiles of 64 tokens, up to six and a thumbnail."""
+    from transformers import (
+        GotOcr2ImageProcessor,
+        InternVLConfig,
+        InternVLForConditionalGeneration,
+        InternVLProcessor,
+        InternVLVideoProcessor,
+    )
+
+    marks = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    words, count = tokenizer(marks.values(), **marks)
+    config = InternVLConfig(
+        vision_config={
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 3,
+            "image_size": [32, 32],
+            "patch_size": [2, 2],
+        },
+        text_config={"model_type": "qwen2", **TEXT, "num_key_value_heads": 2, "vocab_size": count},
+        image_token_id=6,
+        image_seq_length=64,
+        downsample_ratio=0.5,
+        tie_word_embeddings=False,
+    )
+    size = {"height": 32, "width": 32}
+    images = GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=6)
+    processor = InternVLProcessor(
+        images, words, InternVLVideoProcessor(size=size), image_seq_length=64, chat_template=LLAVA_CHAT
+    )
+    save(widen(InternVLForConditionalGeneration(config)), processor, folder)
+
+
+NEWLINES = ["\n", "\n\n", "\n\n\n", "\n\n\n\n"]
+
+
+def gemma3(folder):
+    """Gemma 3 with 64 tokens a tile; wide and tall pictures are cut into crops where asked (pan and scan)."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3ImageProcessor, Gemma3Processor
+
+    marks = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    words, count = tokenizer([*marks.values(), *NEWLINES, " "], **marks)
+    words.add_tokens([*NEWLINES, " "], special_tokens=True)  # one that drops spaces would have newlines of two crops meet
+    text = {
+        **TEXT,
+        "num_key_value_heads": 2,
+        "vocab_size": count,
+        "head_dim": 32,
+        "sliding_window": 256,
+        "tie_word_embeddings": True,
+    }
+    config = Gemma3Config(
+        text_config={**text, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+        vision_config={**VISION, "num_hidden_layers": 3, "image_size": 32, "patch_size": 2, "vision_use_head": False},
+        boi_token_index=4,
+        eoi_token_index=5,
+        image_token_index=6,
+        mm_tokens_per_image=64,
+    )
+    images = Gemma3ImageProcessor(size={"height": 32, "width": 32}, image_seq_length=64)
+    processor = Gemma3Processor(images, words, image_seq_length=64, chat_template=LLAVA_CHAT)
+    save(widen(Gemma3ForConditionalGeneration(config)), processor, folder, _TOWER)
+
+
+def idefics3(folder):
+    """Idefics3 with tiles of 16 tokens, up to nine and a view of all."""
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessor, Idefics3Processor
+
+    names = [f"<row_{i}_col_{j}>" for i in (1, 2, 3) for j in (1, 2, 3)]
+    marks = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *names, *NEWLINES]
+    words, count = tokenizer(marks, image_token="<image>")
+    words.add_tokens(marks, special_tokens=True)
+    config = Idefics3Config(
+        vision_config={**VISION, "num_hidden_layers": 3, "image_size": 32},
+        text_config={"model_type": "llama", **TEXT, "vocab_size": count, "tie_word_embeddings": False},
+        image_token_id=5,
+        scale_factor=2,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+    images = Idefics3ImageProcessor(size={"longest_edge": 96}, max_image_size={"longest_edge": 32})
+    processor = Idefics3Processor(images, words, image_seq_len=16, chat_template=LLAVA_CHAT)
+    save(widen(Idefics3ForConditionalGeneration(config)), processor, folder)
+
+
 BUILDERS = {
+    "onevision_video": onevision,
+    "qwen2_video": qwen2,
+    "qwen25_video": qwen25,
+    "idefics3": idefics3,
+    "internvl": internvl,
+    "gemma3": gemma3,
     "llava": llava,
     "llava_siglip": lambda folder: llava(folder, "siglip", layer=-1),
     "llava_next": llava_next,
@@ -260,4 +377,5 @@ BUILDERS = {
     "qwen2": qwen2,
     "qwen25": qwen25,
     "qwen3": qwen3,
+    "qwen35": qwen35,
 }

@@ -20,11 +20,13 @@ from vtok.serving import (
     frames_layout,
     grid_layout,
     packed_crops_layout,
+    tiles_layout,
 )
 from vtok.serving.layouts import square_layout
 from vtok.serving.vllm_plugin.families import MODELS, choice_of
 from vtok.serving.vllm_plugin.plugin import check_model, check_release
 from vtok.serving.vllm_plugin.positions import Grid, placed, prompt_positions, with_columns, without_columns
+from vtok.serving.vllm_plugin.prompts import between, joined, shortened, woven
 
 SIDE, WIDTH = 6, 16
 PINPOINTS = [[24, 48], [48, 24], [48, 48], [24, 72], [72, 72]]  # views of 24 pixels, patches of 4
@@ -189,6 +191,10 @@ ARCHITECTURES = {
     "Qwen2-VL": "Qwen2VLForConditionalGeneration",
     "Qwen2.5-VL": "Qwen2_5_VLForConditionalGeneration",
     "Qwen3-VL": "Qwen3VLForConditionalGeneration",
+    "InternVL": "InternVLForConditionalGeneration",
+    "Gemma3": "Gemma3ForConditionalGeneration",
+    "Idefics3": "Idefics3ForConditionalGeneration",
+    "SmolVLM": "SmolVLMForConditionalGeneration",
 }
 
 
@@ -198,7 +204,7 @@ def test_a_config_says_what_the_model_itself_would(example):
     known, told = find(model)[0].info, MODELS[ARCHITECTURES[example]].info(model.config)
     for name in ("depth", "width", "num_heads", "num_kv_heads", "head_dim", "tower", "grid", "crops"):
         assert getattr(told, name) == getattr(known, name), name
-    assert set(ARCHITECTURES.values()) == set(MODELS)
+    assert {*ARCHITECTURES.values(), "Qwen3_5ForConditionalGeneration"} == set(MODELS)
 
 
 def test_models_releases_and_settings_are_checked_before_anything_is_loaded():
@@ -210,15 +216,49 @@ def test_models_releases_and_settings_are_checked_before_anything_is_loaded():
     with pytest.raises(vtok.UnsupportedModelError, match=r'builds blocks 0 to 0, .* as by "layer": 0'):
         check_model("LlavaForConditionalGeneration", config)
     with pytest.raises(
-        vtok.UnsupportedModelError, match="does not prune visual tokens of Gemma3ForConditionalGeneration in vLLM"
+        vtok.UnsupportedModelError, match="does not prune visual tokens of PaliGemmaForConditionalGeneration in vLLM"
     ):
-        check_model("Gemma3ForConditionalGeneration", config)
+        check_model("PaliGemmaForConditionalGeneration", config)
     config.vtok = "divprune"
     with pytest.raises(vtok.ConfigError, match="got 'divprune'"):
         check_model("LlavaForConditionalGeneration", config)
+    check_release("0.31.0")
     check_release("0.32.1+cpu")
-    with pytest.raises(vtok.UnsupportedModelError, match=r"found 0\.31\.0: install such a release, or serve"):
-        check_release("0.31.0")
+    with pytest.raises(vtok.UnsupportedModelError, match=r"found 0\.30\.0: install such a release, or serve"):
+        check_release("0.30.0")
+
+
+def test_what_stands_for_an_image_gets_shorter():
+    full, visual = [7, 5, 5, 5, 5, 8, 5, 5, 9], [False, True, True, True, True, False, True, True, False]
+    assert shortened(full, visual, 2, 1) == [7, 5, 5, 8, 5, 9]  # three pieces, each by itself
+    with pytest.raises(vtok.StateError, match="4 placeholders of an image stand together, which are no pieces of 3"):
+        shortened(full, visual, 3, 1)
+    assert between(full, visual) == [5, 5, 5, 5, 8, 5, 5]
+    assert joined(full, visual, 2) == [7, 5, 5, 5, 9]  # two that stay, and the word between
+
+
+@pytest.mark.parametrize("rows", [[0, 5], [1, 2], [4, 5], [0, 1, 2, 3, 4, 5], [3]])
+def test_words_between_visual_tokens_keep_their_place(rows):
+    visual = torch.tensor([True, True, False, True, True, False, False, True, True])
+    words, tokens = torch.randn(9, 4), torch.randn(len(rows), 4)
+    out = woven(words, visual, torch.tensor(rows), tokens)
+    expected, number, places = [], 0, dict(zip(rows, tokens))
+    for i, here in enumerate(visual.tolist()):
+        if not here:
+            expected.append(words[i])
+        elif number in places:
+            expected.append(places[number])
+        number += here
+    assert torch.equal(out, torch.stack(expected))
+
+
+@pytest.mark.parametrize("tiles", [1, 5])
+def test_tiles_are_laid_out_as_in_transformers(tiles):
+    vision = SimpleNamespace(image_size=24, patch_size=4)
+    model = SimpleNamespace(config=SimpleNamespace(vision_config=vision, scale_factor=2))
+    x = torch.randn(9 * tiles, WIDTH)
+    layout = tiles_layout(tiles, 3, 3)
+    assert layout.views == hf_views.tiles(model, "image", 0, 0, x, {}) and layout.tower_views == tiles
 
 
 def test_coordinates_survive_bf16():

@@ -27,34 +27,42 @@ The plug-in for vLLM (`vtok.serving.vllm_plugin`) registers itself when `vtok` i
 `LLM(model, hf_overrides={"vtok": {...}})` is the same, and so is a key `"vtok"` in the model's config.json. Without the key
 vLLM runs its own classes. The worker logs one line with the resolved settings; clients see fewer `usage.prompt_tokens`.
 
-Served by vLLM 0.32: LLaVA-1.5 (CLIP and SigLIP towers), LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL and Qwen3-VL, with
-images. Qwen-VL keeps the positions that tokens had (`positions="original"`), the others number the shorter prompt anew
-(`"compact"`). `make test-vllm` compares greedy tokens with transformers and `vtok.prune_inputs` on the same tiny random
-weights, in fp32 on a CPU: pictures of many sizes in a batch, several in a prompt, the same again, requests without any, prefix
-cache on and off, chunks of a prompt that end inside and around images, blocks that run out, aborted requests; and `vllm serve`
-under 1, 8 and 32 requests at once.
+Served by vLLM 0.31 and 0.32, with images: LLaVA-1.5 (CLIP and SigLIP towers), LLaVA-NeXT, LLaVA-OneVision, InternVL as
+transformers has it, Gemma 3, Idefics3, SmolVLM, Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5; with videos too: LLaVA-OneVision,
+Qwen2-VL and Qwen2.5-VL. Qwen keeps the positions that tokens had (`positions="original"`), the others number the shorter
+prompt anew (`"compact"`). `make test-vllm` compares greedy tokens with transformers and `vtok.prune_inputs` on the same tiny
+random weights, in fp32 on a CPU: pictures of many sizes in a batch, several in a prompt, the same again, requests without
+any, prefix cache on and off, chunks of a prompt that end inside and around images, blocks that run out, aborted requests; and
+`vllm serve` under 1, 8 and 32 requests at once.
 
 What to know:
 
-* A random LLaVA of 26 M parameters (576 visual tokens, prompts of 600 tokens, 16 generated; fp32 on two CPU cores that others
-  used as well) answered 0.97, 1.18 and 0.97 requests a second at 1, 8 and 16 at once, and with `todre` (`keep_tokens=64`,
-  prompts of 88) 2.09, 4.42 and 3.77; the first token came after 0.62, 5.35 and 13.72 s, and 0.16, 0.80 and 1.91 s. Two servers,
-  turn by turn in one run (`tests/vllm/load.py`): signs, not results.
-* Nothing here was run on a GPU, in bf16, with tensor or pipeline parallelism, torch.compile or published weights. In bf16 a
-  near tie may fall otherwise than in fp32; positions are exact (`vtok.serving.vllm_plugin.positions`).
+* Nothing here was run on a GPU, with tensor or pipeline parallelism, torch.compile or published weights, nor compared in bf16,
+  where a near tie may fall otherwise than in fp32; positions are exact (`vtok.serving.vllm_plugin.positions`).
+* Gemma 3 lets the tokens of a tile attend to each other both ways; vLLM's build for CPUs does not, and was compared with
+  transformers made to do the same. On GPUs vLLM finds the tokens that stay by their placeholders.
+* Qwen3.5 was compared without its layers of linear attention, which vLLM runs on a CPU in bf16 alone, and so without a prefix
+  cache; with them it was started in bf16, and answered with prompts as short as announced. SmolVLM shares the classes of
+  Idefics3 in vLLM and here, and was not run by itself: its processor needs a package more (num2words).
+* Of Idefics3 and SmolVLM all tiles of an image compete, each image by itself (`prune_inputs` lets those of all images of a
+  prompt); names of tiles between them are placeholders in the prompt, and come with the features.
+* Videos of one batch may differ in length, which vLLM's own LLaVA-OneVision fails on. Text behind a video is numbered as vLLM
+  numbers it, behind the last position in time, height or width; transformers 5.24 leaves time out.
 * Among exact copies (newline tokens of LLaVA-NeXT and LLaVA-OneVision) todre and divprune keep one, and rounding says which.
 * vLLM counts budget and cache of its encoder in tokens that stay: as many times more pictures may enter the vision tower in one
   step. `--max-num-seqs` and `--max-num-batched-tokens` bound them.
-* Refused in a sentence, most of it before anything is loaded: other releases and models, methods as above, videos, a method
-  that looks at the tower together with tensor parallelism or with features that a client sends, speculative decoding, LoRA on
-  the tower, vLLM's own --video-pruning-rate on Qwen-VL, and prompts of Qwen-VL that end with an image.
+* Refused in a sentence, most of it before anything is loaded: other releases and models, methods as above, other videos, a
+  method that looks at the tower together with tensor parallelism or with features that a client sends, speculative decoding,
+  LoRA on the tower, vLLM's own --video-pruning-rate on Qwen-VL, and prompts of Qwen-VL that end with an image or a video.
+* The whole comparison was run with vLLM 0.32; with 0.31 one method each on LLaVA-1.5, Idefics3, Qwen2-VL and Qwen3-VL. vLLM
+  0.30 calls its processors otherwise, and 0.33 has no build for CPUs: both are refused.
 * Processes of one engine, and engines that share a cache, tell different settings apart by keys of cached images.
 """
 
 from vtok.core.prompt import View, VLMInfo
 from vtok.core.tower import TowerBlock, TowerFacts
 from vtok.serving.choice import Kept, TokenChoice, choose_tokens
-from vtok.serving.layouts import ImageLayout, frames_layout, grid_layout, packed_crops_layout
+from vtok.serving.layouts import ImageLayout, frames_layout, grid_layout, packed_crops_layout, tiles_layout
 from vtok.serving.tower import block_of
 
 __all__ = [
@@ -70,4 +78,5 @@ __all__ = [
     "frames_layout",
     "grid_layout",
     "packed_crops_layout",
+    "tiles_layout",
 ]

@@ -35,7 +35,7 @@ class ImageLayout(NamedTuple):
     @property
     def tower_views(self) -> int:
         """V; of videos, their frames."""
-        return len(self.views) if self.cut is None else len(self.cut.whole)
+        return sum(not view.newline for view in self.views) if self.cut is None else len(self.cut.whole)
 
 
 def grid_layout(rows: int, columns: int) -> ImageLayout:
@@ -47,6 +47,13 @@ def square_layout(n: int) -> ImageLayout:
     """A square grid of n tokens; one row where n is no square."""
     side = math.isqrt(n)
     return grid_layout(side, side) if side * side == n else grid_layout(1, n)
+
+
+def tiles_layout(tiles: int, rows: int, columns: int) -> ImageLayout:
+    """Tiles one behind the other, the last of which shows the whole image (Idefics3, SmolVLM)."""
+    size = rows * columns
+    cut = Cut((*[False] * (tiles - 1), True), tuple(range(tiles)), size)
+    return ImageLayout(tuple(View(i * size, rows, columns) for i in range(tiles)), cut=cut)
 
 
 def frames_layout(frames: int, rows: int, columns: int, modality: str = "image", newline: bool = False) -> ImageLayout:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vtok.core.prompt import VLMInfo
@@ -104,19 +105,62 @@ def llava(config: Any) -> VLMInfo:
 
 
 def llava_next(config: Any) -> VLMInfo:
-    """LLaVA-NeXT and LLaVA-OneVision, the latter with images alone."""
+    """LLaVA-NeXT."""
     tower = _tower(config)
     if tower.prefix_kept:
         raise UnsupportedModelError(
             'vtok lays out crops without the class token of the vision tower, found vision_feature_select_strategy="full"'
         )
-    return VLMInfo("LLaVA with crops, which vtok serves with images alone,", **_text(config), tower=tower, crops=True)
+    return VLMInfo("LLaVA with crops", **_text(config), tower=tower, crops=True)
+
+
+def onevision(config: Any) -> VLMInfo:
+    """LLaVA-OneVision."""
+    return replace(llava_next(config), name="LLaVA-OneVision", videos=True)
+
+
+_PACKED = "it runs the patches of all images as one sequence, cut where images end"
 
 
 def qwen_vl(config: Any) -> VLMInfo:
-    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL."""
-    why = "it runs the patches of all images as one sequence, cut where images end"
-    return VLMInfo("Qwen-VL, which vtok serves with images alone,", **_text(config), no_tower=why)
+    """Qwen2-VL and Qwen2.5-VL."""
+    return VLMInfo("Qwen-VL", **_text(config), no_tower=_PACKED, videos=True)
+
+
+def qwen3_vl(config: Any) -> VLMInfo:
+    """Qwen3-VL and Qwen3.5, which have text between the frames of a video."""
+    return VLMInfo("Qwen-VL, which vtok serves with images alone from Qwen3-VL on,", **_text(config), no_tower=_PACKED)
+
+
+def internvl(config: Any) -> VLMInfo:
+    """InternVL as transformers has it: tiles whose patches are folded by pixel shuffle."""
+    vision = config.vision_config
+    patches = [size // patch for size, patch in zip(vision.image_size, vision.patch_size)]
+    rows, columns = (int(side * config.downsample_ratio) for side in patches)
+    tower = _whole_tower(vision, 1, patches[0] * patches[1])
+    return VLMInfo(
+        "InternVL, which vtok serves with images alone,", **_text(config), tower=tower, grid=(rows, columns), crops=True
+    )
+
+
+def gemma3(config: Any) -> VLMInfo:
+    """Gemma 3: tiles whose patches are pooled to a square of tokens."""
+    vision, side = config.vision_config, math.isqrt(config.mm_tokens_per_image)
+    tower = _whole_tower(vision, 0, (vision.image_size // vision.patch_size) ** 2)
+    return VLMInfo("Gemma 3", **_text(config), tower=tower, grid=(side, side))
+
+
+def idefics3(config: Any) -> VLMInfo:
+    """Idefics3 and SmolVLM: tiles with names in front, all of an image pruned together."""
+    vision = config.vision_config
+    tower = _whole_tower(vision, 0, (vision.image_size // vision.patch_size) ** 2)
+    return VLMInfo("Idefics3", **_text(config), tower=tower, crops=True)
+
+
+def _whole_tower(vision: Any, prefix: int, patches: int) -> TowerFacts:
+    """A tower whose last layer the features come from."""
+    depth, heads = vision.num_hidden_layers, vision.num_attention_heads
+    return TowerFacts(depth, prefix > 0, prefix, depth - 1, vision.hidden_size, heads, vision.hidden_size // heads, patches)
 
 
 _HERE = "vtok.serving.vllm_plugin."
@@ -125,8 +169,13 @@ _HERE = "vtok.serving.vllm_plugin."
 MODELS: dict[str, ServedModel] = {
     "LlavaForConditionalGeneration": ServedModel(_HERE + "llava:VtokLlava", llava),
     "LlavaNextForConditionalGeneration": ServedModel(_HERE + "llava_next:VtokLlavaNext", llava_next),
-    "LlavaOnevisionForConditionalGeneration": ServedModel(_HERE + "llava_next:VtokOnevision", llava_next),
+    "LlavaOnevisionForConditionalGeneration": ServedModel(_HERE + "llava_next:VtokOnevision", onevision),
+    "InternVLForConditionalGeneration": ServedModel(_HERE + "tiles:VtokInternVL", internvl),
+    "Gemma3ForConditionalGeneration": ServedModel(_HERE + "tiles:VtokGemma3", gemma3),
+    "Idefics3ForConditionalGeneration": ServedModel(_HERE + "marked_tiles:VtokIdefics3", idefics3),
+    "SmolVLMForConditionalGeneration": ServedModel(_HERE + "marked_tiles:VtokSmolVLM", idefics3),
     "Qwen2VLForConditionalGeneration": ServedModel(_HERE + "qwen_vl:VtokQwen2", qwen_vl),
     "Qwen2_5_VLForConditionalGeneration": ServedModel(_HERE + "qwen_vl:VtokQwen25", qwen_vl),
-    "Qwen3VLForConditionalGeneration": ServedModel(_HERE + "qwen_vl:VtokQwen3", qwen_vl),
+    "Qwen3VLForConditionalGeneration": ServedModel(_HERE + "qwen_vl:VtokQwen3", qwen3_vl),
+    "Qwen3_5ForConditionalGeneration": ServedModel(_HERE + "qwen_vl:VtokQwen35", qwen3_vl),
 }

@@ -15,7 +15,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vtok.serving.layouts import ImageLayout, square_layout
 from vtok.serving.vllm_plugin.processor import ServedProcessor
-from vtok.serving.vllm_plugin.worker import TowerWatch, start
+from vtok.serving.vllm_plugin.worker import start, watch
 
 _NAME = "LlavaForConditionalGeneration"
 
@@ -37,7 +37,7 @@ class VtokLlava(LlavaForConditionalGeneration):
         self_choice = start(_NAME, vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.vtok = self_choice
-        self.vtok_watch = watch(self, self_choice)
+        self.vtok_watch = watch(self.vision_tower.vision_model.encoder.layers, self_choice)
 
     def _process_image_input(self, image_input: Any) -> Any:
         features = super()._process_image_input(image_input)
@@ -47,10 +47,3 @@ class VtokLlava(LlavaForConditionalGeneration):
         if not isinstance(features, torch.Tensor):  # features that a client sent, of any length
             return [self.vtok.choose(x[None], square_layout(len(x))).tokens[0] for x in features]
         return list(self.vtok.choose(features, square_layout(features.shape[1]), tower, self.multi_modal_projector).tokens)
-
-
-def watch(model: Any, choice: Any) -> TowerWatch:
-    """Sees the blocks that a choice looks at."""
-    facts = None if choice is None else choice.info.tower
-    blocks = () if choice is None else choice.tower_blocks
-    return TowerWatch(model.vision_tower, blocks, 0 if facts is None else facts.num_prefix)

@@ -1,10 +1,11 @@
 """LLaVA-NeXT and LLaVA-OneVision: a view of the whole image, and crops joined to one grid with a newline behind every row.
 
-Images alone: videos are not served together with the key.
+A video of LLaVA-OneVision is a small grid of tokens for every frame, and one newline behind them all.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -24,10 +25,9 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems
 
 from vtok.errors import ConfigError
-from vtok.serving.layouts import ImageLayout, packed_crops_layout
-from vtok.serving.vllm_plugin.llava import watch
-from vtok.serving.vllm_plugin.processor import ImagesOnly, ServedProcessor
-from vtok.serving.vllm_plugin.worker import start
+from vtok.serving.layouts import ImageLayout, frames_layout, packed_crops_layout
+from vtok.serving.vllm_plugin.processor import ServedProcessor
+from vtok.serving.vllm_plugin.worker import start, watch
 
 
 def crops_of(config: Any, height: int, width: int) -> ImageLayout:
@@ -38,10 +38,18 @@ def crops_of(config: Any, height: int, width: int) -> ImageLayout:
     return packed_crops_layout((height, width), config.image_grid_pinpoints, vision.image_size, vision.patch_size, most)
 
 
+def frames_of(config: Any, n: int) -> ImageLayout:
+    """How a video of n tokens is laid out."""
+    side = math.ceil(config.vision_config.image_size // config.vision_config.patch_size / 2)
+    return frames_layout((n - 1) // side**2, side, side, "video", newline=True)
+
+
 class CropProcessor(ServedProcessor):
     """Put in front of vLLM's processor of a LLaVA that cuts images into crops."""
 
     def layout_of(self, modality: str, number: int, n: int, items: Any, made: Any) -> ImageLayout:
+        if modality == "video":
+            return frames_of(self.info.get_hf_config(), n)  # type: ignore[attr-defined]
         images = items.get_items(modality, (ImageEmbeddingItems, ImageProcessorItems))
         if isinstance(images, ImageEmbeddingItems):
             raise ConfigError("features of an image do not say how its crops were joined, which vtok must know: send pixels")
@@ -58,7 +66,7 @@ class CropModel:
         choice = start(self.architecture, vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.vtok = choice
-        self.vtok_watch = watch(self, choice)
+        self.vtok_watch = watch(self.vision_tower.vision_model.encoder.layers, choice)  # type: ignore[attr-defined]
 
     def _process_image_input(self, image_input: Any) -> Any:
         features = super()._process_image_input(image_input)  # type: ignore[misc]
@@ -99,10 +107,6 @@ class VtokLlavaNext(CropModel, LlavaNextForConditionalGeneration):
     architecture = "LlavaNextForConditionalGeneration"
 
 
-class VtokOnevisionInfo(ImagesOnly, LlavaOnevisionProcessingInfo):
-    """vLLM's info without videos."""
-
-
 class VtokOnevisionProcessor(CropProcessor, LlavaOnevisionMultiModalProcessor):
     """vLLM's processor with fewer placeholders."""
 
@@ -110,9 +114,22 @@ class VtokOnevisionProcessor(CropProcessor, LlavaOnevisionMultiModalProcessor):
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    VtokOnevisionProcessor, info=VtokOnevisionInfo, dummy_inputs=LlavaOnevisionDummyInputsBuilder
+    VtokOnevisionProcessor, info=LlavaOnevisionProcessingInfo, dummy_inputs=LlavaOnevisionDummyInputsBuilder
 )
 class VtokOnevision(CropModel, LlavaOnevisionForConditionalGeneration):
     """vLLM's LLaVA-OneVision, which hands the LLM the features that stay."""
 
     architecture = "LlavaOnevisionForConditionalGeneration"
+
+    def _process_video_pixels(self, inputs: Any) -> Any:
+        features = super()._process_video_pixels(inputs)
+        if self.vtok is None:
+            return features
+        tower, first, kept = self.vtok_watch.take(), 0, []
+        for x in features:
+            x = x.flatten(0, -2)
+            layout = frames_of(self.config, len(x))
+            views = range(first, first + layout.tower_views)
+            kept.append(self._vtok_kept(x, layout, {name: block.only(views) for name, block in tower.items()}, None))
+            first += layout.tower_views
+        return kept

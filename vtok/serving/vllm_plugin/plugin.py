@@ -8,7 +8,7 @@ from typing import Any
 from vtok.errors import UnsupportedModelError
 from vtok.serving.vllm_plugin.families import MODELS, choice_of, settings_of
 
-RELEASES = ("0.32",)  # of vLLM, that vtok was run with
+RELEASES = ("0.31", "0.32")  # of vLLM, that vtok was run with
 _PREFIX = "Vtok"  # vtok's classes are registered under vLLM's names with this in front
 
 log = logging.getLogger("vllm.vtok")

@@ -7,12 +7,13 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from vllm.multimodal.parse import EmbeddingItems
-from vllm.multimodal.processing import PromptReplacement
+from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 
 from vtok.errors import ConfigError
 from vtok.serving.choice import TokenChoice
 from vtok.serving.layouts import ImageLayout
 from vtok.serving.vllm_plugin.families import choice_of
+from vtok.serving.vllm_plugin.prompts import shortened
 
 
 class ImagesOnly:
@@ -33,7 +34,7 @@ class ServedProcessor:
     architecture: ClassVar[str]
 
     def layout_of(self, modality: str, number: int, n: int, items: Any, made: Any) -> ImageLayout:
-        """How the n tokens of one image or video are laid out.
+        """How the n tokens of one image or video are laid out; of one made of tiles that are pruned by themselves: of a tile.
 
         Args:
             modality: "image" or "video".
@@ -43,6 +44,17 @@ class ServedProcessor:
             made: what the Hugging Face processor made of them.
         """
         raise NotImplementedError
+
+    def placeholders(self, full: list[int], visual: list[bool], layout: ImageLayout, choice: TokenChoice) -> list[int]:
+        """What stands for an image in the prompt once tokens have left; all placeholders get features.
+
+        Args:
+            full: what stands for it otherwise.
+            visual: of each of these tokens, whether it is a placeholder.
+            layout: of the image, or of each of the pieces that are pruned by themselves.
+            choice: says how many stay.
+        """
+        return shortened(full, visual, layout.length, choice.count(layout))
 
     @cached_property
     def choice(self) -> TokenChoice | None:
@@ -61,7 +73,7 @@ class ServedProcessor:
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
         if self.choice is None:
             return updates
-        return [self._shorter(update, mm_items, out_mm_kwargs) for update in updates if update.modality == "image"]
+        return [self._shorter(update, mm_items, out_mm_kwargs) for update in updates]
 
     def _shorter(self, update: Any, items: Any, made: Any) -> Any:
         """The same prompt update with the placeholders of tokens that stay."""
@@ -69,15 +81,25 @@ class ServedProcessor:
         assert choice is not None
         modality = update.modality
 
-        def replacement(number: int) -> list[int]:
-            whole = update.replacement(number)
-            if not isinstance(whole, list) or len(set(whole)) > 1:
+        def replacement(number: int) -> Any:
+            full, visual = parts(update.replacement(number))
+            marks = {token for token, here in zip(full, visual) if here}
+            if len(marks) != 1 or any(token in marks for token, here in zip(full, visual) if not here):
                 raise ConfigError(f"vtok shortens rows of one placeholder, and this model lays out an {modality} otherwise")
             if choice.tower_blocks and isinstance(items.get(modality), EmbeddingItems):
                 raise ConfigError(
                     f"{choice.config.name} looks at the vision tower, and features of images came without it: send pixels, or "
                     "serve a method that looks at features alone, such as divprune"
                 )
-            return whole[: choice.count(self.layout_of(modality, number, len(whole), items, made))]
+            layout = self.layout_of(modality, number, sum(visual), items, made)
+            short = self.placeholders(full, visual, layout, choice)
+            return short if all(visual) else PromptUpdateDetails.select_token_id(short, marks.pop())
 
         return PromptReplacement(modality=modality, target=update.target, replacement=replacement)
+
+
+def parts(found: Any) -> tuple[list[int], list[bool]]:
+    """(tokens that stand for an image or a video, of each whether it is a placeholder), of what vLLM puts into a prompt."""
+    if not isinstance(found, PromptUpdateDetails):
+        return list(found), [True] * len(found)
+    return list(found.full), [True] * len(found.full) if found.is_embed is None else found.is_embed(found.full).tolist()

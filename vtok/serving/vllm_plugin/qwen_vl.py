@@ -3,7 +3,7 @@
 Which tokens stay is mostly known only when an image has been encoded: their coordinates travel as extra columns of features
 (`vtok.serving.vllm_plugin.positions`), which vLLM's runners hand to `recompute_mrope_positions` where "multimodal pruning" is
 on. vLLM turns that on by --video-pruning-rate alone; here the model does, in the worker. Methods that look at no feature need
-none of this. Videos are not served together with the key.
+none of this. Videos of Qwen2-VL and Qwen2.5-VL are served as well; the later ones have text between frames, and are not.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from vllm.model_executor.models.qwen2_vl import (
     Qwen2VLMultiModalProcessor,
     Qwen2VLProcessingInfo,
 )
+from vllm.model_executor.models.qwen3_5 import Qwen3_5ForConditionalGeneration, Qwen3_5ProcessingInfo
 from vllm.model_executor.models.qwen3_vl import (
     Qwen3VLDummyInputsBuilder,
     Qwen3VLForConditionalGeneration,
@@ -59,6 +60,10 @@ class GridProcessor(ServedProcessor):
         merge = self.info.get_hf_config().vision_config.spatial_merge_size  # type: ignore[attr-defined]
         return frames_layout(*_merged(made[modality][number][f"{modality}_grid_thw"].data.tolist(), merge), modality)
 
+    def placeholders(self, full: list[int], visual: list[bool], layout: ImageLayout, choice: TokenChoice) -> list[int]:
+        """As many as stay of the grid: what vLLM asks for is one less of a video where the model has turned pruning on."""
+        return [full[0]] * choice.count(layout) if all(visual) else super().placeholders(full, visual, layout, choice)
+
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """What vLLM measures its memory with: images, here with the text behind them that `apply` asks for."""
         found = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
@@ -69,12 +74,13 @@ class GridProcessor(ServedProcessor):
         """What vLLM's own makes of a request.
 
         Raises:
-            ConfigError: the prompt ends with an image: nothing says where the answer's positions begin.
+            ConfigError: the prompt ends with an image or a video: nothing says where the answer's positions begin.
         """
-        if inputs.prompt and inputs.prompt[-1] == self.info.get_hf_config().image_token_id:  # type: ignore[attr-defined]
+        config = self.info.get_hf_config()  # type: ignore[attr-defined]
+        if inputs.prompt and inputs.prompt[-1] in (config.image_token_id, config.video_token_id):
             raise ConfigError(
-                "the prompt ends with an image, and positions behind one that was pruned are told by the text there: end "
-                "with text, as chat templates do"
+                "the prompt ends with an image or a video, and positions behind one that was pruned are told by the text "
+                "there: end with text, as chat templates do"
             )
         return super().apply(inputs, *args, **kwargs)  # type: ignore[misc]
 
@@ -102,26 +108,47 @@ class GridModel:
 
     def _process_image_input(self, image_input: Any) -> Any:
         features = super()._process_image_input(image_input)  # type: ignore[misc]
-        if self.vtok is None:
-            return features
-        merge = self.visual.spatial_merge_size  # type: ignore[attr-defined]
-        grids = [_merged(size, merge) for size in image_input["image_grid_thw"].tolist()]
-        return tuple(self._vtok_kept(x, *grid) for x, grid in zip(features, grids))
+        return features if self.vtok is None else self._vtok_kept(features, image_input, "image")
 
-    def _vtok_kept(self, x: Tensor, frames: int, rows: int, columns: int) -> Tensor:
-        """Of an image [n, D]: [k, D], with columns for coordinates [k, D + 6] where these are not known before."""
+    def _process_video_input(self, video_input: Any) -> Any:
+        features = super()._process_video_input(video_input)  # type: ignore[misc]
+        return features if self.vtok is None else self._vtok_kept(features, video_input, "video")
+
+    def _vtok_kept(self, features: Any, given: Any, modality: str) -> tuple[Tensor, ...]:
+        """Images or videos [n, D] -> [k, D], with columns for coordinates [k, D + 6] where these are not known before."""
         assert self.vtok is not None
+        merge = self.visual.spatial_merge_size  # type: ignore[attr-defined]
         width = self.config.get_text_config().hidden_size  # type: ignore[attr-defined]
-        kept = self.vtok.choose(x[None, :, :width], frames_layout(frames, rows, columns))
-        out = kept.apply(x[None])[0]  # features of deeper tower layers stand beside
-        if self.vtok.fixed_rows:
-            return out
-        return with_columns(out, Grid(0, len(out), frames, rows, columns).coordinates(kept.rows[0]))
+        sizes = given[f"{modality}_grid_thw"].tolist()
+        seconds = given.get("second_per_grid_ts") if modality == "video" else None
+        out = []
+        for number, (x, size) in enumerate(zip(features, sizes)):
+            frames, rows, columns = _merged(size, merge)
+            kept = self.vtok.choose(x[None, :, :width], frames_layout(frames, rows, columns, modality))
+            part = kept.apply(x[None])[0]  # features of deeper tower layers stand beside
+            if not self.vtok.fixed_rows:
+                pace = self._vtok_pace(modality, None if seconds is None else seconds[number])
+                grid = Grid(0, len(part), frames, rows, columns, pace)
+                part = with_columns(part, grid.coordinates(kept.rows[0]))
+            out.append(part)
+        return tuple(out)
+
+    def _vtok_pace(self, modality: str, seconds: Any) -> float:
+        """Positions in time from one frame to the next, so many seconds later; `None` = not said."""
+        if modality == "image":
+            return 1.0
+        every = getattr(self.config.vision_config, "tokens_per_second", 1.0)  # type: ignore[attr-defined]
+        return float(every) * (1.0 if seconds is None else float(seconds))
 
     def _postprocess_image_embeds_evs(self, image_embeds_split: Any, image_input: Any) -> Any:
         if self.vtok is None:
             return super()._postprocess_image_embeds_evs(image_embeds_split, image_input)  # type: ignore[misc]
         return image_embeds_split
+
+    def _postprocess_video_embeds_evs(self, video_embeds_split: Any, video_input: Any) -> Any:
+        if self.vtok is None:
+            return super()._postprocess_video_embeds_evs(video_embeds_split, video_input)  # type: ignore[misc]
+        return video_embeds_split
 
     def get_encoder_cudagraph_config(self) -> Any:
         """None of the encoder is replayed from a graph: what is done with its output would be left out."""
@@ -138,9 +165,12 @@ class GridModel:
         assert self.vtok is not None
         merge = self.config.vision_config.spatial_merge_size  # type: ignore[attr-defined]
         for feature in sorted(mm_features, key=lambda one: one.mm_position.offset):
-            grid = _merged(feature.data["image_grid_thw"].data.tolist(), merge)
-            kept = self.vtok.rows(frames_layout(*grid)) if self.vtok.fixed_rows else None
-            yield Grid(feature.mm_position.offset, feature.mm_position.length, *grid, kept=kept)
+            data, modality = feature.data, feature.modality
+            grid = _merged(data[f"{modality}_grid_thw"].data.tolist(), merge)
+            kept = self.vtok.rows(frames_layout(*grid, modality)) if self.vtok.fixed_rows else None
+            seconds = data.get("second_per_grid_ts")
+            pace = self._vtok_pace(modality, None if seconds is None else seconds.data)
+            yield Grid(feature.mm_position.offset, feature.mm_position.length, *grid, pace=pace, kept=kept)
 
     def recompute_mrope_positions(
         self, input_ids: Any, multimodal_embeddings: Sequence[Tensor], mrope_positions: Tensor, num_computed_tokens: int
@@ -154,7 +184,8 @@ class GridModel:
         with gpu_sync_allowed():
             if parts:
                 ids = torch.as_tensor(input_ids, device=mrope_positions.device)
-                media = ids == self.config.image_token_id  # type: ignore[attr-defined]
+                config = self.config  # type: ignore[attr-defined]
+                media = (ids == config.image_token_id) | (ids == config.video_token_id)
                 mrope_positions = placed(mrope_positions, media, [at for _, at in parts], num_computed_tokens)
             following = int(mrope_positions.max()) + 1
         return [x for x, _ in parts], mrope_positions, following - mrope_positions.shape[1]
@@ -184,25 +215,17 @@ def _complete(runner: Any) -> None:
 _complete(CPUModelRunner)
 
 
-class VtokQwen2Info(ImagesOnly, Qwen2VLProcessingInfo):
-    """vLLM's info without videos."""
-
-
 class VtokQwen2Processor(GridProcessor, Qwen2VLMultiModalProcessor):
     """vLLM's processor with fewer placeholders."""
 
     architecture = "Qwen2VLForConditionalGeneration"
 
 
-@MULTIMODAL_REGISTRY.register_processor(VtokQwen2Processor, info=VtokQwen2Info, dummy_inputs=Qwen2VLDummyInputsBuilder)
+@MULTIMODAL_REGISTRY.register_processor(VtokQwen2Processor, info=Qwen2VLProcessingInfo, dummy_inputs=Qwen2VLDummyInputsBuilder)
 class VtokQwen2(GridModel, Qwen2VLForConditionalGeneration):
     """vLLM's Qwen2-VL, which hands the LLM the features that stay."""
 
     architecture = "Qwen2VLForConditionalGeneration"
-
-
-class VtokQwen25Info(ImagesOnly, Qwen2_5_VLProcessingInfo):
-    """vLLM's info without videos."""
 
 
 class VtokQwen25Processor(GridProcessor, Qwen2_5_VLMultiModalProcessor):
@@ -211,7 +234,9 @@ class VtokQwen25Processor(GridProcessor, Qwen2_5_VLMultiModalProcessor):
     architecture = "Qwen2_5_VLForConditionalGeneration"
 
 
-@MULTIMODAL_REGISTRY.register_processor(VtokQwen25Processor, info=VtokQwen25Info, dummy_inputs=Qwen2_5_VLDummyInputsBuilder)
+@MULTIMODAL_REGISTRY.register_processor(
+    VtokQwen25Processor, info=Qwen2_5_VLProcessingInfo, dummy_inputs=Qwen2_5_VLDummyInputsBuilder
+)
 class VtokQwen25(GridModel, Qwen2_5_VLForConditionalGeneration):
     """vLLM's Qwen2.5-VL, which hands the LLM the features that stay."""
 
@@ -233,3 +258,20 @@ class VtokQwen3(GridModel, Qwen3VLForConditionalGeneration):
     """vLLM's Qwen3-VL, which hands the LLM the features that stay."""
 
     architecture = "Qwen3VLForConditionalGeneration"
+
+
+class VtokQwen35Info(ImagesOnly, Qwen3_5ProcessingInfo):
+    """vLLM's info without videos."""
+
+
+class VtokQwen35Processor(GridProcessor, Qwen3VLMultiModalProcessor):
+    """vLLM's processor with fewer placeholders."""
+
+    architecture = "Qwen3_5ForConditionalGeneration"
+
+
+@MULTIMODAL_REGISTRY.register_processor(VtokQwen35Processor, info=VtokQwen35Info, dummy_inputs=Qwen3VLDummyInputsBuilder)
+class VtokQwen35(GridModel, Qwen3_5ForConditionalGeneration):
+    """vLLM's Qwen3.5, which hands the LLM the features that stay."""
+
+    architecture = "Qwen3_5ForConditionalGeneration"

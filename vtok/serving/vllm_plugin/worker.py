@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
@@ -46,35 +47,51 @@ def start(architecture: str, vllm_config: Any) -> TokenChoice | None:
 
 
 class TowerWatch:
-    """Sees queries, keys and values of some blocks of a CLIP or SigLIP tower, and what leaves them, while it encodes images.
+    """Sees queries, keys and values of some blocks of a vision tower, and what leaves them, while it encodes images.
 
     Args:
-        tower: of the model, `CLIPVisionModel` or `SiglipVisionModel` of vLLM.
+        layers: of the tower: of vLLM's CLIP, SigLIP, Idefics3 (one projection to all three) or InternVL (one each).
         blocks: 0-based.
         num_prefix: tokens in front of the patches.
     """
 
-    def __init__(self, tower: Any, blocks: Sequence[int], num_prefix: int):
+    def __init__(self, layers: Any, blocks: Sequence[int], num_prefix: int):
         self.num_prefix = num_prefix
-        self._layers = {block: tower.vision_model.encoder.layers[block] for block in blocks}
-        self._qkv: dict[int, Tensor] = {}
-        self._left: dict[int, Tensor] = {}
-        for block, layer in self._layers.items():
-            layer.self_attn.qkv_proj.register_forward_hook(self._hook(self._qkv, block))
-            layer.register_forward_hook(self._hook(self._left, block))
+        self._layers = {block: layers[block] for block in blocks}
+        self._seen: dict[Any, Tensor] = {}
+        for layer in self._layers.values():
+            for module in (layer, *_projections(layer)):
+                module.register_forward_hook(self._keep)
 
-    @staticmethod
-    def _hook(found: dict[int, Tensor], block: int) -> Any:
-        def keep(module: Any, args: Any, output: Any) -> None:
-            found[block] = output[0] if isinstance(output, tuple) else output
-
-        return keep
+    def _keep(self, module: Any, args: Any, output: Any) -> None:
+        self._seen[module] = output[0] if isinstance(output, tuple) else output
 
     def take(self) -> dict[int, TowerBlock]:
         """What the last pass of the tower left, all views of all images; nothing is kept of it here."""
         found = {}
         for block, layer in self._layers.items():
-            attention = layer.self_attn
-            qkv, left = self._qkv.pop(block), self._left.pop(block)
-            found[block] = block_of(qkv, attention.num_heads_per_partition, attention.scale, self.num_prefix, left)
+            qkv = torch.cat([self._seen.pop(module) for module in _projections(layer)], -1)
+            attention = _attention(layer)
+            heads = getattr(attention, "num_heads_per_partition", None) or attention.num_heads
+            found[block] = block_of(qkv, heads, attention.scale, self.num_prefix, self._seen.pop(layer))
         return found
+
+
+def watch(layers: Any, choice: TokenChoice | None) -> TowerWatch:
+    """Sees the blocks that a choice looks at, among the layers of a vision tower."""
+    facts = None if choice is None else choice.info.tower
+    return TowerWatch(layers, () if choice is None else choice.tower_blocks, 0 if facts is None else facts.num_prefix)
+
+
+def _attention(layer: Any) -> Any:
+    """Of a block of a vision tower."""
+    return layer.self_attn if hasattr(layer, "self_attn") else layer.attention
+
+
+def _projections(layer: Any) -> tuple[Any, ...]:
+    """Modules of a block from which queries, keys and values come, normalised where the block normalises them."""
+    attention = _attention(layer)
+    if hasattr(attention, "qkv_proj"):
+        return (attention.qkv_proj,)
+    normed = getattr(attention, "qk_normalization", False)
+    return (*((attention.q_norm, attention.k_norm) if normed else (attention.q_proj, attention.k_proj)), attention.v_proj)

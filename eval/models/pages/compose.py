@@ -26,7 +26,7 @@ INKS = {
 INK_NAMES = tuple(INKS)
 QUARTERS = 4
 WORDS_PER_PAGE = {1: (4, 5), 2: (6, 8), 3: (7, 9), 4: (7, 9)}  # quarters that are not blank -> from .. to
-_SHADE, _WIDEST = 12, 35
+_SHADE, _WIDEST, _SHIFT = 12, 38, 3
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,13 @@ def draw_page(split: str, number: int, full: bool = False) -> Page:
         quarters, count = list(range(QUARTERS)), draw.randint(LINES * COLUMNS // 2, LINES * COLUMNS)
     if split == "train":
         prints = _varied(prints, draw)
-    height = max(word.shape[0] for word in prints)
-    down = draw.randint(0, LINE - height - 2)
-    across = [draw.randint(0, COLUMN - _WIDEST - 2) for _ in range(COLUMNS)]
+    down = draw.choice((0, PATCH))  # words stand in one line of patches
     pixels = np.full((SIZE, SIZE, 3), 255.0)
     words = []
     for name, place in zip(draw.sample(range(len(NAMES)), count), _places(quarters, count, draw)):
         dark = prints[name]
-        left = place[1] * COLUMN + across[place[1]] + draw.randint(0, 2)
-        top = place[0] * LINE + down + draw.randint(0, 2)
+        left = place[1] * COLUMN + draw.randint(0, _SHIFT)
+        top = place[0] * LINE + down + draw.randint(0, PATCH - dark.shape[0])
         ink = draw.randrange(len(INKS))
         colour = [max(0, min(255, v + draw.randint(-_SHADE, _SHADE))) for v in INKS[INK_NAMES[ink]]]
         share = dark[..., None] / 255

@@ -15,6 +15,7 @@ from vtok.eval.models.reference_vlm import BOS, EOS, IMAGE, IMAGE_TOKEN, PAD, SP
 from vtok.writing import write
 
 TRAINED = "pages/trained.safetensors"
+MEAN, STD = 1.0, 0.5  # of pixels: white paper is zero
 VIEW = SIZE // 2  # side of a view in pixels
 SIDE = VIEW // PATCH  # and in patches
 
@@ -103,8 +104,8 @@ def make_print_processor() -> Any:
             size={"shortest_edge": VIEW},
             crop_size={"height": VIEW, "width": VIEW},
             image_grid_pinpoints=[[SIZE, SIZE]],
-            image_mean=[0.5] * 3,
-            image_std=[0.5] * 3,
+            image_mean=[MEAN] * 3,
+            image_std=[STD] * 3,
         ),
         tokenizer=make_tokenizer(WORDS),
         patch_size=PATCH,

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok.eval.models.pages.compose import Page, draw_page
-from vtok.eval.models.pages.model import SIDE, VIEW
+from vtok.eval.models.pages.model import MEAN, SIDE, STD, VIEW
 from vtok.eval.training.pages.looking import INK_WORDS, NAME_WORDS, NOTHING, UNCLEAR, Places, join, places_of
 from vtok.eval.training.turns import IGNORED
 
@@ -30,7 +30,7 @@ def views(pages: Tensor) -> Tensor:
     """Pages [B, 3, 168, 168] uint8 -> what the processor makes of them, [B, V, 3, 84, 84]: the page, then its quarters."""
     small = F.interpolate(pages, size=(VIEW,) * 2, mode="bicubic", antialias=True, align_corners=False)
     crops = pages.unflatten(3, (2, VIEW)).unflatten(2, (2, VIEW)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    return torch.cat((small[:, None], crops), 1).float() / 127.5 - 1
+    return torch.cat((small[:, None], crops), 1).float().div(255).sub(MEAN).div(STD)
 
 
 def pixels_of(pages: Sequence[Page]) -> Tensor:

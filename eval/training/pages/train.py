@@ -62,15 +62,15 @@ class Recipe:
     """
 
     pages: int = 4096
-    read: Stage = field(default_factory=lambda: Stage(PATCH, 4, 1e-3, 0.05))
-    answer: Stage = field(default_factory=lambda: Stage(PATCH, 3, 1.5e-3, 0.02))
-    read_batch_size: int = 16
+    read: Stage = field(default_factory=lambda: Stage(PATCH, 2, 1e-3, 0.03))
+    answer: Stage = field(default_factory=lambda: Stage(PATCH, 2, 1.5e-3, 0.02))
+    read_batch_size: int = 8
     batch_size: int = 8
     turns: int = 16
     weights: tuple[int, ...] = (2, 2, 2, 3, 3)
     naming: float = 0.1
     looking: float = 0.2
-    guided: int = 700
+    guided: int = 500
     warmup: float = 0.04
     weight_decay: float = 0.05
     model: ReferencePrint = field(default_factory=ReferencePrint)
@@ -119,6 +119,9 @@ def build(recipe: Recipe) -> Any:
     for name, weight in model.model.language_model.layers.named_parameters():
         if name.endswith("proj.weight"):
             nn.init.normal_(weight, std=_SPREAD)
+    for layer in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
+        nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+    nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=0.3)
     return model
 
 

@@ -30,7 +30,7 @@ WORDS = (
     *NAMES,
 )
 
-TEST_PAGES = 180  # numbers 0, 1, ... of the test split
+TEST_PAGES = 128  # numbers 0, 1, ... of the test split
 CALIBRATION_PAGES = range(1_000_000, 1_000_080)  # of the training split, which training does not reach
 BLIND = "pages/blind-answers.json"
 Asked = tuple[str, str]  # question, answer

@@ -70,7 +70,7 @@ class Recipe:
     weights: tuple[int, ...] = (2, 2, 2, 3, 3)
     naming: float = 0.1
     looking: float = 0.2
-    guided: int = 500
+    guided: int = 700
     warmup: float = 0.04
     weight_decay: float = 0.05
     model: ReferencePrint = field(default_factory=ReferencePrint)

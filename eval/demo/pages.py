@@ -29,6 +29,7 @@ from vtok.eval.viz.prompt_overlay import by_cell, crops_grid, question_sheet, su
 
 SHOWN = ("random", "correlation", "hired", "divprune", "cdpruner", "fastv")
 SHOWN_TOKENS = 48
+POOLED = ("downsample",)  # whose tokens belong to no patch
 CROP_PAGES = 40  # on which the tokens of blank and of filled crops are counted
 
 
@@ -78,7 +79,7 @@ def kept_by_crop(model: VisionLanguageModel, data: VQAData, section: Section) ->
     filled = [{quarter_of(word.place) for word in draw_page("test", q.image).words} for q in chosen]
     found = {}
     for row in section.patched:
-        if row.method == "downsample":  # its tokens belong to no patch
+        if row.method in POOLED:
             continue
         left = survivors(model, _setting(row).apply(weight_sharing_copy(model.net)), data, chosen, new_tokens=1).left
         cells = by_cell(crops_grid(left, overview_tokens(model)))

@@ -6,6 +6,7 @@ The arguments are described where users find them, in `vtok.measuring`.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +30,7 @@ from vtok.eval.models.vlm import VisionLanguageModel
 from vtok.eval.runs.loader import parse_setting
 from vtok.eval.runs.models import model_kinds, options_class
 from vtok.eval.runs.names import check_methods
-from vtok.eval.runs.schema import BUNDLED_DATA
+from vtok.eval.runs.schema import BUNDLED_DATA, REFERENCE
 from vtok.eval.tasks import TASKS
 from vtok.targets import vlm_targets
 from vtok.targets.resolve import require_module
@@ -88,9 +89,13 @@ def evaluate(
     run = TASKS.get(task)
     settings = settings_of(methods)
     named = model if isinstance(model, str) else None
+    if named == REFERENCE:  # its short name, of the command line
+        model = named = "reference-vit"
     brought = BUNDLED_DATA.get(named or "", {}).get(task)
     if data is None and brought is None:
-        raise ConfigError(f"evaluate needs data: pass data=..., the folder, file or name of the data of task {task}")
+        near = difflib.get_close_matches(named or "", BUNDLED_DATA, n=1, cutoff=0.7)
+        hint = f"; of {near[0]}, if that was meant, they come with vtok" if near and near[0] != named else ""
+        raise ConfigError(f"evaluate needs data: pass data=..., the folder, file or name of the data of task {task}{hint}")
     kind = options_class(task)
     names = [field.name for field in dataclasses.fields(kind)]
     for name in options:

@@ -9,6 +9,7 @@ import vtok
 from vtok.patches.hf_vlm import image_features as hf
 from vtok.patches.hf_vlm.families import find
 from vtok.testing.generic_models import listed
+from vtok.testing.trials import trial
 
 LISTED = listed()
 FAST = ("aya_vision", "mistral3", "glm4v", "qwen3_5", "qwen3_vl_moe", "exaone4_5")  # sliding, plain, M-RoPE, hybrid, DeepStack
@@ -25,12 +26,22 @@ BY_HAND = {
     "llama4": "chunks of attention begin every so many stored tokens",
     **dict.fromkeys(("dots3_note", "minimax_m3_vl"), "sparse attention chooses among stored tokens"),
 }
+HYBRIDS = (
+    "lfm2_vl",
+    "lfm3_vl",
+    "minicpm_ocr",
+    "minicpmv4_6",
+    "minicpmv4_7",
+    "qwen3_5",
+    "qwen3_5_moe",
+)
 NUMBERED_ANEW = ("llama4", "minimax_m3_vl")  # attention within chunks, or to blocks that are found by positions
 OWN_CACHE = ("dots3_note", "nemotron_h_omni")  # with a cache the unpatched models themselves say something else than without
 CACHED_ALONE = ("ernie4_5_vl_moe",)  # generate(use_cache=False) of the unpatched model fails
 OWN_NUMBERS = ("exaone4_5", "hyperclovax_vision_v2")  # generate() passes them no positions
+FEW_TOKENS = ("gemma4",)  # two of an image at most
 ON_FRAMES = ("evs", "fastvid", "vidcom2")
-NEEDS_MORE = ("dart",)  # visual tokens than these prompts have
+NEEDS_MORE = ("dart", "sparsevlm")  # visual tokens than these prompts have
 
 
 def each(names, fast=()):
@@ -90,6 +101,42 @@ def by_hand(model, values, keep, features, compact=False):
     return torch.stack(rows)
 
 
+def by_hand_between(model, values, layer, keep):
+    """Logits [B, V] of the last column: the unpatched model, row by row and without padding, whose layers from `layer` on are
+    handed the columns that stay [B, L] of what reaches them, without a cache."""
+    (vlm,) = find(model)
+    rows = []
+    for b in range(len(keep)):
+        at = values["attention_mask"][b].nonzero()[:, 0]
+        left = keep[b, at].nonzero()[:, 0]
+
+        def narrow(module, args, kwargs, left=left, first=vlm.text.layers[layer]):
+            (x, *more), call = args, {**kwargs, "attention_mask": None}
+            for name in ("position_embeddings", "position_ids"):
+                value = call.get(name)
+                call[name] = tuple(t[..., left, :] for t in value) if isinstance(value, tuple) else value
+            return ((x[:, left] if module is first else x, *more), {**call, "position_ids": None})
+
+        handles = [block.register_forward_pre_hook(narrow, with_kwargs=True) for block in vlm.text.layers[layer:]]
+        handles.append(
+            vlm.text.register_forward_pre_hook(
+                lambda m, args, kwargs, b=b, at=at: (args, _row(kwargs, b, at, False)), with_kwargs=True
+            )
+        )
+        with torch.no_grad():
+            rows.append(model(**{name: copy.copy(value) for name, value in values.items()}, use_cache=False).logits[0, -1])
+        for handle in handles:
+            handle.remove()
+    return torch.stack(rows)
+
+
+def longer(values, ids):
+    """Inputs with text behind them: [B, T] ids."""
+    more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    more |= {name: torch.zeros_like(ids).to(x.dtype) for name, x in values.items() if "type_ids" in name}
+    return {name: torch.cat([x, more[name]], 1) if name in more else copy.copy(x) for name, x in values.items()}
+
+
 def generate(model, values, **kwargs):
     values = {key: copy.copy(value) for key, value in values.items()}
     out = model.generate(
@@ -98,5 +145,18 @@ def generate(model, values, **kwargs):
     return torch.stack(out.logits, 1)
 
 
-def close(found, expected):
-    assert (found - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max())
+def patched(model, method):
+    """With parameters that leave a tiny prompt something, at layers that the model allows."""
+    (vlm,) = find(model)
+    refused = None
+    for extra in ({}, *vtok.METHODS.get(method).alternatives(vlm.info)):
+        try:
+            return vtok.patch(model, method, **{**trial(method).prompt, **extra})
+        except vtok.UnsupportedModelError as error:
+            refused = refused or error
+    raise refused
+
+
+def close(found, expected, times=1):
+    error, scale = (found - expected).abs().max(), max(1.0, expected.abs().max())
+    assert error <= times * 1e-5 * scale, (error, scale)

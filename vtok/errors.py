@@ -56,11 +56,20 @@ def brief(words: object, longest: int = 300) -> str:
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
-    """`unknown method 'pitom'; did you mean 'pitome'? known: ats, pitome, ...`"""
+def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> UnknownNameError:
+    """`unknown method 'pitom'; did you mean 'pitome'? known: ats, pitome, ...`
+
+    Args:
+        kind: what should have been named.
+        name: what was.
+        known: all names that there are.
+        where: they can be looked up, said in place of the names: for thousands.
+    """
     known = sorted(known)
     name = name if len(name) <= _SHORT.maxstring else f"{name[: _SHORT.maxstring]}..."
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" did you mean {near[0]!r}?" if near else ""
+    if where:
+        return UnknownNameError(f"unknown {kind} {name!r};{hint} {where}")
     rest = f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
     return UnknownNameError(f"unknown {kind} {name!r};{hint} known: {', '.join(known[:_LISTED])}{rest}")

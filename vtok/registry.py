@@ -45,16 +45,23 @@ class Registry(Generic[T]):
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
 
+    def check(self, name: str) -> None:
+        """Nothing if there is an entry of that name; imports nothing.
+
+        Raises:
+            UnknownNameError: no such name; the message offers the nearest one.
+        """
+        if name not in self:
+            raise unknown(self.kind, name, self._entries)
+
     def get(self, name: str) -> T:
         """The object called `name`.
 
         Raises:
             UnknownNameError: no such name; the message offers the nearest one.
         """
-        self._scan()
+        self.check(name)
         with self._lock:
-            if name not in self._entries:
-                raise unknown(self.kind, name, self._entries)
             entry = self._entries[name]
             if isinstance(entry, str):
                 module, _, attribute = entry.partition(":")

@@ -10,7 +10,6 @@ import typer
 
 from vtok.errors import ConfigError, MissingExtraError, brief, shown
 from vtok.eval.common import terminal
-from vtok.eval.models.dinov2 import installed
 
 
 def demo(
@@ -32,6 +31,7 @@ def demo(
     """Methods for encoders on a pretrained DINOv2, methods for prompts on a LLaVA above it: accuracy, cost, speed."""
     from vtok.eval.demo.encoder import PICTURES, run_encoder_demo
     from vtok.eval.demo.scenes import QUESTIONS, run_scenes_demo
+    from vtok.eval.models.dinov2 import installed
 
     try:
         shares = tuple(float(b) for b in budgets.split(","))

@@ -10,14 +10,7 @@ import typer
 
 from vtok.errors import ConfigError
 from vtok.eval.common import terminal
-from vtok.eval.common.settings import versions
-from vtok.eval.matrix import encoder as matrix
-from vtok.eval.matrix import generic as generic_matrix
-from vtok.eval.matrix import report as matrix_report
-from vtok.eval.matrix import vlm as vlm_matrix
-from vtok.eval.runs import loader as runs
 from vtok.registry import METHODS, encoder_methods
-from vtok.testing import tiny
 from vtok.writing import write
 
 
@@ -33,12 +26,19 @@ def print_matrix(
 
     Ends with code 1 if some method is neither right nor refused.
     """
+    for name in method or ():
+        METHODS.check(name)
+    from vtok.eval.common.settings import versions
+    from vtok.eval.matrix import encoder as matrix
+    from vtok.eval.matrix import report as matrix_report
+    from vtok.eval.matrix import vlm as vlm_matrix
+    from vtok.eval.runs import loader as runs
+    from vtok.testing import tiny
+
     runs.prepared(output, [into])
     page = None if into is None else _read(into, generic)
     if generic:
         return _print_generic(into, page, [*(backend or ()), *(method or ())], output)
-    for name in method or ():
-        METHODS.get(name)
     examples, too_new = tiny.examples(backend)
     vlms = tiny.vlm_examples(backend)
     inside = [name for name in method or encoder_methods() if METHODS.get(name).for_encoders()]
@@ -67,6 +67,9 @@ def print_matrix(
 
 
 def _print_generic(into: Path | None, page: str | None, chosen: list[str], output: Path | None) -> None:
+    from vtok.eval.matrix import generic as generic_matrix
+    from vtok.eval.matrix import report as matrix_report
+
     if chosen or output is not None:
         raise ConfigError("--generic asks every method about every class; leave --backend, --method and --json out")
     made = generic_matrix.markdown(generic_matrix.answers())
@@ -77,6 +80,9 @@ def _print_generic(into: Path | None, page: str | None, chosen: list[str], outpu
 
 def _read(path: Path, generic: bool) -> str:
     """The text of a file that has a place for the table."""
+    from vtok.eval.matrix import generic as generic_matrix
+    from vtok.eval.matrix import report as matrix_report
+
     if not path.is_file():
         raise ConfigError(f"{path} is no file; --into takes one that has a place for the table, such as assets/docs/support.md")
     text = path.read_text(encoding="utf-8")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from vtok.eval.common import terminal
-from vtok.eval.published import report
-from vtok.eval.published import tables as published
-from vtok.eval.runs import loader as runs
-from vtok.eval.runs.loader import RunConfig
+
+if TYPE_CHECKING:
+    from vtok.eval.published import tables as published
+    from vtok.eval.runs.loader import RunConfig
 
 Data = Annotated[
     list[str] | None, typer.Option(help="folder of the data, or TASK=FOLDER, once a task; a file where a task reads one")
@@ -32,6 +32,10 @@ def list_configs(
     ] = False,
 ) -> None:
     """Lists the runs that come with vtok by table, with their published figures and what differs from them by convention."""
+    from vtok.eval.published import report
+    from vtok.eval.published import tables as published
+    from vtok.eval.runs.names import bundled
+
     out = console()
     if missing:
         out.print(report.missing_table(published.missing()))
@@ -47,7 +51,7 @@ def list_configs(
         out.print(notes, highlight=False)
         out.print()
     if table is None:
-        others = [name for name in runs.bundled() if name not in every]
+        others = [name for name in bundled() if name not in every]
         if others:
             out.print(f"runs of no table: {', '.join(others)}", highlight=False)
         without = f"{len(published.missing())} published points have none (vtok configs --missing)"
@@ -55,6 +59,8 @@ def list_configs(
 
 
 def _costs(found: list[RunConfig]) -> list[tuple[RunConfig, published.Cost]]:
+    from vtok.eval.published import tables as published
+
     planned = []
     for group in published.groups(found):
         model = published.meta_model(group[0])
@@ -81,7 +87,9 @@ def run_published(
     Results go to results.jsonl in the output folder as soon as they are there; a second start goes on where the first stopped.
     Without a table it lists the tables.
     """
+    from vtok.eval.published import report
     from vtok.eval.published import run as table_run
+    from vtok.eval.published import tables as published
 
     out = console()
     if table is None:

@@ -10,20 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-import vtok
 from vtok.errors import ConfigError, shown
 from vtok.eval.cli.flags import options_from, signature
 from vtok.eval.common import terminal
-from vtok.eval.runs import loader as runs
+from vtok.eval.options import TUNED, Plan, Source
 from vtok.eval.runs.names import check_methods
-from vtok.eval.tune import report as tune_report
-from vtok.eval.tune.models import BUNDLED, Source, prepared_subject
-from vtok.eval.tune.result import Plan
-from vtok.eval.tune.tuner import JOURNAL, Tuning
 from vtok.registry import METHODS
-from vtok.writing import write_beside
 
 
 def tune(model: str, method: str, out: Path | None, **flags: Any) -> None:
@@ -33,12 +26,16 @@ def tune(model: str, method: str, out: Path | None, **flags: Any) -> None:
     probabilities move (KL divergence to the unpatched model); of vision-language models those of the answer's first token.
     """
     check_methods([method])
+    from vtok.eval.runs.methods import parse_method
+    from vtok.eval.tune.models import prepared_subject
+    from vtok.eval.tune.tuner import JOURNAL, Tuning
+
     console = terminal.output()
     plan, source = (
         options_from(kind, {name: value for name, value in flags.items() if name in {f.name for f in fields(kind)}})
         for kind in (Plan, Source)
     )
-    name, params = runs.parse_method(method)
+    name, params = parse_method(method)
     if "flops" in params:
         raise ConfigError(f"{shown(method)}: give the budget as --flops {params['flops']}")
     config = METHODS.get(name).create(**params)
@@ -57,8 +54,12 @@ def tune(model: str, method: str, out: Path | None, **flags: Any) -> None:
     _report(result, made, plan, folder, console)
 
 
-def _report(result: Any, made: Any, plan: Plan, folder: Path, console: Console) -> None:
+def _report(result: Any, made: Any, plan: Plan, folder: Path, console: Any) -> None:
     """Tables to the console, files into the folder."""
+    import vtok
+    from vtok.eval.tune import report as tune_report
+    from vtok.writing import write_beside
+
     winner = result.candidates[result.best]
     console.print(tune_report.table(result, made.subject, made.held_out))
     for note in (*made.calibration.notes, *made.held_out.notes):
@@ -91,7 +92,7 @@ def _report(result: Any, made: Any, plan: Plan, folder: Path, console: Console) 
     console.print(f"- {path}: for `vtok run`; {config}: for vtok.patch(model, ...)", highlight=False)
 
 
-_MODEL = f"{', '.join(BUNDLED)}, a timm name, or transformers:NAME of a VLM"
+_MODEL = f"{', '.join(TUNED)}, a timm name, or transformers:NAME of a VLM"
 _METHOD = "name or name:key=value,...; what is given stays, e.g. ats:layers=[3,6]"
 _OUT = "folder for results; a second run goes on where the first stopped"
 _LEADING: dict[str, tuple[Any, Any]] = {

@@ -10,12 +10,13 @@ from pathlib import Path
 from rich.console import Console
 
 from vtok.eval.common import terminal
+from vtok.eval.common.dtypes import fastest_on_cpu
 from vtok.eval.common.records import Record
 from vtok.eval.demo.parts import measured, short_table, show, write_frame
 from vtok.eval.models.dinov2.sheet import write_sheet
 from vtok.eval.report.plots import plot
 
-PICTURES = 250
+PICTURES = 128
 
 
 def run_encoder_demo(
@@ -37,7 +38,8 @@ def run_encoder_demo(
     """
     console = console or terminal.output()
     name = "sweep_reference_dinov2" if full else "demo_dinov2"
-    section = measured(name, out, console, num_samples=pictures, tasks=None, task="imagenet", options={"device": "cpu"})
+    one_task = {"tasks": None, "task": "imagenet", "options": {"device": "cpu"}}
+    section = measured(name, out, console, num_samples=pictures, dtype=fastest_on_cpu(), **one_task)
     records = show(section, console, short_table(section))
     write_frame(out)
     plot([section], out / "dinov2.png")

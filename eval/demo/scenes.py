@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from vtok.eval.common import terminal
+from vtok.eval.common.dtypes import fastest_on_cpu
 from vtok.eval.common.records import Record
 from vtok.eval.common.settings import Setting
 from vtok.eval.demo.parts import measured, short_table, show, write_frame
@@ -49,7 +50,7 @@ def run_scenes_demo(
     """
     console = console or terminal.output()
     name = "sweep_reference_scenes" if full else "demo_scenes"
-    section = measured(name, out, console, num_samples=questions)
+    section = measured(name, out, console, num_samples=questions, dtype=fastest_on_cpu())
     records = show(section, console, short_table(section))
     console.print(kinds_table(section))
     write_frame(out)

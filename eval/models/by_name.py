@@ -1,7 +1,8 @@
 """Models by name, for the command line.
 
-A name is timm's, `reference`, `reference-clip` (both come with vtok), `reference-dinov2` (its weights come with a package), a
-bundled vision-language model's (`reference-llava`, `reference-llava-next`, `reference-scenes`, `reference-print`), or starts
+A name is timm's, `reference` (or `reference-vit`), `reference-clip` (both come with vtok), `reference-dinov2` (its weights come
+with a package), a bundled vision-language model's (`reference-llava`, `reference-llava-next`, `reference-scenes`,
+`reference-print`), or starts
 with its library: `open_clip:ViT-B-16` (its image tower; `open_clip:ViT-B-16/openai` with weights) or `transformers:OWNER/NAME`.
 Architectures in `HUGGING_FACE` are built without asking the hub for a configuration, and so are the vision-language models in
 `prompts.ARCHITECTURES` and, without weights (`meta`), the checkpoints in `architectures.PUBLISHED`.
@@ -31,10 +32,11 @@ from vtok.eval.models.reference import (
     normalise_page,
 )
 from vtok.eval.models.vlm import BUNDLED, load_vlm
-from vtok.eval.tasks.timm_pipeline import Options, create_model
+from vtok.eval.tasks.timm_pipeline import Options, check_timm_name, create_model
 from vtok.reading import is_folder
 
-REFERENCE = "reference"
+REFERENCE = "reference"  # on the command line; its long name is that of run files and tasks
+REFERENCE_VIT = "reference-vit"
 _OPEN_CLIP, _TRANSFORMERS = "open_clip:", "transformers:"
 # Name -> what loads the image tower of a reference model.
 _REFERENCE: dict[str, Callable[[], Any]] = {
@@ -47,6 +49,11 @@ HUGGING_FACE: dict[str, tuple[str, Mapping[str, Any]]] = {
     "vit-base-patch16-224": ("ViTForImageClassification", {"num_labels": 1000}),
     "clip-vit-base-patch16": ("CLIPVisionModelWithProjection", {"patch_size": 16}),
 }
+
+
+def short_name(name: str) -> str:
+    """A name, and of the small ViT, which has two, the shorter one."""
+    return REFERENCE if name == REFERENCE_VIT else name
 
 
 def load_model(
@@ -72,6 +79,7 @@ def load_model(
         ConfigError: no such model or weights, or a size that cannot be changed.
         MissingExtraError: the library is not installed.
     """
+    name = short_name(name)
     if name.startswith(REFERENCE):
         if name not in (*_REFERENCE, *BUNDLED):
             raise unknown("bundled model", name, (*_REFERENCE, *BUNDLED))
@@ -87,11 +95,13 @@ def load_model(
             return build_published(published, *random_on)
         return _hugging_face(published, pretrained, img_size, seed, meta)
     kwargs = {"img_size": img_size} if img_size else {}
+    check_timm_name(name, (*_REFERENCE, *BUNDLED))
     return create_model(name, Options(pretrained=pretrained, model_kwargs=kwargs, seed=seed), meta).eval()
 
 
 def sample_images(name: str, model: nn.Module, batch_size: int, seed: int = 0) -> Tensor:
     """[B, C, H, W]: test images for a reference model, else noise of the size that the model was built for."""
+    name = short_name(name)
     if name == REFERENCE:
         images, _ = load_reference_images("test")
         return normalise(images[:batch_size])
@@ -108,7 +118,7 @@ def _open_clip(name: str, pretrained: bool, img_size: int | None, seed: int, met
         raise MissingExtraError("open_clip_torch", "open_clip") from error
     name, _, tag = name.partition("/")
     if name not in open_clip.list_models():
-        raise unknown("open_clip model", name, open_clip.list_models())
+        raise unknown("open_clip model", name, open_clip.list_models(), "open_clip.list_models() names all")
     if pretrained and not tag:
         tags = open_clip.list_pretrained_tags_by_model(name)
         raise ConfigError(

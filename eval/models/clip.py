@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtok.errors import ConfigError, MissingExtraError, UnsupportedModelError, shown
+from vtok.errors import ConfigError, MissingExtraError, UnsupportedModelError, shown, unknown
 from vtok.eval.models.assets import asset
 from vtok.reading import is_folder
 
@@ -131,10 +131,8 @@ def _load_open_clip(name: str, pretrained: str) -> DualEncoder:
     if (folder / "open_clip_config.json").is_file():
         name = f"local-dir:{folder}"
     elif not name.startswith(_SCHEMES) and name not in open_clip.list_models():
-        raise ConfigError(
-            f"open_clip has no model {shown(name)} (see open_clip.list_models()); give a folder as local-dir:PATH, "
-            "a Hugging Face model as OWNER/NAME"
-        )
+        where = "open_clip.list_models() names all; give a folder as local-dir:PATH, a Hugging Face model as OWNER/NAME"
+        raise unknown("open_clip model", name, [*open_clip.list_models(), REFERENCE], where)
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained or None)
         tokenizer = open_clip.get_tokenizer(name, **_own_vocabulary(folder))

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from vtok.errors import ConfigError, MissingExtraError
+from vtok.errors import ConfigError, MissingExtraError, unknown
 from vtok.eval.common.videos import Clip
+from vtok.reading import is_folder
 
 REFERENCE_LLAVA, REFERENCE_NEXT = "reference-llava", "reference-llava-next"
 REFERENCE_SCENES, REFERENCE_PRINT = "reference-scenes", "reference-print"
@@ -159,6 +160,9 @@ def load_vlm(name: str) -> VisionLanguageModel:
     if name in _references():
         load, processor = _references()[name]
         return VisionLanguageModel(load(), processor(), name)
+    if "/" not in name and not is_folder(name):
+        where = f"{', '.join(_references())} come with vtok; give a Hugging Face model as OWNER/NAME, or a folder"
+        raise unknown("vision-language model", name, _references(), where)
     try:
         net = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype="auto").eval()
         processor = transformers.AutoProcessor.from_pretrained(name)

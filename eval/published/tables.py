@@ -148,11 +148,8 @@ def meta_model(run: RunConfig) -> nn.Module:
 def load_reference(name: str) -> Any:
     """A model that comes with vtok, by its name in a run file."""
     from vtok.eval.models.by_name import load_model
-    from vtok.eval.models.vlm import load_vlm
 
-    if name in ("reference-vit", "reference-clip"):
-        return load_model("reference" if name == "reference-vit" else name)
-    return load_vlm(name).net
+    return load_model(name)
 
 
 def plans(run: RunConfig, model: nn.Module | None = None, prompt: Mapping[str, Any] | None = None) -> list[Any]:

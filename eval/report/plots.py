@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from vtok.eval.common.records import BASELINES, UNPATCHED
 from vtok.eval.report.frame import frame
+from vtok.eval.report.rows import LABELS
 from vtok.eval.report.sections import Section
 from vtok.writing import replacing
 
@@ -160,7 +161,8 @@ def pareto(sections: Sequence[Section]) -> Picture:
     rows = []
     for section in sections:
         data, first = frame([section]), section.rows[0]
-        label = f"{first.primary} ({first.score.unit})" if first.score and first.score.unit else str(first.primary)
+        named = LABELS.get(str(first.primary), str(first.primary))
+        label = f"{named} ({first.score.unit})" if first.score and first.score.unit else named
         common: dict[str, Any] = {"y": "score", "y_label": label, "error": "score_error", "front": "pareto"}
         macs = Panel(data, x="total_gmacs", x_label=MACS, title=section.title, **common)
         ends = ("speedup_low", "speedup_high")

@@ -13,9 +13,9 @@ from typing import Any
 
 from vtok.errors import ConfigError, brief, shown
 from vtok.eval.common.pictures import find_files, leaves, open_picture, within
+from vtok.eval.options import CAPTIONED
 from vtok.reading import from_json, is_file, is_folder, read_text
 
-PAGES = "reference-pages"
 _FORM = '{"images": [{"filename", "split", "sentences": [{"raw"}]}]}'
 _BIGGEST = 1 << 30  # bytes; COCO's has 144 MB
 
@@ -83,7 +83,7 @@ def open_captions(
     Raises:
         ConfigError: no such file, not Karpathy's form, a split without images, or images that are nowhere.
     """
-    if os.fspath(data) == PAGES:
+    if os.fspath(data) == CAPTIONED:
         return reference_pages()
     path = _caption_file(Path(data))
     content = from_json(read_text(path, "captions", _BIGGEST), f"{path} is no JSON file of Karpathy's form {_FORM}")

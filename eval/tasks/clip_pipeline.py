@@ -9,14 +9,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vtok.errors import ConfigError, UnsupportedModelError
-from vtok.eval.common.checked import Count, DType, Seed, Whole, check_fields
 from vtok.eval.common.distributed import current
 from vtok.eval.common.dtypes import TYPES, dtype_of
 from vtok.eval.common.settings import (
@@ -33,46 +32,12 @@ from vtok.eval.common.settings import (
 )
 from vtok.eval.common.timing import BaselineCache, PairedTimer
 from vtok.eval.models.clip import DualEncoder, load_clip
+from vtok.eval.options import ClipOptions
 from vtok.eval.runs.again import run_file
 from vtok.eval.tasks.image_folder import CheckedImages, Unreadable, check_same_work, collate
 from vtok.targets.resolve import Size, run_of
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class ClipOptions:
-    """Flags of the tasks for dual encoders.
-
-    Attributes:
-        pretrained: open_clip's tag or file of weights; "" = none (folders and Hugging Face models bring theirs).
-        backend: "open_clip" or "transformers"; `None` = find out.
-        split: of the data.
-        num_samples: evenly spaced images to take; `None` = all.
-        batch_size: images in a batch.
-        workers: processes that read images; 0 = none.
-        device: `None` = the GPU if there is one.
-        amp, amp_dtype: autocast.
-        model_dtype: "float32", "bfloat16" or "float16"; `None` = the model's own.
-        language: of the texts; stored with the result.
-        seed: for random initialisation.
-    """
-
-    pretrained: str = ""
-    backend: Literal["open_clip", "transformers"] | None = None
-    split: str = "test"
-    num_samples: Count | None = None
-    batch_size: Count = 64
-    workers: Whole = 4
-    device: str | None = None
-    amp: bool = False
-    amp_dtype: DType = "bfloat16"
-    model_dtype: DType | None = None
-    language: str = "en"
-    seed: Seed = 0
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 class _Part(NamedTuple):

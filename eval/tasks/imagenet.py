@@ -45,11 +45,12 @@ from vtok.eval.tasks.fashion import is_fashion, open_fashion
 from vtok.eval.tasks.image_folder import CheckedImages, Unreadable, check_same_work, open_dataset, other_files
 from vtok.eval.tasks.pictures import is_bundled, open_pictures
 from vtok.eval.tasks.scoring import Scorer, Scores
-from vtok.eval.tasks.timm_pipeline import Options, create_loader, create_model, data_config
+from vtok.eval.tasks.timm_pipeline import Options, check_timm_name, create_loader, create_model, data_config
 from vtok.targets.resolve import Size, run_of
 
 REFERENCE_MODELS: dict[str, Callable[[], nn.Module]] = {
     "reference-vit": load_reference_vit,
+    "reference": load_reference_vit,  # its name on the command line
     REFERENCE_DINOV2: load_clip_art,
 }
 
@@ -191,7 +192,10 @@ def evaluate(
 
 def load_named(name: str, options: Options) -> nn.Module:
     """A reference model, or one of timm; errors are those of `create_model`, and `ConfigError` where weights are missing."""
-    return REFERENCE_MODELS[name]() if name in REFERENCE_MODELS else create_model(name, options)
+    if name in REFERENCE_MODELS:
+        return REFERENCE_MODELS[name]()
+    check_timm_name(name, REFERENCE_MODELS)
+    return create_model(name, options)
 
 
 def _open(data: str, options: Options) -> CheckedImages:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,35 +17,18 @@ import torch
 from torch import Tensor
 
 from vtok.errors import ConfigError
-from vtok.eval.common.checked import Count
 from vtok.eval.common.distributed import current
 from vtok.eval.common.records import bits, finite
 from vtok.eval.common.statistics import clustered_mean_stderr, paired_difference, share
 from vtok.eval.common.timing import BaselineCache
 from vtok.eval.models.clip import DualEncoder
+from vtok.eval.options import RetrievalOptions
 from vtok.eval.tasks.captions import open_captions
-from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, repeated, run
+from vtok.eval.tasks.clip_pipeline import Embedded, Progress, repeated, run
 from vtok.eval.tasks.image_folder import CheckedImages
 from vtok.eval.tasks.recall import Positives, first_ranks, text_groups
 
 TEXT_BATCH = 256
-
-
-@dataclass(frozen=True)
-class RetrievalOptions(ClipOptions):
-    """Flags of retrieval, beside those of `ClipOptions`.
-
-    Attributes:
-        recall_k: numbers of answers to look at.
-        images: folder of the images; "" = the folder of the caption file.
-        max_captions: of each image, the first ones; `None` = all.
-        equal_captions: whether an image also matches the captions of others that are equal to its own.
-    """
-
-    recall_k: tuple[Count, ...] = (1, 5, 10)
-    images: str = ""
-    max_captions: Count | None = None
-    equal_captions: bool = True
 
 
 def evaluate(

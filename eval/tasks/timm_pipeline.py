@@ -3,107 +3,58 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import nn
 from torch.utils.data import DataLoader
 
-from vtok.errors import ConfigError, MissingExtraError, VtokError, brief, shown
-from vtok.eval.common.checked import Count, DType, Seed, Whole, check_fields
+from vtok.errors import ConfigError, MissingExtraError, VtokError, brief, unknown
 from vtok.eval.common.settings import towers
+from vtok.eval.options import Options
 from vtok.eval.tasks.image_folder import CheckedImages, collate
 from vtok.targets.resolve import Size
 
-Pixels = Annotated[int, Field(ge=1, le=100_000)]
-Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]  # of timm, but for training's "random"
-Deviation = Annotated[float, Field(ge=1e-9)]
 
+def check_timm_name(name: str, others: Iterable[str] = ()) -> None:
+    """Nothing if timm has a model of that name, or if only its hub can tell.
 
-@dataclass(frozen=True)
-class Options:
-    """timm's flags, under timm's names (`-` as `_`), with timm's defaults.
-
-    Attributes:
-        dataset: timm's name of a dataset ("hfds/...", "torch/..."); "" = image folder or .tar.
-        split: of the dataset; a folder of that name inside the data folder is used if there is one.
-        class_map: file that maps folder names to classes; "" = by WordNet ids, names or numbers of the folders, or
-            by their natural order where there are as many as outputs.
-        num_samples: evenly spaced images to take; `None` = all.
-        pretrained: load pretrained weights (for a model given by name, without checkpoint).
-        checkpoint: file with weights, for a model given by name.
-        use_ema: take the averaged weights of the checkpoint.
-        num_classes, gp, model_kwargs: for timm's create_model.
-        batch_size: images in a batch.
-        workers: processes that read images; 0 = none.
-        img_size, in_chans, input_size, crop_pct, crop_mode, crop_border_pixels, mean, std, interpolation: preprocessing;
-            `None` = as the model's configuration says, which published numbers rest on.
-        use_train_size: take the size the model was trained at where it has another for tests.
-        pin_mem: page-locked memory for transfers.
-        channels_last: memory format.
-        device: `None` = the GPU if there is one.
-        amp, amp_dtype: autocast.
-        model_dtype: "float32", "bfloat16" or "float16"; `None` = the model's own.
-        real_labels: ReaL JSON, or "timm" for the file that timm brings along.
-        valid_labels: file with the numbers of the model's outputs that count.
-        seed: for random initialisation.
-    """
-
-    dataset: str = ""
-    split: str = "validation"
-    class_map: str = ""
-    num_samples: Count | None = None
-    pretrained: bool = True
-    checkpoint: str = ""
-    use_ema: bool = False
-    num_classes: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
-    gp: str | None = None
-    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    batch_size: Count = 256
-    workers: Whole = 4
-    img_size: Count | None = None
-    in_chans: Annotated[int, Field(ge=1, le=1024)] | None = None
-    input_size: tuple[Pixels, Pixels, Pixels] | None = None
-    use_train_size: bool = False
-    crop_pct: Annotated[float, Field(ge=1e-3, le=1000)] | None = None
-    crop_mode: Literal["squash", "border", "center"] | None = None
-    crop_border_pixels: Annotated[int, Field(ge=0, le=100_000)] | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[Deviation, ...] | None = None
-    interpolation: Interpolation | None = None
-    pin_mem: bool = False
-    channels_last: bool = False
-    device: str | None = None
-    amp: bool = False
-    amp_dtype: DType = "float16"
-    model_dtype: DType | None = None
-    real_labels: str = ""
-    valid_labels: str = ""
-    seed: Seed = 0
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        channels = self.in_chans or (self.input_size[0] if self.input_size else 3)
-        for name, value in (("mean", self.mean), ("std", self.std)):
-            if value is not None and len(value) not in (1, channels):
-                raise ConfigError(f"{name} takes 1 or {channels} numbers, got {shown(value)}")
-
-
-def create_model(name: str, options: Options, meta: bool = False) -> nn.Module:
-    """timm's `create_model` with the weights that the options name; `meta`: without memory for weights.
+    Args:
+        name: with or without a tag of weights.
+        others: further names that may have been meant.
 
     Raises:
-        ConfigError: timm has no such model, or its weights cannot be had.
+        UnknownNameError: it has none; the message offers the nearest name.
         MissingExtraError: timm is not installed.
     """
     try:
         import timm
     except ImportError as error:
         raise MissingExtraError("timm", "timm") from error
+    plain, _, tag = name.partition(".")
+    if ":" in name or "/" in name:
+        return
+    if not timm.is_model(plain):
+        raise unknown("timm model", plain, [*timm.list_models(), *others], "timm.list_models() names all")
+    tags = [one.partition(".")[2] for one in timm.list_pretrained(f"{plain}.*")]
+    if tag and tag not in tags:
+        raise unknown(f"weights of {plain}", tag, tags)
+
+
+def create_model(name: str, options: Options, meta: bool = False) -> nn.Module:
+    """timm's `create_model` with the weights that the options name; `meta`: without memory for weights.
+
+    Raises:
+        UnknownNameError: timm has no such model.
+        ConfigError: it cannot be made so, or its weights cannot be had.
+        MissingExtraError: timm is not installed.
+    """
+    check_timm_name(name)
+    import timm
+
     kwargs = dict(options.model_kwargs)
     kwargs |= {"num_classes": options.num_classes} if options.num_classes is not None else {}
     kwargs |= {"global_pool": options.gp} if options.gp is not None else {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,34 +24,14 @@ from vtok.eval.common.statistics import mean_stderr, paired_difference, share
 from vtok.eval.common.timing import BaselineCache
 from vtok.eval.models.clip import DualEncoder
 from vtok.eval.models.easyvqa import CLASSES, TEMPLATES
+from vtok.eval.options import PICTURES, ZeroshotOptions
 from vtok.eval.tasks.class_folders import are_ids, labels_for, wordnet_ids
-from vtok.eval.tasks.clip_pipeline import ClipOptions, Embedded, Progress, repeated, run
+from vtok.eval.tasks.clip_pipeline import Embedded, Progress, repeated, run
 from vtok.eval.tasks.image_folder import CheckedImages, open_dataset
 from vtok.reading import exists, from_json, read_text
 
-PICTURES = "reference-pictures"
 IMAGENET_NAMES = "imagenet"  # class names that open_clip brings
 Template = str | Callable[[str], str]
-
-
-@dataclass(frozen=True)
-class ZeroshotOptions(ClipOptions):
-    """Flags of zero-shot classification, beside those of `ClipOptions`.
-
-    Attributes:
-        templates: prompts with `{c}` for the class; one that is a file holds one prompt a line; "openai" and "simple" are
-            open_clip's 80 and 7 for ImageNet. None = "a photo of a {c}." (for the bundled pictures, the prompts of training).
-        classnames: file with a class name a line, in the order of the labels, or "imagenet" for open_clip's; folders are
-            found in it by name where they can be. "" = the folders' names, underscores as spaces, for WordNet ids those of
-            ImageNet's classes.
-        dataset: timm's name of a data set ("torch/cifar10", "hfds/..."); "" = a folder with one sub-folder a class.
-        class_map: file that maps folders to classes; "" = as the class names say, or natural order of the folders.
-    """
-
-    templates: tuple[str, ...] = ()
-    classnames: str = ""
-    dataset: str = ""
-    class_map: str = ""
 
 
 def evaluate(

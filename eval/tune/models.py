@@ -3,60 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
-
-from pydantic import Field
+from typing import Any, NamedTuple
 
 from vtok.config import MethodConfig
 from vtok.errors import ConfigError
-from vtok.eval.common.checked import MOST, Count, Seed, Whole, check_fields
 from vtok.eval.common.settings import to_device
-from vtok.eval.models.by_name import REFERENCE, load_model
+from vtok.eval.models.by_name import REFERENCE, load_model, short_name
 from vtok.eval.models.clip import REFERENCE as REFERENCE_CLIP
 from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_PRINT, REFERENCE_SCENES, VisionLanguageModel, load_vlm
-from vtok.eval.tasks.timm_pipeline import Options, create_model, data_config
+from vtok.eval.options import Options, Source
+from vtok.eval.tasks.timm_pipeline import check_timm_name, create_model, data_config
 from vtok.eval.tasks.vqa.data import VQAData
 from vtok.eval.tune.samples import Samples, reference_clip_samples, reference_vit_samples
 from vtok.eval.tune.subjects import Encoder, Subject
 
 _TRANSFORMERS = "transformers:"
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where model and samples come from; the fields are flags of `vtok tune`.
-
-    Attributes:
-        data: image folder to calibrate on (of a VLM: questions, see `vtok eval vqa`); `None` for models that bring theirs.
-        held_out: others to compare on; `None` = what is left of `data`.
-        images: calibration images or questions; `None` = 400, or what there is.
-        held_out_images: images or questions to compare on; `None` = all there are.
-        seed: of candidates, and of the choice and the order of images.
-        pretrained: load pretrained weights of a timm model.
-        checkpoint: file with its weights.
-        num_classes: of it.
-        class_map: file that maps folder names to classes.
-        workers: processes that read images.
-        batch_size: in a forward pass.
-        device: `None` = where the model is loaded.
-    """
-
-    data: str | None = None
-    held_out: str | None = None
-    images: Count | None = None
-    held_out_images: Annotated[int, Field(ge=2, le=MOST)] | None = None
-    seed: Seed = 0
-    pretrained: bool = True
-    checkpoint: str = ""
-    num_classes: Count | None = None
-    class_map: str = ""
-    workers: Whole = 4
-    batch_size: Count = 100
-    device: str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 class Prepared(NamedTuple):
@@ -89,16 +50,20 @@ def prepared_subject(model: str, config: MethodConfig, source: Source) -> Prepar
         ConfigError: no such model or data, or too little of it.
         UnsupportedModelError: the method does not work on the model.
     """
+    model = short_name(model)
     if model in BUNDLED:
         if source.data is not None or source.held_out is not None:
             raise ConfigError(f"{model} comes with its images; leave --data and --held-out out")
         return BUNDLED[model](config, source)
+    if model.startswith(_TRANSFORMERS):
+        if source.data is not None:
+            return _questions(model.removeprefix(_TRANSFORMERS), config, source)
+    elif ":" in model:
+        raise ConfigError(f"{model}: name a timm model, transformers:NAME of a vision-language model, or {', '.join(BUNDLED)}")
+    else:
+        check_timm_name(model, BUNDLED)
     if source.data is None:
         raise ConfigError(f"{model} brings no images: pass --data FOLDER")
-    if model.startswith(_TRANSFORMERS):
-        return _questions(model.removeprefix(_TRANSFORMERS), config, source)
-    if ":" in model:
-        raise ConfigError(f"{model}: name a timm model, transformers:NAME of a vision-language model, or {', '.join(BUNDLED)}")
     return _folder(model, config, source)
 
 

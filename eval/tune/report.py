@@ -14,9 +14,10 @@ from vtok.config import MethodConfig
 from vtok.eval.common.records import Records, bits, key_of
 from vtok.eval.common.settings import versions
 from vtok.eval.common.statistics import Interval, in_brackets, mean_interval, mean_stderr, paired_difference, share, with_error
+from vtok.eval.options import Plan
 from vtok.eval.report.tables import Table
 from vtok.eval.tune.models import Prepared
-from vtok.eval.tune.result import Held, Plan, Tuned
+from vtok.eval.tune.result import Held, Tuned
 from vtok.eval.tune.samples import Samples
 from vtok.eval.tune.subjects import Subject
 

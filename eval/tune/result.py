@@ -3,44 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from vtok.config import MethodConfig
-from vtok.eval.common.checked import MOST, Count, Seed, Share, check_fields
 from vtok.eval.tune.score import Values
 
 SETTINGS = ("unpatched", "default", "tuned")  # that are compared on held-out samples
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How to search.
-
-    Attributes:
-        flops: share of the unpatched model's FLOPs to leave.
-        search: "tpe" learns from earlier candidates, "halving" and "random" do not, and "random" drops none early.
-        candidates: how many schedules, the default among them.
-        eta: of successive halving: the best 1 / eta go on.
-        objective: "kl", "agreement", "accuracy", "cross_entropy" or "distance"; "" = kl, of embeddings distance.
-        seed: of the candidates.
-        batch_size: samples in a forward pass.
-
-    Raises:
-        ConfigError: a value of another type, or beyond its limits.
-    """
-
-    flops: Share
-    search: str = "tpe"
-    candidates: Annotated[int, Field(ge=2, le=MOST)] = 48
-    eta: Annotated[int, Field(ge=2, le=MOST)] = 3
-    objective: str = ""
-    seed: Seed = 0
-    batch_size: Count = 100
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @dataclass(frozen=True)

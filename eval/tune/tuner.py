@@ -22,7 +22,8 @@ from vtok.config import MethodConfig
 from vtok.errors import ConfigError
 from vtok.eval.common.records import key_of
 from vtok.eval.common.settings import model_name, versions
-from vtok.eval.tune.result import SETTINGS, Candidate, Held, Plan, Tuned
+from vtok.eval.options import Plan
+from vtok.eval.tune.result import SETTINGS, Candidate, Held, Tuned
 from vtok.eval.tune.samples import Samples, digest, in_memory
 from vtok.eval.tune.score import loss
 from vtok.eval.tune.search import Search, TrialRandom, stages

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import vtok
 from vtok.errors import ConfigError, StateError
 from vtok.eval.common.settings import Setting, model_name, towers, weight_sharing_copy
-from vtok.eval.models.by_name import REFERENCE, load_model
+from vtok.eval.models.by_name import REFERENCE, load_model, short_name
 from vtok.eval.models.clip import REFERENCE as REFERENCE_CLIP
 from vtok.eval.models.vlm import BUNDLED, VisionLanguageModel, load_vlm
 from vtok.eval.viz.draw import Stage, TokenMaps, View
@@ -66,7 +66,7 @@ def visualize(
     """
     setting = Setting(method, {**params, **({} if calibration is None else {"calibration": calibration})})
     if isinstance(model, str):
-        name = REFERENCE if model == f"{REFERENCE}-vit" else model  # as run files call it
+        name = short_name(model)
         model = _load(name, question, pretrained)
     else:
         name = model.name if isinstance(model, VisionLanguageModel) else model_name(model)

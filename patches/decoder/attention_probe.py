@@ -1,10 +1,14 @@
-"""Attention of one decoder layer, worked out from that layer's own input and weights; no kernel is changed, nothing registered.
+"""Attention of one decoder layer, worked out from that layer's own input and weights; no kernel is changed.
+
+Where attention is made as in Llama, only the queries that are asked for are projected. A layer that does it in its own way (a
+norm elsewhere, layers without positions, latent keys) is run again as far as its kernel, which says what it was given.
 
 Shapes: B rows, L columns that enter the layer, R query rows, H heads, D head dim.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 from collections.abc import Callable, Mapping
@@ -15,15 +19,21 @@ import torch
 from torch import Tensor, nn
 
 from vtok.core.prompt import Entry, LayerAttention
-from vtok.patches.decoder.kv_cache import take
+from vtok.patches.decoder import masks
+from vtok.patches.decoder.kv_cache import CACHES, take
 from vtok.patches.decoder.masks import Mask
+from vtok.patches.decoder.text_models import has_own_attention
 from vtok.patches.module_swap import leaves
 from vtok.patches.precision import as_now
+
+READS = "vtok_reads_queries_and_keys"  # name of the kernel that does, among transformers' attention functions
 
 
 def why_not(layer: nn.Module) -> str | None:
     """Why the attention of a decoder layer cannot be worked out, or `None` if it can."""
     attention = getattr(layer, "self_attn", None)
+    if has_own_attention(attention):
+        return None
     needed = ("q_proj", "k_proj", "head_dim", "scaling")
     lacking = [name for name in needed if not hasattr(attention, name)]
     if not hasattr(layer, "input_layernorm"):
@@ -33,6 +43,30 @@ def why_not(layer: nn.Module) -> str | None:
     if hasattr(attention, "sinks"):
         return f"{type(attention).__name__} has attention sinks"
     return f"{type(attention).__name__} has no {', '.join(lacking)}" if lacking else None
+
+
+def inner_layers(config: Any, text: Any) -> dict[str, Any]:
+    """Fields of `VLMInfo`: between which decoder layers tokens may leave, and what decides there.
+
+    Args:
+        config: of the vision-language model.
+        text: its LLM.
+    """
+    deep = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or ()
+    named = [layer for _, layer in getattr(config, "deepstack_layer_map", None) or ()]
+    found: dict[str, Any] = {
+        "first_layer": max(len(deep), *named, *(getattr(config, "spatial_target_layers", None) or ()), 1),
+        "last_layer": min((masks.stored_in(x, i) for i, x in enumerate(text.layers) if masks.shares(x)), default=None),
+    }
+    attending = tuple(i for i, layer in enumerate(text.layers) if hasattr(layer, "self_attn"))
+    if attending and len(attending) < len(text.layers):
+        found["attention_layers"] = attending
+        if attending[0] + 1 > found["first_layer"]:
+            found["first_layer"] = attending[0] + 1
+            found["no_earlier"] = "its cache counts tokens by its first layer of attention, which has to hold them all"
+    looked_at = [text.layers[i] for i in attending] or text.layers
+    found["no_attention"] = next((why for layer in looked_at if (why := why_not(layer))), None)
+    return found
 
 
 def layer_attention(
@@ -61,10 +95,11 @@ def layer_attention(
     attention, device = layer.self_attn, hidden.device
     mask = kwargs.get("attention_mask")
     mask = mask.to(device) if isinstance(mask, Tensor) else mask
-    cos, sin = kwargs["position_embeddings"]
-    tables = cos.to(device), sin.to(device)
-    if real is not None:
-        tables = _counted_from(*tables, real.to(device))
+    tables: tuple[Tensor, Tensor] | None = kwargs.get("position_embeddings")  # None: a layer without positions
+    if tables is not None:
+        tables = tables[0].to(device), tables[1].to(device)
+        if real is not None:
+            tables = _counted_from(*tables, real.to(device))
     autocast = as_now(hidden.device.type)
 
     @functools.cache
@@ -72,7 +107,18 @@ def layer_attention(
         with torch.no_grad(), autocast():
             return layer.input_layernorm(hidden)
 
+    @functools.cache
+    def ran() -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), autocast():
+            return _run(layer, hidden, {**kwargs, "position_embeddings": tables})
+
+    own = has_own_attention(attention)
+
     def project(rows: Tensor | None) -> Tensor:
+        if own:
+            q, k = ran()
+            return k if rows is None else take(q.transpose(1, 2), rows, 1).transpose(1, 2)
+        assert tables is not None
         with torch.no_grad(), autocast():
             return _project(attention, normed(), tables, rows)
 
@@ -135,6 +181,52 @@ def _counted_from(cos: Tensor, sin: Tensor, real: Tensor) -> tuple[Tensor, Tenso
     length = torch.hypot(start_cos.float(), start_sin.float()).clamp_min(1e-6).to(cos.dtype)  # some scale their tables
     start_cos, start_sin = start_cos / length, start_sin / length
     return cos * start_cos + sin * start_sin, sin * start_cos - cos * start_sin
+
+
+class _KernelReachedError(Exception):
+    """Ends a layer at its kernel, with what that was given."""
+
+    def __init__(self, q: Tensor, k: Tensor):
+        super().__init__()
+        self.found = q, k
+
+
+def _read(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+    raise _KernelReachedError(query, key)
+
+
+class _Reading:
+    """A config that names `READS` as its kernel."""
+
+    _attn_implementation = READS
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.config, name)
+
+
+def _run(layer: Any, hidden: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Queries [B, H, L, D] and keys [B, Hk, L, D] that a layer hands to its kernel.
+
+    A copy of the layer that shares its weights runs, without what others hooked to it and without the cache.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(READS, _read)
+    twin, attention = copy.copy(layer), copy.copy(layer.self_attn)
+    attention.__dict__["config"] = _Reading(layer.self_attn.config)
+    for name in ("_forward_pre_hooks", "_forward_hooks"):
+        attention.__dict__[name] = {}
+    twin.__dict__["_modules"] = {**layer._modules, "self_attn": attention}
+    given = {name: None if name in CACHES else value for name, value in kwargs.items() if name != "hidden_states"}
+    given = {name: dict(value) if name == "shared_kv_states" and value is not None else value for name, value in given.items()}
+    try:
+        type(layer).forward(twin, hidden, **given)
+    except _KernelReachedError as reached:
+        return reached.found
+    raise AssertionError(f"{type(layer).__name__} asked no kernel of transformers for its attention")
 
 
 def _project(attention: Any, x: Tensor, tables: tuple[Tensor, Tensor], rows: Tensor | None) -> Tensor:

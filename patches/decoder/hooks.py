@@ -41,7 +41,7 @@ from vtok.patches.decoder.kv_cache import (
 from vtok.patches.decoder.layer_calls import is_traced_step
 from vtok.patches.decoder.layout import decided, in_order, layout_of
 from vtok.patches.decoder.pass_state import PassState, Pruner, Recorded, TowerCall
-from vtok.patches.decoder.text_models import check_kind, check_origin, check_padding
+from vtok.patches.decoder.text_models import check_kind, check_origin, check_padding, final_norm_of
 from vtok.patches.hf_vlm import image_features as hf
 from vtok.patches.hf_vlm.encoded import plain
 from vtok.patches.module_swap import Hook, brought
@@ -188,7 +188,7 @@ class BeforeText(PrunerHook):
         if state is None:
             return None
         state.inside = True
-        running.final_norm, running.rotary = getattr(module, "norm", None), getattr(module, "rotary_emb", None)
+        running.final_norm, running.rotary = final_norm_of(module), getattr(module, "rotary_emb", None)
         entered = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         running.reached, running.shape = True, (entered.shape[0], entered.shape[1])
         if running.prunes:
@@ -226,7 +226,9 @@ class BeforeText(PrunerHook):
             assert not isinstance(more, Fold)  # nothing has been computed yet that could be averaged
             keep = more if keep is None else (keep if more is None else keep & more)
         if running.earlier is None and (keep is None or bool((keep | ~visual).all())):
-            return None
+            return (
+                (args, {**kwargs, **riders.whole_pass(kwargs)}) if len(self.pruner.layers) > (0 in self.pruner.layers) else None
+            )
         keep = torch.ones_like(visual) if keep is None else keep | ~visual
         running.plan.keep[0] = keep
         rows, padded = compact(keep & state.real)
@@ -328,6 +330,9 @@ class BeforeLayer(PrunerHook):
             return args, layer_calls.of_later_text(module, self.index, x, kwargs, running, state, cache)
         if running.turn is not None:
             return args, layer_calls.of_turn(module, self.index, x, kwargs, running, state, cache)
+        if len(args) > 1:  # a tensor may have one entry a column: by its name it is told from the others
+            names = inspect.signature(type(module).forward).parameters
+            args, kwargs = args[:1], {**dict(zip([*names][2:], args[1:])), **kwargs}
         fitting = layer_calls.of_prompt(module, self.index, x, kwargs, running, state, cache)
         x = brought(module, x)
         running.move(x.device)
@@ -342,7 +347,7 @@ class BeforeLayer(PrunerHook):
                 self._probe(module, x, fitting, running, state)  # for decisions in front of later layers
         if cache is not None and state_of(cache) is not state and (state.before is not None or state.between):
             attach_state(cache, state)
-        return ((x, *args[1:]), fitting) if args else ((), {**fitting, "hidden_states": x})
+        return ((x,), fitting) if args else ((), {**fitting, "hidden_states": x})
 
     def _probe(self, module: Any, x: Tensor, kwargs: dict[str, Any], running: PassState, state: PromptState) -> None:
         if self.index in self.pruner.probed:

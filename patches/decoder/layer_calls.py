@@ -18,6 +18,13 @@ from vtok.patches.decoder import packed_rows as packed
 from vtok.patches.decoder.kv_cache import BUSY, WHOLE, PromptState, ShortCache, Stage, cache_in, cached_length, take
 from vtok.patches.decoder.pass_state import PassState
 
+TAKEN = {
+    "hidden_states",
+    "attention_mask",
+    "position_embeddings",
+    "position_ids",
+}  # of a layer's keywords, by rules of their own
+
 
 def of_prompt(
     layer: Any, index: int, x: Tensor, kwargs: dict[str, Any], running: PassState, state: PromptState, cache: Any
@@ -28,18 +35,20 @@ def of_prompt(
     if stage is None or (stage is state.before and not recounted):
         return kwargs
     mask, tables, position = (kwargs.get(name) for name in ("attention_mask", "position_embeddings", "position_ids"))
-    if (stored := masks.stored_in(layer, index)) != index:
-        return {**kwargs, "attention_mask": running.masks[stored]}
-    queries = stage.column.shape[1]
-    keys = masks.keys_of(cache, queries, index)
+    if not hasattr(layer, "self_attn"):
+        seen = (stage.column >= 0).long() if stage.padded or mask is not None else None  # padding on the left leaves no trace
+        return {**kwargs, **_of_columns(kwargs, stage, running, state), "attention_mask": seen}
+    stored, queries = masks.stored_in(layer, index), stage.column.shape[1]
+    keys = masks.keys_of(cache, queries, stored)
     kind = layer.self_attn.config._attn_implementation
-    if recounted:
-        make: Any = functools.partial(
-            masks.text_mask, stage.column, state.real, queries, x, kind, keys, 0, window, state.sample
-        )
+    make: Any
+    if stored != index:
+        make = functools.partial(running.masks.__getitem__, stored)
+    elif recounted:
+        make = functools.partial(masks.text_mask, stage.column, state.real, queries, x, kind, keys, 0, window, state.sample)
     else:
         make = functools.partial(masks.gather_mask, mask, stage, x, kind, keys)
-    shared = _once(running, ("mask", id(stage), id(mask), keys, window), mask, make)
+    shared = make() if stored != index else _once(running, ("mask", id(stage), id(mask), keys, window), mask, make)
     running.masks[index] = shared
     if stage is state.before:
         return {**kwargs, "attention_mask": shared}
@@ -54,7 +63,17 @@ def of_prompt(
         )
     if position is not None:
         changed["position_ids"] = take(position, slots, position.ndim - 1)
-    return {**kwargs, **changed}
+    return {**kwargs, **_of_columns(kwargs, stage, running, state), **changed}
+
+
+def _of_columns(kwargs: Mapping[str, Any], stage: Stage, running: PassState, state: PromptState) -> dict[str, Any]:
+    """What else an LLM hands to every layer with one entry a column (kinds of tokens), for those that are left."""
+    entered = state.length if state.before is None else state.before.entry.shape[1]
+    found = {}
+    for name, value in kwargs.items():
+        if name not in TAKEN and isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == entered > 1:
+            found[name] = _once(running, (name, id(stage), id(value)), value, functools.partial(take, value, stage.entry, 1))
+    return found
 
 
 def of_later_text(
@@ -64,7 +83,7 @@ def of_later_text(
     stage = state.at(index)
     window = masks.window_of(layer, index)
     sliding = window is not None
-    if stage is None or (stage is state.before and not sliding):
+    if stage is None or (stage is state.before and not sliding) or not hasattr(layer, "self_attn"):
         return kwargs
     mask, kind = kwargs.get("attention_mask"), layer.self_attn.config._attn_implementation
     assert running.shape is not None
@@ -114,9 +133,12 @@ def _is_made(mask: Any) -> bool:
 def can_trace(text: Any, cache: Any, state: PromptState) -> bool:
     """Whether later text behind a shortened prompt can be read without counting what a static cache holds.
 
-    Windows, whose static caches let slots go, packed rows, and positions that layers renumber are counted step by step.
+    Windows, whose static caches let slots go, recurrent states, which have none, packed rows, and positions that layers
+    renumber are counted step by step.
     """
     if not getattr(cache, "is_compileable", False) or state.sample is not None or any(getattr(cache, "is_sliding", ())):
+        return False
+    if not all(hasattr(layer, "keys") for layer in cache.layers):
         return False
     renumbers = state.compact and bool(state.between)
     return not renumbers and not masks.is_flash(text.config._attn_implementation)

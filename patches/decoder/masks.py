@@ -50,14 +50,18 @@ def window_of(layer: Any, index: int) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
+def shares(layer: Any) -> bool:
+    """Whether a decoder layer attends to keys and values that an earlier one has stored."""
+    return bool(getattr(getattr(layer, "self_attn", None), "is_kv_shared_layer", False))
+
+
 def stored_in(layer: Any, index: int) -> int:
     """The decoder layer whose keys and values a layer attends to: its own, or, where later layers share those of earlier ones,
     the last of the same kind that stores any.
     """
-    attention: Any = getattr(layer, "self_attn", None)
-    if not getattr(attention, "is_kv_shared_layer", False):
+    if not shares(layer):
         return index
-    config = attention.config
+    config = layer.self_attn.config
     kinds = config.layer_types
     return max(i for i, mode in enumerate(config.kv_sharing_modes) if mode == "store" and kinds[i] == kinds[index])
 

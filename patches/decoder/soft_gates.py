@@ -68,11 +68,11 @@ def softened(model: nn.Module, soft: S) -> Iterator[S]:
     """
     vlm = _only(model)
     layers = vlm.text.layers
-    wrong = [i for i in soft.layers if not max(1, vlm.info.first_layer) <= i < len(layers)]
+    wrong = [i for i in soft.layers if i not in vlm.info.inner_layers]
     if wrong or not soft.layers:
         raise ConfigError(
-            f"tokens of {vlm.info.name} can be gated from the decoder layers {max(1, vlm.info.first_layer)} to "
-            f"{len(layers) - 1} on, got {wrong[0] if wrong else 'none'}"
+            f"tokens of {vlm.info.name} can be gated from the decoder layers {vlm.info.first_layer} to "
+            f"{vlm.info.inner_layers.stop - 1} on, got {wrong[0] if wrong else 'none'}"
         )
     run = _Run(vlm, soft)
     handles = [vlm.module.register_forward_pre_hook(_BeforeModel(run), with_kwargs=True)]

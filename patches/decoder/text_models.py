@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vtok.errors import StateError, UnsupportedModelError
 from vtok.patches.decoder.kv_cache import CACHES, cache_in, cached_length, unknown, vouch
+from vtok.patches.decoder.masks import shares
 from vtok.patches.protocol import qualified_name
 
 
@@ -41,9 +42,11 @@ GENERIC_TEXT_MODELS = frozenset(
         _in("cosmos3_edge") + "Cosmos3EdgeTextModel",
         _in("deepseek_ocr2") + "DeepseekOcr2TextModel",
         _in("emu3") + "Emu3TextModel",
+        _in("ernie4_5_vl_moe") + "Ernie4_5_VLMoeTextModel",
         _in("glm4v") + "Glm4vTextModel",
         _in("glm4v_moe") + "Glm4vMoeTextModel",
         _in("glm_ocr") + "GlmOcrTextModel",
+        _in("granite4_vision") + "Granite4VisionTextModel",
         _in("granite_docling") + "GraniteDoclingTextModel",
         _in("hyperclovax") + "HyperCLOVAXModel",
         _in("molmo2") + "Molmo2TextModel",
@@ -54,7 +57,30 @@ GENERIC_TEXT_MODELS = frozenset(
         _in("step3p7") + "Step3p7TextModel",
     }
 )
-_FORGETS = {"full_attention", "sliding_attention", "mlp", "moe"}  # kinds of layers that any token may be missing from
+# The same, where queries and keys are not made as in Llama: no positions in some layers, another norm or none in front, a norm
+# behind the rotation, one projection for both, a latent. The layer itself says what they are.
+OWN_ATTENTION = frozenset(
+    {
+        _in("apertus1p5") + "Apertus1p5TextModel",
+        _in("cohere2") + "Cohere2Model",
+        _in("deepseek_v3") + "DeepseekV3Model",
+        _in("exaone4") + "Exaone4Model",
+        _in("gemma4") + "Gemma4TextModel",
+        _in("gemma4_unified") + "Gemma4UnifiedTextModel",
+        _in("hunyuan_vl") + "HunYuanVLTextModel",
+        _in("lfm2") + "Lfm2Model",
+        _in("lfm3") + "Lfm3Model",
+        _in("muse_glimmer") + "MuseGlimmerTextModel",
+        _in("muse_spark") + "MuseSparkTextModel",
+        _in("persimmon") + "PersimmonModel",
+        _in("qwen3_5") + "Qwen3_5TextModel",
+        _in("qwen3_5_moe") + "Qwen3_5MoeTextModel",
+    }
+)
+_OWN = {name.rpartition(".")[0] for name in OWN_ATTENTION}
+# Kinds of layers that any token may be missing from. Those that carry something from one token to the next read what is left
+# of the sequence, as they would read a prompt of that length.
+_FORGETS = {"full_attention", "sliding_attention", "mlp", "moe", "linear_attention", "conv"}
 
 
 def why_not_between(text: Any) -> str | None:
@@ -62,12 +88,26 @@ def why_not_between(text: Any) -> str | None:
     config = text.config
     odd = sorted(set(getattr(config, "layer_types", None) or ()) - _FORGETS)
     if odd:
-        return f"its LLM has layers of type {', '.join(odd)}, whose state cannot forget single tokens or counts them"
-    if getattr(config, "num_kv_shared_layers", 0):
-        return "layers of its LLM share keys and values, and would have to hold the same tokens"
-    if not any(qualified_name(cls) in TEXT_MODELS | GENERIC_TEXT_MODELS for cls in type(text).__mro__):
+        return f"its LLM has layers of type {', '.join(odd)}, which count stored tokens or choose among them"
+    if getattr(config, "num_kv_shared_layers", 0) and not any(shares(layer) for layer in text.layers):
+        return "layers of its LLM share keys and values, and none says that it does"
+    if getattr(config, "altup_num_inputs", 1) > 1:
+        return "its LLM carries several hidden states of every token (AltUp) from layer to layer"
+    if not any(hasattr(layer, "self_attn") for layer in text.layers):
+        return "none of its LLM's layers has an attention of the name self_attn, by which vtok finds it"
+    if not any(qualified_name(cls) in TEXT_MODELS | GENERIC_TEXT_MODELS | OWN_ATTENTION for cls in type(text).__mro__):
         return f"its LLM, {qualified_name(type(text))}, is not among those whose layers vtok has been tested with"
     return None
+
+
+def has_own_attention(attention: Any) -> bool:
+    """Whether the attention of a decoder layer is that of an LLM of `OWN_ATTENTION`."""
+    return any(cls.__module__ in _OWN for cls in type(attention).__mro__)
+
+
+def final_norm_of(text: Any) -> Any:
+    """The last norm of an LLM, or `None`."""
+    return getattr(text, "norm", getattr(text, "final_layernorm", None))
 
 
 def counts_columns(text: Any) -> bool:
@@ -125,7 +165,8 @@ def check_origin(kwargs: Mapping[str, Any], generating: bool) -> None:
     if isinstance(mask, Tensor) and mask.ndim == 2 and x is not None:
         known = mask.shape[1] - x.shape[1]
     sliding, layers = list(getattr(cache, "is_sliding", ())), range(len(getattr(cache, "layers", ())))
-    lengths = sorted({cached_length(cache, i) for i in layers if not (i < len(sliding) and sliding[i])})
+    counts = [i for i in layers if hasattr(cache.layers[i], "get_seq_length")]  # a recurrent state does not
+    lengths = sorted({cached_length(cache, i) for i in counts if not (i < len(sliding) and sliding[i])})
     if len(lengths) > 1:
         found = f"its layers hold {lengths[0]} to {lengths[-1]} tokens"
     elif generating or known <= 0:

@@ -347,16 +347,14 @@ def _describe(path: str, module: Any, family: Family) -> VLM:
         )
     heads = stated_number(config, "num_attention_heads") or max(config.hidden_size // 64, 1)
     tower, facts, no_tower = _tower(module, text, family)
-    deep = getattr(getattr(module.config, "vision_config", None), "deepstack_visual_indexes", None) or ()
     info = VLMInfo(
         name=name,
         depth=len(text.layers),
         width=config.hidden_size,
         num_heads=heads,
-        first_layer=max(len(deep), 1),
+        **decoder_probe.inner_layers(module.config, text),
         num_kv_heads=stated_number(config, "num_key_value_heads") or heads,
         head_dim=stated_number(config, "head_dim") or config.hidden_size // heads,
-        no_attention=next((why for layer in text.layers if (why := decoder_probe.why_not(layer))), None),
         tower=facts,
         no_tower=no_tower,
         grid=None if facts is not None and facts.prefix_kept else family.grid(module),

@@ -42,6 +42,11 @@ def test_plan():
     assert "flops=0.7 -> ratio=" in text
 
 
+def test_the_small_vit_has_two_names():
+    """What run files and `vtok.evaluate` call it is taken by commands, too."""
+    assert _ok("plan", "reference-vit", "tome") == _ok("plan", "reference", "tome")
+
+
 def test_bench(tmp_path):
     args = ["bench", "vit_tiny_patch16_224", "tome:r=8", "random", "--img-size", 64, "-b", 2, "--pairs", 5, "--threads", 1]
     text = _ok(*args, "--no-memory", "--no-profile", "--json", tmp_path / "new" / "bench.json")
@@ -132,7 +137,7 @@ def test_run_prints_published_beside_measured(folder, tmp_path):
 
 
 def test_an_expected_error_ends_the_program_in_one_line():
-    command = [sys.executable, "-m", "vtok.eval", "plan", "reference", "tomee"]
+    command = [sys.executable, "-m", "vtok", "plan", "reference", "tomee"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
     assert done.returncode == 2
     assert "unknown method 'tomee'; did you mean 'tome'?" in done.stderr
@@ -145,7 +150,20 @@ def test_an_expected_error_ends_the_program_in_one_line():
         (["run", "nothing"], "unknown run 'nothing'"),
         (["run", "tome_vit_s_augreg_r13"], "names no data; pass --data FOLDER"),
         (["demo", "--budgets", "a,b"], "--budgets takes numbers"),
-        (["plan", "no_such_model", "tome"], "timm cannot make no_such_model"),
+        (["plan", "zzz", "tome"], "unknown timm model 'zzz'; timm.list_models() names all"),
+        (
+            ["plan", "deit_smal_patch16_224", "tome"],
+            "unknown timm model 'deit_smal_patch16_224'; did you mean 'deit_small_patch16_224'?",
+        ),
+        (
+            ["plan", "deit_small_patch16_224.fb_in1", "tome"],
+            "unknown weights of deit_small_patch16_224 'fb_in1'; did you mean 'fb_in1k'?",
+        ),
+        (["bench", "refrence", "tome"], "unknown timm model 'refrence'; did you mean 'reference'?"),
+        (["bench", "reference-lava", "tome"], "unknown bundled model 'reference-lava'; did you mean 'reference-llava'?"),
+        (["bench", "open_clip:ViT-B16", "tome"], "unknown open_clip model 'ViT-B16'; did you mean 'ViT-B-16'?"),
+        (["tune", "refrence", "tome", "--flops", "0.5"], "unknown timm model 'refrence'; did you mean 'reference'?"),
+        (["eval", "vqa", "--model", "reference-scene", "--data", "scenes"], "did you mean 'reference-scenes'?"),
         (["plan", "reference", "tome:method=3"], "method is no parameter of a method"),
         (["bench", "reference", "tome", "--json", "/"], "/ cannot be written: it is a folder"),
         (["eval", "imagenet", "--model", "a", "--data", "b", "--results-file", "/dev/null/r"], "/dev/null/r cannot be written"),
@@ -164,7 +182,6 @@ def test_expected_errors_are_one_line(args, words, monkeypatch, capsys):
 def test_demo(tmp_path, monkeypatch):
     """Without the encoder's weights, which a package brings: the small models, on a few images; a second run has nothing left
     to do. See also test_clip_demo and test_vqa_demo."""
-    from vtok.eval.cli import demo
     from vtok.eval.demo import vit
     from vtok.eval.models.dinov2 import weights
     from vtok.eval.tasks import fashion
@@ -186,7 +203,7 @@ def test_demo(tmp_path, monkeypatch):
     second = _ok(*args)
     assert "7 of 7 configurations are in" in second
     assert (tmp_path / "d" / "results.jsonl").read_text().splitlines() == lines
-    assert not demo.installed()
+    assert not weights.installed()
 
 
 def test_the_demo_has_two_parts_and_three_of_small_models(monkeypatch, tmp_path):
@@ -239,7 +256,15 @@ def test_a_command_says_in_the_list_what_it_says_itself(name, entry):
         (["--help"], 0, "bench-suite"),
         (["eval", "--help"], 0, "retrieval"),
         (["bnech"], 2, "No such command 'bnech'"),
-        (["bench", "--help"], 0, "--pairs"),
+        *(([name, "--help"], 0, "Usage") for name in program.COMMANDS),
+        *((["eval", name, "--help"], 0, "Usage") for name in program.EVALUATIONS),
+        (["tune", "reference", "tom", "--flops", "0.5"], 2, "unknown method 'tom'; did you mean 'tome'?"),
+        (
+            ["eval", "vqa", "--model", "x", "--data", "y", "--task", "popo"],
+            2,
+            "unknown question task 'popo'; did you mean 'pope'?",
+        ),
+        (["eval", "vaq"], 2, "No such command 'vaq'"),
         (["bench", "vit", "tom"], 2, "unknown method 'tom'; did you mean 'tome'?"),
         (["plan", "vit", "pitome+tdre:keep=0.1"], 2, "unknown method 'tdre'; did you mean 'todre'?"),
         (["viz", "reference", "tom", "3"], 2, "unknown method 'tom'"),

@@ -27,7 +27,7 @@ LAYERS = (
     ("export",),
     ("",),  # vtok itself
     ("testing",),
-    ("eval",),
+    ("eval", "__main__"),
 )
 # Ours that are imported inside a function although they are no optional dependency, and why.
 LATE = {

@@ -287,7 +287,7 @@ def test_the_command_line(clip_folder, karpathy, folder, tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda f, k: zeroshot("no-such-model", f), "open_clip has no model 'no-such-model'"),
+        (lambda f, k: zeroshot("no-such-model", f), "unknown open_clip model 'no-such-model'"),
         (lambda f, k: zeroshot(str(f), f), "transformers cannot load"),
         (
             lambda f, k: zeroshot("x", f, [None], ZeroshotOptions(backend="jax")),

@@ -157,3 +157,10 @@ def test_the_arguments_are_those_that_are_described():
     assert {name for name in public if name not in own} <= timing
     documented = inspect.getdoc(vtok.benchmark) + inspect.getdoc(vtok.evaluate)
     assert all(f"{name}: " in documented for f in (vtok.benchmark, vtok.evaluate) for name in inspect.signature(f).parameters)
+
+
+def test_a_misspelt_model_that_brings_its_data_is_told_by_its_name():
+    with pytest.raises(vtok.ConfigError, match=r"needs data.*; of reference-vit, if that was meant, they come with vtok"):
+        vtok.evaluate("refernce-vit", "imagenet", ["tome"])
+    with pytest.raises(vtok.ConfigError, match=r"needs data: .* of task gqa$"):
+        vtok.evaluate("reference-llava", "gqa", ["todre"])

@@ -270,8 +270,10 @@ def test_refusals(model, folder, tmp_path):
         evaluate(model, tmp_path / "nowhere", [None], options())
     with pytest.raises(vtok.ConfigError, match="at least one setting"):
         evaluate(model, folder, [], options())
-    with pytest.raises(vtok.ConfigError, match="timm cannot make vit_tinny"):
-        evaluate("vit_tinny", folder, [None], options(pretrained=False))
+    with pytest.raises(
+        vtok.UnknownNameError, match="unknown timm model 'vit_tinny_patch16_224'; did you mean 'vit_tiny_patch16_224'"
+    ):
+        evaluate("vit_tinny_patch16_224", folder, [None], options(pretrained=False))
     with pytest.raises(vtok.ConfigError, match=r"checkpoint nowhere.pt does not exist"):
         evaluate("vit_tiny_patch16_224", folder, [None], options(checkpoint="nowhere.pt"))
     with pytest.raises(vtok.ConfigError, match="unexpected keyword argument 'nonsense'"):

@@ -9,7 +9,7 @@ import pytest
 import vtok
 from vtok.eval.tasks import QUESTION_TASKS, TASKS
 from vtok.eval.tasks.vqa.data import Question, VQAData
-from vtok.eval.tasks.vqa.metrics import soft_accuracy
+from vtok.eval.tasks.vqa.metrics import MODES, soft_accuracy
 from vtok.eval.tasks.vqa.records import Scored
 from vtok.eval.tasks.vqa_benchmarks.chartqa import relaxed
 from vtok.eval.tasks.vqa_benchmarks.docvqa import anls, anls_definition, edit_distance
@@ -54,6 +54,17 @@ def test_scores_are_those_of_lmms_eval(task):
 def test_three_normalisations_of_vqav2(said, answers, lmms, official, vlmeval):
     scores = QUESTION_TASKS.get("vqav2").score_all(said, Question(0, "", tuple(answers), 0, {}))
     assert scores == {"soft_accuracy": lmms, "soft_accuracy_official": official, "soft_accuracy_vlmeval": vlmeval}
+
+
+@pytest.mark.parametrize("answer", ["two", "Two", "none", "the cat", "a t-shirt", "dont", "cat"])
+def test_a_single_answer_in_plain_words_is_met_by_itself(answer):
+    """vqaEval.py leaves answers of VQA as they are, since they hold digits and no articles: a single answer need not."""
+    assert [soft_accuracy(answer, [answer], mode) for mode in MODES] == [1.0] * len(MODES)
+    assert [soft_accuracy("dog", [answer], mode) for mode in MODES] == [0.0] * len(MODES)
+
+
+def test_ten_equal_answers_stay_as_they_are_for_the_official_program():
+    assert soft_accuracy("two", ["two"] * 10, "official") == 0 and soft_accuracy("two", ["2"] * 10, "official") == 1
 
 
 def test_textvqa_sets_words_apart_first():

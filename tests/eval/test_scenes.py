@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 
 import vtok
 from vtok.eval.models import scenes
+from vtok.eval.models.assets import asset
 from vtok.eval.models.dinov2 import installed, load_hf_dinov2, weights
 from vtok.eval.models.scenes import KINDS, draw_scene
 from vtok.eval.models.scenes.album import ARTISTS, NAMES, PHOTOGRAPHS, load_album
@@ -115,3 +116,21 @@ def test_the_bundled_model_answers_and_needs_the_picture():
         torch.manual_seed(0)
         assert np.mean(right()) < np.mean(seen)
     assert right() == seen
+
+
+@needs_weights
+def test_the_bundled_modules_of_atp():
+    """They leave the tokens that they were trained for, more where a picture needs more, and answers that random ones lose."""
+    data = open_vqa("scenes")
+    asked = [q for q in data.questions if q.image < 2]
+    model, processor = scenes.load_reference_scenes(), scenes.make_scenes_processor()
+    images, texts = [data.read(q.image) for q in asked], [f"<image> {q.text}" for q in asked]
+    inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
+    vtok.patch(model, "atp", weights=str(asset("scenes/atp.safetensors")))
+    with torch.inference_mode():
+        said = model(**inputs, logits_to_keep=1).logits[:, -1].argmax(-1)
+    rows = vtok.info(model).prompts[0].rows
+    assert np.mean([processor.decode(word).strip() == q.target for word, q in zip(said, asked)]) >= 0.6
+    assert rows[0].tokens_in[0] == 256
+    left = [count for row in rows for count in row.tokens_out]
+    assert 0 < min(left) < max(left) < 256

@@ -23,9 +23,9 @@ from vtok.capabilities import HasSearchSpace
 from vtok.eval.cli.program import app
 from vtok.eval.common.settings import pass_cost
 from vtok.eval.common.statistics import paired_difference
+from vtok.eval.options import Plan
 from vtok.eval.tune import report as tune_report
 from vtok.eval.tune.models import Prepared
-from vtok.eval.tune.result import Plan
 from vtok.eval.tune.samples import in_memory, shuffled
 from vtok.eval.tune.score import class_values, embedding_values, loss
 from vtok.eval.tune.search import SEARCHES

@@ -84,7 +84,7 @@ def test_positions():
 
 def test_layers_that_get_features_of_the_tower():
     text = message_of(vtok.UnsupportedModelError, vtok.patch, build("Qwen3-VL"), Columns(((1, 2),)))
-    assert "in front of decoder layer 1, but Qwen3VLModel adds tower features" in text
+    assert "in front of decoder layer 1 of Qwen3VLModel, but features of its vision tower are added" in text
     assert "from layer 2 on" in text
 
 
@@ -112,8 +112,8 @@ def test_models_that_are_refused():
     ("setting", "words"),
     [
         (
-            {"layer_types": ["linear_attention", "full_attention"] * 2},
-            "layers of type linear_attention, whose state",
+            {"layer_types": ["chunked_attention", "full_attention"] * 2},
+            "layers of type chunked_attention, which count stored tokens",
         ),
         ({"num_kv_shared_layers": 2}, "layers of its LLM share keys and values"),
     ],

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from helpers_errors import message_of
-from helpers_generic import BY_HAND, KEEP, LISTED, OWN_CACHE, SLOW, generate
+from helpers_generic import BY_HAND, HYBRIDS, KEEP, LISTED, OWN_CACHE, SLOW, generate
 from test_vlm_attention import Watch
 
 import vtok
-from vtok.patches.decoder.text_models import GENERIC_TEXT_MODELS
+from vtok.patches.decoder.text_models import GENERIC_TEXT_MODELS, OWN_ATTENTION
 from vtok.patches.hf_vlm.families import find
 from vtok.patches.protocol import qualified_name
 from vtok.testing import generic_models
@@ -26,6 +26,17 @@ def test_a_static_cache(name):
     model = build(name)
     values = inputs(model)
     vtok.patch(model, "random", keep=KEEP)
+    found = generate(model, values, cache_implementation="static", disable_compile=True)
+    assert (found - generate(model, values)).abs().max() <= 1e-4
+
+
+@SLOW
+@pytest.mark.parametrize("name", ["cohere2_vision", "gemma4", "lfm2_vl", "qwen3_5"])
+def test_a_static_cache_of_layers_that_hold_different_tokens(name):
+    model = build(name)
+    values = inputs(model)
+    (vlm,) = find(model)
+    vtok.patch(model, "fastv", layer=vlm.info.judged_layers()[0], keep=KEEP)
     found = generate(model, values, cache_implementation="static", disable_compile=True)
     assert (found - generate(model, values)).abs().max() <= 1e-4
 
@@ -55,32 +66,33 @@ def test_text_in_a_later_turn(name):
 
 
 @SLOW
-@pytest.mark.parametrize("name", [name for name in THOSE if name not in BY_HAND])
+@pytest.mark.parametrize("name", [name for name in THOSE if name not in BY_HAND or name in HYBRIDS])
 def test_attention_of_layers_that_may_drop_is_read_right(name):
     """What methods between the layers choose by is what the layer computes itself."""
     model = build(name)
     (vlm,) = find(model)
     if vlm.info.no_layers is not None:
-        assert qualified_name(type(vlm.text)) not in GENERIC_TEXT_MODELS
+        assert qualified_name(type(vlm.text)) not in GENERIC_TEXT_MODELS | OWN_ATTENTION
         return
     values = inputs(model)
     model.set_attn_implementation("eager")
     with torch.no_grad():
         expected = model(**values, use_cache=False, output_attentions=True).attentions
-    for layer in (1, 2, 3):
+    attending = vlm.info.attention_layers or range(vlm.info.depth)
+    for layer in set(vlm.info.judged_layers(0)):
         seen = []
         vtok.patch(model, Watch(layer=layer, back=0, seen=seen))
         with torch.no_grad():
             model(**values, use_cache=False)
         vtok.unpatch(model)
         ((layout, probs, _),) = seen
-        assert (probs - expected[layer])[layout.real[:, None, :, None].expand_as(probs)].abs().max() <= 5e-5
+        assert (probs - expected[attending.index(layer)])[layout.real[:, None, :, None].expand_as(probs)].abs().max() <= 5e-5
 
 
 @SLOW
 def test_every_llm_that_may_drop_is_among_these_models():
     found = {qualified_name(type(module)) for name in CLASSES if name in LISTED for module in _texts(name)}
-    assert found >= GENERIC_TEXT_MODELS
+    assert found >= GENERIC_TEXT_MODELS | OWN_ATTENTION
 
 
 def _texts(name):

@@ -17,6 +17,7 @@ from torch import Tensor
 from vtok.core.reduction import Fold, Plan
 from vtok.core.tokens import Site, at_least_fp32
 from vtok.core.tower import TowerBlock, TowerFacts
+from vtok.core.vlm_info import VLMInfo
 from vtok.ops.crops import ViewMap
 
 __all__ = [
@@ -34,58 +35,6 @@ __all__ = [
 ]
 POSITIONS = ("original", "compact")  # of tokens behind dropped ones
 _ROWS_AT_ONCE = 64  # query rows whose probabilities are held at a time
-
-
-@dataclass(frozen=True)
-class VLMInfo:
-    """What a method may know of a vision-language model before any prompt has been seen.
-
-    Attributes:
-        name: class name, for messages.
-        depth: decoder layers of the LLM.
-        width: of the LLM's hidden states and of the image features.
-        num_heads: query heads of a decoder layer, H.
-        num_kv_heads: key and value heads, Hk: fewer under grouped-query attention; 0 = as many as query heads.
-        head_dim: width of a head, D; 0 = width / heads.
-        first_layer: lowest decoder layer in front of which tokens may be dropped; layer 0 (before the LLM) always may.
-        no_attention: why the attention of a decoder layer cannot be read, or `None` if it can.
-        tower: its vision tower; `None` = it cannot be looked into, and `no_tower` says why.
-        no_tower: see `tower`; empty if there is one.
-        grid: rows and columns of visual tokens, the same for every image; `None` = they depend on the image.
-        crops: whether it may cut an image into crops beside a view of the whole.
-        connector_macs: multiply-accumulates of `ImageFeatures.connector` for one token; 0 = there is none.
-        videos: whether it reads videos.
-        no_frames: why the frames of its videos cannot be compared, or `None` if they can.
-        no_patches: why patches cannot leave in front of its vision tower, or `None` if they can.
-        no_layers: why tokens cannot leave between decoder layers, or `None` if they can; before the LLM they always can.
-        generic: whether all that is known of it is what its interfaces say, as no row describes its family.
-    """
-
-    name: str
-    depth: int
-    width: int
-    num_heads: int
-    first_layer: int = 1
-    no_attention: str | None = None
-    num_kv_heads: int = 0
-    head_dim: int = 0
-    tower: TowerFacts | None = None
-    no_tower: str = "it has no vision tower"
-    grid: tuple[int, int] | None = None
-    crops: bool = False
-    connector_macs: int = 0
-    videos: bool = False
-    no_frames: str | None = None
-    no_patches: str | None = "it takes whole images alone"
-    no_layers: str | None = None
-    generic: bool = False
-
-    def probe_macs(self, rows: int, length: int) -> int:
-        """Multiply-accumulates of `LayerAttention.probs` for so many query rows over so many columns: keys of all columns,
-        queries of the rows, and their products."""
-        head = self.head_dim or self.width // self.num_heads
-        keys = self.width * (self.num_kv_heads or self.num_heads) * head * length
-        return keys + rows * self.num_heads * head * (self.width + length)
 
 
 class View(NamedTuple):

@@ -31,8 +31,17 @@ def check_site(config: MethodConfig, site: Site, info: VLMInfo) -> None:
         )
     if 0 < site.index < info.first_layer:
         raise UnsupportedModelError(
-            f"{config.name} drops tokens in front of decoder layer {site.index}, but {info.name} adds tower features to its "
-            f"visual tokens up to layer {info.first_layer - 1}; drop them before the LLM or from layer {info.first_layer} on"
+            f"{config.name} drops tokens in front of decoder layer {site.index} of {info.name}, but {info.no_earlier}; drop "
+            f"them before the LLM or from layer {info.first_layer} on"
+        )
+    _check_shared(config, site.index, info)
+
+
+def _check_shared(config: MethodConfig, layer: int, info: VLMInfo) -> None:
+    if info.last_layer is not None and layer > info.last_layer:
+        raise UnsupportedModelError(
+            f"{config.name} drops tokens in front of decoder layer {layer}, but later layers of {info.name} read the keys and "
+            f"values of layer {info.last_layer}, and would see them; drop them before the LLM or up to layer {info.last_layer}"
         )
 
 
@@ -56,6 +65,14 @@ def check_probe(layer: int, probed: int, layers: Mapping[int, Any], info: VLMInf
     """Raises if the attention of a decoder layer cannot decide what leaves in front of another."""
     if info.no_attention is not None:
         raise UnsupportedModelError(f"attention of {info.name}'s decoder layers cannot be read: {info.no_attention}")
+    known = info.attention_layers
+    if known is not None and probed not in known and layer > 0:
+        able = info.judged_layers(layer - probed)
+        named = ", ".join(str(i) for i in able[:6]) + (", ..." if len(able) > 6 else "")
+        raise UnsupportedModelError(
+            f"decoder layer {probed} of {info.name}, by whose attention tokens would leave in front of layer {layer}, has none "
+            f"but a recurrent state or a convolution; let them leave in front of one of the layers {named}"
+        )
     if layer == 0:
         raise ConfigError("before the LLM there is no attention to decide by; drop in front of a later decoder layer")
     between = [i for i in layers if probed < i < layer and i > 0]  # what a layer drops leaves before its attention is read

@@ -105,8 +105,8 @@ CLASSES: dict[str, dict[str, Any]] = {
     "gemma4": {
         "make": {
             "text_config": _TEXT | {
-                "layer_types": [*_KINDS, *_KINDS], "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8,
-                "vocab_size_per_layer_input": 128, "sliding_window": 64, "global_head_dim": 16,
+                "num_hidden_layers": 8, "layer_types": [*_KINDS * 4], "num_kv_shared_layers": 2, "sliding_window": 64,
+                "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128, "global_head_dim": 16,
                 "use_bidirectional_attention": "vision",
             },
             "vision_config": _SIGHT | {"pooling_kernel_size": 2, "position_embedding_size": 64},
@@ -121,7 +121,7 @@ CLASSES: dict[str, dict[str, Any]] = {
     },
     "granite4_vision": {
         "make": {"image_grid_pinpoints": [[32, 64], [64, 32]], "downsample_rate": "1/2",
-                 "deepstack_layer_map": [[1, 0], [2, 1]], "spatial_target_layers": [1, 2, 2, 3], "spatial_vision_layer": -1},
+                 "deepstack_layer_map": [[1, 0], [2, 1]], "spatial_target_layers": [0, 0, 1, 1], "spatial_vision_layer": -1},
         "qformer_config.encoder_hidden_size": 32,
     },
     "granite_docling": {"vision_config.image_size": 64},

@@ -37,7 +37,7 @@ class Trial(NamedTuple):
 
 def _untrained(config_class: type[MethodConfig], info: VLMInfo, folder: str) -> Sequence[Mapping[str, Any]]:
     """Modules that nobody trained: random, they drop some tokens and keep others."""
-    layers = tuple(range(max(1, info.first_layer), info.depth))
+    layers = tuple(info.inner_layers)
     made = ATPModules(ATPSpec(depth=info.depth, width=info.width, grid=info.grid or (1, 1), layers=layers, hidden=6))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

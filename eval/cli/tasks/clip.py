@@ -15,17 +15,14 @@ import typer
 from vtok.eval.cli.flags import METHOD_HELP, options_from, signature
 from vtok.eval.common import terminal
 from vtok.eval.common.distributed import is_main
-from vtok.eval.report.printed import dual_encoders
-from vtok.eval.runs.loader import parse_method
+from vtok.eval.options import CAPTIONED, PICTURES, RetrievalOptions, ZeroshotOptions
 from vtok.eval.runs.names import check_methods
-from vtok.eval.tasks.captions import PAGES
-from vtok.eval.tasks.retrieval import RetrievalOptions
-from vtok.eval.tasks.zeroshot import PICTURES, ZeroshotOptions
 from vtok.writing import apart, writable, write_beside
 
 
 def evaluate_zeroshot(**flags: Any) -> None:
     """Zero-shot accuracy of a CLIP-like model on an image folder, unpatched and patched on the same batches."""
+    check_methods(flags["method"])
     from vtok.eval.tasks.zeroshot import evaluate
 
     _evaluate(evaluate, ZeroshotOptions, flags)
@@ -33,13 +30,16 @@ def evaluate_zeroshot(**flags: Any) -> None:
 
 def evaluate_retrieval(**flags: Any) -> None:
     """Image and text recall of a CLIP-like model on captioned images, unpatched and patched on the same batches."""
+    check_methods(flags["method"])
     from vtok.eval.tasks.retrieval import evaluate
 
     _evaluate(evaluate, RetrievalOptions, flags)
 
 
 def _evaluate(task: Any, kind: type, flags: dict[str, Any]) -> None:
-    check_methods(flags["method"])
+    from vtok.eval.report.printed import dual_encoders
+    from vtok.eval.runs.loader import parse_method
+
     console = terminal.output()
     model, data, methods, output = (flags.pop(name) for name in ("model", "data", "method", "output"))
     settings = [None, *(parse_method(text) for text in methods or ())]
@@ -94,5 +94,5 @@ evaluate_zeroshot.__signature__ = signature(  # type: ignore[attr-defined]
     ZeroshotOptions, _leading(f"folder with one sub-folder a class, what --dataset reads, or {PICTURES}")
 )
 evaluate_retrieval.__signature__ = signature(  # type: ignore[attr-defined]
-    RetrievalOptions, _leading(f"Karpathy's JSON file or its folder, or {PAGES}")
+    RetrievalOptions, _leading(f"Karpathy's JSON file or its folder, or {CAPTIONED}")
 )

@@ -13,16 +13,16 @@ import typer
 from vtok.eval.cli.flags import METHOD_HELP, options_from, signature
 from vtok.eval.common import terminal
 from vtok.eval.common.distributed import is_main
-from vtok.eval.report.printed import classification
-from vtok.eval.runs.loader import parse_method, prepared
+from vtok.eval.options import Options
 from vtok.eval.runs.names import check_methods
-from vtok.eval.tasks.timm_pipeline import Options
 from vtok.writing import write_beside
 
 
 def evaluate_imagenet(**flags: Any) -> None:
     """Accuracy on an ImageNet-style folder with timm's own pipeline, unpatched and patched on the same batches."""
     check_methods(flags["method"])
+    from vtok.eval.report.printed import classification
+    from vtok.eval.runs.loader import parse_method, prepared
     from vtok.eval.tasks.imagenet import evaluate
 
     console = terminal.output()

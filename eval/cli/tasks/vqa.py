@@ -10,16 +10,18 @@ import typer
 
 from vtok.eval.cli.flags import SETTING_HELP, options_from, signature
 from vtok.eval.common import terminal
-from vtok.eval.report.printed import questions
-from vtok.eval.runs.loader import parse_setting
+from vtok.eval.options import VQAOptions
 from vtok.eval.runs.names import check_methods
-from vtok.eval.tasks.vqa.task import VQAOptions
+from vtok.eval.tasks import QUESTION_TASKS
 from vtok.writing import apart, writable
 
 
 def evaluate_vqa(**flags: Any) -> None:
     """Answers of a vision-language model to questions about images, unpatched and patched on the same batches."""
     check_methods(flags["method"])
+    QUESTION_TASKS.check(flags["task"])
+    from vtok.eval.report.printed import questions
+    from vtok.eval.runs.loader import parse_setting
     from vtok.eval.tasks.vqa.evaluate import evaluate
 
     console = terminal.output()

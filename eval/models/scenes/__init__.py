@@ -1,10 +1,6 @@
 """Scenes of little things, questions about one of them among many, and the reference LLaVA that answers them.
 
-<<<<<<< HEAD
-What was measured: assets/docs/results/scenes.md in the repository.
-=======
-The card: assets/scenes.md in the repository.
->>>>>>> e0f2737 (Pages say what the demo runs now, and bring the card of the LLaVA of scenes)
+The card: assets/scenes.md in the repository; what was measured: assets/docs/results/scenes.md.
 """
 
 from vtok.eval.models.scenes.compose import draw_scene

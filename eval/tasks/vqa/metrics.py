@@ -7,7 +7,7 @@ mean. They differ in what they make of the texts first:
 |---|---|---|---|
 | new lines, tabs, outer white space | gone from prediction and answers | gone from the prediction alone | gone from both |
 | prediction | punctuation, then numbers and articles | the same | the same |
-| answers | the same | punctuation alone, and only unless all ten are equal | the same |
+| answers | the same | punctuation alone, and only unless all ten are equal; of a single answer the same | the same |
 | punctuation | with `{ } - !`, without `:` and `'` | with `:` and `'`, without `{ } - !` | as lmms |
 | commas inside numbers | any run of commas | a single comma | a single comma |
 | period | goes unless a digit follows | the same | goes unless a digit stands on either side |
@@ -105,8 +105,12 @@ def normalised(prediction: str, mode: str = "lmms") -> str:
 
 
 def normalised_answers(answers: Sequence[str], mode: str = "lmms") -> list[str]:
-    """What is compared of the answers that people gave to one question."""
-    if mode != "official":
+    """What is compared of the answers that people gave to one question.
+
+    `"official"` trusts that they are written as VQA's annotations are, with digits and without articles: "two" among them is
+    never met by a prediction, which becomes "2". A single answer comes from elsewhere and is treated as the prediction is.
+    """
+    if mode != "official" or len(answers) == 1:
         return [normalised(answer, mode) for answer in answers]
     return [without_punctuation(answer, mode) for answer in answers] if len(set(answers)) > 1 else list(answers)
 
@@ -127,9 +131,8 @@ def soft_accuracy(prediction: str, answers: Sequence[str], mode: str = "lmms") -
     """
     if mode not in MODES:
         raise unknown("normalisation", mode, MODES)
-    if len(answers) == 1:
-        answers = list(answers) * PEOPLE
     given, said = normalised_answers(answers, mode), normalised(prediction, mode)
+    given = given * PEOPLE if len(given) == 1 else given
     agree = sum(answer == said for answer in given)
     return sum(min(1.0, (agree - (answer == said)) / 3) for answer in given) / len(given)
 

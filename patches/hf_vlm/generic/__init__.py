@@ -13,6 +13,14 @@ with the columns that stay.
 - Tokens keep the positions that they had, and sliding windows look back over as many columns of the long prompt, unless an
   LLM counts columns itself: attention within chunks (Llama 4) and sparse attention to blocks (MiniMax M3) get a prompt that
   is numbered anew, as if it had been that short, whatever `positions` says. Inkling 2 measures distances in stored tokens.
+- Between the layers of the LLM tokens leave where layers are attention over stored keys, sliding windows among it. Where
+  queries and keys are made in another way than Llama's (Cohere 2, EXAONE 4, Apertus, DeepSeek V3 in Kimi K2.5, Gemma 4,
+  HunYuan, LFM2, Muse, Persimmon in Fuyu, Qwen3.5) the layer before is run again as far as its kernel, to see what that is
+  given. Gemma 4: no later than the first layer whose keys and values later layers read. Granite Vision and Qwen3-VL: behind
+  the layers that features are added to. Recurrent layers and convolutions behind a drop (Qwen3.5, MiniCPM-V 4.6, LFM2-VL) read
+  the tokens that are left, as if there had been no others; a method that chooses by attention acts behind a layer that has
+  some. Not between layers that attend in chunks or choose among stored tokens, and not in Gemma 3n, whose layers hand on
+  several hidden states of every token.
 - The visual tokens of an image are one row: nothing is known of how they lie, so that methods that look into the vision tower
   or at crops need a row. What a model costs is not known: `vtok.plan` and `flops=` say so.
 - Of the 36 classes that read videos the frames are known where the inputs say how many there are, as a column of tokens each:

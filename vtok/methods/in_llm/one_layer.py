@@ -35,11 +35,12 @@ class OneLayer(KeptShare):
 
     @classmethod
     def alternatives(cls, info: VLMInfo) -> Sequence[Mapping[str, Any]]:
-        return ({"layer": info.first_layer},) if info.first_layer > DEFAULT_LAYER else ()
+        layers = info.judged_layers()
+        return ({"layer": layers[0]},) if layers and DEFAULT_LAYER not in layers else ()
 
     def search_space(self, info: VLMInfo) -> Space:
         """In front of which layer; given ones are left alone."""
-        layers = tuple(range(info.first_layer, info.depth))
+        layers = info.judged_layers()
         return {"layer": Choice(layers)} if self.layer == DEFAULT_LAYER and layers else {}
 
     def candidates_at(self, info: VLMInfo, point: Point) -> Sequence[Self]:

@@ -70,22 +70,26 @@ class PyramidDrop(Official):
 
     @classmethod
     def alternatives(cls, info: VLMInfo) -> Sequence[Mapping[str, Any]]:
-        """Later layers, where a model lets no token go at the first quarter of its depth."""
+        """Other layers, where a model lets no token go at the quarters of its depth."""
         usual = cls()
-        layers = tuple(range(info.first_layer, info.depth))[: len(usual.keep)]
-        if info.depth // (len(usual.keep) + 1) >= info.first_layer or not layers:
+        layers = info.judged_layers(0)[: len(usual.keep)]
+        if set(usual.quarters(info)) <= set(info.judged_layers(0)) or not layers:
             return ()
         return ({"keep": list(usual.keep[: len(layers)]), "layers": list(layers)},)
 
     def search_space(self, info: VLMInfo) -> Space:
         """In front of which layers; given ones are left alone."""
-        stages, layers = len(self.keep), tuple(range(info.first_layer, info.depth))
+        stages, layers = len(self.keep), info.judged_layers(0)
         if self.layers is not None or len(layers) < stages:
             return {}
         return {"layers": Blocks(layers, stages, stages, self.stages(info))}
 
     def candidates_at(self, info: VLMInfo, point: Point) -> Sequence[Self]:
         return self.replace(layers=point.get("layers", self.layers)).budget_candidates(info)
+
+    def quarters(self, info: VLMInfo) -> tuple[int, ...]:
+        """The default layers: as many equal parts of the depth as there are stages, and one more."""
+        return tuple(info.depth * (i + 1) // (len(self.keep) + 1) for i in range(len(self.keep)))
 
     def stages(self, info: VLMInfo) -> tuple[int, ...]:
         """The decoder layer of every stage.
@@ -95,9 +99,8 @@ class PyramidDrop(Official):
         """
         if self.layers is not None:
             return tuple(self.layers)
-        parts = len(self.keep) + 1
-        layers = tuple(info.depth * (i + 1) // parts for i in range(len(self.keep)))
-        if info.depth < parts:
+        layers = self.quarters(info)
+        if info.depth < len(self.keep) + 1:
             raise ConfigError(
                 f"{len(self.keep)} stages need a deeper LLM than that of {info.name}, which has {info.depth} layers"
             )

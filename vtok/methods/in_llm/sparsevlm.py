@@ -104,9 +104,9 @@ class SparseVLM(Official):
 
     @classmethod
     def alternatives(cls, info: VLMInfo) -> Sequence[Mapping[str, Any]]:
-        """Later layers, where a model lets no token go behind the default ones."""
-        layers = tuple(range(info.first_layer - 1, info.depth - 1))[: len(LAYERS)]
-        if cls().stage_layers(info)[0] + 1 >= info.first_layer or not layers:
+        """Other layers, where a model lets no token go behind the default ones."""
+        layers, usual = tuple(i - 1 for i in info.judged_layers())[: len(LAYERS)], cls().stage_layers(info)
+        if {layer + 1 for layer in usual} <= set(info.judged_layers()) or not layers:
             return ()
         return ({"keep": list(DEFAULT_KEEP[: len(layers)]), "layers": list(layers)},)
 
@@ -120,7 +120,7 @@ class SparseVLM(Official):
 
     def search_space(self, info: VLMInfo) -> Space:
         """Behind which layers; given ones are left alone."""
-        layers = tuple(range(info.first_layer - 1, info.depth - 1))
+        layers = tuple(i - 1 for i in info.judged_layers())
         if self.layers is not None or len(layers) < self.stages:
             return {}
         return {"layers": Blocks(layers, self.stages, self.stages, self.stage_layers(info))}

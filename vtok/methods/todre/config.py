@@ -130,6 +130,12 @@ class ToDRE(MethodConfig):
         if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)) or not 0 <= self.tau <= 1:
             raise ConfigError(f"tau is a share of attention in [0, 1], got {shown(self.tau)}")
 
+    @classmethod
+    def alternatives(cls, info: VLMInfo) -> Sequence[Mapping[str, Any]]:
+        """Stage 2 where it may be, where a model lets no token go behind 7/8 of its depth."""
+        usual, layers = [layer + 1 for layer in probe_layers(DEFAULT_PROBE, info.depth)], info.judged_layers()
+        return () if set(usual) <= set(layers) or not layers else ({"probe": layers[-1] - 1},)
+
     def budget_candidates(self, info: VLMInfo) -> Sequence[Self]:
         return [self.replace(keep=(1000 - step) / 1000, keep_tokens=None) for step in range(1000)]
 
@@ -137,7 +143,7 @@ class ToDRE(MethodConfig):
         """Where stage 2 looks, if anywhere, and what it asks for; the last layer is left out, behind which nothing is left."""
         space: dict[str, Dimension] = {}
         if self.probe == DEFAULT_PROBE:
-            space["probe"] = Choice((None, *range(info.depth - 1)))
+            space["probe"] = Choice((None, *(layer - 1 for layer in info.judged_layers())))
         if self.tau == DEFAULT_TAU and self.probe is not None:
             space["tau"] = Real(*_TAUS)
         return space

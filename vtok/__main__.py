@@ -1,0 +1,5 @@
+"""`python -m vtok` is the program `vtok`."""
+
+from vtok.eval.cli import main
+
+main()

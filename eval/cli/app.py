@@ -23,7 +23,7 @@ Model = Annotated[
     str,
     typer.Argument(
         help="a timm name, open_clip:NAME, transformers:NAME, reference, reference-clip, reference-dinov2, "
-        "reference-llava(-next), reference-scenes"
+        "reference-llava(-next), reference-scenes, reference-print"
     ),
 ]
 Images = Annotated[int, typer.Option(min=1, help="vision-language models: images in a prompt")]

@@ -19,7 +19,7 @@ def draw_tokens(
         str,
         typer.Argument(
             help="a timm name, open_clip:NAME/TAG, transformers:OWNER/NAME, "
-            "reference, reference-clip, reference-llava(-next), reference-scenes"
+            "reference, reference-clip, reference-llava(-next), reference-scenes, reference-print"
         ),
     ],
     method: Annotated[str, typer.Argument(help=SETTING_HELP)],

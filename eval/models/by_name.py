@@ -1,7 +1,8 @@
 """Models by name, for the command line.
 
 A name is timm's, `reference` (or `reference-vit`), `reference-clip` (both come with vtok), `reference-dinov2` (its weights come
-with a package), a bundled vision-language model's (`reference-llava`, `reference-llava-next`, `reference-scenes`), or starts
+with a package), a bundled vision-language model's (`reference-llava`, `reference-llava-next`, `reference-scenes`,
+`reference-print`), or starts
 with its library: `open_clip:ViT-B-16` (its image tower; `open_clip:ViT-B-16/openai` with weights) or `transformers:OWNER/NAME`.
 Architectures in `HUGGING_FACE` are built without asking the hub for a configuration, and so are the vision-language models in
 `prompts.ARCHITECTURES` and, without weights (`meta`), the checkpoints in `architectures.PUBLISHED`.

@@ -13,8 +13,9 @@ from vtok.errors import ConfigError, MissingExtraError, unknown
 from vtok.eval.common.videos import Clip
 from vtok.reading import is_folder
 
-REFERENCE_LLAVA, REFERENCE_NEXT, REFERENCE_SCENES = "reference-llava", "reference-llava-next", "reference-scenes"
-BUNDLED = (REFERENCE_LLAVA, REFERENCE_NEXT, REFERENCE_SCENES)
+REFERENCE_LLAVA, REFERENCE_NEXT = "reference-llava", "reference-llava-next"
+REFERENCE_SCENES, REFERENCE_PRINT = "reference-scenes", "reference-print"
+BUNDLED = (REFERENCE_LLAVA, REFERENCE_NEXT, REFERENCE_SCENES, REFERENCE_PRINT)
 
 
 class BeginsOnce:
@@ -145,8 +146,8 @@ def load_vlm(name: str) -> VisionLanguageModel:
     """A vision-language model in eval mode.
 
     Args:
-        name: `"reference-llava"`, `"reference-llava-next"` or `"reference-scenes"`, which come with vtok; or a name or folder
-            of Hugging Face.
+        name: `"reference-llava"`, `"reference-llava-next"`, `"reference-scenes"` or `"reference-print"`, which come with vtok;
+            or a name or folder of Hugging Face.
 
     Raises:
         ConfigError: no such model, or one without a processor or without weights.
@@ -173,6 +174,7 @@ def load_vlm(name: str) -> VisionLanguageModel:
 
 
 def _references() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+    from vtok.eval.models.pages import load_reference_print, make_print_processor
     from vtok.eval.models.reference_next import load_reference_llava_next, load_reference_llava_next_processor
     from vtok.eval.models.reference_vlm import load_reference_llava, load_reference_llava_processor
     from vtok.eval.models.scenes import load_reference_scenes, make_scenes_processor
@@ -181,4 +183,5 @@ def _references() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
         REFERENCE_LLAVA: (load_reference_llava, load_reference_llava_processor),
         REFERENCE_NEXT: (load_reference_llava_next, load_reference_llava_next_processor),
         REFERENCE_SCENES: (load_reference_scenes, make_scenes_processor),
+        REFERENCE_PRINT: (load_reference_print, make_print_processor),
     }

@@ -23,7 +23,7 @@ from vtok.eval.common.settings import Setting, to_device
 from vtok.eval.common.timing import named_kernels
 from vtok.eval.models.clip import DualEncoder, load_clip
 from vtok.eval.models.reference_next import calibration_pages
-from vtok.eval.models.vlm import REFERENCE_NEXT, VisionLanguageModel, load_vlm
+from vtok.eval.models.vlm import REFERENCE_NEXT, REFERENCE_PRINT, VisionLanguageModel, load_vlm
 from vtok.eval.runs.again import ELSEWHERE
 from vtok.eval.runs.schema import BUNDLED_DATA, REFERENCE
 from vtok.eval.tasks import TASKS
@@ -223,6 +223,12 @@ def _prompts(model: VisionLanguageModel, named: str | None) -> Any:
     if model.name == REFERENCE_NEXT:
         pages = calibration_pages()
         return [model.inputs(pages, ["is top left blank?"] * len(pages))]
+    if model.name == REFERENCE_PRINT:
+        from vtok.eval.tasks.vqa.opening import calibration_printed_pages
+
+        data = calibration_printed_pages()
+        first = list({q.image: q for q in data.questions}.values())[:CALIBRATION_PROMPTS]
+        return [model.inputs([data.read(q.image) for q in first], [first[0].text] * len(first))]
     from PIL import Image
 
     from vtok.eval.models.reference_vlm import load_reference_questions

@@ -185,4 +185,5 @@ _WEIGHTS = {
     "reference-llava": "easyvqa_llava/model.safetensors",
     "reference-llava-next": "easyvqa_llava_next/differences.safetensors",
     "reference-scenes": "scenes/trained.safetensors",  # the encoder's own file has a checksum
+    "reference-print": "pages/trained.safetensors",  # likewise
 }

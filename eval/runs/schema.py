@@ -47,6 +47,7 @@ BUNDLED_DATA: dict[str, dict[str, str]] = {
     "reference-llava": {"vqa": "easy-vqa"},
     "reference-llava-next": {"vqa": "easy-vqa-pages"},
     "reference-scenes": {"vqa": "scenes"},
+    "reference-print": {"vqa": "print"},
 }
 # task -> whose models it can build; tasks that are not listed ask vision-language models
 BACKENDS: dict[str, tuple[str, ...]] = {

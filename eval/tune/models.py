@@ -10,7 +10,7 @@ from vtok.errors import ConfigError
 from vtok.eval.common.settings import to_device
 from vtok.eval.models.by_name import REFERENCE, load_model, short_name
 from vtok.eval.models.clip import REFERENCE as REFERENCE_CLIP
-from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_SCENES, VisionLanguageModel, load_vlm
+from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_PRINT, REFERENCE_SCENES, VisionLanguageModel, load_vlm
 from vtok.eval.options import Options, Source
 from vtok.eval.tasks.timm_pipeline import check_timm_name, create_model, data_config
 from vtok.eval.tasks.vqa.data import VQAData
@@ -94,6 +94,12 @@ def _reference_scenes(config: MethodConfig, source: Source) -> Prepared:
     return _asked(REFERENCE_SCENES, calibration_scenes(), scene_questions(), config, source)
 
 
+def _reference_print(config: MethodConfig, source: Source) -> Prepared:
+    from vtok.eval.tasks.vqa.opening import calibration_printed_pages, printed_pages
+
+    return _asked(REFERENCE_PRINT, calibration_printed_pages(), printed_pages(), config, source)
+
+
 def _asked(name: str, first: VQAData, second: VQAData, config: MethodConfig, source: Source) -> Prepared:
     """A bundled model whose answers are one token."""
     from vtok.eval.tune.prompts import Prompts, prompt_samples
@@ -148,4 +154,5 @@ BUNDLED: dict[str, Callable[[MethodConfig, Source], Prepared]] = {
     REFERENCE_CLIP: _reference_clip,
     REFERENCE_LLAVA: _reference_llava,
     REFERENCE_SCENES: _reference_scenes,
+    REFERENCE_PRINT: _reference_print,
 }

@@ -18,8 +18,8 @@ from vtok.core import prompt as prompts
 from vtok.errors import ConfigError, StateError
 from vtok.eval.common.pictures import open_picture
 from vtok.eval.common.settings import Setting, weight_sharing_copy
-from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_NEXT, REFERENCE_SCENES, VisionLanguageModel
-from vtok.eval.tasks.vqa.data import EASY_VQA, PAGES, SCENES, VQAData
+from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_NEXT, REFERENCE_PRINT, REFERENCE_SCENES, VisionLanguageModel
+from vtok.eval.tasks.vqa.data import EASY_VQA, PAGES, PRINT, SCENES, VQAData
 from vtok.eval.tasks.vqa.opening import open_vqa
 from vtok.eval.tasks.vqa.pipeline import answer
 from vtok.eval.viz.draw import Stage, TokenMaps, View
@@ -30,7 +30,7 @@ from vtok.targets import vlm_targets
 from vtok.targets.resolve import run_of
 
 DEFAULT_QUESTION = "What is shown here?"
-QUESTIONS = {REFERENCE_LLAVA: EASY_VQA, REFERENCE_NEXT: PAGES, REFERENCE_SCENES: SCENES}
+QUESTIONS = {REFERENCE_LLAVA: EASY_VQA, REFERENCE_NEXT: PAGES, REFERENCE_SCENES: SCENES, REFERENCE_PRINT: PRINT}
 
 
 def prompt_maps(

@@ -44,8 +44,8 @@ def visualize(
 
     Args:
         model: a name of the command line (timm's, `open_clip:NAME/TAG`, `transformers:OWNER/NAME`, `reference`,
-            `reference-clip`, `reference-llava`, `reference-llava-next`, `reference-scenes`), or an unpatched model,
-            which is left as it is; of dual encoders the image tower is drawn.
+            `reference-clip`, `reference-llava`, `reference-llava-next`, `reference-scenes`, `reference-print`), or an unpatched
+            model, which is left as it is; of dual encoders the image tower is drawn.
         method: as for `vtok.patch`.
         image: path, PIL image, a tensor [C, H, W] that is ready for an encoder, or the number of a bundled test image (of a
             bundled question, for the reference vision-language models).

@@ -78,7 +78,7 @@ LINE = '{"id": 1, "image": "0.png", "question": "q", "answers": ["a"]}'
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: p / "nowhere", "is neither easy-vqa, easy-vqa-pages, scenes, a .jsonl file nor a folder"),
+        (lambda p: p / "nowhere", "is neither easy-vqa, easy-vqa-pages, scenes, print, a .jsonl file nor a folder"),
         (lambda p: p / "nowhere.jsonl", "nowhere.jsonl does not exist"),
         (
             lambda p: _broken(p, "x.jsonl", LINE + "\n{'id': 1}\n"),

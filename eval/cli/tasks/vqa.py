@@ -44,13 +44,16 @@ def evaluate_vqa(**flags: Any) -> None:
 
 
 _DATA = (
-    "easy-vqa, easy-vqa-pages, scenes, a .jsonl file, a folder in VQAv2's format; with --task the folder of that data set, "
-    "hub, hub:NAME or a folder of the datasets library"
+    "easy-vqa, easy-vqa-pages, scenes, print, a .jsonl file, a folder in VQAv2's format; with --task the folder of that data "
+    "set, hub, hub:NAME or a folder of the datasets library"
 )
 _LEADING: dict[str, tuple[Any, Any]] = {
     "model": (
         Annotated[
-            str, typer.Option("--model", "-m", help="Hugging Face name or folder, reference-llava(-next), reference-scenes")
+            str,
+            typer.Option(
+                "--model", "-m", help="Hugging Face name or folder, reference-llava(-next), reference-scenes, reference-print"
+            ),
         ],
         inspect.Parameter.empty,
     ),

@@ -15,7 +15,7 @@ from vtok.eval.common.records import key_of
 from vtok.eval.common.videos import Clip
 from vtok.eval.tasks.vqa.metrics import majority
 
-EASY_VQA, PAGES, SCENES = "easy-vqa", "easy-vqa-pages", "scenes"
+EASY_VQA, PAGES, SCENES, PRINT = "easy-vqa", "easy-vqa-pages", "scenes", "print"
 GOLDEN = 0.6180339887498949
 KINDS = ("yes/no", "open")
 _YES_NO = ("yes", "no")

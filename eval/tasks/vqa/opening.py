@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vtok.errors import ConfigError
-from vtok.eval.tasks.vqa.data import EASY_VQA, PAGES, SCENES, Question, VQAData, blind_answers, kind_of
+from vtok.eval.tasks.vqa.data import EASY_VQA, PAGES, PRINT, SCENES, Question, VQAData, blind_answers, kind_of
 from vtok.eval.tasks.vqa.files import find_vqav2, read_lines
 
 _BLIND_PAGES, _BLIND_SEED = 2000, 5
@@ -21,7 +21,7 @@ def open_vqa(data: str | os.PathLike, questions: str = "", annotations: str = ""
     """Questions by name, or from files.
 
     Args:
-        data: `"easy-vqa"`, `"easy-vqa-pages"` or `"scenes"`, which come with vtok; a file with an object
+        data: `"easy-vqa"`, `"easy-vqa-pages"`, `"scenes"` or `"print"`, which come with vtok; a file with an object
             `{"id", "image", "question", "answers"}` a line; or a folder of files in VQAv2's format.
         questions: VQAv2's question file; "" = the one in the folder whose name holds "uestions".
         annotations: VQAv2's annotation file; "" = the one in the folder whose name holds "nnotations".
@@ -95,6 +95,29 @@ def _scenes(name: str, split: str, numbers: range, blind: Mapping[str, str] = Ma
     return VQAData(name, questions, lambda number: draw_scene(split, number).image, blind=blind)
 
 
+def printed_pages() -> VQAData:
+    """The bundled questions about pages of small print; `kind` says what is asked, `density` how many quarters hold words."""
+    from vtok.eval.models.pages import TEST_PAGES, blind_answers_of_pages
+
+    return _printed(PRINT, "test", range(TEST_PAGES), blind_answers_of_pages())
+
+
+def calibration_printed_pages() -> VQAData:
+    """Questions about pages in the print of training that were kept out of training."""
+    from vtok.eval.models.pages import CALIBRATION_PAGES
+
+    return _printed(f"{PRINT}/calibration", "train", CALIBRATION_PAGES)
+
+
+def _printed(name: str, split: str, numbers: range, blind: Mapping[str, str] = MappingProxyType({})) -> VQAData:
+    from vtok.eval.models.pages import draw_page, one_of_each
+
+    asked = one_of_each(split, numbers)
+    groups = [{"kind": one.kind, "density": str(one.density)} for one in asked]
+    questions = [Question(i, one.text, (one.answer,), one.page, group) for i, (one, group) in enumerate(zip(asked, groups))]
+    return VQAData(name, questions, lambda number: draw_page(split, number).image, blind=blind)
+
+
 @cache
 def blind_page_answers() -> dict[str, str]:
     """`blind_answers` of the questions about pages, from as many random pages, drawn like those of training."""
@@ -119,4 +142,9 @@ def _reader(pictures: Any) -> Callable[[int], Any]:
     return lambda row: Image.fromarray(arrays[row])
 
 
-_BUNDLED: dict[str, Callable[[], VQAData]] = {EASY_VQA: easy_vqa, PAGES: easy_vqa_pages, SCENES: scene_questions}
+_BUNDLED: dict[str, Callable[[], VQAData]] = {
+    EASY_VQA: easy_vqa,
+    PAGES: easy_vqa_pages,
+    SCENES: scene_questions,
+    PRINT: printed_pages,
+}

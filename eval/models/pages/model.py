@@ -1,0 +1,136 @@
+"""The reference LLaVA-NeXT of pages: a small tower that was trained to read, a connector and a small Llama."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vtok.eval.models.assets import asset
+from vtok.eval.models.pages.compose import PATCH, SIZE
+from vtok.eval.models.pages.questions import WORDS
+from vtok.eval.models.reference_vlm import BOS, EOS, IMAGE, IMAGE_TOKEN, PAD, SPECIAL, answering, make_tokenizer
+from vtok.writing import write
+
+TRAINED = "pages/trained.safetensors"
+MEAN, STD = 1.0, 0.5  # of pixels: white paper is zero
+VIEW = SIZE // 2  # side of a view in pixels
+SIDE = VIEW // PATCH  # and in patches
+
+
+@dataclass(frozen=True)
+class ReferencePrint:
+    """Anatomy: Hugging Face's `LlavaNextForConditionalGeneration` with CLIP's tower and a Llama.
+
+    The language model takes the tower's last layer without the class token, so that no layer is computed in vain.
+
+    Attributes:
+        width: of the tower.
+        hidden: width of its MLPs.
+        depth: its blocks.
+        heads: its heads.
+        text_width: of the language model.
+        text_hidden: width of its MLPs.
+        text_depth: its layers.
+        text_heads: its heads.
+    """
+
+    width: int = 192
+    hidden: int = 512
+    depth: int = 4
+    heads: int = 4
+    text_width: int = 160
+    text_hidden: int = 320
+    text_depth: int = 5
+    text_heads: int = 4
+
+    @property
+    def visual_tokens(self) -> int:
+        """Tokens that a page takes in the prompt: the whole at half its size, then lines of crops, each with its end."""
+        return SIDE**2 + 2 * SIDE * (2 * SIDE + 1)
+
+    def config(self) -> Any:
+        """A `LlavaNextConfig`."""
+        from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig
+
+        vision = CLIPVisionConfig(
+            hidden_size=self.width,
+            intermediate_size=self.hidden,
+            num_hidden_layers=self.depth,
+            num_attention_heads=self.heads,
+            image_size=VIEW,
+            patch_size=PATCH,
+        )
+        text = LlamaConfig(
+            vocab_size=len(SPECIAL) + len(WORDS),
+            hidden_size=self.text_width,
+            intermediate_size=self.text_hidden,
+            num_hidden_layers=self.text_depth,
+            num_attention_heads=self.text_heads,
+            num_key_value_heads=self.text_heads,
+            max_position_embeddings=1024,
+            pad_token_id=PAD,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            tie_word_embeddings=False,
+        )
+        parts: dict[str, Any] = {
+            "vision_config": vision,
+            "text_config": text,
+            "image_token_id": IMAGE,
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "default",
+            "tie_word_embeddings": False,
+            "image_seq_length": SIDE**2,
+            "image_grid_pinpoints": [[SIZE, SIZE]],
+        }
+        return LlavaNextConfig(**parts)
+
+    def build(self) -> Any:
+        """A freshly initialised model that stops at the end of its answer."""
+        from transformers import LlavaNextForConditionalGeneration
+
+        return answering(LlavaNextForConditionalGeneration(self.config()))
+
+
+def make_print_processor() -> Any:
+    """A `LlavaNextProcessor` for pages and prompts."""
+    from transformers import LlavaNextImageProcessor, LlavaNextProcessor
+
+    return LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessor(
+            size={"shortest_edge": VIEW},
+            crop_size={"height": VIEW, "width": VIEW},
+            image_grid_pinpoints=[[SIZE, SIZE]],
+            image_mean=[MEAN] * 3,
+            image_std=[STD] * 3,
+        ),
+        tokenizer=make_tokenizer(WORDS),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=1,  # the class token, which "default" takes away again
+    )
+
+
+def save_trained(path: Path, model: Any) -> None:
+    """Writes the weights in fp16."""
+    from safetensors.torch import save
+
+    weights = {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}
+    write(path, save(weights, metadata={"format": "pt"}))
+
+
+def load_reference_print() -> Any:
+    """The trained model in eval mode, fp32 (its weights are stored in fp16).
+
+    Raises:
+        ConfigError: the trained weights are missing.
+    """
+    from safetensors.torch import load_file
+
+    model = ReferencePrint().build()
+    model.load_state_dict({name: value.float() for name, value in load_file(asset(TRAINED)).items()})
+    return model.to(torch.float32).eval()

@@ -1,0 +1,1 @@
+"""Trains the reference LLaVA-NeXT of pages: `python -m vtok.eval.training.pages --export assets`."""

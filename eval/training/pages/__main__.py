@@ -1,0 +1,5 @@
+"""`python -m vtok.eval.training.pages`."""
+
+from vtok.eval.training.pages.train import main
+
+main()

@@ -1,0 +1,251 @@
+"""Trains the reference LLaVA-NeXT of pages: `python -m vtok.eval.training.pages --export assets`. Resumes wherever it stopped.
+
+First tower and connector learn to read (`vtok.eval.training.pages.reading`). Then the tower is frozen, and connector and
+language model learn to answer questions, many about a page in one sequence (`vtok.eval.training.turns`). At first, decoder
+layers are told where to look (`vtok.eval.training.pages.looking`).
+
+Shapes: B pages, V = 5 views of n = 36 patches each, the whole page first; W channels of the tower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vtok.eval.models.data import cache_dir
+from vtok.eval.models.pages.compose import PATCH, draw_page
+from vtok.eval.models.pages.model import TRAINED, ReferencePrint, make_print_processor, save_trained
+from vtok.eval.models.pages.questions import BLIND, KINDS, questions_about
+from vtok.eval.models.reference_vlm import EOS
+from vtok.eval.tasks.vqa.data import blind_answers
+from vtok.eval.training.loop import Stage, StageRun, epoch_rows, load_checkpoint, save_atomically
+from vtok.eval.training.pages.looking import Places, join, lay_out, looking_loss
+from vtok.eval.training.pages.reading import ClassHead, named, naming_loss, pixels_of, reading_loss, seen, stacked, views
+from vtok.eval.training.turns import IGNORED, Turn, answer_logits, logits_and_states, pack
+from vtok.writing import write
+
+VALIDATION = {
+    "train": range(900_000, 900_060),
+    "test": range(500_000, 500_100),
+}  # split -> pages that the test does not ask about
+_SPREAD = 0.05  # standard deviation of the language model's first weights
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result.
+
+    Attributes:
+        pages: training pages, numbers 0, 1, ...
+        read: tower and connector learn what is printed in each patch; an epoch is `pages` full pages, all of them new.
+        answer: connector and language model learn to answer.
+        read_batch_size: pages a step of the first stage.
+        batch_size: pages a step of the second.
+        turns: questions of a page a step.
+        weights: of the kinds of questions, in the order of `KINDS`.
+        naming: weight of the connector's own loss while questions are learned.
+        looking: weight of the loss on where to look.
+        guided: steps at first that have it.
+        warmup: share of a stage's steps spent warming up.
+        weight_decay: AdamW's, on matrices only.
+        model: the model that comes out.
+        seed: of initialisation, order and choice of questions.
+    """
+
+    pages: int = 4096
+    read: Stage = field(default_factory=lambda: Stage(PATCH, 2, 1e-3, 0.03))
+    answer: Stage = field(default_factory=lambda: Stage(PATCH, 2, 1.5e-3, 0.02))
+    read_batch_size: int = 8
+    batch_size: int = 8
+    turns: int = 16
+    weights: tuple[int, ...] = (2, 2, 2, 3, 3)
+    naming: float = 0.1
+    looking: float = 0.2
+    guided: int = 700
+    warmup: float = 0.04
+    weight_decay: float = 0.05
+    model: ReferencePrint = field(default_factory=ReferencePrint)
+    seed: int = 0
+
+
+class Lessons:
+    """Pages as the tower sees them, with their questions as tokens."""
+
+    def __init__(self, model: Any, split: str, numbers: range, seed: int, batch_size: int = 32):
+        encode = cache(partial(make_print_processor().tokenizer.encode, add_special_tokens=False))
+        self.turns: list[list[list[Turn]]] = []
+        features, places = [], []
+        for start in range(0, len(numbers), batch_size):
+            pages = [draw_page(split, number) for number in numbers[start : start + batch_size]]
+            with torch.inference_mode():
+                features.append(seen(model, views(pixels_of(pages)))[:, :, 1:].half())
+            places.append(Places(*(part.to(torch.int16) for part in stacked(pages))))
+            for number, page in zip(numbers[start:], pages):
+                asked = questions_about(page.words, random.Random(f"{seed} {number}"))
+                self.turns.append([[(encode(q), encode(a)[0]) for q, a in asked[kind]] for kind in KINDS])
+        self.features, self.places = torch.cat(features), Places(*(torch.cat(parts) for parts in zip(*places)))
+
+    def visual(self, rows: Tensor) -> Tensor:
+        """[B, V, n, W] fp32."""
+        return self.features[rows].float()
+
+    def of(self, rows: Tensor) -> Places:
+        """What is printed on some of the pages."""
+        return Places(*(values[rows].long() for values in self.places))
+
+    def draw(self, row: int, count: int, weights: tuple[int, ...]) -> list[Turn]:
+        """`count` random questions about a page at most, kinds drawn by weight, none twice."""
+        chosen = []
+        for kind, turns in enumerate(self.turns[row]):
+            share = round(count * weights[kind] / sum(weights))
+            chosen += [turns[i] for i in torch.randperm(len(turns))[:share].tolist()]
+        return chosen
+
+
+def build(recipe: Recipe) -> Any:
+    """A freshly initialised model."""
+    torch.manual_seed(recipe.seed)
+    model = recipe.model.build()
+    nn.init.normal_(model.get_input_embeddings().weight, std=0.3)  # words that patches can be told apart by
+    for name, weight in model.model.language_model.layers.named_parameters():
+        if name.endswith("proj.weight"):
+            nn.init.normal_(weight, std=_SPREAD)
+    for layer in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
+        nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+    nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=0.3)
+    return model
+
+
+def train(recipe: Recipe, checkpoint: Path, log_every: int = 20, save_every: int = 50, test_every: int = 200) -> Any:
+    """Runs (or resumes) the whole recipe.
+
+    Returns:
+        The trained model (fp32, eval mode).
+    """
+    model, head = build(recipe).train(), ClassHead(recipe.model.width)
+    saved = load_checkpoint(checkpoint)
+    if saved is None or saved["stage"] == 0:
+        _learn_to_read(model, head, recipe, checkpoint, saved, (log_every, save_every, test_every))
+        saved = None
+    else:
+        model.load_state_dict(torch.load(_stage_file(checkpoint), weights_only=True))
+    model.model.vision_tower.requires_grad_(False)
+    lessons = Lessons(model, "train", range(recipe.pages), recipe.seed)
+    held_out = {split: Lessons(model, split, numbers, recipe.seed) for split, numbers in VALIDATION.items()}
+
+    def connect(rows: Tensor, source: Lessons) -> tuple[Tensor, Tensor]:
+        return lay_out(model.model.multi_modal_projector(source.visual(rows)), model.model.image_newline)
+
+    def loss_of(step: int) -> Tensor:
+        rows = epoch_rows(recipe, 1, step, recipe.pages)
+        places, guided = lessons.of(rows), step < recipe.guided
+        visual, crops = connect(rows, lessons)
+        turns = pack([lessons.draw(row, recipe.turns, recipe.weights) for row in rows.tolist()])
+        logits, states, positions = logits_and_states(model, visual, turns, guided)
+        loss = F.cross_entropy(logits, turns.targets[turns.targets != IGNORED])
+        loss = loss + recipe.naming * naming_loss(model, crops, places)
+        return loss + recipe.looking * looking_loss(model, states, positions, turns, places) if guided else loss
+
+    def test() -> None:
+        model.eval()
+        with torch.inference_mode():
+            for split, source in held_out.items():
+                print(
+                    f"  {split}: {_answered(model, source, lambda rows, source=source: connect(rows, source)[0])}", flush=True
+                )
+        model.train()
+
+    total = round(recipe.answer.epochs * (recipe.pages // recipe.batch_size))
+    run = StageRun(model, recipe.answer, 1, total, recipe, checkpoint, log_every, save_every)
+    run.run(loss_of, saved, test, test_every)
+    return model.eval()
+
+
+def _stage_file(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f"{checkpoint.stem}_read.pt")
+
+
+def _learn_to_read(model: Any, head: ClassHead, recipe: Recipe, checkpoint: Path, saved: Any, every: tuple[int, ...]) -> None:
+    """The first stage; what it made is kept in a file of its own."""
+    sized = replace(recipe, batch_size=recipe.read_batch_size)
+    parts = nn.ModuleDict(
+        {
+            "tower": model.model.vision_tower,
+            "connector": model.model.multi_modal_projector,
+            "words": model.get_input_embeddings(),
+            "head": head,
+        }
+    )
+    checked = {split: [draw_page(split, number) for number in numbers] for split, numbers in VALIDATION.items()}
+
+    def loss_of(step: int) -> Tensor:
+        return reading_loss(model, head, range(step * sized.batch_size, (step + 1) * sized.batch_size))
+
+    def test() -> None:
+        for split, pages in checked.items():
+            with torch.inference_mode():
+                found = seen(model, views(pixels_of(pages))[:, 1:])[:, :, 1:]
+                name, ink = named(model, join(model.model.multi_modal_projector(found)).flatten(1, 2), stacked(pages))
+            print(f"  {split}: held-out patches: name {name:.1f} %, ink {ink:.1f} %", flush=True)
+
+    total = round(recipe.read.epochs * (recipe.pages // sized.batch_size))
+    StageRun(parts, recipe.read, 0, total, sized, checkpoint, every[0], every[1]).run(loss_of, saved, test, every[2])
+    save_atomically(model.state_dict(), _stage_file(checkpoint))
+
+
+def _answered(model: Any, lessons: Lessons, connect: Any, batch_size: int = 20) -> str:
+    """Share of right answers by kind of question."""
+    right, asked = [0] * len(KINDS), [0] * len(KINDS)
+    torch.manual_seed(0)
+    for rows in torch.arange(len(lessons.turns)).split(batch_size):
+        visual = connect(rows)
+        for kind in range(len(KINDS)):
+            own = [
+                [turns[i] for i in torch.randperm(len(turns))[:3].tolist()] for turns in (lessons.turns[r][kind] for r in rows)
+            ]
+            keep = [i for i, turns in enumerate(own) if turns]
+            turns = pack([own[i] for i in keep])
+            wanted = turns.targets[turns.targets != IGNORED]
+            hits = (answer_logits(model, visual[keep], turns).argmax(-1) == wanted)[wanted != EOS]
+            right[kind] += int(hits.sum())
+            asked[kind] += len(hits)
+    shares = [100 * r / n for r, n in zip(right, asked)]
+    parts = ", ".join(f"{kind} {share:.1f}" for kind, share in zip(KINDS, shares))
+    return f"held-out questions: {sum(shares) / len(shares):.2f} % ({parts})"
+
+
+def write_blind_answers(path: Path, pages: int, seed: int = 0) -> None:
+    """Writes the most frequent answer to every question text about the first training pages."""
+    asked = [
+        pair
+        for number in range(pages)
+        for kind in questions_about(draw_page("train", number).words, random.Random(f"{seed} {number}")).values()
+        for pair in kind
+    ]
+    write(path, json.dumps(dict(sorted(blind_answers(*zip(*asked)).items())), indent=0) + "\n")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, default=cache_dir() / "train" / "pages.pt")
+    parser.add_argument("--export", type=Path, help="vtok's assets/")
+    args = parser.parse_args()
+    args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    model = train(Recipe(), args.checkpoint)
+    if args.export is not None:
+        save_trained(args.export / TRAINED, model)
+        write_blind_answers(args.export / BLIND, Recipe().pages)
+
+
+if __name__ == "__main__":
+    main()

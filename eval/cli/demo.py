@@ -45,7 +45,7 @@ def demo(
 
     console, small = terminal.output(100), full
     if not full and images is None:
-        console.print("five to ten minutes on two cores; a run that was stopped goes on where it was", style="dim")
+        console.print("about seven minutes on two cores; a run that was stopped goes on where it was", style="dim")
     try:
         run_encoder_demo(out, at_most(PICTURES), full, console=console)
         run_scenes_demo(out, at_most(QUESTIONS), full, console=console)

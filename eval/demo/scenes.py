@@ -25,7 +25,7 @@ from vtok.eval.tasks.vqa.data import SCENES, Question, VQAData
 from vtok.eval.tasks.vqa.opening import open_vqa
 from vtok.eval.viz.prompt_overlay import question_sheet
 
-QUESTIONS = 240
+QUESTIONS = 200
 SHOWN_TOKENS = 64
 SHOWN = ("random", "downsample", "visionzip", "todre", "divprune", "cdpruner", "fastv", "sparsevlm")
 

@@ -49,12 +49,21 @@ def pack(turns: Sequence[Sequence[Turn]]) -> Turns:
     return Turns(ids, targets, number, place)
 
 
-def turn_mask(turn: Tensor, prefix: int) -> Tensor:
-    """What may see what, [B, 1, prefix + T, prefix + T] bool: all is causal, and a turn sees the prefix and itself alone."""
+def turn_mask(turn: Tensor, prefix: int, hidden: Tensor | None = None) -> Tensor:
+    """What may see what, [B, 1, prefix + T, prefix + T] bool: all is causal, and a turn sees the prefix and itself alone.
+
+    Args:
+        turn: see `Turns`.
+        prefix: tokens in front of the text, the first one included.
+        hidden: [B, prefix - 1] bool, visual tokens that nothing sees but they themselves, as if they had been dropped.
+    """
     batch, length = turn.shape
     number = torch.cat((turn.new_full((batch, prefix), -1), turn), 1)  # -1 = seen by all that follow
     same = (number[:, None, :] == -1) | (number[:, :, None] == number[:, None, :])
-    return (same & torch.ones(prefix + length, prefix + length, dtype=torch.bool).tril())[:, None]
+    allowed = same & torch.ones(prefix + length, prefix + length, dtype=torch.bool).tril()
+    if hidden is not None:
+        allowed[:, :, 1:prefix] &= ~hidden[:, None] | torch.eye(prefix + length, dtype=torch.bool)[:, 1:prefix]
+    return allowed[:, None]
 
 
 def answer_logits(model: Any, visual: Tensor, turns: Turns) -> Tensor:
@@ -62,15 +71,20 @@ def answer_logits(model: Any, visual: Tensor, turns: Turns) -> Tensor:
     return logits_and_states(model, visual, turns, False)[0]
 
 
-def logits_and_states(model: Any, visual: Tensor, turns: Turns, states: bool = True) -> tuple[Tensor, Any, Tensor]:
-    """(`answer_logits`; what enters every decoder layer, [B, 1 + P + T, D] each; positions [B, 1 + P + T])."""
+def logits_and_states(
+    model: Any, visual: Tensor, turns: Turns, states: bool = True, hidden: Tensor | None = None
+) -> tuple[Tensor, Any, Tensor]:
+    """(`answer_logits`; what enters every decoder layer, [B, 1 + P + T, D] each; positions [B, 1 + P + T]).
+
+    `hidden` [B, P] bool: visual tokens that are as good as dropped, see `turn_mask`.
+    """
     batch, count, _ = visual.shape
     embed = model.get_input_embeddings()
     start = embed(torch.full((batch, 1), BOS))
     x = torch.cat((start, visual.to(start.dtype), embed(turns.ids)), 1)
     prefix = 1 + count
     positions = torch.cat((torch.arange(prefix).expand(batch, -1), prefix + turns.place), 1)
-    allowed = turn_mask(turns.turn, prefix)
+    allowed = turn_mask(turns.turn, prefix, hidden)
     mask = torch.zeros(allowed.shape, dtype=x.dtype).masked_fill(~allowed, torch.finfo(x.dtype).min)
     out = model.model.language_model(
         inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False, output_hidden_states=states

@@ -307,3 +307,49 @@ def test_the_bundled_model_answers_and_needs_the_page():
         torch.manual_seed(0)
         assert np.mean(right()) < np.mean(seen)
     assert right() == seen
+
+
+def test_hidden_tokens_are_as_good_as_dropped():
+    """Logits of later text are those of a model that is fed without them, positions as they were."""
+    torch.manual_seed(0)
+    model = build(RECIPE).eval()
+    visual = torch.randn(1, 156, TINY.text_width)
+    turns = pack([[([5, 6, 7], 8), ([9, 4], 3)]])
+    hidden = torch.rand(1, 156) < 0.5
+    with torch.no_grad():
+        found = logits_and_states(model, visual, turns, False, hidden)[0]
+        assert (found - logits_and_states(model, visual, turns, False)[0]).abs().max() > 1e-4
+        stays = torch.cat([torch.tensor([True]), ~hidden[0], torch.ones(turns.ids.shape[1], dtype=torch.bool)])
+        left = model.model.language_model(**_without(_inputs(model, visual, turns), stays)).last_hidden_state
+        expected = model.lm_head(left[:, -turns.ids.shape[1] :][turns.targets != -100])
+    assert (found - expected).abs().max() < 1e-5
+
+
+def _inputs(model, visual, turns):
+    """Of the language model, for one sequence."""
+    seen = []
+    handle = model.model.language_model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    logits_and_states(model, visual, turns, False)
+    handle.remove()
+    return seen[0]
+
+
+def _without(given, stays):
+    """Without columns."""
+    mask = given["attention_mask"][:, :, stays][..., stays]
+    return {**given, "inputs_embeds": given["inputs_embeds"][:, stays], "attention_mask": mask} | {
+        "position_ids": given["position_ids"][:, stays]
+    }
+
+
+def test_only_what_holds_no_print_is_hidden():
+    torch.manual_seed(0)
+    places = stacked([draw_page("train", number) for number in range(40)])
+    hidden = train_pages.without_print(places)
+    overview, lines = hidden[:, :36], hidden[:, 36:].unflatten(1, (12, 13))
+    assert not lines[..., :12].flatten(1)[places.names != NOTHING].any()
+    ends = lines[..., 12]
+    assert 10 <= ends.all(1).sum() <= 32 and not ends.all()
+    assert (
+        0.2 < overview.float().mean() < 0.8 and 0.2 < lines[..., :12].flatten(1)[places.names == NOTHING].float().mean() < 0.8
+    )

@@ -2,7 +2,8 @@
 
 First tower and connector learn to read (`vtok.eval.training.pages.reading`). Then the tower is frozen, and connector and
 language model learn to answer questions, many about a page in one sequence (`vtok.eval.training.turns`). At first, decoder
-layers are told where to look (`vtok.eval.training.pages.looking`).
+layers are told where to look (`vtok.eval.training.pages.looking`). Last they learn to do without what holds no print: ends of
+lines, blank patches and the page at half its size are hidden at random, as methods drop them.
 
 Shapes: B pages, V = 5 views of n = 36 patches each, the whole page first; W channels of the tower.
 """
@@ -23,12 +24,12 @@ from torch import Tensor, nn
 
 from vtok.eval.models.data import cache_dir
 from vtok.eval.models.pages.compose import PATCH, draw_page
-from vtok.eval.models.pages.model import TRAINED, ReferencePrint, make_print_processor, save_trained
+from vtok.eval.models.pages.model import SIDE, TRAINED, ReferencePrint, make_print_processor, save_trained
 from vtok.eval.models.pages.questions import BLIND, KINDS, questions_about
 from vtok.eval.models.reference_vlm import EOS
 from vtok.eval.tasks.vqa.data import blind_answers
 from vtok.eval.training.loop import Stage, StageRun, epoch_rows, load_checkpoint, save_atomically
-from vtok.eval.training.pages.looking import Places, join, lay_out, looking_loss
+from vtok.eval.training.pages.looking import NOTHING, Places, join, lay_out, looking_loss
 from vtok.eval.training.pages.reading import ClassHead, named, naming_loss, pixels_of, reading_loss, seen, stacked, views
 from vtok.eval.training.turns import IGNORED, Turn, answer_logits, logits_and_states, pack
 from vtok.writing import write
@@ -37,6 +38,7 @@ VALIDATION = {
     "train": range(900_000, 900_060),
     "test": range(500_000, 500_100),
 }  # split -> pages that the test does not ask about
+_LINES = 2 * SIDE  # of patches of the crops
 _SPREAD = 0.05  # standard deviation of the language model's first weights
 
 
@@ -48,8 +50,9 @@ class Recipe:
         pages: training pages, numbers 0, 1, ...
         read: tower and connector learn what is printed in each patch; an epoch is `pages` full pages, all of them new.
         answer: connector and language model learn to answer.
+        shorten: the same with prompts that lack some of what holds no print.
         read_batch_size: pages a step of the first stage.
-        batch_size: pages a step of the second.
+        batch_size: pages a step of the others.
         turns: questions of a page a step.
         weights: of the kinds of questions, in the order of `KINDS`.
         naming: weight of the connector's own loss while questions are learned.
@@ -64,6 +67,7 @@ class Recipe:
     pages: int = 4096
     read: Stage = field(default_factory=lambda: Stage(PATCH, 2, 1e-3, 0.03))
     answer: Stage = field(default_factory=lambda: Stage(PATCH, 2, 1.5e-3, 0.02))
+    shorten: Stage = field(default_factory=lambda: Stage(PATCH, 0.5, 5e-4, 0.02))
     read_batch_size: int = 8
     batch_size: int = 8
     turns: int = 16
@@ -145,12 +149,13 @@ def train(recipe: Recipe, checkpoint: Path, log_every: int = 20, save_every: int
     def connect(rows: Tensor, source: Lessons) -> tuple[Tensor, Tensor]:
         return lay_out(model.model.multi_modal_projector(source.visual(rows)), model.model.image_newline)
 
-    def loss_of(step: int) -> Tensor:
-        rows = epoch_rows(recipe, 1, step, recipe.pages)
-        places, guided = lessons.of(rows), step < recipe.guided
+    def loss_of(step: int, number: int = 1) -> Tensor:
+        rows = epoch_rows(recipe, number, step, recipe.pages)
+        places, guided = lessons.of(rows), number == 1 and step < recipe.guided
         visual, crops = connect(rows, lessons)
         turns = pack([lessons.draw(row, recipe.turns, recipe.weights) for row in rows.tolist()])
-        logits, states, positions = logits_and_states(model, visual, turns, guided)
+        hidden = None if number == 1 else without_print(places)
+        logits, states, positions = logits_and_states(model, visual, turns, guided, hidden)
         loss = F.cross_entropy(logits, turns.targets[turns.targets != IGNORED])
         loss = loss + recipe.naming * naming_loss(model, crops, places)
         return loss + recipe.looking * looking_loss(model, states, positions, turns, places) if guided else loss
@@ -164,10 +169,30 @@ def train(recipe: Recipe, checkpoint: Path, log_every: int = 20, save_every: int
                 )
         model.train()
 
-    total = round(recipe.answer.epochs * (recipe.pages // recipe.batch_size))
-    run = StageRun(model, recipe.answer, 1, total, recipe, checkpoint, log_every, save_every)
-    run.run(loss_of, saved, test, test_every)
+    first = 1 if saved is None else saved["stage"]
+    if first == 2 and saved is not None:
+        model.load_state_dict(saved["model"])
+    for number, stage in enumerate((recipe.answer, recipe.shorten), 1):
+        if number >= first:
+            total = round(stage.epochs * (recipe.pages // recipe.batch_size))
+            run = StageRun(model, stage, number, total, recipe, checkpoint, log_every, save_every)
+            run.run(partial(loss_of, number=number), saved, test, test_every)
     return model.eval()
+
+
+def without_print(places: Places) -> Tensor:
+    """[B, P] bool: tokens to hide, at random: ends of lines, blank patches of the crops and patches of the whole page.
+
+    Of every kind a share that is drawn for each page, of the ends of lines all at every other page.
+    """
+    batch = len(places.names)
+    blank = (places.names == NOTHING).unflatten(1, (_LINES, -1))
+    share = torch.rand(batch, 3)
+    share[:, 0] = torch.where(torch.rand(batch) < 0.5, 1.0, share[:, 0])
+    ends = torch.rand(batch, _LINES, 1) < share[:, :1, None]
+    patches = blank & (torch.rand(blank.shape) < share[:, 1, None, None])
+    overview = torch.rand(batch, SIDE * SIDE) < share[:, 2:]
+    return torch.cat((overview, torch.cat((patches, ends), 2).flatten(1)), 1)
 
 
 def _stage_file(checkpoint: Path) -> Path:

@@ -213,8 +213,8 @@ def test_the_demo_has_two_parts_and_three_of_small_models(monkeypatch, tmp_path)
     parts = ((vit, "run_demo"), (clip, "run_clip_demo"), (questions, "run_vqa_demo"))
     for home, name in (*parts, (encoder, "run_encoder_demo"), (scenes, "run_scenes_demo")):
         monkeypatch.setattr(home, name, lambda out, *counts, name=name, console, **_: seen.update({name: (out, counts)}))
-    _ok("demo", "--images", 200, "--out", tmp_path)
-    assert seen == {"run_encoder_demo": (tmp_path, (200, False)), "run_scenes_demo": (tmp_path, (200, False))}
+    _ok("demo", "--images", 100, "--out", tmp_path)
+    assert seen == {"run_encoder_demo": (tmp_path, (100, False)), "run_scenes_demo": (tmp_path, (100, False))}
     _ok("demo", "--full", "--out", tmp_path, "--no-clip")
     assert seen.pop("run_encoder_demo") == seen.pop("run_scenes_demo") == (tmp_path, (None, True))
     assert seen == {"run_demo": (tmp_path, (None, (0.8, 0.6, 0.4))), "run_vqa_demo": (tmp_path, (None, None))}

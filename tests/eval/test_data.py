@@ -62,7 +62,7 @@ def test_the_bundled_model_is_as_good_as_its_card_says():
 
 def test_assets_stay_small():
     folder = asset("fashion_vit.md").parent
-    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 37e6  # a clone holds them, a wheel does not
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 43e6  # a clone holds them, a wheel does not
 
 
 def test_augmentation_moves_and_mirrors():

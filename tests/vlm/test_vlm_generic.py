@@ -290,7 +290,7 @@ def test_windows_look_back_over_columns_of_the_long_prompt(name, monkeypatch):
     values = inputs(model)
     alive = chosen(model, values, "random")[0] | (values["attention_mask"] == 0)
     whole = generate(model, values)
-    with MaskedPrompt(model, dict.fromkeys(range(4), alive)):
+    with MaskedPrompt(model, dict.fromkeys(range(model.config.text_config.num_hidden_layers), alive)):
         expected = generate(model, values)
     assert (whole - expected).abs().max() > 0.1
     close(generate(vtok.patch(model, "random", keep=KEEP), values), expected)

@@ -73,7 +73,7 @@ def test_removing_columns_by_hand(name, method):
     assert (whole - expected).abs().max() > 1e-2
     untouched = generate(model, values)
     if name not in OWN_NUMBERS:
-        close(generate(model, vtok.prune_inputs(model, values, method, keep=KEEP))[:, 0], expected)
+        close(generate(model, vtok.prune_inputs(model, values, method, keep=KEEP))[:, 0], expected, 3)
     vtok.patch(model, method, keep=KEEP)
     with torch.no_grad():
         close(model(**values, use_cache=False).logits[:, -1], expected)

@@ -101,17 +101,23 @@ def by_hand(model, values, keep, features, compact=False):
     return torch.stack(rows)
 
 
-def by_hand_between(model, values, layer, keep):
+def by_hand_between(model, values, layer, keep, into=None):
     """Logits [B, V] of the last column: the unpatched model, row by row and without padding, whose layers from `layer` on are
-    handed the columns that stay [B, L] of what reaches them, without a cache."""
+    handed the columns that stay [B, L] of what reaches them, without a cache. `into` [B, L]: the column that each one is
+    averaged into first, itself included, -1 = none."""
     (vlm,) = find(model)
     rows = []
     for b in range(len(keep)):
         at = values["attention_mask"][b].nonzero()[:, 0]
         left = keep[b, at].nonzero()[:, 0]
+        target = None if into is None else torch.cat([into[b], torch.full((len(keep[b]) - len(into[b]),), -1)])[at]
 
-        def narrow(module, args, kwargs, left=left, first=vlm.text.layers[layer]):
+        def narrow(module, args, kwargs, at=at, left=left, target=target, first=vlm.text.layers[layer]):
             (x, *more), call = args, {**kwargs, "attention_mask": None}
+            if module is first and target is not None:
+                alike = target == at[:, None]  # [columns, columns that go into each]
+                mean = (alike.to(x.dtype) @ x[0]) / alike.sum(1, keepdim=True).clamp_min(1)
+                x = torch.where(alike.any(1, keepdim=True), mean, x[0])[None]
             for name in ("position_embeddings", "position_ids"):
                 value = call.get(name)
                 call[name] = tuple(t[..., left, :] for t in value) if isinstance(value, tuple) else value

@@ -226,9 +226,7 @@ class BeforeText(PrunerHook):
             assert not isinstance(more, Fold)  # nothing has been computed yet that could be averaged
             keep = more if keep is None else (keep if more is None else keep & more)
         if running.earlier is None and (keep is None or bool((keep | ~visual).all())):
-            return (
-                (args, {**kwargs, **riders.whole_pass(kwargs)}) if len(self.pruner.layers) > (0 in self.pruner.layers) else None
-            )
+            return (args, {**kwargs, **riders.whole_pass(kwargs)}) if any(self.pruner.layers) else None
         keep = torch.ones_like(visual) if keep is None else keep | ~visual
         running.plan.keep[0] = keep
         rows, padded = compact(keep & state.real)

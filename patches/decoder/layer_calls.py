@@ -18,12 +18,8 @@ from vtok.patches.decoder import packed_rows as packed
 from vtok.patches.decoder.kv_cache import BUSY, WHOLE, PromptState, ShortCache, Stage, cache_in, cached_length, take
 from vtok.patches.decoder.pass_state import PassState
 
-TAKEN = {
-    "hidden_states",
-    "attention_mask",
-    "position_embeddings",
-    "position_ids",
-}  # of a layer's keywords, by rules of their own
+# Keywords of a layer that follow a reduction by rules of their own.
+_TAKEN = frozenset({"hidden_states", "attention_mask", "position_embeddings", "position_ids"})
 
 
 def of_prompt(
@@ -36,19 +32,23 @@ def of_prompt(
         return kwargs
     mask, tables, position = (kwargs.get(name) for name in ("attention_mask", "position_embeddings", "position_ids"))
     if not hasattr(layer, "self_attn"):
+        if state.sample is not None:
+            raise UnsupportedModelError(
+                f"rows hold several samples, and {type(layer).__name__} {index}, behind dropped tokens, carries a state "
+                "from one token to the next; give every sample a row of its own, or use a method that acts before the LLM"
+            )
         seen = (stage.column >= 0).long() if stage.padded or mask is not None else None  # padding on the left leaves no trace
         return {**kwargs, **_of_columns(kwargs, stage, running, state), "attention_mask": seen}
     stored, queries = masks.stored_in(layer, index), stage.column.shape[1]
     keys = masks.keys_of(cache, queries, stored)
     kind = layer.self_attn.config._attn_implementation
-    make: Any
     if stored != index:
-        make = functools.partial(running.masks.__getitem__, stored)
-    elif recounted:
-        make = functools.partial(masks.text_mask, stage.column, state.real, queries, x, kind, keys, 0, window, state.sample)
+        shared = running.masks[stored]
     else:
-        make = functools.partial(masks.gather_mask, mask, stage, x, kind, keys)
-    shared = make() if stored != index else _once(running, ("mask", id(stage), id(mask), keys, window), mask, make)
+        make: Any = functools.partial(masks.gather_mask, mask, stage, x, kind, keys)
+        if recounted:
+            make = functools.partial(masks.text_mask, stage.column, state.real, queries, x, kind, keys, 0, window, state.sample)
+        shared = _once(running, ("mask", id(stage), id(mask), keys, window), mask, make)
     running.masks[index] = shared
     if stage is state.before:
         return {**kwargs, "attention_mask": shared}
@@ -71,7 +71,7 @@ def _of_columns(kwargs: Mapping[str, Any], stage: Stage, running: PassState, sta
     entered = state.length if state.before is None else state.before.entry.shape[1]
     found = {}
     for name, value in kwargs.items():
-        if name not in TAKEN and isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == entered > 1:
+        if name not in _TAKEN and isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == entered > 1:
             found[name] = _once(running, (name, id(stage), id(value)), value, functools.partial(take, value, stage.entry, 1))
     return found
 

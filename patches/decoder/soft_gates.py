@@ -96,6 +96,11 @@ def _only(model: nn.Module) -> VLM:
         raise ConfigError("the model is patched and would drop tokens that training must see; call vtok.unpatch(model) first")
     if vlm.info.no_attention is not None:
         raise UnsupportedModelError(f"attention of {vlm.info.name}'s decoder layers cannot be read: {vlm.info.no_attention}")
+    if vlm.info.attention_layers is not None:
+        raise UnsupportedModelError(
+            f"gates are added to attention masks, which layers of {vlm.info.name} with a recurrent state or a convolution do "
+            "not read: they would see what is to be dropped"
+        )
     kind = vlm.text.config._attn_implementation
     if kind not in ("eager", "sdpa"):
         raise UnsupportedModelError(

@@ -29,6 +29,7 @@ from helpers_generic import (
 )
 
 import vtok
+from vtok.patches.decoder.soft_gates import softened
 from vtok.patches.hf_vlm.families import find
 from vtok.patches.hf_vlm.install import pruner_of
 from vtok.testing import generic_models
@@ -168,7 +169,7 @@ def test_recurrent_layers_behind_a_drop_are_a_fresh_run(name, method):
     extra = {
         "fastv": {"layer": layer, "keep": KEEP},
         "pyramiddrop": {"layers": [layer], "keep": [KEEP]},
-        "sparsevlm": {"layers": [layer - 1], "keep": [0.3], "recycle": False},
+        "sparsevlm": {"layers": [layer - 1], "keep": [0.3]},
         "todre": {"keep": 1.0, "probe": layer - 1, "tau": 1.0},
     }
     untouched = generate(model, values)
@@ -176,7 +177,7 @@ def test_recurrent_layers_behind_a_drop_are_a_fresh_run(name, method):
     with torch.no_grad():
         found = model(**values, use_cache=False).logits[:, -1]
     last = pruner_of(find(model)[0]).last
-    columns, length = last.stages[layer].column, values["input_ids"].shape[1]
+    columns, into, length = last.stages[layer].column, last.stages[layer].into, values["input_ids"].shape[1]
     keep = torch.zeros(len(columns), length + 1, dtype=torch.bool)
     keep = keep.scatter(1, columns.where(columns >= 0, length), True)[:, :length]
     assert ((~keep) & last.real).any()
@@ -187,12 +188,42 @@ def test_recurrent_layers_behind_a_drop_are_a_fresh_run(name, method):
     vtok.unpatch(model)
     assert torch.equal(generate(model, values), untouched)
 
-    close(found, by_hand_between(model, values, layer, keep))
+    close(found, by_hand_between(model, values, layer, keep, into))
     close(out[:, 0], found)
     assert (untouched[:, 0] - found).abs().max() > 1e-3
     for step in (1, 4):
         whole = torch.cat([keep, torch.ones(len(keep), step, dtype=torch.bool)], 1)
-        close(out[:, step], by_hand_between(model, longer(values, text[:, :step]), layer, whole))
+        close(out[:, step], by_hand_between(model, longer(values, text[:, :step]), layer, whole, into))
+
+
+@pytest.mark.parametrize("name", ["lfm2_vl", "qwen3_5"])
+def test_recurrent_layers_and_rows_of_several_samples(name):
+    """What tells them apart in front of a drop, if anything does, does not behind it."""
+    model = build(name)
+    values = inputs(model)
+    ids, pixels = values["input_ids"][1, values["attention_mask"][1] == 1], {}
+    position = torch.arange(len(ids))[None]
+    if name == "qwen3_5":
+        grid, kinds = values["image_grid_thw"][-1:], (ids == model.config.image_token_id).int()[None]
+        pixels = {"pixel_values": values["pixel_values"][-int(grid.prod()) :].repeat(2, 1), "image_grid_thw": grid.repeat(2, 1)}
+        pixels["mm_token_type_ids"] = kinds.repeat(1, 2)
+        time = model.model.get_rope_index(ids[None], image_grid_thw=grid, mm_token_type_ids=kinds)[0]
+        position = torch.cat([position[None], time])
+    else:
+        names = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
+        pixels = {name: torch.cat([values[name][-1:]] * 2) for name in names}
+    vtok.patch(model, "fastv", layer=2, keep=KEEP)
+    packed = {"position_ids": torch.cat([position] * 2, -1), "use_cache": False, **pixels}
+    text = message_of(vtok.UnsupportedModelError, model, torch.cat([ids] * 2)[None], **packed)
+    assert "rows hold several samples" in text and "a row of its own" in text
+
+
+def test_gates_for_training_need_masks_that_every_layer_reads():
+    class Nothing:
+        layers = (2,)
+
+    text = message_of(vtok.UnsupportedModelError, softened(build("qwen3_5"), Nothing()).__enter__)
+    assert "gates are added to attention masks" in text and "recurrent state" in text
 
 
 def test_layers_without_attention_are_named():

@@ -35,6 +35,8 @@ FEATURES = ("cdpruner", "divprune", "downsample", "random", "uniform")
 # Own placeholders and times between frames; those of images; frames handed over one by one; pieces of unknown videos.
 FAST = [("qwen3_5", "evs"), ("glm4v", "fastvid"), ("video_llava", "vidcom2"), ("kimi_k25", "divprune"), ("gemma4", "random")]
 UNTOLD = ("kimi_k25", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "minimax_m3_vl")
+# Its gates make rounding larger: 2e-5 in float32, 4e-6 where all is float64 but what the model itself casts to float32.
+ROUGH = {"muse_spark": 3}
 THOSE = [name for name in VIDEO_CLASSES if name in LISTED]
 
 
@@ -64,7 +66,7 @@ def test_why_frames_cannot_be_told():
 @pytest.mark.parametrize(("name", "method"), _cases(THOSE))
 def test_removing_columns_by_hand(name, method):
     """Forward passes, generate() with and without a cache, inputs shortened ahead; and the model is itself again afterwards."""
-    model = build(name)
+    model, times = build(name), ROUGH.get(name, 1)
     values = video_inputs(model)
     keep, features = chosen(model, values, method)
     expected = by_hand(model, values, keep, features, name in NUMBERED_ANEW)
@@ -73,14 +75,14 @@ def test_removing_columns_by_hand(name, method):
     assert (whole - expected).abs().max() > 1e-2
     untouched = generate(model, values)
     if name not in OWN_NUMBERS:
-        close(generate(model, vtok.prune_inputs(model, values, method, keep=KEEP))[:, 0], expected, 3)
+        close(generate(model, vtok.prune_inputs(model, values, method, keep=KEEP))[:, 0], expected, times)
     vtok.patch(model, method, keep=KEEP)
     with torch.no_grad():
-        close(model(**values, use_cache=False).logits[:, -1], expected, 3)
+        close(model(**values, use_cache=False).logits[:, -1], expected, times)
     found = generate(model, values)
-    close(found[:, 0], expected, 3)
+    close(found[:, 0], expected, times)
     if name not in (*CACHED_ALONE, *OWN_CACHE):
-        close(generate(model, values, use_cache=False)[:, 0], expected, 3)
+        close(generate(model, values, use_cache=False)[:, 0], expected, times)
         generate(model, values)
     left = (keep & (values["input_ids"] == videos.placeholders_of(model.base_model)["video"])).sum(1)
     assert name in CACHED_ALONE or vtok.info(model).prompts[0].rows[0].tokens_out == tuple(left.tolist())

@@ -57,6 +57,39 @@ _QUESTION_WORDS = [
 WORDS = (*_QUESTION_WORDS, *YES_NO, *SHAPES, *COLOURS, *sorted({w for place in PLACES for w in place.split()}))
 
 
+def llava_parts(vision: Any, anatomy: Any, words: int) -> dict[str, Any]:
+    """What the configurations of all reference LLaVAs have in common.
+
+    Args:
+        vision: configuration of the tower.
+        anatomy: says `text_width`, `text_hidden`, `text_depth` and `text_heads` of the Llama.
+        words: of its vocabulary, special ones included.
+    """
+    from transformers import LlamaConfig
+
+    text = LlamaConfig(
+        vocab_size=words,
+        hidden_size=anatomy.text_width,
+        intermediate_size=anatomy.text_hidden,
+        num_hidden_layers=anatomy.text_depth,
+        num_attention_heads=anatomy.text_heads,
+        num_key_value_heads=anatomy.text_heads,
+        max_position_embeddings=1024,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        tie_word_embeddings=False,
+    )
+    return {
+        "vision_config": vision,
+        "text_config": text,
+        "image_token_id": IMAGE,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+    }
+
+
 @dataclass(frozen=True)
 class ReferenceLLaVA:
     """Anatomy of the reference LLaVA: Hugging Face's `LlavaForConditionalGeneration`, CLIP tower and Llama, 2.2 M parameters.
@@ -99,7 +132,7 @@ class ReferenceLLaVA:
 
     def parts(self) -> dict[str, Any]:
         """What the configurations of LLaVA and LLaVA-NeXT have in common."""
-        from transformers import CLIPVisionConfig, LlamaConfig
+        from transformers import CLIPVisionConfig
 
         vision = CLIPVisionConfig(
             hidden_size=self.width,
@@ -109,27 +142,7 @@ class ReferenceLLaVA:
             image_size=self.image_size,
             patch_size=self.patch_size,
         )
-        text = LlamaConfig(
-            vocab_size=len(SPECIAL) + len(WORDS),
-            hidden_size=self.text_width,
-            intermediate_size=self.text_hidden,
-            num_hidden_layers=self.text_depth,
-            num_attention_heads=self.text_heads,
-            num_key_value_heads=self.text_heads,
-            max_position_embeddings=1024,
-            pad_token_id=PAD,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-            tie_word_embeddings=False,
-        )
-        return {
-            "vision_config": vision,
-            "text_config": text,
-            "image_token_id": IMAGE,
-            "vision_feature_layer": -1,
-            "vision_feature_select_strategy": "default",
-            "tie_word_embeddings": False,
-        }
+        return llava_parts(vision, self, len(SPECIAL) + len(WORDS))
 
     def build(self) -> Any:
         """A freshly initialised model that stops at the end of its answer."""

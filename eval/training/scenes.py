@@ -30,9 +30,8 @@ from vtok.eval.models.scenes.album import NAMES
 from vtok.eval.models.scenes.compose import COLOUR_NAMES, PATCH, SIZE, Thing, draw_scene
 from vtok.eval.models.scenes.model import TRAINED, ReferenceScenes, load_tower, make_scenes_processor, save_trained
 from vtok.eval.models.scenes.questions import BLIND, KINDS, WORDS, questions_about
-from vtok.eval.tasks.vqa.data import blind_answers
 from vtok.eval.training.loop import Stage, StageRun, epoch_rows, load_checkpoint, save_atomically
-from vtok.eval.training.turns import IGNORED, Turn, Turns, answer_logits, logits_and_states, pack
+from vtok.eval.training.turns import IGNORED, Turn, Turns, answered, logits_and_states, pack, write_blind_answers
 from vtok.writing import write
 
 SIDE = SIZE // PATCH
@@ -242,7 +241,11 @@ def train(recipe: Recipe, checkpoint: Path, log_every: int = 20, save_every: int
     def test(number: int) -> None:
         model.eval()
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            print("  " + (_named(model, held_out, connect) if number == 0 else _answered(model, held_out, connect)), flush=True)
+            if number == 0:
+                said = _named(model, held_out, connect)
+            else:
+                said = answered(model, held_out.turns, lambda rows: connect(rows, held_out), KINDS, 4)
+            print(f"  {said}", flush=True)
         model.train()
 
     for number, stage in enumerate((recipe.align, recipe.answer)):
@@ -279,36 +282,14 @@ def _named(model: Any, lessons: Lessons, connect: Any) -> str:
     return f"held-out patches: name {said[0]:.1f} %, colour {said[1]:.1f} %"
 
 
-def _answered(model: Any, lessons: Lessons, connect: Any, batch_size: int = 20) -> str:
-    """Share of right answers by kind of question."""
-    right, asked = [0] * len(KINDS), [0] * len(KINDS)
-    torch.manual_seed(0)
-    for rows in torch.arange(len(lessons.turns)).split(batch_size):
-        visual = connect(rows, lessons)
-        for kind in range(len(KINDS)):
-            own = [
-                [turns[i] for i in torch.randperm(len(turns))[:4].tolist()] for turns in (lessons.turns[r][kind] for r in rows)
-            ]
-            keep = [i for i, turns in enumerate(own) if turns]
-            turns = pack([own[i] for i in keep])
-            wanted = turns.targets[turns.targets != IGNORED]
-            hits = (answer_logits(model, visual[keep], turns).argmax(-1) == wanted)[wanted != EOS]
-            right[kind] += int(hits.sum())
-            asked[kind] += len(hits)
-    shares = [100 * r / n for r, n in zip(right, asked)]
-    parts = ", ".join(f"{kind} {share:.1f}" for kind, share in zip(KINDS, shares))
-    return f"held-out questions: {sum(shares) / len(shares):.2f} % ({parts})"
-
-
-def write_blind_answers(path: Path, scenes: int, seed: int = 0) -> None:
-    """Writes the most frequent answer to every question text about the first training scenes."""
-    asked = [
+def asked_in_training(scenes: int, seed: int = 0) -> list[tuple[str, str]]:
+    """All questions about the first training scenes, with their answers."""
+    return [
         pair
         for number in range(scenes)
         for kind in questions_about(draw_scene("train", number).things, random.Random(f"{seed} {number}")).values()
         for pair in kind
     ]
-    write(path, json.dumps(dict(sorted(blind_answers(*zip(*asked)).items())), indent=0) + "\n")
 
 
 def main() -> None:
@@ -320,7 +301,7 @@ def main() -> None:
     model = train(Recipe(), args.checkpoint)
     if args.export is not None:
         save_trained(args.export / TRAINED, model)
-        write_blind_answers(args.export / BLIND, Recipe().scenes)
+        write_blind_answers(args.export / BLIND, asked_in_training(Recipe().scenes))
 
 
 if __name__ == "__main__":

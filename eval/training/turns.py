@@ -8,13 +8,17 @@ Shapes: B sequences, P visual tokens each, T text tokens each, turns included.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vtok.eval.models.reference_vlm import BOS, EOS, PAD
+from vtok.eval.tasks.vqa.data import blind_answers
+from vtok.writing import write
 
 IGNORED = -100
 Turn = tuple[list[int], int]  # tokens of a question, token of its answer
@@ -91,3 +95,43 @@ def logits_and_states(
     )
     logits = model.lm_head(out.last_hidden_state[:, prefix:][turns.targets != IGNORED])
     return logits, out.hidden_states, positions
+
+
+def answered(
+    model: Any,
+    asked: Sequence[Sequence[Sequence[Turn]]],
+    visual_of: Callable[[Tensor], Tensor],
+    kinds: Sequence[str],
+    each: int,
+    batch_size: int = 20,
+) -> str:
+    """Share of right answers by kind of question, in a line.
+
+    Args:
+        model: in eval mode.
+        asked: image -> kind -> turns; `each` of these at most are drawn.
+        visual_of: numbers of images [B] -> their visual tokens [B, P, D].
+        kinds: names.
+        each: questions of a kind about an image.
+        batch_size: images at once.
+    """
+    right, count = [0] * len(kinds), [0] * len(kinds)
+    torch.manual_seed(0)
+    for rows in torch.arange(len(asked)).split(batch_size):
+        visual = visual_of(rows)
+        for kind in range(len(kinds)):
+            own = [[turns[i] for i in torch.randperm(len(turns))[:each].tolist()] for turns in (asked[r][kind] for r in rows)]
+            keep = [i for i, turns in enumerate(own) if turns]
+            packed = pack([own[i] for i in keep])
+            wanted = packed.targets[packed.targets != IGNORED]
+            hits = (answer_logits(model, visual[keep], packed).argmax(-1) == wanted)[wanted != EOS]
+            right[kind] += int(hits.sum())
+            count[kind] += len(hits)
+    shares = [100 * r / n for r, n in zip(right, count)]
+    parts = ", ".join(f"{kind} {share:.1f}" for kind, share in zip(kinds, shares))
+    return f"held-out questions: {sum(shares) / len(shares):.2f} % ({parts})"
+
+
+def write_blind_answers(path: Path, asked: Sequence[tuple[str, str]]) -> None:
+    """Writes the most frequent answer to every text among questions and answers."""
+    write(path, json.dumps(dict(sorted(blind_answers(*zip(*asked)).items())), indent=0) + "\n")

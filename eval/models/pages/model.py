@@ -11,7 +11,7 @@ import torch
 from vtok.eval.models.assets import asset
 from vtok.eval.models.pages.compose import PATCH, SIZE
 from vtok.eval.models.pages.questions import WORDS
-from vtok.eval.models.reference_vlm import BOS, EOS, IMAGE, IMAGE_TOKEN, PAD, SPECIAL, answering, make_tokenizer
+from vtok.eval.models.reference_vlm import IMAGE_TOKEN, SPECIAL, answering, llava_parts, make_tokenizer
 from vtok.writing import write
 
 TRAINED = "pages/trained.safetensors"
@@ -53,7 +53,7 @@ class ReferencePrint:
 
     def config(self) -> Any:
         """A `LlavaNextConfig`."""
-        from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig
+        from transformers import CLIPVisionConfig, LlavaNextConfig
 
         vision = CLIPVisionConfig(
             hidden_size=self.width,
@@ -63,30 +63,8 @@ class ReferencePrint:
             image_size=VIEW,
             patch_size=PATCH,
         )
-        text = LlamaConfig(
-            vocab_size=len(SPECIAL) + len(WORDS),
-            hidden_size=self.text_width,
-            intermediate_size=self.text_hidden,
-            num_hidden_layers=self.text_depth,
-            num_attention_heads=self.text_heads,
-            num_key_value_heads=self.text_heads,
-            max_position_embeddings=1024,
-            pad_token_id=PAD,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-            tie_word_embeddings=False,
-        )
-        parts: dict[str, Any] = {
-            "vision_config": vision,
-            "text_config": text,
-            "image_token_id": IMAGE,
-            "vision_feature_layer": -1,
-            "vision_feature_select_strategy": "default",
-            "tie_word_embeddings": False,
-            "image_seq_length": SIDE**2,
-            "image_grid_pinpoints": [[SIZE, SIZE]],
-        }
-        return LlavaNextConfig(**parts)
+        parts = llava_parts(vision, self, len(SPECIAL) + len(WORDS))
+        return LlavaNextConfig(**parts, image_seq_length=SIDE**2, image_grid_pinpoints=[[SIZE, SIZE]])
 
     def build(self) -> Any:
         """A freshly initialised model that stops at the end of its answer."""

@@ -14,7 +14,7 @@ import torch
 from vtok.eval.models.assets import asset
 from vtok.eval.models.dinov2 import load_hf_dinov2
 from vtok.eval.models.dinov2.model import HEADS, MEAN, PATCH, SIZE, STD, WIDTH
-from vtok.eval.models.reference_vlm import BOS, EOS, IMAGE, IMAGE_TOKEN, PAD, SPECIAL, answering, make_tokenizer
+from vtok.eval.models.reference_vlm import IMAGE_TOKEN, SPECIAL, answering, llava_parts, make_tokenizer
 from vtok.eval.models.scenes.questions import WORDS
 from vtok.writing import write
 
@@ -48,34 +48,12 @@ class ReferenceScenes:
 
     def config(self) -> Any:
         """A `LlavaConfig`."""
-        from transformers import Dinov2Config, LlamaConfig, LlavaConfig
+        from transformers import Dinov2Config, LlavaConfig
 
         vision = Dinov2Config(
             patch_size=PATCH, image_size=SIZE, hidden_size=WIDTH, num_hidden_layers=self.tower_depth, num_attention_heads=HEADS
         )
-        text = LlamaConfig(
-            vocab_size=len(SPECIAL) + len(WORDS),
-            hidden_size=self.text_width,
-            intermediate_size=self.text_hidden,
-            num_hidden_layers=self.text_depth,
-            num_attention_heads=self.text_heads,
-            num_key_value_heads=self.text_heads,
-            max_position_embeddings=1024,
-            pad_token_id=PAD,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-            tie_word_embeddings=False,
-        )
-        parts: dict[str, Any] = {
-            "vision_config": vision,
-            "text_config": text,
-            "image_token_id": IMAGE,
-            "vision_feature_layer": -1,
-            "vision_feature_select_strategy": "default",
-            "tie_word_embeddings": False,
-            "image_seq_length": self.visual_tokens,
-        }
-        return LlavaConfig(**parts)
+        return LlavaConfig(**llava_parts(vision, self, len(SPECIAL) + len(WORDS)), image_seq_length=self.visual_tokens)
 
     def build(self) -> Any:
         """A freshly initialised model, its tower too, that stops at the end of its answer."""

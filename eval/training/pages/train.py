@@ -11,7 +11,6 @@ Shapes: B pages, V = 5 views of n = 36 patches each, the whole page first; W cha
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -26,13 +25,10 @@ from vtok.eval.models.data import cache_dir
 from vtok.eval.models.pages.compose import PATCH, draw_page
 from vtok.eval.models.pages.model import SIDE, TRAINED, ReferencePrint, make_print_processor, save_trained
 from vtok.eval.models.pages.questions import BLIND, KINDS, questions_about
-from vtok.eval.models.reference_vlm import EOS
-from vtok.eval.tasks.vqa.data import blind_answers
 from vtok.eval.training.loop import Stage, StageRun, epoch_rows, load_checkpoint, save_atomically
 from vtok.eval.training.pages.looking import NOTHING, Places, join, lay_out, looking_loss
 from vtok.eval.training.pages.reading import ClassHead, named, naming_loss, pixels_of, reading_loss, seen, stacked, views
-from vtok.eval.training.turns import IGNORED, Turn, answer_logits, logits_and_states, pack
-from vtok.writing import write
+from vtok.eval.training.turns import IGNORED, Turn, answered, logits_and_states, pack, write_blind_answers
 
 VALIDATION = {
     "train": range(900_000, 900_060),
@@ -149,6 +145,9 @@ def train(recipe: Recipe, checkpoint: Path, log_every: int = 20, save_every: int
     def connect(rows: Tensor, source: Lessons) -> tuple[Tensor, Tensor]:
         return lay_out(model.model.multi_modal_projector(source.visual(rows)), model.model.image_newline)
 
+    def tokens_of(rows: Tensor, source: Lessons) -> Tensor:
+        return connect(rows, source)[0]
+
     def loss_of(step: int, number: int = 1) -> Tensor:
         rows = epoch_rows(recipe, number, step, recipe.pages)
         places, guided = lessons.of(rows), number == 1 and step < recipe.guided
@@ -164,9 +163,7 @@ def train(recipe: Recipe, checkpoint: Path, log_every: int = 20, save_every: int
         model.eval()
         with torch.inference_mode():
             for split, source in held_out.items():
-                print(
-                    f"  {split}: {_answered(model, source, lambda rows, source=source: connect(rows, source)[0])}", flush=True
-                )
+                print(f"  {split}: {answered(model, source.turns, partial(tokens_of, source=source), KINDS, 3)}", flush=True)
         model.train()
 
     first = 1 if saved is None else saved["stage"]
@@ -227,36 +224,14 @@ def _learn_to_read(model: Any, head: ClassHead, recipe: Recipe, checkpoint: Path
     save_atomically(model.state_dict(), _stage_file(checkpoint))
 
 
-def _answered(model: Any, lessons: Lessons, connect: Any, batch_size: int = 20) -> str:
-    """Share of right answers by kind of question."""
-    right, asked = [0] * len(KINDS), [0] * len(KINDS)
-    torch.manual_seed(0)
-    for rows in torch.arange(len(lessons.turns)).split(batch_size):
-        visual = connect(rows)
-        for kind in range(len(KINDS)):
-            own = [
-                [turns[i] for i in torch.randperm(len(turns))[:3].tolist()] for turns in (lessons.turns[r][kind] for r in rows)
-            ]
-            keep = [i for i, turns in enumerate(own) if turns]
-            turns = pack([own[i] for i in keep])
-            wanted = turns.targets[turns.targets != IGNORED]
-            hits = (answer_logits(model, visual[keep], turns).argmax(-1) == wanted)[wanted != EOS]
-            right[kind] += int(hits.sum())
-            asked[kind] += len(hits)
-    shares = [100 * r / n for r, n in zip(right, asked)]
-    parts = ", ".join(f"{kind} {share:.1f}" for kind, share in zip(KINDS, shares))
-    return f"held-out questions: {sum(shares) / len(shares):.2f} % ({parts})"
-
-
-def write_blind_answers(path: Path, pages: int, seed: int = 0) -> None:
-    """Writes the most frequent answer to every question text about the first training pages."""
-    asked = [
+def asked_in_training(pages: int, seed: int = 0) -> list[tuple[str, str]]:
+    """All questions about the first training pages, with their answers."""
+    return [
         pair
         for number in range(pages)
         for kind in questions_about(draw_page("train", number).words, random.Random(f"{seed} {number}")).values()
         for pair in kind
     ]
-    write(path, json.dumps(dict(sorted(blind_answers(*zip(*asked)).items())), indent=0) + "\n")
 
 
 def main() -> None:
@@ -269,7 +244,7 @@ def main() -> None:
     model = train(Recipe(), args.checkpoint)
     if args.export is not None:
         save_trained(args.export / TRAINED, model)
-        write_blind_answers(args.export / BLIND, Recipe().pages)
+        write_blind_answers(args.export / BLIND, asked_in_training(Recipe().pages))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ How many tokens of each tile stay is known when the image has been encoded: name
 (`vtok.serving.vllm_plugin.prompts`).
 """
 
+# Classes here are put in front of vLLM's, which have what mypy misses in them.
+# mypy: disable-error-code="attr-defined, call-arg, misc"
+
 from __future__ import annotations
 
 import dataclasses
@@ -42,13 +45,13 @@ class MarkedProcessor(ServedProcessor):
     """Put in front of vLLM's processor."""
 
     def layout_of(self, modality: str, number: int, n: int, items: Any, made: Any) -> ImageLayout:
-        return _layout(self.info.get_hf_config(), n)  # type: ignore[attr-defined]
+        return _layout(self.info.get_hf_config(), n)
 
     def placeholders(self, full: list[int], visual: list[bool], layout: ImageLayout, choice: TokenChoice) -> list[int]:
         return joined(full, visual, choice.count(layout))
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Any) -> Any:
-        made = super()._apply_hf_processor_main(mm_items, hf_kwargs)  # type: ignore[misc]
+        made = super()._apply_hf_processor_main(mm_items, hf_kwargs)
         if self.choice is not None and mm_items.get_all_counts().get("image"):
             images = mm_items.get_items("image", ImageProcessorItems)
             made[_BETWEEN] = [self._between(images.get_image_size(i), hf_kwargs) for i in range(len(images))]
@@ -56,14 +59,14 @@ class MarkedProcessor(ServedProcessor):
 
     def _between(self, size: Any, hf_kwargs: Any) -> Tensor:
         """[L] int64 of an image of so many pixels."""
-        info: Any = self.info  # type: ignore[attr-defined]
+        info: Any = self.info
         processor = info.get_hf_processor(**hf_kwargs)
         text = info.get_image_repl(image_width=size.width, image_height=size.height, processor=processor, mm_kwargs=hf_kwargs)
         ids = info.get_tokenizer().encode(text, add_special_tokens=False)
         return torch.tensor(between(ids, [token == processor.image_token_id for token in ids]))
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Any:
-        fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)  # type: ignore[misc]
+        fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
         return fields if self.choice is None else {**fields, _BETWEEN: MultiModalFieldConfig.batched("image")}
 
 
@@ -78,19 +81,19 @@ class MarkedModel:
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         choice = start(self.architecture, vllm_config)
-        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.vtok: TokenChoice | None = choice
-        self.vtok_watch = watch(self.model.vision_model.encoder.layers, choice)  # type: ignore[attr-defined]
+        self.vtok_watch = watch(self.model.vision_model.encoder.layers, choice)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Of every image what stays, and the words between."""
         texts = kwargs.pop(_BETWEEN, None)
-        features = super().embed_multimodal(**kwargs)  # type: ignore[misc]
+        features = super().embed_multimodal(**kwargs)
         if self.vtok is None or texts is None:
             return features
         tower, first, kept = self.vtok_watch.take(), 0, []
         for x, ids in zip(features, texts):
-            layout = _layout(self.config, len(x))  # type: ignore[attr-defined]
+            layout = _layout(self.config, len(x))
             views = range(first, first + layout.tower_views)
             seen = {name: block.only(views) for name, block in tower.items()}
             kept.append(self._vtok_kept(x, ids, layout, seen))
@@ -102,12 +105,12 @@ class MarkedModel:
         assert self.vtok is not None
         ids = ids.flatten().to(x.device)
         found = self.vtok.choose(x[None], layout, tower)
-        words = self.model.text_model.embed_input_ids(ids)  # type: ignore[attr-defined]
-        return woven(words, ids == self.image_token_id, found.rows[0], found.tokens[0])  # type: ignore[attr-defined]
+        words = self.model.text_model.embed_input_ids(ids)
+        return woven(words, ids == self.image_token_id, found.rows[0], found.tokens[0])
 
     def get_encoder_cudagraph_config(self) -> Any:
         """None of the encoder is replayed from a graph: what is done with its output would be left out."""
-        found = super().get_encoder_cudagraph_config()  # type: ignore[misc]
+        found = super().get_encoder_cudagraph_config()
         return found if self.vtok is None else dataclasses.replace(found, modalities=[])
 
 

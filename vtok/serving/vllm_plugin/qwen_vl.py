@@ -6,6 +6,9 @@ on. vLLM turns that on by --video-pruning-rate alone; here the model does, in th
 none of this. Videos of Qwen2-VL and Qwen2.5-VL are served as well; the later ones have text between frames, and are not.
 """
 
+# Classes here are put in front of vLLM's, which have what mypy misses in them.
+# mypy: disable-error-code="attr-defined, call-arg, misc"
+
 from __future__ import annotations
 
 import dataclasses
@@ -57,7 +60,7 @@ class GridProcessor(ServedProcessor):
     """Put in front of vLLM's processor of a Qwen-VL."""
 
     def layout_of(self, modality: str, number: int, n: int, items: Any, made: Any) -> ImageLayout:
-        merge = self.info.get_hf_config().vision_config.spatial_merge_size  # type: ignore[attr-defined]
+        merge = self.info.get_hf_config().vision_config.spatial_merge_size
         return frames_layout(*_merged(made[modality][number][f"{modality}_grid_thw"].data.tolist(), merge), modality)
 
     def placeholders(self, full: list[int], visual: list[bool], layout: ImageLayout, choice: TokenChoice) -> list[int]:
@@ -66,8 +69,8 @@ class GridProcessor(ServedProcessor):
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """What vLLM measures its memory with: images, here with the text behind them that `apply` asks for."""
-        found = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
-        end = self.info.get_hf_config().vision_end_token_id  # type: ignore[attr-defined]
+        found = super().get_dummy_inputs(*args, **kwargs)
+        end = self.info.get_hf_config().vision_end_token_id
         return dataclasses.replace(found, prompt=[*found.prompt, end])
 
     def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -76,13 +79,13 @@ class GridProcessor(ServedProcessor):
         Raises:
             ConfigError: the prompt ends with an image or a video: nothing says where the answer's positions begin.
         """
-        config = self.info.get_hf_config()  # type: ignore[attr-defined]
+        config = self.info.get_hf_config()
         if inputs.prompt and inputs.prompt[-1] in (config.image_token_id, config.video_token_id):
             raise ConfigError(
                 "the prompt ends with an image or a video, and positions behind one that was pruned are told by the text "
                 "there: end with text, as chat templates do"
             )
-        return super().apply(inputs, *args, **kwargs)  # type: ignore[misc]
+        return super().apply(inputs, *args, **kwargs)
 
 
 class GridModel:
@@ -103,22 +106,22 @@ class GridModel:
             raise ConfigError('vLLM\'s --video-pruning-rate and the key "vtok" would both prune: leave one of them out')
         if choice is not None and not choice.fixed_rows:
             settings.video_pruning_rate = _ON  # of this worker alone
-        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.vtok: TokenChoice | None = choice
 
     def _process_image_input(self, image_input: Any) -> Any:
-        features = super()._process_image_input(image_input)  # type: ignore[misc]
+        features = super()._process_image_input(image_input)
         return features if self.vtok is None else self._vtok_kept(features, image_input, "image")
 
     def _process_video_input(self, video_input: Any) -> Any:
-        features = super()._process_video_input(video_input)  # type: ignore[misc]
+        features = super()._process_video_input(video_input)
         return features if self.vtok is None else self._vtok_kept(features, video_input, "video")
 
     def _vtok_kept(self, features: Any, given: Any, modality: str) -> tuple[Tensor, ...]:
         """Images or videos [n, D] -> [k, D], with columns for coordinates [k, D + 6] where these are not known before."""
         assert self.vtok is not None
-        merge = self.visual.spatial_merge_size  # type: ignore[attr-defined]
-        width = self.config.get_text_config().hidden_size  # type: ignore[attr-defined]
+        merge = self.visual.spatial_merge_size
+        width = self.config.get_text_config().hidden_size
         sizes = given[f"{modality}_grid_thw"].tolist()
         seconds = given.get("second_per_grid_ts") if modality == "video" else None
         out = []
@@ -137,33 +140,33 @@ class GridModel:
         """Positions in time from one frame to the next, so many seconds later; `None` = not said."""
         if modality == "image":
             return 1.0
-        every = getattr(self.config.vision_config, "tokens_per_second", 1.0)  # type: ignore[attr-defined]
+        every = getattr(self.config.vision_config, "tokens_per_second", 1.0)
         return float(every) * (1.0 if seconds is None else float(seconds))
 
     def _postprocess_image_embeds_evs(self, image_embeds_split: Any, image_input: Any) -> Any:
         if self.vtok is None:
-            return super()._postprocess_image_embeds_evs(image_embeds_split, image_input)  # type: ignore[misc]
+            return super()._postprocess_image_embeds_evs(image_embeds_split, image_input)
         return image_embeds_split
 
     def _postprocess_video_embeds_evs(self, video_embeds_split: Any, video_input: Any) -> Any:
         if self.vtok is None:
-            return super()._postprocess_video_embeds_evs(video_embeds_split, video_input)  # type: ignore[misc]
+            return super()._postprocess_video_embeds_evs(video_embeds_split, video_input)
         return video_embeds_split
 
     def get_encoder_cudagraph_config(self) -> Any:
         """None of the encoder is replayed from a graph: what is done with its output would be left out."""
-        found = super().get_encoder_cudagraph_config()  # type: ignore[misc]
+        found = super().get_encoder_cudagraph_config()
         return found if self.vtok is None else dataclasses.replace(found, modalities=[])
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:
         """Positions [3, L] of a prompt before its images are encoded, and of what follows it."""
         if self.vtok is None:
-            return super().get_mrope_input_positions(input_tokens, mm_features)  # type: ignore[misc]
+            return super().get_mrope_input_positions(input_tokens, mm_features)
         return prompt_positions(len(input_tokens), self._vtok_grids(mm_features))
 
     def _vtok_grids(self, mm_features: Any) -> Iterator[Grid]:
         assert self.vtok is not None
-        merge = self.config.vision_config.spatial_merge_size  # type: ignore[attr-defined]
+        merge = self.config.vision_config.spatial_merge_size
         for feature in sorted(mm_features, key=lambda one: one.mm_position.offset):
             data, modality = feature.data, feature.modality
             grid = _merged(data[f"{modality}_grid_thw"].data.tolist(), merge)
@@ -177,14 +180,12 @@ class GridModel:
     ) -> tuple[Sequence[Tensor], Tensor, int]:
         """Takes the columns off the features of this step, and puts what they say at its placeholders."""
         if self.vtok is None:
-            return super().recompute_mrope_positions(  # type: ignore[misc]
-                input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
-            )
+            return super().recompute_mrope_positions(input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens)
         parts = [without_columns(x) for x in multimodal_embeddings]
         with gpu_sync_allowed():
             if parts:
                 ids = torch.as_tensor(input_ids, device=mrope_positions.device)
-                config = self.config  # type: ignore[attr-defined]
+                config = self.config
                 media = (ids == config.image_token_id) | (ids == config.video_token_id)
                 mrope_positions = placed(mrope_positions, media, [at for _, at in parts], num_computed_tokens)
             following = int(mrope_positions.max()) + 1
@@ -208,7 +209,7 @@ def _complete(runner: Any) -> None:
         load(self, *args, **kwargs)
         _pruning_on(self)
 
-    load_model.vtok = True  # type: ignore[attr-defined]
+    load_model.vtok = True
     runner.load_model = load_model
 
 

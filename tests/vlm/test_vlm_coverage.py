@@ -58,6 +58,15 @@ def test_the_page_names_every_class():
     assert f"{len(CLASSES)} classes x" in PAGE
 
 
+def test_the_readme_counts_what_the_page_has():
+    """Models by their interfaces, and those of them between whose decoder layers tokens may leave: fastv's column."""
+    table = PAGE[PAGE.index("<!-- generic matrix") : PAGE.index("<!-- end of the generic matrix")]
+    header, _, *rows = [[cell.strip() for cell in line.split("|")] for line in table.splitlines() if line.startswith("|")]
+    inside = sum(row[header.index("fastv")].startswith("generic") for row in rows)
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"{len(rows)} more before the language model, {inside} of them also in it" in readme
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not transformers.__version__.startswith(WRITTEN_FOR), reason="the table is that of another release")
 def test_the_page_has_the_matrix():

@@ -59,6 +59,7 @@ $(VLLM)/.installed: pyproject.toml tests/vllm/install.py
 	touch $@
 
 test-vllm: install $(VLLM)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check num2words  # the processor of SmolVLM asks for it
 	OMP_NUM_THREADS=1 VTOK_REFERENCE_PYTHON=$(CURDIR)/$(BIN)/python $(VLLM)/bin/python -m pytest -q -m vllm tests/vllm
 
 docs: install

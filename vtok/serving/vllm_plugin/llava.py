@@ -15,7 +15,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vtok.serving.layouts import ImageLayout, square_layout
 from vtok.serving.vllm_plugin.processor import ServedProcessor
-from vtok.serving.vllm_plugin.worker import start, watch
+from vtok.serving.vllm_plugin.worker import PrunedModel
 
 _NAME = "LlavaForConditionalGeneration"
 
@@ -30,14 +30,10 @@ class VtokLlavaProcessor(ServedProcessor, LlavaMultiModalProcessor):
 
 
 @MULTIMODAL_REGISTRY.register_processor(VtokLlavaProcessor, info=LlavaProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder)
-class VtokLlava(LlavaForConditionalGeneration):
+class VtokLlava(PrunedModel, LlavaForConditionalGeneration):
     """vLLM's LLaVA, which hands the LLM the features that stay."""
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        self_choice = start(_NAME, vllm_config)
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.vtok = self_choice
-        self.vtok_watch = watch(self.vision_tower.vision_model.encoder.layers, self_choice)
+    architecture = _NAME
 
     def _process_image_input(self, image_input: Any) -> Any:
         features = super()._process_image_input(image_input)

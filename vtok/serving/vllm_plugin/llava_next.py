@@ -30,7 +30,7 @@ from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems
 from vtok.errors import ConfigError
 from vtok.serving.layouts import ImageLayout, frames_layout, packed_crops_layout
 from vtok.serving.vllm_plugin.processor import ServedProcessor
-from vtok.serving.vllm_plugin.worker import start, watch
+from vtok.serving.vllm_plugin.worker import PrunedModel
 
 
 def crops_of(config: Any, height: int, width: int) -> ImageLayout:
@@ -60,16 +60,8 @@ class CropProcessor(ServedProcessor):
         return crops_of(self.info.get_hf_config(), size.height, size.width)
 
 
-class CropModel:
+class CropModel(PrunedModel):
     """Put in front of vLLM's model."""
-
-    architecture: str
-
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        choice = start(self.architecture, vllm_config)
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.vtok = choice
-        self.vtok_watch = watch(self.vision_tower.vision_model.encoder.layers, choice)
 
     def _process_image_input(self, image_input: Any) -> Any:
         features = super()._process_image_input(image_input)

@@ -9,8 +9,7 @@ How many tokens of each tile stay is known when the image has been encoded: name
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ from vtok.serving.choice import TokenChoice
 from vtok.serving.layouts import ImageLayout, tiles_layout
 from vtok.serving.vllm_plugin.processor import ServedProcessor
 from vtok.serving.vllm_plugin.prompts import between, joined, woven
-from vtok.serving.vllm_plugin.worker import start, watch
+from vtok.serving.vllm_plugin.worker import PrunedModel, WithoutGraphs
 
 _BETWEEN = "vtok_between"  # of an image: all that stands in the prompt from its first placeholder to its last
 
@@ -70,20 +69,11 @@ class MarkedProcessor(ServedProcessor):
         return fields if self.choice is None else {**fields, _BETWEEN: MultiModalFieldConfig.batched("image")}
 
 
-class MarkedModel:
-    """Put in front of vLLM's model.
+class MarkedModel(WithoutGraphs, PrunedModel):
+    """Put in front of vLLM's model."""
 
-    Attributes:
-        architecture: vLLM's name of the model.
-    """
-
-    architecture: ClassVar[str]
-
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        choice = start(self.architecture, vllm_config)
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.vtok: TokenChoice | None = choice
-        self.vtok_watch = watch(self.model.vision_model.encoder.layers, choice)
+    def _vtok_layers(self) -> Any:
+        return self.model.vision_model.encoder.layers
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Of every image what stays, and the words between."""
@@ -107,11 +97,6 @@ class MarkedModel:
         found = self.vtok.choose(x[None], layout, tower)
         words = self.model.text_model.embed_input_ids(ids)
         return woven(words, ids == self.image_token_id, found.rows[0], found.tokens[0])
-
-    def get_encoder_cudagraph_config(self) -> Any:
-        """None of the encoder is replayed from a graph: what is done with its output would be left out."""
-        found = super().get_encoder_cudagraph_config()
-        return found if self.vtok is None else dataclasses.replace(found, modalities=[])
 
 
 class VtokIdefics3Processor(MarkedProcessor, Idefics3MultiModalProcessor):

@@ -45,7 +45,7 @@ from vtok.serving.choice import TokenChoice
 from vtok.serving.layouts import ImageLayout, frames_layout
 from vtok.serving.vllm_plugin.positions import Grid, placed, prompt_positions, with_columns, without_columns
 from vtok.serving.vllm_plugin.processor import ImagesOnly, ServedProcessor
-from vtok.serving.vllm_plugin.worker import start
+from vtok.serving.vllm_plugin.worker import WithoutGraphs, start
 
 _ON = 1e-9  # a pruning rate that prunes no video
 
@@ -88,7 +88,7 @@ class GridProcessor(ServedProcessor):
         return super().apply(inputs, *args, **kwargs)
 
 
-class GridModel:
+class GridModel(WithoutGraphs):
     """Put in front of vLLM's Qwen-VL.
 
     Attributes:
@@ -152,11 +152,6 @@ class GridModel:
         if self.vtok is None:
             return super()._postprocess_video_embeds_evs(video_embeds_split, video_input)
         return video_embeds_split
-
-    def get_encoder_cudagraph_config(self) -> Any:
-        """None of the encoder is replayed from a graph: what is done with its output would be left out."""
-        found = super().get_encoder_cudagraph_config()
-        return found if self.vtok is None else dataclasses.replace(found, modalities=[])
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:
         """Positions [3, L] of a prompt before its images are encoded, and of what follows it."""

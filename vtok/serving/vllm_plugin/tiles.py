@@ -9,8 +9,7 @@ Gemma 3 lets the tokens of a tile attend to each other both ways; vLLM finds tho
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vtok.serving.choice import TokenChoice
 from vtok.serving.layouts import ImageLayout, grid_layout
 from vtok.serving.vllm_plugin.processor import ImagesOnly, ServedProcessor
-from vtok.serving.vllm_plugin.worker import start, watch
+from vtok.serving.vllm_plugin.worker import PrunedModel, WithoutGraphs
 
 
 def _tile(choice: TokenChoice) -> ImageLayout:
@@ -47,24 +46,8 @@ class TileProcessor(ServedProcessor):
         return _tile(self.choice)
 
 
-class TileModel:
-    """Put in front of vLLM's model.
-
-    Attributes:
-        architecture: vLLM's name of the model.
-    """
-
-    architecture: ClassVar[str]
-
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        choice = start(self.architecture, vllm_config)
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.vtok: TokenChoice | None = choice
-        self.vtok_watch = watch(self._vtok_layers(), choice)
-
-    def _vtok_layers(self) -> Any:
-        """Of the vision tower."""
-        raise NotImplementedError
+class TileModel(PrunedModel):
+    """Put in front of vLLM's model."""
 
     def _vtok_kept(self, images: Any, looked: bool) -> list[Tensor]:
         """Images [n, D] -> [k, D], all tiles of all of them at once.
@@ -112,19 +95,11 @@ class VtokGemma3Processor(TileProcessor, Gemma3MultiModalProcessor):
 
 
 @MULTIMODAL_REGISTRY.register_processor(VtokGemma3Processor, info=Gemma3ProcessingInfo, dummy_inputs=Gemma3DummyInputsBuilder)
-class VtokGemma3(TileModel, Gemma3ForConditionalGeneration):
+class VtokGemma3(WithoutGraphs, TileModel, Gemma3ForConditionalGeneration):
     """vLLM's Gemma 3, which hands the LLM the features that stay."""
 
     architecture = "Gemma3ForConditionalGeneration"
 
-    def _vtok_layers(self) -> Any:
-        return self.vision_tower.vision_model.encoder.layers
-
     def _process_image_input(self, image_input: Any) -> Any:
         features = super()._process_image_input(image_input)
         return features if self.vtok is None else self._vtok_kept(features, True)
-
-    def get_encoder_cudagraph_config(self) -> Any:
-        """None of the encoder is replayed from a graph: what is done with its output would be left out."""
-        found = super().get_encoder_cudagraph_config()
-        return found if self.vtok is None else dataclasses.replace(found, modalities=[])

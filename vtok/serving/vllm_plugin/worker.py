@@ -1,9 +1,13 @@
 """The part of vLLM that runs a model: what was seen of the vision tower, and what is refused before an engine starts."""
 
+# Classes here are put in front of vLLM's, which have what mypy misses in them.
+# mypy: disable-error-code="attr-defined, call-arg, misc"
+
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -81,6 +85,39 @@ def watch(layers: Any, choice: TokenChoice | None) -> TowerWatch:
     """Sees the blocks that a choice looks at, among the layers of a vision tower."""
     facts = None if choice is None else choice.info.tower
     return TowerWatch(layers, () if choice is None else choice.tower_blocks, 0 if facts is None else facts.num_prefix)
+
+
+class PrunedModel:
+    """Put in front of a model of vLLM's: its choice, and what is seen of its vision tower.
+
+    Attributes:
+        architecture: vLLM's name of the model.
+        vtok: `None` = nothing is pruned.
+        vtok_watch: sees the blocks of the tower that the choice looks at.
+    """
+
+    architecture: ClassVar[str]
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        choice = start(self.architecture, vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.vtok: TokenChoice | None = choice
+        self.vtok_watch = watch(self._vtok_layers(), choice)
+
+    def _vtok_layers(self) -> Any:
+        """Of the vision tower."""
+        return self.vision_tower.vision_model.encoder.layers
+
+
+class WithoutGraphs:
+    """Put in front of a model of vLLM's that can replay its encoder from CUDA graphs."""
+
+    vtok: TokenChoice | None
+
+    def get_encoder_cudagraph_config(self) -> Any:
+        """None of the encoder is replayed from a graph: what is done with its output would be left out."""
+        found = super().get_encoder_cudagraph_config()
+        return found if self.vtok is None else dataclasses.replace(found, modalities=[])
 
 
 def _attention(layer: Any) -> Any:

@@ -28,7 +28,6 @@ from vtok.eval.models.reference_vlm import (
     load_reference_llava,
     processor_of,
     read_packed,
-    save_folder,
     write_packed,
 )
 
@@ -68,7 +67,8 @@ def make_next_processor(anatomy: ReferenceLLaVANeXT) -> Any:
     """A `LlavaNextProcessor` for pages and prompts."""
     from transformers import LlavaNextImageProcessor, LlavaNextProcessor
 
-    return processor_of(LlavaNextProcessor, LlavaNextImageProcessor, anatomy, image_grid_pinpoints=anatomy.pinpoints())
+    sizes, grids = (anatomy.image_size, anatomy.patch_size), anatomy.pinpoints()
+    return processor_of(LlavaNextProcessor, LlavaNextImageProcessor, *sizes, image_grid_pinpoints=grids)
 
 
 def differences(weights: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -143,11 +143,6 @@ def load_reference_llava_next_processor(folder: Path | None = None) -> Any:
     from transformers import AutoProcessor
 
     return AutoProcessor.from_pretrained(home_of(NEXT_FOLDER, folder))
-
-
-def write_reference_llava_next(folder: Path) -> None:
-    """Writes the reference LLaVA-NeXT as a folder of its own, complete, for `from_pretrained` (4.6 MB)."""
-    save_folder(folder, load_reference_llava_next(), load_reference_llava_next_processor())
 
 
 class PageQuestions(NamedTuple):

@@ -224,9 +224,9 @@ def _prompts(model: VisionLanguageModel, named: str | None) -> Any:
         pages = calibration_pages()
         return [model.inputs(pages, ["is top left blank?"] * len(pages))]
     if model.name == REFERENCE_PRINT:
-        from vtok.eval.tasks.vqa.opening import calibration_printed_pages
+        from vtok.eval.tasks.vqa.opening import printed_pages
 
-        data = calibration_printed_pages()
+        data = printed_pages(calibration=True)
         first = list({q.image: q for q in data.questions}.values())[:CALIBRATION_PROMPTS]
         return [model.inputs([data.read(q.image) for q in first], [first[0].text] * len(first))]
     from PIL import Image

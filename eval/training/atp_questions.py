@@ -111,7 +111,7 @@ def load_scene_questions(split: str, numbers: range) -> Asked:
     found = one_of_each(split, numbers)
     images = [draw_scene(split, number).image for number in numbers]
     return Asked(
-        images, [one.text for one in found], [one.answer for one in found], [one.scene - numbers.start for one in found]
+        images, [one.text for one in found], [one.answer for one in found], [one.number - numbers.start for one in found]
     )
 
 

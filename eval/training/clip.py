@@ -265,7 +265,7 @@ def _write_pages(folder: Path, name: str, pictures: Tensor, classes: Tensor, gro
 
 def main() -> None:
     """Command line."""
-    args = parser(__doc__, "easyvqa_clip.pt", "model and pages").parse_args()
+    args = parser(__doc__, "easyvqa_clip.pt", "model and pages", "the package easy-vqa").parse_args()
     recipe = Recipe()
     model = train(recipe, args.checkpoint, args.data)
     pictures, classes = load_easyvqa("test", args.data)

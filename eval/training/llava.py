@@ -311,7 +311,7 @@ def export_questions(folder: Path, recipe: Recipe, data: Path | None = None) -> 
 
 def main() -> None:
     """Command line."""
-    args = parser(__doc__, "easyvqa_llava.pt", "model and questions").parse_args()
+    args = parser(__doc__, "easyvqa_llava.pt", "model and questions", "the package easy-vqa").parse_args()
     recipe = Recipe()
     model = train(recipe, args.checkpoint, args.data)
     if args.export is not None:

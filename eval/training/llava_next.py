@@ -269,7 +269,7 @@ def export_questions(folder: Path, data: Path | None = None) -> None:
 
 def main() -> None:
     """Command line."""
-    found = parser(__doc__, "easyvqa_llava_next.pt", "model and questions")
+    found = parser(__doc__, "easyvqa_llava_next.pt", "model and questions", "the package easy-vqa")
     standard = stage_file(cache_dir() / "train" / "easyvqa_llava.pt", 1)
     found.add_argument("--llava", type=Path, default=standard, help="weights to start from")
     args = found.parse_args()

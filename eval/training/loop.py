@@ -155,16 +155,18 @@ class StageRun:
                 test()
 
 
-def parser(doc: str | None, checkpoint: str, exported: str) -> argparse.ArgumentParser:
+def parser(doc: str | None, checkpoint: str, exported: str, data: str = "") -> argparse.ArgumentParser:
     """The command line that all trainings have.
 
     Args:
         doc: of the module.
         checkpoint: name of the default file.
         exported: what `--export` writes.
+        data: where the data are that `--data` names another folder of; "" = there is no such flag.
     """
     found = argparse.ArgumentParser(description=doc)
     found.add_argument("--checkpoint", type=Path, default=cache_dir() / "train" / checkpoint)
-    found.add_argument("--data", type=Path, default=None, help="folder of the data (default: easy-vqa, or Debian's)")
+    if data:
+        found.add_argument("--data", type=Path, default=None, help=f"folder of the data (default: {data})")
     found.add_argument("--export", type=Path, default=None, help=f"folder that receives {exported}, e.g. assets")
     return found

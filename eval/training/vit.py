@@ -114,7 +114,7 @@ def export(model: nn.Module, folder: Path, held_out: int, data: Path | None = No
 
 def main() -> None:
     """Command line."""
-    args = parser(__doc__, "fashion_vit.pt", "weights and images").parse_args()
+    args = parser(__doc__, "fashion_vit.pt", "weights and images", "Debian's dataset-fashion-mnist").parse_args()
     recipe = Recipe()
     model = train(recipe, args.checkpoint, args.data)
     images, labels = load_fashion_mnist("t10k", args.data)

@@ -55,6 +55,17 @@ class Setting:
             return cls(value)
         raise ConfigError(f"a setting is None (unpatched), a method or (method, parameters), got {shown(value)}")
 
+    @classmethod
+    def several(cls, values: Sequence[Any]) -> list[Setting]:
+        """What a task is to evaluate, see `of`.
+
+        Raises:
+            ConfigError: nothing, or something that is no setting.
+        """
+        if not values:
+            raise ConfigError("nothing to evaluate: name at least one setting, None for the unpatched model")
+        return [cls.of(value) for value in values]
+
     @property
     def name(self) -> str:
         """What was asked for: method names joined by " + ", "unpatched" if there is none."""

@@ -46,15 +46,8 @@ def _evaluate(task: Any, kind: type, flags: dict[str, Any]) -> None:
     options = options_from(kind, flags)
     if output is not None:
         writable(output / "record.json")
-    with terminal.progress(transient=True) as progress:
-        bar = progress.add_task(model, total=None)
-        records = task(
-            model,
-            data,
-            settings,
-            options,
-            lambda done, total: progress.update(bar, completed=done, total=total),
-        )
+    with terminal.bar(model) as advance:
+        records = task(model, data, settings, options, advance)
     if output is not None and is_main():
         for path in write_records(records, output, [data, model]):
             print(path, file=sys.stderr)

@@ -31,11 +31,8 @@ def evaluate_imagenet(**flags: Any) -> None:
     options = options_from(Options, flags)
     files = (options.class_map, options.valid_labels, options.real_labels, options.checkpoint)
     prepared(output, [data, model, *(methods or ()), *files])
-    with terminal.progress(transient=True) as progress:
-        bar = progress.add_task(model, total=None)
-        records = evaluate(
-            model, data, settings, options, lambda done, total: progress.update(bar, completed=done, total=total)
-        )
+    with terminal.bar(model) as advance:
+        records = evaluate(model, data, settings, options, advance)
     if output is not None and is_main():
         print(write_beside(output, json.dumps(records, indent=2)), file=sys.stderr)
     classification(records, console)

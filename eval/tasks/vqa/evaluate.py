@@ -62,9 +62,7 @@ def evaluate(
         MissingExtraError: transformers is not installed, or `datasets`, where it is needed.
     """
     options = options or VQAOptions()
-    chosen = [Setting.of(value) for value in settings]
-    if not chosen:
-        raise ConfigError("nothing to evaluate: name at least one setting, None for the unpatched model")
+    chosen = Setting.several(settings)
     for name in ("batch_size", "max_new_tokens", "num_samples"):
         value = getattr(options, name)
         if value is not None and value < 1:

@@ -23,7 +23,7 @@ from vtok.eval.report.sections import Section
 from vtok.eval.report.summary import gap_columns, part_columns
 from vtok.eval.report.tables import Column, Table
 from vtok.eval.tasks.vqa.data import PRINT, Question, VQAData
-from vtok.eval.tasks.vqa.opening import open_vqa
+from vtok.eval.tasks.vqa.sources.opening import open_vqa
 from vtok.eval.viz.prompt_overlay import question_sheet
 
 SHOWN = ("random", "correlation", "hired", "divprune", "cdpruner", "fastv")

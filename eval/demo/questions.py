@@ -25,7 +25,7 @@ from vtok.eval.report.summary import blind_cells, metric_columns, part_columns, 
 from vtok.eval.report.tables import Column
 from vtok.eval.runs.again import configs_of
 from vtok.eval.tasks.vqa.data import EASY_VQA, PAGES, Question, VQAData
-from vtok.eval.tasks.vqa.opening import open_vqa
+from vtok.eval.tasks.vqa.sources.opening import open_vqa
 from vtok.eval.viz.prompt_overlay import question_sheet
 
 QUESTIONS, PAGE_QUESTIONS = 500, 120

@@ -20,7 +20,7 @@ from vtok.eval.report.sections import Section
 from vtok.eval.report.summary import part_columns
 from vtok.eval.report.tables import Column, Table
 from vtok.eval.tasks.vqa.data import SCENES, Question, VQAData
-from vtok.eval.tasks.vqa.opening import open_vqa
+from vtok.eval.tasks.vqa.sources.opening import open_vqa
 from vtok.eval.viz.prompt_overlay import question_sheet
 
 QUESTIONS = 200

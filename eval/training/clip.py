@@ -1,7 +1,7 @@
 """Trains the reference CLIP on pages of easy-VQA pictures: `python -m vtok.eval.training.clip`. Resumes wherever it stopped.
 
 Most of the training runs on 64 patches of 16 x 16 pixels; then the patch embedding and the positions are resampled to the 256
-patches of 8 x 8 that the model ends with, as in `train_vit`. Every batch holds groups of four pages that differ in one respect,
+patches of 8 x 8 that the model ends with, as in `training.vit`. A batch holds groups of four pages that differ in one respect,
 so that the loss falls only for a model that reads every cell, and some single pictures under plain prompts.
 """
 

@@ -57,7 +57,7 @@ class Recipe:
         warmup: share of a stage's steps spent warming up.
         weight_decay: AdamW's, on matrices only.
         shift: largest random translation in pixels; pictures are also mirrored both ways at random.
-        held_out: training pictures whose class is known kept away from training: the calibration set of `train_clip`.
+        held_out: training pictures whose class is known kept away from training: the calibration set of `training.clip`.
         model: the model that comes out; only its patch size changes with the stage.
         seed: of initialisation, order, choice of questions and augmentation.
     """
@@ -300,7 +300,7 @@ def export(model: Any, recipe: Recipe, folder: Path, data: Path | None = None) -
 
 
 def export_questions(folder: Path, recipe: Recipe, data: Path | None = None) -> None:
-    """Writes the questions, and the test pictures that `train_clip.export_data` leaves out: those of unknown class."""
+    """Writes the questions, and the test pictures that `training.clip.export_data` leaves out: those of unknown class."""
     folder.mkdir(parents=True, exist_ok=True)
     test, classes = load_questions("test", data)
     _, _, calibration = load_lessons(recipe.held_out, data)

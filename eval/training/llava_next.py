@@ -59,7 +59,7 @@ class Recipe:
         warmup: share of the steps spent warming up.
         weight_decay: AdamW's, on matrices only.
         shift: largest random translation of a picture in its cell, in pixels; pictures are also mirrored both ways at random.
-        held_out: training pictures kept away from training, as in `train_llava`.
+        held_out: training pictures kept away from training, as in `training.llava`.
         model: the model that comes out.
         seed: of every page drawn.
     """
@@ -214,7 +214,7 @@ def train(
     Args:
         recipe: what to do.
         checkpoint: file that holds weights, optimiser and position; read if it exists, rewritten every `save_every` steps.
-        llava: weights of the LLaVA on 64 tokens, as `train_llava` leaves them behind.
+        llava: weights of the LLaVA on 64 tokens, as `training.llava` leaves them behind.
         data: folder of easy-VQA, or `None` (see `load_easyvqa`).
         log_every: steps between log lines.
         save_every: steps between checkpoints.

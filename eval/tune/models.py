@@ -14,7 +14,7 @@ from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_PRINT, REFERENCE_SCE
 from vtok.eval.options import Options, Source
 from vtok.eval.tasks.timm_pipeline import check_timm_name, create_model, data_config
 from vtok.eval.tasks.vqa.data import VQAData
-from vtok.eval.tasks.vqa.opening import easy_vqa, open_vqa, printed_pages, scene_questions
+from vtok.eval.tasks.vqa.sources.opening import easy_vqa, open_vqa, printed_pages, scene_questions
 from vtok.eval.tune.samples import Samples, reference_clip_samples, reference_vit_samples
 from vtok.eval.tune.subjects import Encoder, Subject
 

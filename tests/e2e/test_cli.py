@@ -222,9 +222,9 @@ def test_the_demo_has_two_parts_and_three_of_small_models(monkeypatch, tmp_path)
 
 def test_every_flag_of_the_evaluations_is_explained():
     from vtok.eval.cli.flags import _help
-    from vtok.eval.tasks.retrieval import RetrievalOptions
+    from vtok.eval.tasks.clip.retrieval import RetrievalOptions
+    from vtok.eval.tasks.clip.zeroshot import ZeroshotOptions
     from vtok.eval.tasks.timm_pipeline import Options
-    from vtok.eval.tasks.zeroshot import ZeroshotOptions
 
     for options in (Options, ZeroshotOptions, RetrievalOptions):
         assert {field.name for field in dataclasses.fields(options)} <= set(_help(options)), options.__name__

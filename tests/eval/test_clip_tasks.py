@@ -19,11 +19,11 @@ from vtok.eval.report.sections import sections
 from vtok.eval.runs import loader as runs
 from vtok.eval.runs import runner
 from vtok.eval.tasks import TASKS
-from vtok.eval.tasks.captions import open_captions
-from vtok.eval.tasks.retrieval import RetrievalOptions
-from vtok.eval.tasks.retrieval import evaluate as retrieval
-from vtok.eval.tasks.zeroshot import ZeroshotOptions, mean_per_class, templates
-from vtok.eval.tasks.zeroshot import evaluate as zeroshot
+from vtok.eval.tasks.clip.captions import open_captions
+from vtok.eval.tasks.clip.retrieval import RetrievalOptions
+from vtok.eval.tasks.clip.retrieval import evaluate as retrieval
+from vtok.eval.tasks.clip.zeroshot import ZeroshotOptions, mean_per_class, templates
+from vtok.eval.tasks.clip.zeroshot import evaluate as zeroshot
 
 open_clip = pytest.importorskip("open_clip")
 transformers = pytest.importorskip("transformers")

@@ -22,8 +22,8 @@ from vtok.eval.models.pages.print import FONTS, NAMES, load_print
 from vtok.eval.models.pages.questions import density, one_of_each, questions_about
 from vtok.eval.models.reference_vlm import IMAGE, save_weights
 from vtok.eval.runs.models import CALIBRATION_PROMPTS
-from vtok.eval.tasks.vqa.opening import open_vqa, printed_pages
 from vtok.eval.tasks.vqa.records import blind_scores
+from vtok.eval.tasks.vqa.sources.opening import open_vqa, printed_pages
 from vtok.eval.training import loop
 from vtok.eval.training.loop import Stage
 from vtok.eval.training.pages import train as train_pages

@@ -18,8 +18,8 @@ from vtok.eval.models.scenes.album import ARTISTS, NAMES, PHOTOGRAPHS, load_albu
 from vtok.eval.models.scenes.compose import COLOUR_NAMES, SIZE
 from vtok.eval.models.scenes.model import load_tower
 from vtok.eval.models.scenes.questions import NUMBERS, one_of_each
-from vtok.eval.tasks.vqa.opening import open_vqa, scene_questions
 from vtok.eval.tasks.vqa.records import blind_scores
+from vtok.eval.tasks.vqa.sources.opening import open_vqa, scene_questions
 
 needs_weights = pytest.mark.skipif(not installed(), reason=f"needs the weights: {weights.INSTALL}")
 

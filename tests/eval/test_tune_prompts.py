@@ -11,7 +11,7 @@ from test_tune import vtok_tune
 
 import vtok
 from vtok.core.search_space import draw
-from vtok.eval.tasks.vqa.opening import easy_vqa
+from vtok.eval.tasks.vqa.sources.opening import easy_vqa
 from vtok.eval.tune import prompts as tune_prompts
 from vtok.eval.tune.subjects import at_budget
 from vtok.registry import METHODS

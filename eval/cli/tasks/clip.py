@@ -23,7 +23,7 @@ from vtok.writing import apart, writable, write_beside
 def evaluate_zeroshot(**flags: Any) -> None:
     """Zero-shot accuracy of a CLIP-like model on an image folder, unpatched and patched on the same batches."""
     check_methods(flags["method"])
-    from vtok.eval.tasks.zeroshot import evaluate
+    from vtok.eval.tasks.clip.zeroshot import evaluate
 
     _evaluate(evaluate, ZeroshotOptions, flags)
 
@@ -31,7 +31,7 @@ def evaluate_zeroshot(**flags: Any) -> None:
 def evaluate_retrieval(**flags: Any) -> None:
     """Image and text recall of a CLIP-like model on captioned images, unpatched and patched on the same batches."""
     check_methods(flags["method"])
-    from vtok.eval.tasks.retrieval import evaluate
+    from vtok.eval.tasks.clip.retrieval import evaluate
 
     _evaluate(evaluate, RetrievalOptions, flags)
 

@@ -22,9 +22,9 @@ from vtok.eval.models.vlm import VisionLanguageModel, load_vlm
 from vtok.eval.runs.again import run_file
 from vtok.eval.tasks import QUESTION_TASKS
 from vtok.eval.tasks.vqa.data import VQAData
-from vtok.eval.tasks.vqa.files import read_results
 from vtok.eval.tasks.vqa.job import Job
 from vtok.eval.tasks.vqa.pipeline import Progress
+from vtok.eval.tasks.vqa.sources.files import read_results
 from vtok.eval.tasks.vqa.task import QuestionTask, Sources, VQAOptions
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from vtok.errors import ConfigError
 from vtok.eval.tasks.vqa.data import EASY_VQA, PAGES, PRINT, SCENES, Question, VQAData, blind_answers, kind_of
-from vtok.eval.tasks.vqa.files import find_vqav2, read_lines
+from vtok.eval.tasks.vqa.sources.files import find_vqav2, read_lines
 
 _BLIND_PAGES, _BLIND_SEED = 2000, 5
 

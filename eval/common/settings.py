@@ -126,18 +126,18 @@ class PassCost:
 
     def fields(self) -> dict[str, Any]:
         """`tokens`, `gmacs`, `gflops` (2 x) and `implied_speedup`, as result files have them."""
-        macs = {
-            "base": self.base_macs,
-            "model": self.macs,
-            "computed": self.computed_macs,
-            "pruner": self.reduction_macs,
-        }
-        return {
-            "tokens": {"in": self.tokens_in, "out": self.mean_per_layer[-1], "mean_per_layer": list(self.mean_per_layer)},
-            "gmacs": {name: value / 1e9 for name, value in macs.items()},
-            "gflops": {name: 2 * value / 1e9 for name, value in macs.items()},
-            "implied_speedup": self.implied_speedup,
-        }
+        macs = {"base": self.base_macs, "model": self.macs, "computed": self.computed_macs, "pruner": self.reduction_macs}
+        layers = list(self.mean_per_layer)
+        return {"tokens": {"in": self.tokens_in, "out": layers[-1], "mean_per_layer": layers}, **macs_fields(macs)}
+
+
+def macs_fields(macs: Mapping[str, float]) -> dict[str, Any]:
+    """`gmacs`, `gflops` (2 x) and `implied_speedup` of a record, from MACs: of "base", the patched "model", and others."""
+    return {
+        "gmacs": {name: value / 1e9 for name, value in macs.items()},
+        "gflops": {name: 2 * value / 1e9 for name, value in macs.items()},
+        "implied_speedup": macs["base"] / macs["model"],
+    }
 
 
 def pass_cost(model: nn.Module, input_size: Size | None = None) -> PassCost:

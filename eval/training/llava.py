@@ -38,10 +38,20 @@ from vtok.eval.models.reference_vlm import (
     save_folder,
     write_questions,
 )
-from vtok.eval.training.loop import Stage, StageRun, epoch_rows, load_checkpoint, parser, save_atomically
+from vtok.eval.training.loop import (
+    Every,
+    Stage,
+    StageRun,
+    epoch_rows,
+    load_checkpoint,
+    parser,
+    resample_patches,
+    save_atomically,
+)
 from vtok.eval.training.turns import IGNORED, Turn, Turns, answer_logits, pack
 
 ANSWER_TOKENS = 4
+EVERY = Every(50, 25, 500)
 
 
 @dataclass(frozen=True)
@@ -93,17 +103,12 @@ def augment(pictures: Tensor, shift: int) -> Tensor:
 
 
 def resample(model: Any, anatomy: ReferenceLLaVA, patch_size: int) -> Any:
-    """The same model on patches of another size: patch embedding and positions are interpolated as timm does it."""
-    from timm.layers import resample_abs_pos_embed, resample_patch_embed
-
-    finer = replace(anatomy, patch_size=patch_size)
+    """The same model on patches of another size."""
     weights = model.state_dict()
-    (patches,) = (k for k in weights if k.endswith("embeddings.patch_embedding.weight"))
-    (places,) = (k for k in weights if k.endswith("embeddings.position_embedding.weight"))
-    weights[patches] = resample_patch_embed(weights[patches], [patch_size] * 2)
-    grid = anatomy.image_size // patch_size
-    weights[places] = resample_abs_pos_embed(weights[places][None], [grid, grid], num_prefix_tokens=1)[0]
-    built = finer.build()
+    ends = ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight")
+    patches, places = (next(name for name in weights if name.endswith(end)) for end in ends)
+    resample_patches(weights, patches, places, patch_size, anatomy.image_size)
+    built = replace(anatomy, patch_size=patch_size).build()
     built.load_state_dict(weights)
     return built
 
@@ -211,24 +216,15 @@ def packed_accuracy(model: Any, lessons: Lessons, batch_size: int = 50) -> float
     return hits / total
 
 
-def train(
-    recipe: Recipe,
-    checkpoint: Path,
-    data: Path | None = None,
-    log_every: int = 50,
-    save_every: int = 25,
-    test_every: int = 500,
-) -> Any:
+def train(recipe: Recipe, checkpoint: Path, data: Path | None = None, every: Every = EVERY) -> Any:
     """Runs (or resumes) the whole recipe.
 
     Args:
         recipe: what to do.
-        checkpoint: file that holds weights, optimiser and position; read if it exists, rewritten every `save_every` steps. The
+        checkpoint: file that holds weights, optimiser and position; read if it exists. The
             model at the end of each stage is written next to it.
         data: folder of easy-VQA, or `None` (see `load_easyvqa`).
-        log_every: steps between log lines.
-        save_every: steps between checkpoints.
-        test_every: steps between accuracies on held-out training pictures.
+        every: what is done every so many steps.
 
     Returns:
         The trained model (fp32, eval mode).
@@ -251,8 +247,9 @@ def train(
             continue
         total = round(stage.epochs * (len(lessons.pictures) // recipe.batch_size))
         trained = nn.ModuleList([model.train(), namer])
-        run = StageRun(trained, stage, number, total, recipe, checkpoint, log_every, save_every)
-        run.run(partial(_loss, model, namer, recipe, number, lessons), saved, test, test_every if number else None)
+        own = every if number else every._replace(test=None)
+        run = StageRun(trained, stage, number, total, recipe, checkpoint, own)
+        run.run(partial(_loss, model, namer, recipe, number, lessons), saved, test)
         save_atomically(model.state_dict(), stage_file(checkpoint, number))
     return model.eval()
 

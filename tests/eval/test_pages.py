@@ -25,7 +25,7 @@ from vtok.eval.runs.models import CALIBRATION_PROMPTS
 from vtok.eval.tasks.vqa.records import blind_scores
 from vtok.eval.tasks.vqa.sources.opening import open_vqa, printed_pages
 from vtok.eval.training import loop
-from vtok.eval.training.loop import Stage
+from vtok.eval.training.loop import Every, Stage
 from vtok.eval.training.pages import train as train_pages
 from vtok.eval.training.pages.looking import (
     INK_WORDS,
@@ -236,7 +236,7 @@ def test_looking_at_the_right_places_is_learned():
 
 def test_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(train_pages, "VALIDATION", {"test": range(2)})
-    straight = train(RECIPE, tmp_path / "a.pt", save_every=1)
+    straight = train(RECIPE, tmp_path / "a.pt", every=Every(save=1))
     assert not straight.training
 
     class StopError(Exception):
@@ -253,8 +253,8 @@ def test_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "save_atomically", stopping)
     for _ in range(2):
         with pytest.raises(StopError):
-            train(RECIPE, tmp_path / "b.pt", save_every=1)
-    resumed = train(RECIPE, tmp_path / "b.pt", save_every=1)
+            train(RECIPE, tmp_path / "b.pt", every=Every(save=1))
+    resumed = train(RECIPE, tmp_path / "b.pt", every=Every(save=1))
     assert len(calls) >= 8
     for name, weight in straight.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name]), name

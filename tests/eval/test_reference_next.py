@@ -8,7 +8,7 @@ from helpers_easyvqa import naming, write_small
 
 from vtok.eval.models.easyvqa import BLANK, CLASSES, COLOURS, PLACES, SHAPES, Pictures, compose
 from vtok.eval.models.reference import asset, load_reference_pages, load_reference_pictures
-from vtok.eval.training.loop import Stage
+from vtok.eval.training.loop import Every, Stage
 
 transformers = pytest.importorskip("transformers")
 
@@ -232,7 +232,7 @@ def test_training_resumes_to_the_same_weights(folder, tmp_path, monkeypatch):
     torch.manual_seed(0)
     llava = tmp_path / "llava.pt"
     torch.save(ReferenceLLaVA(patch_size=32, **SMALL).build().state_dict(), llava)
-    straight = train(RECIPE, tmp_path / "a" / "next.pt", llava, folder, save_every=2)
+    straight = train(RECIPE, tmp_path / "a" / "next.pt", llava, folder, every=Every(save=2))
     assert not straight.training
 
     class StopError(Exception):
@@ -249,8 +249,8 @@ def test_training_resumes_to_the_same_weights(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(train_run, "save_atomically", stopping)
     for _ in range(2):
         with pytest.raises(StopError):
-            train(RECIPE, tmp_path / "b" / "next.pt", llava, folder, save_every=2)
-    resumed = train(RECIPE, tmp_path / "b" / "next.pt", llava, folder, save_every=2)
+            train(RECIPE, tmp_path / "b" / "next.pt", llava, folder, every=Every(save=2))
+    resumed = train(RECIPE, tmp_path / "b" / "next.pt", llava, folder, every=Every(save=2))
     for name, weight in straight.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name]), name
     moved = [k for k, v in torch.load(llava, weights_only=True).items() if not torch.equal(v, straight.state_dict()[k])]

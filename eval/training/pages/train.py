@@ -26,7 +26,7 @@ from vtok.eval.models.pages.compose import PATCH, draw_page
 from vtok.eval.models.pages.model import SIDE, TRAINED, ReferencePrint, make_print_processor
 from vtok.eval.models.pages.questions import BLIND, KINDS, questions_about
 from vtok.eval.models.reference_vlm import save_weights
-from vtok.eval.training.loop import Stage, StageRun, epoch_rows, load_checkpoint, parser, save_atomically
+from vtok.eval.training.loop import Every, Stage, StageRun, epoch_rows, load_checkpoint, parser, save_atomically
 from vtok.eval.training.pages.looking import NOTHING, Places, join, lay_out, looking_loss
 from vtok.eval.training.pages.reading import ClassHead, pixels_of, reading_loss, seen, stacked, told, views
 from vtok.eval.training.patch_words import named, naming_loss
@@ -38,6 +38,7 @@ VALIDATION = {
 }  # split -> pages that the test does not ask about
 _LINES = 2 * SIDE  # of patches of the crops
 _SPREAD = 0.05  # standard deviation of the language model's first weights
+EVERY = Every(20, 50, 200)
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def build(recipe: Recipe) -> Any:
     return model
 
 
-def train(recipe: Recipe, checkpoint: Path, log_every: int = 20, save_every: int = 50, test_every: int = 200) -> Any:
+def train(recipe: Recipe, checkpoint: Path, every: Every = EVERY) -> Any:
     """Runs (or resumes) the whole recipe.
 
     Returns:
@@ -127,7 +128,7 @@ def train(recipe: Recipe, checkpoint: Path, log_every: int = 20, save_every: int
     model, head = build(recipe).train(), ClassHead(recipe.model.width)
     saved = load_checkpoint(checkpoint)
     if saved is None or saved["stage"] == 0:
-        _learn_to_read(model, head, recipe, checkpoint, saved, (log_every, save_every, test_every))
+        _learn_to_read(model, head, recipe, checkpoint, saved, every)
         saved = None
     else:
         model.load_state_dict(torch.load(_stage_file(checkpoint), weights_only=True))
@@ -165,8 +166,8 @@ def train(recipe: Recipe, checkpoint: Path, log_every: int = 20, save_every: int
     for number, stage in enumerate((recipe.answer, recipe.shorten), 1):
         if number >= first:
             total = round(stage.epochs * (recipe.pages // recipe.batch_size))
-            run = StageRun(model, stage, number, total, recipe, checkpoint, log_every, save_every)
-            run.run(partial(loss_of, number=number), saved, test, test_every)
+            run = StageRun(model, stage, number, total, recipe, checkpoint, every)
+            run.run(partial(loss_of, number=number), saved, test)
     return model.eval()
 
 
@@ -189,7 +190,7 @@ def _stage_file(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{checkpoint.stem}_read.pt")
 
 
-def _learn_to_read(model: Any, head: ClassHead, recipe: Recipe, checkpoint: Path, saved: Any, every: tuple[int, ...]) -> None:
+def _learn_to_read(model: Any, head: ClassHead, recipe: Recipe, checkpoint: Path, saved: Any, every: Every) -> None:
     """The first stage; what it made is kept in a file of its own."""
     sized = replace(recipe, batch_size=recipe.read_batch_size)
     parts = nn.ModuleDict(
@@ -214,7 +215,7 @@ def _learn_to_read(model: Any, head: ClassHead, recipe: Recipe, checkpoint: Path
             print(f"  {split}: held-out patches: name {name:.1f} %, ink {ink:.1f} %", flush=True)
 
     total = round(recipe.read.epochs * (recipe.pages // sized.batch_size))
-    StageRun(parts, recipe.read, 0, total, sized, checkpoint, every[0], every[1]).run(loss_of, saved, test, every[2])
+    StageRun(parts, recipe.read, 0, total, sized, checkpoint, every).run(loss_of, saved, test)
     save_atomically(model.state_dict(), _stage_file(checkpoint))
 
 

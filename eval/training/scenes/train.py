@@ -31,7 +31,7 @@ from vtok.eval.models.scenes.album import NAMES
 from vtok.eval.models.scenes.compose import COLOUR_NAMES, PATCH, SIZE, Thing, draw_scene
 from vtok.eval.models.scenes.model import TOWER, TRAINED, ReferenceScenes, load_tower, make_scenes_processor
 from vtok.eval.models.scenes.questions import BLIND, KINDS, WORDS, questions_about
-from vtok.eval.training.loop import Stage, StageRun, epoch_rows, load_checkpoint, parser, save_atomically
+from vtok.eval.training.loop import Every, Stage, StageRun, epoch_rows, load_checkpoint, parser, save_atomically
 from vtok.eval.training.patch_words import attention_scores, missed, named, naming_loss
 from vtok.eval.training.turns import (
     IGNORED,
@@ -53,6 +53,7 @@ _GUIDED, _HEADS = (1, 3), 2  # decoder layers that are told where to look at fir
 NOTHING = len(SPECIAL) + WORDS.index("zero")  # the word for a patch without a plate
 NAME_WORDS = [len(SPECIAL) + WORDS.index(name) for name in NAMES]
 COLOUR_WORDS = [len(SPECIAL) + WORDS.index(name) for name in COLOUR_NAMES]
+EVERY = Every(20, 50, 250)
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def build(recipe: Recipe) -> Any:
     return model
 
 
-def train(recipe: Recipe, checkpoint: Path, log_every: int = 20, save_every: int = 50, test_every: int = 250) -> Any:
+def train(recipe: Recipe, checkpoint: Path, every: Every = EVERY) -> Any:
     """Runs (or resumes) the whole recipe.
 
     Returns:
@@ -238,8 +239,8 @@ def train(recipe: Recipe, checkpoint: Path, log_every: int = 20, save_every: int
         if saved is not None and saved["stage"] > number:
             continue
         total = round(stage.epochs * (recipe.scenes // sized[number].batch_size))
-        run = StageRun(model, stage, number, total, sized[number], checkpoint, log_every, save_every)
-        run.run(partial(loss_of, number), saved, partial(test, number), test_every)
+        run = StageRun(model, stage, number, total, sized[number], checkpoint, every)
+        run.run(partial(loss_of, number), saved, partial(test, number))
         save_atomically(model.state_dict(), checkpoint.with_name(f"{checkpoint.stem}_stage{number}.pt"))
     with torch.no_grad():
         first = model.model.multi_modal_projector.linear_1

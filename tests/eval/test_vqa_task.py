@@ -240,7 +240,7 @@ def test_the_command_line(folder, tmp_path):
         "agreement",
         "kind yes/no, 5 questions",
         "TTFT",
-        "bound",
+        "implied",
         "±",
     ):
         assert word in text, text

@@ -37,10 +37,10 @@ def evaluate_retrieval(**flags: Any) -> None:
 
 
 def _evaluate(task: Any, kind: type, flags: dict[str, Any]) -> None:
-    from vtok.eval.report.printed import dual_encoders
+    from vtok.eval.report.printed import scores
     from vtok.eval.runs.loader import parse_method
 
-    console = terminal.output()
+    console = terminal.output(160)
     model, data, methods, output = (flags.pop(name) for name in ("model", "data", "method", "output"))
     settings = [None, *(parse_method(text) for text in methods or ())]
     options = options_from(kind, flags)
@@ -51,7 +51,7 @@ def _evaluate(task: Any, kind: type, flags: dict[str, Any]) -> None:
     if output is not None and is_main():
         for path in write_records(records, output, [data, model]):
             print(path, file=sys.stderr)
-    dual_encoders(records, console)
+    scores(records, console)
 
 
 def write_records(records: Sequence[dict[str, Any]], folder: Path, inputs: Sequence[str] = ()) -> list[Path]:

@@ -21,11 +21,11 @@ from vtok.writing import write_beside
 def evaluate_imagenet(**flags: Any) -> None:
     """Accuracy on an ImageNet-style folder with timm's own pipeline, unpatched and patched on the same batches."""
     check_methods(flags["method"])
-    from vtok.eval.report.printed import classification
+    from vtok.eval.report.printed import scores
     from vtok.eval.runs.loader import parse_method, prepared
     from vtok.eval.tasks.imagenet import evaluate
 
-    console = terminal.output()
+    console = terminal.output(160)
     model, data, methods, output = (flags.pop(name) for name in ("model", "data", "method", "results_file"))
     settings = [None, *(parse_method(text) for text in methods or ())]
     options = options_from(Options, flags)
@@ -35,7 +35,7 @@ def evaluate_imagenet(**flags: Any) -> None:
         records = evaluate(model, data, settings, options, advance)
     if output is not None and is_main():
         print(write_beside(output, json.dumps(records, indent=2)), file=sys.stderr)
-    classification(records, console)
+    scores(records, console)
 
 
 # typer reads a command's flags off its signature.

@@ -24,7 +24,7 @@ def evaluate_vqa(**flags: Any) -> None:
     from vtok.eval.runs.loader import parse_setting
     from vtok.eval.tasks.vqa.evaluate import evaluate
 
-    console = terminal.output()
+    console = terminal.output(160)
     model, data, methods = (flags.pop(name) for name in ("model", "data", "method"))
     settings = [None, *(parse_setting(text) for text in methods or ())]
     options = options_from(VQAOptions, flags)

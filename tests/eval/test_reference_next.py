@@ -25,6 +25,7 @@ from vtok.eval.models.reference_next import (  # noqa: E402
     make_next_processor,
     page_questions,
     questions_about,
+    write_reference_llava_next,
 )
 from vtok.eval.models.reference_vlm import BOS, IMAGE, PROMPT, ReferenceLLaVA, make_processor, make_tokenizer, save_folder  # noqa: E402
 from vtok.eval.training import llava as train_llava  # noqa: E402
@@ -318,3 +319,15 @@ def test_the_bundled_model_reads_pages():
     )
     assert torch.bincount(few.density).tolist() == [0, 12, 12, 12, 12]
     assert accuracy(model, few).double().mean() > 0.85
+
+
+def test_a_folder_of_its_own_is_complete(tmp_path):
+    write_reference_llava_next(tmp_path)
+    model = transformers.LlavaNextForConditionalGeneration.from_pretrained(tmp_path)
+    expected = load_reference_llava_next().state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name].half().float()) for name, value in model.state_dict().items())  # kept in fp16
+    page = load_reference_page_questions().pictures[0].permute(1, 2, 0).numpy()
+    prompt = {"text": PROMPT.format(question="what shape is top left?"), "images": page, "return_tensors": "pt"}
+    own, bundled = transformers.AutoProcessor.from_pretrained(tmp_path), load_reference_llava_next_processor()
+    assert torch.equal(own(**prompt)["input_ids"], bundled(**prompt)["input_ids"])

@@ -20,7 +20,11 @@ _HELPERS = ("_stderr", "_ci", "difference", "agreement", "loyalty")
 
 
 def scores(
-    records: Sequence[Record], console: Console, metrics: Sequence[str] | None = None, extra: Sequence[Column] = ()
+    records: Sequence[Record],
+    console: Console,
+    metrics: Sequence[str] | None = None,
+    extra: Sequence[Column] = (),
+    digits: int = 2,
 ) -> None:
     """A table with one line a setting, and below it what its numbers support, notes and files that were left out.
 
@@ -29,12 +33,13 @@ def scores(
         console: where they go.
         metrics: shown beside the headline; `None` = all.
         extra: further columns.
+        digits: of metrics, in percent.
     """
     (section,) = sections(records)
     first, primary = section.first, section.rows[0].primary
     names = [name for name in first["metrics"] if not name.endswith(_HELPERS)] if metrics is None else metrics
-    columns = metric_columns([*(name for name in names if name != primary), "agreement"])
-    shown = table(section, [*columns, *gap_columns(section), *extra])
+    columns = metric_columns([*(name for name in names if name != primary), "agreement"], digits)
+    shown = table(section, [*columns, *gap_columns(section), *extra], digits)
     if "img_size" in first:
         shown.title = f"{shown.title}, {first['img_size']} px"
     if "n_images" in first:
@@ -53,7 +58,7 @@ def questions(records: Sequence[Record], console: Console) -> None:
         Column("KV MB", lambda row: _held(row, "kv_bytes", 1e-6, 3)),
         Column("TTFT ms", lambda row: _held(row, "ttft_ms", 1.0, 0)),
     ]
-    scores(records, console, shown, extra)
+    scores(records, console, shown, extra, digits=1)
 
     def line(heading: str, parts: Sequence[Record], name: str) -> None:
         said = [with_error(part, name, 1 if task.percent else 100) for part in parts]

@@ -91,14 +91,14 @@ def _gap(gaps: Mapping[int, Interval], row: Row) -> str:
     return with_sign(gaps[id(row)]) if id(row) in gaps else "-"
 
 
-def metric_columns(names: Sequence[str]) -> list[Column]:
+def metric_columns(names: Sequence[str], digits: int = 1) -> list[Column]:
     """Further metrics in percent, each beside its difference to unpatched where records have one."""
     found = []
     for name in names:
         label = Score(name, 0.0).label
-        found.append(Column(f"{label} %", partial(_metric, name=name)))
+        found.append(Column(f"{label} %", partial(_metric, name=name, digits=digits)))
         if name not in _WITHOUT:
-            found.append(Column("vs", partial(_metric, name=f"{name}_difference", sign="+")))
+            found.append(Column("vs", partial(_metric, name=f"{name}_difference", digits=digits, sign="+")))
     return found
 
 

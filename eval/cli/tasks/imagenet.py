@@ -22,6 +22,7 @@ def evaluate_imagenet(**flags: Any) -> None:
     """Accuracy on an ImageNet-style folder with timm's own pipeline, unpatched and patched on the same batches."""
     check_methods(flags["method"])
     from vtok.eval.report.printed import scores
+    from vtok.eval.report.tables import Column
     from vtok.eval.runs.loader import parse_method, prepared
     from vtok.eval.tasks.imagenet import evaluate
 
@@ -35,7 +36,7 @@ def evaluate_imagenet(**flags: Any) -> None:
         records = evaluate(model, data, settings, options, advance)
     if output is not None and is_main():
         print(write_beside(output, json.dumps(records, indent=2)), file=sys.stderr)
-    scores(records, console)
+    scores(records, console, extra=[Column("GFLOPs", lambda row: f"{row.record['gflops']['model']:.3f}")], digits=3)
 
 
 # typer reads a command's flags off its signature.

@@ -49,8 +49,8 @@ What to know:
 * Videos of one batch may differ in length, which vLLM's own LLaVA-OneVision fails on. Text behind a video is numbered as vLLM
   numbers it, behind the last position in time, height or width; transformers 5.24 leaves time out.
 * Among exact copies (newline tokens of LLaVA-NeXT and LLaVA-OneVision) todre and divprune keep one, and rounding says which.
-* A picture with crops may be larger than the largest that vLLM foresees: beside a method for videos alone, which leaves pictures
-  as they are, vLLM refuses it where `--max-num-batched-tokens` is smaller still, as it does without the key.
+* A picture with crops may be larger than the largest that vLLM foresees: beside a method for videos alone, which leaves
+  pictures as they are, vLLM refuses it where `--max-num-batched-tokens` is smaller still, as it does without the key.
 * vLLM counts budget and cache of its encoder in tokens that stay: as many times more pictures may enter the vision tower in one
   step. `--max-num-seqs` and `--max-num-batched-tokens` bound them.
 * Refused in a sentence, most of it before anything is loaded: other releases and models, methods as above, other videos, a

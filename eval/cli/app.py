@@ -95,6 +95,13 @@ def bench(
         str | None, typer.Option("--compile", help="torch.compile all models first: default, reduce-overhead, max-autotune")
     ] = None,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="with --compile: one graph for every batch size")] = False,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="another program in the same rounds: tome:r=13@FOLDER or pitome:ratio=0.9@FOLDER of its checkout, or "
+            "NAME:key=value@FILE.py that defines change(model, key); repeatable"
+        ),
+    ] = None,
     runtime: Annotated[str, typer.Option(help="torch; or, of files that are exported, onnxruntime or openvino")] = "torch",
     seed: Seed = 0,
     images: Images = 1,
@@ -111,6 +118,7 @@ def bench(
     from vtok.eval.benchmarks.compiled import Compiler
     from vtok.eval.benchmarks.exported import RUNTIMES, measure_exported
     from vtok.eval.benchmarks.prefill import measure_prompts
+    from vtok.eval.benchmarks.programs import parse_beside
     from vtok.eval.benchmarks.throughput import measure
     from vtok.eval.models.by_name import load_model, sample_images
     from vtok.eval.models.random_vlm import sample_prompts
@@ -124,11 +132,14 @@ def bench(
     if dynamic and compiled is None:
         raise ConfigError("--dynamic goes with --compile MODE")
     how = None if compiled is None else Compiler(compiled, True if dynamic else None)
+    others = parse_beside(beside or [])
     net = load_model(model, pretrained, img_size, seed)
     if how is not None and runtime in RUNTIMES:
         raise ConfigError("--compile is for models that torch runs; leave it out")
     if runtime in RUNTIMES and (dtype != "fp32" or device not in (None, "cpu") or vlm_targets(net)):
         raise ConfigError(f"--runtime {runtime} times vision encoders in fp32 on the CPU; leave it out for anything else")
+    if others and (runtime in RUNTIMES or vlm_targets(net)):
+        raise ConfigError("--beside is for vision encoders that torch runs; leave it out")
     common: dict[str, Any] = {"pairs": pairs, "dtype": dtype, "device": device, "threads": threads, "name": model, "seed": seed}
     settings = [runs.parse_setting(text) for text in method]
     results: Any
@@ -144,7 +155,7 @@ def bench(
             results = measure_exported(net, pictures, settings, runtime=runtime, **exported)
         else:
             pictures = sample_images(model, net, batch_size, seed)
-            results = measure(net, pictures, settings, memory=memory, profile=profile, compiler=how, **common)
+            results = measure(net, pictures, settings, memory=memory, profile=profile, compiler=how, beside=others, **common)
     if output is not None:
         write(output, bench_result.to_json(results))
     if markdown:

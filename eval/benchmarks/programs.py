@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -25,6 +26,7 @@ from vtok.errors import ConfigError, VtokError, brief, shown
 from vtok.eval.benchmarks.flops import count_macs
 from vtok.eval.common.settings import PassCost, Setting, pixels_of, to_device
 from vtok.eval.runs.methods import parse_method
+from vtok.reading import is_file
 from vtok.targets import find_targets
 from vtok.targets.kernels import attention_kernels
 from vtok.targets.lifecycle import call
@@ -290,14 +292,14 @@ def _parsed(text: str) -> tuple[str, Change]:
     if not spec or not at or not where:
         raise ConfigError(f"--beside takes {FORM}, got {shown(text)}")
     name, params = parse_method(spec)
-    title, path = Setting(name, params).title, Path(where).expanduser()
+    title, path = Setting(name, params).title, Path(os.path.expanduser(where))
     if path.suffix == ".py":
         return title, _bound(_function(path), params, text)
     known = CHECKOUTS.get(name)
     if known is None:
         raise ConfigError(f"--beside {shown(text)}: checkouts are known of {', '.join(CHECKOUTS)}; for others name a .py file")
-    if not (path / known.file).is_file():
-        raise ConfigError(f"{where} holds no {known.file}; clone {known.repository} and name its folder")
+    if not is_file(path / known.file):
+        raise ConfigError(f"{brief(where)} holds no {known.file}; clone {known.repository} and name its folder")
     return f"official {title}", _bound(partial(known.change, path.resolve()), params, text)
 
 
@@ -311,8 +313,8 @@ def _bound(function: Callable[..., Any], params: Mapping[str, Any], text: str) -
 
 def _function(path: Path) -> Callable[..., Any]:
     """`change` of a file."""
-    if not path.is_file():
-        raise ConfigError(f"{path} is no file; name one that defines {FUNCTION}(model, **parameters)")
+    if not is_file(path):
+        raise ConfigError(f"{brief(path)} is no file; name one that defines {FUNCTION}(model, **parameters)")
     spec = spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None  # it ends in .py
     module = module_from_spec(spec)

@@ -253,6 +253,8 @@ def test_what_is_no_checkout_or_file_is_refused(checkouts, tmp_path):
         (f"mine@{empty}", "empty.py defines no change(model, **parameters), which is given a copy of the model"),
         (f"mine@{broken}", "broken.py cannot be run: ModuleNotFoundError: No module named 'nowhere'"),
         ("mine:r@mine.py", "write a method as"),
+        ("mine@a\0b.py", "is no file"),
+        (f"tome:r=8@{'x' * 3000}", "holds no tome/patch/timm.py"),
     ):
         assert said in message_of(vtok.ConfigError, parse_beside, [text]), text
     assert "is there already" in message_of(vtok.ConfigError, parse_beside, [f"mine@{file}"] * 2)

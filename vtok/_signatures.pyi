@@ -1622,8 +1622,8 @@ def plan(
     `calibration` images are given, which are run once. Arguments and errors are those of `patch`; the model is not changed.
     Of a model with several towers it describes the first.
 
-    With `batch_size` an encoder's passes are timed, too, unpatched and patched, on the device that it is on: for a second or so,
-    or in six rounds where these take longer. The report then foresees the speed-up at that batch (`forecast`, with a 95 %
+    With `batch_size` an encoder's passes are timed, too, unpatched and patched, on the device that it is on, for about a second
+    (in six rounds where these take longer). The report then foresees the speed-up at that batch (`forecast`, with a 95 %
     interval) and says in a sentence where none is to be expected, what the time goes into, and what may help. Images are random
     unless `calibration` ones are given.
 

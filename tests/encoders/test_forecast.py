@@ -102,10 +102,10 @@ def test_a_method_that_chooses_longer_than_it_saves_is_foreseen(timed):
     threads, speed = torch.get_num_threads(), f"{alone / shorter:.2f}"
     where = f"cpu, {threads} thread{'s' * (threads != 1)}; timed, {told.rounds} rounds"
     assert str(found).splitlines()[-1] == (
-        f"foreseen at batch 2 ({where}): SLOWER than unpatched, {speed}x [{speed}, {speed}]: {100 * told.saved:.0f} % of the MACs "
-        f"leave, and choosing and moving tokens in 1 block takes 3.0 of the {1000 * shorter:.0f} ms of the patched pass. Larger "
-        "batches, torch.compile, fewer blocks that reduce or a method that chooses with less work can win; vtok.benchmark measures "
-        "it"
+        f"foreseen at batch 2 ({where}): SLOWER than unpatched, {speed}x [{speed}, {speed}]: {100 * told.saved:.0f} % of the "
+        f"MACs leave, and choosing and moving tokens in 1 block takes 3.0 of the {1000 * shorter:.0f} ms of the patched pass. "
+        "Larger batches, torch.compile, fewer blocks that reduce or a method that chooses with less work can win; "
+        "vtok.benchmark measures it"
     )
     assert not vtok.info(model).patched
 

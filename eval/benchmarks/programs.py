@@ -315,13 +315,13 @@ def _function(path: Path) -> Callable[..., Any]:
     """`change` of a file."""
     if not is_file(path):
         raise ConfigError(f"{brief(path)} is no file; name one that defines {FUNCTION}(model, **parameters)")
-    spec = spec_from_file_location(path.stem, path)
+    spec = spec_from_file_location(f"vtok_beside_{path.stem}", path)
     assert spec is not None and spec.loader is not None  # it ends in .py
-    module = module_from_spec(spec)
+    module = sys.modules[spec.name] = module_from_spec(spec)  # dataclasses look for their module there
     try:
         with redirect_stdout(sys.stderr):
             spec.loader.exec_module(module)
-    except Exception as error:  # the user's own code
+    except (Exception, SystemExit) as error:  # the user's own code
         raise ConfigError(f"{path} cannot be run: {_said(error)}") from error
     function = getattr(module, FUNCTION, None)
     if not callable(function):

@@ -240,6 +240,8 @@ def test_what_is_no_checkout_or_file_is_refused(checkouts, tmp_path):
     empty, broken, file = tmp_path / "empty.py", tmp_path / "broken.py", tmp_path / "mine.py"
     empty.write_text("x = 3\n")
     broken.write_text("import nowhere\n")
+    left = tmp_path / "leaves.py"
+    left.write_text("import sys\nsys.exit(3)\n")
     file.write_text(FILE)
     for text, said in (
         ("tome", "--beside takes NAME:key=value,...@PATH, e.g. tome:r=13@../ToMe or mine:r=13@mine.py, got 'tome'"),
@@ -252,6 +254,7 @@ def test_what_is_no_checkout_or_file_is_refused(checkouts, tmp_path):
         (f"mine@{tmp_path / 'none.py'}", "none.py is no file; name one that defines change(model, **parameters)"),
         (f"mine@{empty}", "empty.py defines no change(model, **parameters), which is given a copy of the model"),
         (f"mine@{broken}", "broken.py cannot be run: ModuleNotFoundError: No module named 'nowhere'"),
+        (f"mine@{left}", "leaves.py cannot be run: SystemExit: 3"),
         ("mine:r@mine.py", "write a method as"),
         ("mine@a\0b.py", "is no file"),
         (f"tome:r=8@{'x' * 3000}", "holds no tome/patch/timm.py"),

@@ -126,7 +126,7 @@ def _prepared(
     return Program(name, model, unpatched.tokens_in, layers, macs, unpatched.base_macs, kernel)
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {brief(error)}"
 
 

@@ -1,7 +1,9 @@
 """What `vtok.plan(batch_size=)` foresees. Time is a clock that the model itself moves, but for the slow test."""
 
 import math
+import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -9,9 +11,11 @@ import torch
 import vlm_zoo
 import zoo
 from helpers_errors import message_of
+from timm.models.vision_transformer import VisionTransformer
 from typer.testing import CliRunner
 
 import vtok
+from vtok.eval.benchmarks import throughput
 from vtok.eval.cli.program import app
 from vtok.methods.baselines.random_drop import RandomDrop, RandomReducer
 from vtok.reports.forecast import Forecast
@@ -218,3 +222,27 @@ def test_on_the_command_line():
         (["plan", "reference", "tome:batch_size=3"], "batch_size is no parameter of a method"),
     ):
         assert refused in str(CliRunner().invoke(app, args).exception)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("width", "batch", "method", "knobs"),
+    [(48, 1, "zero_tprune", {}), (48, 1, "pitome", {"ratio": 0.9}), (192, 1, "ats", {}), (384, 8, "tome", {"r": 16})],
+)
+def test_what_is_foreseen_is_what_is_measured(width, batch, method, knobs, monkeypatch):
+    """Wherever both intervals are clear of 1 they lie on the same side. Seconds of this thread: other programs do not count."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(forecasts, "clock", time.process_time)
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=time.process_time))
+    try:
+        model = VisionTransformer(embed_dim=width, num_heads=width // 16, depth=12, num_classes=10).eval()
+        told = vtok.plan(model, method, batch_size=batch, **knobs).forecast
+        (seen,) = throughput.measure(
+            model, torch.randn(batch, 3, 224, 224), [(method, knobs)], pairs=20, memory=False, profile=False
+        )
+    finally:
+        torch.set_num_threads(threads)
+    low, high = seen.speedup_ci
+    assert not (told.faster and high < 1) and not (told.slower and low > 1), (told, seen.speedup, seen.speedup_ci)
+    assert max(told.speedup / seen.speedup, seen.speedup / told.speedup) < 1.3, (told, seen.speedup)

@@ -24,7 +24,7 @@ from vtok.reports.forecast import Forecast
 from vtok.targets.lifecycle import call, evaluated, unpatch, weight_sharing_copy
 
 SECONDS = 1.0  # of timing, begun rounds and warming up not counted
-LONGEST = 0.25  # seconds of an unpatched pass that is timed, if a smaller batch makes it so short
+LONGEST = 0.15  # seconds of an unpatched pass that is timed, if a smaller batch makes it so short
 FEWEST, MOST = 6, 60  # rounds; fewer than 6 have no 95 % interval
 _WATCHED = 3  # passes in which decisions and moves are timed
 _LEVEL = 0.95
@@ -89,7 +89,10 @@ def forecast(
         begun = clock()
         while len(ratios) < FEWEST or (len(ratios) < MOST and clock() - begun < SECONDS):
             pair = (base, patched) if len(ratios) % 2 else (patched, base)
-            took = {(model is patched, count): seconds(model, count) for count in sizes for model in pair}
+            took = {}
+            for model in pair:
+                seconds(model, largest)  # leaves heap and caches as they are where this model alone is served
+                took |= {(model is patched, count): seconds(model, count) for count in reversed(sizes)}
             alone, shorter = (_at(batch_size, [(n, took[kind, n]) for n in sizes]) for kind in (False, True))
             ratios.append(alone / shorter)
         steps, passes = _step_times(patched, lambda: seconds(patched, largest), first.device)

@@ -169,7 +169,7 @@ def test_what_is_patched_already_and_its_mode_stay():
     model = vtok.patch(zoo.build(NAME), "tome", r=4).train()
     state = {key: value.clone() for key, value in model.state_dict().items()}
     told = vtok.plan(model, "random", keep=0.5, batch_size=2, calibration=zoo.images(NAME, batch=3)).forecast
-    assert told.timed == (2,) and told.rounds >= forecasts.FEWEST and told.speedup > 0
+    assert told.batch_size == 2 and told.rounds >= forecasts.FEWEST and told.speedup > 0
     assert model.training and vtok.info(model).towers[0].configs == (vtok.ToMe(r=4),)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
@@ -213,8 +213,8 @@ def test_refusals():
 
 def test_on_the_command_line():
     command = ["plan", "vit_tiny_patch16_224", "random", "--img-size", "64"]
-    said = CliRunner().invoke(app, [*command, "-b", "2", "--threads", "1"], catch_exceptions=False).output
-    assert "foreseen at batch 2 (cpu, 1 thread; timed, " in said
+    said = CliRunner().invoke(app, [*command, "-b", "1", "--threads", "1"], catch_exceptions=False).output
+    assert "foreseen at batch 1 (cpu, 1 thread; timed, " in said
     assert "foreseen" not in CliRunner().invoke(app, command).output
     for args, refused in (
         ([*command, "--threads", "1"], "--device and --threads go with --batch-size"),

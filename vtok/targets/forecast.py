@@ -2,7 +2,9 @@
 
 MACs do not say it: at small widths and batches a pass is a few hundred small operators, and a method adds operators of its own.
 Passes are timed at the batch asked for where they are short. Where they are long, two smaller batches are timed, and a line is
-drawn through them: a pass costs something whatever the batch, and something for every image.
+drawn through them: a pass costs something whatever the batch, and something for every image. In seconds of one CPU thread, on
+widths of 48 to 384, what was timed at its own batch came within 6 % of what `vtok bench` then measured; what was extrapolated was
+12 to 25 % too low, as unpatched passes lose more by large batches than a line knows. The side of 1 was right in every case.
 """
 
 from __future__ import annotations
@@ -89,7 +91,7 @@ def forecast(
         begun = clock()
         while len(ratios) < FEWEST or (len(ratios) < MOST and clock() - begun < SECONDS):
             pair = (base, patched) if len(ratios) % 2 else (patched, base)
-            took = {}
+            took: dict[tuple[bool, int], float] = {}
             for model in pair:
                 seconds(model, largest)  # leaves heap and caches as they are where this model alone is served
                 took |= {(model is patched, count): seconds(model, count) for count in reversed(sizes)}

@@ -2,9 +2,10 @@
 
 MACs do not say it: at small widths and batches a pass is a few hundred small operators, and a method adds operators of its own.
 Passes are timed at the batch asked for where they are short. Where they are long, two smaller batches are timed, and a line is
-drawn through them: a pass costs something whatever the batch, and something for every image. In seconds of one CPU thread, on
-widths of 48 to 384, what was timed at its own batch came within 6 % of what `vtok bench` then measured; what was extrapolated was
-12 to 25 % too low, as unpatched passes lose more by large batches than a line knows. The side of 1 was right in every case.
+drawn through them: a pass costs something whatever the batch, and something for every image. In seconds of one CPU
+thread, on widths of 48 to 384, what was timed at its own batch came within 7 % of what `vtok bench` then measured; what was
+extrapolated was 12 to 25 % too low: unpatched passes lose more by large batches than a line knows. Wherever both intervals were
+clear of 1 they lay on the same side.
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ def benchmark(
     profile: bool = True,
     new_tokens: int = 16,
     compile: str | None = None,
+    beside: Mapping[str, Any] | None = None,
     progress: bool = True,
     **timing: Any,
 ) -> Benchmark:
@@ -54,7 +55,13 @@ def benchmark(
     how = None if compile is None else Compiler(compile)
     with _bar("timing, in rounds", progress, timing.get("pairs")) as advance:
         common = {**timing, "progress": advance}
+        if beside is not None and not isinstance(beside, Mapping):
+            raise ConfigError(f"beside maps names to models or functions that change a copy of the model, got {shown(beside)}")
         if vlm_targets(model):
+            if beside:
+                raise ConfigError(
+                    "beside is for vision encoders; answers of vision-language models are timed by vtok's methods alone"
+                )
             if not isinstance(inputs, Mapping):
                 raise ConfigError(
                     f"{type(model).__name__} reads prompts: pass what its processor returns for images and texts, got "
@@ -72,7 +79,7 @@ def benchmark(
         where = torch.device(timing.get("device") or next(model.parameters()).device)
         peaks = where.type == "cuda" if memory is None else memory
         images = pixels if isinstance(inputs, Tensor) else inputs
-        return Benchmark(measure(model, images, settings, memory=peaks, profile=profile, compiler=how, **common))
+        return Benchmark(measure(model, images, settings, memory=peaks, profile=profile, compiler=how, beside=beside, **common))
 
 
 def evaluate(

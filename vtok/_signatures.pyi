@@ -1134,6 +1134,7 @@ def plan(
     input_size: Size | None = None,
     calibration: Any = None,
     prompt: Any = None,
+    batch_size: int | None = None,
 ) -> PlanReport | PromptPlan:
     """`vtok.plan` with atp; its knobs: help(vtok.ATP)."""
 
@@ -1153,6 +1154,7 @@ def plan(
     input_size: Size | None = None,
     calibration: Any = None,
     prompt: Any = None,
+    batch_size: int | None = None,
 ) -> PlanReport | PromptPlan:
     """`vtok.plan` with ats; its knobs: help(vtok.ATS)."""
 
@@ -1173,6 +1175,7 @@ def plan(
     input_size: Size | None = None,
     calibration: Any = None,
     prompt: Any = None,
+    batch_size: int | None = None,
 ) -> PlanReport | PromptPlan:
     """`vtok.plan` with cdpruner; its knobs: help(vtok.CDPruner)."""
 
@@ -1198,6 +1201,7 @@ def plan(
     input_size: Size | None = None,
     calibration: Any = None,
     prompt: Any = None,
+    batch_size: int | None = None,
 ) -> PlanReport | PromptPlan:
     """`vtok.plan` with correlation; its knobs: help(vtok.Correlation)."""
 
@@ -1217,6 +1221,7 @@ def plan(
     input_size: Size | None = None,
     calibration: Any = None,
     prompt: Any = None,
+    batch_size: int | None = None,
 ) -> PlanReport | PromptPlan:
     """`vtok.plan` with dart; its knobs: help(vtok.DART)."""
 
@@ -1232,6 +1237,7 @@ def plan(
     input_size: Size | None = None,
     calibration: Any = None,
     prompt: Any = None,
+    batch_size: int | None = None,
 ) -> PlanReport | PromptPlan:
     """`vtok.plan` with divprune; its knobs: help(vtok.DivPrune)."""
 
@@ -1248,6 +1254,7 @@ def plan(
     input_size: Size | None = None,
     calibration: Any = None,
     prompt: Any = None,
+    batch_size: int | None = None,
 ) -> PlanReport | PromptPlan:
     """`vtok.plan` with downsample; its knobs: help(vtok.Downsample)."""
 
@@ -1263,6 +1270,7 @@ def plan(
     input_size: Size | None = None,
     calibration: Any = None,
     prompt: Any = None,
+    batch_size: int | None = None,
 ) -> PlanReport | PromptPlan:
     """`vtok.plan` with evs; its knobs: help(vtok.EVS)."""
 
@@ -1279,6 +1287,7 @@ def plan(
     input_size: Size | None = None,
     calibration: Any = None,
     prompt: Any = None,
+    batch_size: int | None = None,
 ) -> PlanReport | PromptPlan:
     """`vtok.plan` with fastervlm; its knobs: help(vtok.FasterVLM)."""
 
@@ -1295,6 +1304,7 @@ def plan(
     input_size: Size | None = None,
     calibration: Any = None,
     prompt: Any = None,
+    batch_size: int | None = None,
 ) -> PlanReport | PromptPlan:
     """`vtok.plan` with fastv; its knobs: help(vtok.FastV)."""
 
@@ -1316,6 +1326,7 @@ def plan(
     input_size: Size | None = None,
     calibration: Any = None,
     prompt: Any = None,
+    batch_size: int | None = None,
 ) -> PlanReport | PromptPlan:
     """`vtok.plan` with fastvid; its knobs: help(vtok.FastVID)."""
 
@@ -1334,6 +1345,7 @@ def plan(
     input_size: Size | None = None,
     calibration: Any = None,
     prompt: Any = None,
+    batch_size: int | None = None,
 ) -> PlanReport | PromptPlan:
     """`vtok.plan` with hired; its knobs: help(vtok.HiRED)."""
 
@@ -1353,6 +1365,7 @@ def plan(
     input_size: Size | None = None,
     calibration: Any = None,
     prompt: Any = None,
+    batch_size: int | None = None,
 ) -> PlanReport | PromptPlan:
     """`vtok.plan` with holov; its knobs: help(vtok.HoloV)."""
 
@@ -1373,6 +1386,7 @@ def plan(
     input_size: Size | None = None,
     calibration: Any = None,
     prompt: Any = None,
+    batch_size: int | None = None,
 ) -> PlanReport | PromptPlan:
     """`vtok.plan` with pitome; its knobs: help(vtok.PiToMe)."""
 
@@ -1387,6 +1401,7 @@ def plan(
     input_size: Size | None = None,
     calibration: Any = None,
     prompt: Any = None,
+    batch_size: int | None = None,
 ) -> PlanReport | PromptPlan:
     """`vtok.plan` with pixel_dedup; its knobs: help(vtok.PixelDedup)."""
 
@@ -1406,6 +1421,7 @@ def plan(
     input_size: Size | None = None,
     calibration: Any = None,
     prompt: Any = None,
+    batch_size: int | None = None,
 ) -> PlanReport | PromptPlan:
     """`vtok.plan` with prumerge; its knobs: help(vtok.PruMerge)."""
 
@@ -1421,6 +1437,7 @@ def plan(
     input_size: Size | None = None,
     calibration: Any = None,
     prompt: Any = None,
+    batch_size: int | None = None,
 ) -> PlanReport | PromptPlan:
     """`vtok.plan` with pyramiddrop; its knobs: help(vtok.PyramidDrop)."""
 
@@ -1436,6 +1453,7 @@ def plan(
     input_size: Size | None = None,
     calibration: Any = None,
     prompt: Any = None,
+    batch_size: int | None = None,
 ) -> PlanReport | PromptPlan:
     """`vtok.plan` with random; its knobs: help(vtok.RandomDrop)."""
 
@@ -1453,6 +1471,7 @@ def plan(
     input_size: Size | None = None,
     calibration: Any = None,
     prompt: Any = None,
+    batch_size: int | None = None,
 ) -> PlanReport | PromptPlan:
     """`vtok.plan` with sparsevlm; its knobs: help(vtok.SparseVLM)."""
 
@@ -1475,6 +1494,7 @@ def plan(
     input_size: Size | None = None,
     calibration: Any = None,
     prompt: Any = None,
+    batch_size: int | None = None,
 ) -> PlanReport | PromptPlan:
     """`vtok.plan` with todre; its knobs: help(vtok.ToDRE)."""
 
@@ -1489,6 +1509,7 @@ def plan(
     input_size: Size | None = None,
     calibration: Any = None,
     prompt: Any = None,
+    batch_size: int | None = None,
 ) -> PlanReport | PromptPlan:
     """`vtok.plan` with tome; its knobs: help(vtok.ToMe)."""
 
@@ -1503,6 +1524,7 @@ def plan(
     input_size: Size | None = None,
     calibration: Any = None,
     prompt: Any = None,
+    batch_size: int | None = None,
 ) -> PlanReport | PromptPlan:
     """`vtok.plan` with uniform; its knobs: help(vtok.UniformGrid)."""
 
@@ -1518,6 +1540,7 @@ def plan(
     input_size: Size | None = None,
     calibration: Any = None,
     prompt: Any = None,
+    batch_size: int | None = None,
 ) -> PlanReport | PromptPlan:
     """`vtok.plan` with vidcom2; its knobs: help(vtok.VidCom2)."""
 
@@ -1537,6 +1560,7 @@ def plan(
     input_size: Size | None = None,
     calibration: Any = None,
     prompt: Any = None,
+    batch_size: int | None = None,
 ) -> PlanReport | PromptPlan:
     """`vtok.plan` with visionzip; its knobs: help(vtok.VisionZip)."""
 
@@ -1554,6 +1578,7 @@ def plan(
     input_size: Size | None = None,
     calibration: Any = None,
     prompt: Any = None,
+    batch_size: int | None = None,
 ) -> PlanReport | PromptPlan:
     """`vtok.plan` with vispruner; its knobs: help(vtok.VisPruner)."""
 
@@ -1575,6 +1600,7 @@ def plan(
     input_size: Size | None = None,
     calibration: Any = None,
     prompt: Any = None,
+    batch_size: int | None = None,
 ) -> PlanReport | PromptPlan:
     """`vtok.plan` with zero_tprune; its knobs: help(vtok.ZeroTPrune)."""
 
@@ -1587,6 +1613,7 @@ def plan(
     input_size: Size | None = None,
     calibration: Any = None,
     prompt: Any = None,
+    batch_size: int | None = None,
     **params: Any
 ) -> PlanReport | PromptPlan:
     """What a method would do, before anything runs: tokens and MACs per block and the speed-up they imply.
@@ -1594,6 +1621,11 @@ def plan(
     No forward pass is needed. For methods whose counts depend on the image the numbers are upper bounds, and say so, unless
     `calibration` images are given, which are run once. Arguments and errors are those of `patch`; the model is not changed.
     Of a model with several towers it describes the first.
+
+    With `batch_size` an encoder's passes are timed, too, unpatched and patched, on the device that it is on, for about a second
+    (in six rounds where these take longer). The report then foresees the speed-up at that batch (`forecast`, with a 95 %
+    interval) and says in a sentence where none is to be expected, what the time goes into, and what may help. Images are random
+    unless `calibration` ones are given.
 
     For a vision-language model it states tokens and MACs of tower, connector and every decoder layer, KV-cache bytes, and the
     speed-up of the prefill that follows, for a prompt (`vtok.Prompt`, or a mapping of its fields). What depends on the words or

@@ -59,6 +59,7 @@ def benchmark(
     profile: bool = True,
     new_tokens: int = 16,
     compile: str | None = None,  # torch's name
+    beside: Mapping[str, Any] | None = None,
     name: str | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -83,6 +84,9 @@ def benchmark(
         new_tokens: of every answer of a vision-language model, 2 at least.
         compile: mode of `torch.compile` for all models, "default" for instance; of vision-language models the steps of answers,
             over static caches, are compiled, the prefill is not. `None` = not compiled.
+        beside: other programs' models of an encoder, timed in the same rounds: name of the row -> a model that shares no module
+            with `model`, or a function that is given a copy of it, weights and all, and returns it changed. Their MACs are
+            counted in one pass.
         name: of the model, for tables; `None` = found out.
         seed: of the bootstrap.
         progress: whether to show a bar, where there is a terminal or a notebook.
@@ -108,6 +112,7 @@ def benchmark(
         profile=profile,
         new_tokens=new_tokens,
         compile=compile,
+        beside=beside,
         name=name,
         seed=seed,
         progress=progress,

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vtok.eval.common.settings import pixels_of
 from vtok.patches.block import Link, ReducingBlock
 from vtok.targets import vlm_targets
+from vtok.targets.lifecycle import call
 
 Shape = Sequence[int]
 _REDUCTION = "reduction"
@@ -251,12 +253,13 @@ def count_prompt_macs(model: nn.Module, inputs: Mapping[str, Any]) -> MacCount:
     return MacCount((macs.get("Global", 0.0) - own) / rows, own / rows, by_layer, rows)
 
 
-def count_macs(model: nn.Module, images: Tensor) -> MacCount:
+def count_macs(model: nn.Module, images: Tensor | Mapping[str, Any]) -> MacCount:
     """Counts one forward pass.
 
     Args:
         model: patched or not; it runs in the mode (train or eval) that it is in, without gradients.
-        images: [B, 3, H, W], or whatever `model(images)` takes; the first axis is the batch.
+        images: [B, 3, H, W], or whatever `model(images)` takes; the first axis is the batch. Or a mapping that holds images: by
+            name.
 
     Returns:
         MACs per image, the model's and the reduction's apart.
@@ -270,9 +273,9 @@ def count_macs(model: nn.Module, images: Tensor) -> MacCount:
         return attribution.under(_REDUCTION, f"{_REDUCTION}.{numbers[id(link)]}")
 
     with torch.no_grad(), watched_reduction(model, around), counter:
-        model(images)
+        call(model, images)
     macs = {name: sum(by_op.values()) / 2 for name, by_op in counter.get_flop_counts().items()}
-    batch = len(images)
+    batch = len(pixels_of(images)) if isinstance(images, Mapping) else len(images)
     own = macs.get(_REDUCTION, 0.0)
     by_block = {i: macs[name] / batch for i in numbers.values() if (name := f"{_REDUCTION}.{i}") in macs}
     return MacCount((macs.get("Global", 0.0) - own) / batch, own / batch, by_block, batch)

@@ -21,7 +21,8 @@ class Timed:
         method: name(s) of the method.
         setting: what was asked for, e.g. "tome(r=13)".
         params: parameters of the method(s), resolved.
-        gmacs: multiply-accumulates: `base` and `model` (patched), and the reduction's own.
+        gmacs: multiply-accumulates: `base` and `model` (patched), and the reduction's own, which of another program is part of
+            `model`.
         implied_speedup: base / model, the reduction's own MACs left out.
         speedup, speedup_ci: median over the pairs of unpatched / patched time, and its 95 % interval (percentile bootstrap over
             the pairs); `None` = from too few for one.
@@ -103,8 +104,10 @@ class Result(Timed):
 
     Attributes:
         backend: adapter.
-        tokens: `in`, `out`, `mean_per_layer` (mean over images of the real tokens that leave each block).
-        gmacs: per image: `base`, `model` (patched), `computed` (padding included), `pruner` (the reduction's own).
+        tokens: `in`, `out`, `mean_per_layer` (mean over images of the real tokens that leave each block); of another program
+            the last two are `None` where they cannot be seen.
+        gmacs: per image: `base`, `model` (patched), `computed` (padding included), `pruner` (the reduction's own;
+            missing of another program, whose pass is counted as a whole).
         gflops: the same, 2 x.
         samples_per_sec: images a second, from median step times.
         step_time_ms: median time of a batch.
@@ -212,7 +215,14 @@ def _compilation(took: dict[str, Any]) -> str:
 
 def _tokens(r: Result) -> str:
     left = r.tokens["out"]
+    if left is None:
+        return "-"
     return f"{r.tokens['in']:.0f} -> {f'{left:.4g}' if isinstance(left, float) else left}"
+
+
+def _macs(values: dict[str, float]) -> str:
+    """ "4.608 -> 2.700 + 0.004"; of another program the sum alone is known."""
+    return arrow(values, 3, ("base", "model")) + (f" + {values['pruner']:.3f}" if "pruner" in values else "")
 
 
 def _layers(tokens: dict[str, Any]) -> str:
@@ -239,8 +249,8 @@ _COMPILED = Column("compiled", lambda r: "-" if r.compiled is None else _compila
 Result.columns = (
     _SETTING,
     Column("tokens", _tokens),
-    Column("GMACs", lambda r: f"{arrow(r.gmacs, 3, ('base', 'model'))} + {r.gmacs['pruner']:.3f}"),
-    Column("GFLOPs (2x)", lambda r: f"{arrow(r.gflops, 3, ('base', 'model'))} + {r.gflops['pruner']:.3f}"),
+    Column("GMACs", lambda r: _macs(r.gmacs)),
+    Column("GFLOPs (2x)", lambda r: _macs(r.gflops)),
     Column("images/s", lambda r: arrow(r.samples_per_sec, 1)),
     *_SPEED,
     Column("reduction", lambda r: "-" if r.reduction_share is None else f"{100 * r.reduction_share:.1f} %"),
@@ -283,10 +293,17 @@ def table(results: Sequence[Timed]) -> Table:
     """One line a result, without columns of what was not measured; settings slower than the unpatched model are red."""
     first = results[0]
     columns = [column for column in first.columns if any(column.cell(result) != "-" for result in results)]
-    return Table.of(results, columns, caption=first.caption(), style=lambda r: "red" if r.is_slower else None)
+    return Table.of(results, columns, caption=caption(results), style=lambda r: "red" if r.is_slower else None)
+
+
+def caption(results: Sequence[Timed]) -> str:
+    """What all results share, and what is different of those of other programs."""
+    others = [r.setting for r in results if "pruner" not in r.gmacs and "selection" not in r.gmacs]
+    told = f" MACs of {', '.join(others)} are counted in one pass, all that the program does included." if others else ""
+    return results[0].caption() + told
 
 
 def markdown(results: Sequence[Timed]) -> str:
     """A GitHub table with its caption under it and one sentence a setting on its speed."""
     words = [f"- {r.setting}: {r.verdict}." for r in results]
-    return "\n".join([table(results).markdown(), "", results[0].caption(), "", *words, ""])
+    return "\n".join([table(results).markdown(), "", caption(results), "", *words, ""])

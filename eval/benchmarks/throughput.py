@@ -28,6 +28,7 @@ import vtok
 from vtok.errors import ConfigError, shown
 from vtok.eval.benchmarks.flops import watched_reduction
 from vtok.eval.benchmarks.memory import peak_memory
+from vtok.eval.benchmarks.programs import Change, prepare
 from vtok.eval.benchmarks.result import Result
 from vtok.eval.common.settings import (
     Setting,
@@ -69,6 +70,7 @@ def measure(
     memory: bool = True,
     profile: bool = True,
     compiler: Callable[[nn.Module, Any], tuple[Callable[[Any], Any], dict[str, Any]]] | None = None,
+    beside: Mapping[str, nn.Module | Change] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Result]:
     """Times settings against the unpatched model, all in one run.
@@ -89,13 +91,15 @@ def measure(
         profile: whether to measure the share of the reduction step.
         compiler: compiles all models before they are timed (`vtok.eval.benchmarks.compiled.Compiler`); memory, kernels and the
             share of the reduction are those of the models as they are.
+        beside: models of other programs, timed in the same rounds: name of the row -> a model, or a function that is given a
+            copy of the unpatched one and returns it changed (`vtok.eval.benchmarks.programs`).
         progress: called with (rounds done, rounds).
 
     Returns:
-        One result a setting, in order.
+        One result a setting, in order, and one a model of another program.
 
     Raises:
-        ConfigError: too few pairs, an unknown type, a patched model, no setting.
+        ConfigError: too few pairs, an unknown type, a patched model, no setting, another program that fails.
         UnsupportedModelError: a method does not work on the model.
     """
     chosen = checked_settings(settings, pairs)
@@ -109,10 +113,11 @@ def measure(
         patched = [setting.apply(weight_sharing_copy(base), size) for setting in chosen]
         peaks = peak_memory(base, images, [Setting(), *chosen]) if memory else None
         kernels = [attention_kernel(m, images) for m in (base, *patched)]  # a pass of each: the costs below describe it
+        others = prepare(base, images, beside or {}, pass_cost(base, size))
         with torch.inference_mode():
             costs = [pass_cost(m, size) for m in patched]
             shares = [reduction_share(m, images) if profile else None for m in patched]
-            ran: list[Any] = [base, *patched]
+            ran: list[Any] = [base, *patched, *(other.model for other in others)]
             compiled: list[Any] = [None] * len(ran)
             if compiler is not None:
                 ran, compiled = (list(column) for column in zip(*(compiler(one, images) for one in ran)))
@@ -126,7 +131,13 @@ def measure(
             "img_size": int(size[2]),
             "baseline_check": baseline_check(times[0], plain),
         }
-        return [
+
+        def timing(i: int, implied: float) -> dict[str, Any]:
+            """What was timed of model i, beside the unpatched one."""
+            took = None if compiler is None else {"base": compiled[0], "patched": compiled[i]}
+            return {"compiled": took, **compare(times[0], times[i], implied, len(pixels), seed), **common}
+
+        ours = [
             Result(
                 method=method_name(patched[i]),
                 setting=chosen[i].title,
@@ -134,12 +145,23 @@ def measure(
                 kernel={"base": kernels[0], "patched": kernels[i + 1]},
                 peak_memory_mb=None if peaks is None else {"base": peaks[0], "patched": peaks[i + 1]},
                 reduction_share=shares[i],
-                compiled=None if compiler is None else {"base": compiled[0], "patched": compiled[i + 1]},
                 **costs[i].fields(),
-                **compare(times[0], times[i + 1], costs[i].implied_speedup, len(pixels), seed),
-                **common,
+                **timing(i + 1, costs[i].implied_speedup),
             )
             for i in range(len(chosen))
+        ]
+        return ours + [
+            Result(
+                method=other.name,
+                setting=other.name,
+                params={},
+                kernel={"base": kernels[0], "patched": other.kernel},
+                peak_memory_mb=None,
+                reduction_share=None,
+                **other.fields(),
+                **timing(i, other.implied_speedup),
+            )
+            for i, other in enumerate(others, start=1 + len(chosen))
         ]
 
 

@@ -51,17 +51,31 @@ def plan(
     img_size: Annotated[int | None, typer.Option(help="input size in pixels")] = None,
     images: Images = 1,
     text_tokens: TextTokens = 64,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size", "-b", min=1, help="encoders: time passes for about a second, and foresee the speed-up at it"
+        ),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="with --batch-size (default: cpu)")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="with --batch-size: CPU threads (default: torch's)")] = None,
 ) -> None:
     """Tokens and MACs per block and the implied speed-up of methods on a model, before anything runs."""
     check_methods(method)
     if not method:
         find(model)
+    from vtok.eval.benchmarks.throughput import threads_set
+    from vtok.eval.common.settings import to_device
     from vtok.eval.models.by_name import load_model
     from vtok.eval.published import tables as published
     from vtok.eval.runs import loader as runs
     from vtok.targets import vlm_targets
 
+    if batch_size is None and not (device is None and threads is None):
+        raise ConfigError("--device and --threads go with --batch-size, for which passes are timed")
     if not method:
+        if batch_size is not None:
+            raise ConfigError("--batch-size goes with a model and methods; the speed of a run is measured by vtok run")
         if img_size is not None:
             raise ConfigError("--img-size goes with a model and methods; of a run say it in its options")
         for found in published.plans(runs.load(model), prompt={"images": images, "text_tokens": text_tokens}):
@@ -69,12 +83,18 @@ def plan(
             console.print()
         return
     net = load_model(model, img_size=img_size, meta=True)
+    if batch_size is not None:
+        if vlm_targets(net):
+            raise ConfigError("--batch-size is for vision encoders; vtok bench times prompts")
+        net = to_device(load_model(model, img_size=img_size), device=device)  # passes need weights, random ones will do
     prompt = {"images": images, "text_tokens": text_tokens} if vlm_targets(net) else None
-    for text in method:
-        chosen = runs.parse_setting(text)
-        named, params = chosen if isinstance(chosen, tuple) else (chosen, {})
-        console.print(str(vtok.plan(net, named, prompt=prompt, **params)), highlight=False, soft_wrap=True)
-        console.print()
+    with threads_set(threads):
+        for text in method:
+            chosen = runs.parse_setting(text)
+            named, params = chosen if isinstance(chosen, tuple) else (chosen, {})
+            found = vtok.plan(net, named, prompt=prompt, batch_size=batch_size, **params)
+            console.print(str(found), highlight=False, soft_wrap=True)
+            console.print()
 
 
 def bench(
@@ -95,6 +115,13 @@ def bench(
         str | None, typer.Option("--compile", help="torch.compile all models first: default, reduce-overhead, max-autotune")
     ] = None,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="with --compile: one graph for every batch size")] = False,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="another program in the same rounds: tome:r=13@FOLDER or pitome:ratio=0.9@FOLDER of its checkout, or "
+            "NAME:key=value@FILE.py that defines change(model, key); repeatable"
+        ),
+    ] = None,
     runtime: Annotated[str, typer.Option(help="torch; or, of files that are exported, onnxruntime or openvino")] = "torch",
     seed: Seed = 0,
     images: Images = 1,
@@ -111,6 +138,7 @@ def bench(
     from vtok.eval.benchmarks.compiled import Compiler
     from vtok.eval.benchmarks.exported import RUNTIMES, measure_exported
     from vtok.eval.benchmarks.prefill import measure_prompts
+    from vtok.eval.benchmarks.programs import parse_beside
     from vtok.eval.benchmarks.throughput import measure
     from vtok.eval.models.by_name import load_model, sample_images
     from vtok.eval.models.random_vlm import sample_prompts
@@ -124,11 +152,14 @@ def bench(
     if dynamic and compiled is None:
         raise ConfigError("--dynamic goes with --compile MODE")
     how = None if compiled is None else Compiler(compiled, True if dynamic else None)
+    others = parse_beside(beside or [])
     net = load_model(model, pretrained, img_size, seed)
     if how is not None and runtime in RUNTIMES:
         raise ConfigError("--compile is for models that torch runs; leave it out")
     if runtime in RUNTIMES and (dtype != "fp32" or device not in (None, "cpu") or vlm_targets(net)):
         raise ConfigError(f"--runtime {runtime} times vision encoders in fp32 on the CPU; leave it out for anything else")
+    if others and (runtime in RUNTIMES or vlm_targets(net)):
+        raise ConfigError("--beside is for vision encoders that torch runs; leave it out")
     common: dict[str, Any] = {"pairs": pairs, "dtype": dtype, "device": device, "threads": threads, "name": model, "seed": seed}
     settings = [runs.parse_setting(text) for text in method]
     results: Any
@@ -142,7 +173,7 @@ def bench(
             results = measure_exported(net, pictures, settings, runtime=runtime, **exported)
         else:
             pictures = sample_images(model, net, batch_size, seed)
-            results = measure(net, pictures, settings, memory=memory, profile=profile, compiler=how, **common)
+            results = measure(net, pictures, settings, memory=memory, profile=profile, compiler=how, beside=others, **common)
     if output is not None:
         write(output, bench_result.to_json(results))
     if markdown:

@@ -21,6 +21,7 @@ from vtok.eval.common.control import RandomChoice
 from vtok.eval.common.records import AT_RANDOM, key_of
 from vtok.patches import find_adapters
 from vtok.patches.protocol import Adapter, Tower
+from vtok.targets.lifecycle import weight_sharing_copy as weight_sharing_copy  # other modules of vtok.eval look for it here
 from vtok.targets.resolve import Method, Size, run_of, towers
 
 _FINGERPRINT = 64  # values of every parameter that identify weights
@@ -211,12 +212,6 @@ def resolved_params(model: nn.Module) -> Any:
     configs: Sequence[MethodConfig] = () if run is None else run.patch.configs
     values = [{k: v for k, v in config.to_dict().items() if len(configs) > 1 or k != "method"} for config in configs]
     return values[0] if len(values) == 1 else values or {}
-
-
-def weight_sharing_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model that shares parameters and buffers: it is patched on its own and takes no memory for weights."""
-    same: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, same)
 
 
 def usable_device(device: str | torch.device) -> torch.device:

@@ -24,7 +24,14 @@ from vtok.eval.runs.names import split_methods
 from vtok.registry import METHODS
 
 ASSET = "asset:"  # starts the name of a file that comes with vtok, as the value of a parameter
-_NOT_PARAMETERS = ("model", "method", "input_size", "calibration", "trace")  # other arguments of vtok.patch and vtok.plan
+_NOT_PARAMETERS = (
+    "model",
+    "method",
+    "input_size",
+    "calibration",
+    "trace",
+    "batch_size",
+)  # other arguments of vtok.patch and vtok.plan
 
 
 class MethodEntry(FileModel, extra="allow"):

@@ -12,6 +12,7 @@ from vtok.config import MethodConfig
 from vtok.cost.budget import Budget
 from vtok.cost.encoder import Estimate
 from vtok.cost.prefill import PromptEstimate
+from vtok.reports.forecast import Forecast
 from vtok.reports.prompt import brief, cost_lines
 from vtok.reports.text import costs, giga, keywords, listed, settings, table, tokens
 
@@ -26,6 +27,7 @@ class PlanReport:
         estimate: tokens and MACs per block.
         budget: if a budget chose the setting.
         num_patches: of the stated input size.
+        forecast: how fast it will be on this device, where a batch size was given.
     """
 
     tower: str
@@ -33,6 +35,7 @@ class PlanReport:
     estimate: Estimate
     budget: Budget | None
     num_patches: int
+    forecast: Forecast | None = None
 
     @property
     def tokens(self) -> tuple[int | float, ...]:
@@ -60,6 +63,8 @@ class PlanReport:
             lines.append("token counts depend on the image: these are upper bounds; pass calibration=images for means")
         if self.budget is not None:
             lines.append(str(self.budget))
+        if self.forecast is not None:
+            lines.append(str(self.forecast))
         return "\n".join([*lines, *(f"note: {told}" for config in self.configs if (told := config.advice()))])
 
 

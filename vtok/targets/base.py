@@ -26,6 +26,7 @@ class Request(NamedTuple):
     trace: bool = False
     positions: str | None = None
     prompt: Any = None
+    batch_size: int | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtok.capabilities import EncoderMethod, encoder_reducer
 from vtok.config import MethodConfig, ModelInfo, Reducer
@@ -22,11 +22,15 @@ from vtok.patches.module_swap import own_class
 from vtok.patches.protocol import Adapter, Tower
 from vtok.patches.transaction import all_or_nothing
 from vtok.plain import check_numbers
+from vtok.reports.forecast import Forecast
 from vtok.reports.results import Info, PlanReport
 from vtok.targets.base import Layers, Request, Target
+from vtok.targets.forecast import checked_batch, forecast
 from vtok.targets.last_pass import tower_info
 from vtok.targets.lifecycle import call, evaluated, temporarily, unpatch
 from vtok.targets.resolve import run_of, towers
+
+_DRAWN = 64  # random images that a batch is made of
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,24 @@ class EncoderTarget(Target):
         cost = estimate_cost(adapter, tower, resolved.steps)
         if request.calibration is not None and not cost.exact:
             cost = measured(adapter, tower, resolved.configs, request.calibration)
-        return PlanReport(type(tower.module).__name__, resolved.configs, cost, resolved.budget, tower.info.num_patches)
+        foreseen = None if request.batch_size is None else self._foreseen(resolved.configs, request, cost)
+        return PlanReport(
+            type(tower.module).__name__, resolved.configs, cost, resolved.budget, tower.info.num_patches, foreseen
+        )
+
+    def _foreseen(self, configs: tuple[MethodConfig, ...], request: Request, cost: Estimate) -> Forecast:
+        """How fast the tower will be on the device that it is on."""
+        tower, images, count = self.tower, request.calibration, checked_batch(request.batch_size)
+        if images is None:
+            images = torch.randn(min(count, _DRAWN), *tower.input_size, generator=torch.Generator().manual_seed(0))
+        elif not isinstance(images, Mapping):
+            _check_images(images, tower)
+
+        def install_all(module: nn.Module) -> None:
+            for target in (EncoderTarget(*found) for found in towers(module, tower.input_size)):
+                target.install(target.resolve(configs, Request()))
+
+        return forecast(tower.module, install_all, count, images, cost)
 
     def describe(self, kernels: Sequence[str] | None = None) -> Info:
         return Info((tower_info(self.adapter, self.tower, run_of(self.tower.module), kernels),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -82,6 +83,12 @@ def evaluated(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+def weight_sharing_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model that shares parameters and buffers: it is patched on its own and takes no memory for weights."""
+    same: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, same)
 
 
 def call(module: nn.Module, inputs: Any) -> Any:

@@ -66,6 +66,8 @@ class VLMTarget(Target):
         return pruner_of(self.vlm)
 
     def plan(self, configs: tuple[MethodConfig, ...], request: Request) -> PromptPlan:
+        if request.batch_size is not None:
+            raise ConfigError("batch_size is for vision encoders, whose passes are timed; vtok.benchmark times prompts")
         free = request.prompt is None and request.input_size is None
         vlm = self.vlm.sized(Prompt.of(request.prompt, request.input_size).input_size)
         configs = calibrated(vlm, configs, request.calibration, measures=free)

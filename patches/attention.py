@@ -34,12 +34,12 @@ def place_taps(attend: Attend, attn: nn.Module, run: TokenTracker, needs: frozen
         getattr(attn, attend.taps[name].child).register_forward_hook(Tap(run, name))
 
 
-def _heads_first(t: Tensor, tap: TapSpec, attn: nn.Module, head_dim: int) -> Tensor:
+def _heads_first(t: Tensor, attend: Attend, tap: TapSpec, attn: nn.Module) -> Tensor:
     """What a tap caught -> [B, H, N, D]."""
     if tap.part is not None:
         t = t[..., tap.part(attn)]
     if tap.layout == "bn(hd)":
-        return t.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+        return t.unflatten(-1, (-1, attend.heads(attn)[1])).transpose(1, 2)
     return t.transpose(1, 2) if tap.layout == "bnhd" else t
 
 
@@ -53,10 +53,8 @@ def tapped_view(
     """
     if not torch.compiler.is_compiling():
         _check_taps(attend, attn, needs)
-    _, head_dim = attend.heads(attn)
-    caught = {name: _heads_first(t, attend.taps[name], attn, head_dim) for name, t in run.taps.items()}
-    run.taps.clear()
-    q, k, v = caught.get("q"), caught.get("k"), caught.get("v")
+    taps = run.taps
+    q, k, v = (_heads_first(taps.pop(n), attend, attend.taps[n], attn) if n in taps else None for n in ("q", "k", "v"))
     k_rot = k
     if q is not None and rope is not None:  # taps lie before the rotation; probabilities need it after
         q = attend.rotate(attn, q, rope)

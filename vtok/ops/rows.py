@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtok.ops.constants import ramp
+
 
 def take_rows(t: Tensor, rows: Tensor) -> Tensor:
     """`t[b, rows[b, m]]`: [B, N] or [B, N, C] and [B, M] -> [B, M] or [B, M, C].
@@ -13,25 +15,28 @@ def take_rows(t: Tensor, rows: Tensor) -> Tensor:
     """
     if t.ndim == 2:
         return t.gather(1, rows)
-    batch, n = t.shape[:2]
-    return t.reshape(batch * n, t.shape[2]).index_select(0, flat_rows(rows, n)).view(*rows.shape, t.shape[2])
+    batch, n, width = t.shape
+    if batch == 1:  # nothing to flatten: at one image every operation counts
+        return t.index_select(1, rows[0])
+    return t.reshape(batch * n, width).index_select(0, flat_rows(rows, n)).view(*rows.shape, width)
 
 
 def flat_rows(rows: Tensor, n: int) -> Tensor:
     """Row numbers [B, M] within images of n rows -> row numbers [B M] of the flattened batch."""
-    return (rows + torch.arange(0, rows.shape[0] * n, n, device=rows.device)[:, None]).flatten()
+    batch = rows.shape[0]
+    return rows[0] if batch == 1 else (rows + ramp(0, batch * n, n, rows)[:, None]).flatten()
 
 
-def prefix_rows(batch: int, num_prefix: int, device: torch.device) -> Tensor:
-    """[B, P]: rows 0 .. P-1 of every image."""
-    return torch.arange(num_prefix, device=device).expand(batch, num_prefix)
+def prefix_rows(batch: int, num_prefix: int, like: Tensor) -> Tensor:
+    """[B, P]: rows 0 .. P-1 of every image, on the device of a tensor."""
+    return ramp(0, num_prefix, 1, like).expand(batch, num_prefix)
 
 
 def with_prefix(patch_rows: Tensor, num_prefix: int) -> Tensor:
     """Patch rows [B, M], counted without the prefix -> rows [B, P + M] of the whole sequence, the prefix first."""
     if num_prefix == 0:
         return patch_rows
-    return torch.cat([prefix_rows(patch_rows.shape[0], num_prefix, patch_rows.device), patch_rows + num_prefix], 1)
+    return torch.cat([prefix_rows(patch_rows.shape[0], num_prefix, patch_rows), patch_rows + num_prefix], 1)
 
 
 def rows_where(chosen: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -47,6 +52,6 @@ def rows_where(chosen: Tensor, width: int) -> tuple[Tensor, Tensor]:
     batch, n = chosen.shape
     place = (chosen.cumsum(-1) - 1).where(chosen, width).clamp_max(width)  # column `width` collects what is not chosen
     rows = torch.zeros(batch, width + 1, dtype=torch.int64, device=chosen.device)
-    rows = rows.scatter(1, place, torch.arange(n, device=chosen.device).expand(batch, n))[:, :width]
-    valid = torch.arange(width, device=chosen.device) < chosen.sum(-1, keepdim=True)
+    rows = rows.scatter(1, place, ramp(0, n, 1, chosen).expand(batch, n))[:, :width]
+    valid = ramp(0, width, 1, chosen) < chosen.sum(-1, keepdim=True)
     return rows, valid

@@ -179,6 +179,7 @@ class TokenTracker:
         me = threading.get_ident()
         run = ForwardState(self.depth)
         self._traced_last = False
+        self._taps.pop(me, None)  # of a pass that an error ended inside a block
         passes = self._passes.get(me)
         if passes is None:
             with self._lock:

@@ -227,6 +227,8 @@ class ATSReducer(Reducer):
         """Positions of the hits [B, M], and which of them are real (`None` = all)."""
         if not self.drop or not len(hit):
             return rows_where(hit, most)
+        if len(hit) == 1:  # as many rows as hits: asking where they are says how many there are
+            return hit[0].nonzero().view(1, -1), None
         fewest, longest = (int(c) for c in torch.stack(hit.sum(-1).aminmax()).tolist())  # the one host synchronisation
         rows, real = rows_where(hit, longest)
         return rows, None if fewest == longest else real

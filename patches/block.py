@@ -102,7 +102,7 @@ class ReducingBlock(Mixin):
         if idle or len(args) > len(spec.args):  # upstream's code, upstream's bits; and its error, if it is called wrongly
             out = super().forward(x, *args, **kwargs)
         else:
-            kwargs = self._surroundings(rows, state, {**dict(zip(spec.args, args)), **kwargs})
+            kwargs = self._surroundings(rows, state, {**dict(zip(spec.args, args)), **kwargs} if args else kwargs)
             if link.site is None and link.attend.takes_bias and spec.passes_mask:
                 out = super().forward(x, **kwargs)
             elif spec.whole:
@@ -138,7 +138,7 @@ class ReducingBlock(Mixin):
         spec = self._vtok.spec
         if kwargs.get("is_causal"):
             raise UnsupportedModelError("is_causal=True has no meaning once tokens are merged or moved; vtok patches encoders")
-        if (state.real is not None and not state.masked) or self._hides_nothing(kwargs):
+        if (state.real is not None and not state.masked) or (kwargs and self._hides_nothing(kwargs)):
             # what replaces upstream's mask is N times smaller
             kwargs[spec.mask] = None
         mask = kwargs.get(spec.mask) if spec.own_mask is None else spec.own_mask(self, kwargs)

@@ -24,7 +24,8 @@ def best_partner(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
     Many rows are compared block by block: memory grows as a + b then, not as a x b.
     """
-    found = [(rows @ b.transpose(-1, -2)).max(-1) for rows in row_blocks(a, b.shape[-2])]
+    other = b.transpose(1, 2)
+    found = [torch.bmm(rows, other).max(-1) for rows in row_blocks(a, b.shape[1])]
     if len(found) == 1:
         return found[0].values, found[0].indices
     return torch.cat([best.values for best in found], -1), torch.cat([best.indices for best in found], -1)
@@ -63,8 +64,8 @@ def bipartite_soft_matching(metric: Tensor, r: int, num_prefix: int) -> tuple[Te
     m = unit(metric)
     score, partner = best_partner(m[:, 2 * first_a :: 2], m[:, 2 * first_b + 1 :: 2])
     order = score.sort(dim=-1, descending=True, stable=True).indices
-    rows = 2 * order + 2 * first_a
-    src, rest = rows[:, :r], rows[:, r:]
+    rows = torch.add(ramp(2 * first_a, 2 * first_a + 1, 1, m), order, alpha=2)
+    src, rest = rows.split((r, order.shape[1] - r), 1)
     if num_prefix:
         rest = rest.sort(-1).values
     odd = ramp(2 * first_b + 1, n, 2, m).expand(batch, -1)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from vtok.core.tokens import at_least_fp32, row_blocks
-from vtok.ops.constants import ramp
-from vtok.ops.rows import prefix_rows
+from vtok.ops.rows import prefix_rows, ramp
 
 
 def unit(t: Tensor) -> Tensor:

@@ -15,9 +15,8 @@ from torch import Tensor
 from vtok.core.tokens import Site, TokenState
 from vtok.errors import ConfigError, shown
 from vtok.methods.baselines.drop import DropConfig, DropReducer, lowest
-from vtok.ops.constants import constant
 from vtok.ops.hashing import splitmix
-from vtok.ops.rows import with_prefix
+from vtok.ops.rows import constant, with_prefix
 
 
 @dataclass(frozen=True)

@@ -190,6 +190,5 @@ def _bar(what: str, wanted: bool, total: int | None = None) -> Iterator[Callable
     if not wanted or not (console.is_terminal or (console.is_jupyter and find_spec("ipywidgets"))):
         yield None
         return
-    with terminal.progress(console, transient=True) as progress:
-        bar = progress.add_task(what, total=total)
-        yield lambda done, total: progress.update(bar, completed=done, total=total)
+    with terminal.bar(what, total, console) as advance:
+        yield advance

@@ -19,9 +19,9 @@ from vtok.errors import UnsupportedModelError
 from vtok.ops.rows import take_rows
 from vtok.patches.attention import place_taps, projected_view, sdpa, tapped_view
 from vtok.patches.module_swap import Mixin, check_forward, swap_class
-from vtok.patches.padding import padding_of, plan_without_padding
+from vtok.patches.padding import RealRows, padding_of, plan_without_padding, real_rows
 from vtok.patches.precision import autocasts, full_precision
-from vtok.patches.protocol import Attend, Block, BlockSpec, Tower
+from vtok.patches.protocol import Attend, Block, BlockSpec, Projected, Tower
 
 
 @dataclass
@@ -169,8 +169,13 @@ class ReducingBlock(Mixin):
         bias = kwargs.get(spec.mask)
         rope = kwargs.get(spec.rope) if spec.rope else None
         h = chain(self, spec.pre1, x)
+        packs = link.stepwise and rope is None and place in (None, Place.BLOCK_PRE) and not self.training
+        real = None
         if link.stepwise:
-            projected = attend.project(attn, h, rope)
+            real = real_rows(state, x.shape[1]) if packs else None
+            projected = (
+                attend.project(attn, h, rope) if real is None else _apart(real, attend.project(attn, real.together(h), None))
+            )
             view = projected_view(attend, attn, projected, bias)
             rows = out = None
             if place is Place.BLOCK_PRE and link.reducer is not None:
@@ -179,7 +184,11 @@ class ReducingBlock(Mixin):
                 out = link.reducer.attention(state, view, rows)
                 x, state = link.move(x, state, plan)
             out = sdpa(attend, attn, projected, bias, rows) if out is None else out.transpose(1, 2).flatten(2)
-            h = attend.output(attn, out, h if rows is None else take_rows(h, rows))
+            h = h if rows is None else take_rows(h, rows)
+            real = real_rows(state, x.shape[1]) if packs else None
+            if real is not None:
+                x, h, out = real.together(x), real.together(h), real.together(out)
+            h = attend.output(attn, out, h)
         else:
             h = attend.call(attn, h, kwargs)
             view = tapped_view(attend, attn, link.run, bias, rope, link.needs)
@@ -187,9 +196,16 @@ class ReducingBlock(Mixin):
         if place is Place.BLOCK_MID:
             x, state = link.move(x, state, link.decide(x, state, view))
         x = x + chain(self, spec.post2, getattr(self, spec.mlp)(chain(self, spec.pre2, x)))
+        x = x if real is None else real.apart(x)
         if place is Place.BLOCK_END:
             x, state = link.move(x, state, link.decide(x, state, view))
         return x, state
+
+
+def _apart(real: RealRows, p: Projected) -> Projected:
+    """Queries, keys and values of real rows alone, laid out as the padded batch."""
+    q, k, v = (real.heads_apart(t) for t in (p.q, p.k, p.v))
+    return Projected(q, k, k, v)
 
 
 def check(tower: Tower, steps: dict[int, tuple[Site, Reducer]]) -> None:

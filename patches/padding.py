@@ -91,6 +91,50 @@ def padding_of(mask: Tensor | None, n: int, num_prefix: int = 0, merges: bool = 
     return Padding(keep, not more) if hides else None
 
 
+WORTH = 0.97  # packing is left out where more than this share of the rows is real
+
+
+class RealRows(NamedTuple):
+    """The rows of a padded batch that are real, so that layers that look at one token at a time see these alone.
+
+    Attributes:
+        rows: [T] int64, in the batch laid out as one sequence of B N rows.
+        batch: B.
+        length: N.
+    """
+
+    rows: Tensor
+    batch: int
+    length: int
+
+    def together(self, t: Tensor) -> Tensor:
+        """[B, N, C] -> [1, T, C]."""
+        return t.flatten(0, 1).index_select(0, self.rows)[None]
+
+    def apart(self, t: Tensor) -> Tensor:
+        """[1, T, C] -> [B, N, C], zero on padding."""
+        out = t.new_zeros(self.batch * self.length, t.shape[-1])
+        return out.index_copy(0, self.rows, t[0]).view(self.batch, self.length, -1)
+
+    def heads_apart(self, t: Tensor) -> Tensor:
+        """[1, H, T, D] -> [B, H, N, D], zero on padding."""
+        out = t.new_zeros(self.batch * self.length, t.shape[1], t.shape[3])
+        return out.index_copy(0, self.rows, t[0].transpose(0, 1)).unflatten(0, (self.batch, -1)).transpose(1, 2)
+
+
+def real_rows(state: TokenState, length: int) -> RealRows | None:
+    """The real rows of images of different lengths, where the host knows these; `None` = not known, or hardly any is padding.
+
+    Under torch.compile they are not told: every other set of lengths would be another graph.
+    """
+    counts = state.counts
+    if counts is None or torch.compiler.is_compiling() or sum(counts) > WORTH * len(counts) * length:
+        return None
+    real = torch.arange(length) < torch.tensor(counts)[:, None]  # on the host, which need not wait for the device
+    device = None if state.keep is None else state.keep.device
+    return RealRows(real.flatten().nonzero()[:, 0].to(device), len(counts), length)
+
+
 _exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 
 

@@ -8,7 +8,7 @@ import pickle
 from functools import cache
 
 from vtok.eval.tasks.vqa.data import EASY_VQA
-from vtok.eval.tasks.vqa.opening import open_vqa
+from vtok.eval.tasks.vqa.sources.opening import open_vqa
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
 COUNT = 3

@@ -132,9 +132,7 @@ def bench(
     common: dict[str, Any] = {"pairs": pairs, "dtype": dtype, "device": device, "threads": threads, "name": model, "seed": seed}
     settings = [runs.parse_setting(text) for text in method]
     results: Any
-    with terminal.progress(transient=True) as progress:
-        bar = progress.add_task("timing, in rounds", total=pairs)
-        common["progress"] = lambda done, total: progress.update(bar, completed=done, total=total)
+    with terminal.bar("timing, in rounds", pairs) as common["progress"]:
         if vlm_targets(net):
             inputs = sample_prompts(net, batch_size, vtok.Prompt(images, text_tokens), seed)
             results = measure_prompts(net, inputs, settings, new_tokens=new_tokens, compiler=how, **common)
@@ -180,25 +178,12 @@ def bench_select(
         torch.set_num_threads(threads)
     if every_method:
         prompt = selectors.Synthetic.of(tokens, views, width, video, seed, device)
-        with terminal.progress(transient=True) as progress:
-            bar = progress.add_task("timing", total=None)
-            chosen = selectors.measure(
-                selectors.configs(keep / tokens), prompt, pairs,
-                lambda done, total: progress.update(bar, completed=done, total=total),
-            )  # fmt: skip
+        with terminal.bar("timing") as advance:
+            chosen = selectors.measure(selectors.configs(keep / tokens), prompt, pairs, advance)
         console.print(selectors.table(chosen, prompt))
         for line in selectors.refusals(chosen):
             console.print(f"- {line}", highlight=False)
         return
-    with terminal.progress(transient=True) as progress:
-        bar = progress.add_task("timing", total=None)
-        results = select_bench.measure(
-            tokens,
-            keep,
-            width,
-            pairs,
-            seed,
-            lambda done, total: progress.update(bar, completed=done, total=total),
-            selector or (),
-        )
+    with terminal.bar("timing") as advance:
+        results = select_bench.measure(tokens, keep, width, pairs, seed, advance, selector or ())
     console.print(select_bench.table(results, tokens, keep, width))

@@ -33,15 +33,10 @@ def bench_growth(
         raise ConfigError(f"--width {width} is shared by {growth.HEADS} heads and must be a multiple of it")
     if threads is not None:
         torch.set_num_threads(threads)
-    with terminal.progress(transient=True) as progress:
-        bar = progress.add_task("encoders", total=None)
-
-        def told(done: int, total: int) -> None:
-            progress.update(bar, completed=done, total=total)
-
-        inside = growth.measure_encoders(sorted(tokens or growth.TOKENS), width, calls, progress=told)
-        bar = progress.add_task("prompts", total=None)
-        before = growth.measure_prompts(sorted(visual or growth.VISUAL), calls=calls, progress=told)
+    with terminal.bar("encoders") as advance:
+        inside = growth.measure_encoders(sorted(tokens or growth.TOKENS), width, calls, progress=advance)
+    with terminal.bar("prompts") as advance:
+        before = growth.measure_prompts(sorted(visual or growth.VISUAL), calls=calls, progress=advance)
     tables = [
         growth.table(inside, "attention", f"inside encoders: {growth.DEPTH} blocks of width {width}"),
         growth.table(before, "a 7B prefill", "among visual tokens, a tenth stays"),

@@ -55,6 +55,17 @@ class Setting:
             return cls(value)
         raise ConfigError(f"a setting is None (unpatched), a method or (method, parameters), got {shown(value)}")
 
+    @classmethod
+    def several(cls, values: Sequence[Any]) -> list[Setting]:
+        """What a task is to evaluate, see `of`.
+
+        Raises:
+            ConfigError: nothing, or something that is no setting.
+        """
+        if not values:
+            raise ConfigError("nothing to evaluate: name at least one setting, None for the unpatched model")
+        return [cls.of(value) for value in values]
+
     @property
     def name(self) -> str:
         """What was asked for: method names joined by " + ", "unpatched" if there is none."""
@@ -115,18 +126,18 @@ class PassCost:
 
     def fields(self) -> dict[str, Any]:
         """`tokens`, `gmacs`, `gflops` (2 x) and `implied_speedup`, as result files have them."""
-        macs = {
-            "base": self.base_macs,
-            "model": self.macs,
-            "computed": self.computed_macs,
-            "pruner": self.reduction_macs,
-        }
-        return {
-            "tokens": {"in": self.tokens_in, "out": self.mean_per_layer[-1], "mean_per_layer": list(self.mean_per_layer)},
-            "gmacs": {name: value / 1e9 for name, value in macs.items()},
-            "gflops": {name: 2 * value / 1e9 for name, value in macs.items()},
-            "implied_speedup": self.implied_speedup,
-        }
+        macs = {"base": self.base_macs, "model": self.macs, "computed": self.computed_macs, "pruner": self.reduction_macs}
+        layers = list(self.mean_per_layer)
+        return {"tokens": {"in": self.tokens_in, "out": layers[-1], "mean_per_layer": layers}, **macs_fields(macs)}
+
+
+def macs_fields(macs: Mapping[str, float]) -> dict[str, Any]:
+    """`gmacs`, `gflops` (2 x) and `implied_speedup` of a record, from MACs: of "base", the patched "model", and others."""
+    return {
+        "gmacs": {name: value / 1e9 for name, value in macs.items()},
+        "gflops": {name: 2 * value / 1e9 for name, value in macs.items()},
+        "implied_speedup": macs["base"] / macs["model"],
+    }
 
 
 def pass_cost(model: nn.Module, input_size: Size | None = None) -> PassCost:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -33,3 +36,17 @@ def progress(console: Console | None = None, transient: bool = False, counted: b
     """
     columns = [TextColumn("{task.description}", markup=False), BarColumn(), *([MofNCompleteColumn()] if counted else [])]
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console or errors(), transient=transient)
+
+
+@contextmanager
+def bar(what: str, total: int | None = None, console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
+    """One bar that vanishes at the end; gives what is called with (done, total).
+
+    Args:
+        what: is done.
+        total: `None` = not known yet.
+        console: `None` = standard error.
+    """
+    with progress(console, transient=True) as shown:
+        task = shown.add_task(what, total=total)
+        yield lambda done, total: shown.update(task, completed=done, total=total)

@@ -9,12 +9,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from vtok.eval.common import terminal
-from vtok.eval.common.settings import Setting, weight_sharing_copy
 from vtok.eval.common.statistics import with_error
-from vtok.eval.demo.parts import measured
+from vtok.eval.demo.parts import kept_by_crop, measured, overview_tokens, settings_near
 from vtok.eval.models.pages import draw_page
 from vtok.eval.models.pages.compose import QUARTERS, quarter_of
 from vtok.eval.models.vlm import REFERENCE_PRINT, VisionLanguageModel, load_vlm
@@ -22,10 +22,9 @@ from vtok.eval.report.rows import Row
 from vtok.eval.report.sections import Section
 from vtok.eval.report.summary import gap_columns, part_columns
 from vtok.eval.report.tables import Column, Table
-from vtok.eval.runs.again import configs_of
 from vtok.eval.tasks.vqa.data import PRINT, Question, VQAData
-from vtok.eval.tasks.vqa.opening import open_vqa
-from vtok.eval.viz.prompt_overlay import by_cell, crops_grid, question_sheet, survivors
+from vtok.eval.tasks.vqa.sources.opening import open_vqa
+from vtok.eval.viz.prompt_overlay import question_sheet
 
 SHOWN = ("random", "correlation", "hired", "divprune", "cdpruner", "fastv")
 SHOWN_TOKENS = 48
@@ -44,7 +43,7 @@ def run_pages_demo(out: Path, questions: int | None = None, console: Console | N
     console = console or terminal.output()
     section = measured("sweep_reference_pages", out, console, num_samples=questions)
     model, data = load_vlm(REFERENCE_PRINT), open_vqa(PRINT)
-    crops = kept_by_crop(model, data, section)
+    crops = crops_of(model, data, section)
     print(pages_table(section, crops).markdown())
     write_pages_sheet(model, data, section, out / "pages_overlays.png")
     console.print(f"pages_overlays.png and every answer (samples.jsonl) are in {out}")
@@ -56,7 +55,7 @@ def pages_table(section: Section, crops: dict[str, tuple[float, float]]) -> Tabl
 
     Args:
         section: of the sweep.
-        crops: of `kept_by_crop`.
+        crops: of `crops_of`.
     """
 
     def kept(row: Row) -> str:
@@ -73,40 +72,17 @@ def pages_table(section: Section, crops: dict[str, tuple[float, float]]) -> Tabl
     return Table.of(section.rows, columns, part=lambda row: row.budget)
 
 
-def kept_by_crop(model: VisionLanguageModel, data: VQAData, section: Section) -> dict[str, tuple[float, float]]:
-    """Setting -> tokens that a (blank, filled) crop has in the last layer on average, from one question each of some pages."""
+def crops_of(model: VisionLanguageModel, data: VQAData, section: Section) -> dict[str, tuple[float, float]]:
+    """`kept_by_crop` of some pages."""
     chosen = list({q.image: q for q in data.questions}.values())[:CROP_PAGES]
     filled = [{quarter_of(word.place) for word in draw_page("test", q.image).words} for q in chosen]
-    found = {}
-    for row in section.patched:
-        if row.method in POOLED:
-            continue
-        left = survivors(model, _setting(row).apply(weight_sharing_copy(model.net)), data, chosen, new_tokens=1).left
-        cells = by_cell(crops_grid(left, overview_tokens(model)))
-        parts: tuple[list[float], list[float]] = ([], [])
-        for counts, there in zip(cells, filled):
-            for quarter in range(QUARTERS):
-                parts[quarter in there].append(float(counts[quarter]))
-        found[row.label] = sum(parts[0]) / len(parts[0]), sum(parts[1]) / len(parts[1])
-    return found
-
-
-def overview_tokens(model: VisionLanguageModel) -> int:
-    """Tokens of the view of a whole page."""
-    vision = model.net.config.vision_config
-    return (vision.image_size // vision.patch_size) ** 2
-
-
-def _setting(row: Row) -> Setting:
-    """What a row was measured with, every number resolved."""
-    return Setting(configs_of(row.record))
+    blank = np.array([[quarter not in there for quarter in range(QUARTERS)] for there in filled])
+    return kept_by_crop(model, data, chosen, blank, [row for row in section.patched if row.method not in POOLED])
 
 
 def write_pages_sheet(model: VisionLanguageModel, data: VQAData, section: Section, path: Path) -> None:
     """What methods of `SHOWN` with about `SHOWN_TOKENS` tokens keep of the crops of a sparse and of a dense page."""
-    near = [row for row in section.patched if row.mean_tokens and abs(row.mean_tokens - SHOWN_TOKENS) < 0.2 * SHOWN_TOKENS]
-    first = {row.method: row for row in reversed(near)}
-    settings = [(name, _setting(first[name])) for name in SHOWN if name in first]
+    settings = settings_near(section, SHOWN, SHOWN_TOKENS, 0.2)
     heading = "patches of the crops whose tokens reach the last layer of the LLM; dropped ones are blue"
     question_sheet(model, data, shown_questions(data), settings, path, heading, overview_tokens(model))
 

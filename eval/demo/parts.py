@@ -8,16 +8,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from vtok.eval.common.records import Record
+from vtok.eval.common.settings import Setting, weight_sharing_copy
 from vtok.eval.common.statistics import with_error
+from vtok.eval.models.vlm import VisionLanguageModel
 from vtok.eval.report.frame import CSV, frame
 from vtok.eval.report.rows import Row
 from vtok.eval.report.sections import Section, findings, headline_of, sections
 from vtok.eval.report.summary import gap_columns, table
 from vtok.eval.report.tables import Column, Table, write_csv
 from vtok.eval.runs import loader, runner
+from vtok.eval.runs.again import configs_of
+from vtok.eval.tasks.vqa.data import Question, VQAData
+from vtok.eval.viz.prompt_overlay import by_cell, crops_grid, survivors
 from vtok.registry import encoder_methods
 
 Columns = Callable[[Section], Sequence[Column]]
@@ -70,6 +76,51 @@ def short_table(section: Section) -> Table:
     return Table.of(
         section.rows, columns, title, caption, style=lambda row: "dim" if row.baseline else None, part=lambda row: row.budget
     )
+
+
+def setting_of(row: Row) -> Setting:
+    """What a row was measured with, every number resolved."""
+    return Setting(configs_of(row.record))
+
+
+def settings_near(section: Section, methods: Sequence[str], tokens: int, distance: float) -> list[tuple[str, Setting]]:
+    """(name, setting) of methods, each with about so many tokens, as far as there are some.
+
+    Args:
+        section: of the settings.
+        methods: names, in the order that is wanted.
+        tokens: mean over the layers.
+        distance: from them, as a share, that still counts.
+    """
+    near = [row for row in section.patched if row.mean_tokens and abs(row.mean_tokens - tokens) < distance * tokens]
+    first = {row.method: row for row in reversed(near)}
+    return [(name, setting_of(first[name])) for name in methods if name in first]
+
+
+def overview_tokens(model: VisionLanguageModel) -> int:
+    """Tokens of the view of a whole page."""
+    vision = model.net.config.vision_config
+    return (vision.image_size // vision.patch_size) ** 2
+
+
+def kept_by_crop(
+    model: VisionLanguageModel, data: VQAData, questions: Sequence[Question], blank: np.ndarray, rows: Sequence[Row]
+) -> dict[str, tuple[float, float]]:
+    """Setting -> tokens that a (blank, filled) crop has in the last layer on average.
+
+    Args:
+        model: that reads pages.
+        data: where they come from.
+        questions: one a page.
+        blank: [pages, 4] bool, which quarters hold nothing.
+        rows: the settings.
+    """
+    found = {}
+    for row in rows:
+        left = survivors(model, setting_of(row).apply(weight_sharing_copy(model.net)), data, questions, new_tokens=1).left
+        cells = by_cell(crops_grid(left, overview_tokens(model)))
+        found[row.label] = float(cells[blank].mean()), float(cells[~blank].mean())
+    return found
 
 
 def show(section: Section, console: Console, shown: Table | None = None) -> list[Record]:

@@ -16,19 +16,17 @@ from rich.console import Console
 from vtok.errors import ConfigError
 from vtok.eval.common import terminal
 from vtok.eval.common.records import Record
-from vtok.eval.common.settings import Setting, weight_sharing_copy
-from vtok.eval.demo.parts import measured, show, write_frame
+from vtok.eval.demo.parts import kept_by_crop, measured, overview_tokens, setting_of, show, write_frame
 from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_NEXT, VisionLanguageModel, load_vlm
 from vtok.eval.report.frame import frame
 from vtok.eval.report.plots import Panel, draw
-from vtok.eval.report.rows import Row
 from vtok.eval.report.sections import Section
 from vtok.eval.report.summary import blind_cells, metric_columns, part_columns, table
 from vtok.eval.report.tables import Column
 from vtok.eval.runs.again import configs_of
 from vtok.eval.tasks.vqa.data import EASY_VQA, PAGES, Question, VQAData
-from vtok.eval.tasks.vqa.opening import open_vqa
-from vtok.eval.viz.prompt_overlay import by_cell, crops_grid, question_sheet, survivors
+from vtok.eval.tasks.vqa.sources.opening import open_vqa
+from vtok.eval.viz.prompt_overlay import question_sheet
 
 QUESTIONS, PAGE_QUESTIONS = 500, 120
 CELL_PAGES = 40  # on which the tokens of blank and of filled crops are counted
@@ -91,23 +89,7 @@ def _kept_by_cell(model: VisionLanguageModel, section: Section) -> dict[str, tup
     one_each = list({q.image: q for q in data.questions}.values())
     chosen = [one_each[i * len(one_each) // CELL_PAGES] for i in range(CELL_PAGES)]
     blank = load_reference_page_questions().cells[[q.image for q in chosen]].numpy() == BLANK  # [pages, 4]
-    kept = {}
-    for row in section.patched:
-        found = survivors(model, _setting(row).apply(weight_sharing_copy(model.net)), data, chosen, new_tokens=1)
-        cells = by_cell(crops_grid(found.left, overview_tokens(model)))
-        kept[row.label] = float(cells[blank].mean()), float(cells[~blank].mean())
-    return kept
-
-
-def overview_tokens(model: VisionLanguageModel) -> int:
-    """Tokens of the view of a whole page."""
-    vision = model.net.config.vision_config
-    return (vision.image_size // vision.patch_size) ** 2
-
-
-def _setting(row: Row) -> Setting:
-    """What a row was measured with, every number resolved."""
-    return Setting(configs_of(row.record))
+    return kept_by_crop(model, data, chosen, blank, section.patched)
 
 
 def _plot(pictures: Section, pages: Section, path: Path) -> None:
@@ -135,7 +117,7 @@ def write_overlays(
 ) -> None:
     """Two pictures with two questions each under every method alone, and four pages from sparse to dense."""
     data = open_vqa(EASY_VQA)
-    alone = {row.method: _setting(row) for row in pictures.patched if len(configs_of(row.record)) == 1}
+    alone = {row.method: setting_of(row) for row in pictures.patched if len(configs_of(row.record)) == 1}
     question_sheet(
         llava,
         data,
@@ -149,7 +131,7 @@ def write_overlays(
         next_,
         found,
         [next(q for q in found.questions if q.groups["density"] == n) for n in "1234"],
-        [(row.label, _setting(row)) for row in pages.patched],
+        [(row.label, setting_of(row)) for row in pages.patched],
         out / "vqa_pages_overlay.png",
         "tokens of the crops that enter the LLM; dropped ones are blue",
         overview_tokens(next_),

@@ -13,16 +13,14 @@ from rich.console import Console
 from vtok.eval.common import terminal
 from vtok.eval.common.dtypes import fastest_on_cpu
 from vtok.eval.common.records import Record
-from vtok.eval.common.settings import Setting
-from vtok.eval.demo.parts import measured, short_table, show, write_frame
+from vtok.eval.demo.parts import measured, settings_near, short_table, show, write_frame
 from vtok.eval.models.vlm import REFERENCE_SCENES, load_vlm
 from vtok.eval.report.plots import plot
 from vtok.eval.report.sections import Section
 from vtok.eval.report.summary import part_columns
 from vtok.eval.report.tables import Column, Table
-from vtok.eval.runs.again import configs_of
 from vtok.eval.tasks.vqa.data import SCENES, Question, VQAData
-from vtok.eval.tasks.vqa.opening import open_vqa
+from vtok.eval.tasks.vqa.sources.opening import open_vqa
 from vtok.eval.viz.prompt_overlay import question_sheet
 
 QUESTIONS = 200
@@ -69,9 +67,7 @@ def kinds_table(section: Section) -> Table:
 def write_scenes_sheet(section: Section, path: Path) -> None:
     """What methods of `SHOWN` with about `SHOWN_TOKENS` tokens keep for two questions about one scene."""
     model, data = load_vlm(REFERENCE_SCENES), open_vqa(SCENES)
-    near = [row for row in section.patched if row.mean_tokens and abs(row.mean_tokens - SHOWN_TOKENS) < 0.1 * SHOWN_TOKENS]
-    first = {row.method: row for row in reversed(near)}
-    settings = [(name, Setting(configs_of(first[name].record))) for name in SHOWN if name in first]
+    settings = settings_near(section, SHOWN, SHOWN_TOKENS, 0.1)
     heading = "patches whose tokens reach the last layer of the LLM; dropped ones are blue"
     question_sheet(model, data, two_questions(data), settings, path, heading)
 

@@ -21,7 +21,7 @@ from vtok.eval.models.reference_vlm import save_folder
 from vtok.eval.models.vlm import REFERENCE_LLAVA, load_vlm
 from vtok.eval.tasks.vqa.data import EASY_VQA, VQAData
 from vtok.eval.tasks.vqa.metrics import exact_match
-from vtok.eval.tasks.vqa.opening import open_vqa
+from vtok.eval.tasks.vqa.sources.opening import open_vqa
 from vtok.writing import write
 
 TASK = "vtok_easy_vqa"

@@ -4,14 +4,14 @@ A name is timm's, `reference` (or `reference-vit`), `reference-clip` (both come 
 with a package), a bundled vision-language model's (`reference-llava`, `reference-llava-next`, `reference-scenes`,
 `reference-print`), or starts
 with its library: `open_clip:ViT-B-16` (its image tower; `open_clip:ViT-B-16/openai` with weights) or `transformers:OWNER/NAME`.
-Architectures in `HUGGING_FACE` are built without asking the hub for a configuration, and so are the vision-language models in
-`prompts.ARCHITECTURES` and, without weights (`meta`), the checkpoints in `architectures.PUBLISHED`.
+Architectures in `HUGGING_FACE` are built without asking the hub for a configuration, and so are the vision-language models of
+`configs/architectures.yaml`: those in `ARCHITECTURES` and, without weights (`meta`), the checkpoints in `PUBLISHED`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from vtok.errors import ConfigError, MissingExtraError, unknown
 from vtok.eval.common.settings import towers
-from vtok.eval.models.architectures import PUBLISHED, build_published
+from vtok.eval.models.architectures import ARCHITECTURES, PUBLISHED, Architecture, build_architecture, build_published
 from vtok.eval.models.clip import REFERENCE as REFERENCE_CLIP
 from vtok.eval.models.data import normalise
 from vtok.eval.models.dinov2 import REFERENCE_DINOV2, load_clip_art
-from vtok.eval.models.random_vlm import ARCHITECTURES, build
+from vtok.eval.models.random_vlm import build
 from vtok.eval.models.reference import (
     load_reference_clip,
     load_reference_images,
@@ -45,7 +45,7 @@ _REFERENCE: dict[str, Callable[[], Any]] = {
     REFERENCE_DINOV2: load_clip_art,
 }
 # Name -> (class of transformers, what its configuration changes of the defaults): for runs with random weights.
-HUGGING_FACE: dict[str, tuple[str, Mapping[str, Any]]] = {
+HUGGING_FACE: dict[str, Architecture] = {
     "vit-base-patch16-224": ("ViTForImageClassification", {"num_labels": 1000}),
     "clip-vit-base-patch16": ("CLIPVisionModelWithProjection", {"patch_size": 16}),
 }
@@ -157,10 +157,7 @@ def _hugging_face(name: str, pretrained: bool, img_size: int | None, seed: int, 
             raise ConfigError(
                 f"{name} is an architecture; for weights name a model of the hub or a folder: transformers:OWNER/NAME"
             )
-        kind, changes = HUGGING_FACE[name]
-        cls: Any = getattr(transformers, kind)
-        with torch.device("meta" if meta else "cpu"):
-            return cls(cls.config_class(**changes, **size)).eval()
+        return build_architecture(HUGGING_FACE[name], "meta" if meta else "cpu", **size)
     if meta and name in PUBLISHED and img_size is None:
         return build_published(name)
     if "/" not in name and not is_folder(name):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,54 +10,18 @@ from torch import Tensor, nn
 
 from vtok.cost.prefill import Prompt
 from vtok.errors import ConfigError, UnsupportedModelError
+from vtok.eval.models.architectures import ARCHITECTURES, build_architecture
 from vtok.patches.hf_vlm.families import VLM
 from vtok.patches.hf_vlm.macs import stated_image
 from vtok.targets import vlm_targets
 
 _FRONT = 2  # words in front of the first image
-# Name -> (class of transformers, its configuration). Random weights; the shares of tower and LLM are those of the real model.
-ARCHITECTURES: dict[str, tuple[str, Mapping[str, Any]]] = {
-    # LLaVA-1.5 with 576 visual tokens of a CLIP tower at 336 px: width and depth of LLM and tower divided by about ten, so
-    # that the tower has 4 % of the MACs of an unpruned prefill, as it has in the 7B model.
-    "llava-1.5-scaled": (
-        "LlavaForConditionalGeneration",
-        {
-            "vision_config": {
-                "model_type": "clip_vision_model",
-                "hidden_size": 96,
-                "intermediate_size": 384,
-                "num_hidden_layers": 4,
-                "num_attention_heads": 3,
-                "image_size": 336,
-                "patch_size": 14,
-                "projection_dim": 96,
-            },
-            "text_config": {
-                "model_type": "llama",
-                "hidden_size": 384,
-                "intermediate_size": 1032,
-                "num_hidden_layers": 8,
-                "num_attention_heads": 6,
-                "num_key_value_heads": 6,
-                "vocab_size": 4096,
-                "max_position_embeddings": 2048,
-            },
-            "image_token_index": 4000,
-            "vision_feature_layer": -2,
-        },
-    ),
-}
 
 
 def build(name: str, seed: int = 0, meta: bool = False, **changes: Any) -> nn.Module:
     """A model of `ARCHITECTURES` in eval mode, on SDPA; `changes` replaces entries of its configuration."""
-    import transformers
-
-    kind, config = ARCHITECTURES[name]
-    cls: Any = getattr(transformers, kind)
     torch.manual_seed(seed)
-    with torch.device("meta" if meta else "cpu"):
-        return cls(cls.config_class(**{**config, **changes})).eval()
+    return build_architecture(ARCHITECTURES[name], "meta" if meta else "cpu", **changes)
 
 
 def sample_prompts(model: nn.Module, batch_size: int, prompt: Prompt | None = None, seed: int = 0) -> dict[str, Tensor]:

@@ -68,7 +68,8 @@ def make_next_processor(anatomy: ReferenceLLaVANeXT) -> Any:
     """A `LlavaNextProcessor` for pages and prompts."""
     from transformers import LlavaNextImageProcessor, LlavaNextProcessor
 
-    return processor_of(LlavaNextProcessor, LlavaNextImageProcessor, anatomy, image_grid_pinpoints=anatomy.pinpoints())
+    sizes, grids = (anatomy.image_size, anatomy.patch_size), anatomy.pinpoints()
+    return processor_of(LlavaNextProcessor, LlavaNextImageProcessor, *sizes, image_grid_pinpoints=grids)
 
 
 def differences(weights: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Tensor]:

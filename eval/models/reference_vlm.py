@@ -191,29 +191,40 @@ def make_processor(anatomy: ReferenceLLaVA) -> Any:
     """A `LlavaProcessor` for pictures and prompts."""
     from transformers import CLIPImageProcessor, LlavaProcessor
 
-    return processor_of(LlavaProcessor, CLIPImageProcessor, anatomy)
+    return processor_of(LlavaProcessor, CLIPImageProcessor, anatomy.image_size, anatomy.patch_size)
 
 
-def processor_of(kind: Any, image_kind: Any, anatomy: ReferenceLLaVA, **images: Any) -> Any:
+def processor_of(
+    kind: Any,
+    image_kind: Any,
+    side: int,
+    patch_size: int,
+    mean: Sequence[float] = (MEAN,) * 3,
+    std: Sequence[float] = (STD,) * 3,
+    words: Sequence[str] = WORDS,
+    **images: Any,
+) -> Any:
     """A processor whose image processor brings pictures to the size and scale of the tower.
 
     Args:
         kind: class of the processor.
         image_kind: class of its image processor.
-        anatomy: of the model.
+        side: of what the tower sees, in pixels.
+        patch_size: of the tower.
+        mean, std: of pixels in [0, 1], one a colour.
+        words: that the tokenizer knows.
         **images: further settings of the image processor.
     """
-    side = anatomy.image_size
     return kind(
         image_processor=image_kind(
             size={"shortest_edge": side},
             crop_size={"height": side, "width": side},
-            image_mean=[MEAN] * 3,
-            image_std=[STD] * 3,
+            image_mean=list(mean),
+            image_std=list(std),
             **images,
         ),
-        tokenizer=make_tokenizer(),
-        patch_size=anatomy.patch_size,
+        tokenizer=make_tokenizer(words),
+        patch_size=patch_size,
         vision_feature_select_strategy="default",
         image_token=IMAGE_TOKEN,
         num_additional_image_tokens=1,  # the class token, which "default" takes away again
@@ -222,11 +233,27 @@ def processor_of(kind: Any, image_kind: Any, anatomy: ReferenceLLaVA, **images: 
 
 def save_folder(folder: Path, model: Any, processor: Any) -> None:
     """Writes a folder for `from_pretrained`: weights in fp16 that load as fp32, configuration, tokenizer, preprocessing."""
+    save_settings(folder, model, processor)
+    save_weights(folder / LLAVA_WEIGHTS, model)
+
+
+def save_weights(path: Path, model: Any, without: str | None = None) -> None:
+    """Writes the weights in fp16, those left out whose names start with a text."""
     from safetensors.torch import save
 
-    save_settings(folder, model, processor)
-    weights = {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}
-    write(folder / LLAVA_WEIGHTS, save(weights, metadata={"format": "pt"}))
+    kept = {k: v for k, v in model.state_dict().items() if without is None or not k.startswith(without)}
+    write(path, save({k: v.detach().half().contiguous() for k, v in kept.items()}, metadata={"format": "pt"}))
+
+
+def load_weights(name: str) -> dict[str, Tensor]:
+    """Bundled weights, which are kept in fp16, in fp32.
+
+    Raises:
+        ConfigError: they are not there.
+    """
+    from safetensors.torch import load_file
+
+    return {k: v.float() for k, v in load_file(asset(name)).items()}
 
 
 def save_settings(folder: Path, model: Any, processor: Any) -> None:

@@ -57,21 +57,22 @@ def table(section: Section, extra: Sequence[Column] = (), digits: int = 2, brief
     )
 
 
-def told(section: Section, records: Path | None = None) -> list[str]:
+def told(section: Section, records: Path | None = None, most: int = _SKIPPED) -> list[str]:
     """What stands below the table of a section: what its numbers support, throughput of several processes, notes, files that
     were left out.
 
     Args:
         section: of the table.
         records: file in which all that were left out are named; `None` = there is none.
+        most: files that are named one by one.
     """
     first = section.first
     speeds = [line for row in section.rows if (line := throughput_line(row.label, row.record))]
     notes = [f"note: {note}" for note in first.get("notes", ())]
     left = [f"{one['file']} was skipped: {one['reason']}" for one in first.get("skipped", ())]
-    if len(left) > _SKIPPED:
+    if len(left) > most:
         where = "" if records is None else f", see {records}"
-        left[_SKIPPED:] = [f"and {len(left) - _SKIPPED} other files were skipped{where}"]
+        left[most:] = [f"and {len(left) - most} other files were skipped{where}"]
     return [*(finding.words for finding in findings(section)), *speeds, *notes, *left]
 
 
@@ -90,14 +91,14 @@ def _gap(gaps: Mapping[int, Interval], row: Row) -> str:
     return with_sign(gaps[id(row)]) if id(row) in gaps else "-"
 
 
-def metric_columns(names: Sequence[str]) -> list[Column]:
+def metric_columns(names: Sequence[str], digits: int = 1) -> list[Column]:
     """Further metrics in percent, each beside its difference to unpatched where records have one."""
     found = []
     for name in names:
         label = Score(name, 0.0).label
-        found.append(Column(f"{label} %", partial(_metric, name=name)))
+        found.append(Column(f"{label} %", partial(_metric, name=name, digits=digits)))
         if name not in _WITHOUT:
-            found.append(Column("vs", partial(_metric, name=f"{name}_difference", sign="+")))
+            found.append(Column("vs", partial(_metric, name=f"{name}_difference", digits=digits, sign="+")))
     return found
 
 

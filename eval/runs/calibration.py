@@ -47,7 +47,7 @@ def images(brought: str, named: str | None, model: nn.Module | DualEncoder, opti
 
 
 def _named(named: str, options: Any, mode: str, count: int) -> CheckedImages:
-    from vtok.eval.tasks.captions import open_captions
+    from vtok.eval.tasks.clip.captions import open_captions
 
     if named.endswith(".json"):
         return CheckedImages(open_captions(named, options.split, getattr(options, "images", ""), None), mode, count)

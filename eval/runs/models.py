@@ -29,7 +29,7 @@ from vtok.eval.runs.schema import BUNDLED_DATA, REFERENCE
 from vtok.eval.tasks import TASKS
 from vtok.eval.tasks.fashion import is_fashion
 from vtok.eval.tasks.pictures import is_bundled
-from vtok.eval.tasks.vqa.hub import HUB
+from vtok.eval.tasks.vqa.sources.hub import HUB
 from vtok.reading import exists
 from vtok.targets import vlm_targets
 
@@ -216,7 +216,7 @@ def calibration_for(task: str, config: Any, model: Any, options: Any) -> Any:
 def _prompts(model: VisionLanguageModel, named: str | None) -> Any:
     """Inputs of some questions, one a batch where they come from a run's own data."""
     if named is not None:
-        from vtok.eval.tasks.vqa.opening import open_vqa
+        from vtok.eval.tasks.vqa.sources.opening import open_vqa
 
         data = open_vqa(named).take(CALIBRATION_PROMPTS)
         return [model.inputs([data.read(q.image)], [q.text + data.prompt]) for q in data.questions]
@@ -224,9 +224,9 @@ def _prompts(model: VisionLanguageModel, named: str | None) -> Any:
         pages = calibration_pages()
         return [model.inputs(pages, ["is top left blank?"] * len(pages))]
     if model.name == REFERENCE_PRINT:
-        from vtok.eval.tasks.vqa.opening import calibration_printed_pages
+        from vtok.eval.tasks.vqa.sources.opening import printed_pages
 
-        data = calibration_printed_pages()
+        data = printed_pages(calibration=True)
         first = list({q.image: q for q in data.questions}.values())[:CALIBRATION_PROMPTS]
         return [model.inputs([data.read(q.image) for q in first], [first[0].text] * len(first))]
     from PIL import Image

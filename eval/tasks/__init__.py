@@ -37,9 +37,9 @@ TASKS: Registry[Any] = Registry(
         **{name: f"vtok.eval.tasks.vqa.evaluate:BY_TASK.{name}" for name in _QUESTIONS},
         "agreement": "vtok.eval.tasks.agreement:evaluate",
         "imagenet": "vtok.eval.tasks.imagenet:evaluate",
-        "retrieval": "vtok.eval.tasks.retrieval:evaluate",
+        "retrieval": "vtok.eval.tasks.clip.retrieval:evaluate",
         "vqa": "vtok.eval.tasks.vqa.evaluate:evaluate",
-        "zeroshot": "vtok.eval.tasks.zeroshot:evaluate",
+        "zeroshot": "vtok.eval.tasks.clip.zeroshot:evaluate",
     },
     group="vtok.tasks",
 )

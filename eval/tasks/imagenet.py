@@ -136,9 +136,7 @@ def evaluate(
         MissingExtraError: timm is not installed.
     """
     options = options or Options()
-    chosen = [Setting.of(value) for value in settings]
-    if not chosen:
-        raise ConfigError("nothing to evaluate: name at least one setting, None for the unpatched model")
+    chosen = Setting.several(settings)
     scorer, data = Scorer.load(options.valid_labels, options.real_labels), _open(os.fspath(data_dir), options)  # before weights
     net = load_named(model, options) if isinstance(model, str) else model
     name = model if isinstance(model, str) else model_name(model)

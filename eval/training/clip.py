@@ -1,7 +1,7 @@
 """Trains the reference CLIP on pages of easy-VQA pictures: `python -m vtok.eval.training.clip`. Resumes wherever it stopped.
 
 Most of the training runs on 64 patches of 16 x 16 pixels; then the patch embedding and the positions are resampled to the 256
-patches of 8 x 8 that the model ends with, as in `train_vit`. Every batch holds groups of four pages that differ in one respect,
+patches of 8 x 8 that the model ends with, as in `training.vit`. A batch holds groups of four pages that differ in one respect,
 so that the loss falls only for a model that reads every cell, and some single pictures under plain prompts.
 """
 
@@ -42,11 +42,12 @@ from vtok.eval.models.reference import (
     preprocess_config,
 )
 from vtok.eval.training.bpe import learn_merges, write_merges
-from vtok.eval.training.loop import Stage, StageRun, load_checkpoint, parser, stage_seed
+from vtok.eval.training.loop import Every, Stage, StageRun, load_checkpoint, parser, resample_patches, stage_seed
 from vtok.writing import write
 
 TEST_GROUPS, TEST_SEED = 250, 1
 CALIBRATION_GROUPS, CALIBRATION_SEED = 25, 2
+EVERY = Every(25, 25, 250)
 
 
 @dataclass(frozen=True)
@@ -142,15 +143,10 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, meaning: Tensor
 
 
 def resample(model: nn.Module, anatomy: PageCLIP, patch_size: int) -> nn.Module:
-    """The same model on patches of another size: patch embedding and positions are interpolated as timm does it."""
-    from timm.layers import resample_abs_pos_embed, resample_patch_embed
-
-    finer = replace(anatomy, patch_size=patch_size).build()
-    weights = model.state_dict()
-    weights["visual.conv1.weight"] = resample_patch_embed(weights["visual.conv1.weight"], [patch_size] * 2)
-    grid = anatomy.image_size // patch_size
-    positions = resample_abs_pos_embed(weights["visual.positional_embedding"][None], [grid, grid], num_prefix_tokens=1)
-    weights["visual.positional_embedding"] = positions[0]
+    """The same model on patches of another size."""
+    finer, weights = replace(anatomy, patch_size=patch_size).build(), model.state_dict()
+    names = ("visual.conv1.weight", "visual.positional_embedding")
+    resample_patches(weights, *names, patch_size, anatomy.image_size)
     finer.load_state_dict(weights)
     return finer
 
@@ -169,23 +165,14 @@ def recalls(model: nn.Module, images: Tensor, captions: list[str], tokenizer: An
     return image, text
 
 
-def train(
-    recipe: Recipe,
-    checkpoint: Path,
-    data: Path | None = None,
-    log_every: int = 25,
-    save_every: int = 25,
-    test_every: int = 250,
-) -> nn.Module:
+def train(recipe: Recipe, checkpoint: Path, data: Path | None = None, every: Every = EVERY) -> nn.Module:
     """Runs (or resumes) the whole recipe.
 
     Args:
         recipe: what to do.
-        checkpoint: file that holds weights, optimiser and position; read if it exists, rewritten every `save_every` steps.
+        checkpoint: file that holds weights, optimiser and position; read if it exists.
         data: folder of easy-VQA, or `None` (see `load_easyvqa`).
-        log_every: steps between log lines.
-        save_every: steps between checkpoints.
-        test_every: steps between recalls on pages of held-out training pictures.
+        every: what is done every so many steps.
 
     Returns:
         The trained model (fp32, eval mode).
@@ -214,8 +201,8 @@ def train(
             model, patch_size = resample(model, recipe.model, stage.patch_size), stage.patch_size
         if saved is None or saved["stage"] <= number:
             total = round(stage.epochs * STEPS_PER_EPOCH)
-            run = StageRun(model.train(), stage, number, total, recipe, checkpoint, log_every, save_every, clamp)
-            run.run(partial(_loss, model, recipe, number, source, tokenizer), saved, test, test_every)
+            run = StageRun(model.train(), stage, number, total, recipe, checkpoint, every, clamp)
+            run.run(partial(_loss, model, recipe, number, source, tokenizer), saved, test)
     return model.eval()
 
 
@@ -265,7 +252,7 @@ def _write_pages(folder: Path, name: str, pictures: Tensor, classes: Tensor, gro
 
 def main() -> None:
     """Command line."""
-    args = parser(__doc__, "easyvqa_clip.pt", "model and pages").parse_args()
+    args = parser(__doc__, "easyvqa_clip.pt", "model and pages", "the package easy-vqa").parse_args()
     recipe = Recipe()
     model = train(recipe, args.checkpoint, args.data)
     pictures, classes = load_easyvqa("test", args.data)

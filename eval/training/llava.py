@@ -38,10 +38,20 @@ from vtok.eval.models.reference_vlm import (
     save_folder,
     write_questions,
 )
-from vtok.eval.training.loop import Stage, StageRun, epoch_rows, load_checkpoint, parser, save_atomically
+from vtok.eval.training.loop import (
+    Every,
+    Stage,
+    StageRun,
+    epoch_rows,
+    load_checkpoint,
+    parser,
+    resample_patches,
+    save_atomically,
+)
 from vtok.eval.training.turns import IGNORED, Turn, Turns, answer_logits, pack
 
 ANSWER_TOKENS = 4
+EVERY = Every(50, 25, 500)
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ class Recipe:
         warmup: share of a stage's steps spent warming up.
         weight_decay: AdamW's, on matrices only.
         shift: largest random translation in pixels; pictures are also mirrored both ways at random.
-        held_out: training pictures whose class is known kept away from training: the calibration set of `train_clip`.
+        held_out: training pictures whose class is known kept away from training: the calibration set of `training.clip`.
         model: the model that comes out; only its patch size changes with the stage.
         seed: of initialisation, order, choice of questions and augmentation.
     """
@@ -93,17 +103,12 @@ def augment(pictures: Tensor, shift: int) -> Tensor:
 
 
 def resample(model: Any, anatomy: ReferenceLLaVA, patch_size: int) -> Any:
-    """The same model on patches of another size: patch embedding and positions are interpolated as timm does it."""
-    from timm.layers import resample_abs_pos_embed, resample_patch_embed
-
-    finer = replace(anatomy, patch_size=patch_size)
+    """The same model on patches of another size."""
     weights = model.state_dict()
-    (patches,) = (k for k in weights if k.endswith("embeddings.patch_embedding.weight"))
-    (places,) = (k for k in weights if k.endswith("embeddings.position_embedding.weight"))
-    weights[patches] = resample_patch_embed(weights[patches], [patch_size] * 2)
-    grid = anatomy.image_size // patch_size
-    weights[places] = resample_abs_pos_embed(weights[places][None], [grid, grid], num_prefix_tokens=1)[0]
-    built = finer.build()
+    ends = ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight")
+    patches, places = (next(name for name in weights if name.endswith(end)) for end in ends)
+    resample_patches(weights, patches, places, patch_size, anatomy.image_size)
+    built = replace(anatomy, patch_size=patch_size).build()
     built.load_state_dict(weights)
     return built
 
@@ -211,24 +216,15 @@ def packed_accuracy(model: Any, lessons: Lessons, batch_size: int = 50) -> float
     return hits / total
 
 
-def train(
-    recipe: Recipe,
-    checkpoint: Path,
-    data: Path | None = None,
-    log_every: int = 50,
-    save_every: int = 25,
-    test_every: int = 500,
-) -> Any:
+def train(recipe: Recipe, checkpoint: Path, data: Path | None = None, every: Every = EVERY) -> Any:
     """Runs (or resumes) the whole recipe.
 
     Args:
         recipe: what to do.
-        checkpoint: file that holds weights, optimiser and position; read if it exists, rewritten every `save_every` steps. The
+        checkpoint: file that holds weights, optimiser and position; read if it exists. The
             model at the end of each stage is written next to it.
         data: folder of easy-VQA, or `None` (see `load_easyvqa`).
-        log_every: steps between log lines.
-        save_every: steps between checkpoints.
-        test_every: steps between accuracies on held-out training pictures.
+        every: what is done every so many steps.
 
     Returns:
         The trained model (fp32, eval mode).
@@ -251,8 +247,9 @@ def train(
             continue
         total = round(stage.epochs * (len(lessons.pictures) // recipe.batch_size))
         trained = nn.ModuleList([model.train(), namer])
-        run = StageRun(trained, stage, number, total, recipe, checkpoint, log_every, save_every)
-        run.run(partial(_loss, model, namer, recipe, number, lessons), saved, test, test_every if number else None)
+        own = every if number else every._replace(test=None)
+        run = StageRun(trained, stage, number, total, recipe, checkpoint, own)
+        run.run(partial(_loss, model, namer, recipe, number, lessons), saved, test)
         save_atomically(model.state_dict(), stage_file(checkpoint, number))
     return model.eval()
 
@@ -300,7 +297,7 @@ def export(model: Any, recipe: Recipe, folder: Path, data: Path | None = None) -
 
 
 def export_questions(folder: Path, recipe: Recipe, data: Path | None = None) -> None:
-    """Writes the questions, and the test pictures that `train_clip.export_data` leaves out: those of unknown class."""
+    """Writes the questions, and the test pictures that `training.clip.export_data` leaves out: those of unknown class."""
     folder.mkdir(parents=True, exist_ok=True)
     test, classes = load_questions("test", data)
     _, _, calibration = load_lessons(recipe.held_out, data)
@@ -311,7 +308,7 @@ def export_questions(folder: Path, recipe: Recipe, data: Path | None = None) -> 
 
 def main() -> None:
     """Command line."""
-    args = parser(__doc__, "easyvqa_llava.pt", "model and questions").parse_args()
+    args = parser(__doc__, "easyvqa_llava.pt", "model and questions", "the package easy-vqa").parse_args()
     recipe = Recipe()
     model = train(recipe, args.checkpoint, args.data)
     if args.export is not None:

@@ -37,13 +37,14 @@ from vtok.eval.models.reference_next import (
 )
 from vtok.eval.models.reference_vlm import EOS, LLAVA_FOLDER, load_reference_llava, make_tokenizer, save_settings
 from vtok.eval.training.llava import augment, right_answers, stage_file
-from vtok.eval.training.loop import Stage, StageRun, load_checkpoint, parser, stage_seed
+from vtok.eval.training.loop import Every, Stage, StageRun, load_checkpoint, parser, stage_seed
 from vtok.eval.training.turns import IGNORED, Turn, answer_logits, pack
 from vtok.writing import write
 
 STEPS_PER_EPOCH = 100
 TEST_PAGES, TEST_SEED = 600, 3
 HELD_OUT_PAGES, HELD_OUT_SEED = 60, 4
+EVERY = Every(25, 25, 50)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Recipe:
         warmup: share of the steps spent warming up.
         weight_decay: AdamW's, on matrices only.
         shift: largest random translation of a picture in its cell, in pixels; pictures are also mirrored both ways at random.
-        held_out: training pictures kept away from training, as in `train_llava`.
+        held_out: training pictures kept away from training, as in `training.llava`.
         model: the model that comes out.
         seed: of every page drawn.
     """
@@ -200,25 +201,15 @@ def start(anatomy: ReferenceLLaVANeXT, llava: dict[str, Tensor]) -> Any:
     return model
 
 
-def train(
-    recipe: Recipe,
-    checkpoint: Path,
-    llava: Path,
-    data: Path | None = None,
-    log_every: int = 25,
-    save_every: int = 25,
-    test_every: int = 50,
-) -> Any:
+def train(recipe: Recipe, checkpoint: Path, llava: Path, data: Path | None = None, every: Every = EVERY) -> Any:
     """Runs (or resumes) the whole recipe.
 
     Args:
         recipe: what to do.
-        checkpoint: file that holds weights, optimiser and position; read if it exists, rewritten every `save_every` steps.
-        llava: weights of the LLaVA on 64 tokens, as `train_llava` leaves them behind.
+        checkpoint: file that holds weights, optimiser and position; read if it exists.
+        llava: weights of the LLaVA on 64 tokens, as `training.llava` leaves them behind.
         data: folder of easy-VQA, or `None` (see `load_easyvqa`).
-        log_every: steps between log lines.
-        save_every: steps between checkpoints.
-        test_every: steps between accuracies on pages of held-out training pictures.
+        every: what is done every so many steps.
 
     Returns:
         The trained model (fp32, eval mode).
@@ -244,8 +235,8 @@ def train(
     for number, stage in enumerate(recipe.stages):
         if saved is None or saved["stage"] <= number:
             total, trained = round(stage.epochs * STEPS_PER_EPOCH), nn.ModuleList([model.train(), placer])
-            run = StageRun(trained, stage, number, total, recipe, checkpoint, log_every, save_every)
-            run.run(partial(_loss, model, placer, recipe, number, source, tokenizer), saved, test, test_every)
+            run = StageRun(trained, stage, number, total, recipe, checkpoint, every)
+            run.run(partial(_loss, model, placer, recipe, number, source, tokenizer), saved, test)
     return model.eval()
 
 
@@ -269,7 +260,7 @@ def export_questions(folder: Path, data: Path | None = None) -> None:
 
 def main() -> None:
     """Command line."""
-    found = parser(__doc__, "easyvqa_llava_next.pt", "model and questions")
+    found = parser(__doc__, "easyvqa_llava_next.pt", "model and questions", "the package easy-vqa")
     standard = stage_file(cache_dir() / "train" / "easyvqa_llava.pt", 1)
     found.add_argument("--llava", type=Path, default=standard, help="weights to start from")
     args = found.parse_args()

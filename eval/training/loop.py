@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,14 @@ class Stage:
         up = max(1, round(warmup * total))
         down = 1 - (1 - self.final) * (step - up) / max(1, total - up)
         return self.lr * min((step + 1) / up, down)
+
+
+class Every(NamedTuple):
+    """Steps between log lines, between checkpoints, and between tests on held-out samples (`None` = no tests)."""
+
+    log: int = 25
+    save: int = 25
+    test: int | None = None
 
 
 class StageRecipe(Protocol):
@@ -78,6 +86,22 @@ def stage_seed(seed: int, number: int) -> int:
     return seed + 1_000_000 * (number + 1)
 
 
+def resample_patches(weights: dict[str, Tensor], patches: str, places: str, patch_size: int, image_size: int) -> None:
+    """Interpolates patch embedding and positions (the class token's first) to patches of another size, in place, as timm does.
+
+    Args:
+        weights: of a model, by name.
+        patches, places: names of the two.
+        patch_size: new side of a patch in pixels.
+        image_size: side of an image.
+    """
+    from timm.layers import resample_abs_pos_embed, resample_patch_embed
+
+    weights[patches] = resample_patch_embed(weights[patches], [patch_size] * 2)
+    grid = [image_size // patch_size] * 2
+    weights[places] = resample_abs_pos_embed(weights[places][None], grid, num_prefix_tokens=1)[0]
+
+
 def epoch_rows(recipe: StageRecipe, number: int, step: int, total: int) -> Tensor:
     """[batch_size] rows of a step's batch, of `total` in the random order of its epoch."""
     epoch, position = divmod(step, total // recipe.batch_size)
@@ -95,9 +119,8 @@ class StageRun:
         number: which stage it is, for the checkpoint and the random numbers.
         total: steps.
         recipe: see `StageRecipe`.
-        checkpoint: file that is written every `save_every` steps and at the end.
-        log_every: steps between log lines.
-        save_every: steps between checkpoints.
+        checkpoint: file that is written every so many steps and at the end.
+        every: see `Every`.
         after_step: called when the weights have changed.
     """
 
@@ -107,24 +130,18 @@ class StageRun:
     total: int
     recipe: StageRecipe
     checkpoint: Path
-    log_every: int
-    save_every: int
+    every: Every
     after_step: Callable[[], Any] = lambda: None
 
     def run(
-        self,
-        loss_of: Callable[[int], Tensor],
-        saved: dict[str, Any] | None,
-        test: Callable[[], Any] = lambda: None,
-        test_every: int | None = None,
+        self, loss_of: Callable[[int], Tensor], saved: dict[str, Any] | None, test: Callable[[], Any] = lambda: None
     ) -> None:
         """All steps, or those that a checkpoint leaves.
 
         Args:
             loss_of: step -> loss of its batch; it may use torch's global random numbers.
             saved: a checkpoint, of this stage or another.
-            test: called every `test_every` steps and at the end.
-            test_every: `None` = never.
+            test: called every so many steps and at the end.
         """
         optimizer = make_optimizer(self.trained, self.recipe.weight_decay)
         first, started = 0, time.monotonic()
@@ -144,27 +161,29 @@ class StageRun:
             optimizer.zero_grad()
             self.after_step()
             done = step + 1
-            if done % self.log_every == 0:
+            if done % self.every.log == 0:
                 rate = (done - first) * self.recipe.batch_size / (time.monotonic() - started)
                 where = f"stage {self.number} step {done}/{self.total}"
                 print(f"{where} loss {loss.item():.4f} {rate:.1f} images/s", flush=True)
-            if done % self.save_every == 0 or done == self.total:
+            if done % self.every.save == 0 or done == self.total:
                 state = {"model": self.trained.state_dict(), "optimizer": optimizer.state_dict()}
                 save_atomically({**state, "stage": self.number, "step": done}, self.checkpoint)
-            if test_every is not None and (done % test_every == 0 or done == self.total):
+            if self.every.test is not None and (done % self.every.test == 0 or done == self.total):
                 test()
 
 
-def parser(doc: str | None, checkpoint: str, exported: str) -> argparse.ArgumentParser:
+def parser(doc: str | None, checkpoint: str, exported: str, data: str = "") -> argparse.ArgumentParser:
     """The command line that all trainings have.
 
     Args:
         doc: of the module.
         checkpoint: name of the default file.
         exported: what `--export` writes.
+        data: where the data are that `--data` names another folder of; "" = there is no such flag.
     """
     found = argparse.ArgumentParser(description=doc)
     found.add_argument("--checkpoint", type=Path, default=cache_dir() / "train" / checkpoint)
-    found.add_argument("--data", type=Path, default=None, help="folder of the data (default: easy-vqa, or Debian's)")
+    if data:
+        found.add_argument("--data", type=Path, default=None, help=f"folder of the data (default: {data})")
     found.add_argument("--export", type=Path, default=None, help=f"folder that receives {exported}, e.g. assets")
     return found

@@ -9,7 +9,7 @@ Shapes: B sequences, P visual tokens each, T text tokens each, turns included.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +51,26 @@ def pack(turns: Sequence[Sequence[Turn]]) -> Turns:
             place[row, start:stop] = torch.arange(stop - start)
             start = stop
     return Turns(ids, targets, number, place)
+
+
+def draw_turns(by_kind: Sequence[Sequence[Turn]], count: int, weights: Sequence[int]) -> list[Turn]:
+    """`count` random questions about an image at most, kinds drawn by weight, none twice.
+
+    Args:
+        by_kind: all questions about it, kind by kind.
+        count: of questions.
+        weights: of the kinds.
+    """
+    chosen = []
+    for turns, weight in zip(by_kind, weights):
+        share = round(count * weight / sum(weights))
+        chosen += [turns[i] for i in torch.randperm(len(turns))[:share].tolist()]
+    return chosen
+
+
+def as_turns(encode: Callable[[str], list[int]], asked: Mapping[str, Sequence[tuple[str, str]]]) -> list[list[Turn]]:
+    """Questions and answers as tokens, kind by kind."""
+    return [[(encode(q), encode(a)[0]) for q, a in own] for own in asked.values()]
 
 
 def turn_mask(turn: Tensor, prefix: int, hidden: Tensor | None = None) -> Tensor:
@@ -132,6 +152,7 @@ def answered(
     return f"held-out questions: {sum(shares) / len(shares):.2f} % ({parts})"
 
 
-def write_blind_answers(path: Path, asked: Sequence[tuple[str, str]]) -> None:
-    """Writes the most frequent answer to every text among questions and answers."""
-    write(path, json.dumps(dict(sorted(blind_answers(*zip(*asked)).items())), indent=0) + "\n")
+def write_blind_answers(path: Path, asked: Iterable[Mapping[str, Sequence[tuple[str, str]]]]) -> None:
+    """Writes the most frequent answer to every text among questions and answers, image by image and kind by kind."""
+    pairs = [pair for by_kind in asked for own in by_kind.values() for pair in own]
+    write(path, json.dumps(dict(sorted(blind_answers(*zip(*pairs)).items())), indent=0) + "\n")

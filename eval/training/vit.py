@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from vtok.eval.models.data import load_fashion_mnist, normalise, write_idx
 from vtok.eval.models.reference import VIT_WEIGHTS, FashionViT, top1
-from vtok.eval.training.loop import Stage, StageRun, epoch_rows, load_checkpoint, parser
+from vtok.eval.training.loop import Every, Stage, StageRun, epoch_rows, load_checkpoint, parser
 from vtok.writing import write
+
+EVERY = Every(50, 200)
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,14 @@ def augment(images: Tensor, shift: int) -> Tensor:
     return F.pad(images, (shift,) * 4)[torch.arange(batch)[:, None, None], 0, rows, columns][:, None]
 
 
-def train(recipe: Recipe, checkpoint: Path, data: Path | None = None, log_every: int = 50, save_every: int = 200) -> nn.Module:
+def train(recipe: Recipe, checkpoint: Path, data: Path | None = None, every: Every = EVERY) -> nn.Module:
     """Runs (or resumes) the whole recipe.
 
     Args:
         recipe: what to do.
-        checkpoint: file that holds weights, optimiser and position; read if it exists, rewritten every `save_every` steps.
+        checkpoint: file that holds weights, optimiser and position; read if it exists.
         data: folder of the IDX files, or `None` (see `load_fashion_mnist`).
-        log_every: steps between log lines.
-        save_every: steps between checkpoints.
+        every: what is done every so many steps.
 
     Returns:
         The trained model (fp32, eval mode).
@@ -89,7 +90,7 @@ def train(recipe: Recipe, checkpoint: Path, data: Path | None = None, log_every:
             model.set_input_size(patch_size=(stage.patch_size, stage.patch_size))  # resamples weights and positions
         if saved is None or saved["stage"] <= number:
             total = round(stage.epochs * (len(images) // recipe.batch_size))
-            run = StageRun(model.train(), stage, number, total, recipe, checkpoint, log_every, save_every)
+            run = StageRun(model.train(), stage, number, total, recipe, checkpoint, every)
             run.run(partial(loss_of, number=number), saved)
     return model.eval()
 
@@ -114,7 +115,7 @@ def export(model: nn.Module, folder: Path, held_out: int, data: Path | None = No
 
 def main() -> None:
     """Command line."""
-    args = parser(__doc__, "fashion_vit.pt", "weights and images").parse_args()
+    args = parser(__doc__, "fashion_vit.pt", "weights and images", "Debian's dataset-fashion-mnist").parse_args()
     recipe = Recipe()
     model = train(recipe, args.checkpoint, args.data)
     images, labels = load_fashion_mnist("t10k", args.data)

@@ -14,6 +14,7 @@ from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_PRINT, REFERENCE_SCE
 from vtok.eval.options import Options, Source
 from vtok.eval.tasks.timm_pipeline import check_timm_name, create_model, data_config
 from vtok.eval.tasks.vqa.data import VQAData
+from vtok.eval.tasks.vqa.sources.opening import easy_vqa, open_vqa, printed_pages, scene_questions
 from vtok.eval.tune.samples import Samples, reference_clip_samples, reference_vit_samples
 from vtok.eval.tune.subjects import Encoder, Subject
 
@@ -82,35 +83,21 @@ def _reference_clip(config: MethodConfig, source: Source) -> Prepared:
     return Prepared(subject, calibration, compared, {"backend": "reference", "name": REFERENCE_CLIP}, {})
 
 
-def _reference_llava(config: MethodConfig, source: Source) -> Prepared:
-    from vtok.eval.tasks.vqa.opening import calibration_questions, easy_vqa
+def _asks(name: str, data: Callable[[bool], VQAData]) -> Callable[[MethodConfig, Source], Prepared]:
+    """A bundled model whose answers are one token; `data` are its questions, those to calibrate on if it is told so."""
 
-    return _asked(REFERENCE_LLAVA, calibration_questions(), easy_vqa(), config, source)
+    def prepared(config: MethodConfig, source: Source) -> Prepared:
+        from vtok.eval.tune.prompts import Prompts, prompt_samples
 
+        net = _on(load_vlm(name), source.device)
+        counts = (source.images, source.held_out_images, source.seed)
+        found = prompt_samples(net, data(True), data(False), *counts, labelled=True)
+        return Prepared(Prompts(net, config, found[0]), *found, {"backend": "reference", "name": name}, {})
 
-def _reference_scenes(config: MethodConfig, source: Source) -> Prepared:
-    from vtok.eval.tasks.vqa.opening import calibration_scenes, scene_questions
-
-    return _asked(REFERENCE_SCENES, calibration_scenes(), scene_questions(), config, source)
-
-
-def _reference_print(config: MethodConfig, source: Source) -> Prepared:
-    from vtok.eval.tasks.vqa.opening import calibration_printed_pages, printed_pages
-
-    return _asked(REFERENCE_PRINT, calibration_printed_pages(), printed_pages(), config, source)
-
-
-def _asked(name: str, first: VQAData, second: VQAData, config: MethodConfig, source: Source) -> Prepared:
-    """A bundled model whose answers are one token."""
-    from vtok.eval.tune.prompts import Prompts, prompt_samples
-
-    net = _on(load_vlm(name), source.device)
-    found = prompt_samples(net, first, second, source.images, source.held_out_images, source.seed, labelled=True)
-    return Prepared(Prompts(net, config, found[0]), *found, {"backend": "reference", "name": name}, {})
+    return prepared
 
 
 def _questions(name: str, config: MethodConfig, source: Source) -> Prepared:
-    from vtok.eval.tasks.vqa.opening import open_vqa
     from vtok.eval.tune.prompts import Prompts, prompt_samples
 
     assert source.data is not None
@@ -152,7 +139,7 @@ def _folder(model: str, config: MethodConfig, source: Source) -> Prepared:
 BUNDLED: dict[str, Callable[[MethodConfig, Source], Prepared]] = {
     REFERENCE: _reference_vit,
     REFERENCE_CLIP: _reference_clip,
-    REFERENCE_LLAVA: _reference_llava,
-    REFERENCE_SCENES: _reference_scenes,
-    REFERENCE_PRINT: _reference_print,
+    REFERENCE_LLAVA: _asks(REFERENCE_LLAVA, easy_vqa),
+    REFERENCE_SCENES: _asks(REFERENCE_SCENES, scene_questions),
+    REFERENCE_PRINT: _asks(REFERENCE_PRINT, printed_pages),
 }

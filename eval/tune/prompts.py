@@ -23,10 +23,9 @@ from vtok.cost.budget import solve_prompt, within
 from vtok.cost.prefill import Prompt, PromptEstimate
 from vtok.errors import UnsupportedModelError
 from vtok.eval.common.records import key_of
-from vtok.eval.common.settings import Setting, backend, weight_sharing_copy
+from vtok.eval.common.settings import Setting, backend, fingerprint, macs_fields, weight_sharing_copy
 from vtok.eval.models.vlm import VisionLanguageModel
 from vtok.eval.tasks.vqa.data import Question, VQAData
-from vtok.eval.tasks.vqa.job import fingerprint
 from vtok.eval.tune.samples import Batch, Samples, calibration_count, enough, shuffled
 from vtok.eval.tune.score import class_values
 from vtok.eval.tune.subjects import Priced
@@ -138,9 +137,7 @@ class Prompts:
         layers = [mean(lambda cost, i=i: cost.layers[i].visual) for i in range(self.info.depth)]  # type: ignore[misc]
         return {
             "tokens": {"in": layers[0], "out": layers[-1], "mean_per_layer": layers},
-            "gmacs": {name: value / 1e9 for name, value in macs.items()},
-            "gflops": {name: 2 * value / 1e9 for name, value in macs.items()},
-            "implied_speedup": macs["base"] / macs["model"],
+            **macs_fields(macs),
         }
 
 

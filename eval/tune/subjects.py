@@ -15,8 +15,7 @@ from vtok.core.search_space import Point, Space
 from vtok.cost.budget import solve, steps_of, within
 from vtok.cost.encoder import Estimate
 from vtok.errors import BudgetError, ConfigError, UnsupportedModelError
-from vtok.eval.common.settings import Setting, backend, mean_cost, pass_cost, weight_sharing_copy
-from vtok.eval.tasks.vqa.job import fingerprint
+from vtok.eval.common.settings import Setting, backend, fingerprint, mean_cost, pass_cost, weight_sharing_copy
 from vtok.eval.tune.samples import Samples
 from vtok.eval.tune.score import class_values, classifies, embedding_values, run
 from vtok.targets.encoder import estimate_cost, measured

@@ -20,8 +20,8 @@ from vtok.eval.common.pictures import open_picture
 from vtok.eval.common.settings import Setting, weight_sharing_copy
 from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_NEXT, REFERENCE_PRINT, REFERENCE_SCENES, VisionLanguageModel
 from vtok.eval.tasks.vqa.data import EASY_VQA, PAGES, PRINT, SCENES, VQAData
-from vtok.eval.tasks.vqa.opening import open_vqa
 from vtok.eval.tasks.vqa.pipeline import answer
+from vtok.eval.tasks.vqa.sources.opening import open_vqa
 from vtok.eval.viz.draw import Stage, TokenMaps, View
 from vtok.eval.viz.prompt_overlay import all_that_stays, kept_by_layer
 from vtok.patches.hf_packed.adapter import raster_places

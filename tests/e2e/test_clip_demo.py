@@ -10,7 +10,7 @@ pytest.importorskip("open_clip")
 from vtok.eval.demo import clip as clip_demo
 from vtok.eval.models.reference import load_reference_clip
 from vtok.eval.runs import runner
-from vtok.eval.tasks import retrieval, zeroshot
+from vtok.eval.tasks.clip import retrieval, zeroshot
 
 PICTURES, PAGES = 12, 10
 

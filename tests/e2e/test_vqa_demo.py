@@ -19,7 +19,7 @@ from vtok.eval.runs import loader
 from vtok.eval.runs import models as runs_models
 from vtok.eval.tasks.vqa import pipeline as vqa_pipeline
 from vtok.eval.tasks.vqa.data import PAGES
-from vtok.eval.tasks.vqa.opening import open_vqa
+from vtok.eval.tasks.vqa.sources.opening import open_vqa
 from vtok.eval.viz import prompt_overlay as vqa_overlay
 
 QUESTIONS, PAGE_QUESTIONS = 10, 8

@@ -17,10 +17,10 @@ from timm.data import create_transform, resolve_data_config
 
 import vtok
 from vtok.eval.tasks.class_folders import ClassFolders, labels_for, read_class_map, wordnet_ids
+from vtok.eval.tasks.clip.zeroshot import ZeroshotOptions, _names
 from vtok.eval.tasks.image_folder import open_dataset
 from vtok.eval.tasks.imagenet import evaluate, folder_labels
 from vtok.eval.tasks.timm_pipeline import Options
-from vtok.eval.tasks.zeroshot import ZeroshotOptions, _names
 
 NUMBERS = (0, 217, 482)
 IDS = ("n01440764", "n02102040", "n02979186")  # ImageNet's classes of these numbers

@@ -19,11 +19,11 @@ from vtok.eval.report.sections import sections
 from vtok.eval.runs import loader as runs
 from vtok.eval.runs import runner
 from vtok.eval.tasks import TASKS
-from vtok.eval.tasks.captions import open_captions
-from vtok.eval.tasks.retrieval import RetrievalOptions
-from vtok.eval.tasks.retrieval import evaluate as retrieval
-from vtok.eval.tasks.zeroshot import ZeroshotOptions, mean_per_class, templates
-from vtok.eval.tasks.zeroshot import evaluate as zeroshot
+from vtok.eval.tasks.clip.captions import open_captions
+from vtok.eval.tasks.clip.retrieval import RetrievalOptions
+from vtok.eval.tasks.clip.retrieval import evaluate as retrieval
+from vtok.eval.tasks.clip.zeroshot import ZeroshotOptions, mean_per_class, templates
+from vtok.eval.tasks.clip.zeroshot import evaluate as zeroshot
 
 open_clip = pytest.importorskip("open_clip")
 transformers = pytest.importorskip("transformers")
@@ -268,7 +268,7 @@ def test_the_command_line(clip_folder, karpathy, folder, tmp_path):
 
     common = ["--model", clip_folder, "-b", 6, "-j", 0, "-M", "tome:r=8", "--output", tmp_path]
     text = run("eval", "retrieval", *common, "--data", karpathy, "--recall-k", "1,2")
-    assert "image R@2" in text and "against unpatched, paired" in text and "5.jpg" in text
+    assert "image R@2" in text and "vs unpatched: paired" in text and "5.jpg was skipped" in text
     text = run("eval", "zeroshot", *common, "--data", folder, "--templates", "a {c}|one {c}")
     assert "acc1" in text and "implied" in text
     records = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]

@@ -8,6 +8,7 @@ import torch
 
 from vtok.eval.models.data import load_fashion_mnist, normalise, read_idx, write_idx
 from vtok.eval.models.reference import FashionViT, asset, load_reference_images, load_reference_vit, top1
+from vtok.eval.training.loop import Every
 from vtok.eval.training.vit import Recipe, Stage, augment, train
 
 
@@ -93,7 +94,7 @@ def small_set(tmp_path):
 def test_training_resumes_to_the_same_weights(small_set, tmp_path, monkeypatch):
     """Stopped in each stage and started again, training ends where an uninterrupted run ends; patches are resampled between."""
     recipe = Recipe(stages=(Stage(14, 2, 1e-3, 0.5), Stage(7, 2, 1e-3, 0.0)), batch_size=8, held_out=20)
-    straight = train(recipe, tmp_path / "a.pt", small_set, save_every=2)
+    straight = train(recipe, tmp_path / "a.pt", small_set, every=Every(save=2))
     assert straight.patch_embed.num_patches == 16
 
     class StopError(Exception):
@@ -112,8 +113,8 @@ def test_training_resumes_to_the_same_weights(small_set, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "save_atomically", stopping)
     for _ in range(3):
         with pytest.raises(StopError):
-            train(recipe, tmp_path / "b.pt", small_set, save_every=2)
-    resumed = train(recipe, tmp_path / "b.pt", small_set, save_every=2)
+            train(recipe, tmp_path / "b.pt", small_set, every=Every(save=2))
+    resumed = train(recipe, tmp_path / "b.pt", small_set, every=Every(save=2))
     for name, weight in straight.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name]), name
 

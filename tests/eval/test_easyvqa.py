@@ -23,7 +23,7 @@ from vtok.eval.models.easyvqa import (
 )
 from vtok.eval.models.reference import PageCLIP, asset, load_reference_pages, load_reference_pictures
 from vtok.eval.training.bpe import learn_merges, vocabulary_size, write_merges
-from vtok.eval.training.loop import Stage
+from vtok.eval.training.loop import Every, Stage
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -201,7 +201,7 @@ def test_resampling_keeps_the_function_nearly():
 
 
 def test_training_resumes_to_the_same_weights(folder, tmp_path, monkeypatch):
-    straight = train(RECIPE, tmp_path / "a" / "clip.pt", folder, save_every=2)
+    straight = train(RECIPE, tmp_path / "a" / "clip.pt", folder, every=Every(save=2))
     assert straight.visual.conv1.kernel_size == (32, 32) and not straight.training
 
     class StopError(Exception):
@@ -218,8 +218,8 @@ def test_training_resumes_to_the_same_weights(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(train_loop, "save_atomically", stopping)
     for _ in range(3):
         with pytest.raises(StopError):
-            train(RECIPE, tmp_path / "b" / "clip.pt", folder, save_every=2)
-    resumed = train(RECIPE, tmp_path / "b" / "clip.pt", folder, save_every=2)
+            train(RECIPE, tmp_path / "b" / "clip.pt", folder, every=Every(save=2))
+    resumed = train(RECIPE, tmp_path / "b" / "clip.pt", folder, every=Every(save=2))
     for name, weight in straight.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name]), name
 

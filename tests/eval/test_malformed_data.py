@@ -15,11 +15,11 @@ from PIL import Image
 
 import vtok
 from vtok.eval.tasks import QUESTION_TASKS
-from vtok.eval.tasks.captions import open_captions
+from vtok.eval.tasks.clip.captions import open_captions
 from vtok.eval.tasks.image_folder import Sample, Unreadable, open_dataset
 from vtok.eval.tasks.scoring import Scorer
-from vtok.eval.tasks.vqa.files import read_results
-from vtok.eval.tasks.vqa.opening import open_vqa
+from vtok.eval.tasks.vqa.sources.files import read_results
+from vtok.eval.tasks.vqa.sources.opening import open_vqa
 from vtok.eval.tasks.vqa.task import Sources
 from vtok.eval.viz.input import prepared
 

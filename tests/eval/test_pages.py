@@ -17,22 +17,20 @@ from vtok.eval.models import pages
 from vtok.eval.models.assets import asset
 from vtok.eval.models.pages import KINDS, draw_page
 from vtok.eval.models.pages.compose import INK_NAMES, INKS, PATCH, QUARTERS, SIZE, quarter_of
-from vtok.eval.models.pages.model import TRAINED, ReferencePrint, save_trained
+from vtok.eval.models.pages.model import TRAINED, ReferencePrint
 from vtok.eval.models.pages.print import FONTS, NAMES, load_print
-from vtok.eval.models.pages.questions import one_of_each, questions_about
-from vtok.eval.models.reference_vlm import IMAGE
+from vtok.eval.models.pages.questions import density, one_of_each, questions_about
+from vtok.eval.models.reference_vlm import IMAGE, save_weights
 from vtok.eval.runs.models import CALIBRATION_PROMPTS
-from vtok.eval.tasks.vqa.opening import calibration_printed_pages, open_vqa
 from vtok.eval.tasks.vqa.records import blind_scores
+from vtok.eval.tasks.vqa.sources.opening import open_vqa, printed_pages
 from vtok.eval.training import loop
-from vtok.eval.training.loop import Stage
+from vtok.eval.training.loop import Every, Stage
 from vtok.eval.training.pages import train as train_pages
 from vtok.eval.training.pages.looking import (
     INK_WORDS,
     NAME_WORDS,
     NOTHING,
-    UNCLEAR,
-    _missed,
     columns_of_crops,
     lay_out,
     looking_loss,
@@ -40,6 +38,7 @@ from vtok.eval.training.pages.looking import (
 )
 from vtok.eval.training.pages.reading import pixels_of, stacked, views
 from vtok.eval.training.pages.train import Recipe, build, train
+from vtok.eval.training.patch_words import UNCLEAR, missed
 from vtok.eval.training.turns import logits_and_states, pack
 
 TINY = ReferencePrint(width=16, hidden=16, depth=2, heads=2, text_width=16, text_hidden=16, text_depth=4, text_heads=4)
@@ -139,8 +138,8 @@ def test_answers_are_what_the_pages_show():
     asked = one_of_each("test", range(24))
     assert {one.kind for one in asked} == set(KINDS)
     for one in asked:
-        assert one.answer == true_answer(one.text, draw_page("test", one.page).words)
-        assert one.density == len({quarter_of(w.place) for w in draw_page("test", one.page).words})
+        assert one.answer == true_answer(one.text, draw_page("test", one.number).words)
+        assert density(one.number) == len({quarter_of(w.place) for w in draw_page("test", one.number).words})
     present = [one.answer for one in asked if one.kind == "present"]
     assert present.count("yes") == present.count("no") == 12
     for number in range(8):
@@ -205,9 +204,9 @@ def test_patches_are_known_by_what_they_show():
 def test_missed_attention_is_the_log_of_the_share_that_is_right():
     right = torch.tensor([[[True, False, False, True], [False] * 4]])
     asked = torch.tensor([[True, True]])
-    assert _missed(torch.zeros(1, 2, 2, 4), right, asked).item() == pytest.approx(math.log(2))
+    assert missed(torch.zeros(1, 2, 2, 4), right, asked).item() == pytest.approx(math.log(2))
     scores = torch.where(right[:, None], 30.0, 0.0).expand(1, 2, 2, 4)
-    assert _missed(scores, right, asked).item() == pytest.approx(0, abs=1e-6)
+    assert missed(scores, right, asked).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_looking_at_the_right_places_is_learned():
@@ -237,7 +236,7 @@ def test_looking_at_the_right_places_is_learned():
 
 def test_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(train_pages, "VALIDATION", {"test": range(2)})
-    straight = train(RECIPE, tmp_path / "a.pt", save_every=1)
+    straight = train(RECIPE, tmp_path / "a.pt", every=Every(save=1))
     assert not straight.training
 
     class StopError(Exception):
@@ -254,8 +253,8 @@ def test_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "save_atomically", stopping)
     for _ in range(2):
         with pytest.raises(StopError):
-            train(RECIPE, tmp_path / "b.pt", save_every=1)
-    resumed = train(RECIPE, tmp_path / "b.pt", save_every=1)
+            train(RECIPE, tmp_path / "b.pt", every=Every(save=1))
+    resumed = train(RECIPE, tmp_path / "b.pt", every=Every(save=1))
     assert len(calls) >= 8
     for name, weight in straight.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name]), name
@@ -266,7 +265,7 @@ def test_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
 def test_weights_are_kept_in_half_precision(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = ReferencePrint().build()
-    save_trained(tmp_path / TRAINED, model)
+    save_weights(tmp_path / TRAINED, model)
     monkeypatch.setenv("VTOK_ASSETS", str(tmp_path))
     loaded = pages.load_reference_print()
     assert not loaded.training
@@ -279,7 +278,7 @@ def test_bundled_questions_hold_little_without_the_page():
     kinds = Counter(q.groups["kind"] for q in data.questions)
     assert len(data.questions) >= 600 and min(kinds[kind] for kind in KINDS) >= 100
     assert blind_scores(data).mean() <= 0.45
-    kept_apart = {q.image for q in calibration_printed_pages().questions}
+    kept_apart = {q.image for q in printed_pages(calibration=True).questions}
     assert len(kept_apart) >= CALIBRATION_PROMPTS and not kept_apart & set(range(Recipe().pages))
 
 

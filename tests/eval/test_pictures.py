@@ -11,9 +11,9 @@ from PIL import Image, ImageOps
 
 import vtok
 from vtok.eval.common import pictures
-from vtok.eval.tasks.captions import open_captions
+from vtok.eval.tasks.clip.captions import open_captions
 from vtok.eval.tasks.image_folder import Unreadable, open_dataset
-from vtok.eval.tasks.vqa.opening import open_vqa
+from vtok.eval.tasks.vqa.sources.opening import open_vqa
 from vtok.eval.viz import input as viz_input
 
 GREYS = np.linspace(0, 65535, 48 * 32).reshape(48, 32).astype("uint16")
@@ -57,7 +57,7 @@ def by_captions(path):
 
 def by_rows(path):
     datasets = pytest.importorskip("datasets")
-    from vtok.eval.tasks.vqa.hub import _Rows
+    from vtok.eval.tasks.vqa.sources.hub import _Rows
 
     rows = datasets.Dataset.from_dict({"image": [str(path)]}).cast_column("image", datasets.Image())
     return _Rows("rows", rows).read(0)

@@ -16,9 +16,9 @@ import vtok
 from vtok.eval.models.vlm import REFERENCE_LLAVA, load_vlm
 from vtok.eval.tasks import QUESTION_TASKS, TASKS
 from vtok.eval.tasks.vqa.data import EASY_VQA, Question, VQAData
-from vtok.eval.tasks.vqa.hub import Cell
-from vtok.eval.tasks.vqa.opening import open_vqa
 from vtok.eval.tasks.vqa.records import Scored
+from vtok.eval.tasks.vqa.sources.hub import Cell
+from vtok.eval.tasks.vqa.sources.opening import open_vqa
 from vtok.eval.tasks.vqa.task import Sources, VQAOptions
 from vtok.eval.tasks.vqa_benchmarks.refcoco import iou, parse_box
 from vtok.eval.tasks.vqa_choice.letters import letter_of

@@ -14,8 +14,8 @@ import vtok
 from vtok.eval.models.vlm import REFERENCE_LLAVA, load_vlm
 from vtok.eval.tasks import QUESTION_TASKS, TASKS
 from vtok.eval.tasks.vqa.data import EASY_VQA
-from vtok.eval.tasks.vqa.hub import is_dataset
-from vtok.eval.tasks.vqa.opening import open_vqa
+from vtok.eval.tasks.vqa.sources.hub import is_dataset
+from vtok.eval.tasks.vqa.sources.opening import open_vqa
 from vtok.eval.tasks.vqa.task import Sources, VQAOptions
 
 

@@ -23,7 +23,7 @@ from vtok.eval.runs import loader as runs
 from vtok.eval.runs import runner
 from vtok.eval.tasks import QUESTION_TASKS, TASKS
 from vtok.eval.tasks.vqa.evaluate import BY_TASK
-from vtok.eval.tasks.vqa.files import read_results
+from vtok.eval.tasks.vqa.sources.files import read_results
 from vtok.eval.tasks.vqa.task import Sources, VQAOptions
 
 SETTINGS = [None, ("random", {"keep": 1 / 256})]

@@ -13,9 +13,9 @@ from PIL import Image
 
 import vtok
 from vtok.eval.tasks import QUESTION_TASKS
-from vtok.eval.tasks.captions import open_captions
-from vtok.eval.tasks.vqa.files import read_results, read_vqav2
-from vtok.eval.tasks.vqa.opening import open_vqa
+from vtok.eval.tasks.clip.captions import open_captions
+from vtok.eval.tasks.vqa.sources.files import read_results, read_vqav2
+from vtok.eval.tasks.vqa.sources.opening import open_vqa
 from vtok.eval.tasks.vqa.task import Sources
 
 NOTHING = (None, ["x"], {"a": 1}, True, [])

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtok.eval.common.statistics import clustered_mean_stderr, mean_stderr
-from vtok.eval.tasks import recall
-from vtok.eval.tasks.recall import Positives, first_ranks, text_groups
+from vtok.eval.tasks.clip import recall
+from vtok.eval.tasks.clip.recall import Positives, first_ranks, text_groups
 
 
 @st.composite

@@ -5,8 +5,9 @@ import torch
 
 import vtok
 from vtok.eval.models.reference import asset
-from vtok.eval.training.atp import ATP_WEIGHTS, load_host
-from vtok.eval.training.atp_report import answer, load_test_questions, spread
+from vtok.eval.training.atp.questions import load_host
+from vtok.eval.training.atp.report import answer, load_test_questions, spread
+from vtok.eval.training.atp.train import ATP_WEIGHTS
 from vtok.methods.atp.modules import load
 
 COUNT = 100

@@ -8,7 +8,7 @@ from helpers_easyvqa import naming, write_small
 
 from vtok.eval.models.easyvqa import BLANK, CLASSES, COLOURS, PLACES, SHAPES, Pictures, compose
 from vtok.eval.models.reference import asset, load_reference_pages, load_reference_pictures
-from vtok.eval.training.loop import Stage
+from vtok.eval.training.loop import Every, Stage
 
 transformers = pytest.importorskip("transformers")
 
@@ -25,6 +25,7 @@ from vtok.eval.models.reference_next import (  # noqa: E402
     make_next_processor,
     page_questions,
     questions_about,
+    write_reference_llava_next,
 )
 from vtok.eval.models.reference_vlm import BOS, IMAGE, PROMPT, ReferenceLLaVA, make_processor, make_tokenizer, save_folder  # noqa: E402
 from vtok.eval.training import llava as train_llava  # noqa: E402
@@ -232,7 +233,7 @@ def test_training_resumes_to_the_same_weights(folder, tmp_path, monkeypatch):
     torch.manual_seed(0)
     llava = tmp_path / "llava.pt"
     torch.save(ReferenceLLaVA(patch_size=32, **SMALL).build().state_dict(), llava)
-    straight = train(RECIPE, tmp_path / "a" / "next.pt", llava, folder, save_every=2)
+    straight = train(RECIPE, tmp_path / "a" / "next.pt", llava, folder, every=Every(save=2))
     assert not straight.training
 
     class StopError(Exception):
@@ -249,8 +250,8 @@ def test_training_resumes_to_the_same_weights(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(train_run, "save_atomically", stopping)
     for _ in range(2):
         with pytest.raises(StopError):
-            train(RECIPE, tmp_path / "b" / "next.pt", llava, folder, save_every=2)
-    resumed = train(RECIPE, tmp_path / "b" / "next.pt", llava, folder, save_every=2)
+            train(RECIPE, tmp_path / "b" / "next.pt", llava, folder, every=Every(save=2))
+    resumed = train(RECIPE, tmp_path / "b" / "next.pt", llava, folder, every=Every(save=2))
     for name, weight in straight.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name]), name
     moved = [k for k, v in torch.load(llava, weights_only=True).items() if not torch.equal(v, straight.state_dict()[k])]
@@ -318,3 +319,15 @@ def test_the_bundled_model_reads_pages():
     )
     assert torch.bincount(few.density).tolist() == [0, 12, 12, 12, 12]
     assert accuracy(model, few).double().mean() > 0.85
+
+
+def test_a_folder_of_its_own_is_complete(tmp_path):
+    write_reference_llava_next(tmp_path)
+    model = transformers.LlavaNextForConditionalGeneration.from_pretrained(tmp_path)
+    expected = load_reference_llava_next().state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name].half().float()) for name, value in model.state_dict().items())  # kept in fp16
+    page = load_reference_page_questions().pictures[0].permute(1, 2, 0).numpy()
+    prompt = {"text": PROMPT.format(question="what shape is top left?"), "images": page, "return_tensors": "pt"}
+    own, bundled = transformers.AutoProcessor.from_pretrained(tmp_path), load_reference_llava_next_processor()
+    assert torch.equal(own(**prompt)["input_ids"], bundled(**prompt)["input_ids"])

@@ -16,7 +16,7 @@ from vtok.eval.report import sections
 from vtok.eval.report.html import ReportOptions, gallery, groups, questions
 from vtok.eval.runs.again import configs_of
 from vtok.eval.tasks.vqa.data import EASY_VQA
-from vtok.eval.tasks.vqa.opening import open_vqa
+from vtok.eval.tasks.vqa.sources.opening import open_vqa
 
 N = 60
 

@@ -18,8 +18,8 @@ from vtok.eval.models.scenes.album import ARTISTS, NAMES, PHOTOGRAPHS, load_albu
 from vtok.eval.models.scenes.compose import COLOUR_NAMES, SIZE
 from vtok.eval.models.scenes.model import load_tower
 from vtok.eval.models.scenes.questions import NUMBERS, one_of_each
-from vtok.eval.tasks.vqa.opening import calibration_scenes, open_vqa
 from vtok.eval.tasks.vqa.records import blind_scores
+from vtok.eval.tasks.vqa.sources.opening import open_vqa, scene_questions
 
 needs_weights = pytest.mark.skipif(not installed(), reason=f"needs the weights: {weights.INSTALL}")
 
@@ -63,7 +63,7 @@ def test_answers_are_what_the_scenes_show():
     asked = one_of_each("test", range(24))
     assert {one.kind for one in asked} == set(KINDS)
     for one in asked:
-        assert one.answer == true_answer(one.text, draw_scene("test", one.scene).things)
+        assert one.answer == true_answer(one.text, draw_scene("test", one.number).things)
     present = [one.answer for one in asked if one.kind == "present"]
     assert present.count("yes") == present.count("no") == 12
 
@@ -80,7 +80,8 @@ def test_bundled_questions_hold_little_without_the_picture():
     kinds = Counter(q.groups["kind"] for q in data.questions)
     assert len(data.questions) >= 600 and min(kinds[kind] for kind in KINDS) >= 100
     assert blind_scores(data).mean() <= 0.45
-    assert not {q.image for q in calibration_scenes().questions} & set(range(10_000))  # numbers that training draws from
+    kept_apart = {q.image for q in scene_questions(calibration=True).questions}
+    assert not kept_apart & set(range(10_000))  # numbers that training draws from
 
 
 @needs_weights

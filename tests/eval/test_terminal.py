@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vtok.eval.common import terminal
-from vtok.eval.report.printed import classification
+from vtok.eval.report.printed import scores
 
 NAME = "out[/v1] [bold]x[/bold] :smile: [b]"
 
@@ -41,5 +41,5 @@ def test_skipped_files_are_shown_with_their_whole_name():
         "tokens": {"out": 5.0}, "gmacs": {"model": 1.0}, "gflops": {"model": 2.0}, "implied_speedup": 1.0, "notes": [NAME],
         "num_skipped": 1, "skipped": [{"file": "a/[b]2[/b].png", "reason": NAME}],
     }  # fmt: skip
-    classification([record], console)
-    assert "a/[b]2[/b].png: " + NAME in console.file.getvalue()
+    scores([record], console)
+    assert f"a/[b]2[/b].png was skipped: {NAME}" in console.file.getvalue()

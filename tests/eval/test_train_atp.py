@@ -8,9 +8,9 @@ from PIL import Image
 
 import vtok
 from vtok.eval.models.reference_vlm import ReferenceLLaVA, load_reference_questions, make_processor
-from vtok.eval.training import atp as train_atp
-from vtok.eval.training import atp_report
-from vtok.eval.training.atp import Asked, Host, Recipe
+from vtok.eval.training.atp import report as atp_report
+from vtok.eval.training.atp import train as train_atp
+from vtok.eval.training.atp.train import Asked, Host, Recipe
 from vtok.methods.atp.modules import load
 
 TINY = ReferenceLLaVA(patch_size=16, width=24, depth=2, heads=2, text_width=32, text_hidden=48, text_depth=4, text_heads=2)

@@ -7,7 +7,7 @@ import torch
 from helpers_easyvqa import naming, write_small
 
 from vtok.eval.models.reference import normalise_page
-from vtok.eval.training.loop import Stage
+from vtok.eval.training.loop import Every, Stage
 
 pytest.importorskip("transformers")
 
@@ -155,7 +155,7 @@ def test_naming_ignores_unknown_classes():
 
 
 def test_training_resumes_to_the_same_weights(folder, tmp_path, monkeypatch):
-    straight = train(RECIPE, tmp_path / "a" / "llava.pt", folder, save_every=2)
+    straight = train(RECIPE, tmp_path / "a" / "llava.pt", folder, every=Every(save=2))
     assert straight.config.vision_config.patch_size == 16 and not straight.training
 
     class StopError(Exception):
@@ -172,8 +172,8 @@ def test_training_resumes_to_the_same_weights(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(train_run, "save_atomically", stopping)
     for _ in range(3):
         with pytest.raises(StopError):
-            train(RECIPE, tmp_path / "b" / "llava.pt", folder, save_every=2)
-    resumed = train(RECIPE, tmp_path / "b" / "llava.pt", folder, save_every=2)
+            train(RECIPE, tmp_path / "b" / "llava.pt", folder, every=Every(save=2))
+    resumed = train(RECIPE, tmp_path / "b" / "llava.pt", folder, every=Every(save=2))
     for name, weight in straight.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name]), name
     ends = [torch.load(train_llava.stage_file(tmp_path / "b" / "llava.pt", n), weights_only=True) for n in range(3)]

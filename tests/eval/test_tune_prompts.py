@@ -11,7 +11,7 @@ from test_tune import vtok_tune
 
 import vtok
 from vtok.core.search_space import draw
-from vtok.eval.tasks.vqa.opening import calibration_questions, easy_vqa
+from vtok.eval.tasks.vqa.sources.opening import easy_vqa
 from vtok.eval.tune import prompts as tune_prompts
 from vtok.eval.tune.subjects import at_budget
 from vtok.registry import METHODS
@@ -46,7 +46,7 @@ class Keys:
 
 
 def test_no_image_is_in_both_sets_and_held_out_ones_are_all_different():
-    data = dataclasses.replace(calibration_questions(), read=lambda key: key)
+    data = dataclasses.replace(easy_vqa(calibration=True), read=lambda key: key)
     both = tune_prompts.prompt_samples(Keys(), data, None, None, None, 0)
     shown = [[image for batch, _ in samples.read(0, len(samples), 50) for image, _ in batch] for samples in both]
     images = {q.image for q in data.questions}
@@ -60,7 +60,7 @@ def test_no_image_is_in_both_sets_and_held_out_ones_are_all_different():
 
 
 def test_candidates_cost_what_the_default_costs(llava, cheap):
-    calibration, _ = tune_prompts.prompt_samples(llava, calibration_questions(), easy_vqa(), 8, 8, 0, labelled=True)
+    calibration, _ = tune_prompts.prompt_samples(llava, easy_vqa(calibration=True), easy_vqa(), 8, 8, 0, labelled=True)
     subject = tune_prompts.Prompts(llava, METHODS.get("todre")(), calibration)
     default, limit = subject.default(0.45)
     assert default.given() == {"keep": default.keep} and abs(limit - 0.45) < 0.01
@@ -79,7 +79,7 @@ def test_candidates_cost_what_the_default_costs(llava, cheap):
 
 
 def test_the_space_leaves_what_is_given(llava, cheap):
-    calibration, _ = tune_prompts.prompt_samples(llava, calibration_questions(), easy_vqa(), 4, 4, 0)
+    calibration, _ = tune_prompts.prompt_samples(llava, easy_vqa(calibration=True), easy_vqa(), 4, 4, 0)
     for params, searched in (
         ({}, {"probe", "tau"}),
         ({"probe": 5}, {"tau"}),
@@ -100,7 +100,7 @@ def test_the_space_leaves_what_is_given(llava, cheap):
 
 @pytest.mark.slow
 def test_methods_in_the_tower_are_tuned_on_questions_too(llava, cheap):
-    calibration, _ = tune_prompts.prompt_samples(llava, calibration_questions(), easy_vqa(), 4, 4, 0)
+    calibration, _ = tune_prompts.prompt_samples(llava, easy_vqa(calibration=True), easy_vqa(), 4, 4, 0)
     subject = tune_prompts.Prompts(llava, METHODS.get("pitome")(), calibration)
     default, limit = subject.default(0.7)
     _, (config, fraction) = drawn(subject, limit, default)

@@ -12,8 +12,8 @@ from PIL import Image
 import vtok
 from vtok.eval.common.videos import Clip
 from vtok.eval.tasks.vqa.data import EASY_VQA, PAGES, Question, VQAData, blind_answers
-from vtok.eval.tasks.vqa.opening import open_vqa
 from vtok.eval.tasks.vqa.records import blind_scores, groups_of
+from vtok.eval.tasks.vqa.sources.opening import open_vqa
 
 
 def test_a_part_of_the_questions():

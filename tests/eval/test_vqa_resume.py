@@ -19,7 +19,7 @@ from vtok.eval.cli.program import app
 from vtok.eval.common.records import Records
 from vtok.eval.tasks.vqa import pipeline as vqa_pipeline
 from vtok.eval.tasks.vqa.evaluate import VQAOptions, evaluate
-from vtok.eval.tasks.vqa.opening import open_vqa
+from vtok.eval.tasks.vqa.sources.opening import open_vqa
 
 SETTINGS = [None, ("uniform", {"keep": 0.5}), ("random", {"keep": 0.25})]
 

@@ -18,10 +18,10 @@ from vtok.eval.runs import loader as runs
 from vtok.eval.tasks import TASKS
 from vtok.eval.tasks.vqa import pipeline as vqa_pipeline
 from vtok.eval.tasks.vqa.evaluate import VQAOptions, evaluate
-from vtok.eval.tasks.vqa.files import ONE_WORD, read_results
 from vtok.eval.tasks.vqa.metrics import soft_accuracy
-from vtok.eval.tasks.vqa.opening import open_vqa
 from vtok.eval.tasks.vqa.records import Scored, blind_scores, groups_of, time_fields
+from vtok.eval.tasks.vqa.sources.files import ONE_WORD, read_results
+from vtok.eval.tasks.vqa.sources.opening import open_vqa
 from vtok.targets.vlm_resolve import POSITIONS
 
 VISUAL = ANATOMY.visual_tokens
@@ -240,7 +240,7 @@ def test_the_command_line(folder, tmp_path):
         "agreement",
         "kind yes/no, 5 questions",
         "TTFT",
-        "bound",
+        "implied",
         "±",
     ):
         assert word in text, text

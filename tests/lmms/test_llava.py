@@ -20,7 +20,7 @@ from vtok.eval.lmms.task import CHAT_TEMPLATE, TASK, write_model, write_task
 from vtok.eval.models.reference_vlm import save_folder
 from vtok.eval.models.vlm import load_vlm
 from vtok.eval.tasks.vqa.evaluate import VQAOptions, evaluate
-from vtok.eval.tasks.vqa.opening import open_vqa
+from vtok.eval.tasks.vqa.sources.opening import open_vqa
 
 pytestmark = pytest.mark.lmms
 COUNT, VISUAL, DEPTH = 24, 256, 8

@@ -11,7 +11,7 @@ import vtok
 from vtok.eval.lmms.record import Recorder
 from vtok.eval.lmms.task import write_task
 from vtok.eval.models.vlm import load_vlm
-from vtok.eval.tasks.vqa.opening import open_vqa
+from vtok.eval.tasks.vqa.sources.opening import open_vqa
 
 pytestmark = pytest.mark.lmms
 COUNT, DEPTH = 6, 4

@@ -31,6 +31,8 @@ CASES = {
 _GRIDS = {name: one for name, one in FEATURES.items() if name != "todre"}
 # Newline tokens of the tiny models lie at the mean, where another pivot would be one of their copies.
 _CROPS = {name: one for name, one in FEATURES.items() if name != "todre_center"}
+# Tokens of the tiny models are 128 wide: near so many that stay, only rounding tells what another one would add.
+_CROPS["cdpruner"] = {"method": "cdpruner", "keep": 0.1, "relevance": "none"}
 _CROPS["todre_farthest"] = {"method": "todre", "keep": 0.1, "pivot": "farthest", "probe": None}
 CASES |= {
     "llava_next": {**_CROPS, **TOWER},

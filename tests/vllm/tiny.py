@@ -360,9 +360,7 @@ def marked_tiles(folder, family, **videos):
         pad_token_id=0,
         tie_word_embeddings=False,
     )
-    images = getattr(transformers, f"{family}ImageProcessor")(
-        size={"longest_edge": 96}, max_image_size={"longest_edge": 32}
-    )
+    images = getattr(transformers, f"{family}ImageProcessor")(size={"longest_edge": 96}, max_image_size={"longest_edge": 32})
     processor = getattr(transformers, f"{family}Processor")(images, words, **videos, image_seq_len=16, chat_template=LLAVA_CHAT)
     save(widen(getattr(transformers, f"{family}ForConditionalGeneration")(config)), processor, folder)
 

@@ -13,7 +13,7 @@ from helpers_vqa import picture, tiny_llava, tiny_next
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from vtok.eval.models.vlm import BeginsOnce, VisionLanguageModel
-from vtok.eval.training.atp import Host
+from vtok.eval.training.atp.questions import Host
 
 QUESTION = "is there a circle?"
 PARTS = (

@@ -54,8 +54,9 @@ class ATS(MethodConfig):
             K = 108 at 196 patches), rounded to whole tokens, halves to the even number; 1.0 is an exact no-op. Give one of the
             two.
         layers: 0-based blocks that sample (default: from a quarter of the depth on; blocks 3 to 11 of 12, as in the paper).
-        mode: `"drop"` cuts the batch to its longest image (one host synchronisation a block), `"mask"` always leaves
-            min(K, patches) rows (static shapes, for compilation). Both give the same result.
+        mode: `"drop"` cuts the batch to its longest image (one host synchronisation a block); attention is padded and masked,
+            other layers see real tokens alone, except in training, under torch.compile and with rotary positions. `"mask"`
+            always leaves min(K, patches) rows (static shapes, for compilation). Both give the same result.
         score: `"sum_attention"`, heads' attention summed and multiplied by the norm of the whole value row (authors' code),
             or `"per_head"`, attention times value norm summed over heads (as other implementations read the paper).
         query: whose attention counts: `"cls"`, or `"mean"`, the mean over all queries (builds the N x N matrix; a
@@ -217,21 +218,22 @@ class ATSReducer(Reducer):
     def _points(self, at: Site) -> int:
         return self.points[self.layers.index(at.index)]
 
-    def _plan(self, kept: Tensor, real: Tensor | None, num_prefix: int) -> Plan:
+    def _plan(self, kept: Tensor, real: Tensor | None, counts: Sequence[int] | None, num_prefix: int) -> Plan:
         """The plan that keeps these patches [B, M], of which only `real` ones are no padding."""
         if real is not None:
             real = torch.cat([real.new_ones(real.shape[0], num_prefix), real], 1)
-        return Plan(with_prefix(kept, num_prefix), valid=real)
+        told = None if real is None or counts is None else tuple(num_prefix + count for count in counts)
+        return Plan(with_prefix(kept, num_prefix), valid=real, counts=told)
 
-    def _rows(self, hit: Tensor, most: int) -> tuple[Tensor, Tensor | None]:
-        """Positions of the hits [B, M], and which of them are real (`None` = all)."""
+    def _rows(self, hit: Tensor, most: int) -> tuple[Tensor, Tensor | None, Sequence[int] | None]:
+        """Positions of the hits [B, M]; which of them are real (`None` = all); how many of each image (`None` = not asked)."""
         if not self.drop or not len(hit):
-            return rows_where(hit, most)
+            return *rows_where(hit, most), None
         if len(hit) == 1:  # as many rows as hits: asking where they are says how many there are
-            return hit[0].nonzero().view(1, -1), None
-        fewest, longest = (int(c) for c in torch.stack(hit.sum(-1).aminmax()).tolist())  # the one host synchronisation
-        rows, real = rows_where(hit, longest)
-        return rows, None if fewest == longest else real
+            return hit[0].nonzero().view(1, -1), None, None
+        counts = hit.sum(-1).tolist()  # the one host synchronisation
+        rows, real = rows_where(hit, max(counts))
+        return rows, None if min(counts) == max(counts) else real, counts
 
     def count(self, at: Site, n: int, num_prefix: int) -> int:
         return min(n, num_prefix + self._points(at))
@@ -278,8 +280,8 @@ class ParityReducer(ATSReducer):
         p, points = state.num_prefix, state.length - state.num_prefix
         attn, v = self._attention(state, view)
         order, hit = endpoint_samples(patch_scores(attn[:, :, 0, p:], v[:, :, p:], self.per_head), points)
-        kept, real = self._rows(hit, points)
-        return self._plan(order.gather(1, kept), real, p)
+        kept, real, counts = self._rows(hit, points)
+        return self._plan(order.gather(1, kept), real, counts, p)
 
     def attention(self, state: TokenState, view: AttentionView, rows: Tensor | None) -> Tensor:
         attn, v = self._attention(state, view)

@@ -42,13 +42,15 @@ What to know:
 * Gemma 3 lets the tokens of a tile attend to each other both ways; vLLM's build for CPUs does not, and was compared with
   transformers made to do the same. On GPUs vLLM finds the tokens that stay by their placeholders.
 * Qwen3.5 was compared without its layers of linear attention, which vLLM runs on a CPU in bf16 alone, and so without a prefix
-  cache; with them it was started in bf16, and answered with prompts as short as announced. SmolVLM shares the classes of
-  Idefics3 in vLLM and here, and was not run by itself: its processor needs a package more (num2words).
+  cache; with them it was started in bf16, and answered with prompts as short as announced.
+* SmolVLM's processor needs a package more: `pip install num2words`.
 * Of Idefics3 and SmolVLM all tiles of an image compete, each image by itself (`prune_inputs` lets those of all images of a
   prompt); names of tiles between them are placeholders in the prompt, and come with the features.
 * Videos of one batch may differ in length, which vLLM's own LLaVA-OneVision fails on. Text behind a video is numbered as vLLM
   numbers it, behind the last position in time, height or width; transformers 5.24 leaves time out.
 * Among exact copies (newline tokens of LLaVA-NeXT and LLaVA-OneVision) todre and divprune keep one, and rounding says which.
+* A picture with crops may be larger than the largest that vLLM foresees: beside a method for videos alone, which leaves
+  pictures as they are, vLLM refuses it where `--max-num-batched-tokens` is smaller still, as it does without the key.
 * vLLM counts budget and cache of its encoder in tokens that stay: as many times more pictures may enter the vision tower in one
   step. `--max-num-seqs` and `--max-num-batched-tokens` bound them.
 * Refused in a sentence, most of it before anything is loaded: other releases and models, methods as above, other videos, a

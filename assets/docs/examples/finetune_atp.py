@@ -15,8 +15,8 @@ from PIL import Image
 
 import vtok
 from vtok.eval.models.reference_vlm import load_reference_questions
-from vtok.eval.training.atp import Recipe, train
-from vtok.eval.training.atp_questions import Asked, load_host
+from vtok.eval.training.atp.questions import Asked, load_host
+from vtok.eval.training.atp.train import Recipe, train
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--steps", type=int, default=4)

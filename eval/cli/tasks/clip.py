@@ -23,7 +23,7 @@ from vtok.writing import apart, writable, write_beside
 def evaluate_zeroshot(**flags: Any) -> None:
     """Zero-shot accuracy of a CLIP-like model on an image folder, unpatched and patched on the same batches."""
     check_methods(flags["method"])
-    from vtok.eval.tasks.zeroshot import evaluate
+    from vtok.eval.tasks.clip.zeroshot import evaluate
 
     _evaluate(evaluate, ZeroshotOptions, flags)
 
@@ -31,34 +31,27 @@ def evaluate_zeroshot(**flags: Any) -> None:
 def evaluate_retrieval(**flags: Any) -> None:
     """Image and text recall of a CLIP-like model on captioned images, unpatched and patched on the same batches."""
     check_methods(flags["method"])
-    from vtok.eval.tasks.retrieval import evaluate
+    from vtok.eval.tasks.clip.retrieval import evaluate
 
     _evaluate(evaluate, RetrievalOptions, flags)
 
 
 def _evaluate(task: Any, kind: type, flags: dict[str, Any]) -> None:
-    from vtok.eval.report.printed import dual_encoders
+    from vtok.eval.report.printed import scores
     from vtok.eval.runs.loader import parse_method
 
-    console = terminal.output()
+    console = terminal.output(160)
     model, data, methods, output = (flags.pop(name) for name in ("model", "data", "method", "output"))
     settings = [None, *(parse_method(text) for text in methods or ())]
     options = options_from(kind, flags)
     if output is not None:
         writable(output / "record.json")
-    with terminal.progress(transient=True) as progress:
-        bar = progress.add_task(model, total=None)
-        records = task(
-            model,
-            data,
-            settings,
-            options,
-            lambda done, total: progress.update(bar, completed=done, total=total),
-        )
+    with terminal.bar(model) as advance:
+        records = task(model, data, settings, options, advance)
     if output is not None and is_main():
         for path in write_records(records, output, [data, model]):
             print(path, file=sys.stderr)
-    dual_encoders(records, console)
+    scores(records, console)
 
 
 def write_records(records: Sequence[dict[str, Any]], folder: Path, inputs: Sequence[str] = ()) -> list[Path]:

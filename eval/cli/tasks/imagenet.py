@@ -21,24 +21,22 @@ from vtok.writing import write_beside
 def evaluate_imagenet(**flags: Any) -> None:
     """Accuracy on an ImageNet-style folder with timm's own pipeline, unpatched and patched on the same batches."""
     check_methods(flags["method"])
-    from vtok.eval.report.printed import classification
+    from vtok.eval.report.printed import scores
+    from vtok.eval.report.tables import Column
     from vtok.eval.runs.loader import parse_method, prepared
     from vtok.eval.tasks.imagenet import evaluate
 
-    console = terminal.output()
+    console = terminal.output(160)
     model, data, methods, output = (flags.pop(name) for name in ("model", "data", "method", "results_file"))
     settings = [None, *(parse_method(text) for text in methods or ())]
     options = options_from(Options, flags)
     files = (options.class_map, options.valid_labels, options.real_labels, options.checkpoint)
     prepared(output, [data, model, *(methods or ()), *files])
-    with terminal.progress(transient=True) as progress:
-        bar = progress.add_task(model, total=None)
-        records = evaluate(
-            model, data, settings, options, lambda done, total: progress.update(bar, completed=done, total=total)
-        )
+    with terminal.bar(model) as advance:
+        records = evaluate(model, data, settings, options, advance)
     if output is not None and is_main():
         print(write_beside(output, json.dumps(records, indent=2)), file=sys.stderr)
-    classification(records, console)
+    scores(records, console, extra=[Column("GFLOPs", lambda row: f"{row.record['gflops']['model']:.3f}")], digits=3)
 
 
 # typer reads a command's flags off its signature.

@@ -24,7 +24,7 @@ def evaluate_vqa(**flags: Any) -> None:
     from vtok.eval.runs.loader import parse_setting
     from vtok.eval.tasks.vqa.evaluate import evaluate
 
-    console = terminal.output()
+    console = terminal.output(160)
     model, data, methods = (flags.pop(name) for name in ("model", "data", "method"))
     settings = [None, *(parse_setting(text) for text in methods or ())]
     options = options_from(VQAOptions, flags)
@@ -33,11 +33,8 @@ def evaluate_vqa(**flags: Any) -> None:
         apart(kept, [data, model, options.questions, options.annotations, options.ocr, options.results])
         for path in kept:
             writable(path)
-    with terminal.progress(transient=True) as progress:
-        bar = progress.add_task("asking", total=None)
-        records = evaluate(
-            model, data, settings, options, lambda done, total: progress.update(bar, completed=done, total=total)
-        )
+    with terminal.bar("asking") as advance:
+        records = evaluate(model, data, settings, options, advance)
     questions(records, console)
     if options.output:
         console.print(f"samples.jsonl, results.jsonl and the answers of every setting are in {options.output}")

@@ -6,19 +6,21 @@ What was measured: assets/docs/results/pages.md in the repository.
 from vtok.eval.models.pages.compose import draw_page
 from vtok.eval.models.pages.model import ReferencePrint, load_reference_print, make_print_processor
 from vtok.eval.models.pages.questions import (
+    BLIND,
     CALIBRATION_PAGES,
     KINDS,
     TEST_PAGES,
-    blind_answers_of_pages,
+    density,
     one_of_each,
 )
 
 __all__ = [
+    "BLIND",
     "CALIBRATION_PAGES",
     "KINDS",
     "TEST_PAGES",
     "ReferencePrint",
-    "blind_answers_of_pages",
+    "density",
     "draw_page",
     "load_reference_print",
     "make_print_processor",

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from vtok.eval.models.assets import asset
 from vtok.eval.models.pages.compose import PATCH, SIZE
 from vtok.eval.models.pages.questions import WORDS
-from vtok.eval.models.reference_vlm import IMAGE_TOKEN, SPECIAL, answering, llava_parts, make_tokenizer
-from vtok.writing import write
+from vtok.eval.models.reference_vlm import SPECIAL, answering, llava_parts, load_weights, processor_of
 
 TRAINED = "pages/trained.safetensors"
 MEAN, STD = 1.0, 0.5  # of pixels: white paper is zero
@@ -77,28 +74,8 @@ def make_print_processor() -> Any:
     """A `LlavaNextProcessor` for pages and prompts."""
     from transformers import LlavaNextImageProcessor, LlavaNextProcessor
 
-    return LlavaNextProcessor(
-        image_processor=LlavaNextImageProcessor(
-            size={"shortest_edge": VIEW},
-            crop_size={"height": VIEW, "width": VIEW},
-            image_grid_pinpoints=[[SIZE, SIZE]],
-            image_mean=[MEAN] * 3,
-            image_std=[STD] * 3,
-        ),
-        tokenizer=make_tokenizer(WORDS),
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        image_token=IMAGE_TOKEN,
-        num_additional_image_tokens=1,  # the class token, which "default" takes away again
-    )
-
-
-def save_trained(path: Path, model: Any) -> None:
-    """Writes the weights in fp16."""
-    from safetensors.torch import save
-
-    weights = {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}
-    write(path, save(weights, metadata={"format": "pt"}))
+    colours, grids = ([MEAN] * 3, [STD] * 3), [[SIZE, SIZE]]
+    return processor_of(LlavaNextProcessor, LlavaNextImageProcessor, VIEW, PATCH, *colours, WORDS, image_grid_pinpoints=grids)
 
 
 def load_reference_print() -> Any:
@@ -107,8 +84,6 @@ def load_reference_print() -> Any:
     Raises:
         ConfigError: the trained weights are missing.
     """
-    from safetensors.torch import load_file
-
     model = ReferencePrint().build()
-    model.load_state_dict({name: value.float() for name, value in load_file(asset(TRAINED)).items()})
+    model.load_state_dict(load_weights(TRAINED))
     return model.to(torch.float32).eval()

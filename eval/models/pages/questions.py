@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
-from vtok.eval.models.assets import asset
+from vtok.eval.models import asked
+from vtok.eval.models.asked import Asked, AskedOf, words_of
 from vtok.eval.models.pages.compose import INK_NAMES, QUARTERS, Word, draw_page
 from vtok.eval.models.pages.print import NAMES
 
@@ -22,7 +21,7 @@ _TEXTS = {
     "over": "what is over {}",
 }
 WORDS = (
-    *sorted({word.strip("{}") for text in _TEXTS.values() for word in text.split()} - {""}),
+    *words_of(_TEXTS),
     "nothing",
     "no",
     "yes",
@@ -33,7 +32,6 @@ WORDS = (
 TEST_PAGES = 128  # numbers 0, 1, ... of the test split
 CALIBRATION_PAGES = range(1_000_000, 1_000_080)  # of the training split, which training does not reach
 BLIND = "pages/blind-answers.json"
-Asked = tuple[str, str]  # question, answer
 
 
 def word_over(words: Sequence[Word], word: Word) -> Word | None:
@@ -63,31 +61,13 @@ def questions_about(words: Sequence[Word], draw: random.Random) -> dict[str, lis
     return found
 
 
-def blind_answers_of_pages() -> dict[str, str]:
-    """Text of a question -> its most frequent answer in training, the best that can be said without the page."""
-    return json.loads(asset(BLIND).read_text(encoding="utf-8"))
-
-
-class AskedOf(NamedTuple):
-    """A question about the page of a split with this number, of whose quarters `density` are not blank."""
-
-    text: str
-    answer: str
-    page: int
-    kind: str
-    density: int
+def density(number: int) -> int:
+    """How many quarters of the page with this number are not blank."""
+    return number % QUARTERS + 1
 
 
 def one_of_each(split: str, numbers: Iterable[int]) -> list[AskedOf]:
     """A question of every kind about each page, as far as there is one; of those about a presence every second is a "no"."""
-    found = []
-    for number in numbers:
-        draw = random.Random(f"questions {split} {number}")
-        density = number % QUARTERS + 1
-        for kind, asked in questions_about(draw_page(split, number).words, draw).items():
-            if kind == "present":
-                wanted = ("yes", "no")[number // QUARTERS % 2]
-                asked = [one for one in asked if one[1] == wanted]
-            if asked:
-                found.append(AskedOf(*draw.choice(asked), number, kind, density))
-    return found
+    return asked.one_of_each(
+        split, numbers, lambda number, draw: questions_about(draw_page(split, number).words, draw), QUARTERS
+    )

@@ -6,19 +6,19 @@ The card: assets/scenes.md in the repository; what was measured: assets/docs/res
 from vtok.eval.models.scenes.compose import draw_scene
 from vtok.eval.models.scenes.model import ReferenceScenes, load_reference_scenes, make_scenes_processor
 from vtok.eval.models.scenes.questions import (
+    BLIND,
     CALIBRATION_SCENES,
     KINDS,
     TEST_SCENES,
-    blind_answers_of_scenes,
     one_of_each,
 )
 
 __all__ = [
+    "BLIND",
     "CALIBRATION_SCENES",
     "KINDS",
     "TEST_SCENES",
     "ReferenceScenes",
-    "blind_answers_of_scenes",
     "draw_scene",
     "load_reference_scenes",
     "make_scenes_processor",

@@ -6,17 +6,14 @@ What is bundled are connector and Llama; the encoder is read from the installed 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from vtok.eval.models.assets import asset
 from vtok.eval.models.dinov2 import load_hf_dinov2
 from vtok.eval.models.dinov2.model import HEADS, MEAN, PATCH, SIZE, STD, WIDTH
-from vtok.eval.models.reference_vlm import IMAGE_TOKEN, SPECIAL, answering, llava_parts, make_tokenizer
+from vtok.eval.models.reference_vlm import SPECIAL, answering, llava_parts, load_weights, processor_of
 from vtok.eval.models.scenes.questions import WORDS
-from vtok.writing import write
 
 TRAINED = "scenes/trained.safetensors"  # connector and Llama
 TOWER = "model.vision_tower."
@@ -78,27 +75,7 @@ def make_scenes_processor() -> Any:
     """A `LlavaProcessor` for scenes and prompts."""
     from transformers import CLIPImageProcessor, LlavaProcessor
 
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessor(
-            size={"shortest_edge": SIZE},
-            crop_size={"height": SIZE, "width": SIZE},
-            image_mean=list(MEAN),
-            image_std=list(STD),
-        ),
-        tokenizer=make_tokenizer(WORDS),
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        image_token=IMAGE_TOKEN,
-        num_additional_image_tokens=1,  # the class token, which "default" takes away again
-    )
-
-
-def save_trained(path: Path, model: Any) -> None:
-    """Writes connector and Llama in fp16."""
-    from safetensors.torch import save
-
-    weights = {k: v.detach().half().contiguous() for k, v in model.state_dict().items() if not k.startswith(TOWER)}
-    write(path, save(weights, metadata={"format": "pt"}))
+    return processor_of(LlavaProcessor, CLIPImageProcessor, SIZE, PATCH, MEAN, STD, WORDS)
 
 
 def load_reference_scenes() -> Any:
@@ -108,11 +85,8 @@ def load_reference_scenes() -> Any:
         ConfigError: the package with the encoder's weights is not installed.
         FileNotFoundError: the trained weights are missing.
     """
-    from safetensors.torch import load_file
-
     anatomy = ReferenceScenes()
     model = anatomy.build()
-    weights = {name: value.float() for name, value in load_file(asset(TRAINED)).items()}
-    weights |= {TOWER + name: value for name, value in load_tower(anatomy.tower_depth).state_dict().items()}
-    model.load_state_dict(weights)
+    tower = load_tower(anatomy.tower_depth).state_dict()
+    model.load_state_dict(load_weights(TRAINED) | {TOWER + name: value for name, value in tower.items()})
     return model.to(torch.float32).eval()

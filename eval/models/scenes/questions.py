@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
-from vtok.eval.models.assets import asset
+from vtok.eval.models import asked
+from vtok.eval.models.asked import Asked, AskedOf, words_of
 from vtok.eval.models.scenes.album import NAMES
 from vtok.eval.models.scenes.compose import COLOUR_NAMES, Thing, draw_scene
 
@@ -22,7 +21,7 @@ _TEXTS = {
     "count": "how many plates are {}",
 }
 WORDS = (
-    *sorted({word.strip("{}") for text in _TEXTS.values() for word in text.split()} - {""}),
+    *words_of(_TEXTS),
     "no",
     "yes",
     *NUMBERS,
@@ -33,7 +32,6 @@ WORDS = (
 TEST_SCENES = 160  # numbers 0, 1, ... of the test split
 CALIBRATION_SCENES = range(1_000_000, 1_000_080)  # of the training split, which training does not reach
 BLIND = "scenes/blind-answers.json"
-Asked = tuple[str, str]  # question, answer
 
 
 def questions_about(things: Sequence[Thing], draw: random.Random) -> dict[str, list[Asked]]:
@@ -59,29 +57,6 @@ def questions_about(things: Sequence[Thing], draw: random.Random) -> dict[str, l
     return found
 
 
-def blind_answers_of_scenes() -> dict[str, str]:
-    """Text of a question -> its most frequent answer in training, the best that can be said without the picture."""
-    return json.loads(asset(BLIND).read_text(encoding="utf-8"))
-
-
-class AskedOf(NamedTuple):
-    """A question about the scene of a split with this number."""
-
-    text: str
-    answer: str
-    scene: int
-    kind: str
-
-
 def one_of_each(split: str, numbers: Iterable[int]) -> list[AskedOf]:
     """A question of every kind about each scene, as far as there is one; of those about a presence every second is a "no"."""
-    found = []
-    for number in numbers:
-        draw = random.Random(f"questions {split} {number}")
-        for kind, asked in questions_about(draw_scene(split, number).things, draw).items():
-            if kind == "present":
-                wanted = ("yes", "no")[number % 2]
-                asked = [one for one in asked if one[1] == wanted]
-            if asked:
-                found.append(AskedOf(*draw.choice(asked), number, kind))
-    return found
+    return asked.one_of_each(split, numbers, lambda number, draw: questions_about(draw_scene(split, number).things, draw))

@@ -22,9 +22,9 @@ from vtok.eval.models.vlm import VisionLanguageModel, load_vlm
 from vtok.eval.runs.again import run_file
 from vtok.eval.tasks import QUESTION_TASKS
 from vtok.eval.tasks.vqa.data import VQAData
-from vtok.eval.tasks.vqa.files import read_results
 from vtok.eval.tasks.vqa.job import Job
 from vtok.eval.tasks.vqa.pipeline import Progress
+from vtok.eval.tasks.vqa.sources.files import read_results
 from vtok.eval.tasks.vqa.task import QuestionTask, Sources, VQAOptions
 
 
@@ -62,9 +62,7 @@ def evaluate(
         MissingExtraError: transformers is not installed, or `datasets`, where it is needed.
     """
     options = options or VQAOptions()
-    chosen = [Setting.of(value) for value in settings]
-    if not chosen:
-        raise ConfigError("nothing to evaluate: name at least one setting, None for the unpatched model")
+    chosen = Setting.several(settings)
     for name in ("batch_size", "max_new_tokens", "num_samples"):
         value = getattr(options, name)
         if value is not None and value < 1:

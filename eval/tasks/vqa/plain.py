@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from vtok.eval.tasks.vqa.data import VQAData
-from vtok.eval.tasks.vqa.files import write_answers
 from vtok.eval.tasks.vqa.metrics import exact_match, soft_accuracy
-from vtok.eval.tasks.vqa.opening import open_vqa
+from vtok.eval.tasks.vqa.sources.files import write_answers
+from vtok.eval.tasks.vqa.sources.opening import open_vqa
 from vtok.eval.tasks.vqa.task import QuestionTask, Sources
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from vtok.eval.common.rates import Step, throughput
 from vtok.eval.common.records import bits
+from vtok.eval.common.settings import macs_fields
 from vtok.eval.common.statistics import Interval, clustered_mean_stderr, paired_difference, paired_ratio, share
 from vtok.eval.tasks.vqa.data import VQAData
 from vtok.eval.tasks.vqa.metrics import agreement, exact_match
@@ -153,11 +154,7 @@ def cost_fields(lines: Sequence[Line]) -> dict[str, Any]:
     if not known:
         return {}
     mean = {name: float(np.mean([cost[name] for cost in known])) for name in known[0]}
-    return {
-        "gmacs": {name: value / 1e9 for name, value in mean.items()},
-        "gflops": {name: 2 * value / 1e9 for name, value in mean.items()},
-        "implied_speedup": mean["base"] / mean["model"],
-    }
+    return macs_fields(mean)
 
 
 def time_fields(lines: Sequence[Line], patched: bool, seed: int = 0, world: int = 1) -> dict[str, Any]:

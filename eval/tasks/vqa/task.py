@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from vtok.eval.options import VQAOptions
 from vtok.eval.tasks.vqa.data import Question, VQAData
-from vtok.eval.tasks.vqa.hub import Hub, is_dataset, read
 from vtok.eval.tasks.vqa.sources import Score, Sources, Write
+from vtok.eval.tasks.vqa.sources.hub import Hub, is_dataset, read
 from vtok.eval.tasks.vqa.totals import Total
 
 __all__ = ["QuestionTask", "Score", "Sources", "VQAOptions"]

@@ -13,9 +13,9 @@ from typing import Any
 from vtok.errors import ConfigError
 from vtok.eval.common.pictures import find_files
 from vtok.eval.tasks.vqa.data import Question, VQAData
-from vtok.eval.tasks.vqa.files import checked
-from vtok.eval.tasks.vqa.hub import Hub
-from vtok.eval.tasks.vqa.reading import Pictures, entries, fields, load_json, text_of
+from vtok.eval.tasks.vqa.sources.files import checked
+from vtok.eval.tasks.vqa.sources.hub import Hub
+from vtok.eval.tasks.vqa.sources.reading import Pictures, entries, fields, load_json, text_of
 from vtok.eval.tasks.vqa.task import QuestionTask, Score, Sources
 
 ONE_WORD = "\nAnswer the question with a single word."

@@ -18,9 +18,19 @@ from typing import Any
 
 from vtok.errors import brief
 from vtok.eval.tasks.vqa.data import Question, VQAData
-from vtok.eval.tasks.vqa.files import checked, write_answers
-from vtok.eval.tasks.vqa.hub import Hub
-from vtok.eval.tasks.vqa.reading import SHORT, Pictures, answer_list, entries, fields, load_json, located, text_of, texts_of
+from vtok.eval.tasks.vqa.sources.files import checked, write_answers
+from vtok.eval.tasks.vqa.sources.hub import Hub
+from vtok.eval.tasks.vqa.sources.reading import (
+    SHORT,
+    Pictures,
+    answer_list,
+    entries,
+    fields,
+    load_json,
+    located,
+    text_of,
+    texts_of,
+)
 from vtok.eval.tasks.vqa.task import QuestionTask, Sources
 
 SPLIT = "val"

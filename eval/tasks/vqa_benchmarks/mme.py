@@ -22,9 +22,9 @@ import numpy as np
 from vtok.errors import ConfigError, shown
 from vtok.eval.common.pictures import find_files, find_pictures
 from vtok.eval.tasks.vqa.data import Question, VQAData
-from vtok.eval.tasks.vqa.files import checked
-from vtok.eval.tasks.vqa.hub import Hub
-from vtok.eval.tasks.vqa.reading import SHORT, Pictures, fields, text_of, yes_no
+from vtok.eval.tasks.vqa.sources.files import checked
+from vtok.eval.tasks.vqa.sources.hub import Hub
+from vtok.eval.tasks.vqa.sources.reading import SHORT, Pictures, fields, text_of, yes_no
 from vtok.eval.tasks.vqa.task import QuestionTask, Sources
 from vtok.eval.tasks.vqa.totals import Total, ratio
 from vtok.writing import write

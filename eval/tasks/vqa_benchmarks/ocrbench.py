@@ -13,9 +13,9 @@ from typing import Any
 
 from vtok.errors import brief
 from vtok.eval.tasks.vqa.data import Question, VQAData
-from vtok.eval.tasks.vqa.files import checked
-from vtok.eval.tasks.vqa.hub import Hub
-from vtok.eval.tasks.vqa.reading import Pictures, entries, fields, group_of, load_json, located, text_of, texts_of
+from vtok.eval.tasks.vqa.sources.files import checked
+from vtok.eval.tasks.vqa.sources.hub import Hub
+from vtok.eval.tasks.vqa.sources.reading import Pictures, entries, fields, group_of, load_json, located, text_of, texts_of
 from vtok.eval.tasks.vqa.task import QuestionTask, Sources
 
 _FORM = '[{"dataset_name", "image_path", "question", "answers", "type"}, ...]'

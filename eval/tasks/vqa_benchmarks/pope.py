@@ -27,10 +27,10 @@ import numpy as np
 from vtok.errors import ConfigError, shown
 from vtok.eval.common.pictures import find_files
 from vtok.eval.tasks.vqa.data import Question, VQAData
-from vtok.eval.tasks.vqa.files import checked
-from vtok.eval.tasks.vqa.hub import Hub
 from vtok.eval.tasks.vqa.metrics import without_punctuation
-from vtok.eval.tasks.vqa.reading import SHORT, Pictures, fields, group_of, load_lines, number_of, text_of, yes_no
+from vtok.eval.tasks.vqa.sources.files import checked
+from vtok.eval.tasks.vqa.sources.hub import Hub
+from vtok.eval.tasks.vqa.sources.reading import SHORT, Pictures, fields, group_of, load_lines, number_of, text_of, yes_no
 from vtok.eval.tasks.vqa.task import QuestionTask, Score, Sources
 from vtok.eval.tasks.vqa.totals import Total, ratio
 from vtok.writing import write

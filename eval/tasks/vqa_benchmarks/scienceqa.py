@@ -21,9 +21,9 @@ from typing import Any
 
 from vtok.errors import ConfigError, brief, shown
 from vtok.eval.tasks.vqa.data import Question, VQAData
-from vtok.eval.tasks.vqa.files import checked
-from vtok.eval.tasks.vqa.hub import Hub
-from vtok.eval.tasks.vqa.reading import Pictures, fields, group_of, load_json, located, text_of
+from vtok.eval.tasks.vqa.sources.files import checked
+from vtok.eval.tasks.vqa.sources.hub import Hub
+from vtok.eval.tasks.vqa.sources.reading import Pictures, fields, group_of, load_json, located, text_of
 from vtok.eval.tasks.vqa.task import QuestionTask, Sources
 from vtok.writing import write
 

@@ -18,10 +18,10 @@ from typing import Any
 
 from vtok.errors import ConfigError, brief
 from vtok.eval.tasks.vqa.data import Question, VQAData
-from vtok.eval.tasks.vqa.files import checked, write_answers
-from vtok.eval.tasks.vqa.hub import Hub
 from vtok.eval.tasks.vqa.metrics import soft_accuracy
-from vtok.eval.tasks.vqa.reading import (
+from vtok.eval.tasks.vqa.sources.files import checked, write_answers
+from vtok.eval.tasks.vqa.sources.hub import Hub
+from vtok.eval.tasks.vqa.sources.reading import (
     SHORT,
     Pictures,
     answer_list,

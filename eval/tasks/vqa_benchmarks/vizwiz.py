@@ -14,10 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from vtok.eval.tasks.vqa.data import Question, VQAData
-from vtok.eval.tasks.vqa.files import checked
-from vtok.eval.tasks.vqa.hub import Hub
 from vtok.eval.tasks.vqa.metrics import normalised, soft_accuracy
-from vtok.eval.tasks.vqa.reading import SHORT, Pictures, answer_list, entries, fields, group_of, load_json, located, text_of
+from vtok.eval.tasks.vqa.sources.files import checked
+from vtok.eval.tasks.vqa.sources.hub import Hub
+from vtok.eval.tasks.vqa.sources.reading import (
+    SHORT,
+    Pictures,
+    answer_list,
+    entries,
+    fields,
+    group_of,
+    load_json,
+    located,
+    text_of,
+)
 from vtok.eval.tasks.vqa.task import QuestionTask, Sources
 from vtok.writing import write
 

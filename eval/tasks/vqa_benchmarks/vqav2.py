@@ -16,10 +16,10 @@ from typing import Any
 
 from vtok.errors import ConfigError, brief
 from vtok.eval.tasks.vqa.data import Question, VQAData
-from vtok.eval.tasks.vqa.files import find_vqav2, write_answers
-from vtok.eval.tasks.vqa.hub import Hub
 from vtok.eval.tasks.vqa.metrics import soft_accuracy
-from vtok.eval.tasks.vqa.reading import SHORT, fields, group_of, secret, text_of, texts_of
+from vtok.eval.tasks.vqa.sources.files import find_vqav2, write_answers
+from vtok.eval.tasks.vqa.sources.hub import Hub
+from vtok.eval.tasks.vqa.sources.reading import SHORT, fields, group_of, secret, text_of, texts_of
 from vtok.eval.tasks.vqa.task import QuestionTask, Sources
 
 _SPLIT = re.compile(r"(train|val|test)(-dev)?\d{4}")

@@ -33,9 +33,9 @@ import numpy as np
 from vtok.errors import ConfigError, brief, shown
 from vtok.eval.common.pictures import digest, open_picture
 from vtok.eval.tasks.vqa.data import Question, VQAData
-from vtok.eval.tasks.vqa.files import checked
-from vtok.eval.tasks.vqa.hub import Hub
-from vtok.eval.tasks.vqa.reading import located, secret, text_of
+from vtok.eval.tasks.vqa.sources.files import checked
+from vtok.eval.tasks.vqa.sources.hub import Hub
+from vtok.eval.tasks.vqa.sources.reading import located, secret, text_of
 from vtok.eval.tasks.vqa.task import QuestionTask, Sources
 from vtok.eval.tasks.vqa.totals import Total, ratio
 from vtok.eval.tasks.vqa_choice.letters import BY_LETTER, letter_of

@@ -21,8 +21,8 @@ from typing import Any
 
 from vtok.errors import ConfigError, brief, shown
 from vtok.eval.tasks.vqa.data import Question, VQAData
-from vtok.eval.tasks.vqa.hub import Cell, Hub
-from vtok.eval.tasks.vqa.reading import fields, text_of
+from vtok.eval.tasks.vqa.sources.hub import Cell, Hub
+from vtok.eval.tasks.vqa.sources.reading import fields, text_of
 from vtok.eval.tasks.vqa.task import QuestionTask, Sources
 from vtok.eval.tasks.vqa_choice.letters import BY_LETTER, listed, stripped
 

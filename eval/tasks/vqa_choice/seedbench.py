@@ -15,9 +15,9 @@ from typing import Any
 from vtok.errors import ConfigError, brief, shown
 from vtok.eval.common.pictures import find_files
 from vtok.eval.tasks.vqa.data import Question, VQAData
-from vtok.eval.tasks.vqa.files import checked
-from vtok.eval.tasks.vqa.hub import Cell, Hub
-from vtok.eval.tasks.vqa.reading import Pictures, entries, fields, group_of, load_json, located, number_of, text_of
+from vtok.eval.tasks.vqa.sources.files import checked
+from vtok.eval.tasks.vqa.sources.hub import Cell, Hub
+from vtok.eval.tasks.vqa.sources.reading import Pictures, entries, fields, group_of, load_json, located, number_of, text_of
 from vtok.eval.tasks.vqa.task import QuestionTask, Sources
 from vtok.eval.tasks.vqa_choice.letters import BY_LETTER, listed
 

@@ -23,7 +23,7 @@ from vtok.errors import ConfigError, shown
 from vtok.eval.common.pictures import find_files
 from vtok.eval.tasks.vqa.data import Question, VQAData
 from vtok.eval.tasks.vqa.metrics import without_punctuation
-from vtok.eval.tasks.vqa.reading import entries, fields, load_json, text_of, texts_of
+from vtok.eval.tasks.vqa.sources.reading import entries, fields, load_json, text_of, texts_of
 from vtok.eval.tasks.vqa.task import QuestionTask, Sources
 from vtok.eval.tasks.vqa.totals import Total, ratio
 from vtok.eval.tasks.vqa_choice.letters import listed

@@ -12,8 +12,8 @@ from typing import Any
 
 from vtok.errors import ConfigError, shown
 from vtok.eval.tasks.vqa.data import Question, VQAData
-from vtok.eval.tasks.vqa.hub import Hub
-from vtok.eval.tasks.vqa.reading import fields, group_of, text_of, texts_of
+from vtok.eval.tasks.vqa.sources.hub import Hub
+from vtok.eval.tasks.vqa.sources.reading import fields, group_of, text_of, texts_of
 from vtok.eval.tasks.vqa.task import QuestionTask, Sources
 from vtok.eval.tasks.vqa_choice.letters import BY_LETTER, letter_of
 

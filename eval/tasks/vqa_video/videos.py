@@ -12,9 +12,9 @@ from vtok.errors import ConfigError
 from vtok.eval.common.pictures import digest, find_files
 from vtok.eval.common.videos import EXTENSIONS, Clip, check_video, read_clip
 from vtok.eval.tasks.vqa.data import Question, VQAData
-from vtok.eval.tasks.vqa.files import checked
-from vtok.eval.tasks.vqa.reading import Pictures
 from vtok.eval.tasks.vqa.sources import Sources
+from vtok.eval.tasks.vqa.sources.files import checked
+from vtok.eval.tasks.vqa.sources.reading import Pictures
 
 _ENDS = 1 << 20  # bytes at either end of a file that tell it from others
 

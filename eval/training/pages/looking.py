@@ -16,10 +16,10 @@ from vtok.eval.models.pages.model import SIDE
 from vtok.eval.models.pages.print import NAMES
 from vtok.eval.models.pages.questions import WORDS, word_over
 from vtok.eval.models.reference_vlm import EOS, SPECIAL
+from vtok.eval.training.patch_words import UNCLEAR, attention_scores, missed
 from vtok.eval.training.turns import IGNORED, Turns
 
 FIRST, SECOND, HEADS = 1, 3, 2  # decoder layers that are told where to look, and how many of their heads for one thing
-UNCLEAR = -1  # a patch with the edge of a word only
 _PART = 5  # pixels of a word, in both directions, that a patch must show
 _GRID = SIZE // PATCH
 
@@ -109,44 +109,16 @@ def looking_loss(model: Any, states: Any, positions: Tensor, turns: Turns, place
     answers = torch.where(torch.isin(targets, torch.tensor(NAME_WORDS)) & ~over, targets, ids)
     crops = columns_of_crops()
     prefix = positions.shape[1] - ids.shape[1]
-    scores = {number: _scores(model, number, states[number], positions) for number in (FIRST, SECOND)}
-    loss = _missed(scores[FIRST][:, :HEADS, prefix:][..., crops], _shown(ids, places), asks)
-    loss = loss + _missed(scores[SECOND][:, :HEADS, prefix:][..., crops], _shown(answers, places), asks)
+    scores = {number: attention_scores(model, number, states[number], positions) for number in (FIRST, SECOND)}
+    loss = missed(scores[FIRST][:, :HEADS, prefix:][..., crops], _shown(ids, places), asks)
+    loss = loss + missed(scores[SECOND][:, :HEADS, prefix:][..., crops], _shown(answers, places), asks)
     earlier = torch.ones(len(crops), len(crops), dtype=torch.bool).tril()
     among = scores[FIRST][:, HEADS:, crops][..., crops].masked_fill(~earlier, -torch.inf)
     upper = (places.above[:, :, None] == places.names[:, None]) & earlier & (places.above >= len(SPECIAL))[:, :, None]
     upper = upper & (places.above != NOTHING)[:, :, None]
-    return loss + _missed(among, upper, torch.ones_like(places.above, dtype=torch.bool))
+    return loss + missed(among, upper, torch.ones_like(places.above, dtype=torch.bool))
 
 
 def _shown(words: Tensor, places: Places) -> Tensor:
     """[B, T, C]: which patches show what a word of the text [B, T] names, by name or by ink."""
     return (words[:, :, None] == places.names[:, None]) | (words[:, :, None] == places.inks[:, None])
-
-
-def _scores(model: Any, number: int, states: Tensor, positions: Tensor) -> Tensor:
-    """[B, heads, L, L] of a decoder layer before the softmax, not masked."""
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-    language = model.model.language_model
-    layer = language.layers[number]
-    x = layer.input_layernorm(states)
-    query, key = (
-        proj(x).unflatten(-1, (-1, layer.self_attn.head_dim)).transpose(1, 2)
-        for proj in (layer.self_attn.q_proj, layer.self_attn.k_proj)
-    )
-    query, key = apply_rotary_pos_emb(query, key, *language.rotary_emb(x, positions))
-    return (query @ key.transpose(-1, -2)).float() * layer.self_attn.head_dim**-0.5
-
-
-def _missed(scores: Tensor, right: Tensor, asked: Tensor) -> Tensor:
-    """Mean negative log of the share of attention that goes to the right places.
-
-    Args:
-        scores: [B, heads, T, C].
-        right: [B, T, C] bool.
-        asked: [B, T] bool, what counts, as far as there is a right place.
-    """
-    told = (asked & right.any(-1))[:, None].expand(-1, scores.shape[1], -1)
-    share = scores.log_softmax(-1).masked_fill(~right[:, None], -torch.inf).logsumexp(-1)
-    return -share[told].mean()

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from vtok.eval.models.pages.compose import Page, draw_page
 from vtok.eval.models.pages.model import MEAN, SIDE, STD, VIEW
-from vtok.eval.training.pages.looking import INK_WORDS, NAME_WORDS, NOTHING, UNCLEAR, Places, join, places_of
-from vtok.eval.training.turns import IGNORED
+from vtok.eval.training.pages.looking import INK_WORDS, NAME_WORDS, NOTHING, Places, join, places_of
+from vtok.eval.training.patch_words import naming_loss
 
 FULL = 10_000_000  # numbers of the pages of this lesson begin here
 
@@ -64,18 +64,9 @@ def seen(model: Any, shown: Tensor) -> Tensor:
     return last.unflatten(0, shown.shape[:2])
 
 
-def naming_loss(model: Any, crops: Tensor, places: Places) -> Tensor:
-    """Cross entropy of name and ink at each patch of the crops: crops [B, C, D] as the Llama takes it."""
-    table = model.get_input_embeddings().weight
-    loss = torch.zeros(())
-    for words, known in ((places.names, NAME_WORDS), (places.inks, INK_WORDS)):
-        choice = torch.tensor([NOTHING, *known])
-        label = torch.full((len(table),), 0)
-        label[choice] = torch.arange(len(choice))
-        logits = crops @ table[choice].T
-        wanted = torch.where(words == UNCLEAR, IGNORED, label[words.clamp(min=0)])
-        loss = loss + F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
-    return loss
+def told(places: Places) -> list[tuple[Tensor, list[int]]]:
+    """What connector and words are to say of each patch, see `naming_loss`."""
+    return [(places.names, NAME_WORDS), (places.inks, INK_WORDS)]
 
 
 def reading_loss(model: Any, head: ClassHead, numbers: Sequence[int]) -> Tensor:
@@ -83,15 +74,4 @@ def reading_loss(model: Any, head: ClassHead, numbers: Sequence[int]) -> Tensor:
     pages = [draw_page("train", FULL + number, full=True) for number in numbers]
     found, places = seen(model, views(pixels_of(pages))[:, 1:]), stacked(pages)
     crops = join(model.model.multi_modal_projector(found[:, :, 1:])).flatten(1, 2)
-    return naming_loss(model, crops, places) + head.loss(found[:, :, 0], places)
-
-
-def named(model: Any, crops: Tensor, places: Places) -> tuple[float, float]:
-    """Shares of patches in print whose name and whose ink come out first, in percent."""
-    table = model.get_input_embeddings().weight
-    said = []
-    for words, known in ((places.names, NAME_WORDS), (places.inks, INK_WORDS)):
-        best = torch.tensor(known)[(crops @ table[known].T).argmax(-1)]
-        there = (words != NOTHING) & (words != UNCLEAR)
-        said.append(100 * (best == words)[there].float().mean().item())
-    return said[0], said[1]
+    return naming_loss(model, crops, told(places), NOTHING) + head.loss(found[:, :, 0], places)

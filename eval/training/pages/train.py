@@ -10,8 +10,8 @@ Shapes: B pages, V = 5 views of n = 36 patches each, the whole page first; W cha
 
 from __future__ import annotations
 
-import argparse
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -21,14 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtok.eval.models.data import cache_dir
+from vtok.eval.models.asked import Asked
 from vtok.eval.models.pages.compose import PATCH, draw_page
-from vtok.eval.models.pages.model import SIDE, TRAINED, ReferencePrint, make_print_processor, save_trained
+from vtok.eval.models.pages.model import SIDE, TRAINED, ReferencePrint, make_print_processor
 from vtok.eval.models.pages.questions import BLIND, KINDS, questions_about
-from vtok.eval.training.loop import Stage, StageRun, epoch_rows, load_checkpoint, save_atomically
+from vtok.eval.models.reference_vlm import save_weights
+from vtok.eval.training.loop import Every, Stage, StageRun, epoch_rows, load_checkpoint, parser, save_atomically
 from vtok.eval.training.pages.looking import NOTHING, Places, join, lay_out, looking_loss
-from vtok.eval.training.pages.reading import ClassHead, named, naming_loss, pixels_of, reading_loss, seen, stacked, views
-from vtok.eval.training.turns import IGNORED, Turn, answered, logits_and_states, pack, write_blind_answers
+from vtok.eval.training.pages.reading import ClassHead, pixels_of, reading_loss, seen, stacked, told, views
+from vtok.eval.training.patch_words import named, naming_loss
+from vtok.eval.training.turns import IGNORED, Turn, answered, as_turns, draw_turns, logits_and_states, pack, write_blind_answers
 
 VALIDATION = {
     "train": range(900_000, 900_060),
@@ -36,6 +38,7 @@ VALIDATION = {
 }  # split -> pages that the test does not ask about
 _LINES = 2 * SIDE  # of patches of the crops
 _SPREAD = 0.05  # standard deviation of the language model's first weights
+EVERY = Every(20, 50, 200)
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,7 @@ class Lessons:
                 features.append(seen(model, views(pixels_of(pages)))[:, :, 1:].half())
             places.append(Places(*(part.to(torch.int16) for part in stacked(pages))))
             for number, page in zip(numbers[start:], pages):
-                asked = questions_about(page.words, random.Random(f"{seed} {number}"))
-                self.turns.append([[(encode(q), encode(a)[0]) for q, a in asked[kind]] for kind in KINDS])
+                self.turns.append(as_turns(encode, questions_about(page.words, random.Random(f"{seed} {number}"))))
         self.features, self.places = torch.cat(features), Places(*(torch.cat(parts) for parts in zip(*places)))
 
     def visual(self, rows: Tensor) -> Tensor:
@@ -101,14 +103,6 @@ class Lessons:
     def of(self, rows: Tensor) -> Places:
         """What is printed on some of the pages."""
         return Places(*(values[rows].long() for values in self.places))
-
-    def draw(self, row: int, count: int, weights: tuple[int, ...]) -> list[Turn]:
-        """`count` random questions about a page at most, kinds drawn by weight, none twice."""
-        chosen = []
-        for kind, turns in enumerate(self.turns[row]):
-            share = round(count * weights[kind] / sum(weights))
-            chosen += [turns[i] for i in torch.randperm(len(turns))[:share].tolist()]
-        return chosen
 
 
 def build(recipe: Recipe) -> Any:
@@ -125,7 +119,7 @@ def build(recipe: Recipe) -> Any:
     return model
 
 
-def train(recipe: Recipe, checkpoint: Path, log_every: int = 20, save_every: int = 50, test_every: int = 200) -> Any:
+def train(recipe: Recipe, checkpoint: Path, every: Every = EVERY) -> Any:
     """Runs (or resumes) the whole recipe.
 
     Returns:
@@ -134,7 +128,7 @@ def train(recipe: Recipe, checkpoint: Path, log_every: int = 20, save_every: int
     model, head = build(recipe).train(), ClassHead(recipe.model.width)
     saved = load_checkpoint(checkpoint)
     if saved is None or saved["stage"] == 0:
-        _learn_to_read(model, head, recipe, checkpoint, saved, (log_every, save_every, test_every))
+        _learn_to_read(model, head, recipe, checkpoint, saved, every)
         saved = None
     else:
         model.load_state_dict(torch.load(_stage_file(checkpoint), weights_only=True))
@@ -152,11 +146,11 @@ def train(recipe: Recipe, checkpoint: Path, log_every: int = 20, save_every: int
         rows = epoch_rows(recipe, number, step, recipe.pages)
         places, guided = lessons.of(rows), number == 1 and step < recipe.guided
         visual, crops = connect(rows, lessons)
-        turns = pack([lessons.draw(row, recipe.turns, recipe.weights) for row in rows.tolist()])
+        turns = pack([draw_turns(lessons.turns[row], recipe.turns, recipe.weights) for row in rows.tolist()])
         hidden = None if number == 1 else without_print(places)
         logits, states, positions = logits_and_states(model, visual, turns, guided, hidden)
         loss = F.cross_entropy(logits, turns.targets[turns.targets != IGNORED])
-        loss = loss + recipe.naming * naming_loss(model, crops, places)
+        loss = loss + recipe.naming * naming_loss(model, crops, told(places), NOTHING)
         return loss + recipe.looking * looking_loss(model, states, positions, turns, places) if guided else loss
 
     def test() -> None:
@@ -172,8 +166,8 @@ def train(recipe: Recipe, checkpoint: Path, log_every: int = 20, save_every: int
     for number, stage in enumerate((recipe.answer, recipe.shorten), 1):
         if number >= first:
             total = round(stage.epochs * (recipe.pages // recipe.batch_size))
-            run = StageRun(model, stage, number, total, recipe, checkpoint, log_every, save_every)
-            run.run(partial(loss_of, number=number), saved, test, test_every)
+            run = StageRun(model, stage, number, total, recipe, checkpoint, every)
+            run.run(partial(loss_of, number=number), saved, test)
     return model.eval()
 
 
@@ -196,7 +190,7 @@ def _stage_file(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{checkpoint.stem}_read.pt")
 
 
-def _learn_to_read(model: Any, head: ClassHead, recipe: Recipe, checkpoint: Path, saved: Any, every: tuple[int, ...]) -> None:
+def _learn_to_read(model: Any, head: ClassHead, recipe: Recipe, checkpoint: Path, saved: Any, every: Every) -> None:
     """The first stage; what it made is kept in a file of its own."""
     sized = replace(recipe, batch_size=recipe.read_batch_size)
     parts = nn.ModuleDict(
@@ -216,34 +210,27 @@ def _learn_to_read(model: Any, head: ClassHead, recipe: Recipe, checkpoint: Path
         for split, pages in checked.items():
             with torch.inference_mode():
                 found = seen(model, views(pixels_of(pages))[:, 1:])[:, :, 1:]
-                name, ink = named(model, join(model.model.multi_modal_projector(found)).flatten(1, 2), stacked(pages))
+                crops = join(model.model.multi_modal_projector(found)).flatten(1, 2)
+                name, ink = named(model, crops, told(stacked(pages)), NOTHING)
             print(f"  {split}: held-out patches: name {name:.1f} %, ink {ink:.1f} %", flush=True)
 
     total = round(recipe.read.epochs * (recipe.pages // sized.batch_size))
-    StageRun(parts, recipe.read, 0, total, sized, checkpoint, every[0], every[1]).run(loss_of, saved, test, every[2])
+    StageRun(parts, recipe.read, 0, total, sized, checkpoint, every).run(loss_of, saved, test)
     save_atomically(model.state_dict(), _stage_file(checkpoint))
 
 
-def asked_in_training(pages: int, seed: int = 0) -> list[tuple[str, str]]:
-    """All questions about the first training pages, with their answers."""
-    return [
-        pair
-        for number in range(pages)
-        for kind in questions_about(draw_page("train", number).words, random.Random(f"{seed} {number}")).values()
-        for pair in kind
-    ]
+def asked_in_training(pages: int, seed: int = 0) -> Iterator[dict[str, list[Asked]]]:
+    """All questions about the first training pages, with their answers, page by page and kind by kind."""
+    for number in range(pages):
+        yield questions_about(draw_page("train", number).words, random.Random(f"{seed} {number}"))
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, default=cache_dir() / "train" / "pages.pt")
-    parser.add_argument("--export", type=Path, help="vtok's assets/")
-    args = parser.parse_args()
-    args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    args = parser((__doc__ or "").splitlines()[0], "pages.pt", "model and answers").parse_args()
     model = train(Recipe(), args.checkpoint)
     if args.export is not None:
-        save_trained(args.export / TRAINED, model)
+        save_weights(args.export / TRAINED, model)
         write_blind_answers(args.export / BLIND, asked_in_training(Recipe().pages))
 
 

@@ -7,12 +7,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from vtok.errors import ConfigError
 from vtok.eval.tasks.vqa.data import EASY_VQA, PAGES, PRINT, SCENES, Question, VQAData, blind_answers, kind_of
-from vtok.eval.tasks.vqa.files import find_vqav2, read_lines
+from vtok.eval.tasks.vqa.sources.files import find_vqav2, read_lines
 
 _BLIND_PAGES, _BLIND_SEED = 2000, 5
 
@@ -44,24 +43,19 @@ def open_vqa(data: str | os.PathLike, questions: str = "", annotations: str = ""
     return find_vqav2(path, questions, annotations, images)
 
 
-def easy_vqa() -> VQAData:
-    """The bundled questions of easy-VQA's test set."""
+def easy_vqa(calibration: bool = False) -> VQAData:
+    """The bundled questions of easy-VQA's test set, or about training pictures that were kept out of training."""
     from vtok.eval.models.assets import asset
     from vtok.eval.models.reference import DATA_FOLDER
     from vtok.eval.models.reference_vlm import load_reference_questions
 
+    if calibration:
+        found = load_reference_questions("calibration")
+        return VQAData(f"{EASY_VQA}/calibration", _questions(found, [{}] * len(found.texts)), _reader(found.pictures))
     found = load_reference_questions("test")
     groups = [{"kind": kind_of(answer)} for answer in found.answers]
     blind = json.loads(asset(f"{DATA_FOLDER}/blind-answers.json").read_text(encoding="utf-8"))
     return VQAData(EASY_VQA, _questions(found, groups), _reader(found.pictures), blind=blind)
-
-
-def calibration_questions() -> VQAData:
-    """The bundled questions about training pictures of easy-VQA that were kept out of training."""
-    from vtok.eval.models.reference_vlm import load_reference_questions
-
-    found = load_reference_questions("calibration")
-    return VQAData(f"{EASY_VQA}/calibration", _questions(found, [{}] * len(found.texts)), _reader(found.pictures))
 
 
 def easy_vqa_pages() -> VQAData:
@@ -73,49 +67,32 @@ def easy_vqa_pages() -> VQAData:
     return VQAData(PAGES, _questions(found, groups), _reader(found.pictures), blind=blind_page_answers())
 
 
-def scene_questions() -> VQAData:
-    """The bundled questions about test scenes; `kind` says what is asked."""
-    from vtok.eval.models.scenes import TEST_SCENES, blind_answers_of_scenes
+def scene_questions(calibration: bool = False) -> VQAData:
+    """The bundled questions about test scenes, or about scenes of training pictures that were kept out of training; `kind` says
+    what is asked."""
+    from vtok.eval.models import scenes
 
-    return _scenes(SCENES, "test", range(TEST_SCENES), blind_answers_of_scenes())
-
-
-def calibration_scenes() -> VQAData:
-    """Questions about scenes of training pictures that were kept out of training."""
-    from vtok.eval.models.scenes import CALIBRATION_SCENES
-
-    return _scenes(f"{SCENES}/calibration", "train", CALIBRATION_SCENES)
+    split, numbers = ("train", scenes.CALIBRATION_SCENES) if calibration else ("test", range(scenes.TEST_SCENES))
+    asked = [(one, {"kind": one.kind}) for one in scenes.one_of_each(split, numbers)]
+    return _drawn(SCENES, calibration, asked, lambda number: scenes.draw_scene(split, number).image, scenes.BLIND)
 
 
-def _scenes(name: str, split: str, numbers: range, blind: Mapping[str, str] = MappingProxyType({})) -> VQAData:
-    from vtok.eval.models.scenes import draw_scene, one_of_each
+def printed_pages(calibration: bool = False) -> VQAData:
+    """The same about pages of small print; `density` says how many quarters hold words."""
+    from vtok.eval.models import pages
 
-    asked = one_of_each(split, numbers)
-    questions = [Question(i, one.text, (one.answer,), one.scene, {"kind": one.kind}) for i, one in enumerate(asked)]
-    return VQAData(name, questions, lambda number: draw_scene(split, number).image, blind=blind)
-
-
-def printed_pages() -> VQAData:
-    """The bundled questions about pages of small print; `kind` says what is asked, `density` how many quarters hold words."""
-    from vtok.eval.models.pages import TEST_PAGES, blind_answers_of_pages
-
-    return _printed(PRINT, "test", range(TEST_PAGES), blind_answers_of_pages())
+    split, numbers = ("train", pages.CALIBRATION_PAGES) if calibration else ("test", range(pages.TEST_PAGES))
+    asked = [(one, {"kind": one.kind, "density": str(pages.density(one.number))}) for one in pages.one_of_each(split, numbers)]
+    return _drawn(PRINT, calibration, asked, lambda number: pages.draw_page(split, number).image, pages.BLIND)
 
 
-def calibration_printed_pages() -> VQAData:
-    """Questions about pages in the print of training that were kept out of training."""
-    from vtok.eval.models.pages import CALIBRATION_PAGES
+def _drawn(name: str, calibration: bool, asked: Sequence[Any], read: Callable[[Any], Any], blind: str) -> VQAData:
+    """Questions, each with what it is counted under, about pictures that are drawn when they are asked for."""
+    from vtok.eval.models.asked import blind_answers_of
 
-    return _printed(f"{PRINT}/calibration", "train", CALIBRATION_PAGES)
-
-
-def _printed(name: str, split: str, numbers: range, blind: Mapping[str, str] = MappingProxyType({})) -> VQAData:
-    from vtok.eval.models.pages import draw_page, one_of_each
-
-    asked = one_of_each(split, numbers)
-    groups = [{"kind": one.kind, "density": str(one.density)} for one in asked]
-    questions = [Question(i, one.text, (one.answer,), one.page, group) for i, (one, group) in enumerate(zip(asked, groups))]
-    return VQAData(name, questions, lambda number: draw_page(split, number).image, blind=blind)
+    questions = [Question(i, one.text, (one.answer,), one.number, groups) for i, (one, groups) in enumerate(asked)]
+    title = f"{name}/calibration" if calibration else name
+    return VQAData(title, questions, read, blind={} if calibration else blind_answers_of(blind))
 
 
 @cache

@@ -26,7 +26,7 @@ from vtok.eval.models.clip import DualEncoder
 from vtok.eval.models.easyvqa import CLASSES, TEMPLATES
 from vtok.eval.options import PICTURES, ZeroshotOptions
 from vtok.eval.tasks.class_folders import are_ids, labels_for, wordnet_ids
-from vtok.eval.tasks.clip_pipeline import Embedded, Progress, repeated, run
+from vtok.eval.tasks.clip.pipeline import Embedded, Progress, repeated, run
 from vtok.eval.tasks.image_folder import CheckedImages, open_dataset
 from vtok.reading import exists, from_json, read_text
 
@@ -50,7 +50,7 @@ def evaluate(
         settings: each `None` (unpatched), a method, (method, parameters), or a `Setting`.
         options: see `ZeroshotOptions`.
         progress: called with (images done, images).
-        memory: see `clip_pipeline.run`.
+        memory: see `vtok.eval.tasks.clip.pipeline.run`.
 
     Returns:
         One record a setting: clip_benchmark's fields (`dataset, model, pretrained, task, metrics, language`), where `metrics`

@@ -23,10 +23,10 @@ from vtok.eval.common.statistics import clustered_mean_stderr, paired_difference
 from vtok.eval.common.timing import BaselineCache
 from vtok.eval.models.clip import DualEncoder
 from vtok.eval.options import RetrievalOptions
-from vtok.eval.tasks.captions import open_captions
-from vtok.eval.tasks.clip_pipeline import Embedded, Progress, repeated, run
+from vtok.eval.tasks.clip.captions import open_captions
+from vtok.eval.tasks.clip.pipeline import Embedded, Progress, repeated, run
+from vtok.eval.tasks.clip.recall import Positives, first_ranks, text_groups
 from vtok.eval.tasks.image_folder import CheckedImages
-from vtok.eval.tasks.recall import Positives, first_ranks, text_groups
 
 TEXT_BATCH = 256
 
@@ -47,7 +47,7 @@ def evaluate(
         settings: each `None` (unpatched), a method, (method, parameters), or a `Setting`.
         options: see `RetrievalOptions`.
         progress: called with (images done, images).
-        memory: see `clip_pipeline.run`.
+        memory: see `vtok.eval.tasks.clip.pipeline.run`.
 
     Returns:
         One record a setting: clip_benchmark's fields (`dataset, model, pretrained, task, metrics, language`), where `metrics`

@@ -121,9 +121,7 @@ def run(
         ConfigError: nothing to evaluate or to read, or a model that is patched already.
         UnsupportedModelError: a method does not work on the model.
     """
-    chosen = [Setting.of(value) for value in settings]
-    if not chosen:
-        raise ConfigError("nothing to evaluate: name at least one setting, None for the unpatched model")
+    chosen = Setting.several(settings)
     encoder = load_clip(model, options.pretrained, options.backend, options.seed) if isinstance(model, str) else model
     if run_of(encoder.net) is not None:
         raise ConfigError("evaluate patches copies of the model itself; pass it unpatched (vtok.unpatch(model))")

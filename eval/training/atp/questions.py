@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +13,12 @@ from vtok.errors import ConfigError, brief
 from vtok.eval.common.pictures import open_picture
 from vtok.eval.models.reference_vlm import load_reference_llava, load_reference_llava_processor
 from vtok.eval.models.vlm import REFERENCE_SCENES, BeginsOnce
-from vtok.eval.tasks.vqa.reading import text_of
+from vtok.eval.tasks.vqa.sources.reading import text_of
 from vtok.eval.training.llava import load_lessons
 from vtok.reading import exists, from_json, read_text
 
 IGNORED = -100
-HELD_OUT = 178  # pictures that the reference LLaVA was not trained on either, see `train_llava`
+HELD_OUT = 178  # pictures that the reference LLaVA was not trained on either, see `training.llava`
 
 
 class Asked(NamedTuple):
@@ -35,6 +35,15 @@ class Asked(NamedTuple):
     questions: Sequence[str]
     answers: Sequence[str]
     rows: Sequence[int]
+
+    def different(self, numbers: Iterable[int], count: int) -> list[int]:
+        """The first `count` of these questions that are about an image each of its own."""
+        chosen: dict[int, int] = {}
+        for number in numbers:
+            chosen.setdefault(self.rows[number], number)
+            if len(chosen) == count:
+                break
+        return list(chosen.values())
 
 
 class Batch(NamedTuple):
@@ -111,7 +120,7 @@ def load_scene_questions(split: str, numbers: range) -> Asked:
     found = one_of_each(split, numbers)
     images = [draw_scene(split, number).image for number in numbers]
     return Asked(
-        images, [one.text for one in found], [one.answer for one in found], [one.scene - numbers.start for one in found]
+        images, [one.text for one in found], [one.answer for one in found], [one.number - numbers.start for one in found]
     )
 
 

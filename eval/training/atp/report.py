@@ -22,7 +22,7 @@ import vtok
 from vtok.config import MethodConfig
 from vtok.core.prompt import VLMInfo, VLMReducer
 from vtok.eval.common.statistics import Interval, mean_interval, mean_stderr, paired_difference, share, with_error
-from vtok.eval.training.atp_questions import Asked, Host
+from vtok.eval.training.atp.questions import Asked, Host
 from vtok.methods.atp import ATP, Slots
 from vtok.methods.atp.losses import average_tokens
 from vtok.methods.atp.modules import ATPModules, load
@@ -99,15 +99,11 @@ def spread(asked: Asked, count: int | None, batch_size: int, seed: int = 0) -> l
     order = torch.randperm(len(asked.rows), generator=torch.Generator().manual_seed(seed)).tolist()
     waiting, batches = order[:count], []
     while waiting:
-        chosen: dict[int, int] = {}
-        for number in waiting:
-            chosen.setdefault(asked.rows[number], number)
-            if len(chosen) == batch_size:
-                break
-        taken = set(chosen.values())
+        chosen = asked.different(waiting, batch_size)
+        taken = set(chosen)
         waiting = [number for number in waiting if number not in taken]
         if len(chosen) > 1:
-            batches.append(list(chosen.values()))
+            batches.append(chosen)
     return batches
 
 
@@ -143,7 +139,6 @@ def answer(host: Host, config: MethodConfig | None, asked: Asked, batches: Seque
 
 def _counts(model: Any, batch: int) -> tuple[Tensor, Tensor]:
     """(visual tokens [B, M] behind every module, [B] on average over the decoder layers) of the last prompts."""
-
     (target,) = vlm_targets(model)
     pruner = target.installed()
     assert pruner is not None and pruner.last is not None

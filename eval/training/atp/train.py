@@ -1,7 +1,7 @@
 """Trains ATP's modules for a vision-language model of one image grid, such as LLaVA-1.5: `python -m vtok.eval.training.atp`.
 
 The model stays frozen; what learns are the thresholds, from the language loss under soft masks and from the budget losses. A
-run resumes wherever it stopped. `--report FILE` measures modules instead: see `vtok.eval.training.atp_report`.
+run resumes wherever it stopped. `--report FILE` measures modules instead: see `vtok.eval.training.atp.report`.
 
 By default the model is the reference LLaVA and the questions are easy-VQA's; `--model reference-scenes` takes that model and
 questions about scenes. For a model of one's own: `--model FOLDER` and
@@ -24,7 +24,7 @@ from vtok.errors import ConfigError
 from vtok.eval.models.data import cache_dir
 from vtok.eval.models.scenes import TEST_SCENES
 from vtok.eval.models.vlm import REFERENCE_SCENES
-from vtok.eval.training.atp_questions import (
+from vtok.eval.training.atp.questions import (
     IGNORED,
     Asked,
     Batch,
@@ -34,7 +34,7 @@ from vtok.eval.training.atp_questions import (
     load_questions_file,
     load_scene_questions,
 )
-from vtok.eval.training.atp_report import load_test_questions, measure, table
+from vtok.eval.training.atp.report import load_test_questions, measure, table
 from vtok.eval.training.loop import save_atomically
 from vtok.methods.atp.losses import ATPLosses
 from vtok.methods.atp.modules import ATPModules
@@ -130,12 +130,7 @@ def draw(asked: Asked, recipe: Recipe, step: int) -> list[int]:
     """Questions of a step, about different images; they depend on seed and step alone, so that a resumed run draws the same."""
     generator = torch.Generator().manual_seed(recipe.seed + 1_000_003 * (step + 1))
     order = torch.randperm(len(asked.rows), generator=generator).tolist()
-    chosen: dict[int, int] = {}
-    for number in order:
-        chosen.setdefault(asked.rows[number], number)
-        if len(chosen) == recipe.batch_size:
-            break
-    return list(chosen.values())
+    return asked.different(order, recipe.batch_size)
 
 
 class Progress(NamedTuple):

@@ -1,24 +1,6 @@
 """Rows of the `datasets` library instead of files: a folder that it saved, parquet files, or a name on the hub.
 
-The names that lmms-eval 0.7 reads are the defaults (most ask for a login to the hub):
-
-| task | data set | configuration, split |
-|---|---|---|
-| chartqa | lmms-lab-encoder/ChartQA | test |
-| docvqa | lmms-lab-encoder/DocVQA | DocVQA, validation |
-| gqa | lmms-lab-encoder/GQA | testdev_balanced_instructions (images: testdev_balanced_images), testdev |
-| mmbench | lmms-lab-encoder/MMBench | en, dev |
-| mme | lmms-lab-encoder/MME | test |
-| mmmu | lmms-lab-encoder/MMMU | validation |
-| ocrbench | echo840/OCRBench | test |
-| pope | lmms-lab-encoder/POPE | test |
-| refcoco | lmms-lab-encoder/RefCOCO | val |
-| scienceqa, scienceqa_img | lmms-lab-encoder/ScienceQA | ScienceQA-FULL, ScienceQA-IMG, test |
-| seedbench | lmms-lab-encoder/SEED-Bench | test |
-| textvqa | lmms-lab-encoder/textvqa | validation |
-| videomme | lmms-eval/Video-MME | videomme, test (its videos are files: --images) |
-| vizwiz | lmms-lab-encoder/VizWiz-VQA | val |
-| vqav2 | lmms-lab-encoder/VQAv2 | validation |
+The names that lmms-eval 0.7 reads are the defaults, which every task states itself (most ask for a login to the hub).
 """
 
 from __future__ import annotations
@@ -30,8 +12,8 @@ from typing import Any, NamedTuple
 from vtok.errors import ConfigError, MissingExtraError, shown
 from vtok.eval.common.pictures import digest, find_files, open_picture
 from vtok.eval.tasks.vqa.data import Question, VQAData
-from vtok.eval.tasks.vqa.files import checked
 from vtok.eval.tasks.vqa.sources import Sources
+from vtok.eval.tasks.vqa.sources.files import checked
 from vtok.eval.tasks.vqa_video.videos import Videos
 
 HUB = "hub"

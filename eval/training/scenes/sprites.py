@@ -1,4 +1,4 @@
-"""Makes the little pictures of `vtok.eval.models.scenes`: `python -m vtok.eval.training.scene_sprites FOLDER --export assets`.
+"""Makes the little pictures of `vtok.eval.models.scenes`: `python -m vtok.eval.training.scenes.sprites FOLDER --export assets`.
 
 FOLDER holds, unpacked, four packages of npm (`npm pack NAME`, `tar xzf`): see `SOURCES`. Pictures that are drawn as curves are
 rendered by resvg (`pip install resvg-py`).

@@ -14,7 +14,8 @@ from vtok import writing
 from vtok.errors import ConfigError, brief, shown
 from vtok.eval.common.pictures import digest, find_files, find_pictures, open_picture
 from vtok.eval.tasks.vqa.data import Question, VQAData, kind_of
-from vtok.eval.tasks.vqa.reading import (
+from vtok.eval.tasks.vqa.sources import Write
+from vtok.eval.tasks.vqa.sources.reading import (
     Pictures,
     entries,
     fields,
@@ -25,7 +26,6 @@ from vtok.eval.tasks.vqa.reading import (
     text_of,
     texts_of,
 )
-from vtok.eval.tasks.vqa.sources import Write
 from vtok.reading import exists
 
 ONE_WORD = "\nAnswer the question using a single word or phrase."  # what lmms-eval puts behind VQAv2's questions

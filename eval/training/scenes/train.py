@@ -9,9 +9,9 @@ Shapes: B scenes, P = 256 visual tokens, W = 384 channels of the encoder, D of t
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -22,16 +22,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok.eval.models.asked import Asked
 from vtok.eval.models.data import cache_dir
 from vtok.eval.models.dinov2 import normalise
 from vtok.eval.models.dinov2.model import WIDTH
-from vtok.eval.models.reference_vlm import EOS, SPECIAL
+from vtok.eval.models.reference_vlm import EOS, SPECIAL, save_weights
 from vtok.eval.models.scenes.album import NAMES
 from vtok.eval.models.scenes.compose import COLOUR_NAMES, PATCH, SIZE, Thing, draw_scene
-from vtok.eval.models.scenes.model import TRAINED, ReferenceScenes, load_tower, make_scenes_processor, save_trained
+from vtok.eval.models.scenes.model import TOWER, TRAINED, ReferenceScenes, load_tower, make_scenes_processor
 from vtok.eval.models.scenes.questions import BLIND, KINDS, WORDS, questions_about
-from vtok.eval.training.loop import Stage, StageRun, epoch_rows, load_checkpoint, save_atomically
-from vtok.eval.training.turns import IGNORED, Turn, Turns, answered, logits_and_states, pack, write_blind_answers
+from vtok.eval.training.loop import Every, Stage, StageRun, epoch_rows, load_checkpoint, parser, save_atomically
+from vtok.eval.training.patch_words import attention_scores, missed, named, naming_loss
+from vtok.eval.training.turns import (
+    IGNORED,
+    Turn,
+    Turns,
+    answered,
+    as_turns,
+    draw_turns,
+    logits_and_states,
+    pack,
+    write_blind_answers,
+)
 from vtok.writing import write
 
 SIDE = SIZE // PATCH
@@ -41,6 +53,7 @@ _GUIDED, _HEADS = (1, 3), 2  # decoder layers that are told where to look at fir
 NOTHING = len(SPECIAL) + WORDS.index("zero")  # the word for a patch without a plate
 NAME_WORDS = [len(SPECIAL) + WORDS.index(name) for name in NAMES]
 COLOUR_WORDS = [len(SPECIAL) + WORDS.index(name) for name in COLOUR_NAMES]
+EVERY = Every(20, 50, 250)
 
 
 @dataclass(frozen=True)
@@ -132,33 +145,16 @@ class Lessons:
         self.patches = torch.stack([patch_words(things) for things in scenes]).to(torch.int16)
         self.turns: list[list[list[Turn]]] = []
         for number, things in zip(numbers, scenes):
-            asked = questions_about(things, random.Random(f"{seed} {number}"))
-            self.turns.append([[(encode(q), encode(a)[0]) for q, a in asked[kind]] for kind in KINDS])
+            self.turns.append(as_turns(encode, questions_about(things, random.Random(f"{seed} {number}"))))
 
     def visual(self, rows: Tensor) -> Tensor:
         """[B, P, W] fp32."""
         return torch.from_numpy(self.features[rows.numpy()]).float()
 
-    def draw(self, row: int, count: int, weights: tuple[int, ...]) -> list[Turn]:
-        """`count` random questions about a scene, kinds drawn by weight, none twice."""
-        chosen = []
-        for kind, turns in enumerate(self.turns[row]):
-            share = round(count * weights[kind] / sum(weights))
-            chosen += [turns[i] for i in torch.randperm(len(turns))[:share].tolist()]
-        return chosen
 
-
-def naming_loss(model: Any, visual: Tensor, words: Tensor) -> Tensor:
-    """Cross entropy of name and colour words at each patch: visual [B, P, D] as the Llama takes it, words [B, 2, P]."""
-    table = model.get_input_embeddings().weight
-    loss = visual.new_zeros(())
-    for place, known in enumerate((NAME_WORDS, COLOUR_WORDS)):
-        choice = torch.tensor([NOTHING, *known])
-        label = torch.full((len(table),), 0)
-        label[choice] = torch.arange(len(choice))
-        logits = (visual @ table[choice].to(visual.dtype).T).float()
-        loss = loss + F.cross_entropy(logits.flatten(0, 1), label[words[:, place].long()].flatten())
-    return loss
+def told(words: Tensor) -> list[tuple[Tensor, list[int]]]:
+    """What the connector is to say of each patch, see `naming_loss`: words [B, 2, P] of `patch_words`."""
+    return [(words[:, 0].long(), NAME_WORDS), (words[:, 1].long(), COLOUR_WORDS)]
 
 
 def looking_loss(model: Any, states: Any, positions: Tensor, turns: Turns, words: Tensor) -> Tensor:
@@ -173,25 +169,14 @@ def looking_loss(model: Any, states: Any, positions: Tensor, turns: Turns, words
         turns: the text.
         words: [B, 2, P] of `patch_words`.
     """
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-    language, prefix, words = model.model.language_model, 1 + words.shape[-1], words.long()
+    prefix, words = 1 + words.shape[-1], words.long()
     asks = (turns.targets != IGNORED) & (turns.targets != EOS)
     answers = torch.where(torch.isin(turns.targets, torch.tensor(NAME_WORDS)), turns.targets, turns.ids)
+    part = {"heads": slice(_HEADS), "rows": slice(prefix, None), "columns": slice(1, prefix)}
     loss = states[0].new_zeros(())
-    for number, named in zip(_GUIDED, (turns.ids, answers)):
-        layer = language.layers[number]
-        x = layer.input_layernorm(states[number])
-        query, key = (
-            proj(x).unflatten(-1, (-1, layer.self_attn.head_dim)).transpose(1, 2)[:, :_HEADS]
-            for proj in (layer.self_attn.q_proj, layer.self_attn.k_proj)
-        )
-        query, key = apply_rotary_pos_emb(query, key, *language.rotary_emb(x, positions))
-        scores = (query[:, :, prefix:] @ key[:, :, 1:prefix].transpose(-1, -2)).float() * layer.self_attn.head_dim**-0.5
-        right = (named[:, :, None, None] == words[:, None]).any(2)  # [B, T, P]
-        told = (asks & right.any(-1))[:, None].expand(-1, _HEADS, -1)
-        share = scores.log_softmax(-1).masked_fill(~right[:, None], -torch.inf).logsumexp(-1)  # [B, heads, T]
-        loss = loss - share[told].mean()
+    for number, sought in zip(_GUIDED, (turns.ids, answers)):
+        right = (sought[:, :, None, None] == words[:, None]).any(2)  # [B, T, P]
+        loss = loss + missed(attention_scores(model, number, states[number], positions, **part), right, asks)
     return loss
 
 
@@ -207,7 +192,7 @@ def build(recipe: Recipe) -> Any:
     return model
 
 
-def train(recipe: Recipe, checkpoint: Path, log_every: int = 20, save_every: int = 50, test_every: int = 250) -> Any:
+def train(recipe: Recipe, checkpoint: Path, every: Every = EVERY) -> Any:
     """Runs (or resumes) the whole recipe.
 
     Returns:
@@ -229,20 +214,22 @@ def train(recipe: Recipe, checkpoint: Path, log_every: int = 20, save_every: int
         rows = epoch_rows(sized[number], number, step, recipe.scenes)
         with torch.autocast("cpu", torch.bfloat16):
             visual = connect(rows, lessons)
-            named = naming_loss(model, visual, lessons.patches[rows])
+            naming = naming_loss(model, visual, told(lessons.patches[rows]), NOTHING)
             if number == 0:
-                return named
-            turns = pack([lessons.draw(row, recipe.turns, recipe.weights) for row in rows.tolist()])
+                return naming
+            turns = pack([draw_turns(lessons.turns[row], recipe.turns, recipe.weights) for row in rows.tolist()])
             logits, states, positions = logits_and_states(model, visual, turns, step < recipe.guided)
             if step < recipe.guided:
-                named = named + looking_loss(model, states, positions, turns, lessons.patches[rows])
-        return F.cross_entropy(logits.float(), turns.targets[turns.targets != IGNORED]) + recipe.naming * named
+                naming = naming + looking_loss(model, states, positions, turns, lessons.patches[rows])
+        return F.cross_entropy(logits.float(), turns.targets[turns.targets != IGNORED]) + recipe.naming * naming
 
     def test(number: int) -> None:
         model.eval()
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             if number == 0:
-                said = _named(model, held_out, connect)
+                visual = connect(torch.arange(len(held_out.turns)), held_out).float()
+                name, colour = named(model, visual, told(held_out.patches), NOTHING)
+                said = f"held-out patches: name {name:.1f} %, colour {colour:.1f} %"
             else:
                 said = answered(model, held_out.turns, lambda rows: connect(rows, held_out), KINDS, 4)
             print(f"  {said}", flush=True)
@@ -252,8 +239,8 @@ def train(recipe: Recipe, checkpoint: Path, log_every: int = 20, save_every: int
         if saved is not None and saved["stage"] > number:
             continue
         total = round(stage.epochs * (recipe.scenes // sized[number].batch_size))
-        run = StageRun(model, stage, number, total, sized[number], checkpoint, log_every, save_every)
-        run.run(partial(loss_of, number), saved, partial(test, number), test_every)
+        run = StageRun(model, stage, number, total, sized[number], checkpoint, every)
+        run.run(partial(loss_of, number), saved, partial(test, number))
         save_atomically(model.state_dict(), checkpoint.with_name(f"{checkpoint.stem}_stage{number}.pt"))
     with torch.no_grad():
         first = model.model.multi_modal_projector.linear_1
@@ -269,38 +256,18 @@ def _moments(lessons: Lessons) -> tuple[Tensor, Tensor]:
     return sample.mean(0), sample.std(0)
 
 
-def _named(model: Any, lessons: Lessons, connect: Any) -> str:
-    """Share of patches under plates whose name and colour come out first."""
-    table = model.get_input_embeddings().weight
-    rows = torch.arange(len(lessons.turns))
-    visual, words = connect(rows, lessons).float(), lessons.patches.long()
-    said = []
-    for place, known in enumerate((NAME_WORDS, COLOUR_WORDS)):
-        best = torch.tensor(known)[(visual @ table[known].float().T).argmax(-1)]
-        there = words[:, place] != NOTHING
-        said.append(100 * (best == words[:, place])[there].float().mean().item())
-    return f"held-out patches: name {said[0]:.1f} %, colour {said[1]:.1f} %"
-
-
-def asked_in_training(scenes: int, seed: int = 0) -> list[tuple[str, str]]:
-    """All questions about the first training scenes, with their answers."""
-    return [
-        pair
-        for number in range(scenes)
-        for kind in questions_about(draw_scene("train", number).things, random.Random(f"{seed} {number}")).values()
-        for pair in kind
-    ]
+def asked_in_training(scenes: int, seed: int = 0) -> Iterator[dict[str, list[Asked]]]:
+    """All questions about the first training scenes, with their answers, scene by scene and kind by kind."""
+    for number in range(scenes):
+        yield questions_about(draw_scene("train", number).things, random.Random(f"{seed} {number}"))
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, default=cache_dir() / "train" / "scenes.pt")
-    parser.add_argument("--export", type=Path, help="vtok's assets/")
-    args = parser.parse_args()
+    args = parser((__doc__ or "").splitlines()[0], "scenes.pt", "model and answers").parse_args()
     model = train(Recipe(), args.checkpoint)
     if args.export is not None:
-        save_trained(args.export / TRAINED, model)
+        save_weights(args.export / TRAINED, model, without=TOWER)
         write_blind_answers(args.export / BLIND, asked_in_training(Recipe().scenes))
 
 

@@ -1,0 +1,5 @@
+"""`python -m vtok.eval.training.atp`."""
+
+from vtok.eval.training.atp.train import main
+
+main()

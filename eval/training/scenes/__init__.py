@@ -1,0 +1,1 @@
+"""Trains the reference LLaVA of scenes: `python -m vtok.eval.training.scenes --export assets`."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vtok.core.tokens import AttentionView, Rope, add_bias
 from vtok.core.tracker import TokenTracker
 from vtok.errors import StateError
+from vtok.ops.rows import take_rows
 from vtok.patches.module_swap import Hook
 from vtok.patches.protocol import Attend, Projected, TapSpec
 
@@ -34,12 +35,12 @@ def place_taps(attend: Attend, attn: nn.Module, run: TokenTracker, needs: frozen
         getattr(attn, attend.taps[name].child).register_forward_hook(Tap(run, name))
 
 
-def _heads_first(t: Tensor, tap: TapSpec, attn: nn.Module, head_dim: int) -> Tensor:
+def _heads_first(t: Tensor, attend: Attend, tap: TapSpec, attn: nn.Module) -> Tensor:
     """What a tap caught -> [B, H, N, D]."""
     if tap.part is not None:
         t = t[..., tap.part(attn)]
     if tap.layout == "bn(hd)":
-        return t.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+        return t.unflatten(-1, (-1, attend.heads(attn)[1])).transpose(1, 2)
     return t.transpose(1, 2) if tap.layout == "bnhd" else t
 
 
@@ -51,12 +52,10 @@ def tapped_view(
     Raises:
         StateError: a layer that is looked at was replaced, and the hook went with the old one.
     """
-    if not torch.compiler.is_compiling():
-        _check_taps(attend, attn, needs)
-    _, head_dim = attend.heads(attn)
-    caught = {name: _heads_first(t, attend.taps[name], attn, head_dim) for name, t in run.taps.items()}
-    run.taps.clear()
-    q, k, v = caught.get("q"), caught.get("k"), caught.get("v")
+    taps = run.taps
+    if not needs <= taps.keys():
+        raise _untapped(attend, attn, next(name for name in needs if name not in taps))
+    q, k, v = (_heads_first(taps.pop(n), attend, attend.taps[n], attn) if n in taps else None for n in ("q", "k", "v"))
     k_rot = k
     if q is not None and rope is not None:  # taps lie before the rotation; probabilities need it after
         q = attend.rotate(attn, q, rope)
@@ -72,14 +71,11 @@ def _added(bias: Tensor | None, q: Tensor | None) -> Tensor | None:
     return add_bias(bias, q.new_zeros(())) if bias.dtype == torch.bool else bias
 
 
-def _check_taps(attend: Attend, attn: nn.Module, needs: frozenset[str]) -> None:
-    for name in needs:
-        child = attend.taps[name].child
-        if not any(isinstance(hook, Tap) for hook in getattr(attn, child)._forward_hooks.values()):
-            raise StateError(
-                f"{child} of a {type(attn).__name__} was replaced after vtok patched the model, which goes on looking at the "
-                "old layer. Apply PEFT first, then vtok; or unpatch, change the model, and patch again"
-            )
+def _untapped(attend: Attend, attn: nn.Module, name: str) -> StateError:
+    return StateError(
+        f"{attend.taps[name].child} of a {type(attn).__name__} was replaced after vtok patched the model, which goes on "
+        "looking at the old layer. Apply PEFT first, then vtok; or unpatch, change the model, and patch again"
+    )
 
 
 def projected_view(attend: Attend, attn: nn.Module, p: Projected, bias: Tensor | None) -> AttentionView:
@@ -91,7 +87,8 @@ def sdpa(attend: Attend, attn: nn.Module, p: Projected, bias: Tensor | None, row
     """Fused attention of all queries, or of the rows [B, M] of every image, over all keys: [B, N or M, H D]."""
     q, k, v = p.q, p.k_rot, p.v
     if rows is not None:
-        q = q.gather(2, rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
+        heads = q.shape[1]  # side by side as in a row of tokens, of which whole rows are taken
+        q = take_rows(q.transpose(1, 2).flatten(2), rows).unflatten(2, (heads, -1)).transpose(1, 2)
         if bias is not None and bias.shape[-2] > 1:  # one row of bias a query
             bias = bias[(None,) * (4 - bias.ndim)]
             bias = bias.expand(rows.shape[0], *bias.shape[1:])

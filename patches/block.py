@@ -58,10 +58,15 @@ class Link:
     def decide(self, x: Tensor, state: TokenState, view: AttentionView) -> Plan | None:
         """The method's plan: without gradients, and outside autocast, which would push scores below fp32."""
         assert self.reducer is not None and self.site is not None
-        with torch.no_grad(), full_precision(x.device.type):
-            if state.keep is None or self.reducer.ragged:  # a ragged method knows padding: it makes some itself
-                return self.reducer.plan(x, state, view, self.site)
-            return plan_without_padding(self.reducer, x, state, view, self.site, self.run.spare)
+        if torch.is_grad_enabled() or autocasts(x.device.type):
+            with torch.no_grad(), full_precision(x.device.type):
+                return self._decide(self.reducer, x, state, view, self.site)
+        return self._decide(self.reducer, x, state, view, self.site)
+
+    def _decide(self, reducer: Reducer, x: Tensor, state: TokenState, view: AttentionView, at: Site) -> Plan | None:
+        if state.keep is None or reducer.ragged:  # a ragged method knows padding: it makes some itself
+            return reducer.plan(x, state, view, at)
+        return plan_without_padding(reducer, x, state, view, at, self.run.spare)
 
     def move(self, x: Tensor, state: TokenState, plan: Plan | None) -> tuple[Tensor, TokenState]:
         """Applies a plan, if there is one."""
@@ -89,14 +94,15 @@ class ReducingBlock(Mixin):
         link = self._vtok
         run, spec = link.run, link.spec
         rows = x.transpose(0, 1) if spec.seq_first else x  # [B, N, C]
-        state = run.enter(link.index, rows, self.training).on(x.device)
+        done, state = run.enter(link.index, rows, self.training)
+        state = state.on(x.device)
         if link.seeds and state.real is None:
             state = self._padded(rows, state, {**dict(zip(spec.args, args)), **kwargs})
         idle = link.site is None and state.untouched
         if idle or len(args) > len(spec.args):  # upstream's code, upstream's bits; and its error, if it is called wrongly
             out = super().forward(x, *args, **kwargs)
         else:
-            kwargs = self._surroundings(rows, state, {**dict(zip(spec.args, args)), **kwargs})
+            kwargs = self._surroundings(rows, state, {**dict(zip(spec.args, args)), **kwargs} if args else kwargs)
             if link.site is None and link.attend.takes_bias and spec.passes_mask:
                 out = super().forward(x, **kwargs)
             elif spec.whole:
@@ -106,7 +112,7 @@ class ReducingBlock(Mixin):
             else:
                 out, state = self._split(rows, state, kwargs)
                 out = out.transpose(0, 1) if spec.seq_first else out
-        run.leave(link.index, state, out)
+        run.leave(done, link.index, state, out)
         return out
 
     def _padded(self, x: Tensor, state: TokenState, kwargs: dict[str, Any]) -> TokenState:
@@ -132,13 +138,15 @@ class ReducingBlock(Mixin):
         spec = self._vtok.spec
         if kwargs.get("is_causal"):
             raise UnsupportedModelError("is_causal=True has no meaning once tokens are merged or moved; vtok patches encoders")
-        if (state.real is not None and not state.masked) or self._hides_nothing(kwargs):
+        if (state.real is not None and not state.masked) or (kwargs and self._hides_nothing(kwargs)):
             # what replaces upstream's mask is N times smaller
             kwargs[spec.mask] = None
         mask = kwargs.get(spec.mask) if spec.own_mask is None else spec.own_mask(self, kwargs)
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if autocasts(device) else x.dtype  # that queries will have
-        bias = log_size_bias(state, dtype, self._vtok.run.prop_attn)
+        bias = None
+        if state.size is not None or state.keep is not None:
+            dtype = torch.get_autocast_dtype(device) if autocasts(device) else x.dtype  # that queries will have
+            bias = log_size_bias(state, dtype, self._vtok.run.prop_attn)
         why = None if bias is None or self._vtok.stepwise else self._vtok.attend.refuses_bias(spec.attention(self))
         if why is not None:
             raise UnsupportedModelError(

@@ -31,7 +31,8 @@ class PackedBlock(ReducingBlock):
     def forward(self, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: Any = None, **kwargs: Any) -> Tensor:
         link, x = self._vtok, hidden_states
         run = link.run
-        state = run.enter(link.index, x, self.training).on(x.device)
+        done, state = run.enter(link.index, x, self.training)
+        state = state.on(x.device)
         if state.entered is None:
             raise StateError(
                 f"a {type(self).__name__} of a patched vision tower was called by itself: which patches are one image is known "
@@ -41,7 +42,7 @@ class PackedBlock(ReducingBlock):
             out = super(ReducingBlock, self).forward(x, cu_seqlens, position_embeddings, **kwargs)
         else:
             out, state = self._packed(x, state, cu_seqlens, position_embeddings)
-        run.leave(link.index, state, out)
+        run.leave(done, link.index, state, out)
         return out
 
     def _packed(self, x: Tensor, state: TokenState, borders: Tensor, rope: Any) -> tuple[Tensor, TokenState]:

@@ -7,14 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import generator, normal, properties, seeds
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from vtok.ops.duplicates import METRICS, similarity
 from vtok.ops.hashing import splitmix
 from vtok.ops.matching import bipartite_pairs, bipartite_soft_matching, unit
-from vtok.ops.rows import rows_where, take_rows, with_prefix
+from vtok.ops.rows import ramp, rows_where, take_rows, with_prefix
 from vtok.ops.sampling import endpoint_samples, midpoint_samples, nearest
 
 sizes = st.integers(1, 12)
+REAL = torch.zeros(1)
 
 
 # Rows.
@@ -46,6 +48,27 @@ def test_rows_where_is_nonzero_padded(batch: int, n: int, width: int, seed: int)
         expected = chosen[b].nonzero().flatten().tolist()[:width]
         assert rows[b].tolist() == expected + [0] * (width - len(expected))
         assert valid[b].tolist() == [True] * len(expected) + [False] * (width - len(expected))
+
+
+def test_row_numbers_that_are_kept_serve_every_kind_of_pass() -> None:
+    with torch.inference_mode():
+        kept = ramp(3, 1003, 7, torch.zeros(1))
+    assert kept.tolist() == list(range(3, 1003, 7))
+    assert ramp(3, 1003, 7, torch.zeros(2)) is kept
+    x = torch.zeros(1, 1003, 2, requires_grad=True)
+    take_rows(x, kept[None]).sum().backward()  # a tensor of inference mode could not be saved for backward
+    assert x.grad is not None
+    assert x.grad[0, :, 0].nonzero().flatten().tolist() == kept.tolist()
+
+
+def test_row_numbers_of_a_trace_do_not_outlive_it() -> None:
+    with FakeTensorMode() as mode:
+        fake = ramp(5, 1005, 7, torch.zeros(1))
+    assert isinstance(fake, FakeTensor)
+    with mode:  # a real tensor, but what is made here is fake
+        ramp(6, 1006, 7, REAL)
+    assert ramp(5, 1005, 7, REAL).tolist() == list(range(5, 1005, 7))
+    assert ramp(6, 1006, 7, REAL).tolist() == list(range(6, 1006, 7))
 
 
 # Sampling.

@@ -121,7 +121,7 @@ def _fold(x: Tensor, size: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor | 
     total = size if plan.weight is None else stay.scatter_add(1, plan.dst, weight)
     share = (weight / total.gather(1, plan.dst)).to(out.dtype)
     rows, dst = out.view(-1, out.shape[2]), flat_rows(plan.dst, out.shape[1])
-    delta = at_least_fp32(take_rows(x, plan.src)).flatten(0, 1) - rows.index_select(0, dst)
+    delta = at_least_fp32(take_rows(x, plan.src)).view(-1, out.shape[2]) - rows.index_select(0, dst)
     rows.index_add_(0, dst, delta.mul_(share.view(-1, 1)))
     return out.to(x.dtype), size if plan.use_size else None
 

@@ -80,6 +80,8 @@ class TokenState(NamedTuple):
 
     def on(self, device: torch.device) -> TokenState:
         """The same on another device: the blocks of a tower may be spread over several."""
+        if self.untouched and self.keep is None and self.group is None and not isinstance(self.grid, Tensor):
+            return self
         if all(not isinstance(t, Tensor) or t.device == device for t in self):
             return self
         moved: dict[str, Any] = {name: t.to(device) for name, t in zip(self._fields, self) if isinstance(t, Tensor)}
@@ -216,7 +218,7 @@ def log_size_bias(state: TokenState, dtype: torch.dtype, sizes: bool = True) -> 
         bias = torch.zeros_like(state.keep, dtype=dtype)
     if state.keep is not None:
         bias = bias.masked_fill(~state.keep, float("-inf"))
-    return bias[:, None, None, :].to(dtype)
+    return bias.view(-1, 1, 1, bias.shape[1]).to(dtype)
 
 
 def gather_mask(mask: Tensor | None, state: TokenState) -> Tensor | None:

@@ -135,8 +135,10 @@ class TokenTracker:
     def _me() -> int:
         return 0 if torch.compiler.is_compiling() else threading.get_ident()  # compiled graphs cannot ask for a thread
 
-    def enter(self, i: int, x: Tensor, training: bool) -> TokenState:
-        """State of the tokens x [B, N, C] that enter block i. Block 0 opens a pass, whichever entry point was called.
+    def enter(self, i: int, x: Tensor, training: bool) -> tuple[ForwardState, TokenState]:
+        """The pass that block i runs in, and the state of the tokens x [B, N, C] that enter it.
+
+        Block 0 opens a pass, whichever entry point was called.
 
         Raises:
             StateError: block i runs with no pass open, or is computed again for a pass that is no longer known.
@@ -159,25 +161,25 @@ class TokenTracker:
         state = run.states[i]
         if state is None:
             raise StateError(f"block {i} was called although block 0 has not run; a patched tower runs from its first block")
-        return state
+        return run, state
 
     def seed(self, state: TokenState) -> TokenState:
         """Makes `state` the one that enters block 0 of this thread's pass: some of its tokens are padding."""
         self.current.states[0] = state
         return state
 
-    def leave(self, i: int, state: TokenState, x: Tensor) -> None:
-        """Records what leaves block i."""
+    def leave(self, run: ForwardState, i: int, state: TokenState, x: Tensor) -> None:
+        """Records what leaves block i, in the pass that `enter` named."""
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            run, *_ = self._resumed[threading.get_ident()]
             self._resumed[threading.get_ident()] = (run, i + 1, _address(x))
             return
-        self.current.states[i + 1] = state
+        run.states[i + 1] = state
 
     def _open(self, training: bool) -> ForwardState:
         me = threading.get_ident()
         run = ForwardState(self.depth)
         self._traced_last = False
+        self._taps.pop(me, None)  # of a pass that an error ended inside a block
         passes = self._passes.get(me)
         if passes is None:
             with self._lock:
@@ -189,7 +191,7 @@ class TokenTracker:
         passes.append(run)
         return run
 
-    def _resume(self, i: int, x: Tensor) -> TokenState:
+    def _resume(self, i: int, x: Tensor) -> tuple[ForwardState, TokenState]:
         me, address = threading.get_ident(), _address(x)
         if i > 0 and self._resumed.get(me, (None, 0, 0))[1:] == (i, address):  # follows the block computed just before
             run = self._resumed[me][0]
@@ -205,7 +207,7 @@ class TokenTracker:
             self._resumed[me] = (run, i, address)
         state = run.states[i]
         assert state is not None
-        return state
+        return run, state
 
     def _recent(self) -> Iterator[ForwardState]:
         """All known passes, newest first within a thread (backward may run in another thread than forward)."""

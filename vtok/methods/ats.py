@@ -229,6 +229,8 @@ class ATSReducer(Reducer):
         """Positions of the hits [B, M]; which of them are real (`None` = all); how many of each image (`None` = not asked)."""
         if not self.drop or not len(hit):
             return *rows_where(hit, most), None
+        if len(hit) == 1:  # as many rows as hits: asking where they are says how many there are
+            return hit[0].nonzero().view(1, -1), None, None
         counts = hit.sum(-1).tolist()  # the one host synchronisation
         rows, real = rows_where(hit, max(counts))
         return rows, None if min(counts) == max(counts) else real, counts

@@ -49,22 +49,24 @@ def weighted_page_rank(attn: Tensor, signal: Tensor, iters: int, alive: Tensor |
     Returns:
         [B, H, N], sums to 1 (less where a row has nothing left), zero outside `alive`.
     """
-    signal = signal.expand(*attn.shape[:-1])
-    weight = None
-    evenly: Tensor | float = 1 / attn.shape[-1]
+    batch, heads, n, _ = attn.shape
+    graphs = attn.flatten(0, 1)  # [B H, N, N]: heads and images alike, so that a round of votes is two operations
+    signal = signal.expand(batch, heads, n).reshape(-1, 1, n)
+    mask = weight = None
+    evenly: Tensor | float = 1 / n
     if alive is not None:
         mask = alive[:, None].to(attn.dtype)  # [B, 1, N]
-        evenly = mask / mask.sum(-1, keepdim=True)
         left = (attn @ mask[..., None]).squeeze(-1)  # of each row
-        weight = 1 / left.clamp_min(torch.finfo(attn.dtype).tiny)  # a token that saw dead ones only has no vote
+        # A token that saw dead ones only has no vote, and neither have dead ones, whatever they were given.
+        weight = (mask / left.clamp_min(torch.finfo(attn.dtype).tiny)).view(-1, 1, n)
+        if damping:
+            evenly = (mask / mask.sum(-1, keepdim=True)).expand(batch, heads, n).reshape(-1, 1, n)
     for _ in range(iters):
-        votes = signal if weight is None else signal * weight
-        signal = (votes.unsqueeze(-2) @ attn).squeeze(-2)
-        if alive is not None:
-            signal = signal * mask
+        signal = torch.bmm(signal if weight is None else signal * weight, graphs)
         if damping:
             signal = signal * (1 - damping) + damping * evenly
-    return signal
+    signal = signal.view(batch, heads, n)
+    return signal if mask is None else signal * mask
 
 
 def head_variance(signal: Tensor, num_prefix: int, alive: Tensor | None = None) -> Tensor:

@@ -6,16 +6,16 @@ Shapes: B batch, N tokens, P prefix tokens, a and b tokens on the two sides, d m
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vtok.core.tokens import at_least_fp32, row_blocks
-from vtok.ops.rows import prefix_rows
+from vtok.ops.rows import prefix_rows, ramp
 
 
 def unit(t: Tensor) -> Tensor:
     """Rows of length one, in at least fp32; a zero row stays zero (ToMe's own code would make it NaN)."""
-    return F.normalize(at_least_fp32(t), dim=-1)
+    t = at_least_fp32(t)
+    return t / torch.linalg.vector_norm(t, dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 def best_partner(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,7 +23,8 @@ def best_partner(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
     Many rows are compared block by block: memory grows as a + b then, not as a x b.
     """
-    found = [(rows @ b.transpose(-1, -2)).max(-1) for rows in row_blocks(a, b.shape[-2])]
+    other = b.transpose(1, 2)
+    found = [torch.bmm(rows, other).max(-1) for rows in row_blocks(a, b.shape[1])]
     if len(found) == 1:
         return found[0].values, found[0].indices
     return torch.cat([best.values for best in found], -1), torch.cat([best.indices for best in found], -1)
@@ -61,11 +62,11 @@ def bipartite_soft_matching(metric: Tensor, r: int, num_prefix: int) -> tuple[Te
     first_a, first_b = (num_prefix + 1) // 2, num_prefix // 2  # members of A and B that are prefix tokens
     m = unit(metric)
     score, partner = best_partner(m[:, 2 * first_a :: 2], m[:, 2 * first_b + 1 :: 2])
-    order = score.argsort(dim=-1, descending=True, stable=True)
-    src, rest = order[:, :r], order[:, r:]
+    order = score.sort(dim=-1, descending=True, stable=True).indices
+    rows = torch.add(ramp(2 * first_a, 2 * first_a + 1, 1, m), order, alpha=2)
+    src, rest = rows.split((r, order.shape[1] - r), 1)
     if num_prefix:
         rest = rest.sort(-1).values
-    odd = torch.arange(2 * first_b + 1, n, 2, device=m.device).expand(batch, -1)
-    prefix = prefix_rows(batch, num_prefix, m.device)
-    keep = torch.cat([prefix, 2 * (rest + first_a), odd], 1)
-    return keep, 2 * (src + first_a), partner.gather(1, src) + (num_prefix + rest.shape[1])
+    odd = ramp(2 * first_b + 1, n, 2, m).expand(batch, -1)
+    keep = torch.cat([prefix_rows(batch, num_prefix, m), rest, odd], 1)
+    return keep, src, partner.gather(1, order[:, :r]) + (num_prefix + rest.shape[1])

@@ -1,9 +1,48 @@
-"""Moving rows of token tensors. B batch, N rows in, M rows out, C width, P prefix tokens."""
+"""Row numbers, and moving rows of token tensors. B batch, N rows in, M rows out, C width, P prefix tokens.
+
+On a CPU a pass over one image feels every small operation: row numbers that depend on nothing but lengths are made once.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+_KEPT: dict[tuple[Any, ...], Tensor] = {}
+_MOST = 4096  # lengths come by the dozen; a caller with ever new ones starts over
+
+
+def constant(like: Tensor, make: Callable[..., Tensor], *numbers: int | float) -> Tensor:
+    """`make(*numbers, device=...)` on the device of a tensor, for reading only.
+
+    Kept for plain tensors of a CPU. Elsewhere it is made anew: a tensor of a trace, of a captured graph or of a fake mode must
+    not outlive it.
+
+    Args:
+        like: says where.
+        make: a function that returns the same for the same numbers.
+        numbers: its arguments.
+    """
+    if type(like) is not Tensor or not like.is_cpu or torch.compiler.is_compiling():
+        return make(*numbers, device=like.device)
+    key = (make, *numbers)
+    found = _KEPT.get(key)
+    if found is None:
+        with torch.inference_mode(False), torch.no_grad():  # a tensor of inference mode could not serve a pass with gradients
+            found = make(*numbers, device=like.device)
+        if type(found) is Tensor:
+            if len(_KEPT) >= _MOST:
+                _KEPT.clear()
+            _KEPT[key] = found
+    return found
+
+
+def ramp(start: int, stop: int, step: int, like: Tensor) -> Tensor:
+    """`torch.arange(start, stop, step)` on the device of a tensor: see `constant`."""
+    return constant(like, torch.arange, start, stop, step)
 
 
 def take_rows(t: Tensor, rows: Tensor) -> Tensor:
@@ -13,25 +52,28 @@ def take_rows(t: Tensor, rows: Tensor) -> Tensor:
     """
     if t.ndim == 2:
         return t.gather(1, rows)
-    batch, n = t.shape[:2]
-    return t.reshape(batch * n, t.shape[2]).index_select(0, flat_rows(rows, n)).view(*rows.shape, t.shape[2])
+    batch, n, width = t.shape
+    if batch == 1:  # nothing to flatten: at one image every operation counts
+        return t.index_select(1, rows[0])
+    return t.reshape(batch * n, width).index_select(0, flat_rows(rows, n)).view(*rows.shape, width)
 
 
 def flat_rows(rows: Tensor, n: int) -> Tensor:
     """Row numbers [B, M] within images of n rows -> row numbers [B M] of the flattened batch."""
-    return (rows + torch.arange(0, rows.shape[0] * n, n, device=rows.device)[:, None]).flatten()
+    batch = rows.shape[0]
+    return rows[0] if batch == 1 else (rows + ramp(0, batch * n, n, rows)[:, None]).flatten()
 
 
-def prefix_rows(batch: int, num_prefix: int, device: torch.device) -> Tensor:
-    """[B, P]: rows 0 .. P-1 of every image."""
-    return torch.arange(num_prefix, device=device).expand(batch, num_prefix)
+def prefix_rows(batch: int, num_prefix: int, like: Tensor) -> Tensor:
+    """[B, P]: rows 0 .. P-1 of every image, on the device of a tensor."""
+    return ramp(0, num_prefix, 1, like).expand(batch, num_prefix)
 
 
 def with_prefix(patch_rows: Tensor, num_prefix: int) -> Tensor:
     """Patch rows [B, M], counted without the prefix -> rows [B, P + M] of the whole sequence, the prefix first."""
     if num_prefix == 0:
         return patch_rows
-    return torch.cat([prefix_rows(patch_rows.shape[0], num_prefix, patch_rows.device), patch_rows + num_prefix], 1)
+    return torch.cat([prefix_rows(patch_rows.shape[0], num_prefix, patch_rows), patch_rows + num_prefix], 1)
 
 
 def rows_where(chosen: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -47,6 +89,6 @@ def rows_where(chosen: Tensor, width: int) -> tuple[Tensor, Tensor]:
     batch, n = chosen.shape
     place = (chosen.cumsum(-1) - 1).where(chosen, width).clamp_max(width)  # column `width` collects what is not chosen
     rows = torch.zeros(batch, width + 1, dtype=torch.int64, device=chosen.device)
-    rows = rows.scatter(1, place, torch.arange(n, device=chosen.device).expand(batch, n))[:, :width]
-    valid = torch.arange(width, device=chosen.device) < chosen.sum(-1, keepdim=True)
+    rows = rows.scatter(1, place, ramp(0, n, 1, chosen).expand(batch, n))[:, :width]
+    valid = ramp(0, width, 1, chosen) < chosen.sum(-1, keepdim=True)
     return rows, valid

@@ -31,25 +31,22 @@ def midpoint_samples(score: Tensor, k: int, valid: Tensor | None = None) -> Tens
         [B, n] bool, True for tokens hit by at least one sample: at most min(K, n), at least one.
     """
     key = score if valid is None else score.masked_fill(~valid, float("inf"))  # padding sorts last
-    order = key.argsort(dim=-1, stable=True)
+    ordered, order = key.sort(dim=-1, stable=True)
     mass = score if valid is None else score * valid
-    cdf = mass.gather(-1, order).cumsum(-1)
+    cdf = (ordered if valid is None else mass.gather(-1, order)).cumsum(-1)
     total = mass.sum(-1, keepdim=True)
     cdf = cdf / torch.where(total > 0, total, 1)
     if valid is not None:  # out of reach of every sample, whatever the last bits of a parallel sum are
         cdf = cdf.masked_fill(~valid.gather(-1, order), 3.0)
     # Entry j is closest for the samples between the middles to its neighbours; of equal entries the first takes them all. How
     # many of the K lie below a value follows from arithmetic, so a large K costs nothing.
-    first = torch.cat([torch.ones_like(order[:, :1], dtype=torch.bool), cdf[:, 1:] > cdf[:, :-1]], 1)
+    n = cdf.shape[-1]
+    before = F.pad(cdf, (1, 1), value=float("-inf"))  # the entry before each, and one behind the last
     later = F.pad(cdf, (0, 1), value=float("inf")).gather(-1, torch.searchsorted(cdf, cdf, right=True))  # next higher entry
-    below = F.pad((cdf[:, 1:] + cdf[:, :-1]) / 2, (1, 0), value=float("-inf"))
-    hit = first & (_samples_up_to((cdf + later) / 2, k) > _samples_up_to(below, k))
+    middle = torch.cat([cdf + later, cdf + before[:, :n]], 1) / 2
+    up_to = (middle * k + 0.5).floor().clamp(0, k)  # how many of the points (2t-1)/2K, t = 1 .. K, are <= the middle
+    hit = (cdf > before[:, :n]) & (up_to[:, :n] > up_to[:, n:])
     return torch.zeros_like(hit).scatter(-1, order, hit)
-
-
-def _samples_up_to(value: Tensor, k: int) -> Tensor:
-    """How many of the points (2t-1)/2K, t = 1 .. K, are <= value."""
-    return (value * k + 0.5).floor().clamp(0, k)
 
 
 def endpoint_samples(score: Tensor, points: int) -> tuple[Tensor, Tensor]:

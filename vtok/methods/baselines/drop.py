@@ -84,6 +84,11 @@ class DropConfig(MethodConfig):
         return ViewDrop(self)
 
 
+def lowest(rank: Tensor, m: int) -> Tensor:
+    """[.., m]: places of the m lowest of rank [.., n], rising."""
+    return rank.argsort(dim=-1, stable=True)[..., :m].sort(-1).values
+
+
 @dataclass(frozen=True)
 class DropReducer(Reducer):
     """Keeps, in every chosen block, the patches of lowest rank."""
@@ -105,8 +110,12 @@ class DropReducer(Reducer):
         m = kept_tokens(n - p, self.keep)
         if m == n - p:
             return None
-        rows = self.rank(n - p, state, at, x.device).argsort(dim=-1, stable=True)[:, :m].sort(-1).values
-        return Plan(with_prefix(rows.expand(batch, m), p))
+        return Plan(self.kept(x, m, state, at).expand(batch, p + m))
+
+    def kept(self, x: Tensor, m: int, state: TokenState, at: Site) -> Tensor:
+        """[B or 1, P + M]: rows of x [B, N, C] that stay, the prefix first, then m patches in raster order."""
+        p = state.num_prefix
+        return with_prefix(lowest(self.rank(x.shape[1] - p, state, at, x.device), m), p)
 
     def count(self, at: Site, n: int, num_prefix: int) -> int:
         return num_prefix + kept_tokens(n - num_prefix, self.keep)
@@ -139,4 +148,4 @@ class ViewDrop(VLMReducer):
         ranks = self.config.reducer((number,), n, (view.rows, view.columns)).rank(
             n, TokenState(0, n, grid=(view.rows, view.columns)), Site(Place.IMAGE_FEATURES, number), device
         )
-        return view.start + ranks[0].argsort(stable=True)[:count].sort().values
+        return view.start + lowest(ranks[0], count)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from vtok.core.tokens import Site, TokenState
 from vtok.errors import ConfigError, shown
-from vtok.methods.baselines.drop import DropConfig, DropReducer
+from vtok.methods.baselines.drop import DropConfig, DropReducer, lowest
 from vtok.ops.hashing import splitmix
+from vtok.ops.rows import constant, with_prefix
 
 
 @dataclass(frozen=True)
@@ -51,4 +52,17 @@ class RandomReducer(DropReducer):
     seed: int
 
     def rank(self, n: int, state: TokenState, at: Site, device: torch.device) -> Tensor:
-        return splitmix(torch.arange(n, device=device), (self.seed << 12) + at.index)[None]
+        return _ranks(n, self.seed, at.index, device)
+
+    def kept(self, x: Tensor, m: int, state: TokenState, at: Site) -> Tensor:
+        return constant(x, _kept, x.shape[1] - state.num_prefix, m, state.num_prefix, self.seed, at.index)
+
+
+def _ranks(n: int, seed: int, number: int, device: torch.device) -> Tensor:
+    """[1, n]: a permutation's keys, for one number (block or view) of one seed."""
+    return splitmix(torch.arange(n, device=device), (seed << 12) + number)[None]
+
+
+def _kept(n: int, m: int, num_prefix: int, seed: int, number: int, device: torch.device) -> Tensor:
+    """`RandomReducer.kept`, which depends on no image: [1, P + M]."""
+    return with_prefix(lowest(_ranks(n, seed, number, device), m), num_prefix)

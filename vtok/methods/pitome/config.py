@@ -24,7 +24,7 @@ from vtok.errors import ConfigError, shown
 from vtok.methods.pitome.presets import BSM, HIDDEN, METRICS, PAPER, PRESETS, PROTECT, SORTED_BSM
 from vtok.methods.tome import check_merge_count
 from vtok.ops.matching import best_partner, bipartite_sides, bipartite_soft_matching, unit
-from vtok.ops.rows import take_rows, with_prefix
+from vtok.ops.rows import prefix_rows, take_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -225,11 +225,13 @@ def energy_plan(metric: Tensor, k: int, margin: float, alpha: float, num_prefix:
     if k <= 0:
         return None
     m = unit(metric[:, num_prefix:])
-    rank = _energy(m, margin, alpha).argsort(dim=-1, descending=True, stable=True)
-    a, b, protected = rank[:, : 2 * k : 2], rank[:, 1 : 2 * k : 2], rank[:, 2 * k :]
-    _, partner = best_partner(take_rows(m, a), take_rows(m, b))
-    keep = with_prefix(torch.cat([protected, b], 1), num_prefix)
-    return Plan(keep, a + num_prefix, partner + (num_prefix + protected.shape[1]))
+    rank = _energy(m, margin, alpha).sort(dim=-1, descending=True, stable=True).indices
+    pairs = take_rows(m, rank[:, : 2 * k])
+    _, partner = best_partner(pairs[:, ::2], pairs[:, 1::2])
+    rows = rank + num_prefix
+    protected = rows[:, 2 * k :]
+    keep = torch.cat([prefix_rows(len(rows), num_prefix, rows), protected, rows[:, 1 : 2 * k : 2]], 1)
+    return Plan(keep, rows[:, : 2 * k : 2], partner + (num_prefix + protected.shape[1]))
 
 
 def sorted_bsm_plan(metric: Tensor, k: int, margin: float, alpha: float, num_prefix: int) -> Plan | None:
@@ -238,13 +240,14 @@ def sorted_bsm_plan(metric: Tensor, k: int, margin: float, alpha: float, num_pre
     if k <= 0:
         return None
     m = unit(metric[:, num_prefix:])
-    rank = _energy(m, margin, alpha).argsort(dim=-1, descending=True, stable=True)
-    a, b = rank[:, ::2], rank[:, 1::2]
-    score, partner = best_partner(take_rows(m, a), take_rows(m, b))
-    order = score.argsort(dim=-1, descending=True, stable=True)
-    src, rest = order[:, :k], order[:, k:]
-    keep = with_prefix(torch.cat([a.gather(1, rest), b], 1), num_prefix)
-    return Plan(keep, a.gather(1, src) + num_prefix, partner.gather(1, src) + (num_prefix + rest.shape[1]))
+    rank = _energy(m, margin, alpha).sort(dim=-1, descending=True, stable=True).indices
+    ranked, rows = take_rows(m, rank), rank + num_prefix
+    score, partner = best_partner(ranked[:, ::2], ranked[:, 1::2])
+    order = score.sort(dim=-1, descending=True, stable=True).indices
+    a, b = rows[:, ::2].gather(1, order), rows[:, 1::2]
+    rest = a[:, k:]
+    keep = torch.cat([prefix_rows(len(rows), num_prefix, rows), rest, b], 1)
+    return Plan(keep, a[:, :k], partner.gather(1, order[:, :k]) + (num_prefix + rest.shape[1]))
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,9 @@ def tapped_view(
     Raises:
         StateError: a layer that is looked at was replaced, and the hook went with the old one.
     """
+    if not torch.compiler.is_compiling():
+        _check_taps(attend, attn, needs)
     taps = run.taps
-    if not needs <= taps.keys():
-        raise _untapped(attend, attn, next(name for name in needs if name not in taps))
     q, k, v = (_heads_first(taps.pop(n), attend, attend.taps[n], attn) if n in taps else None for n in ("q", "k", "v"))
     k_rot = k
     if q is not None and rope is not None:  # taps lie before the rotation; probabilities need it after
@@ -71,11 +71,15 @@ def _added(bias: Tensor | None, q: Tensor | None) -> Tensor | None:
     return add_bias(bias, q.new_zeros(())) if bias.dtype == torch.bool else bias
 
 
-def _untapped(attend: Attend, attn: nn.Module, name: str) -> StateError:
-    return StateError(
-        f"{attend.taps[name].child} of a {type(attn).__name__} was replaced after vtok patched the model, which goes on "
-        "looking at the old layer. Apply PEFT first, then vtok; or unpatch, change the model, and patch again"
-    )
+def _check_taps(attend: Attend, attn: nn.Module, needs: frozenset[str]) -> None:
+    """A layer that was wrapped still calls the old one, whose hook sees what it makes: without what the wrapper adds."""
+    for name in needs:
+        child = attend.taps[name].child
+        if not any(isinstance(hook, Tap) for hook in getattr(attn, child)._forward_hooks.values()):
+            raise StateError(
+                f"{child} of a {type(attn).__name__} was replaced after vtok patched the model, which goes on looking at the "
+                "old layer. Apply PEFT first, then vtok; or unpatch, change the model, and patch again"
+            )
 
 
 def projected_view(attend: Attend, attn: nn.Module, p: Projected, bias: Tensor | None) -> AttentionView:

@@ -102,7 +102,8 @@ class TowerInfo:
         tower: class name.
         configs: methods patched into it (empty: unpatched).
         blocks: of the last forward pass of this thread; empty before one.
-        estimate: MACs of that pass, from the rows that were really computed.
+        estimate: MACs of that pass, padding included. Behind `ats`, layers that look at one token at a time see no padding,
+            and what was computed lies between the two.
         mean_estimate: MACs that the mean number of real tokens implies (differs where images are padded).
         budget: if a budget chose the setting.
         num_patches: of the input size that plans are made for.
@@ -175,7 +176,7 @@ class PromptInfo:
         rows: places where tokens were dropped, in order.
         text: other tokens of every row of the batch; empty before the first prompt.
         visual: visual tokens of every row, unshortened.
-        estimate: tokens, MACs and KV bytes per prompt of that batch, padding included, as they were really computed.
+        estimate: tokens, MACs and KV bytes per prompt of that batch, padding included (in a tower with `ats` at most).
         mean_estimate: what the prompts cost alone on average (differs where rows are padded).
         budget: if a budget chose the setting.
         notes: what a user should know.

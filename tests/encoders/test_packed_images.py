@@ -107,8 +107,8 @@ def test_rows_go_back_where_they_came_from():
 
 def _hook(model):
     """Adds to every image a vector of its own, as people steer features."""
-    steer = torch.randn(BATCH, 1, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    model.blocks[2].mlp.register_forward_hook(lambda _module, _args, out: out + steer[:, :, : out.shape[-1]])
+    steer = torch.randn(BATCH, 1, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    model.blocks[2].mlp.register_forward_hook(lambda _module, _args, out: out + steer)
 
 
 def _wrapped(model):
@@ -158,7 +158,7 @@ def test_a_layer_that_does_not_look_at_tokens_one_by_one_is_refused():
             real.apart(torch.zeros(shape))
 
 
-@pytest.mark.parametrize(("method", "extra"), [("ats", {"mode": "mask"}), ("tome", {}), ("pitome", {}), ("random", {})])
+@pytest.mark.parametrize(("method", "extra"), [("ats", {"mode": "mask"}), ("tome", {}), ("pitome", {})])
 def test_a_trace_of_one_image_serves_several(method, extra):
     model, images = zoo.attach(NAMES[0], zoo.build(NAMES[0]), method, **extra), zoo.images(NAMES[0], 3)
     with torch.no_grad():

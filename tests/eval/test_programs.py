@@ -159,13 +159,10 @@ def test_a_registry_that_the_unpatched_model_reads_is_noticed():
 
 
 def test_settings_of_torch_are_put_back():
-    def program(_model):
-        torch.set_default_dtype(torch.float64)
-
-    assert "changes torch's default type for the whole process (put back now)" in message_of(
-        vtok.ConfigError, run, {"wide": program}
-    )
-    assert torch.get_default_dtype() == torch.float32
+    before = torch.get_num_threads()
+    said = message_of(vtok.ConfigError, run, {"wide": lambda _model: torch.set_num_threads(before + 1)})
+    assert "wide changes torch's number of threads for the whole process (put back now)" in said
+    assert torch.get_num_threads() == before
 
 
 def fails(_model):

@@ -19,7 +19,7 @@ from vtok.errors import UnsupportedModelError
 from vtok.ops.rows import take_rows
 from vtok.patches.attention import place_taps, projected_view, sdpa, tapped_view
 from vtok.patches.module_swap import Mixin, check_forward, swap_class
-from vtok.patches.padding import RealRows, padding_of, plan_without_padding, real_rows
+from vtok.patches.padding import RealRows, alone, padding_of, plan_without_padding, real_rows
 from vtok.patches.precision import autocasts, full_precision
 from vtok.patches.protocol import Attend, Block, BlockSpec, Projected, Tower
 
@@ -172,7 +172,7 @@ class ReducingBlock(Mixin):
         packs = link.stepwise and rope is None and place in (None, Place.BLOCK_PRE) and not self.training
         real = None
         if link.stepwise:
-            real = real_rows(state, x.shape[1]) if packs else None
+            real = self._real(state, x.shape[1]) if packs else None
             projected = (
                 attend.project(attn, h, rope) if real is None else _apart(real, attend.project(attn, real.together(h), None))
             )
@@ -185,7 +185,7 @@ class ReducingBlock(Mixin):
                 x, state = link.move(x, state, plan)
             out = sdpa(attend, attn, projected, bias, rows) if out is None else out.transpose(1, 2).flatten(2)
             h = h if rows is None else take_rows(h, rows)
-            real = real_rows(state, x.shape[1]) if packs else None
+            real = self._real(state, x.shape[1]) if packs else None
             if real is not None:
                 x, h, out = real.together(x), real.together(h), real.together(out)
             h = attend.output(attn, out, h)
@@ -200,6 +200,11 @@ class ReducingBlock(Mixin):
         if place is Place.BLOCK_END:
             x, state = link.move(x, state, link.decide(x, state, view))
         return x, state
+
+    def _real(self, state: TokenState, length: int) -> RealRows | None:
+        """The rows that the layers of this block are shown; `None` = all."""
+        real = real_rows(state, length)
+        return real if real is not None and alone(self) else None
 
 
 def _apart(real: RealRows, p: Projected) -> Projected:

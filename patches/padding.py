@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vtok.config import Reducer
 from vtok.core.reduction import Plan
 from vtok.core.tokens import AttentionView, Site, TokenState
-from vtok.errors import UnsupportedModelError
+from vtok.errors import StateError, UnsupportedModelError
 from vtok.ops.rows import take_rows
 
 HIDDEN = -1e4  # an additive mask that low hides a key: its probability is zero in every precision
@@ -113,13 +113,38 @@ class RealRows(NamedTuple):
 
     def apart(self, t: Tensor) -> Tensor:
         """[1, T, C] -> [B, N, C], zero on padding."""
+        self._check(t.shape[0], t.shape[1])
         out = t.new_zeros(self.batch * self.length, t.shape[-1])
         return out.index_copy(0, self.rows, t[0]).view(self.batch, self.length, -1)
 
     def heads_apart(self, t: Tensor) -> Tensor:
         """[1, H, T, D] -> [B, H, N, D], zero on padding."""
+        self._check(t.shape[0], t.shape[2])
         out = t.new_zeros(self.batch * self.length, t.shape[1], t.shape[3])
         return out.index_copy(0, self.rows, t[0].transpose(0, 1)).unflatten(0, (self.batch, -1)).transpose(1, 2)
+
+    def _check(self, sequences: int, tokens: int) -> None:
+        if (sequences, tokens) != (1, len(self.rows)):
+            raise StateError(
+                f"a layer was given one sequence of {len(self.rows)} tokens, all that are left of {self.batch} images, and "
+                f"made {sequences} of {tokens}: it looks at more than one token at a time; pass mode='mask' to ats"
+            )
+
+
+def alone(block: nn.Module) -> bool:
+    """Whether the layers of a block may be shown tokens of several images as one sequence: they are such as blocks are built
+    of, nobody else looks at them or changes what they do, and none drops whole images."""
+    return all(part is block or _plain(part) for part in block.modules())
+
+
+_BUILT_OF = frozenset(
+    {"torch", "timm", "open_clip", "transformers", "peft"}
+)  # their layers in blocks look at tokens one by one
+
+
+def _plain(part: nn.Module) -> bool:
+    looked_at = part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
+    return not looked_at and not part.training and type(part).__module__.partition(".")[0] in _BUILT_OF
 
 
 def real_rows(state: TokenState, length: int) -> RealRows | None:
@@ -130,7 +155,8 @@ def real_rows(state: TokenState, length: int) -> RealRows | None:
     counts = state.counts
     if counts is None or torch.compiler.is_compiling() or sum(counts) > WORTH * len(counts) * length:
         return None
-    real = torch.arange(length) < torch.tensor(counts)[:, None]  # on the host, which need not wait for the device
+    on_host: dict[str, Any] = {"device": "cpu"}  # which need not wait for the device
+    real = torch.arange(length, **on_host) < torch.tensor(counts, **on_host)[:, None]
     device = None if state.keep is None else state.keep.device
     return RealRows(real.flatten().nonzero()[:, 0].to(device), len(counts), length)
 

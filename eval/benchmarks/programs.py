@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from vtok.errors import ConfigError, VtokError, brief, shown
 from vtok.eval.benchmarks.flops import count_macs
@@ -100,7 +101,7 @@ def _prepared(
     given = isinstance(other, nn.Module)
     own = copy.deepcopy(base)  # not only another module tree: a program may change weights in place
     blocks = [module for target in find_targets(own) for module in target.layers.modules]
-    with _nothing_else_changed(base, name):
+    with _same_baseline(base, images, name), _nothing_else_changed(base, name):
         try:
             with redirect_stdout(sys.stderr):  # programs print, and tables go to stdout
                 made = other if isinstance(other, nn.Module) else other(own)
@@ -183,6 +184,56 @@ def _nothing_else_changed(base: nn.Module, name: str) -> Iterator[None]:
             f"{name} replaces {changed[0]} for the whole process, which the unpatched model runs too (put back now); let it "
             "change the model that it is given alone"
         )
+
+
+@contextmanager
+def _same_baseline(base: nn.Module, images: Tensor | Mapping[str, Any], name: str) -> Iterator[None]:
+    """The unpatched model computes the same afterwards, by the same kernels, and torch is set as it was.
+
+    Raises:
+        ConfigError: a program changed what the unpatched model runs by a way that cannot be put back, or left torch otherwise.
+    """
+    settings = {what: get() for what, (get, _) in _SETTINGS.items()}
+    before = _computed(base, images)
+    changed: list[str] = []
+    try:
+        yield
+    finally:
+        for what, (get, put) in _SETTINGS.items():
+            if get() != settings[what]:
+                put(settings[what])
+                changed.append(what)
+    after = _computed(base, images)
+    if changed:
+        raise ConfigError(f"{name} changes torch's {changed[0]} for the whole process (put back now); let it leave it as it is")
+    if before[0] != after[0] or not all(map(_equal, before[1], after[1])):
+        raise ConfigError(
+            f"the unpatched model computes something else once {name} was made: it changes what both run, such as a registry "
+            "of attention functions; time it in a process of its own"
+        )
+
+
+_SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "default type": (torch.get_default_dtype, torch.set_default_dtype),
+    "number of threads": (torch.get_num_threads, torch.set_num_threads),
+    "precision of fp32 products": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "recording of gradients": (torch.is_grad_enabled, torch.set_grad_enabled),
+}
+
+
+def _computed(base: nn.Module, images: Tensor | Mapping[str, Any]) -> tuple[list[str], list[Tensor]]:
+    """(kernels of attention, all tensors that come out) of one pass, whatever is drawn in it drawn alike."""
+    blocks = [module for target in find_targets(base) for module in target.layers.modules]
+    device = pixels_of(images).device
+    out: list[Any] = []
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
+        torch.manual_seed(0)
+        kernels = attention_kernels(blocks, lambda: out.append(call(base, images)))
+    return kernels, [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def _is_code(value: Any) -> bool:

@@ -17,7 +17,7 @@ import platform
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from statistics import median
 from typing import Any
 
@@ -105,7 +105,10 @@ def measure(
     chosen = checked_settings(settings, pairs)
     if run_of(model) is not None:
         raise ConfigError("measure patches copies of the model itself; pass it unpatched (vtok.unpatch(model))")
-    with threads_set(threads), evaluating(model):
+    with ExitStack() as modes:
+        modes.enter_context(threads_set(threads))
+        for one in (model, *(other for other in (beside or {}).values() if isinstance(other, nn.Module))):
+            modes.enter_context(evaluating(one))
         base = to_device(model, dtype_of(dtype), device)
         images = moved(images, next(base.parameters()))
         pixels = pixels_of(images)

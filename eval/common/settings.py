@@ -107,7 +107,7 @@ class PassCost:
         mean_per_layer: mean number of real tokens that leave each block.
         base_macs: of the unpatched model.
         macs: of the patched one, as implied by each image's own token count, the reduction left out.
-        computed_macs: the same for the rows that were really computed: more than `macs` where images are padded.
+        computed_macs: the same with padding, at most what was computed: behind `ats` some layers see none.
         reduction_macs: the reduction's own.
         ragged: whether images kept different numbers of tokens, so that another batch costs something else.
     """

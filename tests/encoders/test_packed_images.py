@@ -3,9 +3,11 @@
 import pytest
 import torch
 import zoo
+from torch.nn.modules.module import register_module_forward_pre_hook
 from zoo import EXAMPLES
 
 import vtok
+from vtok.core.tokens import TokenState
 from vtok.patches import padding
 
 BATCH = 5
@@ -30,13 +32,17 @@ def _model(name, train=False, **extra):
 
 def _seen(model, images):
     """(output, rows that every MLP was given)."""
-    rows = []
-    blocks = zoo.block_list(model)
-    hooks = [block.mlp.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:2].numel())) for block in blocks]
-    out = model(images)
-    for hook in hooks:
+    rows, layers = [], {id(block.mlp) for block in zoo.block_list(model)}
+
+    def watch(module, args):  # of all modules: one of a layer's own would have it shown whole batches
+        if id(module) in layers:
+            rows.append(args[0].shape[:2].numel())
+
+    hook = register_module_forward_pre_hook(watch)
+    try:
+        return model(images), rows
+    finally:
         hook.remove()
-    return out, rows
 
 
 def _real(model):
@@ -85,7 +91,7 @@ def test_nothing_is_packed(how):
 
 
 def test_rows_go_back_where_they_came_from():
-    state = vtok.core.tokens.TokenState(0, 4, counts=(2, 4, 1))
+    state = TokenState(0, 4, counts=(2, 4, 1))
     real = padding.real_rows(state, 4)
     t = torch.randn(3, 4, 5)
     packed = real.together(t)
@@ -97,3 +103,64 @@ def test_rows_go_back_where_they_came_from():
     assert torch.equal(real.heads_apart(heads).transpose(1, 2).flatten(2), t * keep[..., None])
     assert padding.real_rows(state._replace(counts=(4, 4, 4)), 4) is None
     assert padding.real_rows(state._replace(counts=None), 4) is None
+
+
+def _hook(model):
+    """Adds to every image a vector of its own, as people steer features."""
+    steer = torch.randn(BATCH, 1, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    model.blocks[2].mlp.register_forward_hook(lambda _module, _args, out: out + steer)
+
+
+def _wrapped(model):
+    inner = model.blocks[2].mlp.forward
+    model.blocks[2].mlp.forward = lambda x: inner(x) + torch.arange(len(x), dtype=x.dtype)[:, None, None]
+
+
+def _dropping(model):
+    """Whole images, in a layer that was left in training mode."""
+    from timm.layers import DropPath
+
+    model.blocks[2].drop_path2 = DropPath(0.5).train()
+
+
+class Pooled(torch.nn.Module):
+    """Adds what the tokens of an image are on average."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) + x.mean(1, keepdim=True)
+
+
+def _mixing(model):
+    model.blocks[2].mlp = Pooled(model.blocks[2].mlp).eval()
+
+
+@pytest.mark.parametrize("change", [_hook, _wrapped, _dropping, _mixing])
+def test_whoever_looks_at_a_layer_is_shown_whole_batches(change, monkeypatch):
+    found = []
+    for share in (1.0, 0.0):
+        monkeypatch.setattr(padding, "WORTH", share)
+        model, images = _model(NAMES[0]), zoo.images(NAMES[0], BATCH, torch.float64)
+        change(model)
+        torch.manual_seed(3)
+        with torch.no_grad():
+            found.append(model(images))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+
+
+def test_a_layer_that_does_not_look_at_tokens_one_by_one_is_refused():
+    real = padding.real_rows(TokenState(0, 4, counts=(2, 4, 1)), 4)
+    for shape in ((1, 6, 5), (3, 7, 5)):
+        with pytest.raises(vtok.StateError, match=r"looks at more than one token at a time; pass mode='mask' to ats"):
+            real.apart(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(("method", "extra"), [("ats", {"mode": "mask"}), ("tome", {}), ("pitome", {})])
+def test_a_trace_of_one_image_serves_several(method, extra):
+    model, images = zoo.attach(NAMES[0], zoo.build(NAMES[0]), method, **extra), zoo.images(NAMES[0], 3)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, images[:1], check_trace=False)
+        torch.testing.assert_close(traced(images), model(images), rtol=0, atol=1e-5)

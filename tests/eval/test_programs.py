@@ -130,6 +130,41 @@ def test_a_model_that_is_given_is_timed_as_it_is():
     assert other.training and next(other.parameters()).dtype == torch.float64
 
 
+def test_a_model_that_is_given_is_timed_in_eval_mode():
+    modes = []
+    tower = zoo.build(NAME)
+    other = nn.Sequential(tower, nn.BatchNorm1d(tower(zoo.images(NAME)).shape[1])).train()
+    other[1].register_forward_pre_hook(lambda module, _args: modes.append(module.training))
+    run({"other": other})
+    assert modes and not any(modes)
+    assert other.training and other[1].training
+    assert not other[1].running_mean.any() and other[1].num_batches_tracked == 0
+
+
+def test_a_registry_that_the_unpatched_model_reads_is_noticed():
+    registry = {"scale": 1.0}
+
+    class Scaled(nn.Module):
+        def forward(self, x):
+            return x * registry["scale"]
+
+    model = zoo.build(NAME)
+    model.norm = nn.Sequential(model.norm, Scaled())
+
+    def program(_model):
+        registry["scale"] = 2.0
+
+    said = message_of(vtok.ConfigError, run, {"loud": program}, model=model)
+    assert said.startswith("the unpatched model computes something else once loud was made")
+
+
+def test_settings_of_torch_are_put_back():
+    before = torch.get_num_threads()
+    said = message_of(vtok.ConfigError, run, {"wide": lambda _model: torch.set_num_threads(before + 1)})
+    assert "wide changes torch's number of threads for the whole process (put back now)" in said
+    assert torch.get_num_threads() == before
+
+
 def fails(_model):
     raise KeyError("no such thing")
 

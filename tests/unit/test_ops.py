@@ -71,6 +71,17 @@ def test_row_numbers_of_a_trace_do_not_outlive_it() -> None:
     assert ramp(6, 1006, 7, REAL).tolist() == list(range(6, 1006, 7))
 
 
+def test_row_numbers_of_a_transform_do_not_outlive_it() -> None:
+    def f(x: Tensor) -> Tensor:
+        return (x * ramp(7, 13, 2, x)).square().sum()
+
+    x = torch.ones(3)
+    assert torch.func.hessian(f)(x).diagonal().tolist() == [98, 162, 242]
+    assert torch.func.grad(f)(x).tolist() == [98, 162, 242]
+    torch.func.functionalize(f)(x)
+    assert ramp(7, 13, 2, x).tolist() == [7, 9, 11]
+
+
 # Sampling.
 def eighths(seed: int, *shape: int) -> Tensor:
     """Multiples of 1/8: sums are exact, equal entries and equal distances are common."""

@@ -229,6 +229,10 @@ class ATSReducer(Reducer):
         """Positions of the hits [B, M]; which of them are real (`None` = all); how many of each image (`None` = not asked)."""
         if not self.drop or not len(hit):
             return *rows_where(hit, most), None
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # two numbers for the host, however many images
+            fewest, longest = (int(c) for c in torch.stack(hit.sum(-1).aminmax()).tolist())
+            rows, real = rows_where(hit, longest)
+            return rows, None if fewest == longest else real, None
         if len(hit) == 1:  # as many rows as hits: asking where they are says how many there are
             return hit[0].nonzero().view(1, -1), None, None
         counts = hit.sum(-1).tolist()  # the one host synchronisation

@@ -12,32 +12,39 @@ import torch
 from torch import Tensor
 
 _KEPT: dict[tuple[Any, ...], Tensor] = {}
-_MOST = 4096  # lengths come by the dozen; a caller with ever new ones starts over
+_MOST = 1024  # lengths come by the dozen; a caller with ever new ones starts over
+_LONGEST = 2**15  # numbers of one that is kept
+_transforms = torch._C._functorch.peek_interpreter_stack  # of torch.func that are running; `None` = none
 
 
 def constant(like: Tensor, make: Callable[..., Tensor], *numbers: int | float) -> Tensor:
     """`make(*numbers, device=...)` on the device of a tensor, for reading only.
 
-    Kept for plain tensors of a CPU. Elsewhere it is made anew: a tensor of a trace, of a captured graph or of a fake mode must
-    not outlive it.
+    Kept for plain tensors of a CPU. Elsewhere it is made anew: a tensor of a trace, of a captured graph, of a transform of
+    torch.func or of a fake mode must not outlive it.
 
     Args:
         like: says where.
         make: a function that returns the same for the same numbers.
         numbers: its arguments.
     """
-    if type(like) is not Tensor or not like.is_cpu or torch.compiler.is_compiling():
+    if type(like) is not Tensor or not like.is_cpu or _traced() or _transforms() is not None:
         return make(*numbers, device=like.device)
     key = (make, *numbers)
     found = _KEPT.get(key)
     if found is None:
         with torch.inference_mode(False), torch.no_grad():  # a tensor of inference mode could not serve a pass with gradients
             found = make(*numbers, device=like.device)
-        if type(found) is Tensor:
+        if type(found) is Tensor and found.numel() <= _LONGEST:
             if len(_KEPT) >= _MOST:
                 _KEPT.clear()
             _KEPT[key] = found
     return found
+
+
+def _traced() -> bool:
+    """Whether operations are recorded, to be run with other numbers of images."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def ramp(start: int, stop: int, step: int, like: Tensor) -> Tensor:
@@ -53,7 +60,7 @@ def take_rows(t: Tensor, rows: Tensor) -> Tensor:
     if t.ndim == 2:
         return t.gather(1, rows)
     batch, n, width = t.shape
-    if batch == 1:  # nothing to flatten: at one image every operation counts
+    if batch == 1 and not torch.jit.is_tracing():  # nothing to flatten: at one image every operation counts
         return t.index_select(1, rows[0])
     return t.reshape(batch * n, width).index_select(0, flat_rows(rows, n)).view(*rows.shape, width)
 
@@ -61,7 +68,8 @@ def take_rows(t: Tensor, rows: Tensor) -> Tensor:
 def flat_rows(rows: Tensor, n: int) -> Tensor:
     """Row numbers [B, M] within images of n rows -> row numbers [B M] of the flattened batch."""
     batch = rows.shape[0]
-    return rows[0] if batch == 1 else (rows + ramp(0, batch * n, n, rows)[:, None]).flatten()
+    alone = batch == 1 and not torch.jit.is_tracing()
+    return rows[0] if alone else (rows + ramp(0, batch * n, n, rows)[:, None]).flatten()
 
 
 def prefix_rows(batch: int, num_prefix: int, like: Tensor) -> Tensor:

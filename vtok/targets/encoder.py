@@ -116,7 +116,9 @@ class EncoderTarget(Target):
         """How fast the tower will be on the device that it is on."""
         tower, images, count = self.tower, request.calibration, checked_batch(request.batch_size)
         if images is None:
-            images = torch.randn(min(count, _DRAWN), *tower.input_size, generator=torch.Generator().manual_seed(0))
+            images = torch.randn(
+                min(count, _DRAWN), *tower.input_size, generator=torch.Generator().manual_seed(0), device="cpu"
+            )
         elif not isinstance(images, Mapping):
             _check_images(images, tower)
 

@@ -44,7 +44,7 @@ def forecast(
     """Times a tower with and without methods.
 
     Args:
-        module: the tower; left as it is.
+        module: the tower; left as it is, but hooks on its modules run in copies, too.
         install: patches a copy of it.
         batch_size: of the pass to foresee.
         images: [B, C, H, W], as the tower takes them; repeated to fill a batch. Or a whole batch by name: it alone is timed.
@@ -72,7 +72,8 @@ def forecast(
         _synchronise(first.device)
         return clock() - start
 
-    with evaluated(base), evaluated(patched), torch.inference_mode():
+    drawing = torch.random.fork_rng([first.device] if first.device.type == "cuda" else [])  # some models draw in every pass
+    with evaluated(base), evaluated(patched), torch.inference_mode(), drawing:
         whole = isinstance(images, Mapping)
         try:
             seconds(base, batch_size if whole else 1)

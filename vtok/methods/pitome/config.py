@@ -230,7 +230,7 @@ def energy_plan(metric: Tensor, k: int, margin: float, alpha: float, num_prefix:
     _, partner = best_partner(pairs[:, ::2], pairs[:, 1::2])
     rows = rank + num_prefix
     protected = rows[:, 2 * k :]
-    keep = torch.cat([prefix_rows(len(rows), num_prefix, rows), protected, rows[:, 1 : 2 * k : 2]], 1)
+    keep = torch.cat([prefix_rows(rows.shape[0], num_prefix, rows), protected, rows[:, 1 : 2 * k : 2]], 1)
     return Plan(keep, rows[:, : 2 * k : 2], partner + (num_prefix + protected.shape[1]))
 
 
@@ -246,7 +246,7 @@ def sorted_bsm_plan(metric: Tensor, k: int, margin: float, alpha: float, num_pre
     order = score.sort(dim=-1, descending=True, stable=True).indices
     a, b = rows[:, ::2].gather(1, order), rows[:, 1::2]
     rest = a[:, k:]
-    keep = torch.cat([prefix_rows(len(rows), num_prefix, rows), rest, b], 1)
+    keep = torch.cat([prefix_rows(rows.shape[0], num_prefix, rows), rest, b], 1)
     return Plan(keep, a[:, :k], partner.gather(1, order[:, :k]) + (num_prefix + rest.shape[1]))
 
 

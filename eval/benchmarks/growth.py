@@ -196,7 +196,7 @@ def table(results: Sequence[Grown], share: str, title: str) -> Table:
 
     def cell(name: str, size: int) -> str:
         r = at.get((name, size))
-        return "-" if r is None else "refused" if r.refused else f"{1000 * r.seconds:.3g} / {r.peak / _MIB:.3g}"
+        return "-" if r is None else "refused" if r.refused else f"{_plain(_milliseconds(r))} / {_plain(_mebibytes(r))}"
 
     def part(name: str) -> str:
         return "-" if name == ATTENTION else " .. ".join(f"{r.share:.2%}" for r in _ends(results, name))
@@ -217,6 +217,11 @@ def _ends(results: Sequence[Grown], name: str) -> list[Grown]:
     return [ran[0], ran[-1]] if len(ran) > 1 else ran
 
 
+def _plain(value: float) -> str:
+    """Three digits, whole numbers from a hundred on."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _milliseconds(r: Grown) -> float:
     return 1000 * r.seconds
 
@@ -232,7 +237,7 @@ def plot(kinds: Sequence[tuple[str, Sequence[Grown]]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(len(kinds), 2, figsize=(11, 4.4 * len(kinds)), squeeze=False)
+    figure, axes = plt.subplots(len(kinds), 2, figsize=(11, 4.4 * len(kinds)), squeeze=False, layout="constrained")
     for row, (title, results) in zip(axes, kinds):
         for axis, label, value in ((row[0], "milliseconds", _milliseconds), (row[1], "peak MiB", _mebibytes)):
             for i, name in enumerate(dict.fromkeys(r.method for r in results)):

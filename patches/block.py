@@ -204,7 +204,7 @@ class ReducingBlock(Mixin):
     def _real(self, state: TokenState, length: int) -> RealRows | None:
         """The rows that the layers of this block are shown; `None` = all."""
         real = real_rows(state, length)
-        return real if real is not None and alone(self) else None
+        return real if real is not None and alone(self, self._vtok.spec.attention(self)) else None
 
 
 def _apart(real: RealRows, p: Projected) -> Projected:

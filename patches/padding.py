@@ -131,15 +131,17 @@ class RealRows(NamedTuple):
             )
 
 
-def alone(block: nn.Module) -> bool:
+def alone(block: nn.Module, attention: nn.Module) -> bool:
     """Whether the layers of a block may be shown tokens of several images as one sequence: they are such as blocks are built
-    of, nobody else looks at them or changes what they do, and none drops whole images."""
-    return all(part is block or _plain(part) for part in block.modules())
+    of, nobody else looks at them or changes what they do, and none drops whole images.
+
+    Block and attention themselves are left out: in one that is computed step by step, only their layers are called (and
+    transformers hooks attention modules to record what they return).
+    """
+    return all(part is block or part is attention or _plain(part) for part in block.modules())
 
 
-_BUILT_OF = frozenset(
-    {"torch", "timm", "open_clip", "transformers", "peft"}
-)  # their layers in blocks look at tokens one by one
+_BUILT_OF = frozenset({"torch", "timm", "open_clip", "transformers", "peft"})  # layers that look at tokens one by one
 
 
 def _plain(part: nn.Module) -> bool:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from vtok.errors import ConfigError, VtokError, brief, shown
 from vtok.eval.benchmarks.flops import count_macs
-from vtok.eval.common.settings import PassCost, Setting, pixels_of, to_device
+from vtok.eval.common.settings import PassCost, Setting, macs_fields, pixels_of, to_device
 from vtok.eval.runs.methods import parse_method
 from vtok.reading import is_file
 from vtok.targets import find_targets
@@ -66,12 +66,8 @@ class Program(NamedTuple):
         """Those of a result that say what a pass does; `gmacs` has no part of its own for the reduction."""
         macs = {"base": self.base_macs, "model": self.macs, "computed": self.macs}
         layers = self.per_layer
-        return {
-            "tokens": {"in": self.tokens_in, "out": None if layers is None else layers[-1], "mean_per_layer": layers},
-            "gmacs": {name: value / 1e9 for name, value in macs.items()},
-            "gflops": {name: 2 * value / 1e9 for name, value in macs.items()},
-            "implied_speedup": self.implied_speedup,
-        }
+        tokens = {"in": self.tokens_in, "out": None if layers is None else layers[-1], "mean_per_layer": layers}
+        return {"tokens": tokens, **macs_fields(macs)}
 
 
 def prepare(
@@ -273,7 +269,7 @@ def _pitome(checkout: Path, model: Any, ratio: float) -> None:
 def _as_its_timm_had_it(model: Any) -> None:
     """Lets a model of today's timm run what was written for that of 2021: features came pooled, only the head followed."""
 
-    class Pooled(type(model)):  # type: ignore[misc]
+    class Pooled(type(model)):  # type: ignore[misc]  # a base class that only the model tells
         def forward(self, x: Tensor) -> Tensor:
             features = self.forward_features(x)
             return self.head(features) if features.ndim == 2 else self.forward_head(features)

@@ -76,7 +76,7 @@ def test_reported_tokens_are_those_that_modules_see(name, method):
     blocks = towers(model, None)[0][1].blocks
 
     def watch(i):
-        return lambda _module, args: rows.__setitem__(i, args[0].shape[:2].numel())
+        return lambda _module, args: rows.__setitem__(i, args[0].shape[:2].numel() // BATCH)
 
     for i, block in enumerate(blocks):
         (block.module if block.spec.whole else block.module.mlp).register_forward_pre_hook(watch(i))
@@ -85,8 +85,7 @@ def test_reported_tokens_are_those_that_modules_see(name, method):
     tower = vtok.info(model).towers[0]
     for i, block in enumerate(tower.blocks):
         before_mlp = block.site in ("pre", "mid") and not blocks[i].spec.whole
-        padded = BATCH * (block.tokens_out if before_mlp else block.tokens_in)
-        assert rows[i] in (padded, sum((before_mlp and block.per_image) or (padded,))), i
+        assert rows[i] == (block.tokens_out if before_mlp else block.tokens_in), i
     assert tower.blocks[-1].tokens_out < tower.blocks[0].tokens_in
 
 

@@ -7,29 +7,17 @@ from typing import Any, NamedTuple
 
 
 class Step(NamedTuple):
-    """One timed batch of one model.
+    """One timed batch of one model."""
 
-    Attributes:
-        number: of the batch.
-        samples: in it.
-        seconds: that it took.
-        cold: whether it was the model's first in its process.
-        rank: process that ran it.
-    """
-
-    number: int
-    samples: int
-    seconds: float
-    cold: bool
-    rank: int = 0
+    number: int  # of the batch
+    samples: int  # in it
+    seconds: float  # that it took
+    cold: bool  # whether it was the model's first in its process
+    rank: int = 0  # process that ran it
 
 
 def throughput(batches: Sequence[Step], world: int) -> dict[str, Any]:
-    """Samples a second of every process and of all together.
-
-    Args:
-        batches: all of a setting, of all processes.
-        world: number of processes.
+    """Samples a second of every process and of all together, of all batches of a setting.
 
     Returns:
         `processes`: how many; `per_process`: by rank, `None` for one that had nothing to do; `total`: all samples by the time

@@ -29,25 +29,16 @@ _FINGERPRINT = 64  # values of every parameter that identify weights
 
 @dataclass(frozen=True)
 class Setting:
-    """What to patch: the arguments of `vtok.patch`.
+    """What to patch: the arguments of `vtok.patch`."""
 
-    Attributes:
-        method: name, config object, list of these, or path of a saved config; `None` = leave the model unpatched.
-        params: of a method given by name; `flops` for a budget.
-        at_random: keep as many tokens at the same places, but draw them (`vtok.eval.common.control`).
-    """
-
+    # name, config object, list of these, or path of a saved config; `None` = leave the model unpatched
     method: Method | None = None
-    params: Mapping[str, Any] = field(default_factory=dict)
-    at_random: bool = False
+    params: Mapping[str, Any] = field(default_factory=dict)  # of a method given by name; `flops` for a budget
+    at_random: bool = False  # keep as many tokens at the same places, but draw them (`vtok.eval.common.control`)
 
     @classmethod
     def of(cls, value: Any) -> Setting:
-        """Reads what a caller may write: a `Setting`, a method, `None`, or a pair (method, params).
-
-        Raises:
-            ConfigError: it is none of these.
-        """
+        """Reads what a caller may write: a `Setting`, a method, `None` or (method, params); raises `ConfigError` for others."""
         if isinstance(value, cls):
             return value
         if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Mapping):
@@ -100,25 +91,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class PassCost:
-    """Tokens and MACs of a model's last forward pass, per image; of the first tower where there are several, MACs of all.
+    """Tokens and MACs of a model's last forward pass, per image; of the first tower where there are several, MACs of all."""
 
-    Attributes:
-        tokens_in: tokens that enter block 0, prefix included.
-        mean_per_layer: mean number of real tokens that leave each block.
-        base_macs: of the unpatched model.
-        macs: of the patched one, as implied by each image's own token count, the reduction left out.
-        computed_macs: the same with padding, at most what was computed: behind `ats` some layers see none.
-        reduction_macs: the reduction's own.
-        ragged: whether images kept different numbers of tokens, so that another batch costs something else.
-    """
-
-    tokens_in: float
-    mean_per_layer: tuple[float, ...]
-    base_macs: float
-    macs: float
-    computed_macs: float
-    reduction_macs: float
-    ragged: bool
+    tokens_in: float  # tokens that enter block 0, prefix included
+    mean_per_layer: tuple[float, ...]  # mean number of real tokens that leave each block
+    base_macs: float  # of the unpatched model
+    macs: float  # of the patched one, as implied by each image's own token count, the reduction left out
+    computed_macs: float  # the same with padding, at most what was computed: behind `ats` some layers see none
+    reduction_macs: float  # the reduction's own
+    ragged: bool  # whether images kept different numbers of tokens, so that another batch costs something else
 
     @property
     def implied_speedup(self) -> float:

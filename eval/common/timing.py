@@ -29,14 +29,10 @@ _PROBED = 2  # images that show which attention kernels run
 
 
 class BaselineCache(Generic[T]):
-    """What the unpatched model made of every batch of one model, one data set and one batch size.
-
-    Attributes:
-        outputs: number of the batch -> result.
-    """
+    """What the unpatched model made of every batch of one model, one data set and one batch size."""
 
     def __init__(self) -> None:
-        self.outputs: dict[int, T] = {}
+        self.outputs: dict[int, T] = {}  # number of the batch -> result
 
 
 class PairedTimer(Generic[T]):
@@ -122,7 +118,7 @@ class PairedTimer(Generic[T]):
                 "kernel": {side: self.kernels[i]},
                 "samples_per_sec": {side: own[0][0].samples / median},
                 "step_time_ms": {side: 1000 * median},
-                "throughput": self._throughput(i),
+                "throughput": throughput(self.steps[i], self.processes.world),
             }
         base = {step.number: step for step in self.steps[self.unpatched]}
         pairs = _usable([(base[step.number], step) for step in self.steps[i] if step.number in base])
@@ -133,19 +129,13 @@ class PairedTimer(Generic[T]):
         if cost is None:
             found = {name: value for name, value in found.items() if not name.startswith(("achieved", "verdict"))}
         kernels = {"base": self.kernels[self.unpatched], "patched": self.kernels[i]}
-        return found | {"kernel": kernels, "pairs": len(pairs), "throughput": self._throughput(i)}
-
-    def _throughput(self, i: int) -> dict[str, Any]:
-        return throughput(self.steps[i], self.processes.world)
+        rates = throughput(self.steps[i], self.processes.world)
+        return found | {"kernel": kernels, "pairs": len(pairs), "throughput": rates}
 
 
 def kernels(model: nn.Module, forward: Callable[[], Any]) -> str | None:
     """Attention kernels of a model's towers with their number of blocks, "flash (cpu) x12"; `None` where vtok knows no tower.
-
-    Args:
-        model: whose blocks are watched.
-        forward: runs it once; random numbers that this takes are given back.
-    """
+    `forward` runs it once; random numbers that this takes are given back."""
     try:
         blocks = [block.module for _, tower in towers(model) for block in tower.blocks]
     except UnsupportedModelError:

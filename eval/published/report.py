@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.text import Text
 
+from vtok.eval.common.records import difference
 from vtok.eval.common.statistics import in_brackets, with_error
 from vtok.eval.published.schema import AVERAGE, Figure, figures
 from vtok.eval.published.tables import TOLERANCE, Cost, Missing, slug
@@ -31,13 +32,7 @@ def label(figure: Figure, run: RunConfig) -> str:
 
 
 def listing(table: str, found: Sequence[RunConfig], costs: Mapping[str, Cost] | None = None) -> Table:
-    """The runs of one table, with the figures of their source.
-
-    Args:
-        table: its name.
-        found: its runs.
-        costs: run -> what it costs here; `None` leaves the column out.
-    """
+    """The runs of one table, with the figures of their source, and with what they cost here if that is known."""
 
     def text(run: RunConfig) -> str:
         own = [one for one in figures(run.tasks, run.published) if not one.source]
@@ -82,9 +77,9 @@ def reasons(found: Sequence[RunConfig]) -> Text:
     for run in found:
         if run.published.get("gflops_note"):
             by_reason.setdefault(run.published["gflops_note"], []).append(run.name)
-    lines = [f"GMACs here and published GFLOPs differ by more than {100 * TOLERANCE:.0f} %:"]
-    lines += [f"- {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
-    return Text("\n".join(lines) if by_reason else "")
+    head = f"GMACs here and published GFLOPs differ by more than {100 * TOLERANCE:.0f} %:"
+    lines = [f"- {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
+    return Text("\n".join([head, *lines]) if lines else "")
 
 
 def contents(tables: Mapping[str, Sequence[RunConfig]]) -> Table:
@@ -126,12 +121,7 @@ def missing_table(points: Sequence[Missing]) -> Table:
 
 def beside(title: str, rows: Sequence[tuple[RunConfig, Mapping[str, Mapping[str, Any]]]], digits: int = 2) -> Table:
     """Published beside measured, one line a figure; figures in percent, of MME in points. A star marks those of another source
-    than the run's, which `footnotes` names.
-
-    Args:
-        title: of the table.
-        rows: (run, task -> {"base": record of the unpatched model, "patched": record}); tasks without records are left out.
-        digits: behind the point.
+    than the run's, which `footnotes` names. `rows`: (run, task -> {"base": record of the unpatched model, "patched": record}).
     """
     header = ("run", "figure", "published", "measured", "difference", "difference measured [95 %]", "GFLOPs", "GMACs")
     lines = [line for run, records in rows for line in _lines(run, records, digits)]
@@ -178,11 +168,8 @@ def _cells(
 
 
 def _interval(record: Mapping[str, Any], name: str, digits: int) -> str:
-    factor, metrics = _factor(record), record["metrics"]
-    for key in (f"{name}_difference_ci", *(["difference_ci"] if name == record.get("primary") else [])):
-        if metrics.get(key):
-            return in_brackets([factor * one for one in metrics[key]], f"+.{digits}f")
-    return ""
+    ends = record["metrics"].get(f"{name}_difference_ci") or (difference(record)[2] if name == record.get("primary") else None)
+    return in_brackets([_factor(record) * end for end in ends] if ends else None, f"+.{digits}f")
 
 
 def _factor(record: Mapping[str, Any]) -> float:

@@ -18,9 +18,6 @@ def points(config: RunConfig) -> list[RunConfig]:
 
     The first key varies slowest. Settings that say `flops: null` keep their own numbers under every budget.
 
-    Args:
-        config: as `vtok.eval.runs.loader.load` read it.
-
     Raises:
         ConfigError: a combination that is no valid run.
     """

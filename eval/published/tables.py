@@ -19,8 +19,7 @@ import vtok
 from vtok.errors import ConfigError, shown, unknown
 from vtok.eval.models.by_name import load_model
 from vtok.eval.runs import loader as runs
-from vtok.eval.runs.loader import RunConfig
-from vtok.eval.runs.sweep import points
+from vtok.eval.runs.loader import RunConfig, points
 from vtok.eval.tasks.timm_pipeline import Options, create_model
 from vtok.reading import is_folder
 from vtok.targets import vlm_targets

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from vtok.eval.published.schema import check as check_published
 from vtok.eval.runs import yaml_text
 from vtok.eval.runs.methods import parse_method as parse_method  # others look for these here
 from vtok.eval.runs.methods import parse_setting as parse_setting
-from vtok.eval.runs.methods import read_setting
+from vtok.eval.runs.methods import read_setting, with_budget
 from vtok.eval.runs.names import SUITES as SUITES
 from vtok.eval.runs.names import bundled as bundled
 from vtok.eval.runs.names import find
@@ -50,7 +51,7 @@ class RunConfig:
     batch_size: int = 64  # images or questions a forward pass
     dtype: str = "fp32"  # "fp32", "bf16" or "fp16"
     seed: int = 0  # of anything random
-    # dotted key -> values; the run stands for all combinations (see `vtok.eval.runs.sweep`). "flops" is a budget for every
+    # dotted key -> values; the run stands for all combinations (see `points`). "flops" is a budget for every
     # setting
     sweep: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     output: str | None = None  # folder of the results; `None` = `results/NAME`
@@ -221,3 +222,34 @@ def prepared(output: Path | None, inputs: Iterable[Any] = ()) -> Path | None:
         apart([output], [one for one in inputs if one is not None])
         writable(output)
     return output
+
+
+def points(config: RunConfig) -> list[RunConfig]:
+    """Every combination of a run's `sweep`, each a run without one; the run itself if it has none.
+
+    The first key varies slowest. Settings that say `flops: null` keep their own numbers under every budget.
+
+    Raises:
+        ConfigError: a combination that is no valid run.
+    """
+    if not config.sweep:
+        return [config]
+    keys = list(config.sweep)
+    found = []
+    for values in itertools.product(*config.sweep.values()):
+        where = f"{config.path}: sweep point " + ", ".join(f"{key}={value}" for key, value in zip(keys, values))
+        content: dict[str, Any] = copy.deepcopy({key: value for key, value in config.content.items() if key != "sweep"})
+        for key, value in zip(keys, values):
+            if key == "flops":
+                _set_budget(content, value, where)
+            else:
+                put(content, key, copy.deepcopy(value), where)
+        found.append(replace(checked(where, config.name, content), output=config.output))
+    return found
+
+
+def _set_budget(content: dict[str, Any], flops: Any, where: str) -> None:
+    if content.get("methods") is not None:
+        content["methods"] = [with_budget(where, f"methods.{i}", one, flops) for i, one in enumerate(content["methods"])]
+    else:
+        content["method"] = with_budget(where, "method", content.get("method"), flops)

@@ -33,8 +33,7 @@ from vtok.eval.common.timing import BaselineCache
 from vtok.eval.models.vlm import VisionLanguageModel
 from vtok.eval.runs import models as runs_models
 from vtok.eval.runs import records as runs_records
-from vtok.eval.runs.loader import RunConfig
-from vtok.eval.runs.sweep import points
+from vtok.eval.runs.loader import RunConfig, points
 from vtok.eval.tasks import TASKS
 from vtok.writing import reason, writable
 

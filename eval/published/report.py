@@ -10,7 +10,7 @@ from rich.text import Text
 
 from vtok.eval.common.records import difference
 from vtok.eval.common.statistics import in_brackets, with_error
-from vtok.eval.published.schema import AVERAGE, Figure, figures
+from vtok.eval.published.schema import Figure, figures
 from vtok.eval.published.tables import TOLERANCE, Cost, Missing, slug
 from vtok.eval.report.tables import Column, Table
 from vtok.eval.runs.loader import RunConfig
@@ -28,7 +28,7 @@ _SHORT = {
 def label(figure: Figure, run: RunConfig) -> str:
     """What a figure is called: the metric, or the task of a run that has several."""
     name = _SHORT.get(figure.name, figure.name)
-    return name if len(run.tasks) == 1 or figure.name == AVERAGE else figure.task
+    return name if len(run.tasks) == 1 or figure.parts else figure.task
 
 
 def listing(table: str, found: Sequence[RunConfig], costs: Mapping[str, Cost] | None = None) -> Table:
@@ -62,7 +62,7 @@ def _methods(run: RunConfig) -> str:
 
 
 def _brackets(figure: Figure) -> str:
-    return "" if figure.base is None or figure.name == AVERAGE else f" ({figure.base})"
+    return "" if figure.base is None or figure.parts else f" ({figure.base})"
 
 
 def _planned(cost: Cost) -> str:
@@ -151,7 +151,7 @@ def _cells(
     """(name, published, measured, published difference, measured difference) of one figure."""
     name = label(figure, run) + (" *" if figure.source else "")
     published = "-" if math.isnan(figure.value) else f"{figure.value}"
-    if figure.name == AVERAGE:
+    if figure.parts:
         found = average(figure, records)
         return name, published, "-" if found is None else f"{found:.1f}", "", ""
     change = "-" if figure.base is None else f"{figure.value - figure.base:+.{digits}f}"

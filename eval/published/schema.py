@@ -109,7 +109,7 @@ def _figures(tasks: Sequence[str], content: Mapping[str, Any]) -> Iterator[Figur
         for name in FIGURES.get(task, ()):
             if own.get(name) is not None:
                 yield Figure(task, name, own[name], own.get(f"base_{name}"))
-    if content.get(AVERAGE) is not None:
+    if len(tasks) > 1 and content.get(AVERAGE) is not None:
         parts = tuple(_part(one) for one in content.get("average_of") or tasks)
         yield Figure("", AVERAGE, content[AVERAGE], 100.0, parts=parts)
 

@@ -32,11 +32,7 @@ _FENCED = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """The hook of mkdocs: a page with its markers replaced.
-
-    Raises:
-        ConfigError: a marker names what is not there.
-    """
+    """The hook of mkdocs: a page with its markers replaced. Raises `ConfigError`: a marker names what is not there."""
     makers: dict[str, Callable[[str, bool], str]] = {"include": _included, "method": _method, "tables": _tables}
     return MARKER.sub(lambda found: makers[found[1]](found[2] or "", "\n#" in f"\n{markdown[: found.start()]}"), markdown)
 

@@ -32,11 +32,8 @@ def patched(build: Callable[..., Any], method: str) -> Callable[..., Any]:
 
 
 def held_model(model: Any) -> nn.Module:
-    """The one vision-language model of transformers that a model of the kit holds.
-
-    Raises:
-        ConfigError: there is none that vtok knows, or several.
-    """
+    """The one vision-language model of transformers that a model of the kit holds. Raises `ConfigError`: there is none that
+    vtok knows, or several."""
     held = [value for value in vars(model).values() if isinstance(value, nn.Module)]
     found = [value for value in ([model] if isinstance(model, nn.Module) else held) if vlm_targets(value)]
     if len(found) != 1:
@@ -65,11 +62,8 @@ def register(names: Sequence[str], known: MutableMapping[str, Callable[..., Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Registers the models that the arguments name, and runs the kit's program.
-
-    Raises:
-        ConfigError: the first argument is no file, or the kit cannot be imported.
-    """
+    """Registers the models that the arguments name, and runs the kit's program. Raises `ConfigError`: the first argument is no
+    file, or the kit cannot be imported."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or not Path(given[0]).is_file():
         raise ConfigError(

@@ -59,11 +59,8 @@ class FileModel(Strict):
 
 
 def validated(kind: type[_Model], content: Any, where: str = "", prefix: str = "") -> _Model:
-    """Values as a model has them; messages start with `where` they come from, keys with `prefix`, such as "published.".
-
-    Raises:
-        ConfigError: a key that is unknown or missing, a value of another type or beyond its limits: the first that is.
-    """
+    """Values as a model has them; messages start with `where` they come from, keys with `prefix`, such as "published.". Raises
+    `ConfigError`: a key that is unknown or missing, a value of another type or beyond its limits: the first that is."""
     try:
         return kind.model_validate(content)
     except ValidationError as error:

@@ -60,10 +60,7 @@ class Processes:
 
     def gather(self, own: Mapping[K, T], expected: Iterable[K]) -> dict[K, T]:
         """Results of all processes by number or name, each exactly once, in the order of `expected`, the same in every process.
-
-        Raises:
-            ProcessError: one is missing, comes from two processes or was not expected; or a process is lost.
-        """
+        Raises `ProcessError`: one is missing, comes from two processes or was not expected; or a process is lost."""
         found: dict[K, T] = {}
         for rank, part in enumerate(self.all(dict(own))):
             for key, value in part.items():
@@ -80,11 +77,8 @@ class Processes:
         return {key: found[key] for key in order}
 
     def all(self, value: T, kind: str = "value") -> list[T]:
-        """The value of every process, by rank; the `kind` of the exchange must be the same in all of them.
-
-        Raises:
-            ProcessError: a process is lost, or is at another point of the program.
-        """
+        """The value of every process, by rank; the `kind` of the exchange must be the same in all of them. Raises
+        `ProcessError`: a process is lost, or is at another point of the program."""
         if self.group is None:
             return [value]
         import torch
@@ -105,11 +99,8 @@ class Processes:
         return self.all(value)[0]
 
     def share_error(self, error: Exception) -> None:
-        """Returns if all processes have met an error, so that they can go on together.
-
-        Raises:
-            ProcessError: some have not; in these the next exchange raises, too.
-        """
+        """Returns if all processes have met an error, so that they can go on together. Raises `ProcessError`: some have not; in
+        these the next exchange raises, too."""
         self.all(str(error), _ERROR)
 
     def check_same(self, what: str, value: Any) -> None:
@@ -154,11 +145,8 @@ def is_main() -> bool:
 
 
 def timeout() -> float:
-    """Seconds that a process waits for another one.
-
-    Raises:
-        ConfigError: the environment says something else than a number above 0.
-    """
+    """Seconds that a process waits for another one. Raises `ConfigError`: the environment says something else than a number
+    above 0."""
     text = os.environ.get(TIMEOUT, "3600")
     try:
         seconds = float(text)

@@ -133,11 +133,8 @@ def within(root: Path, path: Path) -> bool:
 
 
 def digest(source: Any) -> str:
-    """Hash of what a picture is: of the bytes of a file, or of the pixels of a PIL image or array.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
+    """Hash of what a picture is: of the bytes of a file, or of the pixels of a PIL image or array. Raises `ConfigError`: the
+    file cannot be read."""
     found = hashlib.blake2b(digest_size=16)
     if isinstance(source, bytes):
         found.update(source)

@@ -118,11 +118,8 @@ class Records:
         self._lock = FileLock(f"{self.path}.lock")
 
     def load(self) -> list[dict[str, Any]]:
-        """All readable records, oldest first; damaged lines raise a warning that names them.
-
-        Raises:
-            ConfigError: the file cannot be read.
-        """
+        """All readable records, oldest first; damaged lines raise a warning that names them. Raises `ConfigError`: the file
+        cannot be read."""
         if not self.path.is_file():
             return []
         try:
@@ -148,11 +145,8 @@ class Records:
         self.extend([record])
 
     def extend(self, records: Iterable[dict[str, Any]]) -> None:
-        """Adds records that have a `key`, with one write: all of them or, where the disk is full, none.
-
-        Raises:
-            ConfigError: they cannot be written; the file is as it was.
-        """
+        """Adds records that have a `key`, with one write: all of them or, where the disk is full, none. Raises `ConfigError`:
+        they cannot be written; the file is as it was."""
         lines = b"".join(json.dumps(record, sort_keys=True, allow_nan=False).encode() + b"\n" for record in records)
         try:
             with self._lock, open(self.path, "ab+", buffering=0) as file:

@@ -49,11 +49,7 @@ class Setting:
 
     @classmethod
     def several(cls, values: Sequence[Any]) -> list[Setting]:
-        """What a task is to evaluate, see `of`.
-
-        Raises:
-            ConfigError: nothing, or something that is no setting.
-        """
+        """What a task is to evaluate, see `of`. Raises `ConfigError`: nothing, or something that is no setting."""
         if not values:
             raise ConfigError("nothing to evaluate: name at least one setting, None for the unpatched model")
         return [cls.of(value) for value in values]
@@ -123,11 +119,8 @@ def macs_fields(macs: Mapping[str, float]) -> dict[str, Any]:
 
 
 def pass_cost(model: nn.Module, input_size: Size | None = None) -> PassCost:
-    """What the last forward pass of this thread cost; an unpatched model's cost follows from `input_size` alone.
-
-    Raises:
-        UnsupportedModelError: vtok knows no tower in the model.
-    """
+    """What the last forward pass of this thread cost; an unpatched model's cost follows from `input_size` alone. Raises
+    `UnsupportedModelError`: vtok knows no tower in the model."""
     found = towers(model, input_size)
     if run_of(model) is None:
         first = found[0][1]
@@ -196,11 +189,7 @@ def resolved_params(model: nn.Module) -> Any:
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """The device, tried out.
-
-    Raises:
-        ConfigError: torch knows no such device, or this machine has none.
-    """
+    """The device, tried out. Raises `ConfigError`: torch knows no such device, or this machine has none."""
     if str(device).split(":")[0] == "meta":
         raise ConfigError("device 'meta' holds no values and computes nothing; name one that does, such as cpu")
     try:
@@ -220,11 +209,8 @@ def to_device(model: nn.Module, dtype: torch.dtype | None = None, device: str | 
 
 
 def pixels_of(inputs: Any) -> torch.Tensor:
-    """[B, C, H, W]: the images among the inputs of a model, which are these images or a mapping that holds them.
-
-    Raises:
-        ConfigError: there are none, or they have another form.
-    """
+    """[B, C, H, W]: the images among the inputs of a model, which are these images or a mapping that holds them. Raises
+    `ConfigError`: there are none, or they have another form."""
     found = inputs
     if isinstance(inputs, Mapping):
         images = [value for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim == 4]

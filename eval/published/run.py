@@ -58,10 +58,7 @@ def read_data(values: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
 
 def with_paths(run: RunConfig, data: Mapping[str, str], weights: Path | None) -> dict[str, RunConfig]:
     """A run on data (before what it names itself) and weights that are at hand, task by task; tasks without data are left out.
-
-    Raises:
-        ConfigError: the checkpoint that the run names is not there.
-    """
+    Raises `ConfigError`: the checkpoint that the run names is not there."""
     left_out = ("table", "published", "output", "task", "tasks", "data")
     content = {key: copy.deepcopy(value) for key, value in run.content.items() if key not in left_out}
     file = (content.get("options") or {}).get("checkpoint")

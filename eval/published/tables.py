@@ -97,11 +97,7 @@ def table_of(name: str, overrides: Sequence[str] = ()) -> tuple[str, list[RunCon
 
 
 def missing() -> list[Missing]:
-    """The operating points that no run repeats, in the order of the file.
-
-    Raises:
-        ConfigError: the file is damaged.
-    """
+    """The operating points that no run repeats, in the order of the file. Raises `ConfigError`: the file is damaged."""
     path = files("vtok.configs") / f"{runs.NOT_REPRODUCIBLE}.yaml"
     content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     for i, row in enumerate(content):

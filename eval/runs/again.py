@@ -86,11 +86,8 @@ def methods_of(record: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def configs_of(record: Mapping[str, Any]) -> list[MethodConfig]:
-    """Config objects of a record; a file of weights that is not there is looked for among the bundled ones.
-
-    Raises:
-        VtokError: a method or parameter that is not known here.
-    """
+    """Config objects of a record; a file of weights that is not there is looked for among the bundled ones. Raises `VtokError`:
+    a method or parameter that is not known here."""
     return [METHODS.get(name).create(**{k: _file(v) for k, v in params.items()}) for name, params in methods_of(record)]
 
 

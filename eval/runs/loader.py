@@ -63,22 +63,15 @@ class RunConfig:
 
     @property
     def task(self) -> str:
-        """The one task of a run that has one.
-
-        Raises:
-            ConfigError: it has several.
-        """
+        """The one task of a run that has one. Raises `ConfigError`: it has several."""
         if len(self.tasks) > 1:
             raise ConfigError(f"{self.path}: expected one task, found {', '.join(self.tasks)}")
         return self.tasks[0]
 
     @property
     def method(self) -> MethodConfig:
-        """The config of a run of one method with its own numbers.
-
-        Raises:
-            ConfigError: it compares or combines several, or has a budget.
-        """
+        """The config of a run of one method with its own numbers. Raises `ConfigError`: it compares or combines several, or has
+        a budget."""
         if len(self.settings) > 1 or not isinstance(self.settings[0].method, MethodConfig):
             found = ", ".join(setting.title for setting in self.settings)
             raise ConfigError(f"{self.path}: expected one method with its own parameters, found {found}")
@@ -128,11 +121,8 @@ def texts(value: Any) -> list[str]:
 
 
 def put(content: dict[str, Any], key: str, value: Any, where: str) -> None:
-    """Sets the value under a dotted key; parts of it that are numbers count the entries of a list, from 0.
-
-    Raises:
-        ConfigError: a part of the key leads into something that is neither a mapping nor a list, or past its end.
-    """
+    """Sets the value under a dotted key; parts of it that are numbers count the entries of a list, from 0. Raises
+    `ConfigError`: a part of the key leads into something that is neither a mapping nor a list, or past its end."""
     *parents, last = key.split(".")
     place: Any = content
     for depth, part in enumerate([*parents, last]):
@@ -152,11 +142,8 @@ def put(content: dict[str, Any], key: str, value: Any, where: str) -> None:
 
 
 def checked(where: str, name: str, content: Mapping[str, Any]) -> RunConfig:
-    """A run from plain values, as a file holds them; messages say `where` they come from.
-
-    Raises:
-        ConfigError: a key that is missing, unknown or of the wrong type, a value that is not allowed.
-    """
+    """A run from plain values, as a file holds them; messages say `where` they come from. Raises `ConfigError`: a key that is
+    missing, unknown or of the wrong type, a value that is not allowed."""
     file = validated(RunFile, content, where)
     specs = one_of_two(where, content, "method", "methods")
     tasks = tuple(one_of_two(where, content, "task", "tasks"))
@@ -198,11 +185,7 @@ def checked(where: str, name: str, content: Mapping[str, Any]) -> RunConfig:
 
 
 def _sweep(where: str, value: Mapping[str, list[Any]] | list[Any]) -> dict[str, list[Any]]:
-    """dotted key -> values; a list alone holds budgets.
-
-    Raises:
-        ConfigError: a key that a sweep cannot vary.
-    """
+    """dotted key -> values; a list alone holds budgets. Raises `ConfigError`: a key that a sweep cannot vary."""
     if isinstance(value, list):
         return {"flops": value} if value else {}
     varied = [key for key in KEYS if key not in ("sweep", "output", "published", "table")]
@@ -213,11 +196,8 @@ def _sweep(where: str, value: Mapping[str, list[Any]] | list[Any]) -> dict[str, 
 
 
 def prepared(output: Path | None, inputs: Iterable[Any] = ()) -> Path | None:
-    """The file for results, if there will be one, its folder made now: not after hours of measuring.
-
-    Raises:
-        ConfigError: nothing can be written there, or it is one of the inputs (`None`s and words that name no file are not).
-    """
+    """The file for results, if there will be one, its folder made now: not after hours of measuring. Raises `ConfigError`:
+    nothing can be written there, or it is one of the inputs (`None`s and words that name no file are not)."""
     if output is not None:
         apart([output], [one for one in inputs if one is not None])
         writable(output)

@@ -69,11 +69,8 @@ def read_setting(where: str, key: str, value: Any) -> Setting:
 
 
 def with_budget(where: str, key: str, value: Any, flops: float) -> Any:
-    """The same setting of a run file with a budget; one that says `flops: null` keeps its own numbers.
-
-    Raises:
-        ConfigError: several methods are patched together, which no budget can set.
-    """
+    """The same setting of a run file with a budget; one that says `flops: null` keeps its own numbers. Raises `ConfigError`:
+    several methods are patched together, which no budget can set."""
     parts = value if isinstance(value, list) else [value]
     if all(isinstance(part, Mapping) and "flops" in part and part["flops"] is None for part in parts):
         return value

@@ -92,11 +92,7 @@ def check_options(config: Any) -> None:
 
 
 def options_class(task: str) -> type:
-    """The dataclass of a task's options.
-
-    Raises:
-        ConfigError: the task does not annotate its parameter `options` with one.
-    """
+    """The dataclass of a task's options. Raises `ConfigError`: the task does not annotate its parameter `options` with one."""
     hint = get_type_hints(TASKS.get(task)).get("options")
     kind = next((one for one in (hint, *get_args(hint)) if dataclasses.is_dataclass(one)), None)
     if not isinstance(kind, type):

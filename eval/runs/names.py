@@ -45,11 +45,7 @@ def _bundled() -> dict[str, str]:
 
 
 def find(name: str) -> Path:
-    """The file of a bundled run, or the path itself.
-
-    Raises:
-        UnknownNameError: neither a file nor a bundled run.
-    """
+    """The file of a bundled run, or the path itself. Raises `UnknownNameError`: neither a file nor a bundled run."""
     if name.endswith((".yaml", ".yml")) or os.sep in name:
         if not exists(name):
             raise ConfigError(f"{brief(name)} does not exist; `vtok configs` lists the runs that come with vtok")

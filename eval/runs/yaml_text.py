@@ -40,11 +40,8 @@ def read(path: Path) -> Any:
 
 
 def parse(text: str, where: str, loader: type[yaml.SafeLoader] = Loader, kind: str = "not a YAML file") -> Any:
-    """Plain values from YAML; messages say `where` it comes from and, if it cannot be read, what `kind` of text it is.
-
-    Raises:
-        ConfigError: it is no YAML, has a key twice, or unfolds to more values than a person would write.
-    """
+    """Plain values from YAML; messages say `where` it comes from and, if it cannot be read, what `kind` of text it is. Raises
+    `ConfigError`: it is no YAML, has a key twice, or unfolds to more values than a person would write."""
     try:
         value = yaml.load(text, loader)
     except RecursionError:

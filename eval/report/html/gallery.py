@@ -112,11 +112,8 @@ def gallery(
 
 
 def _model(section: Section, files: bool) -> tuple[str, Any]:
-    """(name, model): a bundled one, or one of timm or open_clip if the user named image files.
-
-    Raises:
-        ConfigError: it is another one.
-    """
+    """(name, model): a bundled one, or one of timm or open_clip if the user named image files. Raises `ConfigError`: it is
+    another one."""
     record = section.first
     name = model_name(record)
     known = _ENCODERS.get(name.split("@")[0])

@@ -144,11 +144,8 @@ def _joined(configs: Sequence[dict[str, Any]], notes: list[str]) -> list[str]:
 
 
 def method_text(record: dict[str, Any]) -> str:
-    """A record's method as the command line writes it: `tome:r=13`, several joined by "+"; defaults are left out.
-
-    Raises:
-        UnknownNameError: the method or a parameter of it is not known here.
-    """
+    """A record's method as the command line writes it: `tome:r=13`, several joined by "+"; defaults are left out. Raises
+    `UnknownNameError`: the method or a parameter of it is not known here."""
     return "+".join(_one(name, params) for name, params in methods_of(record))
 
 

@@ -24,6 +24,9 @@ from vtok.patches.protocol import Adapter, Tower
 from vtok.targets.lifecycle import weight_sharing_copy as weight_sharing_copy  # other modules of vtok.eval look for it here
 from vtok.targets.resolve import Method, Size, run_of, towers
 
+# Floating-point types under torch's names, which flags and options use, and the short ones of run files.
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LONG = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _FINGERPRINT = 64  # values of every parameter that identify weights
 
 
@@ -265,3 +268,14 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return dict(sorted(found.items()))
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The type of one of torch's names; `None` stays."""
+    return None if name is None else TYPES[name]
+
+
+def fastest_on_cpu() -> str:
+    """ "bf16" where the processor multiplies in it, else "fp32": without such instructions bf16 takes five times as long."""
+    able = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # other processors, and older releases of torch: fp32
+    return "bf16" if any(getattr(torch.cpu, name, bool)() for name in able) else "fp32"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from vtok.errors import UnsupportedModelError
 from vtok.eval.benchmarks.throughput import compare, synchronise
 from vtok.eval.common.distributed import Processes
-from vtok.eval.common.rates import Step, throughput
 from vtok.eval.common.settings import PassCost, towers
 from vtok.targets.kernels import attention_kernels
 
@@ -26,6 +25,34 @@ T = TypeVar("T")
 TIMED_EVERY = 4  # batches, where what the unpatched model makes of them is known already
 FEWEST_PAIRS = 6  # timed more often than that where there are few batches
 _PROBED = 2  # images that show which attention kernels run
+
+
+class Step(NamedTuple):
+    """One timed batch of one model."""
+
+    number: int  # of the batch
+    samples: int  # in it
+    seconds: float  # that it took
+    cold: bool  # whether it was the model's first in its process
+    rank: int = 0  # process that ran it
+
+
+def throughput(batches: Sequence[Step], world: int) -> dict[str, Any]:
+    """Samples a second of every process and of all together, of all batches of a setting.
+
+    Returns:
+        `processes`: how many; `per_process`: by rank, `None` for one that had nothing to do; `total`: all samples by the time
+        of the process that was busy longest, which is what the machines deliver (less than the sum where the batches do not
+        come out even). The first batch of a process is left out if it has others.
+    """
+    samples, busy = [0] * world, [0.0] * world
+    for rank in range(world):
+        own = [one for one in batches if one.rank == rank]
+        for one in [one for one in own if not one.cold] or own:
+            samples[rank] += one.samples
+            busy[rank] += one.seconds
+    each = [count / taken if taken else None for count, taken in zip(samples, busy)]
+    return {"processes": world, "per_process": each, "total": sum(samples) / max(busy) if any(busy) else None}
 
 
 class BaselineCache(Generic[T]):
@@ -99,7 +126,7 @@ class PairedTimer(Generic[T]):
 
     def fields(self, i: int, cost: PassCost | None, seed: int = 0) -> dict[str, Any]:
         """Timing fields of a model's record: `kernel`, `samples_per_sec` and `step_time_ms` (medians, of one process),
-        `throughput` (see `rates`), and beside the unpatched model `speedup`, `achieved`, their intervals, `pairs`.
+        `throughput` (see there), and beside the unpatched model `speedup`, `achieved`, their intervals, `pairs`.
 
         The first batch of each and smaller last ones are left out if there are others.
 

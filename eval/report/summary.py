@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
-from vtok.eval.common.rates import throughput_line
 from vtok.eval.common.statistics import in_brackets, with_error
 from vtok.eval.report.frame import front_of, total_gmacs
 from vtok.eval.report.rows import Row, Score
@@ -71,6 +71,15 @@ def told(section: Section, records: Path | None = None, most: int = _SKIPPED) ->
         where = "" if records is None else f", see {records}"
         left[most:] = [f"and {len(left) - most} other files were skipped{where}"]
     return [*(finding.words for finding in findings(section)), *speeds, *notes, *left]
+
+
+def throughput_line(title: str, record: Mapping[str, Any]) -> str | None:
+    """ "tome(r=8): 80.1 samples/s in 2 processes (41.0, 40.2)", or `None` for a record of one process."""
+    found = record.get("throughput")
+    if found is None or found["processes"] == 1 or found["total"] is None:
+        return None
+    each = ", ".join("-" if rate is None else f"{rate:.1f}" for rate in found["per_process"])
+    return f"{title}: {found['total']:.1f} samples/s in {found['processes']} processes ({each})"
 
 
 def gap_columns(section: Section, methods: Sequence[str] = RIVALS) -> list[Column]:

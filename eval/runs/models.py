@@ -19,8 +19,7 @@ from torch import Tensor, nn
 import vtok
 from vtok.errors import ConfigError, VtokError, brief, shown, unknown
 from vtok.eval.common.distributed import current
-from vtok.eval.common.dtypes import LONG, TYPES
-from vtok.eval.common.settings import Setting, to_device, weight_sharing_copy
+from vtok.eval.common.settings import LONG, TYPES, Setting, to_device, weight_sharing_copy
 from vtok.eval.common.timing import named_kernels
 from vtok.eval.models.clip import DualEncoder, load_clip
 from vtok.eval.models.reference import load_reference_pages, load_reference_pictures

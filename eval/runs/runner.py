@@ -26,9 +26,8 @@ from rich.progress import Progress
 from vtok.errors import BudgetError, ConfigError, VtokError
 from vtok.eval.common import terminal
 from vtok.eval.common.distributed import ProcessError, current
-from vtok.eval.common.dtypes import fastest_on_cpu
 from vtok.eval.common.records import Records, key_of
-from vtok.eval.common.settings import Setting
+from vtok.eval.common.settings import Setting, fastest_on_cpu
 from vtok.eval.common.timing import BaselineCache
 from vtok.eval.models.vlm import VisionLanguageModel
 from vtok.eval.runs import models as runs_models

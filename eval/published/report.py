@@ -131,40 +131,34 @@ def beside(title: str, rows: Sequence[tuple[RunConfig, Mapping[str, Mapping[str,
 def _lines(run: RunConfig, records: Mapping[str, Mapping[str, Any]], digits: int) -> list[tuple[str, ...]]:
     """One a published figure; of a run for which nothing was published, one a headline that was measured."""
     found: list[tuple[str, ...]] = []
-    said: list[tuple[str, str]] = []
+    said = set[tuple[str, str]]()
     own = [one._replace(source="*" if one.source else "") for one in figures(run.tasks, run.published)]
-    if not own:
-        own = [Figure(task, pair["patched"]["primary"], math.nan) for task, pair in records.items()]
-    for figure in dict.fromkeys(own):
-        name, published, measured, change, changed = _cells(run, figure, records, digits)
+    for figure in dict.fromkeys(own or [Figure(task, pair["patched"]["primary"], math.nan) for task, pair in records.items()]):
+        published, measured, change, changed = _cells(figure, records, digits)
         if (figure.task, figure.name) in said:
             measured = changed = ""  # it stands above
-        said.append((figure.task, figure.name))
+        said.add((figure.task, figure.name))
+        name = label(figure, run) + (" *" if figure.source else "")
         costs = ("", "") if found else _cost_cells(run, records)
         found.append(("" if found else run.name, name, published, measured, change, changed, *costs))
     return found
 
 
-def _cells(
-    run: RunConfig, figure: Figure, records: Mapping[str, Mapping[str, Any]], digits: int
-) -> tuple[str, str, str, str, str]:
-    """(name, published, measured, published difference, measured difference) of one figure."""
-    name = label(figure, run) + (" *" if figure.source else "")
+def _cells(figure: Figure, records: Mapping[str, Mapping[str, Any]], digits: int) -> tuple[str, str, str, str]:
+    """(published, measured, published difference, measured difference) of one figure."""
     published = "-" if math.isnan(figure.value) else f"{figure.value}"
     if figure.parts:
         found = average(figure, records)
-        return name, published, "-" if found is None else f"{found:.1f}", "", ""
+        return published, "-" if found is None else f"{found:.1f}", "", ""
     change = "-" if figure.base is None else f"{figure.value - figure.base:+.{digits}f}"
     published += "" if figure.base is None else f" of {figure.base}"
-    pair = records.get(figure.task)
-    if pair is None:
-        return name, published, "-", change, "-"
-    base, patched = pair["base"], pair["patched"]
-    value, before = scaled(patched, figure.name), scaled(base, figure.name)
+    pair = records.get(figure.task, {})
+    before, value = (scaled(pair[side], figure.name) if pair else None for side in ("base", "patched"))
     if value is None or before is None:
-        return name, published, "-", change, "-"
+        return published, "-", change, "-"
+    patched = pair["patched"]
     text = f"{with_error(patched['metrics'], figure.name, _factor(patched), digits)} of {before:.{digits}f}"
-    return name, published, text, change, f"{value - before:+.{digits}f}{_interval(patched, figure.name, digits)}"
+    return published, text, change, f"{value - before:+.{digits}f}{_interval(patched, figure.name, digits)}"
 
 
 def _interval(record: Mapping[str, Any], name: str, digits: int) -> str:

@@ -145,12 +145,7 @@ def _setting(method: Any) -> Setting:
 
 
 def held(model: nn.Module, task: str, processor: Any) -> Any:
-    """A module as a task takes it: with its processor where it needs one.
-
-    Args:
-        model: in eval mode.
-        task: name.
-        processor: see `vtok.evaluate`.
+    """A module in eval mode as a task takes it: with its processor where it needs one.
 
     Raises:
         ConfigError: the processor is missing or of another kind.

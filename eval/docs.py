@@ -32,11 +32,7 @@ _FENCED = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """The hook of mkdocs: a page with its markers replaced.
-
-    Raises:
-        ConfigError: a marker names what is not there.
-    """
+    """The hook of mkdocs: a page with its markers replaced. Raises `ConfigError`: a marker names what is not there."""
     makers: dict[str, Callable[[str, bool], str]] = {"include": _included, "method": _method, "tables": _tables}
     return MARKER.sub(lambda found: makers[found[1]](found[2] or "", "\n#" in f"\n{markdown[: found.start()]}"), markdown)
 
@@ -76,9 +72,8 @@ def _notebook(text: str) -> str:
 
 def section(text: str, heading: str, name: str) -> str:
     """A heading of a Markdown file and what stands under it, up to the next heading of its level or above."""
-    lines, fenced, taken = text.splitlines(), False, []
-    level = 0
-    for line in lines:
+    fenced, taken, level = False, list[str](), 0
+    for line in text.splitlines():
         fenced ^= line.startswith("```")
         found = None if fenced else re.match(r"(#+) (.*)", line)
         if found and level and len(found[1]) <= level:
@@ -103,28 +98,17 @@ def _lowered(text: str) -> str:
 
 def _method(name: str, _: bool) -> str:
     cls = METHODS.get(name)
-    where = [
-        words
-        for protocol, words in (
-            (EncoderMethod, "inside vision encoders"),
-            (PromptMethod, "on prompts of vision-language models"),
-        )
-        if issubclass(cls, protocol)
-    ]
-    also = [
-        words
-        for wanted, words in (
-            (issubclass(cls, HasBudget), "takes `flops=`"),
-            (issubclass(cls, HasSearchSpace), "searched by `vtok tune`"),
-            ("preset" in knobs(name), "has `preset=`"),
-        )
-        if wanted
-    ]
+    known = knobs(name)
+    places = {"inside vision encoders": EncoderMethod, "on prompts of vision-language models": PromptMethod}
+    where = [words for words, protocol in places.items() if issubclass(cls, protocol)]
+    also = ["takes `flops=`"] if issubclass(cls, HasBudget) else []
+    also += ["searched by `vtok tune`"] if issubclass(cls, HasSearchSpace) else []
+    also += ["has `preset=`"] if "preset" in known else []
+    rows = [f"| `{knob}` | {_cell(default)} | {_cell(meaning)} |" for knob, (default, meaning) in known.items()]
     parts = [
         f"Acts {' and '.join(where)}; {', '.join(also) or 'set by its own knobs alone'}. Class: [`vtok.{cls.__name__}`]"
         f"[{cls.__module__}.{cls.__name__}].",
-        "| knob | default | meaning |\n|---|---|---|\n"
-        + "\n".join(f"| `{knob}` | {_cell(default)} | {_cell(meaning)} |" for knob, (default, meaning) in knobs(name).items()),
+        "\n".join(["| knob | default | meaning |", "|---|---|---|", *rows]),
     ]
     found = [runs.load(run) for run in runs.bundled() if run.startswith(f"{name}_")]
     found = [run for run in found if run.published and {setting.name for setting in run.settings} == {name}]

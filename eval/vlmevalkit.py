@@ -1,16 +1,4 @@
-"""VLMEvalKit with patched models: its own program, models, prompts and scores, and a method behind the name of a model.
-
-    python -m vtok.eval.vlmevalkit VLMEvalKit/run.py --data MMBench_DEV_EN --model Qwen2.5-VL-7B-Instruct@divprune:keep=0.1
-
-Everything behind the first argument is passed to that program. A model `NAME@METHOD` is the kit's model NAME, with the
-Hugging Face model that it holds patched by METHOD, written as for `vtok eval vqa --method` ("todre:keep=0.1",
-"pitome:ratio=0.9+todre"; NAME@none is the unpatched one). The kit has no entry point for models of other packages, but asks
-a dictionary for them, `supported_VLM`, to which these names are added before its program starts; nothing of it is contained
-or changed. With its `--config` files, which name classes instead, that does not work: use `--model`.
-
-Tried against the kit's interface as it is documented, not against a release: none is on the package index. Models of the
-kit that hold no model of transformers (an API, vLLM, code of their own) are refused.
-"""
+"""VLMEvalKit with patched models, `NAME@METHOD`: its own program, models, prompts and scores (see assets/docs/evaluate.md)."""
 
 from __future__ import annotations
 
@@ -32,15 +20,7 @@ UNPATCHED = "none"
 
 
 def patched(build: Callable[..., Any], method: str) -> Callable[..., Any]:
-    """Makes a model of the kit and patches the vision-language model in it.
-
-    Args:
-        build: makes the kit's model, as the values of its `supported_VLM` do.
-        method: "todre:keep=0.1", several joined by "+"; "none".
-
-    Returns:
-        What takes the arguments of `build`; raises `ConfigError` if the model holds none that vtok knows, or several.
-    """
+    """What makes a model of the kit, as `build` does, and patches the one vision-language model in it (see `held_model`)."""
     setting = Setting() if method == UNPATCHED else Setting.of(parse_setting(method))
 
     def make(*args: Any, **kwargs: Any) -> Any:
@@ -52,11 +32,8 @@ def patched(build: Callable[..., Any], method: str) -> Callable[..., Any]:
 
 
 def held_model(model: Any) -> nn.Module:
-    """The one vision-language model of transformers that a model of the kit holds.
-
-    Raises:
-        ConfigError: there is none that vtok knows, or several.
-    """
+    """The one vision-language model of transformers that a model of the kit holds. Raises `ConfigError`: there is none that
+    vtok knows, or several."""
     held = [value for value in vars(model).values() if isinstance(value, nn.Module)]
     found = [value for value in ([model] if isinstance(model, nn.Module) else held) if vlm_targets(value)]
     if len(found) != 1:
@@ -69,11 +46,7 @@ def held_model(model: Any) -> nn.Module:
 
 
 def register(names: Sequence[str], known: MutableMapping[str, Callable[..., Any]]) -> None:
-    """Adds every name with a method to the kit's dictionary; others are left alone.
-
-    Args:
-        names: of models, `NAME@METHOD` among them.
-        known: the kit's `supported_VLM`.
+    """Adds every name with a method, `NAME@METHOD`, to the kit's dictionary `supported_VLM`; others are left alone.
 
     Raises:
         UnknownNameError: the kit has no such model, or vtok no such method.
@@ -89,11 +62,8 @@ def register(names: Sequence[str], known: MutableMapping[str, Callable[..., Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Registers the models that the arguments name, and runs the kit's program.
-
-    Raises:
-        ConfigError: the first argument is no file, or the kit cannot be imported.
-    """
+    """Registers the models that the arguments name, and runs the kit's program. Raises `ConfigError`: the first argument is no
+    file, or the kit cannot be imported."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or not Path(given[0]).is_file():
         raise ConfigError(

@@ -59,17 +59,8 @@ class FileModel(Strict):
 
 
 def validated(kind: type[_Model], content: Any, where: str = "", prefix: str = "") -> _Model:
-    """Values as a model has them.
-
-    Args:
-        kind: the model.
-        content: plain values.
-        where: they come from, for the message; "" = the message starts with the key.
-        prefix: of the keys, "published." for instance.
-
-    Raises:
-        ConfigError: a key that is unknown or missing, a value of another type or beyond its limits: the first that is.
-    """
+    """Values as a model has them; messages start with `where` they come from, keys with `prefix`, such as "published.". Raises
+    `ConfigError`: a key that is unknown or missing, a value of another type or beyond its limits: the first that is."""
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -77,11 +68,7 @@ def validated(kind: type[_Model], content: Any, where: str = "", prefix: str = "
 
 
 def check_fields(options: Any) -> None:
-    """Raises unless every field of a dataclass holds what its annotation says, limits in `Annotated` included.
-
-    Raises:
-        ConfigError: one does not.
-    """
+    """Raises `ConfigError` unless all fields of a dataclass hold what annotations say, limits in `Annotated` included."""
     kind = _model_of(options.__class__)
     validated(kind, {name: getattr(options, name) for name in kind.model_fields})
 

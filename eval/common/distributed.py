@@ -1,37 +1,7 @@
 """One evaluation in several processes, on one machine or more: who works on what, and how the parts come together.
 
-    torchrun --nproc_per_node 8 -m vtok.eval run CONFIG                          # eight GPUs: one process each, nccl
-    torchrun --nproc_per_node 2 -m vtok.eval run CONFIG                          # without GPUs: two processes, gloo
-    accelerate launch --multi_gpu --num_processes 8 -m vtok.eval run CONFIG      # the same by accelerate's launcher
-
-**Whole batches are dealt out in turn**: process r of w works on the batches r, r + w, r + 2 w, ... of the very batches that one
-process would make. So no sample is padded, repeated or left out, every forward pass sees the same rows at any number of
-processes, and what is computed from the gathered results, in the order of the data, is the same to the last digit, with one
-reservation: all processes need the same kind of device and as many CPU threads as the run that they are compared with
-(`OMP_NUM_THREADS`), because these change how sums are split. Every result
-carries the number of its batch or question; one that is missing or comes twice is an error.
-
-Only the main process (rank 0) prints and writes records. Answers to questions are written by every process as they come.
-
-# More than one machine
-
-The same command is started on every machine, with another `--node_rank` on each. Two machines with eight GPUs each, the first
-of which is 10.0.0.1 and reachable from the other:
-
-    torchrun --nnodes 2 --node_rank 0 --nproc_per_node 8 --master_addr 10.0.0.1 --master_port 29500 -m vtok.eval run CONFIG
-
-Every machine needs the same versions, weights and data (under the same path; differences are noticed and reported before
-anything is computed). Only the main process's machine needs room for records. Where machines have several networks,
-`GLOO_SOCKET_IFNAME` (and `NCCL_SOCKET_IFNAME`) name the one to use. No data is exchanged before the end of a task, so that the
-speed of the network does not matter: throughput grows with the processes until a process has one batch left.
-
-# When a process ends early
-
-A process that dies ends the run: its launcher stops the others, and those on other machines notice at the next exchange that
-the connection is gone. One message a machine names the rank, the exit code is not 0, and what was finished is in the files: the
-same command goes on from there. A process that neither answers nor dies ends the run after `VTOK_PROCESS_TIMEOUT` seconds
-(default 3600) of waiting for it at the end of a task. Results lie in host memory, so they are exchanged with gloo on GPUs too:
-it reports a lost peer, where nccl would wait.
+How it is started, what it promises and how it ends: "Several processes or machines" of assets/docs/evaluate.md. Results are
+exchanged with gloo on GPUs too, because that reports a lost peer, where nccl would wait.
 """
 
 from __future__ import annotations
@@ -68,21 +38,13 @@ class Peer(NamedTuple):
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run, seen from one of them. The default is a run in one process, which needs no accelerate.
+    """The processes of a run, seen from one of them. The default is a run in one process, which needs no accelerate."""
 
-    Attributes:
-        rank: number of this process, 0 = main.
-        world: number of processes.
-        local_rank: number of this process on its machine.
-        peers: all processes by rank; empty for one.
-        group: in which results are exchanged; `None` for one process.
-    """
-
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
-    peers: tuple[Peer, ...] = ()
-    group: Any = None
+    rank: int = 0  # number of this process, 0 = main
+    world: int = 1  # number of processes
+    local_rank: int = 0  # number of this process on its machine
+    peers: tuple[Peer, ...] = ()  # all processes by rank; empty for one
+    group: Any = None  # in which results are exchanged; `None` for one process
 
     def owns(self, batch: int) -> bool:
         """Whether this process works on the batch with that number."""
@@ -97,18 +59,8 @@ class Processes:
         return [row for row in range(total) if self.owns(row // batch_size)]
 
     def gather(self, own: Mapping[K, T], expected: Iterable[K]) -> dict[K, T]:
-        """Results of all processes, each exactly once.
-
-        Args:
-            own: of this process, by number or name.
-            expected: numbers or names of all results.
-
-        Returns:
-            All results, in the order of `expected`, the same in every process.
-
-        Raises:
-            ProcessError: one is missing, comes from two processes or was not expected; or a process is lost.
-        """
+        """Results of all processes by number or name, each exactly once, in the order of `expected`, the same in every process.
+        Raises `ProcessError`: one is missing, comes from two processes or was not expected; or a process is lost."""
         found: dict[K, T] = {}
         for rank, part in enumerate(self.all(dict(own))):
             for key, value in part.items():
@@ -125,15 +77,8 @@ class Processes:
         return {key: found[key] for key in order}
 
     def all(self, value: T, kind: str = "value") -> list[T]:
-        """The value of every process, by rank.
-
-        Args:
-            value: of this process.
-            kind: of the exchange, which must be the same in all of them.
-
-        Raises:
-            ProcessError: a process is lost, or is at another point of the program.
-        """
+        """The value of every process, by rank; the `kind` of the exchange must be the same in all of them. Raises
+        `ProcessError`: a process is lost, or is at another point of the program."""
         if self.group is None:
             return [value]
         import torch
@@ -154,19 +99,12 @@ class Processes:
         return self.all(value)[0]
 
     def share_error(self, error: Exception) -> None:
-        """Returns if all processes have met an error, so that they can go on together.
-
-        Raises:
-            ProcessError: some have not; in these the next exchange raises, too.
-        """
+        """Returns if all processes have met an error, so that they can go on together. Raises `ProcessError`: some have not; in
+        these the next exchange raises, too."""
         self.all(str(error), _ERROR)
 
     def check_same(self, what: str, value: Any) -> None:
-        """Raises unless the value is the same in every process.
-
-        Raises:
-            ConfigError: it is not; the message names the process and both values.
-        """
+        """Raises `ConfigError` unless the value is the same in every process; the message names the process and both values."""
         values = self.all(value)
         for rank, other in enumerate(values):
             if other != values[0]:
@@ -186,11 +124,7 @@ class Processes:
         return f"a process {'on ' + ' or '.join(others) if others else 'of this run'} died, was stopped or does not answer"
 
     def device(self, asked: str | None = None) -> str | None:
-        """Where this process computes: on a GPU of its own, if there are any and no certain device was asked for.
-
-        Args:
-            asked: device that the options name; `None` = what there is, and then `None` comes back for the CPU.
-        """
+        """Where this process computes: on a GPU of its own, if there is one and no other device was asked for; `None` = CPU."""
         if asked not in (None, "cuda"):
             return asked
         import torch
@@ -211,11 +145,8 @@ def is_main() -> bool:
 
 
 def timeout() -> float:
-    """Seconds that a process waits for another one.
-
-    Raises:
-        ConfigError: the environment says something else than a number above 0.
-    """
+    """Seconds that a process waits for another one. Raises `ConfigError`: the environment says something else than a number
+    above 0."""
     text = os.environ.get(TIMEOUT, "3600")
     try:
         seconds = float(text)

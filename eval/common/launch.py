@@ -26,11 +26,7 @@ PATIENCE = 20.0  # seconds that a process waits for another one to say what happ
 
 
 def check_command(name: str | None) -> None:
-    """Raises if several processes would each do all of a command.
-
-    Raises:
-        ConfigError: they would.
-    """
+    """Raises `ConfigError` if several processes would each do all of a command."""
     if name is not None and world_size() > 1 and name not in SHARDED:
         raise ConfigError(
             f"vtok {name} does not share its work among processes, but {world_size()} were started; start it without a launcher"
@@ -61,13 +57,10 @@ def run_member(program: Callable[[], Any]) -> NoReturn:
 
 
 def check_launcher() -> None:
-    """Raises if a launcher was asked for several processes and started this one alone.
+    """Raises `ConfigError` if a launcher was asked for several processes and started this one alone.
 
     accelerate starts several processes on CPUs only under MPI: with `--num_processes 3` it runs one, which finds a port for
     talking to others in its environment.
-
-    Raises:
-        ConfigError: it did.
     """
     alone = world_size() == 1 and "LOCAL_RANK" not in os.environ
     if alone and "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from vtok.errors import ConfigError, brief
 from vtok.reading import is_folder
@@ -35,8 +36,6 @@ def open_picture(source: Any, mode: str = "RGB", name: str = "") -> Any:
     Raises:
         ConfigError: there is no such file, or nothing in it that can be read as a picture; the message has the name.
     """
-    from PIL import Image
-
     path = isinstance(source, (str, os.PathLike))
     name = brief(name or os.fspath(source) or "''" if path else name or "the picture")
     if path and not os.path.isfile(source):
@@ -61,22 +60,13 @@ def _plain(image: Any, mode: str) -> Any:
 def shrink(picture: Any, factor: int) -> Any:
     """The picture with both sides divided by a factor, rounded down, by Pillow's bicubic filter: image downsampling as
     VTC-Bench has it (arXiv:2510.07143), without its detour over JPEG."""
-    from PIL import Image
-
     wide, high = picture.size
     return picture.resize((max(1, wide // factor), max(1, high // factor)), Image.Resampling.BICUBIC)
 
 
 def check_shape(picture: Any, name: str = "") -> None:
-    """Raises for a picture whose sides no preprocessing is made for.
-
-    Args:
-        picture: PIL image; anything else is passed over.
-        name: of the picture, for the message.
-
-    Raises:
-        ConfigError: one side is more than `LONGEST` times the other, or there are no pixels.
-    """
+    """Raises `ConfigError` for a PIL image whose sides no preprocessing is made for: one is more than `LONGEST` times the
+    other, or there are no pixels. Anything else is passed over."""
     size = getattr(picture, "size", None)
     if not isinstance(size, tuple) or len(size) != 2:
         return
@@ -89,8 +79,6 @@ def check_shape(picture: Any, name: str = "") -> None:
 
 
 def _upright(image: Any) -> Any:
-    from PIL import ImageOps
-
     try:
         turned = image.getexif().get(_ORIENTATION, 1) != 1
     except Exception:  # a picture with damaged EXIF data shows all the same
@@ -99,13 +87,7 @@ def _upright(image: Any) -> Any:
 
 
 def _eight_bits(image: Any, kind: str | None) -> Any:
-    """Greys of 16 bits scaled: Pillow's own conversion cuts them off at 255.
-
-    Raises:
-        ConfigError: pixels whose range is not known.
-    """
-    from PIL import Image
-
+    """Greys of 16 bits scaled: Pillow's own conversion cuts them off at 255. Raises for pixels whose range is not known."""
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in _SIXTEEN_BITS):
         return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode in ("I", "F"):
@@ -129,13 +111,7 @@ def visible(path: Path, root: Path) -> bool:
 
 
 def find_files(root: Path, pattern: str = "*", deep: bool = True) -> list[Path]:
-    """Visible files of a folder by a pattern of their names, sorted.
-
-    Args:
-        root: the folder; one that does not exist holds none.
-        pattern: of names, with `*`.
-        deep: whether to look at any depth.
-    """
+    """Visible files of a folder (`deep` = at any depth) by a pattern of names, with `*`, sorted; none where there is none."""
     if not is_folder(root):
         return []
     return sorted(path for path in (root.rglob(pattern) if deep else root.glob(pattern)) if visible(path, root))
@@ -157,14 +133,8 @@ def within(root: Path, path: Path) -> bool:
 
 
 def digest(source: Any) -> str:
-    """Hash of what a picture is: of the bytes of a file, or of pixels.
-
-    Args:
-        source: path, bytes, PIL image or array.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
+    """Hash of what a picture is: of the bytes of a file, or of the pixels of a PIL image or array. Raises `ConfigError`: the
+    file cannot be read."""
     found = hashlib.blake2b(digest_size=16)
     if isinstance(source, bytes):
         found.update(source)

@@ -19,7 +19,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def correctness(record: Record) -> np.ndarray:
     return np.unpackbits(np.frombuffer(bytes.fromhex(record["correct"]), np.uint8), count=record["n"]).astype(bool)
 
 
-def difference(record: Record) -> tuple[float | None, float | None, list[float] | None]:
+def difference(record: Mapping[str, Any]) -> tuple[float | None, float | None, list[float] | None]:
     """(paired difference of the headline metric to the unpatched model, its standard error, 95 % interval); `None`s without."""
     metrics, primary = record["metrics"], record["primary"]
     name = f"{primary}_difference" if f"{primary}_difference" in metrics else "difference"
@@ -71,11 +71,8 @@ def key_of(identity: dict[str, Any]) -> str:
 def stamp(path: str | os.PathLike, without: str | os.PathLike | None = None) -> str | None:
     """Hash of the names, sizes and times of a file, or of all files below a folder; `None` if there is nothing there.
 
-    What is copied or written anew is something else, until its content is looked at. Hidden files do not count.
-
-    Args:
-        path: of the file or folder.
-        without: a folder below it that does not count either, such as that of the results.
+    What is copied or written anew is something else, until its content is looked at. Hidden files do not count, nor does a
+    folder below it, such as that of the results (`without`).
     """
     root = os.fspath(path)
     if os.path.isfile(root):
@@ -104,10 +101,7 @@ def _signs(path: str) -> list[int]:
 
 
 class Records:
-    """An append-only file of results.
-
-    Args:
-        path: of the JSON lines file; its folder is created.
+    """An append-only file of JSON lines, whose folder is created.
 
     Raises:
         ConfigError: its folder cannot be made, or what stands under its name is no file.
@@ -124,11 +118,8 @@ class Records:
         self._lock = FileLock(f"{self.path}.lock")
 
     def load(self) -> list[dict[str, Any]]:
-        """All readable records, oldest first; damaged lines raise a warning that names them.
-
-        Raises:
-            ConfigError: the file cannot be read.
-        """
+        """All readable records, oldest first; damaged lines raise a warning that names them. Raises `ConfigError`: the file
+        cannot be read."""
         if not self.path.is_file():
             return []
         try:
@@ -154,11 +145,8 @@ class Records:
         self.extend([record])
 
     def extend(self, records: Iterable[dict[str, Any]]) -> None:
-        """Adds records that have a `key`, with one write: all of them or, where the disk is full, none.
-
-        Raises:
-            ConfigError: they cannot be written; the file is as it was.
-        """
+        """Adds records that have a `key`, with one write: all of them or, where the disk is full, none. Raises `ConfigError`:
+        they cannot be written; the file is as it was."""
         lines = b"".join(json.dumps(record, sort_keys=True, allow_nan=False).encode() + b"\n" for record in records)
         try:
             with self._lock, open(self.path, "ab+", buffering=0) as file:

@@ -24,30 +24,24 @@ from vtok.patches.protocol import Adapter, Tower
 from vtok.targets.lifecycle import weight_sharing_copy as weight_sharing_copy  # other modules of vtok.eval look for it here
 from vtok.targets.resolve import Method, Size, run_of, towers
 
+# Floating-point types under torch's names, which flags and options use, and the short ones of run files.
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LONG = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _FINGERPRINT = 64  # values of every parameter that identify weights
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What to patch: the arguments of `vtok.patch`.
+    """What to patch: the arguments of `vtok.patch`."""
 
-    Attributes:
-        method: name, config object, list of these, or path of a saved config; `None` = leave the model unpatched.
-        params: of a method given by name; `flops` for a budget.
-        at_random: keep as many tokens at the same places, but draw them (`vtok.eval.common.control`).
-    """
-
+    # name, config object, list of these, or path of a saved config; `None` = leave the model unpatched
     method: Method | None = None
-    params: Mapping[str, Any] = field(default_factory=dict)
-    at_random: bool = False
+    params: Mapping[str, Any] = field(default_factory=dict)  # of a method given by name; `flops` for a budget
+    at_random: bool = False  # keep as many tokens at the same places, but draw them (`vtok.eval.common.control`)
 
     @classmethod
     def of(cls, value: Any) -> Setting:
-        """Reads what a caller may write: a `Setting`, a method, `None`, or a pair (method, params).
-
-        Raises:
-            ConfigError: it is none of these.
-        """
+        """Reads what a caller may write: a `Setting`, a method, `None` or (method, params); raises `ConfigError` for others."""
         if isinstance(value, cls):
             return value
         if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Mapping):
@@ -58,11 +52,7 @@ class Setting:
 
     @classmethod
     def several(cls, values: Sequence[Any]) -> list[Setting]:
-        """What a task is to evaluate, see `of`.
-
-        Raises:
-            ConfigError: nothing, or something that is no setting.
-        """
+        """What a task is to evaluate, see `of`. Raises `ConfigError`: nothing, or something that is no setting."""
         if not values:
             raise ConfigError("nothing to evaluate: name at least one setting, None for the unpatched model")
         return [cls.of(value) for value in values]
@@ -100,25 +90,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class PassCost:
-    """Tokens and MACs of a model's last forward pass, per image; of the first tower where there are several, MACs of all.
+    """Tokens and MACs of a model's last forward pass, per image; of the first tower where there are several, MACs of all."""
 
-    Attributes:
-        tokens_in: tokens that enter block 0, prefix included.
-        mean_per_layer: mean number of real tokens that leave each block.
-        base_macs: of the unpatched model.
-        macs: of the patched one, as implied by each image's own token count, the reduction left out.
-        computed_macs: the same with padding, at most what was computed: behind `ats` some layers see none.
-        reduction_macs: the reduction's own.
-        ragged: whether images kept different numbers of tokens, so that another batch costs something else.
-    """
-
-    tokens_in: float
-    mean_per_layer: tuple[float, ...]
-    base_macs: float
-    macs: float
-    computed_macs: float
-    reduction_macs: float
-    ragged: bool
+    tokens_in: float  # tokens that enter block 0, prefix included
+    mean_per_layer: tuple[float, ...]  # mean number of real tokens that leave each block
+    base_macs: float  # of the unpatched model
+    macs: float  # of the patched one, as implied by each image's own token count, the reduction left out
+    computed_macs: float  # the same with padding, at most what was computed: behind `ats` some layers see none
+    reduction_macs: float  # the reduction's own
+    ragged: bool  # whether images kept different numbers of tokens, so that another batch costs something else
 
     @property
     def implied_speedup(self) -> float:
@@ -142,11 +122,8 @@ def macs_fields(macs: Mapping[str, float]) -> dict[str, Any]:
 
 
 def pass_cost(model: nn.Module, input_size: Size | None = None) -> PassCost:
-    """What the last forward pass of this thread cost; an unpatched model's cost follows from `input_size` alone.
-
-    Raises:
-        UnsupportedModelError: vtok knows no tower in the model.
-    """
+    """What the last forward pass of this thread cost; an unpatched model's cost follows from `input_size` alone. Raises
+    `UnsupportedModelError`: vtok knows no tower in the model."""
     found = towers(model, input_size)
     if run_of(model) is None:
         first = found[0][1]
@@ -215,11 +192,7 @@ def resolved_params(model: nn.Module) -> Any:
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """The device, tried out.
-
-    Raises:
-        ConfigError: torch knows no such device, or this machine has none.
-    """
+    """The device, tried out. Raises `ConfigError`: torch knows no such device, or this machine has none."""
     if str(device).split(":")[0] == "meta":
         raise ConfigError("device 'meta' holds no values and computes nothing; name one that does, such as cpu")
     try:
@@ -239,11 +212,8 @@ def to_device(model: nn.Module, dtype: torch.dtype | None = None, device: str | 
 
 
 def pixels_of(inputs: Any) -> torch.Tensor:
-    """[B, C, H, W]: the images among the inputs of a model, which are these images or a mapping that holds them.
-
-    Raises:
-        ConfigError: there are none, or they have another form.
-    """
+    """[B, C, H, W]: the images among the inputs of a model, which are these images or a mapping that holds them. Raises
+    `ConfigError`: there are none, or they have another form."""
     found = inputs
     if isinstance(inputs, Mapping):
         images = [value for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim == 4]
@@ -298,3 +268,14 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return dict(sorted(found.items()))
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The type of one of torch's names; `None` stays."""
+    return None if name is None else TYPES[name]
+
+
+def fastest_on_cpu() -> str:
+    """ "bf16" where the processor multiplies in it, else "fp32": without such instructions bf16 takes five times as long."""
+    able = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # other processors, and older releases of torch: fp32
+    return "bf16" if any(getattr(torch.cpu, name, bool)() for name in able) else "fp32"

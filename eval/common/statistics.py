@@ -50,13 +50,9 @@ def paired_ratio(numerators: Sequence[float], denominators: Sequence[float], lev
     A machine that slows down for a while slows both halves of a pair: pairing removes what the ratio of two medians keeps.
 
     Args:
-        numerators: one a pair.
-        denominators: as many, > 0.
-        level: of the interval.
+        numerators, denominators: one a pair, > 0.
+        level: of the interval, which always contains the median; there is none from fewer than `FEWEST` pairs.
         seed: of the resampling.
-
-    Returns:
-        The median ratio and its interval, which always contains it; no interval from fewer than `FEWEST` pairs.
 
     Raises:
         ValueError: nothing to compare, or numbers without a partner.
@@ -156,16 +152,10 @@ def mean_stderr(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
 
 
 def clustered_mean_stderr(values: np.ndarray, cluster: np.ndarray) -> tuple[float, float]:
-    """Mean and its standard error where values of one cluster go together, as the captions of one image do.
+    """Mean and its standard error where values [n] of one cluster [n] go together, as the captions of one image do.
 
-    The error of a ratio of sums over clusters (linearised); with one value a cluster, that of the plain mean.
-
-    Args:
-        values: [n].
-        cluster: [n] int, 0 to the number of clusters - 1.
-
-    Returns:
-        The mean and its error, which is not a number for fewer than two clusters.
+    The error of a ratio of sums over clusters (linearised); with one value a cluster, that of the plain mean; not a number for
+    fewer than two clusters. Clusters are numbered from 0.
     """
     count = np.bincount(cluster)
     total = np.bincount(cluster, weights=values)[count > 0]
@@ -178,17 +168,10 @@ def clustered_mean_stderr(values: np.ndarray, cluster: np.ndarray) -> tuple[floa
 
 
 def with_error(metrics: Mapping[str, Any], name: str, scale: float = 1.0, digits: int = 1, sign: str = "") -> str:
-    """A metric of a record in words: "96.6 ± 0.8", with its standard error.
+    """A metric of a record in words, times `scale`: "96.6 ± 0.8", with its standard error; `sign` "+" for a difference.
 
     Where no sample differs from another the standard error would be 0, and the 95 % interval stands in its place,
     "100.0 [83.9, 100.0]"; from too few samples the value stands alone. "-" for one that does not exist.
-
-    Args:
-        metrics: of a record, with `NAME`, `NAME_stderr` and `NAME_ci`.
-        name: of the metric.
-        scale: factor to what is shown.
-        digits: behind the point.
-        sign: "+" for a difference.
     """
     value, error, ends = (metrics.get(f"{name}{end}") for end in ("", "_stderr", "_ci"))
     if value is None or math.isnan(value):

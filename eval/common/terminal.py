@@ -12,11 +12,7 @@ WARNING = "yellow"  # style of what went wrong but does not end a run
 
 
 def output(width: int = 132) -> Console:
-    """To standard output; piped into a file or a log, tables keep their columns.
-
-    Args:
-        width: columns of what is no terminal.
-    """
+    """To standard output; piped into a file or a log, tables keep `width` columns."""
     found = Console(markup=False, emoji=False)
     return found if found.is_terminal else Console(markup=False, emoji=False, width=width)
 
@@ -27,26 +23,14 @@ def errors(quiet: bool = False) -> Console:
 
 
 def progress(console: Console | None = None, transient: bool = False, counted: bool = True) -> Progress:
-    """Bars with a description each.
-
-    Args:
-        console: `None` = standard error.
-        transient: whether they vanish at the end.
-        counted: whether they say how many are done.
-    """
+    """Bars with a description each, by default on standard error; `transient` ones vanish at the end."""
     columns = [TextColumn("{task.description}", markup=False), BarColumn(), *([MofNCompleteColumn()] if counted else [])]
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console or errors(), transient=transient)
 
 
 @contextmanager
 def bar(what: str, total: int | None = None, console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
-    """One bar that vanishes at the end; gives what is called with (done, total).
-
-    Args:
-        what: is done.
-        total: `None` = not known yet.
-        console: `None` = standard error.
-    """
+    """One bar that vanishes at the end; gives what is called with (done, total)."""
     with progress(console, transient=True) as shown:
         task = shown.add_task(what, total=total)
         yield lambda done, total: shown.update(task, completed=done, total=total)

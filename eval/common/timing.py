@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from vtok.errors import UnsupportedModelError
 from vtok.eval.benchmarks.throughput import compare, synchronise
 from vtok.eval.common.distributed import Processes
-from vtok.eval.common.rates import Step, throughput
 from vtok.eval.common.settings import PassCost, towers
 from vtok.targets.kernels import attention_kernels
 
@@ -28,15 +27,39 @@ FEWEST_PAIRS = 6  # timed more often than that where there are few batches
 _PROBED = 2  # images that show which attention kernels run
 
 
-class BaselineCache(Generic[T]):
-    """What the unpatched model made of every batch of one model, one data set and one batch size.
+class Step(NamedTuple):
+    """One timed batch of one model."""
 
-    Attributes:
-        outputs: number of the batch -> result.
+    number: int  # of the batch
+    samples: int  # in it
+    seconds: float  # that it took
+    cold: bool  # whether it was the model's first in its process
+    rank: int = 0  # process that ran it
+
+
+def throughput(batches: Sequence[Step], world: int) -> dict[str, Any]:
+    """Samples a second of every process and of all together, of all batches of a setting.
+
+    Returns:
+        `processes`: how many; `per_process`: by rank, `None` for one that had nothing to do; `total`: all samples by the time
+        of the process that was busy longest, which is what the machines deliver (less than the sum where the batches do not
+        come out even). The first batch of a process is left out if it has others.
     """
+    samples, busy = [0] * world, [0.0] * world
+    for rank in range(world):
+        own = [one for one in batches if one.rank == rank]
+        for one in [one for one in own if not one.cold] or own:
+            samples[rank] += one.samples
+            busy[rank] += one.seconds
+    each = [count / taken if taken else None for count, taken in zip(samples, busy)]
+    return {"processes": world, "per_process": each, "total": sum(samples) / max(busy) if any(busy) else None}
+
+
+class BaselineCache(Generic[T]):
+    """What the unpatched model made of every batch of one model, one data set and one batch size."""
 
     def __init__(self) -> None:
-        self.outputs: dict[int, T] = {}
+        self.outputs: dict[int, T] = {}  # number of the batch -> result
 
 
 class PairedTimer(Generic[T]):
@@ -103,7 +126,7 @@ class PairedTimer(Generic[T]):
 
     def fields(self, i: int, cost: PassCost | None, seed: int = 0) -> dict[str, Any]:
         """Timing fields of a model's record: `kernel`, `samples_per_sec` and `step_time_ms` (medians, of one process),
-        `throughput` (see `rates`), and beside the unpatched model `speedup`, `achieved`, their intervals, `pairs`.
+        `throughput` (see there), and beside the unpatched model `speedup`, `achieved`, their intervals, `pairs`.
 
         The first batch of each and smaller last ones are left out if there are others.
 
@@ -122,7 +145,7 @@ class PairedTimer(Generic[T]):
                 "kernel": {side: self.kernels[i]},
                 "samples_per_sec": {side: own[0][0].samples / median},
                 "step_time_ms": {side: 1000 * median},
-                "throughput": self._throughput(i),
+                "throughput": throughput(self.steps[i], self.processes.world),
             }
         base = {step.number: step for step in self.steps[self.unpatched]}
         pairs = _usable([(base[step.number], step) for step in self.steps[i] if step.number in base])
@@ -133,19 +156,13 @@ class PairedTimer(Generic[T]):
         if cost is None:
             found = {name: value for name, value in found.items() if not name.startswith(("achieved", "verdict"))}
         kernels = {"base": self.kernels[self.unpatched], "patched": self.kernels[i]}
-        return found | {"kernel": kernels, "pairs": len(pairs), "throughput": self._throughput(i)}
-
-    def _throughput(self, i: int) -> dict[str, Any]:
-        return throughput(self.steps[i], self.processes.world)
+        rates = throughput(self.steps[i], self.processes.world)
+        return found | {"kernel": kernels, "pairs": len(pairs), "throughput": rates}
 
 
 def kernels(model: nn.Module, forward: Callable[[], Any]) -> str | None:
     """Attention kernels of a model's towers with their number of blocks, "flash (cpu) x12"; `None` where vtok knows no tower.
-
-    Args:
-        model: whose blocks are watched.
-        forward: runs it once; random numbers that this takes are given back.
-    """
+    `forward` runs it once; random numbers that this takes are given back."""
     try:
         blocks = [block.module for _, tower in towers(model) for block in tower.blocks]
     except UnsupportedModelError:

@@ -7,6 +7,7 @@ say nothing, and some that were cut say too much.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,19 +21,12 @@ FOLDER_FPS = 3.0  # of a folder with a picture a frame, as TVQA's are distribute
 
 
 class Clip(NamedTuple):
-    """Frames of a video.
+    """Frames of a video."""
 
-    Attributes:
-        frames: PIL images in RGB, in their order.
-        numbers: of these frames in the video, from 0 on.
-        fps: frames a second of the video.
-        total: frames of the video.
-    """
-
-    frames: Sequence[Any]
-    numbers: Sequence[int]
-    fps: float
-    total: int
+    frames: Sequence[Any]  # PIL images in RGB, in their order
+    numbers: Sequence[int]  # of these frames in the video, from 0 on
+    fps: float  # frames a second of the video
+    total: int  # frames of the video
 
 
 def read_clip(path: str, count: int, start: float | None = None, end: float | None = None) -> Clip:
@@ -61,12 +55,7 @@ def read_clip(path: str, count: int, start: float | None = None, end: float | No
 
 
 def check_video(path: str) -> None:
-    """Raises for what `read_clip` cannot read, as far as the beginning shows it.
-
-    Raises:
-        ConfigError: see `read_clip`.
-        MissingExtraError: PyAV is not installed.
-    """
+    """Raises for what `read_clip` cannot read, as far as the beginning shows it; errors are those of `read_clip`."""
     if not Path(path).is_dir():
         _decoded(path, [0])
     elif next(find_pictures(Path(path)), None) is None:
@@ -85,7 +74,7 @@ def _numbers(total: int, count: int, fps: float, start: float | None, end: float
 
 def _said(path: str) -> tuple[float, int]:
     """(Frames a second, frames) of a file; where it does not say how many, its packets are counted."""
-    with _Opened(path) as (container, stream):
+    with _opened(path) as (container, stream):
         fps = float(stream.average_rate or stream.guessed_rate or 1)
         total = int(stream.frames) or sum(packet.size > 0 for packet in container.demux(stream))
     return fps, total
@@ -94,7 +83,7 @@ def _said(path: str) -> tuple[float, int]:
 def _decoded(path: str, numbers: Sequence[int]) -> tuple[list[Any], int]:
     """(The frames of these rising numbers, as far as they are there; frames that were decoded.)"""
     found, wanted, seen = list[Any](), set(numbers), 0
-    with _Opened(path) as (container, stream):
+    with _opened(path) as (container, stream):
         for frame in _frames(container, stream, path):
             if seen in wanted:
                 found.append(frame.to_image())
@@ -108,45 +97,32 @@ def _decoded(path: str, numbers: Sequence[int]) -> tuple[list[Any], int]:
 
 def _frames(container: Any, stream: Any, path: str) -> Iterator[Any]:
     """Decoded frames; a file that breaks off ends where it breaks off."""
-    av = _library()
-    frames, any_yet = container.decode(stream), False
-    while True:
-        try:
-            frame = next(frames)
-        except StopIteration:
-            return
-        except av.FFmpegError as error:
-            if any_yet:
-                return
+    any_yet = False
+    try:
+        for frame in container.decode(stream):
+            any_yet = True
+            yield frame
+    except _library().FFmpegError as error:
+        if not any_yet:
             raise ConfigError(f"{brief(path)} cannot be read as a video: {error}") from error
-        any_yet = True
-        yield frame
 
 
-class _Opened:
-    """A file and its first video stream, for the body of a `with`."""
-
-    def __init__(self, path: str):
-        self._path, self._container = path, None
-
-    def __enter__(self) -> tuple[Any, Any]:
-        av = _library()
-        if not Path(self._path).is_file():
-            raise ConfigError(f"{brief(self._path)} does not exist; name a video file")
-        try:
-            self._container = container = av.open(self._path)
-        except av.FFmpegError as error:
-            raise ConfigError(f"{brief(self._path)} cannot be read as a video: {error}") from error
+@contextmanager
+def _opened(path: str) -> Iterator[tuple[Any, Any]]:
+    """A file and its first video stream."""
+    av = _library()
+    if not Path(path).is_file():
+        raise ConfigError(f"{brief(path)} does not exist; name a video file")
+    try:
+        container = av.open(path)
+    except av.FFmpegError as error:
+        raise ConfigError(f"{brief(path)} cannot be read as a video: {error}") from error
+    with container:
         if not container.streams.video:
-            container.close()
-            raise ConfigError(f"{brief(self._path)} holds no video, only {len(container.streams)} other streams")
+            raise ConfigError(f"{brief(path)} holds no video, only {len(container.streams)} other streams")
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        return container, stream
-
-    def __exit__(self, *_: Any) -> None:
-        if self._container is not None:
-            self._container.close()
+        yield container, stream
 
 
 def _library() -> Any:

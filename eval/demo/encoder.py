@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from vtok.eval.common import terminal
-from vtok.eval.common.dtypes import fastest_on_cpu
 from vtok.eval.common.records import Record
+from vtok.eval.common.settings import fastest_on_cpu
 from vtok.eval.demo.parts import measured, short_table, show, write_frame
 from vtok.eval.models.dinov2.sheet import write_sheet
 from vtok.eval.report.plots import plot

@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 
 from vtok.eval.common import terminal
-from vtok.eval.common.dtypes import fastest_on_cpu
 from vtok.eval.common.records import Record
+from vtok.eval.common.settings import fastest_on_cpu
 from vtok.eval.demo.parts import measured, settings_near, short_table, show, write_frame
 from vtok.eval.models.vlm import REFERENCE_SCENES, load_vlm
 from vtok.eval.report.plots import plot

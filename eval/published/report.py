@@ -8,8 +8,9 @@ from typing import Any
 
 from rich.text import Text
 
+from vtok.eval.common.records import difference
 from vtok.eval.common.statistics import in_brackets, with_error
-from vtok.eval.published.schema import AVERAGE, Figure, figures
+from vtok.eval.published.schema import Figure, figures
 from vtok.eval.published.tables import TOLERANCE, Cost, Missing, slug
 from vtok.eval.report.tables import Column, Table
 from vtok.eval.runs.loader import RunConfig
@@ -27,17 +28,11 @@ _SHORT = {
 def label(figure: Figure, run: RunConfig) -> str:
     """What a figure is called: the metric, or the task of a run that has several."""
     name = _SHORT.get(figure.name, figure.name)
-    return name if len(run.tasks) == 1 or figure.name == AVERAGE else figure.task
+    return name if len(run.tasks) == 1 or figure.parts else figure.task
 
 
 def listing(table: str, found: Sequence[RunConfig], costs: Mapping[str, Cost] | None = None) -> Table:
-    """The runs of one table, with the figures of their source.
-
-    Args:
-        table: its name.
-        found: its runs.
-        costs: run -> what it costs here; `None` leaves the column out.
-    """
+    """The runs of one table, with the figures of their source, and with what they cost here if that is known."""
 
     def text(run: RunConfig) -> str:
         own = [one for one in figures(run.tasks, run.published) if not one.source]
@@ -67,7 +62,7 @@ def _methods(run: RunConfig) -> str:
 
 
 def _brackets(figure: Figure) -> str:
-    return "" if figure.base is None or figure.name == AVERAGE else f" ({figure.base})"
+    return "" if figure.base is None or figure.parts else f" ({figure.base})"
 
 
 def _planned(cost: Cost) -> str:
@@ -82,9 +77,9 @@ def reasons(found: Sequence[RunConfig]) -> Text:
     for run in found:
         if run.published.get("gflops_note"):
             by_reason.setdefault(run.published["gflops_note"], []).append(run.name)
-    lines = [f"GMACs here and published GFLOPs differ by more than {100 * TOLERANCE:.0f} %:"]
-    lines += [f"- {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
-    return Text("\n".join(lines) if by_reason else "")
+    head = f"GMACs here and published GFLOPs differ by more than {100 * TOLERANCE:.0f} %:"
+    lines = [f"- {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
+    return Text("\n".join([head, *lines]) if lines else "")
 
 
 def contents(tables: Mapping[str, Sequence[RunConfig]]) -> Table:
@@ -126,12 +121,7 @@ def missing_table(points: Sequence[Missing]) -> Table:
 
 def beside(title: str, rows: Sequence[tuple[RunConfig, Mapping[str, Mapping[str, Any]]]], digits: int = 2) -> Table:
     """Published beside measured, one line a figure; figures in percent, of MME in points. A star marks those of another source
-    than the run's, which `footnotes` names.
-
-    Args:
-        title: of the table.
-        rows: (run, task -> {"base": record of the unpatched model, "patched": record}); tasks without records are left out.
-        digits: behind the point.
+    than the run's, which `footnotes` names. `rows`: (run, task -> {"base": record of the unpatched model, "patched": record}).
     """
     header = ("run", "figure", "published", "measured", "difference", "difference measured [95 %]", "GFLOPs", "GMACs")
     lines = [line for run, records in rows for line in _lines(run, records, digits)]
@@ -141,48 +131,39 @@ def beside(title: str, rows: Sequence[tuple[RunConfig, Mapping[str, Mapping[str,
 def _lines(run: RunConfig, records: Mapping[str, Mapping[str, Any]], digits: int) -> list[tuple[str, ...]]:
     """One a published figure; of a run for which nothing was published, one a headline that was measured."""
     found: list[tuple[str, ...]] = []
-    said: list[tuple[str, str]] = []
+    said = set[tuple[str, str]]()
     own = [one._replace(source="*" if one.source else "") for one in figures(run.tasks, run.published)]
-    if not own:
-        own = [Figure(task, pair["patched"]["primary"], math.nan) for task, pair in records.items()]
-    for figure in dict.fromkeys(own):
-        name, published, measured, change, changed = _cells(run, figure, records, digits)
+    for figure in dict.fromkeys(own or [Figure(task, pair["patched"]["primary"], math.nan) for task, pair in records.items()]):
+        published, measured, change, changed = _cells(figure, records, digits)
         if (figure.task, figure.name) in said:
             measured = changed = ""  # it stands above
-        said.append((figure.task, figure.name))
+        said.add((figure.task, figure.name))
+        name = label(figure, run) + (" *" if figure.source else "")
         costs = ("", "") if found else _cost_cells(run, records)
         found.append(("" if found else run.name, name, published, measured, change, changed, *costs))
     return found
 
 
-def _cells(
-    run: RunConfig, figure: Figure, records: Mapping[str, Mapping[str, Any]], digits: int
-) -> tuple[str, str, str, str, str]:
-    """(name, published, measured, published difference, measured difference) of one figure."""
-    name = label(figure, run) + (" *" if figure.source else "")
+def _cells(figure: Figure, records: Mapping[str, Mapping[str, Any]], digits: int) -> tuple[str, str, str, str]:
+    """(published, measured, published difference, measured difference) of one figure."""
     published = "-" if math.isnan(figure.value) else f"{figure.value}"
-    if figure.name == AVERAGE:
+    if figure.parts:
         found = average(figure, records)
-        return name, published, "-" if found is None else f"{found:.1f}", "", ""
+        return published, "-" if found is None else f"{found:.1f}", "", ""
     change = "-" if figure.base is None else f"{figure.value - figure.base:+.{digits}f}"
     published += "" if figure.base is None else f" of {figure.base}"
-    pair = records.get(figure.task)
-    if pair is None:
-        return name, published, "-", change, "-"
-    base, patched = pair["base"], pair["patched"]
-    value, before = scaled(patched, figure.name), scaled(base, figure.name)
+    pair = records.get(figure.task, {})
+    before, value = (scaled(pair[side], figure.name) if pair else None for side in ("base", "patched"))
     if value is None or before is None:
-        return name, published, "-", change, "-"
+        return published, "-", change, "-"
+    patched = pair["patched"]
     text = f"{with_error(patched['metrics'], figure.name, _factor(patched), digits)} of {before:.{digits}f}"
-    return name, published, text, change, f"{value - before:+.{digits}f}{_interval(patched, figure.name, digits)}"
+    return published, text, change, f"{value - before:+.{digits}f}{_interval(patched, figure.name, digits)}"
 
 
 def _interval(record: Mapping[str, Any], name: str, digits: int) -> str:
-    factor, metrics = _factor(record), record["metrics"]
-    for key in (f"{name}_difference_ci", *(["difference_ci"] if name == record.get("primary") else [])):
-        if metrics.get(key):
-            return in_brackets([factor * one for one in metrics[key]], f"+.{digits}f")
-    return ""
+    ends = record["metrics"].get(f"{name}_difference_ci") or (difference(record)[2] if name == record.get("primary") else None)
+    return in_brackets([_factor(record) * end for end in ends] if ends else None, f"+.{digits}f")
 
 
 def _factor(record: Mapping[str, Any]) -> float:

@@ -26,17 +26,12 @@ Pair = Mapping[str, dict[str, Any]]  # "base" -> record of the unpatched model, 
 
 
 class TableResult(NamedTuple):
-    """What running a table gave.
+    """What running a table gave."""
 
-    Attributes:
-        rows: (run as its file has it, task -> its two records), tasks without records left out; one a setting of a run.
-        left_out: what was not run -> why.
-        resumed: configurations that had been measured before.
-    """
-
+    # (run as its file has it, task -> its two records), tasks without records left out; one a setting of a run
     rows: list[tuple[RunConfig, dict[str, Pair]]]
-    left_out: dict[str, str]
-    resumed: int
+    left_out: dict[str, str]  # what was not run -> why
+    resumed: int  # configurations that had been measured before
 
 
 def read_data(values: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
@@ -62,16 +57,8 @@ def read_data(values: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
 
 
 def with_paths(run: RunConfig, data: Mapping[str, str], weights: Path | None) -> dict[str, RunConfig]:
-    """A run on data and weights that are at hand, task by task; tasks without data are left out.
-
-    Args:
-        run: as its file has it.
-        data: task -> folder, before what the run names itself.
-        weights: folder of checkpoints that runs name as files.
-
-    Raises:
-        ConfigError: the checkpoint that the run names is not there.
-    """
+    """A run on data (before what it names itself) and weights that are at hand, task by task; tasks without data are left out.
+    Raises `ConfigError`: the checkpoint that the run names is not there."""
     left_out = ("table", "published", "output", "task", "tasks", "data")
     content = {key: copy.deepcopy(value) for key, value in run.content.items() if key not in left_out}
     file = (content.get("options") or {}).get("checkpoint")

@@ -45,32 +45,18 @@ class Source(FileModel):
 
 
 class Figure(NamedTuple):
-    """One published figure.
+    """One published figure."""
 
-    Attributes:
-        task: whose it is; "" = a mean over several.
-        name: of the metric, or `AVERAGE`.
-        value: of the patched model, in percent (MME: points).
-        base: of the unpatched model; `None` = not stated.
-        source: who published it, where that is not the run's own source.
-        parts: (task, metric) that a mean is over.
-    """
-
-    task: str
-    name: str
-    value: float
-    base: float | None = None
-    source: str = ""
-    parts: tuple[tuple[str, str], ...] = ()
+    task: str  # whose it is; "" = a mean over several
+    name: str  # of the metric, or `AVERAGE`
+    value: float  # of the patched model, in percent (MME: points)
+    base: float | None = None  # of the unpatched model; `None` = not stated
+    source: str = ""  # who published it, where that is not the run's own source
+    parts: tuple[tuple[str, str], ...] = ()  # (task, metric) that a mean is over
 
 
 def check(where: str, tasks: Sequence[str], published: Mapping[str, Any]) -> None:
-    """Raises unless `published` of a run file makes sense for the run's tasks.
-
-    Args:
-        where: the file, for messages.
-        tasks: of the run.
-        published: the mapping; an empty one is fine.
+    """Raises unless `published` of a run file, which messages name, makes sense for the run's tasks; an empty one does.
 
     Raises:
         ConfigError: an unknown or missing key, a value of another type, no figure at all, a mean over tasks that do not run.
@@ -123,7 +109,7 @@ def _figures(tasks: Sequence[str], content: Mapping[str, Any]) -> Iterator[Figur
         for name in FIGURES.get(task, ()):
             if own.get(name) is not None:
                 yield Figure(task, name, own[name], own.get(f"base_{name}"))
-    if content.get(AVERAGE) is not None:
+    if len(tasks) > 1 and content.get(AVERAGE) is not None:
         parts = tuple(_part(one) for one in content.get("average_of") or tasks)
         yield Figure("", AVERAGE, content[AVERAGE], 100.0, parts=parts)
 

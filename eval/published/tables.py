@@ -17,48 +17,35 @@ from torch import nn
 
 import vtok
 from vtok.errors import ConfigError, shown, unknown
+from vtok.eval.models.by_name import load_model
 from vtok.eval.runs import loader as runs
-from vtok.eval.runs.loader import RunConfig
-from vtok.eval.runs.sweep import points
-from vtok.eval.tasks.timm_pipeline import Options
+from vtok.eval.runs.loader import RunConfig, points
+from vtok.eval.tasks.timm_pipeline import Options, create_model
 from vtok.reading import is_folder
+from vtok.targets import vlm_targets
 
 TOLERANCE = 0.03  # a larger difference between GMACs and published GFLOPs needs a reason
 _MODEL_OPTIONS = ("num_classes", "gp", "model_kwargs", "img_size")  # options of a task that change what timm builds
 
 
 class Missing(NamedTuple):
-    """An operating point that no run repeats.
+    """An operating point that no run repeats."""
 
-    Attributes:
-        paper: method or paper.
-        point: model, setting, data.
-        published: the figures, as their source prints them.
-        reason: why there is no run.
-    """
-
-    paper: str
-    point: str
-    published: str
-    reason: str
+    paper: str  # method or paper
+    point: str  # model, setting, data
+    published: str  # the figures, as their source prints them
+    reason: str  # why there is no run
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What an operating point costs, planned here and as published.
+    """What an operating point costs, planned here and as published."""
 
-    Attributes:
-        gmacs: of a forward pass of the patched model; of a vision-language model tower, connector and prefill of a prompt.
-        base_gmacs: of the unpatched one.
-        gflops, base_gflops: as published; `None` = not stated.
-        exact: False if `gmacs` is an upper bound, because counts depend on the input.
-    """
-
-    gmacs: float
-    base_gmacs: float
-    gflops: float | None
+    gmacs: float  # of a forward pass of the patched model; of a vision-language model tower, connector and prefill of a prompt
+    base_gmacs: float  # of the unpatched one
+    gflops: float | None  # gflops, base_gflops: as published; `None` = not stated
     base_gflops: float | None
-    exact: bool
+    exact: bool  # False if `gmacs` is an upper bound, because counts depend on the input
 
     @property
     def deviations(self) -> tuple[float | None, float | None]:
@@ -91,11 +78,7 @@ def slug(table: str) -> str:
 
 
 def table_of(name: str, overrides: Sequence[str] = ()) -> tuple[str, list[RunConfig]]:
-    """A table by its name or its slug, or all run files of a folder.
-
-    Args:
-        name: of the table, or path of the folder.
-        overrides: of every run, see `runs.load`.
+    """A table by its name or its slug, or all run files of a folder; `overrides` are those of `runs.load`.
 
     Raises:
         UnknownNameError: there is none.
@@ -114,11 +97,7 @@ def table_of(name: str, overrides: Sequence[str] = ()) -> tuple[str, list[RunCon
 
 
 def missing() -> list[Missing]:
-    """The operating points that no run repeats, in the order of the file.
-
-    Raises:
-        ConfigError: the file is damaged.
-    """
+    """The operating points that no run repeats, in the order of the file. Raises `ConfigError`: the file is damaged."""
     path = files("vtok.configs") / f"{runs.NOT_REPRODUCIBLE}.yaml"
     content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     for i, row in enumerate(content):
@@ -133,35 +112,18 @@ def meta_model(run: RunConfig) -> nn.Module:
     Raises:
         ConfigError, MissingExtraError: see `load_model`.
     """
-    from vtok.eval.models.by_name import load_model
-    from vtok.eval.tasks.timm_pipeline import create_model
-
     if run.backend == "timm":
         known = {field.name for field in fields(Options)} & set(_MODEL_OPTIONS)
         options = {name: value for name, value in run.options.items() if name in known}
         return create_model(run.model, Options(pretrained=False, **options), meta=True).eval()
     if run.backend == runs.REFERENCE:
-        return load_reference(run.model)
+        return load_model(run.model)
     return load_model(f"{run.backend}:{run.model}", meta=True)
 
 
-def load_reference(name: str) -> Any:
-    """A model that comes with vtok, by its name in a run file."""
-    from vtok.eval.models.by_name import load_model
-
-    return load_model(name)
-
-
 def plans(run: RunConfig, model: nn.Module | None = None, prompt: Mapping[str, Any] | None = None) -> list[Any]:
-    """What the settings of a run, at every point of its sweep, do to its model, before anything runs: one `vtok.plan` each.
-
-    Args:
-        run: the run.
-        model: as `meta_model` makes it, if it is at hand.
-        prompt: of a vision-language model, see `vtok.plan`; default: one image and 64 other tokens.
-    """
-    from vtok.targets import vlm_targets
-
+    """What the settings of a run, at every point of its sweep, do to its model, before anything runs: one `vtok.plan` each, of
+    a vision-language model for `prompt` (default: one image and 64 other tokens)."""
     net = meta_model(run) if model is None else model
     extra: dict[str, Any] = {"prompt": dict(prompt or {})} if vlm_targets(net) else {}
     patched = [setting for point in points(run) for setting in point.settings if setting.method is not None]

@@ -22,13 +22,7 @@ CSV = (
 
 
 def front_of(rows: Sequence[Row], x: Callable[[Row], float | None], less: bool) -> set[int]:
-    """Numbers of the rows that no other one beats in x and in the headline metric.
-
-    Args:
-        rows: of a section.
-        x: a cost (`less`) or a gain.
-        less: whether less of it is better.
-    """
+    """Numbers of the rows that no other one beats in x, a cost (`less` is better) or a gain, and in the headline metric."""
     points = [(i, (-v if less else v), r.score.value) for i, r in enumerate(rows) if (v := x(r)) is not None and r.score]
 
     def beaten(a: float, b: float) -> bool:
@@ -63,8 +57,7 @@ def _recorded(row: Row, best: bool) -> dict[str, Any]:
     change, error, ends = difference({**r, "metrics": mapping(r.get("metrics")), "primary": primary})
     low, high = ends or (None, None)
     slow, fast = speed_ends(r) or (None, None)
-    same = ("model", "backend", "task", "dataset", "method", "setting", "budget", "n", "implied_speedup", "speedup", "achieved")
-    found = {name: r.get(name) for name in (*same, "dtype", "device", "threads", "batch_size", "seed", "key")} | {
+    made = {
         "params": json.dumps(r.get("params")),
         "metric": primary or None,
         "value": at(r, "metrics", primary),
@@ -85,7 +78,7 @@ def _recorded(row: Row, best: bool) -> dict[str, Any]:
         "kernel": at(r, "kernel", "patched") or at(r, "kernel", "base"),
         "pareto": best,
     }
-    return {name: found[name] for name in CSV}
+    return {name: made[name] if name in made else r.get(name) for name in CSV}
 
 
 def _derived(row: Row, section: int) -> dict[str, Any]:

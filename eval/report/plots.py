@@ -29,31 +29,19 @@ MACS = "GMACs per sample, incl. token-reduction overhead"
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes.
+    """One pair of axes."""
 
-    Attributes:
-        data: frame with the columns `method`, `unpatched`, `baseline` and those named here.
-        x, y: columns.
-        x_label, y_label: of the axes.
-        title: above.
-        error: column with the standard error of y; `None` = no bars.
-        ends: columns with the ends of an interval of x; `None` = no bars.
-        front: column that says what lies on the Pareto front, which gets a ring; `None` = nothing does.
-        levels: label -> y of a dotted line.
-        marker: x of a dotted line; `None` = none.
-    """
-
-    data: pd.DataFrame
-    x: str
+    data: pd.DataFrame  # frame with the columns `method`, `unpatched`, `baseline` and those named here
+    x: str  # x, y: columns
     y: str
-    x_label: str
+    x_label: str  # x_label, y_label: of the axes
     y_label: str
-    title: str = ""
-    error: str | None = None
-    ends: tuple[str, str] | None = None
-    front: str | None = None
-    levels: tuple[tuple[str, float], ...] = ()
-    marker: float | None = None
+    title: str = ""  # above
+    error: str | None = None  # column with the standard error of y; `None` = no bars
+    ends: tuple[str, str] | None = None  # columns with the ends of an interval of x; `None` = no bars
+    front: str | None = None  # column that says what lies on the Pareto front, which gets a ring; `None` = nothing does
+    levels: tuple[tuple[str, float], ...] = ()  # label -> y of a dotted line
+    marker: float | None = None  # x of a dotted line; `None` = none
 
 
 class Picture(Figure):

@@ -26,15 +26,8 @@ def scores(
     extra: Sequence[Column] = (),
     digits: int = 2,
 ) -> None:
-    """A table with one line a setting, and below it what its numbers support, notes and files that were left out.
-
-    Args:
-        records: of one evaluation.
-        console: where they go.
-        metrics: shown beside the headline; `None` = all.
-        extra: further columns.
-        digits: of metrics, in percent.
-    """
+    """A table with one line a setting, and below it what its numbers support, notes and files that were left out. `metrics`
+    stand beside the headline, `None` = all."""
     (section,) = sections(records)
     first, primary = section.first, section.rows[0].primary
     names = [name for name in first["metrics"] if not name.endswith(_HELPERS)] if metrics is None else metrics

@@ -14,26 +14,16 @@ from vtok.eval.report.values import mapping
 from vtok.reading import exists, regular
 
 _BIGGEST = 1 << 30  # bytes of one file
-_NOT_COMPARED = ("path",)
 
 
 @dataclass
 class Results:
-    """What was found.
+    """What was found."""
 
-    Attributes:
-        records: results of settings, each with the `path` of its file added.
-        samples: key of a record -> its answers to single questions.
-        problems: sentences on what could not be read.
-        files: that held something.
-        ignored: how many other JSON files the folders hold.
-    """
-
-    records: list[Record] = field(default_factory=list)
-    samples: dict[str, list[Record]] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    files: list[Path] = field(default_factory=list)
-    ignored: int = 0
+    records: list[Record] = field(default_factory=list)  # results of settings, each with the `path` of its file added
+    samples: dict[str, list[Record]] = field(default_factory=dict)  # key of a record -> its answers to single questions
+    problems: list[str] = field(default_factory=list)  # sentences on what could not be read
+    files: list[Path] = field(default_factory=list)  # that held something
 
 
 def read(paths: Sequence[str | Path]) -> Results:
@@ -89,7 +79,6 @@ def _same(record: Record) -> str:
 
 def _read(path: Path, found: Results, by_key: dict[str, Record], asked: bool) -> None:
     """Adds what one file holds."""
-    before = len(found.problems)
     held = False
     for where, value in _values(path, found.problems):
         if _is_sample(value):
@@ -97,16 +86,13 @@ def _read(path: Path, found: Results, by_key: dict[str, Record], asked: bool) ->
             found.samples.setdefault(key, []).append({**value, "path": str(path)})
         elif _is_record(value):
             _add({**value, "path": str(path)}, found, by_key)
-        elif path.suffix == ".jsonl" or asked:
-            found.problems.append(f"{where}: not a result, left out")
-            continue
         else:
+            if path.suffix == ".jsonl" or asked:
+                found.problems.append(f"{where}: not a result, left out")
             continue
         held = True
     if held:
         found.files.append(path)
-    elif len(found.problems) == before:
-        found.ignored += 1
 
 
 def _values(path: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
@@ -116,15 +102,14 @@ def _values(path: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
             problems.append(f"{path}: larger than {_BIGGEST >> 20} MiB, left out")
             return
         data = path.read_bytes()
+        value = None if path.suffix == ".jsonl" else json.loads(data)
     except OSError as error:
         problems.append(f"{path} cannot be read: {error}")
         return
+    except (ValueError, RecursionError) as error:
+        problems.append(f"{path}: damaged file left out ({error})")
+        return
     if path.suffix != ".jsonl":
-        try:
-            value = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            problems.append(f"{path}: damaged file left out ({error})")
-            return
         for number, one in enumerate(value if isinstance(value, list) else [value], 1):
             yield f"{path}, element {number}", one
         return
@@ -149,18 +134,14 @@ def _add(record: Record, found: Results, by_key: dict[str, Record]) -> None:
     if not isinstance(key, str):
         found.records.append(record)
         return
-    earlier = by_key.get(key)
-    if earlier is None:
-        by_key[key] = record
-        return
-    shared = (set(earlier) & set(record)) - set(_NOT_COMPARED)
+    earlier = by_key.setdefault(key, record)
     if earlier["path"] == record["path"]:  # files only grow: the last line of a setting is its result
         by_key[key] = record
-    elif any(earlier[name] != record[name] for name in shared):
+    elif any(earlier[name] != record[name] for name in earlier.keys() & record.keys() - {"path"}):
         found.problems.append(
             f"{earlier['path']} and {record['path']} hold different results of one setting ({record.get('method')}, key "
             f"{key}); the later one is shown"
         )
         by_key[key] = record
     else:
-        by_key[key] = mapping(earlier) | record
+        by_key[key] = earlier | record

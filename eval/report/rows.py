@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,23 +29,14 @@ _FOLDERS = re.compile(r"=[^=,()]*/([^/,()]+)")
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one setting, in percent where it is a share.
+    """One metric of one setting, in percent where it is a share."""
 
-    Attributes:
-        name: of the metric, as records have it.
-        value: itself.
-        error: standard error, if known.
-        difference: to unpatched with its 95 % interval, paired, if known.
-        unit: "%" or "".
-        own: the 95 % interval of the value itself, if known.
-    """
-
-    name: str
+    name: str  # of the metric, as records have it
     value: float
-    error: float | None = None
-    difference: Interval | None = None
-    unit: str = "%"
-    own: Interval | None = None
+    error: float | None = None  # standard error, if known
+    difference: Interval | None = None  # to unpatched with its 95 % interval, paired, if known
+    unit: str = "%"  # or ""
+    own: Interval | None = None  # the 95 % interval of the value itself, if known
 
     @property
     def words(self) -> str:
@@ -58,56 +49,41 @@ class Score:
         return LABELS.get(self.name, self.name.replace("_retrieval", "").replace("recall@", "R@").replace("_", " "))
 
 
-@dataclass(frozen=True)
 class Row:
-    """One setting on one task. What a record does not hold is `None` or empty."""
+    """One setting on one task, whatever its record holds; what that does not say is `None` or empty."""
 
-    record: dict[str, Any]
-    label: str
-    method: str
-    scores: dict[str, Score]
-    primary: str | None
-    factor: float
-    budget: float | None = None
-    mean_tokens: float | None = None
-    per_layer: list[float] = field(default_factory=list)
-    tokens_in: float | None = None
-    gmacs: float | None = None
-    base_gmacs: float | None = None
-    reduction: float | None = None
-    implied: float | None = None
-    speedup: Interval | None = None
-    achieved: Interval | None = None
-    correct: np.ndarray | None = None
-
-    @property
-    def unpatched(self) -> bool:
-        return self.method == UNPATCHED
-
-    @property
-    def baseline(self) -> bool:
-        """Whether it chooses tokens blindly: what others are compared with."""
-        return self.method in BASELINES or self.drawn
-
-    @property
-    def drawn(self) -> bool:
-        """Whether it is the control of a method: its places and counts, its tokens drawn at random."""
-        return self.method.endswith(AT_RANDOM)
+    def __init__(self, record: dict[str, Any]):
+        metrics, implied = mapping(record.get("metrics")), number(record.get("implied_speedup"))
+        self.record = record
+        self.method = text(record.get("method")) or UNPATCHED
+        self.unpatched = self.method == UNPATCHED
+        self.drawn = self.method.endswith(AT_RANDOM)  # the control of a method: its places and counts, its tokens drawn
+        self.baseline = self.method in BASELINES or self.drawn  # chooses tokens blindly: what others are compared with
+        self.budget = number(record.get("budget"))
+        self.label = label_of(record, self.method, self.budget)
+        self.primary = headline(record)
+        self.factor = scale(record)  # from metrics to percent
+        self.scores = scores_of(metrics, self.factor, self.primary, number(record.get("n")))
+        self.per_layer = numbers(at(record, "tokens", "mean_per_layer")) or numbers(at(record, "visual_tokens", "per_layer"))
+        self.mean_tokens = sum(self.per_layer) / len(self.per_layer) if self.per_layer else None
+        self.tokens_in = number(at(record, "tokens", "in")) or number(at(record, "visual_tokens", "in"))
+        self.gmacs = number(at(record, "gmacs", "model"))  # of the model, `reduction` left out
+        self.reduction = number(at(record, "gmacs", "pruner")) or number(at(record, "gmacs", "selection"))
+        self.total_gmacs = None if self.gmacs is None else self.gmacs + (self.reduction or 0.0)
+        self.implied = None if self.unpatched else implied  # speed-up by MACs
+        ends = speed_ends(record)
+        self.speedup = interval(record.get("speedup"), ends)
+        self.measured = 1.0 if self.unpatched else None if self.speedup is None else self.speedup.point
+        # Measured over implied; where only the speed-up has an interval, its ends are divided too.
+        self.achieved = interval(record.get("achieved"), record.get("achieved_ci") if ends else None)
+        if self.achieved is not None and not self.achieved.known and ends and implied and len(ends) == 2:
+            self.achieved = Interval(self.achieved.point, ends[0] / implied, ends[1] / implied)
+        self.correct = _correct(record)
 
     @property
     def score(self) -> Score | None:
         """The headline metric."""
         return self.scores.get(self.primary) if self.primary else None
-
-    @property
-    def total_gmacs(self) -> float | None:
-        """Of the model and of the reduction."""
-        return None if self.gmacs is None else self.gmacs + (self.reduction or 0.0)
-
-    @property
-    def measured(self) -> float | None:
-        """Speed-up over the unpatched model, which has 1."""
-        return 1.0 if self.unpatched else None if self.speedup is None else self.speedup.point
 
     @property
     def slower(self) -> bool:
@@ -138,30 +114,7 @@ class Row:
 
 def row_of(record: dict[str, Any]) -> Row:
     """Reads one record; never fails, whatever it holds."""
-    metrics, factor = mapping(record.get("metrics")), scale(record)
-    method = text(record.get("method")) or UNPATCHED
-    layers = numbers(at(record, "tokens", "mean_per_layer")) or numbers(at(record, "visual_tokens", "per_layer"))
-    primary = headline(record)
-    budget = number(record.get("budget"))
-    return Row(
-        record=record,
-        label=label_of(record, method, budget),
-        method=method,
-        scores=scores_of(metrics, factor, primary, number(record.get("n"))),
-        primary=primary,
-        factor=factor,
-        budget=budget,
-        mean_tokens=sum(layers) / len(layers) if layers else None,
-        per_layer=layers,
-        tokens_in=number(at(record, "tokens", "in")) or number(at(record, "visual_tokens", "in")),
-        gmacs=number(at(record, "gmacs", "model")),
-        base_gmacs=number(at(record, "gmacs", "base")),
-        reduction=number(at(record, "gmacs", "pruner")) or number(at(record, "gmacs", "selection")),
-        implied=None if method == UNPATCHED else number(record.get("implied_speedup")),
-        speedup=interval(record.get("speedup"), speed_ends(record)),
-        achieved=_achieved(record),
-        correct=_correct(record),
-    )
+    return Row(record)
 
 
 def scale(record: dict[str, Any]) -> float:
@@ -192,14 +145,7 @@ def speed_ends(record: dict[str, Any]) -> Any:
 
 
 def scores_of(metrics: dict[str, Any], factor: float, primary: str | None, n: float | None = None) -> dict[str, Score]:
-    """Every metric with its error and difference.
-
-    Args:
-        metrics: of a record, or of a group of it.
-        factor: to percent.
-        primary: name of the headline metric.
-        n: samples; from too few there are neither errors nor intervals.
-    """
+    """Every metric of a record, or of a group of it, in percent by `factor`; from too few of `n` samples without errors."""
     few = n is not None and n < FEWEST
     metrics = {name.replace("loyalty", "agreement"): value for name, value in metrics.items()}  # as records of 0.1 name it
     found = {}
@@ -207,23 +153,17 @@ def scores_of(metrics: dict[str, Any], factor: float, primary: str | None, n: fl
         point = number(value)
         if point is None or _HELPER.search(name):
             continue
-        error = number(metrics.get(f"{name}_stderr"))
-        unit = "%" if abs(point * factor) <= 100.5 else ""
+        error = None if few else number(metrics.get(f"{name}_stderr"))
+        own = None if few else interval(value, metrics.get(f"{name}_ci"))
         found[name] = Score(
             name,
             point * factor,
-            None if error is None or few or not error else error * factor,
+            error * factor if error else None,
             _difference(metrics, name, name == primary, factor, few),
-            unit,
-            None if few else _own_interval(metrics, name, factor),
+            "%" if abs(point * factor) <= 100.5 else "",
+            own.scaled(factor) if own is not None and own.known else None,
         )
     return found
-
-
-def _own_interval(metrics: dict[str, Any], name: str, factor: float) -> Interval | None:
-    """The 95 % interval of a metric itself, if the record has one."""
-    found = interval(metrics.get(name), metrics.get(f"{name}_ci"))
-    return found.scaled(factor) if found is not None and found.known else None
 
 
 def _difference(metrics: dict[str, Any], name: str, primary: bool, factor: float, few: bool) -> Interval | None:
@@ -252,15 +192,6 @@ def label_of(record: dict[str, Any], method: str, budget: float | None) -> str:
     if budget is not None and method != UNPATCHED:
         return f"{method} at {100 * budget:g}\u00a0%"
     return method
-
-
-def _achieved(record: dict[str, Any]) -> Interval | None:
-    """Measured over implied; where only the speed-up has an interval, its ends are divided too."""
-    ends, implied = speed_ends(record), number(record.get("implied_speedup"))
-    found = interval(record.get("achieved"), record.get("achieved_ci") if ends else None)
-    if found is not None and not found.known and ends and implied and len(ends) == 2:
-        return Interval(found.point, ends[0] / implied, ends[1] / implied)
-    return found
 
 
 def _correct(record: dict[str, Any]) -> np.ndarray | None:

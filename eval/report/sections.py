@@ -5,12 +5,14 @@ A method is worth something if it beats tokens drawn at random at the same cost.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from vtok.eval.common.records import difference
 from vtok.eval.common.statistics import FEWEST, Z95, clustered_mean_stderr, paired_difference
 from vtok.eval.report.rows import Row, row_of
 from vtok.eval.report.values import Interval, count, figure, joined, mapping, number, numbers, text, with_ends
@@ -26,36 +28,22 @@ _SAME = {
 
 @dataclass(frozen=True)
 class Rival:
-    """A setting beside a baseline with the same cost.
+    """A setting beside a baseline with the same cost."""
 
-    Attributes:
-        row: the baseline, random unless another is asked for.
-        gap: of the headline metric, with its interval.
-        paired: whether it was taken sample by sample.
-        cost: what is the same, in words.
-    """
-
-    row: Row
-    gap: Interval
-    paired: bool
-    cost: str
+    row: Row  # the baseline, random unless another is asked for
+    gap: Interval  # of the headline metric, with its interval
+    paired: bool  # whether it was taken sample by sample
+    cost: str  # what is the same, in words
 
 
 @dataclass
 class Section:
-    """Settings of one model on one task, or of one benchmark.
+    """Settings of one model on one task, or of one benchmark."""
 
-    Attributes:
-        title: of the section.
-        rows: unpatched first, then by falling cost.
-        bench: whether only speed was measured.
-        rivals: number of a row -> the random setting beside it.
-    """
-
-    title: str
-    rows: list[Row]
-    bench: bool
-    rivals: dict[int, Rival] = field(default_factory=dict)
+    title: str  # of the section
+    rows: list[Row]  # unpatched first, then by falling cost
+    bench: bool  # whether only speed was measured
+    rivals: dict[int, Rival] = field(default_factory=dict)  # number of a row -> the random setting beside it
 
     @property
     def base(self) -> Row | None:
@@ -79,9 +67,9 @@ def sections(records: Sequence[dict[str, Any]]) -> list[Section]:
     ordered = sorted(grouped.values(), key=lambda rows: "metrics" not in rows[0].record)  # speed alone comes last
     for rows, title in zip(ordered, _titles([rows[0].record for rows in ordered])):
         rows = _ordered(rows)
-        base = next((row for row in rows if row.unpatched), None)
-        rows = rows if base is None else [_told(row, base) for row in rows]
         section = Section(title, rows, "metrics" not in rows[0].record)
+        if (base := section.base) is not None:
+            section.rows = [_told(row, base) for row in rows]
         section.rivals = {i: rival for i, rival in rivals(section).items() if not rows[i].baseline}
         found.append(section)
     return found
@@ -89,8 +77,8 @@ def sections(records: Sequence[dict[str, Any]]) -> list[Section]:
 
 def rivals(section: Section, method: str = "random") -> dict[int, Rival]:
     """Number of a row -> the setting of a method beside it that costs as much, where there is one; of all others' rows."""
-    found = ((i, _rival(row, section.rows, method)) for i, row in enumerate(section.rows))
-    return {i: rival for i, rival in found if rival is not None}
+    rows = section.rows
+    return {i: rival for i, row in enumerate(rows) if (rival := _rival(row, rows, method)) is not None}
 
 
 def _told(row: Row, base: Row) -> Row:
@@ -101,7 +89,9 @@ def _told(row: Row, base: Row) -> Row:
     found = paired_difference(a.astype(float) - b.astype(float)).scaled(100)
     if not _counts(row, a) or abs(found.point - score.difference.point) > 0.01:
         return row
-    return replace(row, scores={**row.scores, score.name: replace(score, difference=found)})
+    told = copy(row)
+    told.scores = {**row.scores, score.name: replace(score, difference=found)}
+    return told
 
 
 def _identity(record: dict[str, Any]) -> tuple[str, ...]:
@@ -181,8 +171,7 @@ def _beside(row: Row, other: Row, cost: str) -> Rival | None:
     if found is not None:
         own = row.score.name in mapping(row.record.get("per_image"))
         return Rival(other, found.scaled(row.factor) if own else found, True, cost)
-    gap = row.score.value - other.score.value
-    errors = [_error(one) for one in (row, other)]
+    gap, errors = row.score.value - other.score.value, [_error(one) for one in (row, other)]
     if None in errors or not any(errors):  # errors of nothing are not known
         return Rival(other, Interval(gap), False, cost)
     half = Z95 * sum(e**2 for e in errors if e is not None) ** 0.5
@@ -196,34 +185,24 @@ def _counts(row: Row, correct: np.ndarray) -> bool:
 def _error(row: Row) -> float | None:
     """Standard error of the difference to unpatched, else of the score."""
     assert row.score is not None
-    difference = row.score.difference
-    if difference is not None and difference.low is not None and difference.high is not None:
-        return (difference.high - difference.low) / (2 * Z95)
-    return row.score.error
+    ends = row.score.difference.ends if row.score.difference is not None else None
+    return row.score.error if ends is None else (ends[1] - ends[0]) / (2 * Z95)
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One sentence.
+class Finding(NamedTuple):
+    """One sentence."""
 
-    Attributes:
-        kind: "good", "bad" or "plain".
-        words: the sentence.
-    """
-
-    kind: str
+    kind: str  # "good", "bad" or "plain"
     words: str
 
 
 def headline_of(section: Section) -> str:
     """The section in one sentence: who beats random, who loses nothing measurable, who is slower."""
     parts = []
-    beats = [section.rows[i].label for i, rival in section.rivals.items() if rival.gap.sign > 0]
-    below = [section.rows[i].label for i, rival in section.rivals.items() if rival.gap.sign < 0]
     if section.rivals:
-        total = count(len(section.rivals), "setting")
+        beats, _, below = _by_sign(section)
         parts.append(
-            f"{len(beats)} of {total} beat random at the same cost beyond the 95 % interval"
+            f"{len(beats)} of {count(len(section.rivals), 'setting')} beat random at the same cost beyond the 95 % interval"
             + (f" ({joined(beats)})" if beats else "")
             + (f", {len(below)} fall below it ({joined(below)})" if below else "")
         )
@@ -242,64 +221,61 @@ def headline_of(section: Section) -> str:
 
 def findings(section: Section) -> list[Finding]:
     """What the numbers of a section support, and what they do not."""
-    found = [] if section.bench else [*_unpatched(section), *_against_random(section), *_losses(section)]
-    return [*found, *_speed(section)]
+    scores = [] if section.bench else [*_unpatched(section), *_against_random(section), *_losses(section)]
+    return [*scores, *_speed(section)]
 
 
-def _unpatched(section: Section) -> list[Finding]:
-    lines = []
+def _by_sign(section: Section, gaps: bool = False) -> tuple[list[str], list[str], list[str]]:
+    """Settings better than random at the same cost, not clearly apart, worse; with their `gaps`."""
+    found: dict[int, list[str]] = {1: [], 0: [], -1: []}
+    for i, rival in section.rivals.items():
+        found[rival.gap.sign].append(section.rows[i].label + (f" ({with_sign(rival.gap)})" if gaps else ""))
+    return found[1], found[0], found[-1]
+
+
+def _unpatched(section: Section) -> Iterator[Finding]:
     if section.base is None:
-        lines.append(
-            Finding("bad", "No record of the unpatched model: differences are those that the records state themselves.")
-        )
+        yield Finding("bad", "No record of the unpatched model: differences are those that the records state themselves.")
     blind = next((b for row in section.rows if (b := number(row.record.get("blind"))) is not None), None)
     if blind is not None:
-        lines.append(Finding("plain", f"{figure(100 * blind)} % are answered from the question alone, without the image."))
-    return lines
+        yield Finding("plain", f"{figure(100 * blind)} % are answered from the question alone, without the image.")
 
 
-def _against_random(section: Section) -> list[Finding]:
-    if not section.patched:
-        return []
-    if not section.rivals:
+def _against_random(section: Section) -> Iterator[Finding]:
+    if section.patched and not section.rivals:
         told = "No random setting of the same cost is among the records: what a choice of tokens is worth cannot be said."
-        return [Finding("bad", told)]
-    lines = []
-    groups: dict[int, list[str]] = {1: [], 0: [], -1: []}
-    for i, rival in section.rivals.items():
-        gap = with_sign(rival.gap)
-        groups[rival.gap.sign].append(f"{section.rows[i].label} ({gap})")
-    words = {1: "Better than random", 0: "Not clearly apart from random", -1: "Worse than random"}
-    for sign, kind in ((1, "good"), (0, "plain"), (-1, "bad")):
-        if groups[sign]:
-            lines.append(Finding(kind, f"{words[sign]} at the same cost, in points [95 %]: {joined(groups[sign], 12)}."))
+        yield Finding("bad", told)
+    if not section.rivals:
+        return
+    kinds = (("good", "Better than random"), ("plain", "Not clearly apart from random"), ("bad", "Worse than random"))
+    for (kind, words), settings in zip(kinds, _by_sign(section, gaps=True)):
+        if settings:
+            yield Finding(kind, f"{words} at the same cost, in points [95 %]: {joined(settings, 12)}.")
     if not all(rival.paired for rival in section.rivals.values()):
-        lines.append(
-            Finding("plain", "Some of these gaps are not paired sample by sample: their intervals are wider than need be.")
-        )
-    return lines + _ranks(section)
+        yield Finding("plain", "Some of these gaps are not paired sample by sample: their intervals are wider than need be.")
+    yield from _ranks(section)
 
 
-def _ranks(section: Section) -> list[Finding]:
+def _ranks(section: Section) -> Iterator[Finding]:
     """Whether the task can rank methods at all: what random loses where it is cheapest."""
     random = [row for row in section.patched if row.method == "random" and row.score and row.score.difference]
     if not random:
-        return []
+        return
     row = random[-1]
     assert row.score is not None and row.score.difference is not None
     loss, errors = -row.score.difference.point, _errors(row)
     if loss <= 0:
-        return [Finding("plain", f"{row.label} loses nothing to unpatched: too little to rank methods.")]
+        yield Finding("plain", f"{row.label} loses nothing to unpatched: too little to rank methods.")
+        return
     enough = "enough" if errors is not None and errors >= 3 else "too little"
     told = "" if errors is None else f", {errors:.1f} standard errors"
-    return [Finding("plain", f"{row.label} loses {loss:.2f} points to unpatched{told}: {enough} to rank methods.")]
+    yield Finding("plain", f"{row.label} loses {loss:.2f} points to unpatched{told}: {enough} to rank methods.")
 
 
 def _errors(row: Row) -> float | None:
     """What a setting loses to the unpatched model, in standard errors of the difference."""
-    metrics, name = row.record["metrics"], f"{row.primary}_difference"
-    name = name if name in metrics else "difference"
-    gap, error = number(metrics.get(name)), number(metrics.get(f"{name}_stderr"))
+    gap, error, _ = difference(row.record | {"primary": row.primary})
+    gap, error = number(gap), number(error)
     return None if gap is None or not error else -gap / error
 
 
@@ -309,25 +285,24 @@ def with_sign(gap: Interval) -> str:
     return with_ends(gap, digits, True)
 
 
-def _losses(section: Section) -> list[Finding]:
-    known = [r for r in section.patched if not r.baseline and r.score and r.score.difference and r.score.difference.known]
-    same = [r.label for r in known if r.score and r.score.difference and r.score.difference.sign == 0]
-    if not known:
-        return []
-    if not same:
-        return [Finding("bad", "Every setting with an interval is measurably apart from unpatched.")]
-    n = section.first.get("n")  # few samples cannot tell models apart: no praise
-    held = f", {n:,} samples" if isinstance(n, int) else ""
-    return [Finding("plain", f"Not apart from unpatched (the 95 % interval holds zero{held}): {joined(same, 12)}.")]
+def _losses(section: Section) -> Iterator[Finding]:
+    chosen = [(row, row.score.difference) for row in section.patched if not row.baseline and row.score]
+    known = [(row.label, gap) for row, gap in chosen if gap is not None and gap.known]
+    same = [label for label, gap in known if gap.sign == 0]
+    if same:
+        n = section.first.get("n")  # few samples cannot tell models apart: no praise
+        held = f", {n:,} samples" if isinstance(n, int) else ""
+        yield Finding("plain", f"Not apart from unpatched (the 95 % interval holds zero{held}): {joined(same, 12)}.")
+    elif known:
+        yield Finding("bad", "Every setting with an interval is measurably apart from unpatched.")
 
 
-def _speed(section: Section) -> list[Finding]:
-    slower = [row.label for row in section.patched if row.slower]
-    unclear = [row.label for row in section.patched if row.not_faster and not row.slower]
-    lines = [Finding("bad", f"Slower than unpatched: {joined(slower, 12)}.")] if slower else []
-    untold = [row.label for row in section.patched if row.untold]
-    if untold:
-        lines.append(Finding("plain", f"Timed in too few pairs to tell how fast they are: {joined(untold, 12)}."))
-    if unclear:
-        lines.append(Finding("plain", f"Not clearly faster than unpatched: {joined(unclear, 12)}."))
-    return lines
+def _speed(section: Section) -> Iterator[Finding]:
+    told = (
+        ("bad", "Slower than unpatched", lambda row: row.slower),
+        ("plain", "Timed in too few pairs to tell how fast they are", lambda row: row.untold),
+        ("plain", "Not clearly faster than unpatched", lambda row: row.not_faster and not row.slower),
+    )
+    for kind, words, holds in told:
+        if settings := [row.label for row in section.patched if holds(row)]:
+            yield Finding(kind, f"{words}: {joined(settings, 12)}.")

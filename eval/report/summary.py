@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
-from vtok.eval.common.rates import throughput_line
 from vtok.eval.common.statistics import in_brackets, with_error
 from vtok.eval.report.frame import front_of, total_gmacs
 from vtok.eval.report.rows import Row, Score
 from vtok.eval.report.sections import Section, findings, rivals, with_sign
 from vtok.eval.report.tables import Column, Table
-from vtok.eval.report.values import Interval
 
 CAPTION = (
     "± standard error; vs unpatched: paired; tokens: mean over layers; measured: median of pairs; * on the Pareto front of "
@@ -38,34 +37,32 @@ def table(section: Section, extra: Sequence[Column] = (), digits: int = 2, brief
     best = {id(row) for i, row in enumerate(section.rows) if i in front}
     named = brief or attrgetter("label")
     setting = Column("setting", lambda row: named(row) + (" *" if id(row) in best else ""), left=True)
-    macs, reduction = Column("GMACs", lambda row: _number(row.gmacs, 3)), Column("+ reduction", _reduction)
+    tokens = Column("tokens", lambda row: _number(row.mean_tokens, 1 if brief is None else 0))
+    macs = Column("GMACs", lambda row: _number(row.gmacs, 3))
     score = Column(f"{section.rows[0].primary} %", partial(_metric, digits=digits))
     implied, measured = Column("implied", lambda row: _number(row.implied, 2, "x")), Column("measured [95 %]", _measured)
     if brief is None:
+        reduction = Column("+ reduction", lambda row: "-" if row.gmacs is None else f"{row.reduction or 0:.4f}")
         change = Column("vs unpatched [95 %]", partial(_difference, digits=digits))
         achieved = Column("achieved", lambda row: "-" if row.achieved is None else f"{100 * row.achieved.point:.0f} %")
-        tokens = Column("tokens", lambda row: _number(row.mean_tokens, 1))
         columns = [setting, tokens, macs, reduction, score, change, implied, measured, achieved]
     else:
-        tokens = Column("tokens", lambda row: _number(row.mean_tokens, 0))
         columns = [setting, tokens, macs, implied, measured, score, Column("vs unpatched", _change)]
-    columns += extra
     record = section.first
     title = f"{section.title}, {record.get('n')} samples, {record.get('dtype')} on {record.get('device')}"
     return Table.of(
-        section.rows, columns, title, CAPTION, style=lambda row: "dim" if row.baseline else None, part=lambda row: row.budget
+        section.rows,
+        [*columns, *extra],
+        title,
+        CAPTION,
+        style=lambda row: "dim" if row.baseline else None,
+        part=lambda row: row.budget,
     )
 
 
 def told(section: Section, records: Path | None = None, most: int = _SKIPPED) -> list[str]:
-    """What stands below the table of a section: what its numbers support, throughput of several processes, notes, files that
-    were left out.
-
-    Args:
-        section: of the table.
-        records: file in which all that were left out are named; `None` = there is none.
-        most: files that are named one by one.
-    """
+    """What stands below the table of a section: what its numbers support, throughput of several processes, notes, and files
+    that were left out, `most` of them one by one; the file of `records` names all."""
     first = section.first
     speeds = [line for row in section.rows if (line := throughput_line(row.label, row.record))]
     notes = [f"note: {note}" for note in first.get("notes", ())]
@@ -76,19 +73,27 @@ def told(section: Section, records: Path | None = None, most: int = _SKIPPED) ->
     return [*(finding.words for finding in findings(section)), *speeds, *notes, *left]
 
 
+def throughput_line(title: str, record: Mapping[str, Any]) -> str | None:
+    """ "tome(r=8): 80.1 samples/s in 2 processes (41.0, 40.2)", or `None` for a record of one process."""
+    found = record.get("throughput")
+    if found is None or found["processes"] == 1 or found["total"] is None:
+        return None
+    each = ", ".join("-" if rate is None else f"{rate:.1f}" for rate in found["per_process"])
+    return f"{title}: {found['total']:.1f} samples/s in {found['processes']} processes ({each})"
+
+
 def gap_columns(section: Section, methods: Sequence[str] = RIVALS) -> list[Column]:
     """Paired differences of the headline metric to methods of the same cost, of those that are among the settings."""
     found = []
     for method in methods:
-        beside = rivals(section, method)
-        gaps = {id(section.rows[i]): rival.gap for i, rival in beside.items()}
+        gaps = {id(section.rows[i]): with_sign(rival.gap) for i, rival in rivals(section, method).items()}
         if gaps:
-            found.append(Column(f"vs {method} [95 %]", partial(_gap, gaps)))
+            found.append(Column(f"vs {method} [95 %]", partial(_held, gaps)))
     return found
 
 
-def _gap(gaps: Mapping[int, Interval], row: Row) -> str:
-    return with_sign(gaps[id(row)]) if id(row) in gaps else "-"
+def _held(cells: Mapping[int, str], row: Row) -> str:
+    return cells.get(id(row), "-")
 
 
 def metric_columns(names: Sequence[str], digits: int = 1) -> list[Column]:
@@ -119,10 +124,6 @@ def blind_cells(section: Section, header: Sequence[str]) -> list[str]:
     for parts in first["groups"].values():
         cells |= {f"{name} %": f"{100 * part['blind']:.1f}" for name, part in parts.items() if f"{name} %" in cells}
     return list(cells.values())
-
-
-def _reduction(row: Row) -> str:
-    return "-" if row.gmacs is None else f"{row.reduction or 0:.4f}"
 
 
 def _metric(row: Row, name: str = "", sign: str = "", digits: int = 1) -> str:

@@ -25,21 +25,13 @@ if TYPE_CHECKING:
 
 
 class Column(NamedTuple):
-    """One column.
+    """One column."""
 
-    Attributes:
-        name: in the header.
-        cell: what a row shows.
-        left: set flush left, as words are; numbers are set flush right.
-        title: what it is, in a sentence, for the page.
-        unit: behind the name on the page.
-    """
-
-    name: str
-    cell: Callable[[Any], Any]
-    left: bool = False
-    title: str = ""
-    unit: str = ""
+    name: str  # in the header
+    cell: Callable[[Any], Any]  # what a row shows
+    left: bool = False  # set flush left, as words are; numbers are set flush right
+    title: str = ""  # what it is, in a sentence, for the page
+    unit: str = ""  # behind the name on the page
 
 
 _FIRST, _FLEXIBLE = 30, 24  # columns of a terminal: of what a row is called, if a third of the room is less; of texts at least
@@ -68,26 +60,16 @@ def _folded(cell: str, room: int) -> str:
 
 @dataclass
 class Table:
-    """Text cells with what a medium can make of them; `console.print` takes it as it is.
+    """Text cells with what a medium can make of them; `console.print` takes it as it is."""
 
-    Attributes:
-        header: names of the columns.
-        rows: cells, line by line.
-        left: which columns are set flush left.
-        title, caption: above and below.
-        styles: number of a row -> its style in a terminal, "dim" or "red".
-        rules: numbers of rows with a rule behind them.
-        look: further arguments of rich's table.
-    """
-
-    header: Sequence[str]
-    rows: list[Sequence[str]]
-    left: Sequence[bool]
-    title: str | None = None
+    header: Sequence[str]  # names of the columns
+    rows: list[Sequence[str]]  # cells, line by line
+    left: Sequence[bool]  # which columns are set flush left
+    title: str | None = None  # title, caption: above and below
     caption: str | None = None
-    styles: dict[int, str] = field(default_factory=dict)
-    rules: set[int] = field(default_factory=set)
-    look: dict[str, Any] = field(default_factory=dict)
+    styles: dict[int, str] = field(default_factory=dict)  # number of a row -> its style in a terminal, "dim" or "red"
+    rules: set[int] = field(default_factory=set)  # numbers of rows with a rule behind them
+    look: dict[str, Any] = field(default_factory=dict)  # further arguments of rich's table
 
     @classmethod
     def of(

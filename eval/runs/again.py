@@ -19,12 +19,7 @@ from vtok.registry import METHODS
 # fields of a task's options that a run file says elsewhere, or that change no result
 ELSEWHERE = ("batch_size", "model_dtype", "pretrained", "seed", "num_samples", "workers", "output", "backend")
 # the task of questions, answers of others, settings that have records of their own
-_NOT_NAMED = (
-    "task",
-    "results",
-    "baselines",
-    "floors",
-)
+_NOT_NAMED = ("task", "results", "baselines", "floors")
 _SOLVED = ("calibration", "prompt", "input_size")  # a run makes these itself
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -32,32 +27,20 @@ DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 def run_file(
     task: str, model: Any, backend: str, data: Any, setting: Setting, options: Any, dtype: str
 ) -> dict[str, Any] | None:
-    """What a run file holds that repeats one setting of a task; `None` where names do not say it all.
-
-    Args:
-        task: name.
-        model: name under which it was found.
-        backend: whose model it is.
-        data: name, file or folder.
-        setting: what was patched.
-        options: of the task.
-        dtype: of the weights, as torch names it.
-    """
+    """What a run file holds that repeats one setting of a task; `None` where names do not say it all."""
     if not isinstance(model, str) or not isinstance(data, (str, os.PathLike)):
         return None
     try:
         method = _spec(setting)
     except (VtokError, TypeError, AttributeError):
         return None
-    tag = getattr(options, "pretrained", None)
     own = {
         field.name: _plain(value)
         for field in dataclasses.fields(options)
         if field.name not in (*ELSEWHERE, *_NOT_NAMED) and (value := getattr(options, field.name)) != _default(field)
     }
-    named = {"backend": REFERENCE if model in BUNDLED_DATA else backend, "name": model}
     found: dict[str, Any] = {
-        "model": named | ({"pretrained": tag} if isinstance(tag, str) and tag and model not in BUNDLED_DATA else {}),
+        "model": _model(model, backend, getattr(options, "pretrained", None)),
         "task": task,
         "data": os.fspath(data),
         "method": method,
@@ -70,25 +53,13 @@ def run_file(
 
 
 def of_record(record: Mapping[str, Any], task: str, methods: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
-    """The same from the fields of a record that holds no run file, as earlier releases wrote them.
-
-    Args:
-        record: of a task.
-        task: its name.
-        methods: (name, parameters) of what was patched in; none for the unpatched model.
-
-    Raises:
-        VtokError: a method or parameter that is not known here.
-    """
+    """The same from the fields of a record that holds no run file, as earlier releases wrote them; `methods` are (name,
+    parameters) of what was patched in. Raises `VtokError` for those that are not known here."""
     parts = [_one(METHODS.get(name).create(**params)) for name, params in methods]
-    model, tag, n = str(record.get("model")), record.get("pretrained"), record.get("n")
+    n = record.get("n")
     counted = isinstance(n, int) and not isinstance(n, bool) and not record.get("num_skipped")
     found: dict[str, Any] = {
-        "model": {
-            "backend": REFERENCE if model in BUNDLED_DATA else str(record.get("backend")),
-            "name": model,
-            **({"pretrained": tag} if isinstance(tag, str) and tag and model not in BUNDLED_DATA else {}),
-        },
+        "model": _model(str(record.get("model")), str(record.get("backend")), record.get("pretrained")),
         "task": task,
         "data": record.get("dataset"),
         "method": None if not parts else parts[0] if len(parts) == 1 else parts,
@@ -98,22 +69,25 @@ def of_record(record: Mapping[str, Any], task: str, methods: list[tuple[str, dic
     return found | ({"num_samples": n} if counted else {})
 
 
+def _model(name: str, backend: str, tag: Any) -> dict[str, Any]:
+    """The key `model`; what comes with vtok has no tag of weights."""
+    if name in BUNDLED_DATA:
+        return {"backend": REFERENCE, "name": name}
+    return {"backend": backend, "name": name} | ({"pretrained": tag} if isinstance(tag, str) and tag else {})
+
+
 def methods_of(record: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """(name, parameters) of everything that a record says was patched in."""
     params = record.get("params")
-    if isinstance(params, Sequence) and not isinstance(params, str):
-        held = [one if isinstance(one, Mapping) else {} for one in params]
-        return [(str(one.get("method")), {k: v for k, v in one.items() if k != "method"}) for one in held]
-    held = [params if isinstance(params, Mapping) else {}]
-    return [(str(record.get("method")), {str(k): v for k, v in held[0].items() if k != "method"})]
+    several = list(params) if isinstance(params, Sequence) and not isinstance(params, str) else None
+    held = [one if isinstance(one, Mapping) else {} for one in (several if several is not None else [params])]
+    names = [one.get("method") for one in held] if several is not None else [record.get("method")]
+    return [(str(name), {str(k): v for k, v in one.items() if k != "method"}) for name, one in zip(names, held)]
 
 
 def configs_of(record: Mapping[str, Any]) -> list[MethodConfig]:
-    """Config objects of a record; a file of weights that is not there is looked for among the bundled ones.
-
-    Raises:
-        VtokError: a method or parameter that is not known here.
-    """
+    """Config objects of a record; a file of weights that is not there is looked for among the bundled ones. Raises `VtokError`:
+    a method or parameter that is not known here."""
     return [METHODS.get(name).create(**{k: _file(v) for k, v in params.items()}) for name, params in methods_of(record)]
 
 
@@ -125,12 +99,7 @@ def _file(value: Any) -> Any:
 
 
 def _spec(setting: Setting) -> Any:
-    """What a run file says about a setting.
-
-    Raises:
-        ConfigError: the setting is no method with parameters, but the path of a saved patch.
-        UnknownNameError: no such method or parameter.
-    """
+    """What a run file says about a setting; raises for the path of a saved patch, and for what is no method or parameter."""
     if setting.method is None:
         return None
     if setting.at_random:

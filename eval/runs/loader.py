@@ -1,22 +1,12 @@
-"""Runs as data: YAML files that name a model, methods and tasks, and what was published for them.
+"""Runs as data: YAML files that name a model, methods and tasks, and what was published for them, checked key by key.
 
-```yaml
-model: {backend: timm, name: deit_small_patch16_224.fb_in1k}   # timm, open_clip, transformers, or reference: see BUNDLED_DATA
-method: {name: tome, r: 13}       # a list of these is patched together; `flops: 0.6` among the parameters is a budget
-methods: [...]                    # instead: several settings to compare, each like `method`
-task: imagenet                    # or `tasks`, a list
-data: path                        # or a mapping task -> path; reference models bring theirs
-```
-
-Then, as far as wanted, `num_samples`, `batch_size`, `dtype`, `seed`, `options` (of the tasks), `calibration` (data for budgets
-of methods whose counts depend on the image), `sweep`, `output` (a folder), `table` and `published` (see
-`vtok.eval.published.schema`).
-A file is read with `yaml.safe_load` and checked key by key; every complaint names the file, the key and what is allowed.
+"A run is data" of assets/docs/evaluate.md has the keys; every complaint names the file, the key and what is allowed.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,105 +18,60 @@ from vtok.eval.common.checked import validated
 from vtok.eval.common.settings import Setting
 from vtok.eval.published.schema import check as check_published
 from vtok.eval.runs import yaml_text
-from vtok.eval.runs.methods import parse_method, parse_setting, read_setting
-from vtok.eval.runs.names import SUITES, bundled, find
-from vtok.eval.runs.schema import (
-    BACKENDS,
-    BUNDLED_DATA,
-    FIGURES,
-    KEYS,
-    REFERENCE,
-    RunFile,
-    by_task,
-    check_known,
-    check_model,
-    one_of_two,
-)
+from vtok.eval.runs.methods import parse_method as parse_method  # others look for these here
+from vtok.eval.runs.methods import parse_setting as parse_setting
+from vtok.eval.runs.methods import read_setting, with_budget
+from vtok.eval.runs.names import SUITES as SUITES
+from vtok.eval.runs.names import bundled as bundled
+from vtok.eval.runs.names import find
+from vtok.eval.runs.schema import BACKENDS as BACKENDS
+from vtok.eval.runs.schema import BUNDLED_DATA, KEYS, REFERENCE, RunFile, by_task, check_known, check_model, one_of_two
 from vtok.eval.tasks import TASKS
 from vtok.writing import apart, writable
 
-__all__ = [
-    "BACKENDS",
-    "FIGURES",
-    "REFERENCE",
-    "SUITES",
-    "RunConfig",
-    "bundled",
-    "find",
-    "load",
-    "parse_method",
-    "parse_setting",
-]
 NOT_REPRODUCIBLE = "not_reproducible"  # a table in the folder of the runs, which vtok.eval.published.tables reads
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run.
+    """One run."""
 
-    Attributes:
-        name: of the file, without its ending.
-        backend: whose model it is: "timm", "open_clip", "transformers", or "reference" for one that comes with vtok.
-        model: name under which the backend creates it.
-        settings: what to compare with the unpatched model.
-        tasks: names of the evaluations.
-        pretrained: tag of open_clip's weights; `None` = the ones that the name stands for.
-        data: task -> folder or name of its data; tasks without one must be given it when running.
-        calibration: task -> folder or name of data for budgets of methods whose counts depend on the image.
-        options: further fields of the tasks' own options, by name.
-        num_samples: how many of the data, spread evenly; `None` = all.
-        batch_size: images or questions a forward pass.
-        dtype: "fp32", "bf16" or "fp16".
-        seed: of anything random.
-        sweep: dotted key -> values; the run stands for all combinations (see `vtok.eval.runs.sweep`). "flops" is a budget for
-            every setting.
-        output: folder of the results; `None` = `results/NAME`.
-        published: figures to compare with, see `vtok.eval.published.schema`.
-        tables: of published results that the run belongs to.
-        content: all of this as plain values, as the file says it.
-        path: of the file, as messages name it.
-        file: the file itself.
-    """
-
-    name: str
-    backend: str
-    model: str
-    settings: tuple[Setting, ...]
-    tasks: tuple[str, ...]
-    pretrained: str | None = None
+    name: str  # of the file, without its ending
+    backend: str  # whose model it is: "timm", "open_clip", "transformers", or "reference" for one that comes with vtok
+    model: str  # name under which the backend creates it
+    settings: tuple[Setting, ...]  # what to compare with the unpatched model
+    tasks: tuple[str, ...]  # names of the evaluations
+    pretrained: str | None = None  # tag of open_clip's weights; `None` = the ones that the name stands for
+    # task -> folder or name of its data; tasks without one must be given it when running
     data: Mapping[str, str] = field(default_factory=dict)
+    # task -> folder or name of data for budgets of methods whose counts depend on the image
     calibration: Mapping[str, str] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
-    num_samples: int | None = None
-    batch_size: int = 64
-    dtype: str = "fp32"
-    seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)  # further fields of the tasks' own options, by name
+    num_samples: int | None = None  # how many of the data, spread evenly; `None` = all
+    batch_size: int = 64  # images or questions a forward pass
+    dtype: str = "fp32"  # "fp32", "bf16" or "fp16"
+    seed: int = 0  # of anything random
+    # dotted key -> values; the run stands for all combinations (see `points`). "flops" is a budget for every
+    # setting
     sweep: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    output: str | None = None
-    published: Mapping[str, Any] = field(default_factory=dict)
-    tables: tuple[str, ...] = ()
-    content: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    path: str = field(default="", compare=False)
-    file: str = field(default="", compare=False)
+    output: str | None = None  # folder of the results; `None` = `results/NAME`
+    published: Mapping[str, Any] = field(default_factory=dict)  # figures to compare with, see `vtok.eval.published.schema`
+    tables: tuple[str, ...] = ()  # of published results that the run belongs to
+    content: Mapping[str, Any] = field(default_factory=dict, compare=False)  # all of this as plain values, as the file says it
+    path: str = field(default="", compare=False)  # of the file, as messages name it
+    file: str = field(default="", compare=False)  # the file itself
 
     @property
     def task(self) -> str:
-        """The one task of a run that has one.
-
-        Raises:
-            ConfigError: it has several.
-        """
+        """The one task of a run that has one. Raises `ConfigError`: it has several."""
         if len(self.tasks) > 1:
             raise ConfigError(f"{self.path}: expected one task, found {', '.join(self.tasks)}")
         return self.tasks[0]
 
     @property
     def method(self) -> MethodConfig:
-        """The config of a run of one method with its own numbers.
-
-        Raises:
-            ConfigError: it compares or combines several, or has a budget.
-        """
+        """The config of a run of one method with its own numbers. Raises `ConfigError`: it compares or combines several, or has
+        a budget."""
         if len(self.settings) > 1 or not isinstance(self.settings[0].method, MethodConfig):
             found = ", ".join(setting.title for setting in self.settings)
             raise ConfigError(f"{self.path}: expected one method with its own parameters, found {found}")
@@ -176,11 +121,8 @@ def texts(value: Any) -> list[str]:
 
 
 def put(content: dict[str, Any], key: str, value: Any, where: str) -> None:
-    """Sets the value under a dotted key; parts of it that are numbers count the entries of a list, from 0.
-
-    Raises:
-        ConfigError: a part of the key leads into something that is neither a mapping nor a list, or past its end.
-    """
+    """Sets the value under a dotted key; parts of it that are numbers count the entries of a list, from 0. Raises
+    `ConfigError`: a part of the key leads into something that is neither a mapping nor a list, or past its end."""
     *parents, last = key.split(".")
     place: Any = content
     for depth, part in enumerate([*parents, last]):
@@ -200,16 +142,8 @@ def put(content: dict[str, Any], key: str, value: Any, where: str) -> None:
 
 
 def checked(where: str, name: str, content: Mapping[str, Any]) -> RunConfig:
-    """A run from plain values.
-
-    Args:
-        where: they come from, for messages.
-        name: of the run.
-        content: as a file holds it.
-
-    Raises:
-        ConfigError: a key that is missing, unknown or of the wrong type, a value that is not allowed.
-    """
+    """A run from plain values, as a file holds them; messages say `where` they come from. Raises `ConfigError`: a key that is
+    missing, unknown or of the wrong type, a value that is not allowed."""
     file = validated(RunFile, content, where)
     specs = one_of_two(where, content, "method", "methods")
     tasks = tuple(one_of_two(where, content, "task", "tasks"))
@@ -230,6 +164,7 @@ def checked(where: str, name: str, content: Mapping[str, Any]) -> RunConfig:
     tables = tuple([file.table] if isinstance(file.table, str) else file.table or ())
     if not all(name.strip() for name in tables):
         raise ConfigError(f"{where}: table must be the name of a table or a list of names, got {shown(file.table)}")
+    same = ("num_samples", "batch_size", "dtype", "seed", "output")
     return RunConfig(
         name=name,
         backend=file.model.backend,
@@ -241,24 +176,16 @@ def checked(where: str, name: str, content: Mapping[str, Any]) -> RunConfig:
         calibration=by_task(where, "calibration", file.calibration or {}, tasks),
         sweep=_sweep(where, file.sweep or {}),
         options=file.options or {},
-        num_samples=file.num_samples,
-        batch_size=file.batch_size,
-        dtype=file.dtype,
-        seed=file.seed,
-        output=file.output,
         published=file.published or {},
         tables=tables,
         content=content,
         path=where,
+        **{key: getattr(file, key) for key in same},
     )
 
 
 def _sweep(where: str, value: Mapping[str, list[Any]] | list[Any]) -> dict[str, list[Any]]:
-    """dotted key -> values; a list alone holds budgets.
-
-    Raises:
-        ConfigError: a key that a sweep cannot vary.
-    """
+    """dotted key -> values; a list alone holds budgets. Raises `ConfigError`: a key that a sweep cannot vary."""
     if isinstance(value, list):
         return {"flops": value} if value else {}
     varied = [key for key in KEYS if key not in ("sweep", "output", "published", "table")]
@@ -269,16 +196,40 @@ def _sweep(where: str, value: Mapping[str, list[Any]] | list[Any]) -> dict[str, 
 
 
 def prepared(output: Path | None, inputs: Iterable[Any] = ()) -> Path | None:
-    """The file for results, its folder made now: not after hours of measuring.
-
-    Args:
-        output: the file; `None` = there will be none.
-        inputs: files that are read, which it must not be; `None`s and words that name no file are passed over.
-
-    Raises:
-        ConfigError: nothing can be written there, or it is one of the inputs.
-    """
+    """The file for results, if there will be one, its folder made now: not after hours of measuring. Raises `ConfigError`:
+    nothing can be written there, or it is one of the inputs (`None`s and words that name no file are not)."""
     if output is not None:
         apart([output], [one for one in inputs if one is not None])
         writable(output)
     return output
+
+
+def points(config: RunConfig) -> list[RunConfig]:
+    """Every combination of a run's `sweep`, each a run without one; the run itself if it has none.
+
+    The first key varies slowest. Settings that say `flops: null` keep their own numbers under every budget.
+
+    Raises:
+        ConfigError: a combination that is no valid run.
+    """
+    if not config.sweep:
+        return [config]
+    keys = list(config.sweep)
+    found = []
+    for values in itertools.product(*config.sweep.values()):
+        where = f"{config.path}: sweep point " + ", ".join(f"{key}={value}" for key, value in zip(keys, values))
+        content: dict[str, Any] = copy.deepcopy({key: value for key, value in config.content.items() if key != "sweep"})
+        for key, value in zip(keys, values):
+            if key == "flops":
+                _set_budget(content, value, where)
+            else:
+                put(content, key, copy.deepcopy(value), where)
+        found.append(replace(checked(where, config.name, content), output=config.output))
+    return found
+
+
+def _set_budget(content: dict[str, Any], flops: Any, where: str) -> None:
+    if content.get("methods") is not None:
+        content["methods"] = [with_budget(where, f"methods.{i}", one, flops) for i, one in enumerate(content["methods"])]
+    else:
+        content["method"] = with_budget(where, "method", content.get("method"), flops)

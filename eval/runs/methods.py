@@ -24,14 +24,8 @@ from vtok.eval.runs.names import split_methods
 from vtok.registry import METHODS
 
 ASSET = "asset:"  # starts the name of a file that comes with vtok, as the value of a parameter
-_NOT_PARAMETERS = (
-    "model",
-    "method",
-    "input_size",
-    "calibration",
-    "trace",
-    "batch_size",
-)  # other arguments of vtok.patch and vtok.plan
+# other arguments of vtok.patch and vtok.plan
+_NOT_PARAMETERS = ("model", "method", "input_size", "calibration", "trace", "batch_size")
 
 
 class MethodEntry(FileModel, extra="allow"):
@@ -43,12 +37,8 @@ class MethodEntry(FileModel, extra="allow"):
 
 
 def read_setting(where: str, key: str, value: Any) -> Setting:
-    """What a run file says about one setting.
-
-    Args:
-        where: the file, for messages.
-        key: under which it stands, for messages.
-        value: a mapping, or a list of mappings that are patched together.
+    """What a run file says about one setting: a mapping, or a list of mappings that are patched together. Messages name the
+    file (`where`) and the key under which it stands.
 
     Raises:
         ConfigError: something else, no name, a parameter that makes no sense, a budget for several methods.
@@ -79,11 +69,8 @@ def read_setting(where: str, key: str, value: Any) -> Setting:
 
 
 def with_budget(where: str, key: str, value: Any, flops: float) -> Any:
-    """The same setting of a run file with a budget; one that says `flops: null` keeps its own numbers.
-
-    Raises:
-        ConfigError: several methods are patched together, which no budget can set.
-    """
+    """The same setting of a run file with a budget; one that says `flops: null` keeps its own numbers. Raises `ConfigError`:
+    several methods are patched together, which no budget can set."""
     parts = value if isinstance(value, list) else [value]
     if all(isinstance(part, Mapping) and "flops" in part and part["flops"] is None for part in parts):
         return value
@@ -148,19 +135,9 @@ def _tuple(loader: yaml.SafeLoader, node: yaml.SequenceNode) -> tuple[Any, ...]:
 _Tuples.add_constructor("!tuple", _tuple)
 
 
-def _first(error: Exception) -> str:
-    return str(error).splitlines()[0][-100:]
-
-
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     """Reads a method as the command line writes it: `tome`, `tome:r=13`, `tome:r=(8,-1)`, `zero_tprune:layers=[2],retain=0.9`.
-
-    Returns:
-        (name, parameters).
-
-    Raises:
-        ConfigError: the part after the colon is not `key=value, ...`.
-    """
+    Gives (name, parameters); raises `ConfigError` if the part after the colon is not `key=value, ...`."""
     name, colon, rest = text.partition(":")
     if not colon:
         return name, {}
@@ -168,7 +145,8 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
         text_in_yaml = re.sub(r"\(([^()]*)\)", r"!tuple [\1]", rest.replace("=", ": "))
         params = yaml_text.parse("{" + text_in_yaml + "}", text, _Tuples)
     except ConfigError as error:
-        raise ConfigError(f"cannot read {shown(text)}; write a method as {_FORM} ({_first(error)})") from error
+        first = str(error).splitlines()[0][-100:]
+        raise ConfigError(f"cannot read {shown(text)}; write a method as {_FORM} ({first})") from error
     unset = isinstance(params, dict) and any(value is None and f"{key}=null" not in rest for key, value in params.items())
     if not isinstance(params, dict) or not params or unset:
         raise ConfigError(f"cannot read {shown(text)}; write a method as {_FORM}")
@@ -186,12 +164,8 @@ def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
 def parse_setting(text: str) -> Any:
     """Reads one method, or several joined by "+" that are patched together: `pitome:ratio=0.9+todre:keep=0.1`.
 
-    Returns:
-        What a task takes as a setting: (name, parameters), or a list of configs.
-
-    Raises:
-        ConfigError: see `parse_method`.
-        UnknownNameError: one of several methods, or a parameter of it, does not exist.
+    Gives what a task takes as a setting: (name, parameters), or a list of configs. Errors are those of `parse_method`, and of
+    several `UnknownNameError`: one of them, or a parameter of it, does not exist.
     """
     pairs = parse_methods(text)
     if len(pairs) == 1:

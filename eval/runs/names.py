@@ -24,14 +24,7 @@ def split_methods(text: str) -> list[str]:
 
 
 def check_methods(texts: Iterable[str] | None) -> None:
-    """Raises unless all methods exist.
-
-    Args:
-        texts: as they are written: `tome:r=8`, `pitome+todre:keep=0.1`, or the path of a saved patch.
-
-    Raises:
-        UnknownNameError: one does not.
-    """
+    """Raises `UnknownNameError` unless all methods exist: `tome:r=8`, `pitome+todre:keep=0.1`, or the path of a saved patch."""
     for text in texts or ():
         for part in split_methods(text):
             name = part.partition(":")[0]
@@ -52,11 +45,7 @@ def _bundled() -> dict[str, str]:
 
 
 def find(name: str) -> Path:
-    """The file of a bundled run, or the path itself.
-
-    Raises:
-        UnknownNameError: neither a file nor a bundled run.
-    """
+    """The file of a bundled run, or the path itself. Raises `UnknownNameError`: neither a file nor a bundled run."""
     if name.endswith((".yaml", ".yml")) or os.sep in name:
         if not exists(name):
             raise ConfigError(f"{brief(name)} does not exist; `vtok configs` lists the runs that come with vtok")

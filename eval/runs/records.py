@@ -19,18 +19,14 @@ from vtok.eval.common.records import Record, finite, key_of, stamp
 from vtok.eval.common.settings import Setting, versions
 from vtok.eval.common.statistics import FEWEST, Z95, Interval
 from vtok.eval.models.assets import asset
-from vtok.eval.runs.loader import FIGURES, RunConfig
+from vtok.eval.runs.loader import RunConfig
 from vtok.eval.runs.methods import portable
+from vtok.eval.runs.schema import FIGURES
 
 
 def content(config: RunConfig, task: str, out: Path) -> dict[str, str | None]:
-    """Stamps of the files that a task of a run reads: its data, those for calibration, and what its options name.
-
-    Args:
-        config: the run.
-        task: one of its tasks.
-        out: folder of the results, which may lie in that of the data.
-    """
+    """Stamps of the files that a task of a run reads: its data, those for calibration, and what its options name; the folder
+    of the results, `out`, may lie in that of the data."""
     options = [one for value in config.options.values() for one in (value if isinstance(value, (list, tuple)) else [value])]
     named = {"data": config.data.get(task), "calibration": config.calibration.get(task)}
     named |= {f"options: {one}": one for one in options if isinstance(one, str)}
@@ -38,15 +34,7 @@ def content(config: RunConfig, task: str, out: Path) -> dict[str, str | None]:
 
 
 def key(config: RunConfig, task: str, setting: Setting, pretrained: bool, there: Mapping[str, str | None]) -> str:
-    """What identifies a configuration: everything that decides a result, but the machine.
-
-    Args:
-        config: the run.
-        task: one of its tasks.
-        setting: one of its settings, or the unpatched one.
-        pretrained: whether weights were loaded.
-        there: `content` of the task.
-    """
+    """What identifies a configuration: everything that decides a result, but the machine. `there` is the task's `content`."""
     return key_of(
         {
             "task": task,
@@ -75,13 +63,7 @@ def plain(setting: Setting) -> Any:
 
 
 def resolved(config: RunConfig, task: str, spec: Any) -> dict[str, Any]:
-    """The run file of one configuration alone: `vtok run` on it repeats a record.
-
-    Args:
-        config: the run.
-        task: one of its tasks.
-        spec: what its file says about the setting; `None` for the unpatched model.
-    """
+    """The run file of one configuration alone, which repeats a record; `spec` = what the run's file says about the setting."""
     left_out = ("method", "methods", "task", "tasks", "sweep", "output", "table", "published", "data", "calibration")
     found = {name: copy.deepcopy(value) for name, value in config.content.items() if name not in left_out}
     found |= {"batch_size": config.batch_size, "dtype": config.dtype, "seed": config.seed, "task": task, "method": spec}
@@ -92,21 +74,12 @@ def resolved(config: RunConfig, task: str, spec: Any) -> dict[str, Any]:
 
 
 def complete(record: Record, config: RunConfig, task: str, setting: Setting, extra: Mapping[str, Any]) -> Record:
-    """A task's record with what all records of runs have.
-
-    Args:
-        record: of the task.
-        config: the run.
-        task: its name in the run.
-        setting: that was measured.
-        extra: further fields, `key` among them.
-    """
+    """A task's record with what all records of runs have, and `extra`, the `key` among it."""
     metrics = dict(record["metrics"])
-    for name in [name for name in metrics if name.endswith("difference_stderr")]:
-        middle, error = metrics[name.removesuffix("_stderr")], metrics[name]
+    for name in [name.removesuffix("_stderr") for name in metrics if name.endswith("difference_stderr")]:
+        middle, error = metrics[name], metrics[f"{name}_stderr"]
         known = error is not None and error > 0 and record["n"] >= FEWEST
-        low_high = [middle - Z95 * error, middle + Z95 * error] if known else None
-        metrics.setdefault(f"{name.removesuffix('_stderr')}_ci", low_high)
+        metrics.setdefault(f"{name}_ci", [middle - Z95 * error, middle + Z95 * error] if known else None)
     first = next((name for name in FIGURES.get(task, ()) if name in metrics), next(iter(metrics)))
     found = {
         **record,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,13 @@ from rich.progress import Progress
 from vtok.errors import BudgetError, ConfigError, VtokError
 from vtok.eval.common import terminal
 from vtok.eval.common.distributed import ProcessError, current
-from vtok.eval.common.dtypes import fastest_on_cpu
 from vtok.eval.common.records import Records, key_of
-from vtok.eval.common.settings import Setting
+from vtok.eval.common.settings import Setting, fastest_on_cpu
 from vtok.eval.common.timing import BaselineCache
 from vtok.eval.models.vlm import VisionLanguageModel
 from vtok.eval.runs import models as runs_models
 from vtok.eval.runs import records as runs_records
-from vtok.eval.runs.loader import RunConfig
-from vtok.eval.runs.sweep import points
+from vtok.eval.runs.loader import RunConfig, points
 from vtok.eval.tasks import TASKS
 from vtok.writing import reason, writable
 
@@ -44,21 +43,13 @@ _MINE, _HELD, _DONE = "mine", "held", "done"
 
 @dataclass(frozen=True)
 class Job:
-    """One configuration: one model, one setting, one task.
+    """One configuration: one model, one setting, one task."""
 
-    Attributes:
-        config: the run; its sweep is resolved.
-        task: name.
-        setting: what is patched; the unpatched model has a job of its own.
-        spec: what the file says about the setting.
-        key: of the record.
-    """
-
-    config: RunConfig
-    task: str
-    setting: Setting
-    spec: Any
-    key: str
+    config: RunConfig  # the run; its sweep is resolved
+    task: str  # name
+    setting: Setting  # what is patched; the unpatched model has a job of its own
+    spec: Any  # what the file says about the setting
+    key: str  # of the record
 
     @property
     def title(self) -> str:
@@ -67,29 +58,18 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What a run gave.
+    """What a run gave."""
 
-    Attributes:
-        records: of all its configurations that have one, the unpatched model first in each group.
-        left_out: title of a configuration -> why it could not be run.
-        unmet: those among `left_out` whose budget no setting of the method meets.
-        resumed: how many were there before.
-    """
-
+    # of all its configurations that have one, the unpatched model first in each group
     records: list[dict[str, Any]] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)
-    unmet: set[str] = field(default_factory=set)
-    resumed: int = 0
+    left_out: dict[str, str] = field(default_factory=dict)  # title of a configuration -> why it could not be run
+    unmet: set[str] = field(default_factory=set)  # those among `left_out` whose budget no setting of the method meets
+    resumed: int = 0  # how many were there before
 
 
 def jobs_of(config: RunConfig, pretrained: bool = True, out: Path | None = None) -> list[list[Job]]:
-    """All configurations of a run, those that differ in nothing but the setting together, the unpatched model first.
-
-    Args:
-        config: the run.
-        pretrained: whether weights are loaded.
-        out: folder of the results; `None` = as the run says.
-    """
+    """All configurations of a run, those that differ in nothing but the setting together, the unpatched model first; keys
+    depend on whether weights are loaded and leave the folder of the results, `out`, out of that of the data."""
     groups: dict[str, dict[str, Job]] = {}
     there: dict[str, Mapping[str, str | None]] = {}  # what points have in common is looked at once
     for point in points(config):
@@ -182,8 +162,6 @@ class _Group:
         )
         self.model = runs_models.load_for(self.task_name, self.config, self.options)
         self.memory: BaselineCache[Any] = BaselineCache()
-        self._calibration: Any = None
-        self._calibrated = False
 
     def run(self, advance: Callable[[], None]) -> None:
         """Runs what nobody else is at, then what others were at and did not finish."""
@@ -210,10 +188,12 @@ class _Group:
         try:
             if current().rank == 0:
                 try:
-                    _acquire(lock)
+                    lock.acquire(blocking=False)
                     state = _DONE if job.key in finished(self.records) else _MINE
-                except Timeout:
+                except Timeout:  # an OSError too: another start has it
                     state = _HELD
+                except OSError as error:
+                    raise ConfigError(f"{lock.lock_file} cannot be written: {reason(error)}") from error
             yield current().agree(state) or _HELD
         finally:
             lock.release()
@@ -237,7 +217,9 @@ class _Group:
         """The record of one configuration, measured beside the unpatched model."""
         started = time.time()
         unpatched = job.setting.method is None
-        setting = runs_models.resolved_setting(job.setting, self.model, self._inputs(job), self._prompt())
+        base = _known(self.records).get(self.jobs[0].key)
+        prompt = None if base is None else runs_models.prompt_of(base, runs_models.network(self.model))
+        setting = runs_models.resolved_setting(job.setting, self.model, None if unpatched else self._calibration, prompt)
         bar = self.progress.add_task(f"  {job.title}", total=None)
         try:
             found = self.task(
@@ -262,31 +244,16 @@ class _Group:
             extra["kernel"] = {side: runs_models.prompt_kernel(self.model, one) for side, one in sides.items()}
         return runs_records.complete(found, job.config, job.task, job.setting, extra)
 
-    def _inputs(self, job: Job) -> Any:
+    @cached_property
+    def _calibration(self) -> Any:
         """Calibration inputs, made when the first setting may want them."""
-        if job.setting.method is not None and not self._calibrated:
-            self._calibration = runs_models.calibration_for(self.task_name, self.config, self.model, self.options)
-            self._calibrated = True
-        return self._calibration
-
-    def _prompt(self) -> Mapping[str, int] | None:
-        base = _known(self.records).get(self.jobs[0].key)
-        return None if base is None else runs_models.prompt_of(base, runs_models.network(self.model))
+        return runs_models.calibration_for(self.task_name, self.config, self.model, self.options)
 
 
 def _others(records: Records, jobs: Sequence[Job], done: Mapping[str, Any]) -> list[str]:
     """Titles of configurations without a record that the file has one of under another key: what they read has changed."""
-    held = [record.get("config") for key, record in finished(records).items()]
+    held = [record.get("config") for record in finished(records).values()]
     return [job.title for job in jobs if job.key not in done and runs_records.resolved(job.config, job.task, job.spec) in held]
-
-
-def _acquire(lock: FileLock) -> None:
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:  # an OSError too: another start has it
-        raise
-    except OSError as error:
-        raise ConfigError(f"{lock.lock_file} cannot be written: {reason(error)}") from error
 
 
 def slug(name: str) -> str:
@@ -321,15 +288,14 @@ def finished(records: Records, console: Console | None = None) -> dict[str, dict
     with warnings.catch_warnings(record=True) as damaged:
         warnings.simplefilter("always")
         found = {key: record for key, record in records.by_key().items() if runs_records.whole(record)}
-    for warning in damaged if console is not None else ():
-        console.print(str(warning.message), style=terminal.WARNING)  # type: ignore[union-attr]  # no console: no loop
+    if console is not None:
+        for warning in damaged:
+            console.print(str(warning.message), style=terminal.WARNING)
     return found
 
 
 def all_records(out: Path) -> list[dict[str, Any]]:
-    """The newest record of every configuration in a folder of results, whichever start measured it.
-
-    What was measured again, because its data or weights had changed, stands there once.
-    """
+    """The newest record of every configuration in a folder of results, whichever start measured it; what was measured again,
+    because its data or weights had changed, stands there once."""
     newest = {json.dumps(record.get("config", key), sort_keys=True): record for key, record in finished(_opened(out)).items()}
     return list(newest.values())

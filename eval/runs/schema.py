@@ -92,11 +92,8 @@ KEYS = tuple(RunFile.model_fields)
 
 
 def one_of_two(where: str, content: Mapping[str, Any], single: str, several: str) -> list[Any]:
-    """The values of a key that is written for one, `method`, or for several, `methods`.
-
-    Raises:
-        ConfigError: neither or both are there, or the list is empty.
-    """
+    """The values of a key that is written for one, `method`, or for several, `methods`. Raises `ConfigError`: neither or both
+    are there, or the list is empty."""
     given = [key for key in (single, several) if content.get(key) is not None]
     if not given:
         raise ConfigError(f"{where}: {single} is missing; give {single}, or a list {several}")
@@ -116,11 +113,8 @@ def check_known(where: str, prefix: str, names: Iterable[str], known: Sequence[s
 
 
 def by_task(where: str, key: str, value: str | Mapping[str, str | None], tasks: Sequence[str]) -> dict[str, str]:
-    """task -> path, of a key that holds one path for all tasks or a mapping.
-
-    Raises:
-        ConfigError: a task that the run does not have.
-    """
+    """task -> path, of a key that holds one path for all tasks or a mapping. Raises `ConfigError`: a task that the run does not
+    have."""
     if isinstance(value, str):
         return dict.fromkeys(tasks, value)
     check_known(where, f"{key}.", value, tasks)
@@ -128,11 +122,7 @@ def by_task(where: str, key: str, value: str | Mapping[str, str | None], tasks: 
 
 
 def check_model(where: str, model: ModelEntry, tasks: Sequence[str]) -> None:
-    """Raises unless the tasks can build a model.
-
-    Raises:
-        ConfigError: a backend or a reference model that a task does not work with.
-    """
+    """Raises `ConfigError` for a backend or a reference model that a task does not work with."""
     for task in tasks:
         known = BACKENDS.get(task) or tuple(sorted({name for names in BACKENDS.values() for name in names}))
         check_choice(where, "model.backend", model.backend, known)

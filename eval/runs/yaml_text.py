@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,6 @@ class Loader(yaml.SafeLoader):
     """`yaml.SafeLoader` that refuses a key which stands twice in one mapping, where the first would be lost without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A dictionary.
-
-        Raises:
-            yaml.constructor.ConstructorError: a key stands twice.
-        """
         seen: dict[Any, yaml.Node] = {}
         for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if key_node.tag == "tag:yaml.org,2002:merge":
@@ -38,64 +35,32 @@ class Loader(yaml.SafeLoader):
 
 
 def read(path: Path) -> Any:
-    """The content of a file.
-
-    Raises:
-        ConfigError: it cannot be read, or is no YAML of plain values.
-    """
+    """The content of a file; errors are those of `parse` and of a file that cannot be read."""
     return parse(read_text(path), str(path))
 
 
 def parse(text: str, where: str, loader: type[yaml.SafeLoader] = Loader, kind: str = "not a YAML file") -> Any:
-    """Plain values from YAML.
-
-    Args:
-        text: the YAML.
-        where: it comes from, for messages.
-        loader: what builds the values.
-        kind: what is said of a text that cannot be read.
-
-    Raises:
-        ConfigError: it is no YAML, has a key twice, or unfolds to more values than a person would write.
-    """
+    """Plain values from YAML; messages say `where` it comes from and, if it cannot be read, what `kind` of text it is. Raises
+    `ConfigError`: it is no YAML, has a key twice, or unfolds to more values than a person would write."""
     try:
         value = yaml.load(text, loader)
     except RecursionError:
         raise ConfigError(f"{where}: {kind}: lists and mappings are nested too deeply") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: the 99th of February, numbers of endless digits
         raise ConfigError(f"{where}: {kind}: {error}") from error
-    try:
-        _count(value, {}, where, 0)
-    except _CircleError:
-        raise ConfigError(f"{where}: an anchor (&name) holds itself; write the values out") from None
+    if sum(1 for _ in itertools.islice(_values(value, where), MOST + 1)) > MOST:
+        raise ConfigError(f"{where}: unfolds to more than {MOST:,} values (anchors that repeat each other?); write fewer")
     return value
 
 
-class _CircleError(Exception):
-    """A value that holds itself."""
-
-
-def _count(value: Any, known: dict[int, int | None], where: str, depth: int) -> int:
-    """How many values there are, those of a repeated anchor counted every time.
-
-    Raises:
-        ConfigError: too many, or too deep.
-    """
+def _values(value: Any, where: str, above: tuple[int, ...] = ()) -> Iterator[Any]:
+    """A value and all in it, those of a repeated anchor every time; raises for what holds itself or is nested too deeply."""
+    yield value
     if not isinstance(value, (dict, list, tuple, set)):
-        return 1
-    if id(value) in known:
-        found = known[id(value)]
-        if found is None:
-            raise _CircleError
-        return found
-    if depth > DEEPEST:
+        return
+    if id(value) in above:
+        raise ConfigError(f"{where}: an anchor (&name) holds itself; write the values out")
+    if len(above) > DEEPEST:
         raise ConfigError(f"{where}: lists and mappings are nested more than {DEEPEST} deep")
-    known[id(value)] = None
-    parts = [*value.keys(), *value.values()] if isinstance(value, dict) else list(value)
-    total = 1
-    for part in parts:
-        total += _count(part, known, where, depth + 1)
-        if total > MOST:
-            raise ConfigError(f"{where}: unfolds to more than {MOST:,} values (anchors that repeat each other?); write fewer")
-    known[id(value)] = total
-    return total
+    for part in [*value.keys(), *value.values()] if isinstance(value, dict) else value:
+        yield from _values(part, where, (*above, id(value)))

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 import vtok
 from vtok.errors import ConfigError
 from vtok.eval.common.distributed import current
-from vtok.eval.common.dtypes import dtype_of
 from vtok.eval.common.settings import (
     PassCost,
     Setting,
     backend,
+    dtype_of,
     evaluating,
     mean_cost,
     method_name,

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from vtok.errors import ConfigError
 from vtok.eval.common.distributed import current
-from vtok.eval.common.dtypes import TYPES, dtype_of
 from vtok.eval.common.records import bits
 from vtok.eval.common.settings import (
+    TYPES,
     PassCost,
     Setting,
     backend,
+    dtype_of,
     evaluating,
     mean_cost,
     method_name,

@@ -14,7 +14,8 @@ from vtok.errors import ConfigError
 from vtok.eval.common import distributed as processes
 from vtok.eval.common import launch
 from vtok.eval.common.distributed import Peer, ProcessError, Processes, is_main, timeout, world_size
-from vtok.eval.common.rates import Step, throughput, throughput_line
+from vtok.eval.common.timing import Step, throughput
+from vtok.eval.report.summary import throughput_line
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def _read_run(path):
     config = runs.load(str(path))
     runs_models.check_options(config)
     runs_models.task_options(config, config.tasks[0], False, 0, None)
-    from vtok.eval.runs.sweep import points
+    from vtok.eval.runs.loader import points
 
     points(config)
     return config

@@ -142,6 +142,15 @@ def test_published_beside_measured_over_several_tasks():
     assert "98.0" not in _shown(report.beside("a table", [(run, records)])), "no mean while a task is missing"
 
 
+def test_a_metric_that_is_called_average_is_no_mean_over_tasks():
+    run = runs.load("vidcom2_llava_onevision_7b_25")
+    text = _shown(report.beside("a table", [(run, {"mvbench": _pair(True, average=(56.9, 57.0))})]))
+    rows = [[cell.strip() for cell in line.split("│")] for line in text.splitlines() if "│" in line]
+    (line,) = [row for row in rows if row[2] == "mvbench"]
+    assert line[3:6] == ["57.2 of 56.9", "57.00 of 56.90", "+0.30"]
+    assert "mvbench 57.2 (56.9)" in report.listing("a table", [run]).markdown()
+
+
 def test_a_table_without_data_says_which():
     result = _run("published", "todre_pivot")
     for task in ("mme", "scienceqa", "gqa", "pope", "vqav2"):

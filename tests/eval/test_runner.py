@@ -23,7 +23,7 @@ from vtok.eval.report.tables import write_csv
 from vtok.eval.runs import loader as runs
 from vtok.eval.runs import models as runs_models
 from vtok.eval.runs import runner
-from vtok.eval.runs.sweep import points
+from vtok.eval.runs.loader import points
 
 FIELDS = {
     *("key", "config", "task", "model", "backend", "method", "setting", "params", "budget", "dataset", "n", "metrics"),

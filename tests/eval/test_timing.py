@@ -5,9 +5,8 @@ import torch
 from torch import nn
 
 from vtok.eval.common import timing
-from vtok.eval.common.rates import Step
 from vtok.eval.common.settings import PassCost
-from vtok.eval.common.timing import FEWEST_PAIRS, TIMED_EVERY, BaselineCache, PairedTimer
+from vtok.eval.common.timing import FEWEST_PAIRS, TIMED_EVERY, BaselineCache, PairedTimer, Step
 
 
 class Counting(nn.Module):

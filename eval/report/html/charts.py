@@ -6,13 +6,12 @@ Shapes: pixels of a view box; x grows to the right, y downwards.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from vtok.eval.common.records import BASELINES
 from vtok.eval.report.frame import front_of
-from vtok.eval.report.rows import Row
+from vtok.eval.report.rows import Row, Score
 from vtok.eval.report.sections import Section
 from vtok.eval.report.values import Interval, figure, with_ends
 
@@ -31,70 +30,43 @@ class Tick(NamedTuple):
     words: str
 
 
-@dataclass(frozen=True)
-class Mark:
-    """One setting in a plot.
-
-    Attributes:
-        x, y: of the middle.
-        low, high: y of the ends of the error bar; `None` = none.
-        left, right: x of the ends of the interval; `None` = none.
-        path: of the shape.
-        front: whether it lies on the Pareto front: filled, the others hollow.
-        title: tooltip.
-    """
+class Mark(NamedTuple):
+    """One setting in a plot."""
 
     x: float
     y: float
-    low: float | None
+    low: float | None  # y of the ends of the error bar; `None` = none
     high: float | None
-    path: str
-    front: bool
-    title: str
-    left: float | None = None
+    path: str  # of the shape
+    front: bool  # whether it lies on the Pareto front: filled, the others hollow
+    title: str  # tooltip
+    left: float | None = None  # x of the ends of the interval; `None` = none
     right: float | None = None
 
 
-@dataclass(frozen=True)
-class Line:
-    """One method.
-
-    Attributes:
-        name: of the method.
-        look: class of its colour.
-        points: "x,y x,y ..." of the line that joins its marks.
-        marks: its settings.
-        sample: path of its shape around (9, 7), for the legend.
-    """
+class Line(NamedTuple):
+    """One method; of tokens per layer one setting."""
 
     name: str
-    look: str
-    points: str
-    marks: list[Mark] = field(default_factory=list)
-    sample: str = ""
+    look: str  # class of its colour
+    points: str  # "x,y x,y ..." of the line that joins its marks
+    marks: list[Mark]
+    sample: str = ""  # path of its shape around (9, 7), for the legend
 
 
-@dataclass(frozen=True)
-class Plot:
-    """Axes with lines on them.
-
-    Attributes:
-        title, summary: what a screen reader says.
-        level: y of the unpatched model, `None` = it is not known.
-        front: "x,y ..." through the Pareto front.
-        base: mark of the unpatched model.
-    """
+class Plot(NamedTuple):
+    """Axes with lines on them."""
 
     title: str
-    summary: str
+    summary: str  # for a screen reader
     x_label: str
     y_label: str
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     lines: list[Line]
-    level: float | None = None
-    front: str = ""
-    base: Mark | None = None
+    level: float | None = None  # y of the unpatched model, `None` = it is not known
+    front: str = ""  # "x,y ..." through the Pareto front
+    base: Mark | None = None  # mark of the unpatched model
     width: int = WIDTH
     height: int = HEIGHT
     box: tuple[float, float, float, float] = (_LEFT, _TOP, WIDTH - _RIGHT, HEIGHT - _BOTTOM)
@@ -115,46 +87,36 @@ def pareto(
     label: str,
     ends: Callable[[Row], Interval | None] = lambda row: None,
 ) -> Plot | None:
-    """Accuracy against a cost or a gain; `None` where fewer than two settings have both.
-
-    Args:
-        section: of the rows; controls whose tokens were drawn stand in tables alone.
-        look: of every method.
-        x: the cost or the gain.
-        less: whether less of it is better.
-        label: of the axis.
-        ends: interval of x, where there is one.
-    """
-    rows = [row for row in section.rows if x(row) is not None and row.score is not None and not row.drawn]
-    if len(rows) < 2 or all(row.unpatched for row in rows):
+    """Accuracy against x, a cost (`less` is better) or a gain; `None` where fewer than two settings have both. Controls whose
+    tokens were drawn stand in tables alone."""
+    shown = [(r, value, r.score) for r in section.rows if not r.drawn and (value := x(r)) is not None and r.score]
+    if len(shown) < 2 or all(row.unpatched for row, _, _ in shown):
         return None
-    score = rows[0].score
-    assert score is not None
-    spans = [_ends(row) for row in rows]
-    xs, ys = [x(row) or 0.0 for row in rows], [v for span in spans for v in span]
-    wide = [found.ends if (found := ends(row)) is not None else None for row in rows]
-    to_x, x_ticks = _axis([*xs, *(v for one in wide if one is not None for v in one)], _LEFT, WIDTH - _RIGHT)
-    to_y, y_ticks = _axis(ys, HEIGHT - _BOTTOM, _TOP)
+    rows, score = [row for row, _, _ in shown], shown[0][2]
     front = front_of(rows, x, less)
+    wide = [None if (found := ends(row)) is None else found.ends for row in rows]
+    spans = [(one.value - (one.error or 0.0), one.value + (one.error or 0.0)) for _, _, one in shown]
+    xs = [value for _, value, _ in shown]
+    to_x, x_ticks = _axis([*xs, *(end for one in wide for end in one or ())], _LEFT, WIDTH - _RIGHT)
+    to_y, y_ticks = _axis([end for span in spans for end in span], HEIGHT - _BOTTOM, _TOP)
     marks: dict[str, list[Mark]] = {}
     base = None
-    for i, row in enumerate(rows):
-        left, top = to_x(xs[i]), to_y(row.score.value if row.score else 0.0)
-        shape = "star" if row.unpatched else str(look[row.method][1])
-        low, high = spans[i]
-        bar = (to_y(low), to_y(high)) if low < high else (None, None)
-        span = [None, None] if (one := wide[i]) is None else [to_x(end) for end in one]
-        told = _tooltip(row, x, label)
-        mark = Mark(left, top, bar[0], bar[1], _shape(shape, left, top), i in front, told, span[0], span[1])
+    for i, (row, value, own) in enumerate(shown):
+        place = to_x(value), to_y(own.value)
+        shape = _shape("star" if row.unpatched else str(look[row.method][1]), *place)
+        low, high = (to_y(end) for end in spans[i]) if spans[i][0] < spans[i][1] else (None, None)
+        left, right = (None, None) if (known := wide[i]) is None else (to_x(end) for end in known)
+        mark = Mark(*place, low, high, shape, i in front, _tooltip(row, own, value, label), left, right)
         if row.unpatched:
             base = mark
         else:
             marks.setdefault(row.method, []).append(mark)
-    lines = [
-        Line(name, look[name][0], _points(own), own, _shape(str(look[name][1]), 9, 7))
-        for name, own in ((name, sorted(own, key=lambda m: m.x)) for name, own in marks.items())
-    ]
-    on_front = sorted((to_x(xs[i]), to_y(rows[i].score.value)) for i in front if rows[i].score)  # type: ignore[union-attr]  # asked for
+    lines = []
+    for name, settings in marks.items():
+        settings.sort(key=lambda mark: mark.x)
+        joined = _points((mark.x, mark.y) for mark in settings)
+        lines.append(Line(name, look[name][0], joined, settings, _shape(str(look[name][1]), 9, 7)))
+    on_front = sorted((to_x(xs[i]), to_y(shown[i][2].value)) for i in front)
     best = [rows[i].label for i in sorted(front, key=lambda i: xs[i])]
     return Plot(
         f"{score.label} against {label}",
@@ -165,7 +127,7 @@ def pareto(
         y_ticks,
         lines,
         None if base is None else base.y,
-        " ".join(f"{a:.1f},{b:.1f}" for a, b in on_front) if len(on_front) > 1 else "",
+        _points(on_front) if len(on_front) > 1 else "",
         base,
     )
 
@@ -182,30 +144,19 @@ def layers(section: Section, look: dict[str, tuple[str, int]]) -> list[Plot]:
     to_x, x_ticks = _axis([0, depth - 1], box[0], box[2], 5, margin=0, whole=True)
     to_y, y_ticks = _axis([0, most], box[3], box[1], 4, margin=0)
     plots = []
+    level = next((to_y(row.tokens_in) for row in shown if row.tokens_in is not None), None)
     for name in dict.fromkeys(row.method for row in shown):
-        lines = []
+        lines, told = [], []
         for row in (r for r in shown if r.method == name):
             steps = [(to_x(i), to_y(value)) for i, value in enumerate(row.per_layer)]
-            told = f"{row.label}: {figure(row.per_layer[-1], 0)} tokens at the end"
-            end = Mark(steps[-1][0], steps[-1][1], None, None, "", False, told)
-            points = " ".join(f"{x:.1f},{y:.1f}" for x, y in steps)
-            lines.append(Line(row.label, look[name][0], points, [end]))
-        told = "; ".join(
-            f"{r.label}: {figure(r.per_layer[0], 0)} to {figure(r.per_layer[-1], 0)}" for r in shown if r.method == name
-        )
-        level = next((to_y(r.tokens_in) for r in shown if r.tokens_in is not None), None)
-        plots.append(
-            Plot(name, f"Tokens after each layer. {told}", "layer", "tokens", x_ticks, y_ticks, lines, level, "", None,
-                 SMALL_WIDTH, SMALL_HEIGHT, box)
-        )  # fmt: skip
+            first, last = figure(row.per_layer[0], 0), figure(row.per_layer[-1], 0)
+            end = Mark(*steps[-1], None, None, "", False, f"{row.label}: {last} tokens at the end")
+            lines.append(Line(row.label, look[name][0], _points(steps), [end]))
+            told.append(f"{row.label}: {first} to {last}")
+        about = f"Tokens after each layer. {'; '.join(told)}"
+        size = SMALL_WIDTH, SMALL_HEIGHT, box
+        plots.append(Plot(name, about, "layer", "tokens", x_ticks, y_ticks, lines, level, "", None, *size))
     return plots
-
-
-def _ends(row: Row) -> tuple[float, float]:
-    """The headline metric minus and plus its standard error."""
-    assert row.score is not None
-    error = row.score.error or 0.0
-    return row.score.value - error, row.score.value + error
 
 
 def _axis(
@@ -228,15 +179,13 @@ def _axis(
     return to, [Tick(to(v), figure(v, digits)) for v in found]
 
 
-def _points(marks: Sequence[Mark]) -> str:
-    return " ".join(f"{m.x:.1f},{m.y:.1f}" for m in marks)
+def _points(places: Iterable[tuple[float, float]]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
 
 
-def _tooltip(row: Row, x: Callable[[Row], float | None], label: str) -> str:
-    score = row.score
-    assert score is not None
+def _tooltip(row: Row, score: Score, x: float, label: str) -> str:
     error = "" if score.error is None else f" ± {figure(score.error, 2)}"
-    words = f"{row.label}: {figure(score.value, 2, unit=f' {score.unit}')}{error}, {label} {x(row) or 0:.3g}"
+    words = f"{row.label}: {figure(score.value, 2, unit=f' {score.unit}')}{error}, {label} {x:.3g}"
     return words + (f", measured {with_ends(row.speedup, 2, unit='×')}" if row.speedup else "")
 
 

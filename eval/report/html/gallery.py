@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,9 +24,11 @@ from vtok.eval.report.rows import Row
 from vtok.eval.report.sections import Section
 from vtok.eval.report.values import text
 from vtok.eval.runs.again import configs_of
+from vtok.eval.tasks.vqa.metrics import exact_match
 from vtok.eval.viz.draw import TokenMaps
-from vtok.eval.viz.input import Prepared, prepared, reference_pixels
+from vtok.eval.viz.input import prepared, reference_pixels
 from vtok.eval.viz.overlay import legend
+from vtok.eval.viz.prompt import prompt_maps, questions_of
 from vtok.eval.viz.prompt_overlay import all_that_stays
 from vtok.eval.viz.token_maps import bundled, encoder_maps
 
@@ -35,27 +37,17 @@ _COLOURS = 96
 _ENCODERS = {"fashion_vit": REFERENCE, "reference-vit": REFERENCE, REFERENCE: REFERENCE, REFERENCE_CLIP: REFERENCE_CLIP}
 
 
-@dataclass(frozen=True)
-class Tile:
-    """One setting on one image.
+class Tile(NamedTuple):
+    """One setting on one image."""
 
-    Attributes:
-        uri: of the picture, with its data.
-        label: of the setting.
-        words: what is left, what is answered.
-        verdict: "right", "wrong" or "".
-        alt: for those who cannot see it.
-    """
-
-    uri: str
-    label: str
-    words: str
-    verdict: str
-    alt: str
+    uri: str  # of the picture, with its data
+    label: str  # of the setting
+    words: str  # what is left, what is answered
+    verdict: str  # "right", "wrong" or ""
+    alt: str  # for those who cannot see it
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """One image, the untouched one first."""
 
     title: str
@@ -64,19 +56,12 @@ class Item:
 
 @dataclass
 class Gallery:
-    """All images of a section.
+    """All images of a section."""
 
-    Attributes:
-        items: what was drawn.
-        problems: what could not be drawn, and why.
-        choice: how the images were chosen.
-        legend: what the colours mean.
-    """
-
-    items: list[Item] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    choice: str = ""
-    legend: str = ""
+    items: list[Item] = field(default_factory=list)  # what was drawn
+    problems: list[str] = field(default_factory=list)  # what could not be drawn, and why
+    choice: str = ""  # how the images were chosen
+    legend: str = ""  # what the colours mean
 
 
 def gallery(
@@ -102,13 +87,11 @@ def gallery(
     except Exception as error:  # whatever a record names: the page is worth more than its pictures
         found.problems.append(f"the model cannot be had: {text(error)}")
         return found
-    chosen = list(images)
-    if chosen:
-        found.choice = "as named"
-    elif asked is not None and asked.shown and isinstance(model, VisionLanguageModel):
+    chosen, found.choice = list(images), "as named"
+    if not chosen and asked is not None and asked.shown and isinstance(model, VisionLanguageModel):
         chosen = [str(one.doc_id) for one in asked.shown[:count]]
         found.choice = "questions on which most settings disagree with the unpatched model"
-    else:
+    elif not chosen:
         known = images_of(section) or range(_count(section))
         chosen = [str(known[i * len(known) // count]) for i in range(min(count, len(known)))]
         found.choice = "evenly spaced over the data"
@@ -129,11 +112,8 @@ def gallery(
 
 
 def _model(section: Section, files: bool) -> tuple[str, Any]:
-    """(name, model): a bundled one, or one of timm or open_clip if the user named image files.
-
-    Raises:
-        ConfigError: it is another one.
-    """
+    """(name, model): a bundled one, or one of timm or open_clip if the user named image files. Raises `ConfigError`: it is
+    another one."""
     record = section.first
     name = model_name(record)
     known = _ENCODERS.get(name.split("@")[0])
@@ -191,12 +171,9 @@ def _item(
                 warnings.simplefilter("ignore")  # of grids that are kept: the record has said so when it was made
                 torch.manual_seed(0)
                 maps = _maps(name, model, configs, image)
-        except ConfigError as error:
-            if not tiles and "does not exist" in str(error):
-                raise
-            problems.append(f"{row.label}: {text(error)}")
-            continue
         except Exception as error:  # a method may refuse today what it took when the record was made
+            if isinstance(error, ConfigError) and not tiles and "does not exist" in str(error):
+                raise
             problems.append(f"{row.label}: {text(error)}")
             continue
         if shown is None:
@@ -215,31 +192,19 @@ def _item(
 def _maps(name: str, model: Any, configs: list[MethodConfig], image: str) -> TokenMaps:
     setting = Setting(configs)
     if isinstance(model, VisionLanguageModel):
-        from vtok.eval.viz.prompt import prompt_maps
-
         return prompt_maps(model, setting, image)
-    ready: Prepared
-    if name == REFERENCE:
-        ready = reference_pixels(bundled(name, int(image)) if image.isdigit() else image)
-    else:
-        ready = prepared(model, bundled(name, int(image)) if image.isdigit() else image)
-    return encoder_maps(model, setting, ready, name)
+    source = bundled(name, int(image)) if image.isdigit() else image
+    return encoder_maps(model, setting, reference_pixels(source) if name == REFERENCE else prepared(model, source), name)
 
 
 def _title(name: str, section: Section, image: str, maps: TokenMaps) -> str:
     if not image.isdigit():
         return Path(image).name
     if maps.answer is not None:
-        asked = _asked(name, int(image))
+        asked = questions_of(name).questions[int(image)]
         return f"Question {image}: {asked.text} ({asked.target})"
     label = labels_of(section, int(image))
     return f"Image {image}" + (f": {label}" if label else "")
-
-
-def _asked(name: str, number: int) -> Any:
-    from vtok.eval.viz.prompt import questions_of
-
-    return questions_of(name).questions[number]
 
 
 def _verdict(name: str, section: Section, row: Row, image: str, maps: TokenMaps) -> str:
@@ -247,9 +212,7 @@ def _verdict(name: str, section: Section, row: Row, image: str, maps: TokenMaps)
     if not image.isdigit():
         return ""
     if maps.answer is not None:
-        from vtok.eval.tasks.vqa.metrics import exact_match
-
-        return "right" if exact_match(maps.answer, _asked(name, int(image)).target) else "wrong"
+        return "right" if exact_match(maps.answer, questions_of(name).questions[int(image)].target) else "wrong"
     known = images_of(section) or []
     if row.correct is None or int(image) not in known or len(row.correct) != len(known):
         return ""
@@ -261,8 +224,7 @@ def _tile(row: Row, configs: Sequence[MethodConfig], maps: TokenMaps, verdict: s
     least = all_that_stays(configs, last.tokens)
     words = f"{last.tokens} of {maps.patches}" + (f" ({least})" if least else "")
     words += "" if maps.answer is None else f", says “{text(maps.answer, 40)}”"
-    alt = f"{row.label}: {words} tokens after the last layer"
-    return Tile(_uri(maps, last), row.label, words, verdict, alt)
+    return Tile(_uri(maps, last), row.label, words, verdict, f"{row.label}: {words} tokens after the last layer")
 
 
 def _uri(maps: TokenMaps, stage: Any = None) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from vtok.eval.common.statistics import paired_difference
-from vtok.eval.report.html.table import Cell, gap_cell
+from vtok.eval.models.data import FASHION_CLASSES
+from vtok.eval.report.html.table import NOTHING, Cell, gap_cell
 from vtok.eval.report.rows import Row, scores_of
 from vtok.eval.report.sections import Section
 from vtok.eval.report.values import Interval, figure, mapping, number, text
@@ -20,19 +20,12 @@ MOST = 12  # groups in a table
 
 @dataclass(frozen=True)
 class GroupTable:
-    """One grouping.
+    """One grouping."""
 
-    Attributes:
-        name: what was grouped by.
-        groups: (name, samples, headline metric of the unpatched model in words).
-        rows: (setting, one cell a group).
-        note: what was left out.
-    """
-
-    name: str
-    groups: list[tuple[str, str, str]]
-    rows: list[tuple[Row, list[Cell]]]
-    note: str = ""
+    name: str  # what was grouped by
+    groups: list[tuple[str, str, str]]  # (name, samples, headline metric of the unpatched model in words)
+    rows: list[tuple[Row, list[Cell]]]  # (setting, one cell a group)
+    note: str = ""  # what was left out
 
 
 def group_tables(section: Section) -> list[GroupTable]:
@@ -46,13 +39,13 @@ def group_tables(section: Section) -> list[GroupTable]:
 
 def _of_records(section: Section, grouping: str) -> GroupTable | None:
     """From the metrics that records hold of every group."""
-    parts = {id(row): mapping(mapping(row.record.get("groups")).get(grouping)) for row in section.rows}
-    names = list(dict.fromkeys(name for found in parts.values() for name in found))
+    parts = [mapping(mapping(row.record.get("groups")).get(grouping)) for row in section.rows]
+    names = list(dict.fromkeys(name for found in parts for name in found))
     gaps: dict[tuple[int, str], Interval] = {}
     base: dict[str, tuple[str, str]] = {}
-    for row in section.rows:
+    for row, found in zip(section.rows, parts):
         for name in names:
-            held = mapping(parts[id(row)].get(name))
+            held = mapping(found.get(name))
             n = number(held.get("n"))
             score = scores_of(held, row.factor, row.primary, n).get(row.primary or "")
             if score is None:
@@ -70,28 +63,18 @@ def _of_labels(section: Section) -> GroupTable | None:
     base, shown = section.base, images_of(section)
     if shown is None or base is None or base.correct is None:
         return None
-    labels, classes = _fashion()
-    labels = labels[shown]
+    labels = fashion_labels()[shown]
     told: dict[str, tuple[str, str]] = {}
     gaps: dict[tuple[int, str], Interval] = {}
-    for i, name in enumerate(classes):
+    for i, name in enumerate(FASHION_CLASSES):
         here = labels == i
-        told[name] = (
-            f"{int(here.sum()):,}",
-            figure(100 * float(base.correct[here].mean()), 1, unit=" %") if here.any() else "",
-        )
+        right = figure(100 * float(base.correct[here].mean()), 1, unit=" %") if here.any() else ""
+        told[name] = (f"{int(here.sum()):,}", right)
         for row in section.patched:
-            if row.correct is None or len(row.correct) != len(labels) or here.sum() < 2:
-                continue
-            gap = paired_difference(row.correct[here].astype(float) - base.correct[here].astype(float)).scaled(100)
-            gaps[id(row), name] = Interval(*gap)
-    return _table(section, "class", list(classes), told, gaps)
-
-
-def _fashion() -> tuple[np.ndarray, Sequence[str]]:
-    from vtok.eval.models.data import FASHION_CLASSES
-
-    return fashion_labels(), FASHION_CLASSES
+            if row.correct is not None and len(row.correct) == len(labels) and here.sum() >= 2:
+                gap = row.correct[here].astype(float) - base.correct[here].astype(float)
+                gaps[id(row), name] = paired_difference(gap).scaled(100)
+    return _table(section, "class", list(told), told, gaps)
 
 
 def images_of(section: Section) -> list[int] | None:
@@ -106,8 +89,8 @@ def labels_of(section: Section, image: int) -> str:
     """Class of a bundled image, "" if it is not known."""
     if not is_fashion(text(section.first.get("dataset"))):
         return ""
-    labels, classes = _fashion()
-    return str(classes[int(labels[image])]) if image < len(labels) else ""
+    labels = fashion_labels()
+    return str(FASHION_CLASSES[int(labels[image])]) if image < len(labels) else ""
 
 
 def _table(
@@ -121,13 +104,10 @@ def _table(
         kept = sorted(names, key=lambda name: (-abs(lost[name]), name))[:MOST]
         note = f"the {MOST} of {len(names)} groups that change most on average"
         names = [name for name in names if name in kept]
-    rows = []
-    for row in section.patched:
-        cells = [_cell(gaps.get((id(row), name))) for name in names]
-        if any(cell.sort is not None for cell in cells):
-            rows.append((row, cells))
+    cells = [(row, [_cell(gaps.get((id(row), name))) for name in names]) for row in section.patched]
+    rows = [(row, own) for row, own in cells if any(cell.sort is not None for cell in own)]
     return GroupTable(text(grouping, 40), [(text(name, 60), *base.get(name, ("", ""))) for name in names], rows, note)
 
 
 def _cell(gap: Interval | None) -> Cell:
-    return Cell("–") if gap is None else gap_cell(gap, "points to unpatched")._replace(words=figure(gap.point, 1, True))
+    return NOTHING if gap is None else gap_cell(gap, "points to unpatched")._replace(words=figure(gap.point, 1, True))

@@ -9,19 +9,20 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import vtok
 from vtok.errors import ConfigError, MissingExtraError
 from vtok.eval.report.frame import front_of, total_gmacs
 from vtok.eval.report.html import charts
-from vtok.eval.report.html.gallery import Gallery, gallery
-from vtok.eval.report.html.groups import GroupTable, group_tables
-from vtok.eval.report.html.questions import Questions, questions
-from vtok.eval.report.html.repeat import Repeat, environment, repeat
-from vtok.eval.report.html.table import Shown, Speeds, all_scores, speeds, summary
+from vtok.eval.report.html.gallery import gallery
+from vtok.eval.report.html.groups import group_tables
+from vtok.eval.report.html.questions import questions
+from vtok.eval.report.html.repeat import environment, repeat
+from vtok.eval.report.html.table import all_scores, speeds, summary
 from vtok.eval.report.read import read
-from vtok.eval.report.sections import Finding, Section, findings, headline_of, sections
+from vtok.eval.report.sections import Section, findings, headline_of, sections
 from vtok.eval.report.values import count
 from vtok.writing import apart, writable, write
 
@@ -49,38 +50,12 @@ class ReportOptions:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A section as the template writes it."""
-
-    id: str
-    section: Section
-    headline: str
-    findings: list[Finding]
-    table: Shown
-    scores: Shown | None
-    plots: list[charts.Plot]
-    layers: list[charts.Plot]
-    speeds: Speeds | None
-    groups: list[GroupTable]
-    asked: Questions | None
-    gallery: Gallery | None
-    environment: list[tuple[str, str]]
-    repeat: Repeat
-
-
-@dataclass(frozen=True)
 class Report:
-    """What was written.
+    """What was written."""
 
-    Attributes:
-        path: of the page.
-        headlines: (section, what is significant in it).
-        problems: what could not be read or drawn.
-    """
-
-    path: Path
-    headlines: list[tuple[str, str]]
-    problems: list[str] = field(default_factory=list)
+    path: Path  # of the page
+    headlines: list[tuple[str, str]]  # (section, what is significant in it)
+    problems: list[str] = field(default_factory=list)  # what could not be read or drawn
 
 
 def write_report(
@@ -115,8 +90,7 @@ def write_report(
     found = read(results)
     apart([target], [*results, *found.files])
     writable(target)
-    parts = []
-    grouped = sections(found.records)
+    parts, grouped = [], sections(found.records)
     look = charts.looks(grouped)
     for number, section in enumerate(grouped, 1):
         progress(section.title)
@@ -135,7 +109,8 @@ def _part(
     samples: dict[str, list[dict[str, Any]]],
     options: ReportOptions,
     progress: Progress = lambda words: None,
-) -> Part:
+) -> SimpleNamespace:
+    """A section as the template writes it."""
     asked = questions(section, samples, options.questions)
     drawn = None
     if not section.bench and (options.gallery or options.images):
@@ -145,25 +120,25 @@ def _part(
         charts.pareto(section, look, lambda row: row.measured, False, "measured speed-up", lambda row: row.speedup),
     ]
     front = front_of(section.rows, total_gmacs, True) if plots[0] else set()
-    return Part(
-        f"s{number}",
-        section,
-        headline_of(section),
-        findings(section),
-        summary(section, front),
-        all_scores(section),
-        [plot for plot in plots if plot is not None],
-        charts.layers(section, look),
-        speeds(section),
-        group_tables(section),
-        asked,
-        drawn,
-        environment(section),
-        repeat(section, number),
+    return SimpleNamespace(
+        id=f"s{number}",
+        section=section,
+        headline=headline_of(section),
+        findings=findings(section),
+        table=summary(section, front),
+        scores=all_scores(section),
+        plots=[plot for plot in plots if plot is not None],
+        layers=charts.layers(section, look),
+        speeds=speeds(section),
+        groups=group_tables(section),
+        asked=asked,
+        gallery=drawn,
+        environment=environment(section),
+        repeat=repeat(section, number),
     )
 
 
-def render(title: str, parts: Sequence[Part], problems: Sequence[str], sources: str) -> str:
+def render(title: str, parts: Sequence[SimpleNamespace], problems: Sequence[str], sources: str) -> str:
     """The page as text. Everything that comes from results is escaped; a policy in the page forbids all other scripts."""
     env = _environment()
     script = env.get_template("report.js").render()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vtok.eval.report.rows import Row
 from vtok.eval.report.sections import Section
@@ -14,80 +13,45 @@ from vtok.eval.report.values import figure, number, numbers, text
 MOST = 12
 
 
-@dataclass(frozen=True)
-class Said:
-    """What one setting answered.
-
-    Attributes:
-        row: the setting.
-        answer: its words.
-        score: "right", "wrong", or the score in between.
-        tokens: visual tokens, mean over the layers, in words; "" if unknown.
-        changed: whether the unpatched model said something else.
-    """
+class Said(NamedTuple):
+    """What one setting answered."""
 
     row: Row
     answer: str
-    score: str
-    tokens: str
-    changed: bool
+    score: str  # "right", "wrong", or the score in between
+    tokens: str  # visual tokens, mean over the layers, in words; "" if unknown
+    changed: bool  # whether the unpatched model said something else
 
 
-@dataclass(frozen=True)
-class Asked:
-    """One question.
-
-    Attributes:
-        doc_id: its number.
-        question, target: what was asked and what is right.
-        said: one entry a setting.
-    """
+class Asked(NamedTuple):
+    """One question."""
 
     doc_id: Any
     question: str
-    target: str
-    said: list[Said]
+    target: str  # what is right
+    said: list[Said]  # one entry a setting
 
 
-@dataclass(frozen=True)
-class Questions:
-    """The questions that are shown.
+class Questions(NamedTuple):
+    """The questions that are shown."""
 
-    Attributes:
-        shown: those on which most settings say something else than unpatched.
-        total: questions that were asked.
-        disputed: how many of them get different answers.
-    """
-
-    shown: list[Asked]
-    total: int
-    disputed: int
+    shown: list[Asked]  # those on which most settings say something else than unpatched
+    total: int  # questions that were asked
+    disputed: int  # how many of them get different answers
 
 
 def questions(section: Section, samples: Mapping[str, Sequence[dict[str, Any]]], most: int = MOST) -> Questions | None:
-    """Where settings disagree with the unpatched model; `None` if no answers are stored.
-
-    Args:
-        section: its rows name the answers by their `key`.
-        samples: key of a record -> answers.
-        most: questions shown.
-    """
-    by_doc: dict[Any, list[Said]] = {}
-    asked: dict[Any, dict[str, Any]] = {}
+    """Where settings disagree with the unpatched model; `None` if no answers are stored (key of a record -> answers)."""
+    asked: dict[str, Asked] = {}
     for row in section.rows:
         for line in answers_of(row, samples):
-            doc = str(line.get("doc_id"))
-            asked.setdefault(doc, line)
-            by_doc.setdefault(doc, []).append(_said(row, line))
-    if not by_doc:
+            one = Asked(line.get("doc_id"), text(line.get("question")), text(line.get("target")), [])
+            asked.setdefault(str(one.doc_id), one).said.append(_said(row, line))
+    if not asked:
         return None
-    changed = {doc: sum(one.changed for one in said) for doc, said in by_doc.items()}
-    disputed = sorted((doc for doc, number_ in changed.items() if number_), key=lambda doc: -changed[doc])
-    shown = [
-        Asked(asked[doc].get("doc_id"), text(asked[doc].get("question")), text(asked[doc].get("target")), by_doc[doc])
-        for doc in disputed[:most]
-    ]
-    return Questions(shown, len(by_doc), len(disputed))
+    changed = [(one, sum(said.changed for said in one.said)) for one in asked.values()]
+    disputed = sorted(((one, times) for one, times in changed if times), key=lambda pair: -pair[1])
+    return Questions([one for one, _ in disputed[:most]], len(asked), len(disputed))
 
 
 def answers_of(row: Row, samples: Mapping[str, Sequence[dict[str, Any]]]) -> Sequence[dict[str, Any]]:

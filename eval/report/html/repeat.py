@@ -47,17 +47,11 @@ ALL_TOKENS = {"name": "uniform", "keep": 1.0}
 
 
 class Repeat(NamedTuple):
-    """How to measure a section again.
-
-    Attributes:
-        commands: for a shell.
-        files: (name, content) of configurations that the commands name.
-        notes: what the records do not say.
-    """
+    """How to measure a section again."""
 
     commands: list[str]
-    files: list[tuple[str, str]]
-    notes: list[str]
+    files: list[tuple[str, str]]  # (name, content) of configurations that the commands name
+    notes: list[str]  # what the records do not say
 
 
 def environment(section: Section) -> list[tuple[str, str]]:
@@ -74,12 +68,8 @@ def environment(section: Section) -> list[tuple[str, str]]:
 
 
 def repeat(section: Section, number_: int) -> Repeat:
-    """Commands for a section: the run files and commands that its records hold, else what their fields say.
-
-    Args:
-        section: what was measured.
-        number_: of the section, for names of files.
-    """
+    """Commands for a section: the run files and commands that its records hold, else what their fields say; `number_` is in
+    the names of files."""
     if section.bench:
         return _bench(section)
     held, commands, notes = list[dict[str, Any]](), list[str](), list[str]()
@@ -154,22 +144,21 @@ def _joined(configs: Sequence[dict[str, Any]], notes: list[str]) -> list[str]:
 
 
 def method_text(record: dict[str, Any]) -> str:
-    """A record's method as the command line writes it: `tome:r=13`, several joined by "+"; defaults are left out.
-
-    Raises:
-        UnknownNameError: the method or a parameter of it is not known here.
-    """
+    """A record's method as the command line writes it: `tome:r=13`, several joined by "+"; defaults are left out. Raises
+    `UnknownNameError`: the method or a parameter of it is not known here."""
     return "+".join(_one(name, params) for name, params in methods_of(record))
 
 
 def _one(name: str, params: dict[str, Any]) -> str:
     cls = METHODS.get(name)
     config = cls.create(**params)
-    given = {key: value for key, value in config.to_dict().items() if key != "method" and value != cls().to_dict().get(key)}
-    words = (
-        f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**6).splitlines()[0]}" for key, value in given.items()
-    )
-    return name + (":" + ",".join(words) if given else "")
+    usual, given = cls().to_dict(), config.to_dict()
+    words = [
+        f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**6).splitlines()[0]}"
+        for key, value in given.items()
+        if key != "method" and value != usual.get(key)
+    ]
+    return name + (":" + ",".join(words) if words else "")
 
 
 def _words(value: Any) -> str:

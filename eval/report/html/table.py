@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from vtok.eval.report.rows import Row, Score
@@ -12,25 +11,25 @@ from vtok.eval.report.tables import Column
 from vtok.eval.report.values import Interval, at, figure, number, with_ends
 
 _EXTRAS = ("top5", "acc5", "agreement", "image_retrieval_recall@1", "text_retrieval_recall@1")
-_MARKS = {1: "▲", -1: "▼", 0: ""}
+# sign of a difference -> (kind of its cell, mark, tooltip)
+_SIDES = {
+    1: ("good", "▲", "the interval lies above zero"),
+    -1: ("bad", "▼", "the interval lies below zero"),
+    0: ("", "", "the interval holds zero"),
+}
 
 
 class Cell(NamedTuple):
-    """One cell.
+    """One cell."""
 
-    Attributes:
-        words: as shown.
-        sort: what the column is sorted by; `None` = always last.
-        title: tooltip, "" = none.
-        kind: "good", "bad" or "".
-        mark: a sign that says the same as the colour.
-    """
+    words: str  # as shown
+    sort: float | str | None = None  # what the column is sorted by; `None` = always last
+    title: str = ""  # tooltip, "" = none
+    kind: str = ""  # "good", "bad" or ""
+    mark: str = ""  # a sign that says the same as the colour
 
-    words: str
-    sort: float | str | None = None
-    title: str = ""
-    kind: str = ""
-    mark: str = ""
+
+NOTHING = Cell("–")
 
 
 class Shown(NamedTuple):
@@ -49,18 +48,9 @@ def _table(columns: Sequence[Column], rows: Sequence[Row]) -> Shown:
 _SETTING = Column("setting", lambda row: Cell(row.label, row.label.lower()), left=True, title="what was patched in")
 
 
-def plain(value: float | None, digits: int = 1, unit: str = "", factor: float = 1.0) -> Cell:
-    """A number alone."""
-    return Cell(figure(None if value is None else factor * value, digits, unit=unit), value)
-
-
 def summary(section: Section, front: set[int]) -> Shown:
-    """Every setting of a section: cost, accuracy, differences, speed.
-
-    Args:
-        section: its rows.
-        front: numbers of the rows on the Pareto front of accuracy against GMACs.
-    """
+    """Every setting of a section: cost, accuracy, differences, speed; `front` = numbers of the rows on the Pareto front of
+    accuracy against GMACs."""
     place = {id(row): i for i, row in enumerate(section.rows)}
     score = next((row.score for row in section.rows if row.score is not None), None)
     name, unit = (score.label, score.unit) if score else ("score", "")
@@ -68,7 +58,7 @@ def summary(section: Section, front: set[int]) -> Shown:
     def against_random(row: Row) -> Cell:
         rival = section.rivals.get(place[id(row)])
         if rival is None:
-            return Cell("–")
+            return NOTHING
         paired = "paired sample by sample" if rival.paired else "not paired"
         return gap_cell(rival.gap, f"against {rival.row.label}, {rival.cost}, {paired}")
 
@@ -83,13 +73,13 @@ def summary(section: Section, front: set[int]) -> Shown:
         Column(name, lambda r: _score(r.score), title="± standard error", unit=unit),
         Column("vs unpatched", _difference, title="paired difference in points, with its 95 % interval", unit="points [95 %]"),
         Column("vs random", against_random, title="difference in points to random at the same cost", unit="points [95 %]"),
-        Column("tokens", lambda r: plain(r.mean_tokens, 0), title="mean over the layers"),
+        Column("tokens", lambda r: _plain(r.mean_tokens, 0), title="mean over the layers"),
         Column("GMACs", _macs, title="multiply-accumulates per sample, token reduction left out"),
-        Column("implied", lambda r: plain(r.implied, 2, "×"), title="unpatched over patched GMACs", unit="speed-up"),
+        Column("implied", lambda r: _plain(r.implied, 2, "×"), title="unpatched over patched GMACs", unit="speed-up"),
         Column("measured", _measured, title="median of pairs with its 95 % interval", unit="speed-up [95 %]"),
         Column("achieved", _achieved, title="measured over implied"),
         *(_extra(extra) for extra in _EXTRAS if score is None or extra != score.name),
-        Column("first token", _of("ttft_ms", 0), title="time until the first token of an answer", unit="ms"),
+        Column("first token", _first_token, title="time until the first token of an answer", unit="ms"),
         Column("KV", _kv, title="keys and values of a prompt, 10^6 bytes", unit="MB"),
     ]
     return _table(columns, section.rows)
@@ -98,22 +88,11 @@ def summary(section: Section, front: set[int]) -> Shown:
 def all_scores(section: Section) -> Shown | None:
     """Every metric of every setting; `None` where the summary shows them all."""
     names = list(dict.fromkeys(name for row in section.rows for name in row.scores))
-    if len(names) < 2:
-        return None
-    return _table([_SETTING, *(_any_score(name) for name in names)], section.rows)
+    return None if len(names) < 2 else _table([_SETTING, *(_any_score(name) for name in names)], section.rows)
 
 
-@dataclass(frozen=True)
-class Speed:
-    """One setting's speed, as shares of the width of a scale that ends at `Speeds.most`.
-
-    Attributes:
-        row: the setting.
-        kind: "bad" = slower than unpatched, "plain" = not clearly faster or not known, "good" = faster.
-        verdict: the same in words.
-        low, point, high: measured.
-        implied: by MACs; `None` if unknown.
-    """
+class Speed(NamedTuple):
+    """One setting's speed: numbers in percent of the width of the scale, words as they are shown, `kind` as of a verdict."""
 
     row: Row
     kind: str
@@ -121,116 +100,101 @@ class Speed:
     low: float
     point: float
     high: float
-    implied: float | None
+    implied: float | None  # by MACs; `None` if unknown
     measured: str
     bound: str
     achieved: str
 
 
-@dataclass(frozen=True)
-class Speeds:
-    """All timed settings on one scale, which begins at 0.
-
-    Attributes:
-        lines: the settings.
-        most: speed-up at the end of the scale.
-        one: where 1x, unpatched, lies.
-    """
+class Speeds(NamedTuple):
+    """All timed settings on one scale, which begins at 0; 1x, unpatched, lies at `one`."""
 
     lines: list[Speed]
-    most: float
     one: float
 
 
 def speeds(section: Section) -> Speeds | None:
     """Measured speed beside what the MACs imply; `None` if nothing was timed."""
-    timed = [row for row in section.patched if row.speedup is not None]
+    timed = [(row, row.speedup) for row in section.patched if row.speedup is not None]
     if not timed:
         return None
-    tops = [v for r in timed if r.speedup for v in (r.speedup.point, r.speedup.high, r.implied) if v is not None]
+    tops = [value for row, s in timed for value in (s.point, s.high, row.implied) if value is not None]
     most = max(1.1, *tops) * 1.04
+
+    def place(value: float) -> float:
+        return round(100 * max(value, 0.0) / most, 2)
+
     lines = []
-    for row in timed:
-        s = row.speedup
-        assert s is not None
-        kind, verdict = row.verdict
-        low, high = (s.point if end is None else end for end in (s.low, s.high))
+    for row, s in timed:
+        achieved = None if row.achieved is None else row.achieved.scaled(100)
+        low, high = s.ends or (s.point, s.point)
         lines.append(
             Speed(
-                row=row,
-                kind=kind,
-                verdict=verdict,
-                low=_share(low, most),
-                point=_share(s.point, most),
-                high=_share(high, most),
-                implied=None if row.implied is None else _share(row.implied, most),
-                measured=with_ends(s, 2, unit="×"),
-                bound=figure(row.implied, 2, unit="×"),
-                achieved=with_ends(None if row.achieved is None else row.achieved.scaled(100), 0, unit=" %"),
+                row,
+                row.verdict[0],
+                row.verdict[1],
+                place(low),
+                place(s.point),
+                place(high),
+                None if row.implied is None else place(row.implied),
+                with_ends(s, 2, unit="×"),
+                figure(row.implied, 2, unit="×"),
+                with_ends(achieved, 0, unit=" %"),
             )
         )
-    return Speeds(lines, most, _share(1.0, most))
+    return Speeds(lines, place(1.0))
 
 
-def _share(value: float, most: float) -> float:
-    """Percent of a scale from 0 to `most`."""
-    return round(100 * max(value, 0.0) / most, 2)
+def _plain(value: float | None, digits: int, unit: str = "") -> Cell:
+    return Cell(figure(value, digits, unit=unit), value)
 
 
 def _score(score: Score | None) -> Cell:
     if score is None:
-        return Cell("–")
+        return NOTHING
     title = "± standard error" if score.error is not None else "95 % interval" if score.own else "no standard error is known"
     return Cell(score.words, score.value, title)
 
 
 def _difference(row: Row) -> Cell:
     known = row.score.difference if row.score else None
-    return Cell("–") if known is None else gap_cell(known, "paired with unpatched")
+    return NOTHING if known is None else gap_cell(known, "paired with unpatched")
 
 
 def gap_cell(gap: Interval, title: str) -> Cell:
     """A difference with its interval, coloured and marked where that lies on one side of zero."""
-    kind = {1: "good", -1: "bad", 0: ""}[gap.sign]
-    told = {1: "the interval lies above zero", -1: "the interval lies below zero", 0: "the interval holds zero"}[gap.sign]
-    return Cell(with_sign(gap), gap.point, f"{title}; {told if gap.known else 'no interval is known'}", kind, _MARKS[gap.sign])
+    kind, mark, told = _SIDES[gap.sign]
+    told = told if gap.known else "no interval is known"
+    return Cell(with_sign(gap), gap.point, f"{title}; {told}", kind, mark)
 
 
 def _macs(row: Row) -> Cell:
-    if row.gmacs is None:
-        return Cell("–")
     own = "" if not row.reduction else f"the reduction's own: {row.reduction:.3g}"
-    return Cell(figure(row.gmacs, 3 if row.gmacs < 10 else 1), row.gmacs, own)
+    return NOTHING if row.gmacs is None else Cell(figure(row.gmacs, 3 if row.gmacs < 10 else 1), row.gmacs, own)
 
 
 def _measured(row: Row) -> Cell:
     if row.speedup is None:
-        return Cell("–")
+        return NOTHING
     kind, mark = ("bad", "▼") if row.slower else ("", "")
     return Cell(with_ends(row.speedup, 2, unit="×"), row.speedup.point, row.verdict[1], kind, mark)
 
 
 def _achieved(row: Row) -> Cell:
-    a = row.achieved
-    return (
-        Cell("–") if a is None else Cell(figure(100 * a.point, 0, unit=" %"), a.point, with_ends(a.scaled(100), 0, unit=" %"))
-    )
+    if row.achieved is None:
+        return NOTHING
+    share = row.achieved.scaled(100)
+    return Cell(figure(share.point, 0, unit=" %"), row.achieved.point, with_ends(share, 0, unit=" %"))
 
 
-def _of(name: str, digits: int) -> Callable[[Row], Cell]:
-    """A time that records hold as {"base", "patched"}."""
-
-    def cell(row: Row) -> Cell:
-        value = number(at(row.record, name, "patched"))
-        base = number(at(row.record, name, "base"))
-        return Cell(figure(value, digits), value, "" if base is None else f"unpatched: {figure(base, digits)}")
-
-    return cell
+def _first_token(row: Row) -> Cell:
+    value, base = (number(at(row.record, "ttft_ms", side)) for side in ("patched", "base"))
+    return Cell(figure(value, 0), value, "" if base is None else f"unpatched: {figure(base, 0)}")
 
 
 def _kv(row: Row) -> Cell:
     value = number(at(row.record, "kv_bytes", "patched"))
-    return plain(None if value is None else value / 1e6, 2)
+    return _plain(None if value is None else value / 1e6, 2)
 
 
 def _extra(name: str) -> Column:
@@ -241,9 +205,7 @@ def _extra(name: str) -> Column:
 def _any_score(name: str) -> Column:
     def cell(row: Row) -> Cell:
         score = row.scores.get(name)
-        if score is None:
-            return Cell("–")
-        known = score.difference
+        known = None if score is None else score.difference
         return _score(score)._replace(title="" if known is None else f"vs unpatched {with_sign(known)}")
 
     return Column(name.replace("_", " "), cell, title=name)

@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader
 
 from vtok.errors import ConfigError, UnsupportedModelError
 from vtok.eval.common.distributed import current
-from vtok.eval.common.dtypes import TYPES, dtype_of
 from vtok.eval.common.settings import (
+    TYPES,
     PassCost,
     Setting,
+    dtype_of,
     evaluating,
     mean_cost,
     method_name,

@@ -16,8 +16,7 @@ from typing import Any
 import vtok
 from vtok.errors import ConfigError
 from vtok.eval.common.distributed import current
-from vtok.eval.common.dtypes import dtype_of
-from vtok.eval.common.settings import Setting, evaluating, to_device
+from vtok.eval.common.settings import Setting, dtype_of, evaluating, to_device
 from vtok.eval.models.vlm import VisionLanguageModel, load_vlm
 from vtok.eval.runs.again import run_file
 from vtok.eval.tasks import QUESTION_TASKS

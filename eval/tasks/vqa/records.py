@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from vtok.eval.common.rates import Step, throughput
 from vtok.eval.common.records import bits
 from vtok.eval.common.settings import macs_fields
 from vtok.eval.common.statistics import Interval, clustered_mean_stderr, paired_difference, paired_ratio, share
+from vtok.eval.common.timing import Step, throughput
 from vtok.eval.tasks.vqa.data import VQAData
 from vtok.eval.tasks.vqa.metrics import agreement, exact_match
 from vtok.eval.tasks.vqa.plain import TASK

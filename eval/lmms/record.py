@@ -27,7 +27,7 @@ Document = tuple[str, str, Any]  # task, split, number
 
 @dataclass
 class PromptCounts(TokenCounts):
-    """What the harness writes into `token_counts` of a sample; see `vtok.eval.lmms`. Its own fields come first."""
+    """What the harness writes into `token_counts` of a sample; see assets/docs/evaluate.md. Its own fields come first."""
 
     visual_tokens: int | None = None
     kept_tokens: list[int] | None = None

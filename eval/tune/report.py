@@ -160,15 +160,8 @@ def records_of(tuned: Tuned, subject: Subject, plan: Plan, held_out: Samples) ->
 
 
 def run_file(tuned: Tuned, made: Prepared, plan: Plan, about: str, output: str = "") -> str:
-    """The winner as a run file: `vtok run` takes it.
-
-    Args:
-        tuned: the outcome.
-        made: what was tuned, and on what.
-        plan: of the search.
-        about: what was done, for the comment on top.
-        output: folder for the results of the run.
-    """
+    """The winner as a run file: `vtok run` takes it. `about` is the comment on top, `output` the folder for the results of the
+    run."""
     winner = tuned.candidates[tuned.best].config
     content: dict[str, Any] = {
         "model": dict(made.model),

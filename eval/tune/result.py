@@ -32,12 +32,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Held:
-    """A setting on held-out samples.
-
-    Attributes:
-        values: measure -> [samples].
-        cost: `tokens`, `gmacs`, `implied_speedup`.
-    """
+    """A setting on held-out samples: measure -> [samples], and its `tokens`, `gmacs`, `implied_speedup`."""
 
     values: Values
     cost: dict[str, Any]

@@ -39,9 +39,7 @@ SEARCHES = tuple(_SEARCHES)
 class TrialRandom(random.Random):
     """Random numbers that are parameters of a trial, so that a sampler sees, and may learn, what a `Dimension` draws.
 
-    Args:
-        trial: that suggests them.
-        name: of the dimension; the parameters are called `name.kind.number`.
+    The parameters are called `name.kind.number`, with the name of the dimension.
     """
 
     def __init__(self, trial: Trial, name: str):
@@ -74,12 +72,7 @@ class TrialRandom(random.Random):
 
 
 def stages(search: str, samples: int, eta: int = 3) -> list[int]:
-    """Numbers of samples after which a candidate is looked at; the last is all of them.
-
-    Args:
-        search: one of `SEARCHES`.
-        samples: in the calibration set.
-        eta: after a stage the best 1 / eta go on and see eta times as many.
+    """Numbers of samples after which a candidate is looked at; the last is all of them. After a stage the best 1 / eta go on.
 
     Raises:
         UnknownNameError: no such search.

@@ -38,16 +38,7 @@ Progress = Callable[[str, int, int], None]  # (what is going on, done, in all); 
 
 
 class Tuning:
-    """One search.
-
-    Args:
-        subject: model and method.
-        plan: how to search.
-        calibration: samples to search on.
-        held_out: other samples to compare on at the end; `None` = leave that out.
-        out: folder of `search.journal`.
-        progress: told what is going on.
-    """
+    """One search, with `search.journal` in the folder `out`; without `held_out` samples nothing is compared at the end."""
 
     def __init__(
         self,

@@ -81,13 +81,7 @@ def clip_of(picture: Tensor, frames: int, seed: int) -> Tensor:
 
 
 def batches(questions: int, frames: int, size: int = 20) -> Iterator[tuple[dict[str, Tensor], list[str]]]:
-    """(Inputs of the model, answers), of so many questions in equal distances.
-
-    Args:
-        questions: Q.
-        frames: F.
-        size: B at most.
-    """
+    """(Inputs of the model, answers) of Q questions in equal distances, B at most together, about clips of F frames."""
     held = reference_vlm.load_reference_questions()
     processor = reference_vlm.load_reference_llava_processor()
     tokenizer, images = processor.tokenizer, processor.image_processor

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from vtok.eval.common import terminal
 from vtok.eval.common.statistics import with_error
@@ -32,15 +31,10 @@ POOLED = ("downsample",)  # whose tokens belong to no patch
 CROP_PAGES = 40  # on which the tokens of blank and of filled crops are counted
 
 
-def run_pages_demo(out: Path, questions: int | None = None, console: Console | None = None) -> Section:
-    """Asks what has no answer yet, prints a table, and writes `pages_overlays.png`.
-
-    Args:
-        out: folder of results; a second run with the same arguments goes on where the first stopped.
-        questions: how many; `None` = all.
-        console: where the table goes.
-    """
-    console = console or terminal.output()
+def run_pages_demo(out: Path, questions: int | None = None) -> Section:
+    """Asks what has no answer yet (so many questions, or all), prints a table, and writes `pages_overlays.png` into the folder
+    of results."""
+    console = terminal.output()
     section = measured("sweep_reference_pages", out, console, num_samples=questions)
     model, data = load_vlm(REFERENCE_PRINT), open_vqa(PRINT)
     crops = crops_of(model, data, section)
@@ -51,12 +45,7 @@ def run_pages_demo(out: Path, questions: int | None = None, console: Console | N
 
 
 def pages_table(section: Section, crops: dict[str, tuple[float, float]]) -> Table:
-    """Accuracy, paired differences, and by kind of question; tokens that crops keep.
-
-    Args:
-        section: of the sweep.
-        crops: of `crops_of`.
-    """
+    """Accuracy, paired differences, and by kind of question; tokens that crops keep (of `crops_of`)."""
 
     def kept(row: Row) -> str:
         return "{:.1f} / {:.1f}".format(*crops[row.label]) if row.label in crops else "-"

@@ -36,36 +36,31 @@ class Compiler:
             raise unknown("mode of torch.compile", self.mode, MODES)
 
     def __call__(self, model: nn.Module, images: Tensor) -> tuple[Callable[[Tensor], Any], dict[str, Any]]:
-        """(the compiled model, what it took).
+        """(the compiled model, what it took, see `watched`).
 
         Args:
             model: in eval mode.
             images: the batch that will be timed.
-
-        Returns:
-            `seconds` of the first call; `graphs` that it made and `breaks` between them; `again`, graphs that later calls on
-            the same batch made; `other_batches`, graphs that two other batch sizes made under `dynamic`, else `None` (torch
-            ties a batch as large as another dimension, say 3, to it: then there is one).
         """
-        mode = self.mode if self.backend == "inductor" else None  # other backends have none
-        run: Any = torch.compile(model, dynamic=self.dynamic, backend=self.backend, mode=mode)
-        start, before = time.perf_counter(), _counted()
-        run(images)
-        synchronise(images.device)
-        seconds, first = time.perf_counter() - start, _counted()
-        for _ in range(_AGAIN):
+        run: Any = torch.compile(model, dynamic=self.dynamic, backend=self.backend, mode=self._mode)
+
+        def once() -> None:
             run(images)
-        again, others = _counted()[0] - first[0], None
+            synchronise(images.device)
+
+        took = self.watched(once)
         if self.dynamic:
             known = _counted()[0]
             with torch.inference_mode(images.is_inference()):  # tensors of the same kind as the batch
                 batches = torch.cat([images, images[:1]]), torch.cat([images, images])
             for batch in batches:
                 run(batch)
-            others = _counted()[0] - known
-        graphs, breaks = (after - earlier for after, earlier in zip(first, before))
-        told = {"seconds": seconds, "graphs": graphs, "breaks": breaks, "again": again, "other_batches": others}
-        return run, {"mode": self.mode, "dynamic": self.dynamic, **told}
+            took["other_batches"] = _counted()[0] - known
+        return run, took
+
+    @property
+    def _mode(self) -> str | None:
+        return self.mode if self.backend == "inductor" else None  # other backends have none
 
     def decoding(self) -> dict[str, Any]:
         """Keywords of generate() under which it compiles its steps: a static cache, and how; the prefill is not compiled.
@@ -77,26 +72,31 @@ class Compiler:
 
         if self.dynamic:
             raise ConfigError("--dynamic is for batches of images; steps of generate() have the shape of their cache")
-        mode = self.mode if self.backend == "inductor" else None
         config: Any = CompileConfig(
             backend=self.backend,
-            mode=mode,  # type: ignore[arg-type]  # torch takes None, transformers' annotation does not say so
+            mode=self._mode,  # type: ignore[arg-type]  # torch takes None, transformers' annotation does not say so
             fullgraph=False,
             dynamic=False,
         )
         config._compile_all_devices = True  # transformers compiles on accelerators by itself, on the CPU when told so
         return {"cache_implementation": "static", "compile_config": config}
 
-    def watched(self, answer: Callable[[], Any]) -> dict[str, Any]:
-        """What the first call of something that compiles took, as `__call__` tells it; later ones are to compile nothing."""
+    def watched(self, once: Callable[[], Any]) -> dict[str, Any]:
+        """What the first call of something that compiles took; later ones are to compile nothing.
+
+        Returns:
+            `seconds` of the first call; `graphs` that it made and `breaks` between them; `again`, graphs that later calls on
+            the same batch made; `other_batches`, graphs that two other batch sizes made under `dynamic`, else `None` (torch
+            ties a batch as large as another dimension, say 3, to it: then there is one).
+        """
         start, before = time.perf_counter(), _counted()
-        answer()
+        once()
         seconds, first = time.perf_counter() - start, _counted()
         for _ in range(_AGAIN):
-            answer()
+            once()
         graphs, breaks = (after - earlier for after, earlier in zip(first, before))
-        told = {"seconds": seconds, "graphs": graphs, "breaks": breaks, "again": _counted()[0] - first[0]}
-        return {"mode": self.mode, "dynamic": self.dynamic, **told, "other_batches": None}
+        took = {"seconds": seconds, "graphs": graphs, "breaks": breaks, "again": _counted()[0] - first[0]}
+        return {"mode": self.mode, "dynamic": self.dynamic, **took, "other_batches": None}
 
 
 def _counted() -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,40 +15,13 @@ from torch import Tensor, nn
 from vtok import export
 from vtok.errors import MissingExtraError
 from vtok.eval.benchmarks.result import Result
-from vtok.eval.benchmarks.throughput import (
-    PAIRS,
-    WARMUP,
-    baseline_check,
-    checked_settings,
-    compare,
-    described_run,
-    interleave,
-)
-from vtok.eval.common.settings import (
-    backend,
-    evaluating,
-    method_name,
-    model_name,
-    pass_cost,
-    resolved_params,
-    to_device,
-    weight_sharing_copy,
-)
+from vtok.eval.benchmarks.throughput import measure
 
 Session = Callable[[Any], Any]
 
 
 def measure_exported(
-    model: nn.Module,
-    images: Tensor,
-    settings: Sequence[Any],
-    *,
-    runtime: str,
-    pairs: int = PAIRS,
-    threads: int | None = None,
-    name: str | None = None,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    model: nn.Module, images: Tensor, settings: Sequence[Any], *, runtime: str, threads: int | None = None, **timing: Any
 ) -> list[Result]:
     """Exports a model unpatched and patched, checks every file, and times them in turn; CPU, float32.
 
@@ -56,11 +30,8 @@ def measure_exported(
         images: one batch [B, C, H, W], which is also the batch of the files.
         settings: each a `Setting`, a method, or (method, parameters).
         runtime: one of `RUNTIMES`.
-        pairs: timed batches of every file.
         threads: of the runtime; `None` = torch's.
-        name: of the model, for the records.
-        seed: of the bootstrap.
-        progress: called with (rounds done, rounds).
+        **timing: `pairs`, `name`, `seed` and `progress`, as for `vtok.eval.benchmarks.throughput.measure`.
 
     Returns:
         One result a setting, in order; `kernel` names the runtime.
@@ -70,46 +41,19 @@ def measure_exported(
         UnsupportedModelError: a method does not work on the model or cannot be exported.
         MissingExtraError: the runtime is not installed.
     """
-    chosen = checked_settings(settings, pairs)
-    open_file, count = RUNTIMES[runtime], threads or torch.get_num_threads()
-    images = images.float().cpu()
-    size = (images.shape[1], images.shape[2], images.shape[3])
-    with evaluating(model), TemporaryDirectory() as folder, torch.inference_mode():
-        base = to_device(model, torch.float32, "cpu")
-        patched = [setting.apply(weight_sharing_copy(base), size) for setting in chosen]
-        sessions = []
-        for number, one in enumerate((base, *patched)):
-            file = export.onnx(one, images, Path(folder) / f"{number}.onnx", dynamic_batch=False)
-            sessions.append(open_file(file.path, count))
-        costs = [pass_cost(one, size) for one in patched]
-        array = images.numpy()
-        for session in sessions:
-            for _ in range(WARMUP):
-                session(array)
-        times, plain = interleave(sessions, pairs, lambda session: session(array), images.device, progress)
-    common = described_run(images, len(images), pairs, seed)
-    common["versions"][runtime] = version(runtime)
-    common |= {
-        "model": name or model_name(model),
-        "backend": backend(model),
-        "img_size": size[2],
-        "threads": count,
-        "baseline_check": baseline_check(times[0], plain),
-        "kernel": {"base": runtime, "patched": runtime},
-        "peak_memory_mb": None,
-        "reduction_share": None,
-    }
-    return [
-        Result(
-            method=method_name(patched[i]),
-            setting=chosen[i].title,
-            params=resolved_params(patched[i]),
-            **costs[i].fields(),
-            **compare(times[0], times[i + 1], costs[i].implied_speedup, len(images), seed),
-            **common,
-        )
-        for i in range(len(chosen))
-    ]
+    count = threads or torch.get_num_threads()
+    with TemporaryDirectory() as folder:
+
+        def opened(one: nn.Module, batch: Tensor) -> tuple[Session, dict[str, Any]]:
+            file = export.onnx(one, batch, Path(folder) / f"{id(one)}.onnx", dynamic_batch=False)
+            session = RUNTIMES[runtime](file.path, count)
+            return lambda tensor: session(tensor.numpy()), {}
+
+        images = images.float().cpu()
+        common: dict[str, Any] = {"dtype": "fp32", "device": "cpu", "threads": count, "memory": False, "profile": False}
+        found = measure(model, images, settings, compiler=opened, **common, **timing)
+    kernel = {"base": runtime, "patched": runtime}
+    return [replace(r, compiled=None, kernel=kernel, versions={**r.versions, runtime: version(runtime)}) for r in found]
 
 
 def onnxruntime(path: Path, threads: int) -> Session:

@@ -1,8 +1,8 @@
 """How time and memory of every method grow with the number of tokens, beside the attention that it saves.
 
-Encoders: a random ViT of a few blocks, whose image grows; timed is what deciding and moving take in one forward pass, in all
-blocks, beside the attention (scores, softmax, values) of all blocks unpatched. Prompts: the choice among visual tokens, see
-`vtok.eval.benchmarks.selectors`, beside the products of a 7B prefill. Peaks are bytes of the tensors that a step makes.
+Encoders: a random ViT of a few blocks; timed is what deciding and moving take in a pass, beside the attention of all blocks
+unpatched. Prompts: the choice among visual tokens (`vtok.eval.benchmarks.selectors`), beside the products of a 7B prefill.
+Peaks are bytes of the tensors that a step makes.
 
 What was measured: assets/docs/results/growth.md in the repository.
 """
@@ -26,6 +26,7 @@ from vtok.errors import VtokError
 from vtok.eval.benchmarks.flops import watched_reduction
 from vtok.eval.benchmarks.selectors import Held, Synthetic, configs
 from vtok.eval.benchmarks.selectors import measure as measure_choices
+from vtok.eval.benchmarks.throughput import seconds_of
 from vtok.eval.report.tables import Column, Table
 from vtok.registry import METHODS
 from vtok.writing import replacing
@@ -69,14 +70,10 @@ def _encoder(tokens: int, width: int, seed: int) -> nn.Module:
 def _attention(tokens: int, width: int, calls: int) -> Grown:
     """Attention of all blocks of the unpatched encoder, as torch computes it."""
     q = torch.randn(3, 1, HEADS, tokens, width // HEADS)
-    seconds = []
-    with torch.inference_mode(), Held() as held:
-        F.scaled_dot_product_attention(*q)
-    for _ in range(calls):
-        start = time.perf_counter()
-        with torch.inference_mode():
+    with torch.inference_mode():
+        with Held() as held:
             F.scaled_dot_product_attention(*q)
-        seconds.append(time.perf_counter() - start)
+        seconds = [seconds_of(lambda: F.scaled_dot_product_attention(*q)) for _ in range(calls)]
     return Grown(ATTENTION, tokens, DEPTH * min(seconds), held.peak, 1.0)
 
 
@@ -119,15 +116,12 @@ def measure_encoders(
     progress: Callable[[int, int], None] | None = None,
     methods: Sequence[str] | None = None,
 ) -> list[Grown]:
-    """Every method for encoders at its default, at every number of tokens, attention first.
+    """Every method for encoders (or those named) at its default, at every number of tokens, attention first.
 
     Args:
         tokens: patches of one image, each a square number or rounded down to one.
-        width: of the encoder.
         calls: of which the fastest counts, after one that warms up.
-        seed: of weights.
         progress: called with steps done and steps in all.
-        methods: names; `None` = all.
     """
     every = [name for name in METHODS.names() if getattr(METHODS.get(name), "build", None) is not None]
     names = every if methods is None else list(methods)
@@ -156,9 +150,7 @@ def measure_prompts(
 
     Args:
         tokens: of one view, each a square number or rounded down to one.
-        width: of a token.
         calls: of which the median counts, after one that warms up.
-        seed: of the numbers.
         progress: called with sizes done and sizes in all.
     """
     found: list[Grown] = []
@@ -183,15 +175,9 @@ def exponent(results: Sequence[Grown], method: str, value: Callable[[Grown], flo
 
 
 def table(results: Sequence[Grown], share: str, title: str) -> Table:
-    """A line a method: milliseconds and MiB at every size, and how both grow at the end.
-
-    Args:
-        results: of one kind of measurement.
-        share: what `Grown.share` is a part of.
-        title: above.
-    """
+    """A line a method: milliseconds and MiB at every size, and how both grow at the end; `share` is what `Grown.share` is a
+    part of."""
     sizes = sorted({r.tokens for r in results})
-    names = list(dict.fromkeys(r.method for r in results))
     at = {(r.method, r.tokens): r for r in results}
 
     def cell(name: str, size: int) -> str:
@@ -199,22 +185,19 @@ def table(results: Sequence[Grown], share: str, title: str) -> Table:
         return "-" if r is None else "refused" if r.refused else f"{_plain(_milliseconds(r))} / {_plain(_mebibytes(r))}"
 
     def part(name: str) -> str:
-        return "-" if name == ATTENTION else " .. ".join(f"{r.share:.2%}" for r in _ends(results, name))
+        ran = [r for r in results if r.method == name and not r.refused]
+        ends = [ran[0], ran[-1]] if len(ran) > 1 else ran
+        return "-" if name == ATTENTION else " .. ".join(f"{r.share:.2%}" for r in ends)
 
     def grows(name: str) -> str:
-        found = (exponent(results, name, value) for value in (lambda r: r.seconds, lambda r: float(r.peak)))
+        found = (exponent(results, name, value) for value in (_milliseconds, _mebibytes))
         return " / ".join("-" if x is None else f"{x:.1f}" for x in found)
 
     columns = [Column("method", lambda name: name, left=True)]
     columns += [Column(f"{size:,}", partial(cell, size=size)) for size in sizes]
     columns += [Column(f"of {share}", part), Column("grows as N^", grows)]
     caption = f"ms / peak MiB of one image; of {share}: at the smallest and the largest size"
-    return Table.of(names, columns, title=title, caption=caption)
-
-
-def _ends(results: Sequence[Grown], name: str) -> list[Grown]:
-    ran = [r for r in results if r.method == name and not r.refused]
-    return [ran[0], ran[-1]] if len(ran) > 1 else ran
+    return Table.of(dict.fromkeys(r.method for r in results), columns, title=title, caption=caption)
 
 
 def _plain(value: float) -> str:

@@ -34,7 +34,6 @@ def peak_memory(model: nn.Module, images: Inputs, settings: Sequence[Setting]) -
     Args:
         model: unpatched, on the device and in the type to be measured.
         images: what the model takes, on the same device: a batch, or a mapping that holds one.
-        settings: to measure.
 
     Returns:
         Peak in MB (2^20 bytes), one a setting.

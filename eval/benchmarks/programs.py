@@ -77,7 +77,6 @@ def prepare(
 
     Args:
         base: unpatched, in eval mode; stays as it is.
-        images: as for `vtok.eval.benchmarks.throughput.measure`.
         beside: name -> what to time: a model that shares no module with `base`, or a function that is given a copy of `base`
             (weights and all) and returns the changed one.
         unpatched: what a pass of `base` costs.
@@ -154,11 +153,8 @@ def _seen(model: nn.Module, images: Tensor | Mapping[str, Any], blocks: Sequence
 
 @contextmanager
 def _nothing_else_changed(base: nn.Module, name: str) -> Iterator[None]:
-    """What the unpatched model's classes do is the same afterwards; where it is not, it is put back.
-
-    Raises:
-        ConfigError: a program replaced methods of these classes, or functions of their modules, for the whole process.
-    """
+    """What the unpatched model's classes do is the same afterwards; where it is not, it is put back, and a `ConfigError` says
+    so."""
     kinds = {kind for module in base.modules() for kind in type(module).__mro__ if kind is not object}
     homes = {sys.modules[kind.__module__] for kind in kinds if kind.__module__ in sys.modules} | {nn.functional, torch}
     before: dict[Any, dict[str, Any]] = {holder: dict(vars(holder)) for holder in (*kinds, *homes)}
@@ -184,11 +180,8 @@ def _nothing_else_changed(base: nn.Module, name: str) -> Iterator[None]:
 
 @contextmanager
 def _same_baseline(base: nn.Module, images: Tensor | Mapping[str, Any], name: str) -> Iterator[None]:
-    """The unpatched model computes the same afterwards, by the same kernels, and torch is set as it was.
-
-    Raises:
-        ConfigError: a program changed what the unpatched model runs by a way that cannot be put back, or left torch otherwise.
-    """
+    """The unpatched model computes the same afterwards, by the same kernels, and torch is set as it was; else a
+    `ConfigError`."""
     settings = {what: get() for what, (get, _) in _SETTINGS.items()}
     before = _computed(base, images)
     changed: list[str] = []
@@ -237,13 +230,7 @@ def _is_code(value: Any) -> bool:
 
 
 class Checkout(NamedTuple):
-    """A program that is known by the layout of its repository.
-
-    Attributes:
-        repository: where it comes from.
-        file: of it that must be there.
-        change: (checkout, model, parameters) -> changes the model in place.
-    """
+    """A program that is known by the layout of its repository: a `file` of it, and what changes a model in place."""
 
     repository: str
     file: str
@@ -288,13 +275,7 @@ CHECKOUTS = {
 
 @contextmanager
 def _importing(folder: Path, package: str, *bare: str) -> Iterator[None]:
-    """A package of a folder can be imported, and is forgotten afterwards: another folder may hold one of the same name.
-
-    Args:
-        folder: that holds it.
-        package: its name.
-        bare: packages that are entered without running their `__init__`.
-    """
+    """A package of a folder can be imported, and is forgotten afterwards; those in `bare` without running their `__init__`."""
 
     def ours() -> list[str]:
         return [name for name in sys.modules if name.partition(".")[0] == package]
@@ -318,9 +299,6 @@ def parse_beside(texts: Sequence[str]) -> dict[str, Change]:
 
     A file defines `change(model, **parameters)`, which is given a copy of the model and returns the changed one (`None`: it
     changed the copy). It is run here, so that what is wrong with it is said before anything is timed.
-
-    Returns:
-        Name of the row -> what changes a copy of the model.
 
     Raises:
         ConfigError: another form, nothing there, or something else than is expected; two of one name.

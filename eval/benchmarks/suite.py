@@ -83,14 +83,8 @@ def bundled() -> dict[str, Path]:
 
 
 def load(name: str) -> list[dict[str, Any]]:
-    """The benchmarks of a suite, in its order.
-
-    Args:
-        name: of a bundled suite, or a file.
-
-    Raises:
-        ConfigError: there is none, or it holds something else.
-    """
+    """The benchmarks of a bundled suite, or of a file, in its order; a `ConfigError` if there is none, or it holds something
+    else."""
     path = bundled().get(name, Path(name))
     if not path.is_file():
         raise ConfigError(f"no suite {name!r}; bundled: {', '.join(bundled())}; or name a YAML file")
@@ -121,11 +115,9 @@ def run(
     minutes: float | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[Record], list[str]]:
-    """Runs benchmarks that have no results in the folder yet.
+    """Runs benchmarks, from `load`, that have no results in the folder (`results.jsonl`, `table.md`) yet.
 
     Args:
-        benchmarks: from `load`.
-        folder: of `results.jsonl` and `table.md`.
         device: `None` = a GPU if there is one.
         minutes: after so many no further benchmark is begun; `None` = no limit.
         tell: called with a line on every benchmark.

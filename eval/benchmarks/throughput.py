@@ -1,11 +1,10 @@
 """Speed of patched models against the unpatched one: what `vtok bench` measures.
 
-All models of a run are timed batch by batch in rounds, so that each patched batch has an unpatched partner close in time. Every
-timed batch follows an untimed one of the same model: heap and caches are then as they are when that model alone is served (on
-CPUs, the allocator's page faults after a change of model are worth several per cent). The order within a round is drawn anew
-every time. The models are separate module trees over the same parameters: nothing is patched or unpatched between batches, and
-weights take memory once. What interleaving does to the unpatched model itself is measured too: a plain loop over it, in the
-same run, must agree with its interleaved times within 3 % (`baseline_check`).
+All models of a run are timed batch by batch in rounds of random order, so that each patched batch has an unpatched partner
+close in time. Every timed batch follows an untimed one of the same model: heap and caches are then as they are when that model
+alone is served (on CPUs, the allocator's page faults after a change of model are worth several per cent). The models are
+separate module trees over the same parameters. A plain loop over the unpatched model must agree with its interleaved times
+within 3 % (`baseline_check`).
 
 What was measured: assets/docs/results/throughput.md in the repository.
 """
@@ -169,11 +168,7 @@ def measure(
 
 
 def checked_settings(settings: Sequence[Any], pairs: int) -> list[Setting]:
-    """What is to be timed.
-
-    Raises:
-        ConfigError: nothing is, or too few times for an interval.
-    """
+    """What is to be timed; a `ConfigError` if nothing is, or too few times for an interval."""
     chosen = [Setting.of(value) for value in settings]
     if not chosen:
         raise ConfigError("nothing to measure: name at least one method")
@@ -183,11 +178,7 @@ def checked_settings(settings: Sequence[Any], pairs: int) -> list[Setting]:
 
 
 def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A type by its short name.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """A type by its short name; a `ConfigError` if there is none."""
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {shown(dtype)}; known: {', '.join(DTYPES)}")
     return DTYPES[dtype] if isinstance(dtype, str) else dtype
@@ -274,29 +265,14 @@ def interleave(
     """(seconds of every batch of every model, seconds of the plain loop's batches over the first one).
 
     Args:
-        models: modules, or whatever `once` runs; warm already.
-        pairs: rounds.
-        once: runs a model on the batch.
-        device: that it is on.
-        progress: called with (rounds done, rounds).
+        models: modules, or whatever `once` runs on the batch; warm already.
         then: called with the number of a model behind each of its timed batches.
     """
     times: list[list[float]] = [[] for _ in models]
     plain: list[float] = []
 
     def timed(model: Any) -> float:
-        synchronise(device)
-        if device.type == "cuda":  # the GPU's own clock
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            once(model)
-            end.record()
-            end.synchronize()
-            return begin.elapsed_time(end) / 1000
-        start = time.perf_counter()
-        once(model)
-        synchronise(device)
-        return time.perf_counter() - start
+        return seconds_of(lambda: once(model), device)
 
     stretch, order = -(-pairs // _PLAIN_BLOCKS), random.Random(0)
     for done in range(pairs):
@@ -310,6 +286,23 @@ def interleave(
         if progress is not None:
             progress(done + 1, pairs)
     return times, plain
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device | None = None) -> float:
+    """Seconds of one call, by the GPU's own clock where it runs on one; `None` = the CPU."""
+    device = device or torch.device("cpu")
+    synchronise(device)
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+    start = time.perf_counter()
+    call()
+    synchronise(device)
+    return time.perf_counter() - start
 
 
 def synchronise(device: torch.device) -> None:

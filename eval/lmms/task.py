@@ -1,10 +1,7 @@
 """What it takes to try lmms-eval without a download: the bundled LLaVA with a chat template, and easy-VQA as a local task.
 
-    python -m vtok.eval.lmms.task FOLDER --count 200
-    lmms-eval --model vtok_llava_hf --model_args pretrained=FOLDER/model,method=todre,keep=0.1 --include_path FOLDER/task \\
-        --tasks vtok_easy_vqa --device cpu --log_samples --output_path FOLDER/logs
-
-The folder `task` shows all that lmms-eval needs for questions of one's own: a YAML file and the questions as parquet.
+`python -m vtok.eval.lmms.task FOLDER` writes both and says how to go on. The folder `task` shows all that lmms-eval needs for
+questions of one's own: a YAML file and the questions as parquet.
 """
 
 from __future__ import annotations
@@ -45,16 +42,8 @@ def write_model(folder: Path, name: str = REFERENCE_LLAVA) -> Path:
 
 
 def write_task(folder: Path, data: VQAData, max_new_tokens: int = 16) -> Path:
-    """Writes questions as a task of lmms-eval, for `--include_path`; its metric is `exact_match`.
-
-    Args:
-        folder: is made.
-        data: questions, with their images; the prompt behind them is written along.
-        max_new_tokens: length of an answer at most.
-
-    Returns:
-        The folder.
-    """
+    """Writes questions with their images as a task of lmms-eval, for `--include_path`; its metric is `exact_match`. Returns the
+    folder."""
     import datasets
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -68,12 +68,11 @@ Check = Callable[[nn.Module, Tensor], Evidence]
 def judge(
     model: nn.Module, x: Tensor, method: str, input_size: Size | None = None, check: Check = check_reduction
 ) -> dict[str, Any]:
-    """Tries a method on a model, as it is and then with each of its alternatives.
+    """Tries a method, at the setting of its `trial`, on a model, as it is and then with each of its alternatives.
 
     Args:
         model: unpatched, float64, in eval mode; left as it was.
         x: what it takes.
-        method: name; its setting is that of its `trial`.
         input_size: (channels, height, width), as for `vtok.patch`.
         check: what a patched model must pass.
 

@@ -10,7 +10,6 @@ What was measured: assets/docs/results/growth.md in the repository.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -26,7 +25,7 @@ from vtok.errors import VtokError
 from vtok.eval.benchmarks.flops import watched_reduction
 from vtok.eval.benchmarks.selectors import Held, Synthetic, configs
 from vtok.eval.benchmarks.selectors import measure as measure_choices
-from vtok.eval.benchmarks.throughput import seconds_of
+from vtok.eval.benchmarks.throughput import clocked, seconds_of
 from vtok.eval.report.tables import Column, Table
 from vtok.registry import METHODS
 from vtok.writing import replacing
@@ -83,12 +82,6 @@ def _step(model: nn.Module, name: str, tokens: int, calls: int, beside: float) -
     image, spent, peaks = torch.randn(1, 3, side, side), [0.0], [0]
 
     @contextmanager
-    def clock(_: Any) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        spent[-1] += time.perf_counter() - start
-
-    @contextmanager
     def hold(_: Any) -> Iterator[None]:
         with Held() as held:
             yield
@@ -98,7 +91,7 @@ def _step(model: nn.Module, name: str, tokens: int, calls: int, beside: float) -
         with torch.inference_mode(), vtok.patched(model, name):
             with watched_reduction(model, hold):
                 model(image)
-            with watched_reduction(model, clock):
+            with watched_reduction(model, clocked(spent, image.device)):
                 for _ in range(calls):
                     spent.append(0.0)
                     model(image)
@@ -215,13 +208,10 @@ def _mebibytes(r: Grown) -> float:
 
 def plot(kinds: Sequence[tuple[str, Sequence[Grown]]], path: Path) -> None:
     """Writes one picture: a row a kind of measurement, time on the left and memory on the right, both axes logarithmic."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(len(kinds), 2, figsize=(11, 4.4 * len(kinds)), squeeze=False, layout="constrained")
-    for row, (title, results) in zip(axes, kinds):
+    figure = Figure(figsize=(11, 4.4 * len(kinds)), layout="constrained")
+    for row, (title, results) in zip(figure.subplots(len(kinds), 2, squeeze=False), kinds):
         for axis, label, value in ((row[0], "milliseconds", _milliseconds), (row[1], "peak MiB", _mebibytes)):
             for i, name in enumerate(dict.fromkeys(r.method for r in results)):
                 ran = [(r.tokens, value(r)) for r in results if r.method == name and not r.refused and value(r) > 0]
@@ -232,4 +222,3 @@ def plot(kinds: Sequence[tuple[str, Sequence[Grown]]], path: Path) -> None:
         row[1].legend(fontsize=8, ncols=2, loc="upper left", bbox_to_anchor=(1, 1))
     with replacing(path) as scratch:
         figure.savefig(scratch, dpi=110, bbox_inches="tight")
-    plt.close(figure)

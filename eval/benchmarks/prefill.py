@@ -12,8 +12,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,6 +29,7 @@ from vtok.eval.benchmarks.throughput import (
     PAIRS,
     baseline_check,
     checked_settings,
+    clocked,
     described_run,
     dtype_of,
     interleave,
@@ -172,16 +172,7 @@ def compare(base: Times, patched: Times, implied: float, seed: int = 0) -> dict[
 def selection_seconds(model: nn.Module, inputs: Inputs) -> float:
     """Median time of a batch spent deciding which tokens go, before and inside the LLM and inside the tower."""
     spent: list[float] = []
-    device = inputs["input_ids"].device
-
-    @contextmanager
-    def clock(_: Any) -> Iterator[None]:
-        synchronise(device)
-        start = time.perf_counter()
-        yield
-        synchronise(device)
-        spent[-1] += time.perf_counter() - start
-
+    clock = clocked(spent, inputs["input_ids"].device)
     with watched_reduction(model, clock), watched_prompt(model, clock):
         for _ in range(_WATCHED):
             spent.append(0.0)

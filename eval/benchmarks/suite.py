@@ -1,15 +1,7 @@
-"""A list of benchmarks as a YAML file, run one after the other within a time limit: `vtok bench-suite gpu`.
+"""A list of benchmarks as a YAML file, such as configs/suites/gpu.yaml, run one after the other: `vtok bench-suite gpu`.
 
-A file holds `cells`; every combination of the lists in a cell is one benchmark:
-
-    cells:
-      - model: deit_small_patch16_224          # as for vtok bench
-        methods: [tome:r=13, "pitome:flops=0.6"]
-        batch_size: [1, 32]
-        dtype: [bf16]
-        compile: [null, reduce-overhead]
-
-Results are kept after every benchmark, and a second start goes on where the first stopped. What fails is told and passed over.
+Every combination of the lists in one of its `cells` is one benchmark. Results are kept after every benchmark, and a second
+start goes on where the first stopped. What fails is told and passed over.
 """
 
 from __future__ import annotations

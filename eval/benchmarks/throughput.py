@@ -16,7 +16,7 @@ import platform
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from statistics import median
 from typing import Any
 
@@ -133,37 +133,29 @@ def measure(
             "img_size": int(size[2]),
             "baseline_check": baseline_check(times[0], plain),
         }
-
-        def timing(i: int, implied: float) -> dict[str, Any]:
-            """What was timed of model i, beside the unpatched one."""
-            took = None if compiler is None else {"base": compiled[0], "patched": compiled[i]}
-            return {"compiled": took, **compare(times[0], times[i], implied, len(pixels), seed), **common}
-
-        ours = [
-            Result(
-                method=method_name(patched[i]),
-                setting=chosen[i].title,
-                params=resolved_params(patched[i]),
-                kernel={"base": kernels[0], "patched": kernels[i + 1]},
-                peak_memory_mb=None if peaks is None else {"base": peaks[0], "patched": peaks[i + 1]},
-                reduction_share=shares[i],
+        rows: list[dict[str, Any]] = [
+            {
+                "method": method_name(patched[i]),
+                "setting": chosen[i].title,
+                "params": resolved_params(patched[i]),
+                "reduction_share": shares[i],
+                "peak_memory_mb": None if peaks is None else {"base": peaks[0], "patched": peaks[i + 1]},
                 **costs[i].fields(),
-                **timing(i + 1, costs[i].implied_speedup),
-            )
+            }
             for i in range(len(chosen))
         ]
-        return ours + [
+        unseen: dict[str, Any] = {"params": {}, "reduction_share": None, "peak_memory_mb": None}
+        rows += [{"method": other.name, "setting": other.name, **unseen, **other.fields} for other in others]
+        kernels += [other.kernel for other in others]
+        return [
             Result(
-                method=other.name,
-                setting=other.name,
-                params={},
-                kernel={"base": kernels[0], "patched": other.kernel},
-                peak_memory_mb=None,
-                reduction_share=None,
-                **other.fields(),
-                **timing(i, other.implied_speedup),
+                kernel={"base": kernels[0], "patched": kernels[i]},
+                compiled=None if compiler is None else {"base": compiled[0], "patched": compiled[i]},
+                **compare(times[0], times[i], row["implied_speedup"], len(pixels), seed),
+                **row,
+                **common,
             )
-            for i, other in enumerate(others, start=1 + len(chosen))
+            for i, row in enumerate(rows, start=1)
         ]
 
 
@@ -303,6 +295,20 @@ def seconds_of(call: Callable[[], Any], device: torch.device | None = None) -> f
     call()
     synchronise(device)
     return time.perf_counter() - start
+
+
+def clocked(spent: list[float], device: torch.device) -> Callable[[Any], AbstractContextManager[None]]:
+    """For `watched_reduction` and `watched_prompt`: adds the seconds of what they watch to the last of `spent`."""
+
+    @contextmanager
+    def clock(_: Any) -> Iterator[None]:
+        synchronise(device)
+        start = time.perf_counter()
+        yield
+        synchronise(device)
+        spent[-1] += time.perf_counter() - start
+
+    return clock
 
 
 def synchronise(device: torch.device) -> None:

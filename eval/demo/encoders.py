@@ -1,5 +1,8 @@
 """The parts of the demo on vision encoders: a DINOv2 that was really pretrained, and the small ViT and CLIP.
 
+All take a folder `out` of results, where a second run with the same arguments goes on where the first stopped, and a console
+for their tables; they return records, unpatched first.
+
 What they found: assets/docs/results/dinov2.md, demo_vit.md and demo_clip.md in the repository.
 """
 
@@ -36,13 +39,8 @@ def run_encoder_demo(out: Path, pictures: int | None, full: bool, console: Conso
     """The main job: runs what is missing, then prints a table and writes `dinov2.png` and `dinov2_overlays.png`.
 
     Args:
-        out: folder of results; a second run with the same arguments goes on where the first stopped.
         pictures: evenly spaced ones of clip art; `None` = all 639.
         full: three budgets, and every method's places and counts with its tokens drawn at random.
-        console: where the table goes.
-
-    Returns:
-        The records, unpatched first.
 
     Raises:
         ConfigError: the package with the encoder's weights is not installed.
@@ -66,19 +64,13 @@ def run_demo(
     batch_size: int = 100,
     control: bool = False,
 ) -> list[Record]:
-    """The small ViT under every method for encoders: writes `pareto.png` and `overlays.png` beside `results.jsonl`.
+    """The small ViT under every method for encoders (or those named): writes `pareto.png` and `overlays.png` beside
+    `results.jsonl`.
 
     Args:
-        out: folder of results, as above.
         count: test images, the first ones; `None` = all.
         budgets: shares of the model's FLOPs.
-        console: where the tables go.
-        methods: names; default all.
-        batch_size: images a forward pass.
         control: also run every method's places and counts with the tokens drawn at random (`vtok.eval.common.control`).
-
-    Returns:
-        The records, unpatched first.
     """
     section = measured("demo_vit", out, console, num_samples=count, batch_size=batch_size, **of_encoders(methods, budgets))
     records = show(section, console)
@@ -126,15 +118,8 @@ def run_clip_demo(
     """The small CLIP at FLOPs budgets of its image tower, zero-shot on pictures and retrieval on pages; writes `clip.png`.
 
     Args:
-        out: folder of results, as above.
-        pictures: evenly spaced test pictures; `None` = all 888.
-        pages: evenly spaced test pages; `None` = all 1,000.
-        budgets: shares of the FLOPs of the image tower.
+        pictures, pages: evenly spaced ones of the test set; `None` = all 888, all 1,000.
         methods: names; `None` = all.
-        console: where the tables go.
-
-    Returns:
-        The records of zero-shot classification and of retrieval, unpatched first; metrics are shares.
 
     Raises:
         MissingExtraError: open_clip is not installed.

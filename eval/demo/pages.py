@@ -5,11 +5,11 @@ keep.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import typer
 
 from vtok.eval.common import terminal
 from vtok.eval.common.statistics import with_error
@@ -31,16 +31,16 @@ POOLED = ("downsample",)  # whose tokens belong to no patch
 CROP_PAGES = 40  # on which the tokens of blank and of filled crops are counted
 
 
-def run_pages_demo(out: Path, questions: int | None = None) -> Section:
+def run_pages_demo(folder: Path, questions: int | None = None) -> Section:
     """Asks what has no answer yet (so many questions, or all), prints a table, and writes `pages_overlays.png` into the folder
     of results."""
     console = terminal.output()
-    section = measured("sweep_reference_pages", out, console, num_samples=questions)
+    section = measured("sweep_reference_pages", folder, console, num_samples=questions)
     model, data = load_vlm(REFERENCE_PRINT), open_vqa(PRINT)
     crops = crops_of(model, data, section)
     print(pages_table(section, crops).markdown())
-    write_pages_sheet(model, data, section, out / "pages_overlays.png")
-    console.print(f"pages_overlays.png and every answer (samples.jsonl) are in {out}")
+    write_pages_sheet(model, data, section, folder / "pages_overlays.png")
+    console.print(f"pages_overlays.png and every answer (samples.jsonl) are in {folder}")
     return section
 
 
@@ -81,14 +81,5 @@ def shown_questions(data: VQAData, pages: Sequence[int] = (5, 7)) -> list[Questi
     return [q for q in data.questions if q.image in pages and q.groups["kind"] in ("color", "under")]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--questions", type=int, default=None)
-    given = parser.parse_args(arguments)
-    run_pages_demo(given.folder, given.questions)
-
-
 if __name__ == "__main__":
-    main()
+    typer.run(run_pages_demo)

@@ -1,6 +1,9 @@
 """The parts of the demo on vision-language models: questions about one small thing among many to the LLaVA of scenes, about
 pictures to the reference LLaVA, about pages to the reference LLaVA-NeXT, beside what can be answered without the image.
 
+Both take a folder `out` of results, where a second run with the same arguments goes on where the first stopped, numbers of
+questions (`None` = all) and a console for their tables; they return records, unpatched first.
+
 What they found: assets/docs/results/scenes.md and demo_questions.md in the repository.
 """
 
@@ -47,14 +50,7 @@ _LEFT = "patches whose tokens reach the last layer of the LLM; dropped ones are 
 def run_scenes_demo(out: Path, questions: int | None, full: bool, console: Console) -> list[Record]:
     """Asks what has no answer yet, then prints two tables and writes `scenes.png` and `scenes_overlays.png`.
 
-    Args:
-        out: folder of results; a second run with the same arguments goes on where the first stopped.
-        questions: how many; `None` = all.
-        full: every method, at 128, 64 and 32 tokens.
-        console: where the tables go.
-
-    Returns:
-        The records, unpatched first.
+    With `full` every method, at 128, 64 and 32 tokens.
 
     Raises:
         ConfigError: the package with the encoder's weights is not installed.
@@ -64,8 +60,8 @@ def run_scenes_demo(out: Path, questions: int | None, full: bool, console: Conso
     section = measured(name, out, console, num_samples=questions, dtype=fastest_on_cpu())
     records = show(section, console, short_table(section))
     columns = [Column("setting", lambda row: row.label, left=True), *part_columns(section, "kind")]
-    style = {"style": lambda row: "dim" if row.baseline else None}
-    console.print(Table.of(section.rows, columns, "accuracy by what is asked", **style))
+    title = "accuracy by what is asked"
+    console.print(Table.of(section.rows, columns, title, style=lambda row: "dim" if row.baseline else None))
     write_files(out, "scenes.png", section)
     model, data = load_vlm(REFERENCE_SCENES), open_vqa(SCENES)
     asked = [q for q in data.questions if q.image == 0 and q.groups["kind"] in ("color", "thing")]  # of one scene
@@ -85,14 +81,7 @@ def run_vqa_demo(
     """Asks what has no answer yet, prints two tables, writes `vqa.png`, `vqa_overlay.png` and `vqa_pages_overlay.png`.
 
     Args:
-        out: folder of results, as above.
-        questions: how many about pictures; `None` = all 9,673.
-        page_questions: how many about pages; `None` = all 3,600.
-        console: where the tables go.
         methods: run file (`demo_llava`, `demo_llava_next`) -> settings other than its own, as it writes them.
-
-    Returns:
-        The records about pictures and about pages, unpatched first.
 
     Raises:
         MissingExtraError: transformers is not installed.
@@ -162,14 +151,7 @@ def _write_overlays(
     """Two pictures with two questions each under every method alone, and four pages from sparse to dense."""
     data = open_vqa(EASY_VQA)
     alone = {row.method: setting_of(row) for row in pictures.patched if len(configs_of(row.record)) == 1}
-    question_sheet(
-        llava,
-        data,
-        two_questions(data),
-        sorted(alone.items()),
-        out / "vqa_overlay.png",
-        _LEFT,
-    )
+    question_sheet(llava, data, two_questions(data), sorted(alone.items()), out / "vqa_overlay.png", _LEFT)
     found = open_vqa(PAGES)
     question_sheet(
         next_,

@@ -81,15 +81,18 @@ def judge(
     """
     params, refusal = dict(trial(method).encoder), ""
     for request, config in METHODS.get(method).variants(find_targets(model, input_size)[0].info, **params):
+        patched = False
         try:
             vtok.patch(model, config, input_size=input_size, trace=True)
-        except VtokError as error:
-            refusal = refusal or str(error)
-            continue
+            patched = True
+            evidence = check(model, x)
         except Exception as error:  # a cell that breaks is a finding; the rest of the matrix goes on
-            evidence = _broken(error)
-        else:
-            evidence = _checked(model, x, check)
+            if isinstance(error, VtokError) and not patched:
+                refusal = refusal or str(error)
+                continue
+            evidence = Evidence(fault=f"{type(error).__name__}: {error}")
+        finally:
+            vtok.unpatch(model)
         status = FAILED if evidence.fault else WITH_OPTIONS if request else YES
         return {
             "status": status,
@@ -99,20 +102,6 @@ def judge(
             "evidence": evidence,
         }
     return {"status": NO, "params": params, "reason": refusal}
-
-
-def _checked(model: nn.Module, x: Tensor, check: Check) -> Evidence:
-    """What a check finds; the model is unpatched."""
-    try:
-        return check(model, x)
-    except Exception as error:
-        return _broken(error)
-    finally:
-        vtok.unpatch(model)
-
-
-def _broken(error: Exception) -> Evidence:
-    return Evidence(fault=f"{type(error).__name__}: {error}")
 
 
 def cells(

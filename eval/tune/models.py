@@ -101,20 +101,12 @@ def _prompts(
 
 
 def _folder(model: str, config: MethodConfig, source: Source) -> Prepared:
-    options = Options(
-        pretrained=source.pretrained,
-        checkpoint=source.checkpoint,
-        num_classes=source.num_classes,
-        class_map=source.class_map,
-        workers=source.workers,
-        batch_size=source.batch_size,
-        seed=source.seed,
-    )
+    shared = ("pretrained", "checkpoint", "num_classes", "class_map", "workers", "batch_size", "seed")
+    options = Options(**{name: getattr(source, name) for name in shared})
     net = to_device(create_model(model, options).eval(), device=source.device)
     preprocessing = data_config(net, options)
     found = folder_samples(net, preprocessing, source, options)
-    given = {"checkpoint": source.checkpoint, "num_classes": source.num_classes, "class_map": source.class_map}
-    stated = {name: value for name, value in given.items() if value}
+    stated = {name: value for name in shared[1:4] if (value := getattr(source, name))}
     subject = Encoder(net, model, config, found[0], preprocessing["input_size"])
     return Prepared(subject, *found, {"backend": "timm", "name": model}, stated)
 

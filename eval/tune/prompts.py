@@ -38,12 +38,7 @@ PRICED = 16  # calibration prompts that say what a setting costs
 
 
 class Prompts(Subject):
-    """A vision-language model.
-
-    Args:
-        model: unpatched, with its processor.
-        config: of the method.
-        calibration: prompts, the first `PRICED` of which say what a setting costs.
+    """A vision-language model; the first `PRICED` calibration prompts say what a setting costs.
 
     Raises:
         UnsupportedModelError: vtok does not know the model, or the method acts neither on its prompts nor in its tower.
@@ -130,10 +125,7 @@ class Prompts(Subject):
             "pruner": mean(lambda cost: cost.reduction_macs),
         }
         layers = [mean(lambda cost, i=i: cost.layers[i].visual) for i in range(self.info.depth)]  # type: ignore[misc]
-        return {
-            "tokens": {"in": layers[0], "out": layers[-1], "mean_per_layer": layers},
-            **macs_fields(macs),
-        }
+        return {"tokens": {"in": layers[0], "out": layers[-1], "mean_per_layer": layers}, **macs_fields(macs)}
 
 
 def prompt_samples(

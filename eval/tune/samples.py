@@ -125,12 +125,7 @@ def _both(chosen: Callable[[str, Callable[[int, str], int]], Samples], source: S
     )
 
 
-def folder_samples(
-    model: nn.Module,
-    config: dict[str, Any],
-    source: Source,
-    options: Options,
-) -> tuple[Samples, Samples]:
+def folder_samples(model: nn.Module, config: dict[str, Any], source: Source, options: Options) -> tuple[Samples, Samples]:
     """For a timm model: images of one folder, parted at random, or of two, read as `vtok eval imagenet` reads them.
 
     Calibration images are kept in memory, preprocessed; held-out ones are read when they are needed. Labels are used if the

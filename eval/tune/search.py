@@ -92,16 +92,9 @@ def stages(search: str, samples: int, eta: int = 3) -> list[int]:
 class Search:
     """A search in a journal, from which a later start goes on and ends as if it had never been stopped.
 
-    A trial that was stopped in the middle is given up and drawn again: what is suggested follows from the seed and the
-    finished trials alone. So does what is dropped: Optuna's pruner keeps notes in its study, so it has one of its own, in
-    memory, to which finished trials are told again at the start.
-
-    Args:
-        path: of the journal; several searches may share it, one at a time.
-        identity: plain values; another search has others.
-        search: one of `SEARCHES`.
-        eta: see `stages`.
-        seed: of all draws.
+    A trial that was stopped in the middle is given up and drawn again: what is suggested follows from the seed and the finished
+    trials alone. So does what is dropped: Optuna's pruner keeps notes in its study, so it has one of its own, in memory, to
+    which finished trials are told again at the start. Several searches of other `identity` may share the file, one at a time.
 
     Raises:
         ConfigError: the file is no such journal.

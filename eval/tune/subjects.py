@@ -92,14 +92,8 @@ class Subject(ABC):
 
 
 class Encoder(Subject):
-    """A vision encoder with one tower.
-
-    Args:
-        model: unpatched, in eval mode.
-        name: of it.
-        config: of the method.
-        calibration: samples; the first `PRICED` say what a method costs whose counts depend on the image.
-        size: (channels, height, width) of the images.
+    """A vision encoder with one tower, in eval mode; of calibration samples the first `PRICED` say what a method costs whose
+    counts depend on the image. size: (channels, height, width).
 
     Raises:
         ConfigError: nothing to search, or several towers.

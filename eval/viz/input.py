@@ -38,8 +38,7 @@ def prepared(model: nn.Module, image: Any, transform: Callable[[Any], Tensor] | 
     """An image as an encoder takes it.
 
     Args:
-        model: the encoder; timm's and open_clip's say how they want images, Hugging Face's if they were loaded from a folder or
-            the hub.
+        model: timm's and open_clip's say how they want images, Hugging Face's if they were loaded from a folder or the hub.
         image: path, PIL image, or a tensor [C, H, W] or [1, C, H, W] that is ready.
         transform: PIL image -> [C, H, W], instead of the model's own.
         home: folder or name of Hugging Face's image processor; default: what the model was loaded from.

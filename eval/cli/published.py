@@ -52,7 +52,7 @@ def _costs(found: Sequence[Any]) -> dict[str, Any]:
     """Name of a run -> what it costs."""
     from vtok.eval.published import tables as published
 
-    planned = {}
+    planned: dict[str, Any] = {}
     for group in published.groups(found):
         model = published.meta_model(group[0])
         planned |= {run.name: published.cost(run, model) for run in group}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from vtok.config import MethodConfig
@@ -62,25 +63,21 @@ def prepared_subject(model: str, config: MethodConfig, source: Source) -> Prepar
 
 
 def _encoder(
-    name: str, stated: str, samples: Callable[[Source], tuple[Samples, Samples]], size: Size
-) -> Callable[[MethodConfig, Source], Prepared]:
-    """A bundled encoder under the name that run files have for it; of the CLIP the image tower."""
+    name: str,
+    stated: str,
+    samples: Callable[[Source], tuple[Samples, Samples]],
+    size: Size,
+    config: MethodConfig,
+    source: Source,
+) -> Prepared:
+    """A bundled encoder, under the name that run files have for it; of the CLIP the image tower."""
+    net, found = to_device(load_model(name), device=source.device), samples(source)
+    return Prepared(Encoder(net, name, config, found[0], size), *found, {"backend": "reference", "name": stated}, {})
 
-    def prepared(config: MethodConfig, source: Source) -> Prepared:
-        net = to_device(load_model(name), device=source.device)
-        found = samples(source)
-        return Prepared(Encoder(net, name, config, found[0], size), *found, {"backend": "reference", "name": stated}, {})
 
-    return prepared
-
-
-def _asks(name: str, data: Callable[[bool], VQAData]) -> Callable[[MethodConfig, Source], Prepared]:
+def _asked(name: str, data: Callable[[bool], VQAData], config: MethodConfig, source: Source) -> Prepared:
     """A bundled model whose answers are one token; `data` are its questions, those to calibrate on if it is told so."""
-
-    def prepared(config: MethodConfig, source: Source) -> Prepared:
-        return _prompts(name, "reference", data(True), data(False), config, source, labelled=True)
-
-    return prepared
+    return _prompts(name, "reference", data(True), data(False), config, source, labelled=True)
 
 
 def _prompts(
@@ -113,9 +110,9 @@ def _folder(model: str, config: MethodConfig, source: Source) -> Prepared:
 
 # name -> what comes with vtok under it
 BUNDLED: dict[str, Callable[[MethodConfig, Source], Prepared]] = {
-    REFERENCE: _encoder(REFERENCE, "reference-vit", reference_vit_samples, (1, 28, 28)),
-    REFERENCE_CLIP: _encoder(REFERENCE_CLIP, REFERENCE_CLIP, reference_clip_samples, (3, 128, 128)),
-    REFERENCE_LLAVA: _asks(REFERENCE_LLAVA, easy_vqa),
-    REFERENCE_SCENES: _asks(REFERENCE_SCENES, scene_questions),
-    REFERENCE_PRINT: _asks(REFERENCE_PRINT, printed_pages),
+    REFERENCE: partial(_encoder, REFERENCE, "reference-vit", reference_vit_samples, (1, 28, 28)),
+    REFERENCE_CLIP: partial(_encoder, REFERENCE_CLIP, REFERENCE_CLIP, reference_clip_samples, (3, 128, 128)),
+    REFERENCE_LLAVA: partial(_asked, REFERENCE_LLAVA, easy_vqa),
+    REFERENCE_SCENES: partial(_asked, REFERENCE_SCENES, scene_questions),
+    REFERENCE_PRINT: partial(_asked, REFERENCE_PRINT, printed_pages),
 }

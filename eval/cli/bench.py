@@ -67,8 +67,7 @@ def bench(
     """
     check_methods(method)
     from vtok.eval.benchmarks import result as bench_result
-    from vtok.eval.benchmarks.compiled import Compiler
-    from vtok.eval.benchmarks.exported import RUNTIMES, measure_exported
+    from vtok.eval.benchmarks.compiled import RUNTIMES, Compiler, measure_exported
     from vtok.eval.benchmarks.prefill import measure_prompts
     from vtok.eval.benchmarks.programs import parse_beside
     from vtok.eval.benchmarks.throughput import measure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -15,22 +16,24 @@ from vtok.eval.common import terminal
 from vtok.eval.common.launch import check_command
 
 
-class Entry(NamedTuple):
-    """A command.
+@cache
+def _first_lines(module: str) -> dict[str, str]:
+    """Function of a module in this folder -> first line of its docstring, read without importing what the module imports."""
+    tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8"))
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return {node.name: (ast.get_docstring(node) or "").partition("\n")[0] for node in functions}
 
-    Attributes:
-        home: "module:function" in `vtok.eval.cli`.
-    """
+
+class Entry(NamedTuple):
+    """A command: "module:function" in `vtok.eval.cli`."""
 
     home: str
 
     @property
     def help(self) -> str:
-        """The first line of the function's docstring, read without importing what the module imports."""
+        """What the list of commands says of it."""
         module, _, function = self.home.partition(":")
-        tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8"))
-        (found,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
-        return (ast.get_docstring(found) or "").splitlines()[0]
+        return _first_lines(module)[function]
 
 
 COMMANDS = {

@@ -137,19 +137,16 @@ class _Attribution:
 
 
 def links(model: nn.Module) -> list[Link]:
-    """What vtok stored on the patched blocks of a model, in module order; empty if it is not patched."""
+    """What vtok stored on the patched blocks of a model, in module order."""
     return [module._vtok for module in model.modules() if isinstance(module, ReducingBlock)]
 
 
 @contextmanager
 def watched_reduction(model: nn.Module, around: Callable[[Link], Any]) -> Iterator[None]:
-    """Runs the reduction step of every patched block inside a context of the caller's.
-
-    Args:
-        model: patched; an unpatched model has nothing to watch.
-        around: called with a block's `Link` each time it decides or moves tokens; returns the context manager to enter.
+    """Runs the reduction step of every patched block inside the context that `around` makes of the block's `Link`, each time
+    that it decides or moves tokens.
     """
-    watched = [link for link in links(model) if link.site is not None]
+    steps = [(link, name) for link in links(model) if link.site is not None for name in ("decide", "move")]
 
     def wrap(link: Link, step: Callable[..., Any]) -> Callable[..., Any]:
         def inside(*args: Any) -> Any:
@@ -159,14 +156,12 @@ def watched_reduction(model: nn.Module, around: Callable[[Link], Any]) -> Iterat
         return inside
 
     try:
-        for link in watched:
-            for name in ("decide", "move"):
-                link.__dict__[name] = wrap(link, getattr(link, name))
+        for link, name in steps:
+            link.__dict__[name] = wrap(link, getattr(link, name))
         yield
     finally:
-        for link in watched:
-            for name in ("decide", "move"):
-                link.__dict__.pop(name, None)
+        for link, name in steps:
+            link.__dict__.pop(name, None)
 
 
 class _Watched:
@@ -198,12 +193,8 @@ class _Watched:
 
 @contextmanager
 def watched_prompt(model: nn.Module, around: Callable[[int], Any]) -> Iterator[None]:
-    """Runs what decides about visual tokens, before and inside the LLM, inside a context of the caller's.
-
-    Args:
-        model: holds patched vision-language models; others have nothing to watch.
-        around: called with the decoder layer each time, `FEATURES` for the choice among image features; returns the context
-            manager to enter.
+    """Runs what decides about visual tokens, before and inside the LLM, inside the context that `around` makes of the decoder
+    layer; `FEATURES` stands for the choice among image features.
     """
 
     pruners = [pruner for target in vlm_targets(model) if (pruner := target.installed()) is not None]
@@ -223,59 +214,51 @@ def watched_prompt(model: nn.Module, around: Callable[[int], Any]) -> Iterator[N
 
 
 def count_prompt_macs(model: nn.Module, inputs: Mapping[str, Any]) -> MacCount:
-    """Counts one forward pass of a vision-language model that reads prompts; its head runs at the last position alone.
+    """Counts one forward pass of a vision-language model, patched or not, that reads prompts; its head runs at the last
+    position alone.
 
     Args:
-        model: with its language head, patched or not; it runs in the mode that it is in, without gradients.
+        model: with its language head; it runs in the mode that it is in, without gradients.
         inputs: what the processor returned, or those of a later pass.
 
     Returns:
-        MACs per row of the batch (`images` counts rows); `by_block` has decoder layers, `FEATURES` for the choice among image
-        features.
+        MACs per row of the batch (`images` counts rows); `by_block` has decoder layers, and `FEATURES`.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=formulas())
-    attribution: Any = _Attribution()
-    counter.mod_tracker = attribution
-
-    def inside(_: Link) -> Any:
-        return attribution.under(_REDUCTION)
+    attribution = _Attribution()
 
     def around(layer: int) -> Any:
         return attribution.under(_REDUCTION, f"{_REDUCTION}.{layer}")
 
-    with torch.no_grad(), watched_reduction(model, inside), watched_prompt(model, around), counter:
-        model(**inputs, logits_to_keep=1)
-    macs = {name: sum(by_op.values()) / 2 for name, by_op in counter.get_flop_counts().items()}
-    rows = len(inputs["input_ids"])
-    own = macs.get(_REDUCTION, 0.0)
-    prefix = f"{_REDUCTION}."
-    by_layer = {int(name.removeprefix(prefix)): count / rows for name, count in macs.items() if name.startswith(prefix)}
-    return MacCount((macs.get("Global", 0.0) - own) / rows, own / rows, by_layer, rows)
+    with watched_reduction(model, lambda _: attribution.under(_REDUCTION)), watched_prompt(model, around):
+        return _counted(attribution, lambda: model(**inputs, logits_to_keep=1), len(inputs["input_ids"]))
 
 
 def count_macs(model: nn.Module, images: Tensor | Mapping[str, Any]) -> MacCount:
-    """Counts one forward pass.
+    """Counts one forward pass: MACs per image, the model's and the reduction's apart.
 
     Args:
         model: patched or not; it runs in the mode (train or eval) that it is in, without gradients.
         images: [B, 3, H, W], or whatever `model(images)` takes; the first axis is the batch. Or a mapping that holds images: by
             name.
-
-    Returns:
-        MACs per image, the model's and the reduction's apart.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=formulas())
-    attribution: Any = _Attribution()
-    counter.mod_tracker = attribution
-    numbers = {id(link): i for i, link in enumerate(links(model))}
+    attribution, numbers = _Attribution(), {id(link): i for i, link in enumerate(links(model))}
 
     def around(link: Link) -> Any:
         return attribution.under(_REDUCTION, f"{_REDUCTION}.{numbers[id(link)]}")
 
-    with torch.no_grad(), watched_reduction(model, around), counter:
-        call(model, images)
-    macs = {name: sum(by_op.values()) / 2 for name, by_op in counter.get_flop_counts().items()}
     batch = len(pixels_of(images)) if isinstance(images, Mapping) else len(images)
-    own = macs.get(_REDUCTION, 0.0)
-    by_block = {i: macs[name] / batch for i in numbers.values() if (name := f"{_REDUCTION}.{i}") in macs}
-    return MacCount((macs.get("Global", 0.0) - own) / batch, own / batch, by_block, batch)
+    with watched_reduction(model, around):
+        return _counted(attribution, lambda: call(model, images), batch)
+
+
+def _counted(attribution: _Attribution, forward: Callable[[], Any], rows: int) -> MacCount:
+    """MACs per row of a pass; those under a name of `_REDUCTION` are its own."""
+    counter = FlopCounterMode(display=False, custom_mapping=formulas())
+    tracker: Any = attribution
+    counter.mod_tracker = tracker
+    with torch.no_grad(), counter:
+        forward()
+    macs = {name: sum(by_op.values()) / 2 for name, by_op in counter.get_flop_counts().items()}
+    own, prefix = macs.get(_REDUCTION, 0.0), f"{_REDUCTION}."
+    by_block = {int(name.removeprefix(prefix)): count / rows for name, count in macs.items() if name.startswith(prefix)}
+    return MacCount((macs.get("Global", 0.0) - own) / rows, own / rows, by_block, rows)

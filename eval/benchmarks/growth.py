@@ -1,8 +1,8 @@
 """How time and memory of every method grow with the number of tokens, beside the attention that it saves.
 
-Encoders: a random ViT of a few blocks, whose image grows; timed is what deciding and moving take in one forward pass, in all
-blocks, beside the attention (scores, softmax, values) of all blocks unpatched. Prompts: the choice among visual tokens, see
-`vtok.eval.benchmarks.selectors`, beside the products of a 7B prefill. Peaks are bytes of the tensors that a step makes.
+Encoders: a random ViT of a few blocks; timed is what deciding and moving take in a pass, beside the attention of all blocks
+unpatched. Prompts: the choice among visual tokens (`vtok.eval.benchmarks.selectors`), beside the products of a 7B prefill.
+Peaks are bytes of the tensors that a step makes.
 
 What was measured: assets/docs/results/growth.md in the repository.
 """
@@ -10,7 +10,6 @@ What was measured: assets/docs/results/growth.md in the repository.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +25,7 @@ from vtok.errors import VtokError
 from vtok.eval.benchmarks.flops import watched_reduction
 from vtok.eval.benchmarks.selectors import Held, Synthetic, configs
 from vtok.eval.benchmarks.selectors import measure as measure_choices
+from vtok.eval.benchmarks.throughput import clocked, seconds_of
 from vtok.eval.report.tables import Column, Table
 from vtok.registry import METHODS
 from vtok.writing import replacing
@@ -69,14 +69,10 @@ def _encoder(tokens: int, width: int, seed: int) -> nn.Module:
 def _attention(tokens: int, width: int, calls: int) -> Grown:
     """Attention of all blocks of the unpatched encoder, as torch computes it."""
     q = torch.randn(3, 1, HEADS, tokens, width // HEADS)
-    seconds = []
-    with torch.inference_mode(), Held() as held:
-        F.scaled_dot_product_attention(*q)
-    for _ in range(calls):
-        start = time.perf_counter()
-        with torch.inference_mode():
+    with torch.inference_mode():
+        with Held() as held:
             F.scaled_dot_product_attention(*q)
-        seconds.append(time.perf_counter() - start)
+        seconds = [seconds_of(lambda: F.scaled_dot_product_attention(*q)) for _ in range(calls)]
     return Grown(ATTENTION, tokens, DEPTH * min(seconds), held.peak, 1.0)
 
 
@@ -84,12 +80,6 @@ def _step(model: nn.Module, name: str, tokens: int, calls: int, beside: float) -
     """What a method's reduction takes in one pass."""
     side = PATCH * math.isqrt(tokens)
     image, spent, peaks = torch.randn(1, 3, side, side), [0.0], [0]
-
-    @contextmanager
-    def clock(_: Any) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        spent[-1] += time.perf_counter() - start
 
     @contextmanager
     def hold(_: Any) -> Iterator[None]:
@@ -101,7 +91,7 @@ def _step(model: nn.Module, name: str, tokens: int, calls: int, beside: float) -
         with torch.inference_mode(), vtok.patched(model, name):
             with watched_reduction(model, hold):
                 model(image)
-            with watched_reduction(model, clock):
+            with watched_reduction(model, clocked(spent, image.device)):
                 for _ in range(calls):
                     spent.append(0.0)
                     model(image)
@@ -119,15 +109,12 @@ def measure_encoders(
     progress: Callable[[int, int], None] | None = None,
     methods: Sequence[str] | None = None,
 ) -> list[Grown]:
-    """Every method for encoders at its default, at every number of tokens, attention first.
+    """Every method for encoders (or those named) at its default, at every number of tokens, attention first.
 
     Args:
         tokens: patches of one image, each a square number or rounded down to one.
-        width: of the encoder.
         calls: of which the fastest counts, after one that warms up.
-        seed: of weights.
         progress: called with steps done and steps in all.
-        methods: names; `None` = all.
     """
     every = [name for name in METHODS.names() if getattr(METHODS.get(name), "build", None) is not None]
     names = every if methods is None else list(methods)
@@ -156,9 +143,7 @@ def measure_prompts(
 
     Args:
         tokens: of one view, each a square number or rounded down to one.
-        width: of a token.
         calls: of which the median counts, after one that warms up.
-        seed: of the numbers.
         progress: called with sizes done and sizes in all.
     """
     found: list[Grown] = []
@@ -183,15 +168,9 @@ def exponent(results: Sequence[Grown], method: str, value: Callable[[Grown], flo
 
 
 def table(results: Sequence[Grown], share: str, title: str) -> Table:
-    """A line a method: milliseconds and MiB at every size, and how both grow at the end.
-
-    Args:
-        results: of one kind of measurement.
-        share: what `Grown.share` is a part of.
-        title: above.
-    """
+    """A line a method: milliseconds and MiB at every size, and how both grow at the end; `share` is what `Grown.share` is a
+    part of."""
     sizes = sorted({r.tokens for r in results})
-    names = list(dict.fromkeys(r.method for r in results))
     at = {(r.method, r.tokens): r for r in results}
 
     def cell(name: str, size: int) -> str:
@@ -199,22 +178,19 @@ def table(results: Sequence[Grown], share: str, title: str) -> Table:
         return "-" if r is None else "refused" if r.refused else f"{_plain(_milliseconds(r))} / {_plain(_mebibytes(r))}"
 
     def part(name: str) -> str:
-        return "-" if name == ATTENTION else " .. ".join(f"{r.share:.2%}" for r in _ends(results, name))
+        ran = [r for r in results if r.method == name and not r.refused]
+        ends = [ran[0], ran[-1]] if len(ran) > 1 else ran
+        return "-" if name == ATTENTION else " .. ".join(f"{r.share:.2%}" for r in ends)
 
     def grows(name: str) -> str:
-        found = (exponent(results, name, value) for value in (lambda r: r.seconds, lambda r: float(r.peak)))
+        found = (exponent(results, name, value) for value in (_milliseconds, _mebibytes))
         return " / ".join("-" if x is None else f"{x:.1f}" for x in found)
 
     columns = [Column("method", lambda name: name, left=True)]
     columns += [Column(f"{size:,}", partial(cell, size=size)) for size in sizes]
     columns += [Column(f"of {share}", part), Column("grows as N^", grows)]
     caption = f"ms / peak MiB of one image; of {share}: at the smallest and the largest size"
-    return Table.of(names, columns, title=title, caption=caption)
-
-
-def _ends(results: Sequence[Grown], name: str) -> list[Grown]:
-    ran = [r for r in results if r.method == name and not r.refused]
-    return [ran[0], ran[-1]] if len(ran) > 1 else ran
+    return Table.of(dict.fromkeys(r.method for r in results), columns, title=title, caption=caption)
 
 
 def _plain(value: float) -> str:
@@ -232,13 +208,10 @@ def _mebibytes(r: Grown) -> float:
 
 def plot(kinds: Sequence[tuple[str, Sequence[Grown]]], path: Path) -> None:
     """Writes one picture: a row a kind of measurement, time on the left and memory on the right, both axes logarithmic."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(len(kinds), 2, figsize=(11, 4.4 * len(kinds)), squeeze=False, layout="constrained")
-    for row, (title, results) in zip(axes, kinds):
+    figure = Figure(figsize=(11, 4.4 * len(kinds)), layout="constrained")
+    for row, (title, results) in zip(figure.subplots(len(kinds), 2, squeeze=False), kinds):
         for axis, label, value in ((row[0], "milliseconds", _milliseconds), (row[1], "peak MiB", _mebibytes)):
             for i, name in enumerate(dict.fromkeys(r.method for r in results)):
                 ran = [(r.tokens, value(r)) for r in results if r.method == name and not r.refused and value(r) > 0]
@@ -249,4 +222,3 @@ def plot(kinds: Sequence[tuple[str, Sequence[Grown]]], path: Path) -> None:
         row[1].legend(fontsize=8, ncols=2, loc="upper left", bbox_to_anchor=(1, 1))
     with replacing(path) as scratch:
         figure.savefig(scratch, dpi=110, bbox_inches="tight")
-    plt.close(figure)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,6 @@ def peak_memory(model: nn.Module, images: Inputs, settings: Sequence[Setting]) -
     Args:
         model: unpatched, on the device and in the type to be measured.
         images: what the model takes, on the same device: a batch, or a mapping that holds one.
-        settings: to measure.
 
     Returns:
         Peak in MB (2^20 bytes), one a setting.
@@ -105,10 +105,8 @@ def _size(images: Inputs) -> tuple[int, int, int]:
 
 def _forget_peak() -> None:
     """Linux: starts the high-water mark anew, from what is resident now. Elsewhere loading counts."""
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
 
 
 def _peak_bytes() -> int:

@@ -1,10 +1,8 @@
 """Speed of patched vision-language models against the unpatched one: prefill, first token, decoding.
 
-Models are timed as `vtok.eval.benchmarks.throughput` times encoders: batch by batch in rounds of random order, every timed
-batch behind an untimed one of the same model, all of them module trees over the same weights, and a plain loop over the
-unpatched model checks what interleaving does to it. A round times the prefill alone (pixels in, logits of one position out),
-then one `generate()`, whose first step gives the time to the first token and whose later steps give the time of each further
-token.
+Models are timed as `vtok.eval.benchmarks.throughput` times encoders. A round times the prefill alone (pixels in, logits of one
+position out), then one `generate()`, whose first step gives the time to the first token and whose later steps give the time of
+each further token.
 
 What was measured: assets/docs/results/prefill.md in the repository.
 """
@@ -14,8 +12,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import vtok
-from vtok.cost.prefill import PromptEstimate
 from vtok.errors import ConfigError, UnsupportedModelError
+from vtok.eval.benchmarks import throughput
 from vtok.eval.benchmarks.compiled import Compiler
 from vtok.eval.benchmarks.flops import watched_prompt, watched_reduction
 from vtok.eval.benchmarks.result import PromptResult
@@ -32,15 +29,15 @@ from vtok.eval.benchmarks.throughput import (
     PAIRS,
     baseline_check,
     checked_settings,
+    clocked,
     described_run,
     dtype_of,
     interleave,
     synchronise,
     threads_set,
-    verdict,
 )
 from vtok.eval.common.settings import evaluating, moved, to_device, weight_sharing_copy
-from vtok.eval.common.statistics import paired_ratio, spread
+from vtok.eval.common.statistics import paired_ratio
 from vtok.targets import vlm_targets
 
 NEW_TOKENS = 16
@@ -78,17 +75,10 @@ def measure_prompts(
     Args:
         model: a vision-language model with its language head, unpatched; left as it is. It is run in eval mode.
         inputs: a batch of prompts as the processor makes them, images included.
-        settings: each a `Setting`, a method, or (method, parameters).
-        pairs: timed batches of every model, 20 or more for a result to quote, 5 at least.
         warmup: untimed rounds.
         new_tokens: of every answer, 2 at least; ends of sequence are ignored.
-        dtype: "fp32", "bf16", "fp16" or a torch type; `None` = the model's own.
-        device: `None` = the model's own.
-        threads: of torch's CPU operators; `None` = as set. Set back afterwards.
-        name: of the model, for the records.
-        seed: of the bootstrap.
-        progress: called with (rounds done, rounds).
         compiler: compiles the steps of all answers, over static caches, before they are timed; the prefill is timed as it is.
+        settings, pairs, dtype, device, threads, name, seed, progress: as for `vtok.eval.benchmarks.throughput.measure`.
 
     Returns:
         One result a setting, in order.
@@ -100,6 +90,7 @@ def measure_prompts(
     chosen = checked_settings(settings, pairs)
     _check(model, new_tokens)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    how = {} if compiler is None else compiler.decoding()
     with threads_set(threads), evaluating(model), torch.no_grad():
         base: Any = to_device(model, dtype_of(dtype), device)
         first = next(base.parameters())
@@ -107,15 +98,24 @@ def measure_prompts(
         patched = [setting.apply(weight_sharing_copy(base)) for setting in chosen]
         for one in patched:
             _prefill(one, values)  # the costs below describe this pass
-        costs = [_estimate(one) for one in patched]
+        passes = [_last_pass(one) for one in patched]
         selection = [selection_seconds(one, values) for one in patched]
-        how = {} if compiler is None else compiler.decoding()
-        compiled = (
-            None
-            if compiler is None
-            else [compiler.watched(partial(_answer, one, values, new_tokens, how)) for one in (base, *patched)]
+        ran = [base, *patched]
+        answers = [partial(_answer, one, values, new_tokens, how) for one in ran]
+        compiled = None if compiler is None else [compiler.watched(answer) for answer in answers]
+        for answer in answers:
+            for _ in range(warmup):
+                answer()
+        answered: list[list[tuple[float, float]]] = [[] for _ in ran]
+        prefill, plain = interleave(
+            ran,
+            pairs,
+            lambda one: _prefill(one, values),
+            first.device,
+            progress,
+            lambda i: answered[i].append(answers[i]()),
         )
-        times, plain = _times([base, *patched], values, pairs, warmup, new_tokens, progress, how)
+        times = [Times(own, *map(list, zip(*both))) for own, both in zip(prefill, answered)]
         common = described_run(first, len(values["input_ids"]), pairs, seed) | {
             "model": name or type(model).__name__,
             "attention": vlm_targets(base)[0].vlm.text.config._attn_implementation,
@@ -129,9 +129,8 @@ def measure_prompts(
                 selection_ms=1000 * selection[i],
                 selection_share=selection[i] / statistics.median(times[0].prefill),
                 compiled=None if compiled is None else {"base": compiled[0], "patched": compiled[i + 1]},
-                **_described(patched[i]),
-                **_costs(costs[i]),
-                **compare(times[0], times[i + 1], costs[i].implied_speedup, seed),
+                **passes[i],
+                **compare(times[0], times[i + 1], passes[i]["implied_speedup"], seed),
                 **common,
             )
             for i in range(len(chosen))
@@ -152,71 +151,33 @@ def _check(model: nn.Module, new_tokens: int) -> None:
 
 def compare(base: Times, patched: Times, implied: float, seed: int = 0) -> dict[str, Any]:
     """Times, pair by pair -> the timing fields of a `PromptResult`."""
-    speedup = paired_ratio(base.prefill, patched.prefill, seed=seed)
-    achieved, decode = speedup.scaled(1 / implied), paired_ratio(base.decode, patched.decode, seed=seed)
+    prefill = throughput.compare(base.prefill, patched.prefill, implied, 1, seed)
+    decode = paired_ratio(base.decode, patched.decode, seed=seed)
 
     def milliseconds(field: str) -> dict[str, float]:
         both = {"base": getattr(base, field), "patched": getattr(patched, field)}
         return {key: 1000 * statistics.median(seconds) for key, seconds in both.items()}
 
     return {
-        "prefill_ms": milliseconds("prefill"),
+        "prefill_ms": prefill["step_time_ms"],
         "first_token_ms": milliseconds("first"),
         "decode_ms": milliseconds("decode"),
-        "prefill_spread": {"base": spread(base.prefill), "patched": spread(patched.prefill)},
-        "speedup": speedup.point,
-        "speedup_ci": speedup.ends,
-        "achieved": achieved.point,
-        "achieved_ci": achieved.ends,
+        "prefill_spread": prefill["spread"],
         "decode_ratio": decode.point,
         "decode_ratio_ci": decode.ends,
-        "verdict": verdict(speedup, achieved),
+        **{name: prefill[name] for name in ("speedup", "speedup_ci", "achieved", "achieved_ci", "verdict")},
     }
 
 
 def selection_seconds(model: nn.Module, inputs: Inputs) -> float:
     """Median time of a batch spent deciding which tokens go, before and inside the LLM and inside the tower."""
     spent: list[float] = []
-    device = inputs["input_ids"].device
-
-    @contextmanager
-    def clock(_: Any) -> Iterator[None]:
-        synchronise(device)
-        start = time.perf_counter()
-        yield
-        synchronise(device)
-        spent[-1] += time.perf_counter() - start
-
+    clock = clocked(spent, inputs["input_ids"].device)
     with watched_reduction(model, clock), watched_prompt(model, clock):
         for _ in range(_WATCHED):
             spent.append(0.0)
             _prefill(model, inputs)
     return statistics.median(spent)
-
-
-def _times(
-    models: Sequence[nn.Module],
-    inputs: Inputs,
-    pairs: int,
-    warmup: int,
-    new_tokens: int,
-    progress: Callable[[int, int], None] | None,
-    how: Mapping[str, Any],
-) -> tuple[list[Times], list[float]]:
-    """(times of every model, seconds of the plain loop's prefills)."""
-    for model in models:
-        for _ in range(warmup):
-            _answer(model, inputs, new_tokens, how)
-    answers: list[list[tuple[float, float]]] = [[] for _ in models]
-    prefill, plain = interleave(
-        models,
-        pairs,
-        lambda model: _prefill(model, inputs),
-        inputs["input_ids"].device,
-        progress,
-        lambda i: answers[i].append(_answer(models[i], inputs, new_tokens, how)),
-    )
-    return [Times(own, *map(list, zip(*both))) for own, both in zip(prefill, answers)], plain
 
 
 def _prefill(model: Any, inputs: Inputs) -> None:
@@ -255,38 +216,30 @@ def _answer(model: Any, inputs: Inputs, new_tokens: int, how: Mapping[str, Any])
     return seen[0] - start, (seen[-1] - seen[0]) / (len(seen) - 1)
 
 
-def _estimate(model: nn.Module) -> PromptEstimate:
-    estimate = vtok.info(model).prompts[0].estimate
-    if estimate is None:
+def _last_pass(model: nn.Module) -> dict[str, Any]:
+    """The fields of a result that say what the last pass of a patched model held and cost."""
+    (found,) = vtok.info(model).prompts
+    e = found.estimate
+    if e is None:
         raise ConfigError("nothing is shortened: the setting keeps every visual token, so there is nothing to measure")
-    return estimate
-
-
-def _costs(e: PromptEstimate) -> dict[str, Any]:
-    vision = e.vision
+    params = [config.to_dict() for config in found.configs]
     gmacs = {
         "base": e.base_macs,
         "model": e.macs,
         "selection": e.reduction_macs,
-        "tower": 0.0 if vision is None else vision.macs,
-        "connector": 0.0 if vision is None else vision.connector_macs,
+        "tower": 0.0 if e.vision is None else e.vision.macs,
+        "connector": 0.0 if e.vision is None else e.vision.connector_macs,
         "llm": e.llm_macs,
     }
     return {
+        "method": " + ".join(config.name for config in found.configs),
+        "params": params[0] if len(params) == 1 else params,
+        "visual_tokens": {
+            "in": sum(found.visual) / len(found.visual),
+            "per_layer": [row.visual for row in e.layers],
+        },
+        "text_tokens": sum(found.text) / len(found.text),
         "gmacs": {key: value / 1e9 for key, value in gmacs.items()},
         "implied_speedup": e.implied_speedup,
         "kv_mb": {"base": e.base_kv_bytes / 1e6, "patched": e.kv_bytes / 1e6},
-    }
-
-
-def _described(model: nn.Module) -> dict[str, Any]:
-    (found,) = vtok.info(model).prompts
-    assert found.estimate is not None
-    params = [config.to_dict() for config in found.configs]
-    entered = sum(found.visual) / len(found.visual)
-    return {
-        "method": " + ".join(config.name for config in found.configs),
-        "params": params[0] if len(params) == 1 else params,
-        "visual_tokens": {"in": entered, "per_layer": [row.visual for row in found.estimate.layers]},
-        "text_tokens": sum(found.text) / len(found.text),
     }

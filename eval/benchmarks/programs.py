@@ -43,31 +43,16 @@ class Program(NamedTuple):
     Attributes:
         name: of its row.
         model: in eval mode.
-        tokens_in: tokens that enter block 0 of the unpatched model, prefix included.
-        per_layer: tokens that leave each block; `None` where the program does not run the model's own blocks.
-        macs: per image, by torch's counter: the whole pass, with whatever the program multiplies to choose tokens.
-        base_macs: of the unpatched model.
         kernel: what computed attention, by number of blocks.
+        fields: of a result: `tokens` (those that leave blocks are `None` where the program does not run the model's own),
+            `gmacs`, `gflops` and `implied_speedup`, by torch's counter: the whole pass, with whatever the program multiplies
+            to choose tokens, so that there is no part of its own for the reduction.
     """
 
     name: str
     model: nn.Module
-    tokens_in: float
-    per_layer: list[float] | None
-    macs: float
-    base_macs: float
     kernel: str
-
-    @property
-    def implied_speedup(self) -> float:
-        return self.base_macs / self.macs
-
-    def fields(self) -> dict[str, Any]:
-        """Those of a result that say what a pass does; `gmacs` has no part of its own for the reduction."""
-        macs = {"base": self.base_macs, "model": self.macs, "computed": self.macs}
-        layers = self.per_layer
-        tokens = {"in": self.tokens_in, "out": None if layers is None else layers[-1], "mean_per_layer": layers}
-        return {"tokens": tokens, **macs_fields(macs)}
+    fields: dict[str, Any]
 
 
 def prepare(
@@ -77,7 +62,6 @@ def prepare(
 
     Args:
         base: unpatched, in eval mode; stays as it is.
-        images: as for `vtok.eval.benchmarks.throughput.measure`.
         beside: name -> what to time: a model that shares no module with `base`, or a function that is given a copy of `base`
             (weights and all) and returns the changed one.
         unpatched: what a pass of `base` costs.
@@ -97,7 +81,7 @@ def _prepared(
     given = isinstance(other, nn.Module)
     own = copy.deepcopy(base)  # not only another module tree: a program may change weights in place
     blocks = [module for target in find_targets(own) for module in target.layers.modules]
-    with _same_baseline(base, images, name), _nothing_else_changed(base, name):
+    with _unchanged_baseline(base, images, name):
         try:
             with redirect_stdout(sys.stderr):  # programs print, and tables go to stdout
                 made = other if isinstance(other, nn.Module) else other(own)
@@ -120,7 +104,9 @@ def _prepared(
             macs = count_macs(model, images).total
         except Exception as error:
             raise ConfigError(f"{name} cannot run what the unpatched {type(base).__name__} runs: {_said(error)}") from error
-    return Program(name, model, unpatched.tokens_in, layers, macs, unpatched.base_macs, kernel)
+    tokens = {"in": unpatched.tokens_in, "out": None if layers is None else layers[-1], "mean_per_layer": layers}
+    counted = macs_fields({"base": unpatched.base_macs, "model": macs, "computed": macs})
+    return Program(name, model, kernel, {"tokens": tokens, **counted})
 
 
 def _said(error: BaseException) -> str:
@@ -153,16 +139,18 @@ def _seen(model: nn.Module, images: Tensor | Mapping[str, Any], blocks: Sequence
 
 
 @contextmanager
-def _nothing_else_changed(base: nn.Module, name: str) -> Iterator[None]:
-    """What the unpatched model's classes do is the same afterwards; where it is not, it is put back.
+def _unchanged_baseline(base: nn.Module, images: Tensor | Mapping[str, Any], name: str) -> Iterator[None]:
+    """The unpatched model, what its classes do and torch's settings are the same afterwards; what can be put back is.
 
     Raises:
-        ConfigError: a program replaced methods of these classes, or functions of their modules, for the whole process.
+        ConfigError: a program changed what the unpatched model runs, or left torch otherwise.
     """
     kinds = {kind for module in base.modules() for kind in type(module).__mro__ if kind is not object}
     homes = {sys.modules[kind.__module__] for kind in kinds if kind.__module__ in sys.modules} | {nn.functional, torch}
+    settings, computed = {what: get() for what, (get, _) in _SETTINGS.items()}, _computed(base, images)
     before: dict[Any, dict[str, Any]] = {holder: dict(vars(holder)) for holder in (*kinds, *homes)}
-    changed: list[str] = []
+    replaced: list[str] = []
+    reset: list[str] = []
     try:
         yield
     finally:
@@ -174,35 +162,20 @@ def _nothing_else_changed(base: nn.Module, name: str) -> Iterator[None]:
                 delattr(holder, key)
             for key in other:
                 setattr(holder, key, values[key])
-            changed += [f"{holder.__name__}.{key}" for key in (*other, *new)]
-    if changed:
-        raise ConfigError(
-            f"{name} replaces {changed[0]} for the whole process, which the unpatched model runs too (put back now); let it "
-            "change the model that it is given alone"
-        )
-
-
-@contextmanager
-def _same_baseline(base: nn.Module, images: Tensor | Mapping[str, Any], name: str) -> Iterator[None]:
-    """The unpatched model computes the same afterwards, by the same kernels, and torch is set as it was.
-
-    Raises:
-        ConfigError: a program changed what the unpatched model runs by a way that cannot be put back, or left torch otherwise.
-    """
-    settings = {what: get() for what, (get, _) in _SETTINGS.items()}
-    before = _computed(base, images)
-    changed: list[str] = []
-    try:
-        yield
-    finally:
+            replaced += [f"{holder.__name__}.{key}" for key in (*other, *new)]
         for what, (get, put) in _SETTINGS.items():
             if get() != settings[what]:
                 put(settings[what])
-                changed.append(what)
-    after = _computed(base, images)
-    if changed:
-        raise ConfigError(f"{name} changes torch's {changed[0]} for the whole process (put back now); let it leave it as it is")
-    if before[0] != after[0] or not all(map(_equal, before[1], after[1])):
+                reset.append(what)
+    if replaced:
+        raise ConfigError(
+            f"{name} replaces {replaced[0]} for the whole process, which the unpatched model runs too (put back now); let it "
+            "change the model that it is given alone"
+        )
+    if reset:
+        raise ConfigError(f"{name} changes torch's {reset[0]} for the whole process (put back now); let it leave it as it is")
+    kernels, out = _computed(base, images)
+    if computed[0] != kernels or not all(map(_equal, computed[1], out)):
         raise ConfigError(
             f"the unpatched model computes something else once {name} was made: it changes what both run, such as a registry "
             "of attention functions; time it in a process of its own"
@@ -237,13 +210,7 @@ def _is_code(value: Any) -> bool:
 
 
 class Checkout(NamedTuple):
-    """A program that is known by the layout of its repository.
-
-    Attributes:
-        repository: where it comes from.
-        file: of it that must be there.
-        change: (checkout, model, parameters) -> changes the model in place.
-    """
+    """A program that is known by the layout of its repository: a `file` of it, and what changes a model in place."""
 
     repository: str
     file: str
@@ -288,13 +255,7 @@ CHECKOUTS = {
 
 @contextmanager
 def _importing(folder: Path, package: str, *bare: str) -> Iterator[None]:
-    """A package of a folder can be imported, and is forgotten afterwards: another folder may hold one of the same name.
-
-    Args:
-        folder: that holds it.
-        package: its name.
-        bare: packages that are entered without running their `__init__`.
-    """
+    """A package of a folder can be imported, and is forgotten afterwards; those in `bare` without running their `__init__`."""
 
     def ours() -> list[str]:
         return [name for name in sys.modules if name.partition(".")[0] == package]
@@ -318,9 +279,6 @@ def parse_beside(texts: Sequence[str]) -> dict[str, Change]:
 
     A file defines `change(model, **parameters)`, which is given a copy of the model and returns the changed one (`None`: it
     changed the copy). It is run here, so that what is wrong with it is said before anything is timed.
-
-    Returns:
-        Name of the row -> what changes a copy of the model.
 
     Raises:
         ConfigError: another form, nothing there, or something else than is expected; two of one name.

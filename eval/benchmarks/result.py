@@ -280,13 +280,8 @@ def to_json(results: Sequence[Timed]) -> str:
 
 def from_json(text: str) -> list[Timed]:
     """The inverse of `to_json`."""
-    return [from_plain(values) for values in json.loads(text)]
-
-
-def from_plain(values: dict[str, Any]) -> Timed:
-    """A result from the plain values of its fields."""
-    kind = next(one for one in (Result, PromptResult) if set(values) <= {field.name for field in fields(one)})
-    return kind(**values)
+    kinds = [(kind, {field.name for field in fields(kind)}) for kind in (Result, PromptResult)]
+    return [next(kind for kind, names in kinds if set(values) <= names)(**values) for values in json.loads(text)]
 
 
 def table(results: Sequence[Timed]) -> Table:

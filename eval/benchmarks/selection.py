@@ -1,30 +1,23 @@
 """What choosing diverse tokens costs, against loops that do it step by step as methods' programs do.
 
-| selector | of | the loop, from one image's features |
-|---|---|---|
-| `max_sum`, `k_center` | todre | in every step the cosines of all tokens with all chosen ones again |
-| `max_min` | divprune | cosines of all with all once; in every step the rows of all chosen ones again, and their maximum |
-| `dpp` | cdpruner | the kernel once; in every step what the chosen ones explain of it, from the rows kept so far |
+`max_sum` and `k_center` are todre's, `max_min` divprune's, `dpp` cdpruner's. `max_min` and `dpp` need products of all tokens
+with all, in their programs and here; "its steps" compares what comes behind them, both sides given the matrix.
 
-The last is what its program does, and no more can be left out of it: only its matrix is made in half the products here.
-
-`max_min` and `dpp` need cosines of all with all, in their programs and here: at the width of a 7B model that product is nearly
-all of the time, and an exact choice that makes half of it is at most about twice as fast as the loop. "its steps" compares what
-comes behind it, both sides given the matrix.
+What was measured: assets/docs/results/selectors.md in the repository.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vtok.errors import unknown
+from vtok.eval.benchmarks.throughput import seconds_of
 from vtok.eval.common.statistics import Interval, in_brackets, paired_ratio
 from vtok.eval.report.tables import Column, Table
 from vtok.methods.todre.selection import SELECTORS
@@ -58,18 +51,12 @@ class SelectorTime(NamedTuple):
 
 
 def loop_select(features: Tensor, k: int, pivot: int, selector: str) -> Tensor:
-    """The same choice for one image, every step from all rows chosen so far: k^2 n D / 2 multiply-accumulates.
+    """The choice of a name of `SELECTORS` for one image [n, D], every step from all rows chosen so far, `pivot` first: [k] in
+    order.
 
-    Args:
-        features: [n, D].
-        k: tokens to keep.
-        pivot: the first one.
-        selector: a name of `SELECTORS`.
-
-    Returns:
-        [k] int64, in order of choice.
+    k^2 n D / 2 multiply-accumulates.
     """
-    x = features / features.norm(dim=1, keepdim=True)
+    x = _unit(features)
     chosen, free = [pivot], torch.ones(len(x), dtype=torch.bool)
     free[pivot] = False
     while len(chosen) < k:
@@ -80,21 +67,8 @@ def loop_select(features: Tensor, k: int, pivot: int, selector: str) -> Tensor:
     return torch.tensor(chosen)
 
 
-def max_min_loop(features: Tensor, k: int) -> Tensor:
-    """DivPrune's choice for one image, the nearest chosen token looked for again in every step: k k n / 2 comparisons.
-
-    Args:
-        features: [n, D].
-        k: tokens to keep.
-
-    Returns:
-        [k] int64, in order of choice.
-    """
-    x = features / features.norm(dim=1, keepdim=True)
-    return _max_min_steps(1 - x @ x.T, k)
-
-
-def _max_min_steps(distance: Tensor, k: int) -> Tensor:
+def max_min_loop(distance: Tensor, k: int) -> Tensor:
+    """DivPrune's choice [k], in its order, of distances [n, n]: the nearest chosen token looked for again in every step."""
     chosen, free = torch.empty(k, dtype=torch.int64), torch.ones(len(distance), dtype=torch.bool)
     for step in range(k):
         if step == 0:
@@ -106,24 +80,11 @@ def _max_min_steps(distance: Tensor, k: int) -> Tensor:
     return chosen
 
 
-def dpp_loop(features: Tensor, quality: Tensor, k: int) -> Tensor:
-    """CDPruner's choice for one image, with the whole kernel and a Cholesky row a step (of equal gains the first token).
+def dpp_loop(kernel: Tensor, quality: Tensor, k: int) -> Tensor:
+    """CDPruner's choice [k], in its order, of a kernel [n, n] and qualities [n]: of equal gains the first token.
 
     Where k is above the rank of the features it breaks down, as the program does: roots of nothing.
-
-    Args:
-        features: [n, D].
-        quality: [n].
-        k: tokens to keep.
-
-    Returns:
-        [k] int64, in order of choice.
     """
-    x = features / features.norm(dim=1, keepdim=True)
-    return _dpp_steps(quality[:, None] * (x @ x.T) * quality, quality, k)
-
-
-def _dpp_steps(kernel: Tensor, quality: Tensor, k: int) -> Tensor:
     rows, gain, chosen = kernel.new_zeros(k, len(kernel)), quality.square(), torch.empty(k, dtype=torch.int64)
     for step in range(k):
         j = int((gain >= gain.amax() * (1 - NEAR)).long().argmax())
@@ -135,12 +96,26 @@ def _dpp_steps(kernel: Tensor, quality: Tensor, k: int) -> Tensor:
     return chosen
 
 
+def _unit(x: Tensor) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True)
+
+
 def _with_pivot(name: str, features: Tensor, k: int) -> Tensor:
     return SELECTORS[name](features, k, 0)
 
 
 def _loop_with_pivot(name: str, features: Tensor, k: int) -> Tensor:
     return loop_select(features[0], k, 0, name)
+
+
+def _max_min_whole(features: Tensor, k: int) -> Tensor:
+    x = _unit(features[0])
+    return max_min_loop(1 - x @ x.T, k)
+
+
+def _dpp_whole(features: Tensor, k: int) -> Tensor:
+    x, quality = _unit(features[0]), _quality(features)[0]
+    return dpp_loop(quality[:, None] * (x @ x.T) * quality, quality, k)
 
 
 def _quality(features: Tensor) -> Tensor:
@@ -152,21 +127,21 @@ def _quality(features: Tensor) -> Tensor:
 # selector -> (the choice for [1, n, D], the loop for the same)
 CONTESTS: dict[str, tuple[Callable[[Tensor, int], Tensor], Callable[[Tensor, int], Tensor]]] = {
     **{name: (partial(_with_pivot, name), partial(_loop_with_pivot, name)) for name in SELECTORS},
-    "max_min": (max_min, lambda x, k: max_min_loop(x[0], k)),
-    "dpp": (lambda x, k: greedy_dpp(x, _quality(x), k), lambda x, k: dpp_loop(x[0], _quality(x)[0], k)),
+    "max_min": (max_min, _max_min_whole),
+    "dpp": (lambda x, k: greedy_dpp(x, _quality(x), k), _dpp_whole),
 }
 
 
 def _of_cosines(x: Tensor, k: int) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     cosines = all_with_all(unit(x))
     distance = 1 - cosines[0]
-    return lambda: max_min_among(cosines, k), lambda: _max_min_steps(distance, k)
+    return lambda: max_min_among(cosines, k), lambda: max_min_loop(distance, k)
 
 
 def _of_kernel(x: Tensor, k: int) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     quality = _quality(x)
     kernel = all_with_all(unit(x) * quality[..., None])
-    return lambda: greedy_dpp(x, quality, k, kernel), lambda: _dpp_steps(kernel[0], quality[0], k)
+    return lambda: greedy_dpp(x, quality, k, kernel), lambda: dpp_loop(kernel[0], quality[0], k)
 
 
 # selector -> (features, k) -> (the choice, the loop), both given the products of all with all
@@ -182,16 +157,12 @@ def measure(
     progress: Callable[[int, int], None] | None = None,
     names: Sequence[str] = (),
 ) -> list[SelectorTime]:
-    """Times every selector on random features of one image (with a common part, so that cosines are positive, as real ones).
+    """Times every selector (or those named) on random features of one image, with a common part, so that cosines are positive.
 
     Args:
-        tokens: n.
-        keep: k.
-        width: D.
+        tokens, keep, width: n, k and D.
         pairs: calls, each followed by the loop.
-        seed: of the features.
         progress: called with pairs done and pairs in all.
-        names: of selectors; none = all.
 
     Raises:
         UnknownNameError: no such selector.
@@ -200,40 +171,37 @@ def measure(
     if wrong:
         raise unknown("selector", wrong[0], CONTESTS)
     results, contests = [], {name: contest for name, contest in CONTESTS.items() if not names or name in names}
+
+    def advance(done: int) -> None:
+        if progress is not None:
+            progress(done, len(contests) * pairs)
+
     for number, (name, (select, loop)) in enumerate(contests.items()):
         x = _features(tokens, width, seed)
-        ours, loops, exact = [], [], x.double()
+        exact = x.double()
         same = torch.equal(select(exact, keep)[0], loop(exact, keep))
+        times = []
         for i in range(pairs):
-            seconds, slow = _timed(select, x, keep)[1], _timed(loop, x, keep)[1]
-            ours.append(seconds)
-            loops.append(slow)
-            if progress is not None:
-                progress(number * pairs + i + 1, len(contests) * pairs)
-        faster = paired_ratio(loops, ours, seed=seed)
-        scaling = _scaling(name, tokens, keep, width, pairs, seed)
-        steps = _steps(name, x, keep, pairs, seed) if name in STEPS else None
+            times.append((seconds_of(partial(select, x, keep)), seconds_of(partial(loop, x, keep))))
+            advance(number * pairs + i + 1)
+        ours, loops = zip(*times)
+        faster, steps = paired_ratio(loops, ours, seed=seed), None
+        scaling = _scaling(select, tokens, keep, width, pairs, seed)
+        if name in STEPS:
+            choice, given_loop = STEPS[name](x, keep)
+            slow, fast = zip(*((seconds_of(given_loop), seconds_of(choice)) for _ in range(pairs)))
+            steps = paired_ratio(slow, fast, seed=seed)
         results.append(SelectorTime(name, median(ours), median(loops), faster, same, scaling, steps))
     return results
-
-
-def _steps(name: str, x: Tensor, keep: int, pairs: int, seed: int) -> Interval:
-    choice, loop = STEPS[name](x, keep)
-    times = [(_timed(lambda: loop())[1], _timed(lambda: choice())[1]) for _ in range(pairs)]
-    return paired_ratio([slow for slow, _ in times], [fast for _, fast in times], seed=seed)
 
 
 def _features(tokens: int, width: int, seed: int) -> Tensor:
     return torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(seed)) + 0.5
 
 
-def _timed(call: Callable[..., Tensor], *args: Any) -> tuple[Tensor, float]:
-    start = time.perf_counter()
-    result = call(*args)
-    return result, time.perf_counter() - start
-
-
-def _scaling(name: str, tokens: int, keep: int, width: int, pairs: int, seed: int) -> dict[str, float]:
+def _scaling(
+    select: Callable[[Tensor, int], Tensor], tokens: int, keep: int, width: int, pairs: int, seed: int
+) -> dict[str, float]:
     """How a call grows from half the size in one direction to the full one; sizes take turns."""
     whole = {"tokens": tokens, "keep": keep, "width": width}
     sizes = [whole, *({**whole, what: max(whole[what] // 2, 1)} for what in GROWN)]
@@ -241,26 +209,27 @@ def _scaling(name: str, tokens: int, keep: int, width: int, pairs: int, seed: in
     seconds: list[list[float]] = [[] for _ in sizes]
     for _ in range(pairs):
         for size, x, found in zip(sizes, inputs, seconds):
-            count = min(size["keep"], size["tokens"])
-            found.append(_timed(CONTESTS[name][0], x, count)[1])
+            found.append(seconds_of(partial(select, x, min(size["keep"], size["tokens"]))))
     return {what: median(seconds[0]) / median(found) for what, found in zip(GROWN, seconds[1:])}
 
 
 def table(results: Sequence[SelectorTime], tokens: int, keep: int, width: int) -> Table:
     """For people."""
+
+    def times(ratio: Interval | None) -> str:
+        return "-" if ratio is None else f"{ratio.point:.1f}x{in_brackets(ratio.ends, '.1f')}"
+
+    def grown(what: str, r: SelectorTime) -> str:
+        return f"{r.scaling[what]:.2f}x"
+
     columns = [
         Column("selector", lambda r: r.selector, left=True),
         Column("ms", lambda r: f"{1000 * r.seconds:.0f}"),
         Column("loop, ms", lambda r: f"{1000 * r.loop_seconds:.0f}"),
-        Column("faster [95 %]", lambda r: f"{r.faster.point:.1f}x{in_brackets(r.faster.ends, '.1f')}"),
-        Column("its steps", lambda r: "-" if r.steps is None else f"{r.steps.point:.1f}x{in_brackets(r.steps.ends, '.1f')}"),
+        Column("faster [95 %]", lambda r: times(r.faster)),
+        Column("its steps", lambda r: times(r.steps)),
         Column("same tokens", lambda r: "yes" if r.same else "no"),
-        *(Column(f"{what} x 2", partial(_grown, what=what)) for what in GROWN),
+        *(Column(f"{what} x 2", partial(grown, what)) for what in GROWN),
     ]
-    return Table.of(
-        results, columns, f"{tokens} -> {keep} tokens of width {width}, {torch.get_num_threads()} CPU threads, fp32"
-    )
-
-
-def _grown(r: SelectorTime, what: str) -> str:
-    return f"{r.scaling[what]:.2f}x"
+    title = f"{tokens} -> {keep} tokens of width {width}, {torch.get_num_threads()} CPU threads, fp32"
+    return Table.of(results, columns, title)

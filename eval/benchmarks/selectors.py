@@ -10,7 +10,6 @@ What was measured: assets/docs/results/selectors.md in the repository.
 from __future__ import annotations
 
 import math
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from vtok.core.tokens import AttentionView, Place, Site
 from vtok.core.tower import TowerBlock, TowerFacts
 from vtok.cost.prefill import LayerCost
 from vtok.errors import ConfigError, UnsupportedModelError, VtokError
+from vtok.eval.benchmarks.throughput import seconds_of
 from vtok.registry import METHODS
 
 TEXT = 64  # tokens of text, half of them in front of the image
@@ -188,12 +188,7 @@ def prefill_macs(tokens: int, width: int = WIDTH) -> float:
 
 
 class Held(TorchDispatchMode):
-    """Bytes of the tensors that are made under it and still there, and how many they were at most.
-
-    Attributes:
-        now: bytes.
-        peak: bytes.
-    """
+    """Bytes of the tensors that are made under it and still there (`now`), and how many they were at most (`peak`)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,23 +219,21 @@ def configs(share: float) -> list[MethodConfig]:
         kind: Any = METHODS.get(name)
         for params in ({"keep": share}, {}):
             try:
-                config = kind(**params)
+                found.append(kind(**params))
                 break
             except (VtokError, TypeError):
                 continue
-        else:
-            continue
-        found.append(config)
     return found
 
 
 def measure(
     methods: Sequence[MethodConfig], prompt: Synthetic, calls: int = 5, progress: Callable[[int, int], None] | None = None
 ) -> list[Chosen]:
-    """Times the choice of every method, at the first site where it chooses.
+    """Times the choice of every method, at the first site where it chooses; methods that reduce inside a tower alone are
+    refused.
 
     Args:
-        methods: configs; those that reduce inside a vision tower alone are left out.
+        methods: configs.
         prompt: the numbers.
         calls: of which the median counts, after one that warms up.
         progress: called with methods done and methods in all.
@@ -266,7 +259,7 @@ def _measured(config: MethodConfig, prompt: Synthetic, calls: int) -> Chosen:
     with torch.inference_mode():
         with Held() as held:
             call()
-        seconds = [_timed(call, prompt.device) for _ in range(calls)]
+        seconds = [seconds_of(call, torch.device(prompt.device)) for _ in range(calls)]
     return Chosen(
         config, ", ".join(str(one) for one in reducer.sites), kept, median(seconds), macs, macs / prefill_macs(n + TEXT),
         held.peak,
@@ -286,15 +279,6 @@ def _choice(reducer: VLMReducer, prompt: Synthetic, site: Site) -> tuple[Callabl
     x, layout, attention = prompt.layer(reducer.probe(site))
     macs, kept = reducer.layer_macs(site, n, TEXT, n), reducer.layer_count(site, n, n)
     return lambda: reducer.keep(x, layout, replace(attention), site), macs, kept
-
-
-def _timed(call: Callable[[], Any], device: str) -> float:
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    call()
-    wait()
-    return time.perf_counter() - start
 
 
 def table(results: Sequence[Chosen], prompt: Synthetic) -> Table:

@@ -1,15 +1,7 @@
-"""A list of benchmarks as a YAML file, run one after the other within a time limit: `vtok bench-suite gpu`.
+"""A list of benchmarks as a YAML file, such as configs/suites/gpu.yaml, run one after the other: `vtok bench-suite gpu`.
 
-A file holds `cells`; every combination of the lists in a cell is one benchmark:
-
-    cells:
-      - model: deit_small_patch16_224          # as for vtok bench
-        methods: [tome:r=13, "pitome:flops=0.6"]
-        batch_size: [1, 32]
-        dtype: [bf16]
-        compile: [null, reduce-overhead]
-
-Results are kept after every benchmark, and a second start goes on where the first stopped. What fails is told and passed over.
+Every combination of the lists in one of its `cells` is one benchmark. Results are kept after every benchmark, and a second
+start goes on where the first stopped. What fails is told and passed over.
 """
 
 from __future__ import annotations
@@ -83,14 +75,8 @@ def bundled() -> dict[str, Path]:
 
 
 def load(name: str) -> list[dict[str, Any]]:
-    """The benchmarks of a suite, in its order.
-
-    Args:
-        name: of a bundled suite, or a file.
-
-    Raises:
-        ConfigError: there is none, or it holds something else.
-    """
+    """The benchmarks of a bundled suite, or of a file, in its order; a `ConfigError` if there is none, or it holds something
+    else."""
     path = bundled().get(name, Path(name))
     if not path.is_file():
         raise ConfigError(f"no suite {name!r}; bundled: {', '.join(bundled())}; or name a YAML file")
@@ -121,11 +107,9 @@ def run(
     minutes: float | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[Record], list[str]]:
-    """Runs benchmarks that have no results in the folder yet.
+    """Runs benchmarks, from `load`, that have no results in the folder (`results.jsonl`, `table.md`) yet.
 
     Args:
-        benchmarks: from `load`.
-        folder: of `results.jsonl` and `table.md`.
         device: `None` = a GPU if there is one.
         minutes: after so many no further benchmark is begun; `None` = no limit.
         tell: called with a line on every benchmark.

@@ -1,11 +1,10 @@
 """Speed of patched models against the unpatched one: what `vtok bench` measures.
 
-All models of a run are timed batch by batch in rounds, so that each patched batch has an unpatched partner close in time. Every
-timed batch follows an untimed one of the same model: heap and caches are then as they are when that model alone is served (on
-CPUs, the allocator's page faults after a change of model are worth several per cent). The order within a round is drawn anew
-every time. The models are separate module trees over the same parameters: nothing is patched or unpatched between batches, and
-weights take memory once. What interleaving does to the unpatched model itself is measured too: a plain loop over it, in the
-same run, must agree with its interleaved times within 3 % (`baseline_check`).
+All models of a run are timed batch by batch in rounds of random order, so that each patched batch has an unpatched partner
+close in time. Every timed batch follows an untimed one of the same model: heap and caches are then as they are when that model
+alone is served (on CPUs, the allocator's page faults after a change of model are worth several per cent). The models are
+separate module trees over the same parameters. A plain loop over the unpatched model must agree with its interleaved times
+within 3 % (`baseline_check`).
 
 What was measured: assets/docs/results/throughput.md in the repository.
 """
@@ -17,7 +16,7 @@ import platform
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from statistics import median
 from typing import Any
 
@@ -134,46 +133,34 @@ def measure(
             "img_size": int(size[2]),
             "baseline_check": baseline_check(times[0], plain),
         }
-
-        def timing(i: int, implied: float) -> dict[str, Any]:
-            """What was timed of model i, beside the unpatched one."""
-            took = None if compiler is None else {"base": compiled[0], "patched": compiled[i]}
-            return {"compiled": took, **compare(times[0], times[i], implied, len(pixels), seed), **common}
-
-        ours = [
-            Result(
-                method=method_name(patched[i]),
-                setting=chosen[i].title,
-                params=resolved_params(patched[i]),
-                kernel={"base": kernels[0], "patched": kernels[i + 1]},
-                peak_memory_mb=None if peaks is None else {"base": peaks[0], "patched": peaks[i + 1]},
-                reduction_share=shares[i],
+        rows: list[dict[str, Any]] = [
+            {
+                "method": method_name(patched[i]),
+                "setting": chosen[i].title,
+                "params": resolved_params(patched[i]),
+                "reduction_share": shares[i],
+                "peak_memory_mb": None if peaks is None else {"base": peaks[0], "patched": peaks[i + 1]},
                 **costs[i].fields(),
-                **timing(i + 1, costs[i].implied_speedup),
-            )
+            }
             for i in range(len(chosen))
         ]
-        return ours + [
+        unseen: dict[str, Any] = {"params": {}, "reduction_share": None, "peak_memory_mb": None}
+        rows += [{"method": other.name, "setting": other.name, **unseen, **other.fields} for other in others]
+        kernels += [other.kernel for other in others]
+        return [
             Result(
-                method=other.name,
-                setting=other.name,
-                params={},
-                kernel={"base": kernels[0], "patched": other.kernel},
-                peak_memory_mb=None,
-                reduction_share=None,
-                **other.fields(),
-                **timing(i, other.implied_speedup),
+                kernel={"base": kernels[0], "patched": kernels[i]},
+                compiled=None if compiler is None else {"base": compiled[0], "patched": compiled[i]},
+                **compare(times[0], times[i], row["implied_speedup"], len(pixels), seed),
+                **row,
+                **common,
             )
-            for i, other in enumerate(others, start=1 + len(chosen))
+            for i, row in enumerate(rows, start=1)
         ]
 
 
 def checked_settings(settings: Sequence[Any], pairs: int) -> list[Setting]:
-    """What is to be timed.
-
-    Raises:
-        ConfigError: nothing is, or too few times for an interval.
-    """
+    """What is to be timed; a `ConfigError` if nothing is, or too few times for an interval."""
     chosen = [Setting.of(value) for value in settings]
     if not chosen:
         raise ConfigError("nothing to measure: name at least one method")
@@ -183,11 +170,7 @@ def checked_settings(settings: Sequence[Any], pairs: int) -> list[Setting]:
 
 
 def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A type by its short name.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """A type by its short name; a `ConfigError` if there is none."""
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {shown(dtype)}; known: {', '.join(DTYPES)}")
     return DTYPES[dtype] if isinstance(dtype, str) else dtype
@@ -274,29 +257,14 @@ def interleave(
     """(seconds of every batch of every model, seconds of the plain loop's batches over the first one).
 
     Args:
-        models: modules, or whatever `once` runs; warm already.
-        pairs: rounds.
-        once: runs a model on the batch.
-        device: that it is on.
-        progress: called with (rounds done, rounds).
+        models: modules, or whatever `once` runs on the batch; warm already.
         then: called with the number of a model behind each of its timed batches.
     """
     times: list[list[float]] = [[] for _ in models]
     plain: list[float] = []
 
     def timed(model: Any) -> float:
-        synchronise(device)
-        if device.type == "cuda":  # the GPU's own clock
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            once(model)
-            end.record()
-            end.synchronize()
-            return begin.elapsed_time(end) / 1000
-        start = time.perf_counter()
-        once(model)
-        synchronise(device)
-        return time.perf_counter() - start
+        return seconds_of(lambda: once(model), device)
 
     stretch, order = -(-pairs // _PLAIN_BLOCKS), random.Random(0)
     for done in range(pairs):
@@ -310,6 +278,37 @@ def interleave(
         if progress is not None:
             progress(done + 1, pairs)
     return times, plain
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device | None = None) -> float:
+    """Seconds of one call, by the GPU's own clock where it runs on one; `None` = the CPU."""
+    device = device or torch.device("cpu")
+    synchronise(device)
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+    start = time.perf_counter()
+    call()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def clocked(spent: list[float], device: torch.device) -> Callable[[Any], AbstractContextManager[None]]:
+    """For `watched_reduction` and `watched_prompt`: adds the seconds of what they watch to the last of `spent`."""
+
+    @contextmanager
+    def clock(_: Any) -> Iterator[None]:
+        synchronise(device)
+        start = time.perf_counter()
+        yield
+        synchronise(device)
+        spent[-1] += time.perf_counter() - start
+
+    return clock
 
 
 def synchronise(device: torch.device) -> None:

@@ -1,35 +1,21 @@
-"""`vtok methods`, `plan`, `bench`, `bench-select` and `demo`."""
+"""`vtok methods`, `plan` and `export`: what is known or written of a model and a method without timing anything."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import vtok
-from vtok.errors import ConfigError, unknown
+from vtok.errors import ConfigError
+from vtok.eval.cli.flags import SETTING_HELP, Images, TextTokens
 from vtok.eval.common import terminal
 from vtok.eval.runs.names import check_methods, find
 from vtok.registry import METHODS
 
 console = terminal.output()
-
-Methods = Annotated[
-    list[str], typer.Argument(help="name or name:key=value,..., e.g. tome:r=13 or pitome:flops=0.6; several together: A+B")
-]
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="a timm name, open_clip:NAME, transformers:NAME, reference, reference-clip, reference-dinov2, "
-        "reference-llava(-next), reference-scenes, reference-print"
-    ),
-]
-Images = Annotated[int, typer.Option(min=1, help="vision-language models: images in a prompt")]
-TextTokens = Annotated[int, typer.Option(min=1, help="vision-language models: other tokens of a prompt")]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of whatever is random")]
-Pretrained = Annotated[bool, typer.Option(help="load pretrained weights (they change what data-dependent methods keep)")]
 
 
 def methods() -> None:
@@ -97,124 +83,37 @@ def plan(
             console.print()
 
 
-def bench(
-    model: Model,
-    method: Methods,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = 16,
-    pairs: Annotated[int, typer.Option(help="unpatched/patched pairs of timed batches")] = 20,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: torch's)")] = None,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
-    device: Annotated[str | None, typer.Option()] = None,
-    img_size: Annotated[int | None, typer.Option()] = None,
-    pretrained: Pretrained = False,
-    memory: Annotated[bool, typer.Option(help="measure peak memory, one child process a setting")] = True,
-    profile: Annotated[bool, typer.Option(help="profile the share of the reduction step")] = True,
-    output: Annotated[Path | None, typer.Option("--json", help="file for the results")] = None,
-    markdown: Annotated[bool, typer.Option(help="print the table as GitHub markdown")] = False,
-    compiled: Annotated[
-        str | None, typer.Option("--compile", help="torch.compile all models first: default, reduce-overhead, max-autotune")
+def write_onnx(
+    model: Annotated[str, typer.Argument(help="a timm name, open_clip:NAME, transformers:NAME, reference(-clip, -dinov2)")],
+    method: Annotated[str, typer.Argument(help=f"{SETTING_HELP}; unpatched: the model as it is")],
+    out: Annotated[Path, typer.Argument(help="the .onnx file")],
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "-b", min=1, help="of the file (default: any batch size)")
     ] = None,
-    dynamic: Annotated[bool, typer.Option("--dynamic", help="with --compile: one graph for every batch size")] = False,
-    beside: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="another program in the same rounds: tome:r=13@FOLDER or pitome:ratio=0.9@FOLDER of its checkout, or "
-            "NAME:key=value@FILE.py that defines change(model, key); repeatable"
-        ),
-    ] = None,
-    runtime: Annotated[str, typer.Option(help="torch; or, of files that are exported, onnxruntime or openvino")] = "torch",
-    seed: Seed = 0,
-    images: Images = 1,
-    text_tokens: TextTokens = 64,
-    new_tokens: Annotated[int, typer.Option(min=2, help="vision-language models: tokens of an answer")] = 16,
+    img_size: Annotated[int | None, typer.Option(help="input size in pixels")] = None,
+    pretrained: Annotated[bool, typer.Option(help="load pretrained weights")] = True,
+    opset: Annotated[int | None, typer.Option(help="version of ONNX's operators (default: that of vtok.export)")] = None,
+    check: Annotated[bool, typer.Option(help="run the file in onnxruntime against the model")] = True,
+    seed: Annotated[int, typer.Option(min=0, help="of random weights")] = 0,
 ) -> None:
-    """Times patched models against the unpatched one, interleaved in one run, beside what their MACs imply.
+    """Writes a vision encoder with a method in it as an ONNX file, for onnxruntime, OpenVINO and others.
 
-    Of vision-language models it times prefill, first token and decoding, whose steps alone --compile compiles (peak memory
-    and the profiler are for encoders).
+    The token counts are fixed; a method whose counts depend on the image is refused.
     """
-    check_methods(method)
-    from vtok.eval.benchmarks import result as bench_result
-    from vtok.eval.benchmarks.compiled import Compiler
-    from vtok.eval.benchmarks.exported import RUNTIMES, measure_exported
-    from vtok.eval.benchmarks.prefill import measure_prompts
-    from vtok.eval.benchmarks.programs import parse_beside
-    from vtok.eval.benchmarks.throughput import measure
-    from vtok.eval.models.by_name import load_model, sample_images
-    from vtok.eval.models.random_vlm import sample_prompts
-    from vtok.eval.runs import loader as runs
-    from vtok.targets import vlm_targets
-    from vtok.writing import write
-
-    runs.prepared(output, [model, *method])
-    if runtime not in (torch_alone := "torch", *RUNTIMES):
-        raise unknown("runtime", runtime, [torch_alone, *RUNTIMES])
-    if dynamic and compiled is None:
-        raise ConfigError("--dynamic goes with --compile MODE")
-    how = None if compiled is None else Compiler(compiled, True if dynamic else None)
-    others = parse_beside(beside or [])
-    net = load_model(model, pretrained, img_size, seed)
-    if how is not None and runtime in RUNTIMES:
-        raise ConfigError("--compile is for models that torch runs; leave it out")
-    if runtime in RUNTIMES and (dtype != "fp32" or device not in (None, "cpu") or vlm_targets(net)):
-        raise ConfigError(f"--runtime {runtime} times vision encoders in fp32 on the CPU; leave it out for anything else")
-    if others and (runtime in RUNTIMES or vlm_targets(net)):
-        raise ConfigError("--beside is for vision encoders that torch runs; leave it out")
-    common: dict[str, Any] = {"pairs": pairs, "dtype": dtype, "device": device, "threads": threads, "name": model, "seed": seed}
-    settings = [runs.parse_setting(text) for text in method]
-    results: Any
-    with terminal.bar("timing, in rounds", pairs) as common["progress"]:
-        if vlm_targets(net):
-            inputs = sample_prompts(net, batch_size, vtok.Prompt(images, text_tokens), seed)
-            results = measure_prompts(net, inputs, settings, new_tokens=new_tokens, compiler=how, **common)
-        elif runtime in RUNTIMES:
-            exported = {key: common[key] for key in ("pairs", "threads", "name", "seed", "progress")}
-            pictures = sample_images(model, net, batch_size, seed)
-            results = measure_exported(net, pictures, settings, runtime=runtime, **exported)
-        else:
-            pictures = sample_images(model, net, batch_size, seed)
-            results = measure(net, pictures, settings, memory=memory, profile=profile, compiler=how, beside=others, **common)
-    if output is not None:
-        write(output, bench_result.to_json(results))
-    if markdown:
-        print(bench_result.markdown(results))
-    else:
-        console.print(bench_result.table(results))
-
-
-def bench_select(
-    tokens: Annotated[int, typer.Option(min=2, help="visual tokens of an image")] = 2880,
-    keep: Annotated[int, typer.Option(min=1, help="how many stay")] = 288,
-    width: Annotated[int, typer.Option(min=1, help="of a token")] = 1024,
-    pairs: Annotated[int, typer.Option(min=1, help="pairs of a call and a loop; 5 or more for an interval")] = 5,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: torch's)")] = None,
-    every_method: Annotated[
-        bool, typer.Option("--every-method", help="instead: the choice of every method, its share of a 7B prefill, its memory")
-    ] = False,
-    views: Annotated[int, typer.Option(min=1, help="crops of the image, or frames, with --every-method")] = 5,
-    video: Annotated[bool, typer.Option("--video", help="views are frames, with --every-method")] = False,
-    device: Annotated[str, typer.Option(help="with --every-method")] = "cpu",
-    selector: Annotated[list[str] | None, typer.Option(help="only this one; repeatable (default: all)")] = None,
-    seed: Seed = 0,
-) -> None:
-    """Times the choice of diverse tokens against loops that go step by step; or the choice of every method."""
+    check_methods([] if method == "unpatched" else [method])
     import torch
 
-    from vtok.eval.benchmarks import selection as select_bench
-    from vtok.eval.benchmarks import selectors
+    from vtok import export
+    from vtok.eval.common.settings import Setting
+    from vtok.eval.models.by_name import load_model, sample_images
+    from vtok.eval.runs import loader as runs
+    from vtok.writing import apart
 
-    if keep > tokens:
-        raise ConfigError(f"--keep {keep} of --tokens {tokens}: at most all of them can stay")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if every_method:
-        prompt = selectors.Synthetic.of(tokens, views, width, video, seed, device)
-        with terminal.bar("timing") as advance:
-            chosen = selectors.measure(selectors.configs(keep / tokens), prompt, pairs, advance)
-        console.print(selectors.table(chosen, prompt))
-        for line in selectors.refusals(chosen):
-            console.print(f"- {line}", highlight=False)
-        return
-    with terminal.bar("timing") as advance:
-        results = select_bench.measure(tokens, keep, width, pairs, seed, advance, selector or ())
-    console.print(select_bench.table(results, tokens, keep, width))
+    apart([out], [model])
+    net = load_model(model, pretrained, img_size, seed)
+    images = sample_images(model, net, batch_size or 2, seed)
+    if method != "unpatched":
+        net = Setting.of(runs.parse_setting(method)).apply(net, (images.shape[1], images.shape[2], images.shape[3]))
+    with torch.no_grad():
+        file = export.onnx(net, images, out, dynamic_batch=batch_size is None, opset=opset or export.OPSET, check=check)
+    terminal.output().print(str(file), highlight=False, soft_wrap=True)

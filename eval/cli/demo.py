@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from vtok.errors import ConfigError, MissingExtraError, brief, shown
 from vtok.eval.common import terminal
@@ -29,8 +30,7 @@ def demo(
     vqa: Annotated[bool, typer.Option(help="with --full, also: questions to the small LLaVA and LLaVA-NeXT")] = True,
 ) -> None:
     """Methods for encoders on a pretrained DINOv2, methods for prompts on a LLaVA above it: accuracy, cost, speed."""
-    from vtok.eval.demo.encoder import PICTURES, run_encoder_demo
-    from vtok.eval.demo.scenes import QUESTIONS, run_scenes_demo
+    from vtok.eval.demo import encoders, prompts
     from vtok.eval.models.dinov2 import installed
 
     try:
@@ -47,8 +47,8 @@ def demo(
     if not full and images is None:
         console.print("about seven minutes on two cores; a run that was stopped goes on where it was", style="dim")
     try:
-        run_encoder_demo(out, at_most(PICTURES), full, console=console)
-        run_scenes_demo(out, at_most(QUESTIONS), full, console=console)
+        encoders.run_encoder_demo(out, at_most(encoders.DINOV2_PICTURES), full, console=console)
+        prompts.run_scenes_demo(out, at_most(prompts.SCENE_QUESTIONS), full, console=console)
     except MissingExtraError as error:
         console.print(f"questions about scenes were left out: {error}", style=terminal.WARNING)
     except ConfigError as error:  # the encoder's weights come with a package
@@ -56,39 +56,21 @@ def demo(
             raise
         small = True
         console.print(f"only the small models, for now: {error}", style=terminal.WARNING)
-    if small:
-        _small_models(out, images, full, shares, batch_size, control, clip, vqa)
-
-
-def _small_models(
-    out: Path,
-    images: int | None,
-    full: bool,
-    budgets: Sequence[float],
-    batch_size: int,
-    control: bool,
-    clip: bool,
-    vqa: bool,
-) -> None:
-    """The bundled ViT, CLIP, LLaVA and LLaVA-NeXT."""
-    from vtok.eval.demo import clip as clip_demo
-    from vtok.eval.demo import questions as vqa_demo
-    from vtok.eval.demo.vit import run_demo
-
+    if not small:
+        return
     console = terminal.output()
-
-    def at_most(count: int) -> int | None:
-        return images if full else count if images is None else min(images, count)
-
-    run_demo(out, at_most(1000), budgets, batch_size=batch_size, control=control, console=console)
+    encoders.run_demo(out, at_most(1000), shares, console=console, batch_size=batch_size, control=control)
     if clip:
-        try:
-            clip_demo.run_clip_demo(out, at_most(clip_demo.PICTURES), at_most(clip_demo.PAGES), console=console)
-        except MissingExtraError as error:
-            console.print(f"the CLIP part was left out: {error}", style=terminal.WARNING)
+        counts = at_most(encoders.CLIP_PICTURES), at_most(encoders.CLIP_PAGES)
+        _unless_missing("the CLIP part", console, encoders.run_clip_demo, out, *counts, encoders.CLIP_BUDGETS, None)
     if vqa:
-        try:
-            asked, on_pages = at_most(vqa_demo.QUESTIONS), at_most(vqa_demo.PAGE_QUESTIONS)
-            vqa_demo.run_vqa_demo(out, asked, on_pages, console=console)
-        except MissingExtraError as error:
-            console.print(f"the small LLaVA was left out: {error}", style=terminal.WARNING)
+        counts = at_most(prompts.QUESTIONS), at_most(prompts.PAGE_QUESTIONS)
+        _unless_missing("the small LLaVA", console, prompts.run_vqa_demo, out, *counts)
+
+
+def _unless_missing(what: str, console: Console, part: Callable[..., Any], *given: Any) -> None:
+    """Runs a part of the demo, or says which extra it lacks."""
+    try:
+        part(*given, console=console)
+    except MissingExtraError as error:
+        console.print(f"{what} was left out: {error}", style=terminal.WARNING)

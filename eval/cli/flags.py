@@ -14,6 +14,8 @@ from vtok.errors import ConfigError, shown
 
 METHOD_HELP = "name or name:key=value,...; repeatable"
 SETTING_HELP = "name or name:key=value,...; several patched together joined by +; repeatable"
+Images = Annotated[int, typer.Option(min=1, help="vision-language models: images in a prompt")]
+TextTokens = Annotated[int, typer.Option(min=1, help="vision-language models: other tokens of a prompt")]
 _SHORT = {"batch_size": "-b", "candidates": "-n", "workers": "-j"}
 
 

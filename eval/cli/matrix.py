@@ -30,15 +30,28 @@ def print_matrix(
         METHODS.check(name)
     from vtok.eval.common.settings import versions
     from vtok.eval.matrix import encoder as matrix
+    from vtok.eval.matrix import generic as generic_matrix
     from vtok.eval.matrix import report as matrix_report
     from vtok.eval.matrix import vlm as vlm_matrix
     from vtok.eval.runs import loader as runs
     from vtok.testing import tiny
 
     runs.prepared(output, [into])
-    page = None if into is None else _read(into, generic)
+    marks = (generic_matrix.BEGIN, generic_matrix.END) if generic else (matrix_report.BEGIN, matrix_report.END)
+    page = "" if into is None else _read(into)
+
+    def put(made: str) -> None:
+        if into is not None:
+            write(into, matrix_report.put_into(page, made, *marks))
+
+    if into is not None:
+        matrix_report.put_into(page, "", *marks)  # refuses a page without a place for it, now
     if generic:
-        return _print_generic(into, page, [*(backend or ()), *(method or ())], output)
+        if backend or method or output is not None:
+            raise ConfigError("--generic asks every method about every class; leave --backend, --method and --json out")
+        made = generic_matrix.markdown(generic_matrix.answers())
+        put(made)
+        return print(made)
     examples, too_new = tiny.examples(backend)
     vlms = tiny.vlm_examples(backend)
     inside = [name for name in method or encoder_methods() if METHODS.get(name).for_encoders()]
@@ -53,8 +66,7 @@ def print_matrix(
         errors.print(f"left out: {name} (needs release {example.since})", highlight=False)
     if output is not None:
         write(output, matrix.to_json(found))
-    if into is not None and page is not None:
-        write(into, matrix_report.put_into(page, matrix_report.markdown(found)))
+    put(matrix_report.markdown(found))
     if markdown:
         print(matrix_report.markdown(found))
     else:
@@ -66,26 +78,7 @@ def print_matrix(
         raise typer.Exit(1)
 
 
-def _print_generic(into: Path | None, page: str | None, chosen: list[str], output: Path | None) -> None:
-    from vtok.eval.matrix import generic as generic_matrix
-    from vtok.eval.matrix import report as matrix_report
-
-    if chosen or output is not None:
-        raise ConfigError("--generic asks every method about every class; leave --backend, --method and --json out")
-    made = generic_matrix.markdown(generic_matrix.answers())
-    if into is not None and page is not None:
-        write(into, matrix_report.put_into(page, made, generic_matrix.BEGIN, generic_matrix.END))
-    print(made)
-
-
-def _read(path: Path, generic: bool) -> str:
-    """The text of a file that has a place for the table."""
-    from vtok.eval.matrix import generic as generic_matrix
-    from vtok.eval.matrix import report as matrix_report
-
+def _read(path: Path) -> str:
     if not path.is_file():
         raise ConfigError(f"{path} is no file; --into takes one that has a place for the table, such as assets/docs/support.md")
-    text = path.read_text(encoding="utf-8")
-    marks = (generic_matrix.BEGIN, generic_matrix.END) if generic else (matrix_report.BEGIN, matrix_report.END)
-    matrix_report.put_into(text, "", *marks)
-    return text
+    return path.read_text(encoding="utf-8")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
@@ -13,91 +16,49 @@ from vtok.eval.common import terminal
 from vtok.eval.common.launch import check_command
 
 
-class Entry(NamedTuple):
-    """A command.
+@cache
+def _first_lines(module: str) -> dict[str, str]:
+    """Function of a module in this folder -> first line of its docstring, read without importing what the module imports."""
+    tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8"))
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return {node.name: (ast.get_docstring(node) or "").partition("\n")[0] for node in functions}
 
-    Attributes:
-        home: "module:function" in `vtok.eval.cli`.
-        help: the first line of the function's docstring.
-    """
+
+class Entry(NamedTuple):
+    """A command: "module:function" in `vtok.eval.cli`."""
 
     home: str
-    help: str
+
+    @property
+    def help(self) -> str:
+        """What the list of commands says of it."""
+        module, _, function = self.home.partition(":")
+        return _first_lines(module)[function]
 
 
 COMMANDS = {
-    "methods": Entry("app:methods", "Lists the methods with their parameters and defaults."),
-    "plan": Entry(
-        "app:plan", "Tokens and MACs per block and the implied speed-up of methods on a model, before anything runs."
-    ),
-    "bench": Entry(
-        "app:bench", "Times patched models against the unpatched one, interleaved in one run, beside what their MACs imply."
-    ),
-    "bench-select": Entry(
-        "app:bench_select",
-        "Times the choice of diverse tokens against loops that go step by step; or the choice of every method.",
-    ),
-    "bench-growth": Entry(
-        "growth:bench_growth", "Times every method at growing numbers of tokens, beside the attention that it saves."
-    ),
-    "bench-suite": Entry(
-        "suite:bench_suite",
-        "Runs a list of benchmarks; a second start goes on where the first stopped. Prints one table of all.",
-    ),
-    "demo": Entry(
-        "demo:demo",
-        "Methods for encoders on a pretrained DINOv2, methods for prompts on a LLaVA above it: accuracy, cost, speed.",
-    ),
-    "run": Entry("run:run", "Runs a configuration and prints what is measured, beside what was published for it."),
-    "sweep": Entry("run:sweep", "Runs a grid of settings or a list of FLOPs budgets: a table, sweep.csv and sweep.png."),
-    "tune": Entry(
-        "tune:tune",
-        "Searches the schedule of a method at a FLOPs budget, compares it with the default on held-out images, writes a "
-        "config.",
-    ),
-    "configs": Entry(
-        "published:list_configs",
-        "Lists the runs that come with vtok by table, with their published figures and what differs from them by convention.",
-    ),
-    "published": Entry(
-        "published:run_published",
-        "Runs a whole table of published results and prints what was published beside what is measured.",
-    ),
-    "report": Entry(
-        "report:write_page",
-        "Writes results as one self-contained HTML page: tables, plots, what is significant, how to repeat it.",
-    ),
-    "viz": Entry(
-        "viz:draw_tokens",
-        "Draws which tokens of an image are merged, dropped and kept, layer by layer; of vision-language models in the LLM "
-        "too.",
-    ),
-    "export": Entry(
-        "export:write_onnx",
-        "Writes a vision encoder with a method in it as an ONNX file, for onnxruntime, OpenVINO and others.",
-    ),
-    "matrix": Entry(
-        "matrix:print_matrix",
-        "Which methods work on which models, found out by running them: tokens go down, and removing equals masking.",
-    ),
+    "methods": Entry("app:methods"),
+    "plan": Entry("app:plan"),
+    "bench": Entry("bench:bench"),
+    "bench-select": Entry("bench:bench_select"),
+    "bench-growth": Entry("bench:bench_growth"),
+    "bench-suite": Entry("bench:bench_suite"),
+    "demo": Entry("demo:demo"),
+    "run": Entry("run:run"),
+    "sweep": Entry("run:sweep"),
+    "tune": Entry("tune:tune"),
+    "configs": Entry("published:list_configs"),
+    "published": Entry("published:run_published"),
+    "report": Entry("pages:write_page"),
+    "viz": Entry("pages:draw_tokens"),
+    "export": Entry("app:write_onnx"),
+    "matrix": Entry("matrix:print_matrix"),
 }
 EVALUATIONS = {
-    "imagenet": Entry(
-        "tasks.imagenet:evaluate_imagenet",
-        "Accuracy on an ImageNet-style folder with timm's own pipeline, unpatched and patched on the same batches.",
-    ),
-    "zeroshot": Entry(
-        "tasks.clip:evaluate_zeroshot",
-        "Zero-shot accuracy of a CLIP-like model on an image folder, unpatched and patched on the same batches.",
-    ),
-    "retrieval": Entry(
-        "tasks.clip:evaluate_retrieval",
-        "Image and text recall of a CLIP-like model on captioned images, unpatched and patched on the same batches.",
-    ),
-    "vqa": Entry(
-        "tasks.vqa:evaluate_vqa",
-        "Answers of a vision-language model to questions about images, unpatched and patched on the same batches.",
-    ),
+    "imagenet": Entry("tasks:evaluate_imagenet"),
+    "zeroshot": Entry("tasks:evaluate_zeroshot"),
+    "retrieval": Entry("tasks:evaluate_retrieval"),
+    "vqa": Entry("tasks:evaluate_vqa"),
 }
 _BOOK: dict[str, Any] = {"hidden": True, "deprecated": True, "help": "Called published now."}  # its name in 0.1
 

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from vtok.eval.common import terminal
-
-if TYPE_CHECKING:
-    from vtok.eval.published import tables as published
-    from vtok.eval.runs.loader import RunConfig
 
 Data = Annotated[
     list[str] | None, typer.Option(help="folder of the data, or TASK=FOLDER, once a task; a file where a task reads one")
 ]
-
-
-def console() -> Console:
-    """To the terminal; tables that go into a file or a log keep their columns."""
-    return terminal.output(160)
 
 
 def list_configs(
@@ -36,14 +27,13 @@ def list_configs(
     from vtok.eval.published import tables as published
     from vtok.eval.runs.names import bundled
 
-    out = console()
+    out = terminal.output(160)
     if missing:
         out.print(report.missing_table(published.missing()))
         return
     shown = published.tables() if table is None else dict([published.table_of(table)])
     for name, found in shown.items():
-        planned = {run.name: cost for run, cost in _costs(found)} if costs else None
-        out.print(report.listing(name, found, planned))
+        out.print(report.listing(name, found, _costs(found) if costs else None))
         out.print()
     every = {run.name: run for found in shown.values() for run in found}
     notes = report.reasons(list(every.values()))
@@ -58,13 +48,14 @@ def list_configs(
         out.print(f"{len(every)} runs in {len(shown)} tables; {without}")
 
 
-def _costs(found: list[RunConfig]) -> list[tuple[RunConfig, published.Cost]]:
+def _costs(found: Sequence[Any]) -> dict[str, Any]:
+    """Name of a run -> what it costs."""
     from vtok.eval.published import tables as published
 
-    planned = []
+    planned: dict[str, Any] = {}
     for group in published.groups(found):
         model = published.meta_model(group[0])
-        planned += [(run, published.cost(run, model)) for run in group]
+        planned |= {run.name: published.cost(run, model) for run in group}
     return planned
 
 
@@ -91,7 +82,7 @@ def run_published(
     from vtok.eval.published import run as table_run
     from vtok.eval.published import tables as published
 
-    out = console()
+    out = terminal.output(160)
     if table is None:
         out.print(report.contents(published.tables()))
         return

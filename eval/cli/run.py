@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,10 +13,6 @@ from vtok.errors import ConfigError
 from vtok.eval.common import terminal
 from vtok.eval.common.distributed import is_main
 from vtok.eval.runs.names import find
-
-if TYPE_CHECKING:
-    from vtok.eval.runs import loader as runs
-    from vtok.eval.runs.runner import Outcome
 
 Config = Annotated[str, typer.Argument(help="name of a bundled run (see `vtok configs`) or path of a YAML file")]
 Data = Annotated[Path | None, typer.Option(help="the data, instead of what the file names")]
@@ -77,7 +73,7 @@ def sweep(
 
 
 def _run(
-    wanted: runs.RunConfig,
+    wanted: Any,
     data: Path | None,
     pretrained: bool,
     workers: int,
@@ -99,7 +95,7 @@ def _run(
         raise typer.Exit(2)
 
 
-def _show(wanted: runs.RunConfig, outcome: Outcome, out: Path, into: Path | None, markdown: bool) -> None:
+def _show(wanted: Any, outcome: Any, out: Path, into: Path | None, markdown: bool) -> None:
     """Tables, and the files that derive from records."""
     from vtok.eval.published.report import beside, footnotes
     from vtok.eval.report.beside import choices

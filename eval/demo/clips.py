@@ -1,9 +1,6 @@
 """Methods for videos on the bundled LLaVA: its weights in a LLaVA-OneVision, asked about clips of pictures that move.
 
-No bundled model was trained on videos. LLaVA-OneVision has the parts of LLaVA, and pools every frame to a quarter of its
-tokens; the weights of the reference LLaVA fit as they are. A clip shows one picture of easy-VQA, in every frame moved by up to
-three of its 64 pixels, so that all frames hold the answer and methods differ in what they keep of it.
-
+A clip shows one picture of easy-VQA, in every frame moved by up to three of its 64 pixels, so that all frames hold the answer.
 `python -m vtok.eval.demo.clips` prints the table of the second part of assets/docs/results/prompt_methods.md in the repository.
 
 Shapes: Q questions, B of a batch, F frames of a clip, P pixels of a side.
@@ -11,13 +8,13 @@ Shapes: Q questions, B of a batch, F frames of a clip, P pixels of a side.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
+import typer
 from torch import Tensor
 
 import vtok
@@ -81,13 +78,7 @@ def clip_of(picture: Tensor, frames: int, seed: int) -> Tensor:
 
 
 def batches(questions: int, frames: int, size: int = 20) -> Iterator[tuple[dict[str, Tensor], list[str]]]:
-    """(Inputs of the model, answers), of so many questions in equal distances.
-
-    Args:
-        questions: Q.
-        frames: F.
-        size: B at most.
-    """
+    """(Inputs of the model, answers) of Q questions in equal distances, B at most together, about clips of F frames."""
     held = reference_vlm.load_reference_questions()
     processor = reference_vlm.load_reference_llava_processor()
     tokenizer, images = processor.tokenizer, processor.image_processor
@@ -163,15 +154,14 @@ def table(found: Sequence[Shown]) -> Table:
     return Table.of(found, columns, part=lambda row: row.keep)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--questions", type=int, default=120)
-    parser.add_argument("--frames", type=int, default=4)
-    parser.add_argument("--keep", default="0.25,0.1", help="shares of the visual tokens")
-    given = parser.parse_args(arguments)
-    print(table(measure(given.questions, given.frames, [float(one) for one in given.keep.split(",")])).markdown())
+def main(
+    questions: int = 120,
+    frames: int = 4,
+    keep: Annotated[str, typer.Option(help="shares of the visual tokens")] = "0.25,0.1",
+) -> None:
+    """Methods for videos on the bundled LLaVA: its weights in a LLaVA-OneVision, asked about clips of pictures that move."""
+    print(table(measure(questions, frames, [float(one) for one in keep.split(",")])).markdown())
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -69,12 +69,7 @@ class WatchReducer(Reducer):
 
 def attention_kept(model: nn.Module, images: Tensor, block: int) -> list[float]:
     """Share of the class token's attention, in every block, that falls on the half of the patches which it attends to most in
-    one block: how well an early choice by class attention foresees later blocks (0.5 = chance).
-
-    Args:
-        model: with a class token; patched for the one pass, left as it was.
-        images: [B, C, H, W].
-        block: 0-based block that chooses the half.
+    one block: how well an early choice by class attention foresees later blocks (0.5 = chance). images: [B, C, H, W].
     """
     seen: list[Tensor] = []
     with patched(model, Watch(seen)), torch.inference_mode():
@@ -90,12 +85,8 @@ def controls(section: Section) -> list[tuple[Row, RandomChoice]]:
 
 
 def measure_controls(section: Section, out: Path, console: Console) -> dict[str, Record]:
-    """Measures the controls that have no record yet, on the samples of a section of the reference ViT.
-
-    Args:
-        section: what the runner measured.
-        out: folder of its results, where the records of the controls go, too.
-        console: for progress.
+    """Measures the controls that have no record yet, on the samples of a section of the reference ViT, into the folder of its
+    results.
 
     Returns:
         Key of a setting -> the record of its control.

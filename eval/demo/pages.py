@@ -5,12 +5,11 @@ keep.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
+import typer
 
 from vtok.eval.common import terminal
 from vtok.eval.common.statistics import with_error
@@ -32,31 +31,21 @@ POOLED = ("downsample",)  # whose tokens belong to no patch
 CROP_PAGES = 40  # on which the tokens of blank and of filled crops are counted
 
 
-def run_pages_demo(out: Path, questions: int | None = None, console: Console | None = None) -> Section:
-    """Asks what has no answer yet, prints a table, and writes `pages_overlays.png`.
-
-    Args:
-        out: folder of results; a second run with the same arguments goes on where the first stopped.
-        questions: how many; `None` = all.
-        console: where the table goes.
-    """
-    console = console or terminal.output()
-    section = measured("sweep_reference_pages", out, console, num_samples=questions)
+def run_pages_demo(folder: Path, questions: int | None = None) -> Section:
+    """Asks what has no answer yet (so many questions, or all), prints a table, and writes `pages_overlays.png` into the folder
+    of results."""
+    console = terminal.output()
+    section = measured("sweep_reference_pages", folder, console, num_samples=questions)
     model, data = load_vlm(REFERENCE_PRINT), open_vqa(PRINT)
     crops = crops_of(model, data, section)
     print(pages_table(section, crops).markdown())
-    write_pages_sheet(model, data, section, out / "pages_overlays.png")
-    console.print(f"pages_overlays.png and every answer (samples.jsonl) are in {out}")
+    write_pages_sheet(model, data, section, folder / "pages_overlays.png")
+    console.print(f"pages_overlays.png and every answer (samples.jsonl) are in {folder}")
     return section
 
 
 def pages_table(section: Section, crops: dict[str, tuple[float, float]]) -> Table:
-    """Accuracy, paired differences, and by kind of question; tokens that crops keep.
-
-    Args:
-        section: of the sweep.
-        crops: of `crops_of`.
-    """
+    """Accuracy, paired differences, and by kind of question; tokens that crops keep (of `crops_of`)."""
 
     def kept(row: Row) -> str:
         return "{:.1f} / {:.1f}".format(*crops[row.label]) if row.label in crops else "-"
@@ -92,14 +81,5 @@ def shown_questions(data: VQAData, pages: Sequence[int] = (5, 7)) -> list[Questi
     return [q for q in data.questions if q.image in pages and q.groups["kind"] in ("color", "under")]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--questions", type=int, default=None)
-    given = parser.parse_args(arguments)
-    run_pages_demo(given.folder, given.questions)
-
-
 if __name__ == "__main__":
-    main()
+    typer.run(run_pages_demo)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from vtok.eval.common.settings import Setting, weight_sharing_copy
 from vtok.eval.common.statistics import with_error
 from vtok.eval.models.vlm import VisionLanguageModel
 from vtok.eval.report.frame import CSV, frame
+from vtok.eval.report.plots import plot
 from vtok.eval.report.rows import Row
 from vtok.eval.report.sections import Section, findings, headline_of, sections
 from vtok.eval.report.summary import gap_columns, table
@@ -25,8 +26,6 @@ from vtok.eval.runs.again import configs_of
 from vtok.eval.tasks.vqa.data import Question, VQAData
 from vtok.eval.viz.prompt_overlay import by_cell, crops_grid, survivors
 from vtok.registry import encoder_methods
-
-Columns = Callable[[Section], Sequence[Column]]
 
 
 def measured(name: str, out: Path, console: Console, **changes: Any) -> Section:
@@ -84,14 +83,8 @@ def setting_of(row: Row) -> Setting:
 
 
 def settings_near(section: Section, methods: Sequence[str], tokens: int, distance: float) -> list[tuple[str, Setting]]:
-    """(name, setting) of methods, each with about so many tokens, as far as there are some.
-
-    Args:
-        section: of the settings.
-        methods: names, in the order that is wanted.
-        tokens: mean over the layers.
-        distance: from them, as a share, that still counts.
-    """
+    """(name, setting) of methods, each with about so many tokens (mean over the layers; `distance` from them, as a share, still
+    counts), as far as there are some."""
     near = [row for row in section.patched if row.mean_tokens and abs(row.mean_tokens - tokens) < distance * tokens]
     first = {row.method: row for row in reversed(near)}
     return [(name, setting_of(first[name])) for name in methods if name in first]
@@ -106,11 +99,9 @@ def overview_tokens(model: VisionLanguageModel) -> int:
 def kept_by_crop(
     model: VisionLanguageModel, data: VQAData, questions: Sequence[Question], blank: np.ndarray, rows: Sequence[Row]
 ) -> dict[str, tuple[float, float]]:
-    """Setting -> tokens that a (blank, filled) crop has in the last layer on average.
+    """Setting -> tokens that a (blank, filled) crop has in the last layer on average, of a model that reads pages.
 
     Args:
-        model: that reads pages.
-        data: where they come from.
         questions: one a page.
         blank: [pages, 4] bool, which quarters hold nothing.
         rows: the settings.
@@ -133,6 +124,8 @@ def show(section: Section, console: Console, shown: Table | None = None) -> list
     return [row.record for row in section.rows]
 
 
-def write_frame(out: Path) -> None:
-    """`sweep.csv` of everything that the folder holds."""
+def write_files(out: Path, picture: str = "", *shown: Section) -> None:
+    """`sweep.csv` of everything that the folder holds, and a picture of what is shown."""
     write_csv(frame(sections(runner.all_records(out)))[list(CSV)], out / "sweep.csv")
+    if shown:
+        plot(shown, out / picture)

@@ -51,7 +51,8 @@ def read_args(args: Mapping[str, Any], known: Iterable[str]) -> tuple[Wish, dict
     Args:
         args: name -> value, as lmms-eval reads `--model_args`: numbers, flags and text.
         known: arguments that the class has of its own; a parameter of a method with the same name is written behind the
-            method's: `method=foo:device=3`.
+            method's:
+            `method=foo:device=3`.
 
     Returns:
         (what to patch, arguments for the class).

@@ -33,9 +33,6 @@ from vtok.eval.tasks.vqa.job import configs_of
 class Patched(lmms):
     """Takes vtok's arguments, patches the model that the class behind it loads, and notes what every prompt costs.
 
-    Args:
-        **args: `method`, its parameters, and the arguments of the class behind.
-
     Raises:
         ConfigError, UnknownNameError: an argument makes no sense; nothing was loaded then.
         UnsupportedModelError: vtok cannot patch the model, or not with this method.

@@ -27,7 +27,7 @@ Document = tuple[str, str, Any]  # task, split, number
 
 @dataclass
 class PromptCounts(TokenCounts):
-    """What the harness writes into `token_counts` of a sample; see `vtok.eval.lmms`. Its own fields come first."""
+    """What the harness writes into `token_counts` of a sample; see assets/docs/evaluate.md. Its own fields come first."""
 
     visual_tokens: int | None = None
     kept_tokens: list[int] | None = None
@@ -48,9 +48,6 @@ class Recorder:
     """Stands in for `generate()` of a model and notes what every prompt kept and took.
 
     Which document a prompt is about follows from the order in which the model class reads documents.
-
-    Args:
-        net: patched or not.
     """
 
     def __init__(self, net: Any):
@@ -129,11 +126,8 @@ class Recorder:
         return found
 
     def log(self, already: int) -> None:
-        """Adds totals and means to the harness's metrics.
-
-        Args:
-            already: metrics that there were before the answers; a class that has logged its totals since is not counted twice.
-        """
+        """Adds totals and means to the harness's metrics, of which there were `already` so many before the answers: a class
+        that has logged its totals since is not counted twice."""
         answered = [c for c in self.all if c.error is None]
         if not self.all:
             return

@@ -1,19 +1,16 @@
 """What it takes to try lmms-eval without a download: the bundled LLaVA with a chat template, and easy-VQA as a local task.
 
-    python -m vtok.eval.lmms.task FOLDER --count 200
-    lmms-eval --model vtok_llava_hf --model_args pretrained=FOLDER/model,method=todre,keep=0.1 --include_path FOLDER/task \\
-        --tasks vtok_easy_vqa --device cpu --log_samples --output_path FOLDER/logs
-
-The folder `task` shows all that lmms-eval needs for questions of one's own: a YAML file and the questions as parquet.
+`python -m vtok.eval.lmms.task FOLDER` writes both and says how to go on. The folder `task` shows all that lmms-eval needs for
+questions of one's own: a YAML file and the questions as parquet.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 import yaml
 
 from vtok.eval.common.pictures import open_picture
@@ -45,16 +42,8 @@ def write_model(folder: Path, name: str = REFERENCE_LLAVA) -> Path:
 
 
 def write_task(folder: Path, data: VQAData, max_new_tokens: int = 16) -> Path:
-    """Writes questions as a task of lmms-eval, for `--include_path`; its metric is `exact_match`.
-
-    Args:
-        folder: is made.
-        data: questions, with their images; the prompt behind them is written along.
-        max_new_tokens: length of an answer at most.
-
-    Returns:
-        The folder.
-    """
+    """Writes questions with their images as a task of lmms-eval, for `--include_path`; its metric is `exact_match`. Returns the
+    folder."""
     import datasets
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,21 +92,18 @@ def process_results(doc: Mapping[str, Any], results: list[str]) -> dict[str, flo
     return {"exact_match": float(exact_match(results[0], doc["answer"]))}
 
 
-def main() -> None:
-    """Writes both and says how to go on."""
-    parser = argparse.ArgumentParser(description="writes the bundled LLaVA and a task of easy-VQA for lmms-eval")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument(
-        "--count", type=int, default=COUNT, help="questions, one of each of so many equal stretches of the 9,673"
-    )
-    args = parser.parse_args()
-    model = write_model(args.folder / MODEL_FOLDER)
-    task = write_task(args.folder / TASK_FOLDER, open_vqa(EASY_VQA).take(args.count))
+def main(
+    folder: Path,
+    count: Annotated[int, typer.Option(help="questions, one of each of so many equal stretches of the 9,673")] = COUNT,
+) -> None:
+    """Writes the bundled LLaVA and a task of easy-VQA for lmms-eval, and says how to go on."""
+    model = write_model(folder / MODEL_FOLDER)
+    task = write_task(folder / TASK_FOLDER, open_vqa(EASY_VQA).take(count))
     print(
         f"lmms-eval --model vtok_llava_hf --model_args pretrained={model},method=todre,keep=0.1 --include_path {task} "
-        f"--tasks {TASK} --device cpu --batch_size 1 --log_samples --output_path {args.folder / 'logs'}"
+        f"--tasks {TASK} --device cpu --batch_size 1 --log_samples --output_path {folder / 'logs'}"
     )
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

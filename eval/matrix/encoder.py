@@ -68,12 +68,11 @@ Check = Callable[[nn.Module, Tensor], Evidence]
 def judge(
     model: nn.Module, x: Tensor, method: str, input_size: Size | None = None, check: Check = check_reduction
 ) -> dict[str, Any]:
-    """Tries a method on a model, as it is and then with each of its alternatives.
+    """Tries a method, at the setting of its `trial`, on a model, as it is and then with each of its alternatives.
 
     Args:
         model: unpatched, float64, in eval mode; left as it was.
         x: what it takes.
-        method: name; its setting is that of its `trial`.
         input_size: (channels, height, width), as for `vtok.patch`.
         check: what a patched model must pass.
 
@@ -82,15 +81,18 @@ def judge(
     """
     params, refusal = dict(trial(method).encoder), ""
     for request, config in METHODS.get(method).variants(find_targets(model, input_size)[0].info, **params):
+        patched = False
         try:
             vtok.patch(model, config, input_size=input_size, trace=True)
-        except VtokError as error:
-            refusal = refusal or str(error)
-            continue
+            patched = True
+            evidence = check(model, x)
         except Exception as error:  # a cell that breaks is a finding; the rest of the matrix goes on
-            evidence = _broken(error)
-        else:
-            evidence = _checked(model, x, check)
+            if isinstance(error, VtokError) and not patched:
+                refusal = refusal or str(error)
+                continue
+            evidence = Evidence(fault=f"{type(error).__name__}: {error}")
+        finally:
+            vtok.unpatch(model)
         status = FAILED if evidence.fault else WITH_OPTIONS if request else YES
         return {
             "status": status,
@@ -100,20 +102,6 @@ def judge(
             "evidence": evidence,
         }
     return {"status": NO, "params": params, "reason": refusal}
-
-
-def _checked(model: nn.Module, x: Tensor, check: Check) -> Evidence:
-    """What a check finds; the model is unpatched."""
-    try:
-        return check(model, x)
-    except Exception as error:
-        return _broken(error)
-    finally:
-        vtok.unpatch(model)
-
-
-def _broken(error: Exception) -> Evidence:
-    return Evidence(fault=f"{type(error).__name__}: {error}")
 
 
 def cells(

@@ -140,11 +140,7 @@ def _markdown(found: Sequence[Cell]) -> str:
 
 
 def put_into(text: str, made: str, begin_mark: str = BEGIN, end_mark: str = END) -> str:
-    """A page with the part between two markers replaced.
-
-    Raises:
-        ConfigError: there are no markers.
-    """
+    """A page with the part between two markers replaced; a `ConfigError` if there are none."""
     head, begin, rest = text.partition(begin_mark)
     _, end, tail = rest.partition(end_mark)
     if not begin or not end:

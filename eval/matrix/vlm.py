@@ -24,12 +24,8 @@ from vtok.testing.trials import trial
 
 
 def judge(model: Any, example: VLMExample, method: str) -> dict[str, Any]:
-    """Tries a method on a model, as it is and then with each of its alternatives.
-
-    Args:
-        model: unpatched, in eval mode; left as it was.
-        example: that it was built from.
-        method: name; its setting is that of its `trial`.
+    """Tries a method, at the setting of its `trial`, on an unpatched model built from an example, as it is and then with each
+    of its alternatives.
 
     Returns:
         The fields of a `Cell` that the run decides.

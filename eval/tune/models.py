@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from vtok.config import MethodConfig
@@ -15,22 +16,16 @@ from vtok.eval.options import Options, Source
 from vtok.eval.tasks.timm_pipeline import check_timm_name, create_model, data_config
 from vtok.eval.tasks.vqa.data import VQAData
 from vtok.eval.tasks.vqa.sources.opening import easy_vqa, open_vqa, printed_pages, scene_questions
-from vtok.eval.tune.samples import Samples, reference_clip_samples, reference_vit_samples
+from vtok.eval.tune.samples import Samples, folder_samples, reference_clip_samples, reference_vit_samples
 from vtok.eval.tune.subjects import Encoder, Subject
+from vtok.targets.resolve import Size
 
 _TRANSFORMERS = "transformers:"
 
 
 class Prepared(NamedTuple):
-    """What a search needs.
-
-    Attributes:
-        subject: model and method.
-        calibration: samples to search on.
-        held_out: samples to compare on.
-        model: the model as run files name it.
-        options: of the task, as run files have them.
-    """
+    """What a search needs: what is tuned, samples to search and to compare on, model and task's options as run files name
+    them."""
 
     subject: Subject
     calibration: Samples
@@ -44,8 +39,6 @@ def prepared_subject(model: str, config: MethodConfig, source: Source) -> Prepar
 
     Args:
         model: a key of `BUNDLED`, a timm name, or transformers:NAME for a vision-language model of Hugging Face.
-        config: of the method.
-        source: of everything else.
 
     Raises:
         ConfigError: no such model or data, or too little of it.
@@ -58,7 +51,8 @@ def prepared_subject(model: str, config: MethodConfig, source: Source) -> Prepar
         return BUNDLED[model](config, source)
     if model.startswith(_TRANSFORMERS):
         if source.data is not None:
-            return _questions(model.removeprefix(_TRANSFORMERS), config, source)
+            compared = None if source.held_out is None else open_vqa(source.held_out)
+            return _prompts(model.removeprefix(_TRANSFORMERS), "transformers", open_vqa(source.data), compared, config, source)
     elif ":" in model:
         raise ConfigError(f"{model}: name a timm model, transformers:NAME of a vision-language model, or {', '.join(BUNDLED)}")
     else:
@@ -68,78 +62,57 @@ def prepared_subject(model: str, config: MethodConfig, source: Source) -> Prepar
     return _folder(model, config, source)
 
 
-def _reference_vit(config: MethodConfig, source: Source) -> Prepared:
-    net = to_device(load_model(REFERENCE), device=source.device)
-    calibration, compared = reference_vit_samples(source.images, source.held_out_images, source.seed)
-    subject = Encoder(net, REFERENCE, config, calibration, (1, 28, 28))
-    return Prepared(subject, calibration, compared, {"backend": "reference", "name": "reference-vit"}, {})
+def _encoder(
+    name: str,
+    stated: str,
+    samples: Callable[[Source], tuple[Samples, Samples]],
+    size: Size,
+    config: MethodConfig,
+    source: Source,
+) -> Prepared:
+    """A bundled encoder, under the name that run files have for it; of the CLIP the image tower."""
+    net, found = to_device(load_model(name), device=source.device), samples(source)
+    return Prepared(Encoder(net, name, config, found[0], size), *found, {"backend": "reference", "name": stated}, {})
 
 
-def _reference_clip(config: MethodConfig, source: Source) -> Prepared:
-    """Its image tower, whose embeddings should stay what they are."""
-    net = to_device(load_model(REFERENCE_CLIP), device=source.device)
-    calibration, compared = reference_clip_samples(source.images, source.held_out_images, source.seed)
-    subject = Encoder(net, REFERENCE_CLIP, config, calibration, (3, 128, 128))
-    return Prepared(subject, calibration, compared, {"backend": "reference", "name": REFERENCE_CLIP}, {})
-
-
-def _asks(name: str, data: Callable[[bool], VQAData]) -> Callable[[MethodConfig, Source], Prepared]:
+def _asked(name: str, data: Callable[[bool], VQAData], config: MethodConfig, source: Source) -> Prepared:
     """A bundled model whose answers are one token; `data` are its questions, those to calibrate on if it is told so."""
-
-    def prepared(config: MethodConfig, source: Source) -> Prepared:
-        from vtok.eval.tune.prompts import Prompts, prompt_samples
-
-        net = _on(load_vlm(name), source.device)
-        counts = (source.images, source.held_out_images, source.seed)
-        found = prompt_samples(net, data(True), data(False), *counts, labelled=True)
-        return Prepared(Prompts(net, config, found[0]), *found, {"backend": "reference", "name": name}, {})
-
-    return prepared
+    return _prompts(name, "reference", data(True), data(False), config, source, labelled=True)
 
 
-def _questions(name: str, config: MethodConfig, source: Source) -> Prepared:
+def _prompts(
+    name: str,
+    backend: str,
+    data: VQAData,
+    compared: VQAData | None,
+    config: MethodConfig,
+    source: Source,
+    labelled: bool = False,
+) -> Prepared:
     from vtok.eval.tune.prompts import Prompts, prompt_samples
 
-    assert source.data is not None
-    net = _on(load_vlm(name), source.device)
-    compared = None if source.held_out is None else open_vqa(source.held_out)
-    found = prompt_samples(net, open_vqa(source.data), compared, source.images, source.held_out_images, source.seed)
-    return Prepared(Prompts(net, config, found[0]), *found, {"backend": "transformers", "name": name}, {})
-
-
-def _on(model: VisionLanguageModel, device: str | None) -> VisionLanguageModel:
-    return VisionLanguageModel(to_device(model.net, device=device), model.processor, model.name)
+    model = load_vlm(name)
+    model = VisionLanguageModel(to_device(model.net, device=source.device), model.processor, model.name)
+    found = prompt_samples(model, data, compared, source.images, source.held_out_images, source.seed, labelled)
+    return Prepared(Prompts(model, config, found[0]), *found, {"backend": backend, "name": name}, {})
 
 
 def _folder(model: str, config: MethodConfig, source: Source) -> Prepared:
-    from vtok.eval.tune.folder_samples import folder_samples
-
-    assert source.data is not None
-    options = Options(
-        pretrained=source.pretrained,
-        checkpoint=source.checkpoint,
-        num_classes=source.num_classes,
-        class_map=source.class_map,
-        workers=source.workers,
-        batch_size=source.batch_size,
-        seed=source.seed,
-    )
+    shared = ("pretrained", "checkpoint", "num_classes", "class_map", "workers", "batch_size", "seed")
+    options = Options(**{name: getattr(source, name) for name in shared})
     net = to_device(create_model(model, options).eval(), device=source.device)
     preprocessing = data_config(net, options)
-    found = folder_samples(
-        net, preprocessing, source.data, source.held_out, source.images, source.held_out_images, options, source.seed
-    )
-    given = {"checkpoint": source.checkpoint, "num_classes": source.num_classes, "class_map": source.class_map}
-    stated = {name: value for name, value in given.items() if value}
+    found = folder_samples(net, preprocessing, source, options)
+    stated = {name: value for name in shared[1:4] if (value := getattr(source, name))}
     subject = Encoder(net, model, config, found[0], preprocessing["input_size"])
     return Prepared(subject, *found, {"backend": "timm", "name": model}, stated)
 
 
 # name -> what comes with vtok under it
 BUNDLED: dict[str, Callable[[MethodConfig, Source], Prepared]] = {
-    REFERENCE: _reference_vit,
-    REFERENCE_CLIP: _reference_clip,
-    REFERENCE_LLAVA: _asks(REFERENCE_LLAVA, easy_vqa),
-    REFERENCE_SCENES: _asks(REFERENCE_SCENES, scene_questions),
-    REFERENCE_PRINT: _asks(REFERENCE_PRINT, printed_pages),
+    REFERENCE: partial(_encoder, REFERENCE, "reference-vit", reference_vit_samples, (1, 28, 28)),
+    REFERENCE_CLIP: partial(_encoder, REFERENCE_CLIP, REFERENCE_CLIP, reference_clip_samples, (3, 128, 128)),
+    REFERENCE_LLAVA: partial(_asked, REFERENCE_LLAVA, easy_vqa),
+    REFERENCE_SCENES: partial(_asked, REFERENCE_SCENES, scene_questions),
+    REFERENCE_PRINT: partial(_asked, REFERENCE_PRINT, printed_pages),
 }

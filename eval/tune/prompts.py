@@ -6,7 +6,6 @@ depends on the words and the image.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,12 +22,12 @@ from vtok.cost.budget import solve_prompt, within
 from vtok.cost.prefill import Prompt, PromptEstimate
 from vtok.errors import UnsupportedModelError
 from vtok.eval.common.records import key_of
-from vtok.eval.common.settings import Setting, backend, fingerprint, macs_fields, weight_sharing_copy
+from vtok.eval.common.settings import Setting, fingerprint, macs_fields
 from vtok.eval.models.vlm import VisionLanguageModel
 from vtok.eval.tasks.vqa.data import Question, VQAData
 from vtok.eval.tune.samples import Batch, Samples, calibration_count, enough, shuffled
 from vtok.eval.tune.score import class_values
-from vtok.eval.tune.subjects import Priced
+from vtok.eval.tune.subjects import Priced, Subject
 from vtok.patches.hf_vlm.families import VLM
 from vtok.targets import vlm_targets
 from vtok.targets.vlm_estimate import planned
@@ -38,13 +37,8 @@ from vtok.targets.vlm_tower import budget_candidates
 PRICED = 16  # calibration prompts that say what a setting costs
 
 
-class Prompts:
-    """A vision-language model; see `vtok.eval.tune.subjects.Subject`.
-
-    Args:
-        model: unpatched, with its processor.
-        config: of the method.
-        calibration: prompts, the first `PRICED` of which say what a setting costs.
+class Prompts(Subject):
+    """A vision-language model; the first `PRICED` calibration prompts say what a setting costs.
 
     Raises:
         UnsupportedModelError: vtok does not know the model, or the method acts neither on its prompts nor in its tower.
@@ -53,15 +47,13 @@ class Prompts:
     objective = "kl"
 
     def __init__(self, model: VisionLanguageModel, config: MethodConfig, calibration: Samples):
-        self.patched: Any = weight_sharing_copy(model.net)
+        super().__init__(model.net, model.name, config, calibration)
         found = vlm_targets(self.patched)
         if len(found) != 1:
             raise UnsupportedModelError(f"{model.name} is not one vision-language model that vtok knows, but {len(found)}")
-        self.info, self.name, self.config = found[0].info, model.name, config
+        self.info = found[0].info
         budget_candidates(found[0].vlm, config)  # refuses a method that the model or its tower cannot have
-        self.backend = backend(model.net)
         self.identity = {"model": model.name, "weights": fingerprint(model.net), "prompts": True}
-        self._calibration, self._prices = calibration, dict[str, PromptEstimate]()
 
     def space(self) -> Space:
         return search_space(self.config, self._inside() or self.info)
@@ -81,22 +73,20 @@ class Prompts:
         return tower.info if self.config.in_tower and tower is not None else None
 
     def _price(self, config: MethodConfig) -> PromptEstimate:
-        key = json.dumps(config.to_dict())
-        if key not in self._prices:
-            count = min(PRICED, len(self._calibration))
-            inputs, _ = next(self._calibration.read(0, count, count))
-            try:
-                model = self.apply(config)
-                self.outputs(model, inputs)
-                found = self.cost(model)
-            finally:
-                self.apply(None)
-            self._prices[key] = self._planned(config) if found is None else found
-        return self._prices[key]
+        return self._once(config, lambda: self._measured(config))
 
-    def _planned(self, config: MethodConfig) -> PromptEstimate:
-        """What a no-op costs, which leaves nothing to measure."""
-        vlm = self._vlm()
+    def _measured(self, config: MethodConfig) -> PromptEstimate:
+        count = min(PRICED, len(self._calibration))
+        inputs, _ = next(self._calibration.read(0, count, count))
+        try:
+            model = self.apply(config)
+            self.outputs(model, inputs)
+            found = self.cost(model)
+        finally:
+            self.apply(None)
+        if found is not None:
+            return found
+        vlm = self._vlm()  # what a no-op costs, which leaves nothing to measure
         return planned(self.patched, vlm, resolve(vlm, (config,), POSITIONS[0]), Prompt())
 
     def _vlm(self) -> VLM:
@@ -135,10 +125,7 @@ class Prompts:
             "pruner": mean(lambda cost: cost.reduction_macs),
         }
         layers = [mean(lambda cost, i=i: cost.layers[i].visual) for i in range(self.info.depth)]  # type: ignore[misc]
-        return {
-            "tokens": {"in": layers[0], "out": layers[-1], "mean_per_layer": layers},
-            **macs_fields(macs),
-        }
+        return {"tokens": {"in": layers[0], "out": layers[-1], "mean_per_layer": layers}, **macs_fields(macs)}
 
 
 def prompt_samples(
@@ -155,12 +142,9 @@ def prompt_samples(
     Held-out questions are about different images each, so that they are independent.
 
     Args:
-        model: makes prompts of them.
-        data: questions to calibrate on.
         compared: others; `None` = part the images of `data` in two halves.
         questions: to calibrate on; `None` = `CALIBRATION`.
         held_out: to compare on; `None` = one for every image.
-        seed: of the choice and the order.
         labelled: every answer is one token, whose number is the label.
 
     Raises:

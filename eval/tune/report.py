@@ -17,9 +17,9 @@ from vtok.eval.common.statistics import Interval, in_brackets, mean_interval, me
 from vtok.eval.options import Plan
 from vtok.eval.report.tables import Table
 from vtok.eval.tune.models import Prepared
-from vtok.eval.tune.result import Held, Tuned
 from vtok.eval.tune.samples import Samples
 from vtok.eval.tune.subjects import Subject
+from vtok.eval.tune.tuner import Held, Tuned
 
 # measure -> (title, factor to the unit shown, digits, whether more is better)
 MEASURES: dict[str, tuple[str, float, int, bool]] = {
@@ -63,13 +63,19 @@ def table(tuned: Tuned, subject: Subject, held_out: Samples) -> Table:
         caption="± standard error; tuned - default is paired, sample by sample, with its 95 % interval",
     )
     if tuned.best:
-        gaps = []
-        for measure in measures:
-            _, scale, digits, _ = MEASURES[measure]
-            found = paired(tuned.held_out["tuned"].values[measure], values[measure]).scaled(scale)
-            gaps.append(f"{found.point:+.{digits}f}{in_brackets(found.ends, f'+.{digits}f')}")
-        shown.add(["tuned - default", "", "", "", *gaps], style=None)
+        shown.add(["tuned - default", "", "", "", *(_told(gap(tuned, name), name) for name in measures)], style=None)
     return shown
+
+
+def gap(tuned: Tuned, measure: str, name: str = "tuned", beside: str = "default") -> Interval:
+    """By how much a setting differs from another on held-out samples, in the unit shown."""
+    values = [tuned.held_out[one].values[measure] for one in (name, beside)]
+    return paired(*values).scaled(MEASURES[measure][1])
+
+
+def _told(found: Interval, measure: str) -> str:
+    digits = MEASURES[measure][2]
+    return f"{found.point:+.{digits}f}{in_brackets(found.ends, f'+.{digits}f')}"
 
 
 def _mean(measure: str, values: np.ndarray, scale: float = 1.0) -> dict[str, Any]:
@@ -90,12 +96,10 @@ def finding(tuned: Tuned) -> str:
     if not tuned.best:
         return "the default was best on the calibration set: nothing to gain from these candidates"
     measure = primary(tuned)
-    title, scale, digits, more = MEASURES[measure]
-    values = [tuned.held_out[name].values[measure] for name in ("tuned", "default")]
-    found = paired(*values).scaled(scale)
-    text = f"{title}: {found.point:+.{digits}f}{in_brackets(found.ends, f'+.{digits}f')} against the default"
+    (title, _, _, more), found = MEASURES[measure], gap(tuned, measure)
+    text = f"{title}: {_told(found, measure)} against the default"
     if not found.sign:
-        return f"{text}: no difference that {len(values[0])} held-out samples could show"
+        return f"{text}: no difference that {len(tuned.held_out['tuned'].values[measure])} held-out samples could show"
     better = (found.point > 0) == more
     return f"{text}: the tuned schedule is {'better' if better else 'worse'} on held-out samples"
 
@@ -121,15 +125,13 @@ def records_of(tuned: Tuned, subject: Subject, plan: Plan, held_out: Samples) ->
         for measure, column in held.values.items():
             metrics |= _mean(measure, column, MEASURES[measure][1])
         if one is not None and "top1" in metrics:
-            gap = paired(held.values["top1"], base["top1"]).scaled(100)
+            change = gap(tuned, "top1", name, "unpatched")
             error = 100 * mean_stderr(held.values["top1"] - base["top1"])[1]
-            metrics |= {"difference": gap.point, "difference_stderr": error, "difference_ci": gap.ends}
+            metrics |= {"difference": change.point, "difference_stderr": error, "difference_ci": change.ends}
         if name == "tuned":
             for measure in held.values:
-                gap = paired(held.values[measure], tuned.held_out["default"].values[measure]).scaled(MEASURES[measure][1])
-                metrics[f"{measure}_against_default"] = gap.point
-                metrics[f"{measure}_against_default_ci"] = gap.ends
-        n = len(next(iter(held.values.values())))
+                change = gap(tuned, measure)
+                metrics |= {f"{measure}_against_default": change.point, f"{measure}_against_default_ci": change.ends}
         record = {
             "task": held_out.task,
             "model": subject.name,
@@ -140,7 +142,7 @@ def records_of(tuned: Tuned, subject: Subject, plan: Plan, held_out: Samples) ->
             "budget": None if one is None else plan.flops,
             "fraction": 1.0 if one is None else one.fraction,
             "dataset": held_out.name,
-            "n": n,
+            "n": len(next(iter(held.values.values()))),
             "metrics": metrics,
             "primary": primary(tuned),
             "percent": MEASURES[primary(tuned)][1] == 100,
@@ -160,15 +162,8 @@ def records_of(tuned: Tuned, subject: Subject, plan: Plan, held_out: Samples) ->
 
 
 def run_file(tuned: Tuned, made: Prepared, plan: Plan, about: str, output: str = "") -> str:
-    """The winner as a run file: `vtok run` takes it.
-
-    Args:
-        tuned: the outcome.
-        made: what was tuned, and on what.
-        plan: of the search.
-        about: what was done, for the comment on top.
-        output: folder for the results of the run.
-    """
+    """The winner as a run file: `vtok run` takes it. `about` is the comment on top, `output` the folder for the results of the
+    run."""
     winner = tuned.candidates[tuned.best].config
     content: dict[str, Any] = {
         "model": dict(made.model),

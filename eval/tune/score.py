@@ -5,7 +5,7 @@ Shapes: b samples of a batch, K classes or width of an embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,7 @@ Values = Mapping[str, np.ndarray]  # measure -> [samples]; see `class_values` an
 
 
 def output_of(result: Any) -> Tensor:
-    """[b, K] of what a model returned: a tensor, or logits or a pooled embedding of transformers.
-
-    Raises:
-        ConfigError: it is none of these.
-    """
+    """[b, K] of what a model returned: a tensor, or logits or a pooled embedding of transformers; else a `ConfigError`."""
     if isinstance(result, Tensor) and result.ndim == 2:
         return result
     for name in ("logits", "image_embeds", "pooler_output"):
@@ -40,12 +36,8 @@ def classifies(model: nn.Module) -> bool:
 
 
 def class_values(logits: Tensor, unpatched: Tensor, labels: Tensor | None) -> dict[str, np.ndarray]:
-    """Measures of classifiers.
-
-    Args:
-        logits: [b, K] of the patched model.
-        unpatched: [b, K] of the same images.
-        labels: [b] int64, or `None`.
+    """Measures of classifiers, from logits [b, K] of the patched model and of the unpatched one, and labels [b] int64, if there
+    are any.
 
     Returns:
         `kl`: nats that the patched model's probabilities are off the unpatched one's; `agreement`: whether both name the same
@@ -67,30 +59,19 @@ def embedding_values(found: Tensor, unpatched: Tensor, labels: Tensor | None = N
     return {"distance": (1 - F.cosine_similarity(found.double(), unpatched.double(), dim=1)).cpu().numpy()}
 
 
-def _mean(name: str) -> Callable[[Values], float]:
-    return lambda values: float(np.mean(values[name]))
-
-
-def _missing(name: str) -> Callable[[Values], float]:
-    return lambda values: 1 - float(np.mean(values[name]))
-
-
-# objective -> (measures it reads, losses in order of rank)
-OBJECTIVES: dict[str, tuple[tuple[str, ...], tuple[Callable[[Values], float], ...]]] = {
-    "kl": (("kl",), (_mean("kl"),)),
-    "agreement": (("agreement", "kl"), (_missing("agreement"), _mean("kl"))),
-    "accuracy": (("top1", "kl"), (_missing("top1"), _mean("kl"))),
-    "cross_entropy": (("cross_entropy",), (_mean("cross_entropy"),)),
-    "distance": (("distance",), (_mean("distance"),)),
+# objective -> measures whose means are made small (of a share: what is missing of it), in order of rank
+OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "kl": ("kl",),
+    "agreement": ("agreement", "kl"),
+    "accuracy": ("top1", "kl"),
+    "cross_entropy": ("cross_entropy",),
+    "distance": ("distance",),
 }
+_SHARES = ("agreement", "top1")
 
 
 def loss(objective: str, values: Values) -> tuple[float, ...]:
-    """What a search makes small.
-
-    Args:
-        objective: a key of `OBJECTIVES`.
-        values: of all samples seen so far.
+    """What a search makes small, from measures of all samples seen so far.
 
     Raises:
         UnknownNameError: no such objective.
@@ -98,14 +79,14 @@ def loss(objective: str, values: Values) -> tuple[float, ...]:
     """
     if objective not in OBJECTIVES:
         raise unknown("objective", objective, OBJECTIVES)
-    needs, losses = OBJECTIVES[objective]
-    if lacking := [name for name in needs if name not in values]:
-        possible = [name for name, (needed, _) in OBJECTIVES.items() if all(one in values for one in needed)]
+    if lacking := [name for name in OBJECTIVES[objective] if name not in values]:
+        possible = [name for name, needed in OBJECTIVES.items() if all(one in values for one in needed)]
         raise ConfigError(
             f"objective {objective} needs {' and '.join(lacking)}, which model and data do not give; possible: "
             f"{', '.join(possible)}"
         )
-    return tuple(one(values) for one in losses)
+    means = {name: float(np.mean(values[name])) for name in OBJECTIVES[objective]}
+    return tuple(1 - mean if name in _SHARES else mean for name, mean in means.items())
 
 
 @torch.inference_mode()

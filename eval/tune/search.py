@@ -39,9 +39,7 @@ SEARCHES = tuple(_SEARCHES)
 class TrialRandom(random.Random):
     """Random numbers that are parameters of a trial, so that a sampler sees, and may learn, what a `Dimension` draws.
 
-    Args:
-        trial: that suggests them.
-        name: of the dimension; the parameters are called `name.kind.number`.
+    The parameters are called `name.kind.number`, with the name of the dimension.
     """
 
     def __init__(self, trial: Trial, name: str):
@@ -74,12 +72,7 @@ class TrialRandom(random.Random):
 
 
 def stages(search: str, samples: int, eta: int = 3) -> list[int]:
-    """Numbers of samples after which a candidate is looked at; the last is all of them.
-
-    Args:
-        search: one of `SEARCHES`.
-        samples: in the calibration set.
-        eta: after a stage the best 1 / eta go on and see eta times as many.
+    """Numbers of samples after which a candidate is looked at; the last is all of them. After a stage the best 1 / eta go on.
 
     Raises:
         UnknownNameError: no such search.
@@ -99,16 +92,9 @@ def stages(search: str, samples: int, eta: int = 3) -> list[int]:
 class Search:
     """A search in a journal, from which a later start goes on and ends as if it had never been stopped.
 
-    A trial that was stopped in the middle is given up and drawn again: what is suggested follows from the seed and the
-    finished trials alone. So does what is dropped: Optuna's pruner keeps notes in its study, so it has one of its own, in
-    memory, to which finished trials are told again at the start.
-
-    Args:
-        path: of the journal; several searches may share it, one at a time.
-        identity: plain values; another search has others.
-        search: one of `SEARCHES`.
-        eta: see `stages`.
-        seed: of all draws.
+    A trial that was stopped in the middle is given up and drawn again: what is suggested follows from the seed and the finished
+    trials alone. So does what is dropped: Optuna's pruner keeps notes in its study, so it has one of its own, in memory, to
+    which finished trials are told again at the start. Several searches of other `identity` may share the file, one at a time.
 
     Raises:
         ConfigError: the file is no such journal.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +31,7 @@ PRICED = 64  # calibration images that say what a method costs whose counts depe
 Priced = tuple[MethodConfig, float]  # a setting, its share of the unpatched model's FLOPs
 
 
-class Subject(Protocol):
+class Subject(ABC):
     """A model and a method on it.
 
     Attributes:
@@ -40,55 +43,57 @@ class Subject(Protocol):
         objective: what a search minimises unless told otherwise.
     """
 
-    name: str
-    backend: str
     identity: dict[str, Any]
-    config: MethodConfig
-    patched: nn.Module
     objective: str
 
+    def __init__(self, model: nn.Module, name: str, config: MethodConfig, calibration: Samples):
+        self.name, self.config, self._calibration = name, config, calibration
+        self.patched, self.backend = weight_sharing_copy(model), backend(model)
+        self._prices: dict[str, Any] = {}
+
+    @abstractmethod
     def space(self) -> Space:
         """What may vary."""
-        ...
 
+    @abstractmethod
     def default(self, flops: float) -> Priced:
         """The setting that `vtok.patch` takes at this budget."""
-        ...
 
+    @abstractmethod
     def at(self, point: Point, limit: float) -> Priced:
         """The mildest setting of a point's shape that costs at most `limit`; errors are those of `vtok.cost.budget.within`."""
-        ...
 
+    @abstractmethod
     def outputs(self, model: nn.Module, inputs: Any) -> Tensor:
         """[b, K] of one batch, by the unpatched model or the patched copy."""
-        ...
 
+    @abstractmethod
     def values(self, outputs: Tensor, unpatched: Tensor, labels: Tensor | None) -> dict[str, np.ndarray]:
         """Measures of one batch; see `vtok.eval.tune.score`."""
-        ...
 
+    @abstractmethod
     def cost(self, model: nn.Module) -> Any:
         """What the last pass cost."""
-        ...
 
+    @abstractmethod
     def cost_fields(self, costs: list[Any], counts: list[int]) -> dict[str, Any]:
         """`tokens`, `gmacs`, `implied_speedup` of several passes, as records have them."""
-        ...
 
+    @abstractmethod
     def apply(self, config: MethodConfig | None) -> nn.Module:
         """The copy, patched so (`None` = unpatched)."""
-        ...
+
+    def _once(self, config: MethodConfig, price: Callable[[], Any]) -> Any:
+        """A price, remembered: other candidates' points may ask for the same."""
+        key = json.dumps(config.to_dict())
+        if key not in self._prices:
+            self._prices[key] = price()
+        return self._prices[key]
 
 
-class Encoder:
-    """A vision encoder with one tower.
-
-    Args:
-        model: unpatched, in eval mode.
-        name: of it.
-        config: of the method.
-        calibration: samples; the first `PRICED` say what a method costs whose counts depend on the image.
-        size: (channels, height, width) of the images.
+class Encoder(Subject):
+    """A vision encoder with one tower, in eval mode; of calibration samples the first `PRICED` say what a method costs whose
+    counts depend on the image. size: (channels, height, width).
 
     Raises:
         ConfigError: nothing to search, or several towers.
@@ -96,20 +101,17 @@ class Encoder:
     """
 
     def __init__(self, model: nn.Module, name: str, config: MethodConfig, calibration: Samples, size: Size):
+        super().__init__(model, name, config, calibration)
         found = towers(model, size)
         if len(found) != 1:
             paths = ", ".join(tower.path for _, tower in found)
             raise ConfigError(f"{name} holds {len(found)} towers ({paths}); tune them one at a time: pass one of these modules")
         if not config.for_encoders():
             raise UnsupportedModelError(f"{config.name} acts on prompts of vision-language models; {name} is a vision encoder")
-        self.model, self.name, self.config, self.size = model, name, config, size
-        (self.adapter, self.tower), self.patched, self.backend = found[0], weight_sharing_copy(model), backend(model)
+        self.model, self.size, (self.adapter, self.tower) = model, size, found[0]
         self.identity = {"model": name, "weights": fingerprint(model), "size": list(size)}
         self.classifies = classifies(model)
         self.objective = "kl" if self.classifies else "distance"
-        self._images: Tensor | None = None
-        self._prices: dict[str, Estimate] = {}
-        self._calibration = calibration
 
     def space(self) -> Space:
         return search_space(self.config, self.tower.info)
@@ -127,18 +129,15 @@ class Encoder:
         return cost if cost.exact else self._measure(config)
 
     def _measure(self, config: MethodConfig) -> Estimate:
-        key = json.dumps(config.to_dict())  # other candidates' points may ask for the same
-        if key not in self._prices:
-            self._prices[key] = measured(self.adapter, self.tower, (config,), self._pricing_images())
-        return self._prices[key]
+        return self._once(config, lambda: measured(self.adapter, self.tower, (config,), self._images))
 
-    def _pricing_images(self) -> Tensor:
-        if self._images is None:
-            count = min(PRICED, len(self._calibration))
-            images = torch.cat([images for images, _ in self._calibration.read(0, count, count)])
-            first = next(p for p in self.model.parameters() if p.is_floating_point())
-            self._images = images.to(first.device, first.dtype)
-        return self._images
+    @cached_property
+    def _images(self) -> Tensor:
+        """Those that say what a method costs."""
+        count = min(PRICED, len(self._calibration))
+        images = torch.cat([images for images, _ in self._calibration.read(0, count, count)])
+        first = next(p for p in self.model.parameters() if p.is_floating_point())
+        return images.to(first.device, first.dtype)
 
     def outputs(self, model: nn.Module, inputs: Any) -> Tensor:
         return run(model, inputs)
@@ -157,14 +156,8 @@ class Encoder:
 
 
 def at_budget(subject: Subject, point: Point, limit: float, taken: list[MethodConfig]) -> Priced | None:
-    """The setting of a drawn point that costs `limit`, or up to `SLACK` less; `None` if there is none, or another has it.
-
-    Args:
-        subject: model and method.
-        point: of its search space.
-        limit: share of FLOPs.
-        taken: settings that other candidates have.
-    """
+    """The setting of a drawn point that costs `limit`, or up to `SLACK` less; `None` if there is none, or another candidate has
+    it."""
     try:
         config, fraction = subject.at(point, limit)
     except BudgetError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +23,75 @@ from vtok.errors import ConfigError
 from vtok.eval.common.records import key_of
 from vtok.eval.common.settings import model_name, versions
 from vtok.eval.options import Plan
-from vtok.eval.tune.result import SETTINGS, Candidate, Held, Tuned
 from vtok.eval.tune.samples import Samples, digest, in_memory
-from vtok.eval.tune.score import loss
+from vtok.eval.tune.score import Values, loss
 from vtok.eval.tune.search import Search, TrialRandom, stages
 from vtok.eval.tune.subjects import DRAWS, Encoder, Subject, at_budget
 from vtok.registry import METHODS
 from vtok.writing import writable
 
+SETTINGS = ("unpatched", "default", "tuned")  # that are compared on held-out samples
 DIGITS = 7  # of stored measures: a resumed search must see exactly what the first one saw
 JOURNAL = "search.journal"
 
 Progress = Callable[[str, int, int], None]  # (what is going on, done, in all); counts samples
 
 
-class Tuning:
-    """One search.
+@dataclass(frozen=True)
+class Candidate:
+    """A schedule.
 
-    Args:
-        subject: model and method.
-        plan: how to search.
-        calibration: samples to search on.
-        held_out: other samples to compare on at the end; `None` = leave that out.
-        out: folder of `search.journal`.
-        progress: told what is going on.
+    Attributes:
+        config: of the method.
+        fraction: of the unpatched model's FLOPs that it needs, on the calibration set where it depends on the image.
+        point: of the search space; `None` = the default.
+        samples: of the calibration set that it has seen: all, unless it was dropped.
+        loss: on these, the smaller the better; what comes later breaks ties.
     """
+
+    config: MethodConfig
+    fraction: float
+    point: dict[str, Any] | None = None
+    samples: int = 0
+    loss: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Held:
+    """A setting on held-out samples: measure -> [samples], and its `tokens`, `gmacs`, `implied_speedup`."""
+
+    values: Values
+    cost: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The outcome of a search.
+
+    Attributes:
+        candidates: all, the default first.
+        held_out: "unpatched", "default" and "tuned" -> what they do on held-out samples; empty without any.
+        resumed: candidates that an earlier start had finished.
+    """
+
+    candidates: list[Candidate]
+    held_out: dict[str, Held]
+    resumed: int = 0
+
+    @property
+    def best(self) -> int:
+        """Number of the candidate that won on all calibration samples; 0 = the default, which wins a tie."""
+        most = self.candidates[0].samples
+        return min((i for i, one in enumerate(self.candidates) if one.samples == most), key=lambda i: self.candidates[i].loss)
+
+    @property
+    def winner(self) -> MethodConfig:
+        """The setting that won."""
+        return self.candidates[self.best].config
+
+
+class Tuning:
+    """One search, with `search.journal` in the folder `out`; without `held_out` samples nothing is compared at the end."""
 
     def __init__(
         self,
@@ -63,8 +107,8 @@ class Tuning:
         self.stages = stages(plan.search, len(calibration), plan.eta)  # refuses what makes no sense, now
         self._progress, self._done = progress, 0
         self._base: dict[str, Tensor] = {}
-        held = 3 * len(held_out) if held_out is not None else 0
-        self.total = (plan.candidates + 1) * len(calibration) + held
+        self._searched = (plan.candidates + 1) * len(calibration)
+        self.total = self._searched + (len(SETTINGS) * len(held_out) if held_out is not None else 0)
         self._common = {**subject.identity, "dtype": str(next(subject.patched.parameters()).dtype), "vtok": versions()["vtok"]}
 
     def run(self) -> Tuned:
@@ -110,7 +154,7 @@ class Tuning:
                 f"{found[0].fraction:.3f} of the FLOPs; try another budget"
             )
         tuned = Tuned(found[: plan.candidates], {}, resumed)
-        self._done = self.total - (3 * len(self.held_out) if self.held_out is not None else 0)
+        self._done = self._searched
         if self.held_out is not None:
             for name, config in zip(SETTINGS, (None, found[0].config, tuned.winner)):
                 tuned.held_out[name] = self._held(search, self.held_out, name, config)
@@ -128,11 +172,9 @@ class Tuning:
         for trial in search.trials():
             seen = [stop for stop in self.stages if _seen(stop) in trial.user_attrs]
             if "method" in trial.user_attrs and seen:
-                config, values = _config(trial.user_attrs["method"]), self._values(trial.user_attrs, seen[-1])
-                point = trial.user_attrs["point"]
-                found.append(
-                    Candidate(config, trial.user_attrs["fraction"], point, seen[-1], loss(self.plan.objective, values))
-                )
+                config, fraction, point = (trial.user_attrs[name] for name in ("method", "fraction", "point"))
+                lost = loss(self.plan.objective, self._values(trial.user_attrs, seen[-1]))
+                found.append(Candidate(_config(config), fraction, point, seen[-1], lost))
         return found
 
     def _drawn(self, search: Search, found: list[Candidate]) -> Trial | None:

@@ -141,7 +141,7 @@ class TokenMaps:
         """The sheet: the image, then every stage, six a line."""
         from matplotlib.figure import Figure  # without pyplot, whose backend belongs to the caller
 
-        panels = [(self.image(), "image"), *((self.image(s), self.caption(s)) for s in self.stages)]
+        panels = self._panels()
         columns = min(_SHEET_COLUMNS, len(panels))
         lines = -(-len(panels) // columns)
         aspect = panels[0][0].width / panels[0][0].height
@@ -165,7 +165,7 @@ class TokenMaps:
         from PIL import Image, ImageDraw, ImageFont
 
         font, frames = ImageFont.load_default(size=13), []
-        for picture, words in [(self.image(), "image"), *((self.image(s), self.caption(s)) for s in self.stages)]:
+        for picture, words in self._panels():
             frame = Image.new("RGB", (picture.width, picture.height + _STRIP), "white")
             frame.paste(picture)
             ImageDraw.Draw(frame).text((6, picture.height + 5), words, fill="black", font=font)
@@ -176,6 +176,10 @@ class TokenMaps:
             buffer, "GIF", save_all=True, append_images=frames[1:], duration=times[: len(frames)], loop=0, disposal=1
         )
         return buffer.getvalue()
+
+    def _panels(self) -> list[tuple[Any, str]]:
+        """(picture, words) of the image and of every stage."""
+        return [(self.image(), "image"), *((self.image(stage), self.caption(stage)) for stage in self.stages)]
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows."""
@@ -217,9 +221,6 @@ def _columns(count: int) -> int:
 
 def _beside(parts: Sequence[np.ndarray], gap: int, axis: int) -> np.ndarray:
     """Pictures in a line or a column with white between them."""
-    joined = [parts[0]]
-    for part in parts[1:]:
-        shape = list(part.shape)
-        shape[axis] = gap
-        joined += [np.ones(shape), part]
-    return np.concatenate(joined, axis)
+    widths = [(0, gap if i == axis else 0) for i in range(3)]
+    spaced = [np.pad(part, widths, constant_values=1.0) for part in parts[:-1]]
+    return np.concatenate([*spaced, parts[-1]], axis)

@@ -21,13 +21,8 @@ _GUESS = 0.5  # mean and deviation where the model does not say
 
 
 class Prepared(NamedTuple):
-    """An image for an encoder.
-
-    Attributes:
-        pixels: [1, C, H, W].
-        picture: [H, W, 3] in [0, 1].
-        note: how it was prepared, where the model does not say; "" otherwise.
-    """
+    """An image for an encoder: pixels [1, C, H, W], the picture [H, W, 3] in [0, 1], and how it was prepared where the model
+    does not say."""
 
     pixels: Tensor
     picture: np.ndarray
@@ -43,8 +38,7 @@ def prepared(model: nn.Module, image: Any, transform: Callable[[Any], Tensor] | 
     """An image as an encoder takes it.
 
     Args:
-        model: the encoder; timm's and open_clip's say how they want images, Hugging Face's if they were loaded from a folder or
-            the hub.
+        model: timm's and open_clip's say how they want images, Hugging Face's if they were loaded from a folder or the hub.
         image: path, PIL image, or a tensor [C, H, W] or [1, C, H, W] that is ready.
         transform: PIL image -> [C, H, W], instead of the model's own.
         home: folder or name of Hugging Face's image processor; default: what the model was loaded from.
@@ -58,24 +52,28 @@ def prepared(model: nn.Module, image: Any, transform: Callable[[Any], Tensor] | 
             raise ConfigError(f"one image is drawn at a time: a tensor [C, H, W] or [1, C, H, W], got {list(image.shape)}")
         return Prepared(_placed(model, pixels), _stretched(pixels[0]))
     size = towers(model)[0][1].input_size
-    opened = open_picture(image)
+    opened, note = open_picture(image), ""
     own, mean, std = _own(model, size, home or home_of(model))
     if transform is not None:
         pixels = transform(opened)
         return Prepared(_placed(model, pixels[None]), _stretched(pixels))
-    if own is not None:
-        pixels = own(opened)
-        return Prepared(_placed(model, pixels[None]), _shown(pixels, mean, std))
-    note = f"the model does not say how it wants images: scaled to {size[2]} x {size[1]} pixels in [-1, 1]"
-    pixels = _resized(opened, size, _GUESS, _GUESS)
-    return Prepared(_placed(model, pixels[None]), _shown(pixels, [_GUESS], [_GUESS]), note)
+    if own is None:
+        note = f"the model does not say how it wants images: scaled to {size[2]} x {size[1]} pixels in [-1, 1]"
+        mean = std = [_GUESS]
+    pixels = _resized(opened, size, _GUESS, _GUESS) if own is None else own(opened)
+    return Prepared(_placed(model, pixels[None]), shown(pixels, mean, std), note)
+
+
+def number_of(image: Any) -> int | None:
+    """The number of a bundled image or question, as Python and the command line write it; `None` = it is none."""
+    return image if isinstance(image, int) else int(image) if isinstance(image, str) and image.isdigit() else None
 
 
 def reference_pixels(image: Any) -> Prepared:
     """An image for the reference ViT: a path, a PIL image, or a tensor [28, 28] uint8."""
     gray = image if isinstance(image, Tensor) else torch.tensor(np.array(open_picture(image).convert("L").resize((28, 28))))
     pixels = normalise(gray[None, None])
-    return Prepared(pixels, _shown(pixels[0], [FASHION_MEAN], [FASHION_STD]))
+    return Prepared(pixels, shown(pixels[0], [FASHION_MEAN], [FASHION_STD]))
 
 
 def _own(
@@ -131,11 +129,10 @@ def _placed(model: nn.Module, pixels: Tensor) -> Tensor:
     return pixels.to(first.device, first.dtype)
 
 
-def _shown(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+def shown(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """[H, W, 3]: colours as they were before the model's normalisation."""
-    shape = (-1, 1, 1)
-    values = pixels.float() * torch.tensor(list(std)).view(shape) + torch.tensor(list(mean)).view(shape)
-    return _rgb(values)
+    first, second = (torch.tensor(list(values)).view(-1, 1, 1) for values in (std, mean))
+    return _rgb(pixels.float().cpu() * first + second)
 
 
 def _stretched(pixels: Tensor) -> np.ndarray:

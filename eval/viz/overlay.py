@@ -5,7 +5,7 @@ Shapes: G x G patches, N0 = P + G*G original tokens, P prefix tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,30 +22,28 @@ _DROPPED = (0.22, 0.30, 0.58)  # colour of dropped patches
 
 
 def token_groups(model: nn.Module, images: Tensor) -> np.ndarray:
-    """Where each patch of each image ended: [B, G*G] int, equal numbers were merged, -1 was dropped.
-
-    Args:
-        model: patched with `trace=True`.
-        images: [B, C, H, W].
-    """
+    """Where each patch of each image [B, C, H, W] ended in a model patched with `trace=True`: [B, G*G] int, equal numbers were
+    merged, -1 was dropped."""
     run = run_of(model)
     if run is None or not run.trace:
         raise StateError("overlays need the token map; patch with trace=True")
     with torch.inference_mode():
         model(images)
     final = run.current.final
-    assert final is not None
-    assert final.group is not None
+    assert final is not None and final.group is not None
     return final.group[:, run.num_prefix :].cpu().numpy()
 
 
-def paint(image: np.ndarray, groups: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Colours one image by its groups.
+def groups_by_block(run: Any) -> Iterator[np.ndarray]:
+    """The same behind every block of the last pass, as far as it was traced."""
+    for state in run.current.states[1:]:
+        if state is None or state.group is None:
+            return
+        yield state.group[:, run.num_prefix :].cpu().numpy()
 
-    Args:
-        image: [H, W] or [H, W, 3] in [0, 1].
-        groups: [G*G], from `token_groups`.
-        grid: (rows, columns) of patches.
+
+def paint(image: np.ndarray, groups: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Colours one image, [H, W] or [H, W, 3] in [0, 1], by its groups [G*G] on a grid of (rows, columns) patches.
 
     Returns:
         [H, W, 3]: patches that live on alone keep their pixels, merged ones show the mean of their group under a tint of its
@@ -65,15 +63,16 @@ def paint(image: np.ndarray, groups: np.ndarray, grid: tuple[int, int]) -> np.nd
     return np.clip(out, 0, 1)
 
 
-def legend(maps: Iterable[np.ndarray | None]) -> str:
-    """What colours mean in pictures of these maps, "dropped patches are blue" for instance; "" where none is drawn on.
+def tokens_left(groups: np.ndarray) -> int:
+    """Tokens that the patches of a map share."""
+    return len(np.unique(groups[groups >= 0]))
 
-    Args:
-        maps: [G*G] each, from `token_groups`; `None` = nothing has happened.
-    """
+
+def legend(maps: Iterable[np.ndarray | None]) -> str:
+    """What colours mean in pictures of these maps [G*G], "dropped patches are blue" for instance; "" where none is drawn on."""
     known = [groups for groups in maps if groups is not None]
     dropped = any((groups < 0).any() for groups in known)
-    merged = any(len(np.unique(kept)) < len(kept) for kept in (groups[groups >= 0] for groups in known))
+    merged = any(tokens_left(groups) < (groups >= 0).sum() for groups in known)
     words = [*(["dropped patches are blue"] if dropped else []), *(["merged ones share a colour"] if merged else [])]
     return ", ".join(words) if dropped or not merged else "merged patches share a colour"
 
@@ -108,7 +107,6 @@ def overlay_sheet(
         images: [B, C, H, W], as the model takes them.
         pictures: the same images to look at, [H, W] or [H, W, 3] in [0, 1].
         settings: (column title, method, parameters).
-        path: PNG to write.
         titles: of the rows.
         heading: of the sheet; what the colours mean is put behind it.
     """
@@ -119,24 +117,17 @@ def overlay_sheet(
         maps += list(groups)
         side = int(groups.shape[1] ** 0.5)
         grid = (side, groups.shape[1] // side)
-        words = [f"{len(np.unique(own[own >= 0]))} of {groups.shape[1]} patches" for own in groups]
-        tiles = [
-            Tile(paint(picture, own, grid), said, outlines(own, grid), grid)
-            for picture, own, said in zip(pictures, groups, words)
-        ]
+        tiles = []
+        for picture, own in zip(pictures, groups):
+            words = f"{tokens_left(own)} of {groups.shape[1]} patches"
+            tiles.append(Tile(paint(picture, own, grid), words, outlines(own, grid), grid))
         columns.append((title, tiles))
     write_sheet([Tile(picture, "") for picture in pictures], columns, path, f"{heading}: {legend(maps)}".strip(": "), titles)
 
 
 class Tile(NamedTuple):
-    """One picture of a sheet.
-
-    Attributes:
-        pixels: [H, W] or [H, W, 3] in [0, 1].
-        words: under it.
-        edges: lines on it, in patch units, see `outlines`.
-        grid: (rows, columns) of patches, where there are edges.
-    """
+    """One picture of a sheet, [H, W] or [H, W, 3] in [0, 1], with words under it, and lines on it in units of the patches of a
+    grid."""
 
     pixels: np.ndarray
     words: str
@@ -152,13 +143,9 @@ def write_sheet(
     titles: Sequence[str] = (),
     size: tuple[float, float] = (1.7, 1.85),
 ) -> None:
-    """A sheet of pictures: the images on the left, then columns with a title each.
+    """A sheet of pictures as PNG: the images on the left, one a row, then columns (title, one picture a row).
 
     Args:
-        images: one a row.
-        columns: (title, one picture a row).
-        path: PNG to write.
-        heading: of the sheet.
         titles: of the rows.
         size: inches of a picture.
     """
@@ -166,8 +153,7 @@ def write_sheet(
     from matplotlib.figure import Figure  # without pyplot, whose backend belongs to the caller
 
     whole = [("image", images), *columns]
-    figsize = (size[0] * len(whole), size[1] * len(images))
-    figure = Figure(figsize=figsize, layout="constrained")
+    figure = Figure(figsize=(size[0] * len(whole), size[1] * len(images)), layout="constrained")
     axes = figure.subplots(len(images), len(whole), squeeze=False)
     for c, (title, tiles) in enumerate(whole):
         axes[0, c].set_title(title, fontsize=10 if not c else 9)
@@ -176,8 +162,7 @@ def write_sheet(
             axis.imshow(tile.pixels, cmap="gray", vmin=0, vmax=1, extent=extent, interpolation="nearest")
             axis.add_collection(LineCollection(tile.edges, colors="white", linewidths=0.35, alpha=0.7))
             axis.set_xlabel(tile.words, fontsize=7)
-            axis.set_xticks([])
-            axis.set_yticks([])
+            axis.set(xticks=[], yticks=[])
     for axis, title in zip(axes[:, 0], titles):
         axis.set_ylabel(title, fontsize=9)
     figure.suptitle(heading, fontsize=11)

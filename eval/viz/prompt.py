@@ -10,7 +10,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 import vtok
@@ -23,6 +22,8 @@ from vtok.eval.tasks.vqa.data import EASY_VQA, PAGES, PRINT, SCENES, VQAData
 from vtok.eval.tasks.vqa.pipeline import answer
 from vtok.eval.tasks.vqa.sources.opening import open_vqa
 from vtok.eval.viz.draw import Stage, TokenMaps, View
+from vtok.eval.viz.input import number_of, shown
+from vtok.eval.viz.overlay import groups_by_block, tokens_left
 from vtok.eval.viz.prompt_overlay import all_that_stays, kept_by_layer
 from vtok.patches.hf_packed.adapter import raster_places
 from vtok.patches.hf_vlm.install import observed
@@ -36,11 +37,9 @@ QUESTIONS = {REFERENCE_LLAVA: EASY_VQA, REFERENCE_NEXT: PAGES, REFERENCE_SCENES:
 def prompt_maps(
     model: VisionLanguageModel, setting: Setting, image: Any, question: str | None = None, new_tokens: int = 8
 ) -> TokenMaps:
-    """Which visual tokens of a question are left, place by place, and what is answered.
+    """Which visual tokens of a question are left, place by place, and what is answered, under a setting of an unpatched model.
 
     Args:
-        model: unpatched; a copy that shares its weights is patched.
-        setting: the method.
         image: path, PIL image, or the number of a bundled question of a reference model.
         question: default: the bundled one, else `DEFAULT_QUESTION`.
         new_tokens: length of the answer at most.
@@ -54,7 +53,7 @@ def prompt_maps(
     if len(seen) != 1 or len(seen[0].tokens) != 1:
         raise ConfigError(f"{model.name} takes the image as several; token maps are drawn of one")
     views = seen[0].views
-    shown = _views(picture, views, inputs.get("pixel_values"), model)
+    drawn = _views(picture, views, inputs.get("pixel_values"), model)
     net = weight_sharing_copy(model.net).eval()
     setting.apply(net)
     (target,) = vlm_targets(net)
@@ -64,7 +63,7 @@ def prompt_maps(
         pruner = target.installed()
     said = answer(model, net, inputs, new_tokens).texts[0]
     last = None if pruner is None else pruner.last
-    stages = _tower_stages(net, target.vlm, shown)
+    stages = _tower_stages(net, target.vlm, drawn)
     if last is None and not stages:
         raise StateError(f"{setting.title} leaves this prompt as it is; there is no map to draw")
     if last is not None:
@@ -77,7 +76,7 @@ def prompt_maps(
     configs = () if pruner is None else pruner.configs
     notes = ("the last stage holds no more than the method always keeps (min_tokens): its thresholds let all others go",)
     few = bool(stages) and bool(all_that_stays(configs, stages[-1].tokens))
-    return TokenMaps(title, shown, tuple(stages), seen[0].tokens.shape[1], said, notes if few else ())
+    return TokenMaps(title, drawn, tuple(stages), seen[0].tokens.shape[1], said, notes if few else ())
 
 
 @cache
@@ -88,7 +87,7 @@ def questions_of(name: str) -> VQAData:
 
 def _asked(model: VisionLanguageModel, image: Any, question: str | None) -> tuple[Any, str]:
     """(picture, question); a number is that of a bundled question."""
-    number = image if isinstance(image, int) else int(image) if isinstance(image, str) and image.isdigit() else None
+    number = number_of(image)
     if number is None:
         return open_picture(image), question or DEFAULT_QUESTION
     if model.name not in QUESTIONS:
@@ -108,7 +107,8 @@ def _views(picture: Any, views: Sequence[prompts.View], pixels: Any, model: Visi
         crops = pixels.reshape(-1, *pixels.shape[-3:])
         if len(crops) == len(drawn):
             processor = getattr(model.processor, "image_processor", None)
-            cut = [_undone(crop, processor) for crop in crops]
+            mean, std = (getattr(processor, name, None) or [0.5] * 3 for name in ("image_mean", "image_std"))
+            cut = [shown(crop[:3], mean, std) for crop in crops]
     found = []
     for number, (view, pixel) in enumerate(zip(drawn, cut)):
         columns = view.columns - view.newline
@@ -119,37 +119,21 @@ def _views(picture: Any, views: Sequence[prompts.View], pixels: Any, model: Visi
     return tuple(found)
 
 
-def _undone(crop: Tensor, processor: Any) -> np.ndarray:
-    """[H, W, 3]: a crop in its own colours."""
-    mean, std = (torch.tensor(getattr(processor, name, None) or [0.5] * 3) for name in ("image_mean", "image_std"))
-    values = crop[:3].float().cpu() * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
-    return values.clamp(0, 1).permute(1, 2, 0).numpy()
-
-
-def _tower_stages(net: Any, vlm: Any, shown: tuple[View, ...]) -> list[Stage]:
+def _tower_stages(net: Any, vlm: Any, views: tuple[View, ...]) -> list[Stage]:
     """Maps of the vision tower, if it is patched and saw just what is shown."""
     run = None if vlm.tower is None else run_of(vlm.tower.module)
     if run is None:
         return []
     stages = []
-    for block, state in enumerate(run.current.states[1:]):
-        if state is None or state.group is None:
-            break
-        groups = state.group[:, run.num_prefix :].cpu().numpy()
-        if len(groups) != len(shown) or any(groups.shape[1] != view.grid[0] * view.grid[1] for view in shown):
+    for block, groups in enumerate(groups_by_block(run)):
+        if len(groups) != len(views) or any(groups.shape[1] != view.grid[0] * view.grid[1] for view in views):
             return []
         if vlm.packed:
-            groups = np.stack([_in_raster(vlm.tower, one, view) for one, view in zip(groups, shown)])
-        tokens = sum(len(np.unique(one[one >= 0])) for one in groups)
+            order = [raster_places(vlm.tower, view.grid).argsort().numpy() for view in views]  # of units, row by row
+            groups = np.stack([own[places] for own, places in zip(groups, order)])
+        tokens = sum(map(tokens_left, groups))
         stages.append(Stage(f"vision tower, block {block}", tuple(groups), tokens))
     return stages
-
-
-def _in_raster(tower: Any, groups: np.ndarray, view: View) -> np.ndarray:
-    """What units of an image became, row by row, where the tower has them in another order."""
-    found = np.empty_like(groups)
-    found[raster_places(tower, view.grid).numpy()] = groups
-    return found
 
 
 def _names(layers: Sequence[int], depth: int) -> list[tuple[int, str]]:

@@ -25,12 +25,8 @@ from vtok.targets import vlm_targets
 
 
 class Survivors(NamedTuple):
-    """What a model left of the prompts of one batch.
-
-    Attributes:
-        texts: B answers.
-        left: [B, n] bool, visual tokens that entered the last decoder layer.
-    """
+    """What a model left of the prompts of one batch: B answers; [B, n] bool, visual tokens that entered the last decoder
+    layer."""
 
     texts: list[str]
     left: np.ndarray
@@ -45,8 +41,6 @@ def survivors(
         model: whose processor is used.
         net: the same model, patched so that nothing is merged.
         data: where images come from.
-        questions: B of them.
-        new_tokens: length of an answer at most.
 
     Raises:
         StateError: the model is not patched, or the prompts hold different numbers of visual tokens.
@@ -67,11 +61,8 @@ def survivors(
 
 
 def kept_by_layer(last: Counts) -> dict[int, Tensor]:
-    """Decoder layer -> [B, L] bool, the visual tokens that enter it; layer 0 and those in front of which something was dropped.
-
-    Args:
-        last: what a prompt of L columns was shortened to.
-    """
+    """Decoder layer -> [B, L] bool, the visual tokens of prompts of L columns that enter it; layer 0 and those in front of
+    which something was dropped."""
     stays = last.visual if last.alive is None else last.visual & last.alive
     found = {0: stays}
     for layer, stage in sorted(last.stages.items()):
@@ -88,12 +79,8 @@ def all_that_stays(configs: Sequence[MethodConfig], tokens: int) -> str:
 
 
 def crops_grid(left: np.ndarray, overview: int) -> np.ndarray:
-    """[B, G, G] bool: survivors among the crops of pages, put together; newline tokens at the ends of the lines left out.
-
-    Args:
-        left: [B, n].
-        overview: tokens of the view of the whole page, which come first.
-    """
+    """[B, G, G] bool: survivors [B, n] among the crops of pages, put together; newline tokens at the ends of the lines and the
+    `overview` tokens of the whole page, which come first, left out."""
     crops = left[:, overview:]
     side = int(crops.shape[1] ** 0.5)  # G * (G + 1) tokens
     return crops.reshape(len(left), side, side + 1)[:, :, :side]
@@ -118,11 +105,7 @@ def question_sheet(
 
     Args:
         model: unpatched; copies are patched.
-        data: where images come from.
-        questions: the rows.
         settings: (title, setting) of the columns.
-        path: PNG to write.
-        heading: of the sheet.
         overview: for pages, tokens of the view of the whole page; what is painted are the crops.
     """
     pictures = [np.asarray(data.read(q.image)) / 255 for q in questions]

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +19,8 @@ from vtok.eval.models.by_name import REFERENCE, load_model, short_name
 from vtok.eval.models.clip import REFERENCE as REFERENCE_CLIP
 from vtok.eval.models.vlm import BUNDLED, VisionLanguageModel, load_vlm
 from vtok.eval.viz.draw import Stage, TokenMaps, View
-from vtok.eval.viz.input import Prepared, home_of, prepared, reference_pixels
+from vtok.eval.viz.input import Prepared, home_of, number_of, prepared, reference_pixels
+from vtok.eval.viz.overlay import groups_by_block, tokens_left
 from vtok.targets import vlm_targets
 from vtok.targets.resolve import Method, run_of
 
@@ -84,14 +84,7 @@ def visualize(
 
 
 def encoder_maps(model: nn.Module, setting: Setting, image: Prepared, title: str) -> TokenMaps:
-    """Maps of an image after every block of an encoder.
-
-    Args:
-        model: unpatched; a copy that shares its weights is patched.
-        setting: the method.
-        image: ready for the model.
-        title: of the maps.
-    """
+    """Maps of an image that is ready for an unpatched encoder, after every block of a patched copy."""
     channels, height, width = image.pixels.shape[1:]
     net = weight_sharing_copy(model).eval()
     _, tower = towers(net, (channels, height, width))[0]
@@ -103,15 +96,12 @@ def encoder_maps(model: nn.Module, setting: Setting, image: Prepared, title: str
     if run is None:
         raise StateError(f"{setting.title} reduces nothing in this model; there is no map to draw")
     stages = []
-    for block, state in enumerate(run.current.states[1:]):
-        if state is None or state.group is None:
-            break
-        groups = state.group[0, run.num_prefix :].cpu().numpy()
+    for block, (groups,) in enumerate(groups_by_block(run)):
         if len(groups) != rows * columns:
             raise ConfigError(
                 f"the {len(groups)} patches of this image are no grid of {rows} x {columns}; nothing can be drawn"
             )
-        stages.append(Stage(f"block {block}", (groups,), len(np.unique(groups[groups >= 0]))))
+        stages.append(Stage(f"block {block}", (groups,), tokens_left(groups)))
     notes = (image.note,) if image.note else ()
     return TokenMaps(title, (View(image.picture, (rows, columns)),), tuple(stages), rows * columns, notes=notes)
 
@@ -136,7 +126,7 @@ def _load(name: str, question: str | None, pretrained: bool) -> nn.Module | Visi
 
 def _image(name: str, model: nn.Module, image: Any, transform: Callable[[Any], Tensor] | None, home: str) -> Prepared:
     """The image of an encoder; numbers stand for bundled ones."""
-    number = image if isinstance(image, int) else int(image) if isinstance(image, str) and image.isdigit() else None
+    number = number_of(image)
     if name == REFERENCE and transform is None and not isinstance(image, Tensor):
         return reference_pixels(image if number is None else bundled(name, number))
     if number is None:
@@ -155,11 +145,7 @@ def _bundled_images(name: str) -> Tensor:
 
 
 def bundled(name: str, number: int) -> Any:
-    """A test image of a reference encoder: [28, 28] uint8, or a PIL image.
-
-    Raises:
-        ConfigError: there are fewer images.
-    """
+    """A test image of a reference encoder: [28, 28] uint8, or a PIL image; a `ConfigError` if there are fewer images."""
     from PIL import Image
 
     images = _bundled_images(name)

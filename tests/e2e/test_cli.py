@@ -182,7 +182,7 @@ def test_expected_errors_are_one_line(args, words, monkeypatch, capsys):
 def test_demo(tmp_path, monkeypatch):
     """Without the encoder's weights, which a package brings: the small models, on a few images; a second run has nothing left
     to do. See also test_clip_demo and test_vqa_demo."""
-    from vtok.eval.demo import vit
+    from vtok.eval.demo import encoders
     from vtok.eval.models.dinov2 import weights
     from vtok.eval.tasks import fashion
 
@@ -190,7 +190,7 @@ def test_demo(tmp_path, monkeypatch):
         raise weights.PackageNotFoundError(name)
 
     monkeypatch.setattr(weights, "files", none)
-    for home in (vit, fashion):
+    for home in (encoders, fashion):
         monkeypatch.setattr(home, "CALIBRATION", 8)  # budgets are met on as many images, not on 128
     args = ["demo", "--images", 8, "--out", tmp_path / "d", "--budgets", "0.6", "-b", 4, "--no-clip", "--no-vqa"]
     first = _ok(*args)
@@ -207,11 +207,11 @@ def test_demo(tmp_path, monkeypatch):
 
 
 def test_the_demo_has_two_parts_and_three_of_small_models(monkeypatch, tmp_path):
-    from vtok.eval.demo import clip, encoder, questions, scenes, vit
+    from vtok.eval.demo import encoders, prompts
 
     seen = {}
-    parts = ((vit, "run_demo"), (clip, "run_clip_demo"), (questions, "run_vqa_demo"))
-    for home, name in (*parts, (encoder, "run_encoder_demo"), (scenes, "run_scenes_demo")):
+    parts = ((encoders, "run_demo"), (encoders, "run_clip_demo"), (prompts, "run_vqa_demo"))
+    for home, name in (*parts, (encoders, "run_encoder_demo"), (prompts, "run_scenes_demo")):
         monkeypatch.setattr(home, name, lambda out, *counts, name=name, console, **_: seen.update({name: (out, counts)}))
     _ok("demo", "--images", 100, "--out", tmp_path)
     assert seen == {"run_encoder_demo": (tmp_path, (100, False)), "run_scenes_demo": (tmp_path, (100, False))}

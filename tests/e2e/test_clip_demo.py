@@ -7,7 +7,7 @@ from rich.console import Console
 
 pytest.importorskip("open_clip")
 
-from vtok.eval.demo import clip as clip_demo
+from vtok.eval.demo import encoders as clip_demo
 from vtok.eval.models.reference import load_reference_clip
 from vtok.eval.runs import runner
 from vtok.eval.tasks.clip import retrieval, zeroshot

@@ -13,7 +13,7 @@ from helpers_vqa import ANATOMY, questions, tiny_llava, tiny_next
 import vtok
 from vtok.eval.common.settings import Setting, weight_sharing_copy
 from vtok.eval.common.statistics import with_error
-from vtok.eval.demo import questions as vqa_demo
+from vtok.eval.demo import prompts as vqa_demo
 from vtok.eval.models.vlm import REFERENCE_LLAVA, REFERENCE_NEXT, VisionLanguageModel
 from vtok.eval.runs import loader
 from vtok.eval.runs import models as runs_models

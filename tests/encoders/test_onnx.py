@@ -13,7 +13,7 @@ from zoo import SETTINGS, STATIC, WITHOUT_CLS, attach, build, images
 
 import vtok
 import vtok.targets.resolve
-from vtok.eval.benchmarks.exported import RUNTIMES, measure_exported
+from vtok.eval.benchmarks.compiled import RUNTIMES, measure_exported
 from vtok.eval.cli.program import app
 from vtok.registry import encoder_methods
 

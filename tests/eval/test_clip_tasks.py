@@ -241,7 +241,7 @@ def test_the_first_captions_only(karpathy):
 
 def test_clip_benchmark_builds_a_table_of_the_files(karpathy, folder, tmp_path, monkeypatch):
     cli = pytest.importorskip("clip_benchmark.cli")
-    from vtok.eval.cli.tasks.clip import write_records
+    from vtok.eval.cli.tasks import write_records
 
     encoder = tiny_native()
     files = write_records(retrieval(encoder, karpathy, [None], options(RetrievalOptions)), tmp_path / "out")

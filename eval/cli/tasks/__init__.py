@@ -1,1 +1,0 @@
-"""Commands of `vtok eval`, a file a kind of task."""

@@ -43,7 +43,7 @@ from vtok.eval.models.reference_vlm import (
 )
 from vtok.eval.training.llava import augment, right_answers
 from vtok.eval.training.loop import BaseRecipe, Every, Stage, Training, parser, stage_file, stage_seed
-from vtok.eval.training.turns import answer_logits, pack, share_right, turn_maker, turns_about
+from vtok.eval.training.turns import logits_and_states, pack, share_right, turn_maker, turns_about
 from vtok.writing import write
 
 STEPS_PER_EPOCH = 100
@@ -161,19 +161,14 @@ def train(recipe: Recipe, checkpoint: Path, llava: Path, data: Path | None = Non
     model = start(recipe.model, torch.load(llava, weights_only=True))
     placer = Placer(recipe.model.text_width, PICTURE_SIZE // recipe.model.patch_size)
     training, tokenizer = Training(recipe, checkpoint, every), make_tokenizer()
-    turn_of, layer = turn_maker(tokenizer), model.model.language_model.layers[recipe.placing_layer - 1]
+    turn_of = turn_maker(tokenizer)
 
     def loss_of(number: int, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(stage_seed(recipe.seed, number) + step)
         pages, cells = draw_pages(source, recipe, generator)
         turns = pack([[turn_of(*asked) for asked in questions_about(page, generator)] for page in cells.tolist()])
-        seen: list[Tensor] = []
-        handle = layer.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
-        try:
-            logits = answer_logits(model, read_pages(model, pages), turns)
-        finally:
-            handle.remove()
-        return F.cross_entropy(logits, turns.wanted) + recipe.placing * placer.loss(seen[0], cells)
+        logits, states, _ = logits_and_states(model, read_pages(model, pages), turns)
+        return F.cross_entropy(logits, turns.wanted) + recipe.placing * placer.loss(states[recipe.placing_layer], cells)
 
     def test(number: int) -> str:
         return f"{100 * packed_accuracy(model, held_out, tokenizer):.2f} % on held-out pages"

@@ -26,8 +26,8 @@ from vtok.eval.benchmarks.prefill import measure_prompts
 from vtok.eval.benchmarks.result import interval
 from vtok.eval.benchmarks.throughput import PAIRS, device_name, dtype_of, measure
 from vtok.eval.common.records import Record, Records, key_of
+from vtok.eval.models.architectures import sample_prompts
 from vtok.eval.models.by_name import load_model, sample_images
-from vtok.eval.models.random_vlm import sample_prompts
 from vtok.eval.report.tables import Column, Table
 from vtok.eval.runs import yaml_text
 from vtok.eval.runs.loader import SUITES

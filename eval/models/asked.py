@@ -32,11 +32,8 @@ def one_of_each(
 ) -> list[AskedOf]:
     """A question of every kind about each picture, as far as there is one.
 
-    Args:
-        split: of the pictures.
-        numbers: of them.
-        about: (number, randomness) -> all that can be asked, kind -> questions.
-        turn: so many pictures in a row are asked about a presence that is a "yes", then as many about one that is a "no".
+    `about`: (number, randomness) -> all that can be asked, kind -> questions. `turn` pictures in a row are asked about a
+    presence that is a "yes", then as many about one that is a "no".
     """
     found = []
     for number in numbers:

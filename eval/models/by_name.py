@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtok.errors import ConfigError, MissingExtraError, unknown
+from vtok.errors import ConfigError, unknown
 from vtok.eval.common.settings import towers
-from vtok.eval.models.architectures import ARCHITECTURES, PUBLISHED, Architecture, build_architecture, build_published
+from vtok.eval.models.architectures import ARCHITECTURES, PUBLISHED, Architecture, build, build_architecture, build_published
+from vtok.eval.models.assets import library
 from vtok.eval.models.clip import REFERENCE as REFERENCE_CLIP
 from vtok.eval.models.data import normalise
 from vtok.eval.models.dinov2 import REFERENCE_DINOV2, load_clip_art
-from vtok.eval.models.random_vlm import build
 from vtok.eval.models.reference import (
     load_reference_clip,
     load_reference_images,
@@ -112,10 +112,7 @@ def sample_images(name: str, model: nn.Module, batch_size: int, seed: int = 0) -
 
 
 def _open_clip(name: str, pretrained: bool, img_size: int | None, seed: int, meta: bool) -> nn.Module:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise MissingExtraError("open_clip_torch", "open_clip") from error
+    open_clip = library("open_clip", "open_clip_torch")
     name, _, tag = name.partition("/")
     if name not in open_clip.list_models():
         raise unknown("open_clip model", name, open_clip.list_models(), "open_clip.list_models() names all")
@@ -125,15 +122,12 @@ def _open_clip(name: str, pretrained: bool, img_size: int | None, seed: int, met
             f"open_clip has several weights of {name}; name one: open_clip:{name}/TAG with TAG in {', '.join(tags)}"
         )
     torch.manual_seed(seed)
-    silenced = logging.root.manager.disable
+    silenced, device, weights = logging.root.manager.disable, "meta" if meta else "cpu", None if meta or not tag else tag
     try:
         if meta:
             logging.disable(logging.WARNING)  # that no weights are loaded is what was asked for
-        with torch.device("meta" if meta else "cpu"):
-            weights = None if meta or not tag else tag
-            model: Any = open_clip.create_model(
-                name, pretrained=weights, device="meta" if meta else "cpu", force_image_size=img_size
-            )
+        with torch.device(device):
+            model: Any = open_clip.create_model(name, pretrained=weights, device=device, force_image_size=img_size)
     except (RuntimeError, OSError, ValueError) as error:  # unknown tag, no network
         raise ConfigError(f"open_clip cannot make {name} {tag}".rstrip() + f": {error}") from error
     finally:
@@ -142,10 +136,7 @@ def _open_clip(name: str, pretrained: bool, img_size: int | None, seed: int, met
 
 
 def _hugging_face(name: str, pretrained: bool, img_size: int | None, seed: int, meta: bool) -> nn.Module:
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingExtraError("transformers", "transformers") from error
+    transformers = library("transformers")
     size = {} if img_size is None else {"image_size": img_size}
     torch.manual_seed(seed)
     if name in ARCHITECTURES:

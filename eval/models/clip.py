@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtok.errors import ConfigError, MissingExtraError, UnsupportedModelError, shown, unknown
-from vtok.eval.models.assets import asset
+from vtok.errors import ConfigError, UnsupportedModelError, shown, unknown
+from vtok.eval.models.assets import asset, library
 from vtok.reading import is_folder
 
 BACKENDS = ("open_clip", "transformers")
@@ -27,57 +27,43 @@ _SCHEMES = ("local-dir:", "hf-hub:")
 
 @dataclass(frozen=True)
 class DualEncoder:
-    """A model that puts images and texts into one space. This class speaks open_clip's dialect: `encode_image`, `encode_text`.
+    """A model that puts images and texts into one space. It speaks open_clip's dialect: `encode_image`, `encode_text`."""
 
-    Attributes:
-        net: the model.
-        preprocess: PIL image -> [C, H, W].
-        tokenizer: texts -> what `encode_text` takes.
-        name: under which it was found.
-        pretrained: tag of its weights, "" if there is none.
-        backend: one of `BACKENDS`.
-    """
-
-    net: nn.Module
-    preprocess: Callable[[Any], Tensor]
-    tokenizer: Callable[[list[str]], Any]
-    name: str
-    pretrained: str = ""
-    backend: str = "open_clip"
+    net: nn.Module  # the model
+    preprocess: Callable[[Any], Tensor]  # PIL image -> [C, H, W]
+    tokenizer: Callable[[list[str]], Any]  # texts -> what `encode_text` takes
+    name: str  # under which it was found
+    pretrained: str = ""  # tag of its weights, "" if there is none
+    backend: str = "open_clip"  # one of `BACKENDS`
 
     def encode_image(self, net: nn.Module, images: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, D] of unit length, by `net`: this model or a patched copy of it."""
-        model: Any = net
-        return F.normalize(model.encode_image(images).float(), dim=-1)
+        return F.normalize(self._of_images(net, images).float(), dim=-1)
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """T texts -> [T, D] of unit length."""
-        model: Any = self.net
-        return F.normalize(model.encode_text(self._tokens(texts)).float(), dim=-1)
+        tokens = self.tokenizer(list(texts)).to(next(self.net.parameters()).device)
+        return F.normalize(self._of_texts(self.net, tokens).float(), dim=-1)
 
-    def _tokens(self, texts: Sequence[str]) -> Any:
-        return self.tokenizer(list(texts)).to(next(self.net.parameters()).device)
+    def _of_images(self, net: Any, images: Tensor) -> Tensor:
+        return net.encode_image(images)
+
+    def _of_texts(self, net: Any, tokens: Any) -> Tensor:
+        return net.encode_text(tokens)
 
 
 class HuggingFaceEncoder(DualEncoder):
     """The dialect of transformers: `get_image_features`, `get_text_features`; the contrastive half of BLIP for retrieval."""
 
-    def encode_image(self, net: nn.Module, images: Tensor) -> Tensor:
-        model: Any = net
-        if _is_blip(model):
-            found = model.vision_proj(model.vision_model(pixel_values=images).last_hidden_state[:, 0])
-        else:
-            found = _features(model.get_image_features(pixel_values=images))
-        return F.normalize(found.float(), dim=-1)
+    def _of_images(self, net: Any, images: Tensor) -> Tensor:
+        if _is_blip(net):
+            return net.vision_proj(net.vision_model(pixel_values=images).last_hidden_state[:, 0])
+        return _features(net.get_image_features(pixel_values=images))
 
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        model: Any = self.net
-        tokens = self._tokens(texts)
-        if _is_blip(model):
-            found = model.text_proj(model.text_encoder(**tokens).last_hidden_state[:, 0])
-        else:
-            found = _features(model.get_text_features(**tokens))
-        return F.normalize(found.float(), dim=-1)
+    def _of_texts(self, net: Any, tokens: Any) -> Tensor:
+        if _is_blip(net):
+            return net.text_proj(net.text_encoder(**tokens).last_hidden_state[:, 0])
+        return _features(net.get_text_features(**tokens))
 
 
 def _is_blip(model: nn.Module) -> bool:
@@ -107,26 +93,17 @@ def load_clip(name: str, pretrained: str = "", backend: str | None = None, seed:
     if name == REFERENCE:
         return replace(load_clip(f"local-dir:{asset(f'{CLIP_FOLDER}/{WEIGHTS_FILE}').parent}"), name=REFERENCE)
     if backend is None:
-        backend = _backend_of(name)
+        own = name.startswith(_SCHEMES) or (Path(name) / "open_clip_config.json").is_file()
+        foreign = is_folder(name) or "/" in name  # open_clip writes its names with dashes
+        backend = "transformers" if foreign and not own else "open_clip"
     if backend not in BACKENDS:
         raise ConfigError(f"unknown backend {shown(backend)}; known: {', '.join(BACKENDS)}")
     torch.manual_seed(seed)
     return _load_open_clip(name, pretrained) if backend == "open_clip" else _load_hugging_face(name)
 
 
-def _backend_of(name: str) -> str:
-    if name.startswith(_SCHEMES) or (Path(name) / "open_clip_config.json").is_file():
-        return "open_clip"
-    if is_folder(name) or "/" in name:  # open_clip writes its names with dashes
-        return "transformers"
-    return "open_clip"
-
-
 def _load_open_clip(name: str, pretrained: str) -> DualEncoder:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise MissingExtraError("open_clip_torch", "open_clip") from error
+    open_clip = library("open_clip", "open_clip_torch")
     folder = Path(name.removeprefix("local-dir:"))
     if (folder / "open_clip_config.json").is_file():
         name = f"local-dir:{folder}"
@@ -152,25 +129,19 @@ def _own_vocabulary(folder: Path) -> dict[str, str]:
 
 
 def _load_hugging_face(name: str) -> DualEncoder:
+    hub = library("transformers")
     try:
-        from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, BlipForImageTextRetrieval
-    except ImportError as error:
-        raise MissingExtraError("transformers", "transformers") from error
-    try:
-        config = AutoConfig.from_pretrained(name)
-        kind: Any = BlipForImageTextRetrieval if config.model_type == "blip" else AutoModel
-        model = kind.from_pretrained(name)
-        processor, words = AutoImageProcessor.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        blip = hub.AutoConfig.from_pretrained(name).model_type == "blip"
+        model = (hub.BlipForImageTextRetrieval if blip else hub.AutoModel).from_pretrained(name)
+        processor, words = hub.AutoImageProcessor.from_pretrained(name), hub.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ConfigError(f"transformers cannot load {name}: {error}") from error
     return hugging_face_encoder(model, processor, words, name)
 
 
 def hugging_face_encoder(model: nn.Module, processor: Any, words: Any, name: str) -> HuggingFaceEncoder:
-    """A Hugging Face model with its image processor and tokenizer.
-
-    Raises:
-        UnsupportedModelError: it has no image and text features in one space, or takes images as something else than pixels.
+    """A Hugging Face model with its image processor and tokenizer. Raises `UnsupportedModelError` if it has no image and text
+    features in one space, or takes images as something else than pixels.
     """
     if not _is_blip(model) and not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
         raise UnsupportedModelError(

@@ -8,8 +8,11 @@ from __future__ import annotations
 import gzip
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,16 +21,8 @@ from vtok.writing import write
 # Mean and standard deviation of the 60,000 training images, pixels scaled to [0, 1].
 FASHION_MEAN, FASHION_STD = 0.2860, 0.3530
 FASHION_CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 _IDX_UINT8 = 0x08
@@ -39,16 +34,10 @@ def cache_dir() -> Path:
 
 
 def read_idx(path: Path) -> Tensor:
-    """Reads one IDX file of unsigned bytes, gzipped or not.
+    """One IDX file of unsigned bytes, gzipped or not, as a uint8 tensor with the shape that its header states.
 
-    Args:
-        path: the file. IDX is a 4-byte magic (0, 0, type, number of dimensions), one big-endian int32 a dimension, data.
-
-    Returns:
-        uint8 tensor with the shape that the header states.
-
-    Raises:
-        ValueError: the file is not IDX, holds another type, or is shorter or longer than its header says.
+    IDX is a 4-byte magic (0, 0, type, number of dimensions), one big-endian int32 a dimension, data. Raises `ValueError` if the
+    file is not IDX, holds another type, or is shorter or longer than its header says.
     """
     opener = gzip.open if path.suffix == ".gz" else open
     try:
@@ -70,28 +59,34 @@ def read_idx(path: Path) -> Tensor:
 def write_idx(path: Path, data: Tensor) -> None:
     """Writes a uint8 tensor as a gzipped IDX file (the inverse of `read_idx`), the same bytes every time."""
     header = bytes([0, 0, _IDX_UINT8, data.ndim]) + b"".join(int(n).to_bytes(4, "big") for n in data.shape)
+    write_gzip(path, header + data.contiguous().numpy().tobytes())
+
+
+def write_gzip(path: Path, data: bytes) -> None:
+    """Writes a compressed file, the same bytes with every release of Python."""
     packed = io.BytesIO()
-    with gzip.GzipFile(filename="", mode="wb", fileobj=packed, compresslevel=9, mtime=0) as file:
-        file.write(header + data.contiguous().numpy().tobytes())
+    with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as file:
+        file.write(data)
     write(path, packed.getvalue())
 
 
 def load_fashion_mnist(split: str, folder: Path | None = None) -> tuple[Tensor, Tensor]:
-    """Loads Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, MIT).
+    """Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, MIT): (images [S, 1, 28, 28] uint8, labels [S] int64).
 
     Args:
         split: `"train"` (60,000 images) or `"t10k"` (10,000 test images).
         folder: where the four `*-ubyte.gz` files lie; `None` takes the Debian package `dataset-fashion-mnist` if it is
             installed, else lets torchvision download the set into `cache_dir()`.
 
-    Returns:
-        (images [S, 1, 28, 28] uint8, labels [S] int64).
-
     Raises:
         FileNotFoundError: `folder` lacks the files.
     """
     if folder is None:
-        folder = DEBIAN_FOLDER if DEBIAN_FOLDER.is_dir() else _download(cache_dir())
+        folder = DEBIAN_FOLDER
+        if not folder.is_dir():
+            from torchvision.datasets import FashionMNIST
+
+            folder = Path(FashionMNIST(str(cache_dir()), download=True).raw_folder)
     images, labels = (folder / f"{split}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1"))
     for path in (images, labels):
         if not path.is_file():
@@ -99,11 +94,9 @@ def load_fashion_mnist(split: str, folder: Path | None = None) -> tuple[Tensor, 
     return read_idx(images).unsqueeze(1), read_idx(labels).long()
 
 
-def _download(root: Path) -> Path:
-    from torchvision.datasets import FashionMNIST
-
-    FashionMNIST(str(root), download=True)
-    return root / "FashionMNIST" / "raw"
+def stack_pixels(images: Sequence[Any]) -> Tensor:
+    """RGB images of PIL, all of one size -> [B, 3, H, W] uint8."""
+    return torch.from_numpy(np.stack([np.array(image) for image in images])).permute(0, 3, 1, 2).contiguous()
 
 
 def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -16,9 +16,10 @@ from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from vtok.eval.models.data import stack_pixels
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -32,16 +33,10 @@ VARIANTS = 4  # pages of a group: one, and three that differ from it in a single
 
 
 def classes_of(questions: Iterable[tuple[str, str, int]]) -> dict[int, int]:
-    """Class of every picture whose questions leave one shape and one colour possible.
+    """Picture number -> index into `CLASSES` of every picture whose questions leave one shape and one colour possible.
 
-    Args:
-        questions: (question, answer, number of the picture), as easy-VQA's `questions.json` lists them.
-
-    Returns:
-        picture number -> index into `CLASSES`.
-
-    Raises:
-        ValueError: the answers about a picture contradict each other.
+    `questions` are (question, answer, number of the picture), as easy-VQA's `questions.json` lists them. Raises `ValueError`
+    where the answers about a picture contradict each other.
     """
     possible: dict[int, tuple[set[str], set[str]]] = {}
     for question, answer, number in questions:
@@ -66,14 +61,11 @@ def classes_of(questions: Iterable[tuple[str, str, int]]) -> dict[int, int]:
 
 
 def load_easyvqa(split: str, folder: Path | None = None) -> tuple[Tensor, Tensor]:
-    """Pictures whose class is known, in the order of their numbers.
+    """Pictures whose class is known, in the order of their numbers: [n, 3, 64, 64] uint8, and their classes [n] int64.
 
     Args:
         split: "train" or "test".
         folder: what holds `train/` and `test/`; `None` = the data of the installed package `easy-vqa`.
-
-    Returns:
-        (pictures [n, 3, 64, 64] uint8, classes [n] int64).
 
     Raises:
         FileNotFoundError: no such folder, or the package is not installed.
@@ -92,16 +84,11 @@ def read_pictures(folder: Path, numbers: Sequence[int]) -> Tensor:
     """The pictures of these numbers, [n, 3, 64, 64] uint8; `folder` holds `images/`."""
     from vtok.eval.common.pictures import open_picture
 
-    pictures = [np.asarray(open_picture(folder / "images" / f"{number}.png")) for number in numbers]
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    return stack_pixels([open_picture(folder / "images" / f"{number}.png") for number in numbers])
 
 
 def package_data() -> Path:
-    """Folder of the data that the package `easy-vqa` brings.
-
-    Raises:
-        FileNotFoundError: it is not installed.
-    """
+    """Folder of the data that the package `easy-vqa` brings. Raises `FileNotFoundError` if it is not installed."""
     spec = find_spec("easy_vqa")
     if spec is None or spec.origin is None:
         raise FileNotFoundError('the training pictures come with the package easy-vqa; run: pip install "vtok[train]"')
@@ -126,11 +113,7 @@ def draw_groups(groups: int, blank: float, generator: torch.Generator) -> Tensor
 
     The first page of a group is drawn at random; the others are the same page with two cells exchanged, with one picture in
     another colour, and with one in another shape. Who tells them apart has read every cell, not just the words of the caption.
-
-    Args:
-        groups: how many.
-        blank: chance of a cell to stay blank; one cell of each page never does.
-        generator: of the randomness.
+    `blank`: chance of a cell to stay blank; one cell of each page never does.
     """
 
     def pick(high: int, *size: int) -> Tensor:
@@ -154,19 +137,15 @@ def draw_groups(groups: int, blank: float, generator: torch.Generator) -> Tensor
 
 
 class Pictures:
-    """Pictures sorted by class, to draw from.
-
-    Args:
-        pictures: [n, 3, 64, 64] uint8.
-        classes: [n]; every class must occur.
-    """
+    """Pictures [n, 3, 64, 64] uint8 sorted by class [n], to draw from; every class must occur."""
 
     def __init__(self, pictures: Tensor, classes: Tensor):
         count = torch.bincount(classes, minlength=BLANK)
         if not bool((count > 0).all()):
             missing = ", ".join(CLASSES[c] for c in (count == 0).nonzero().flatten())
             raise ValueError(f"pages need pictures of all {BLANK} classes; there is none of: {missing}")
-        self.pictures, self.order, self.count = pictures, torch.argsort(classes, stable=True), count
+        self.pictures, self.classes, self.count = pictures, classes, count
+        self.order = torch.argsort(classes, stable=True)
         self.first = count.cumsum(0) - count
         self.with_mirrored = torch.cat((pictures, pictures.flip(-1)))  # picture i mirrored is row n + i
 
@@ -178,11 +157,16 @@ class Pictures:
         return torch.where(cells == BLANK, -1, chosen)
 
 
-def draw_pages(source: Pictures, groups: int, blank: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Pages with captions that are all different, in groups of four (see `draw_groups`).
+def learned_and_held_out(held_out: int, folder: Path | None = None) -> tuple[Pictures, Pictures]:
+    """Training pictures to learn from, and the last `held_out` of them, which are kept away; see `load_easyvqa`."""
+    pictures, classes = load_easyvqa("train", folder)
+    count = len(pictures) - held_out
+    return Pictures(pictures[:count], classes[:count]), Pictures(pictures[count:], classes[count:])
 
-    Returns:
-        (rows [4 groups, 4] of pictures, -1 = blank; cells [4 groups, 4] classes).
+
+def draw_pages(source: Pictures, groups: int, blank: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Pages with captions that are all different, in groups of four (see `draw_groups`): rows [4 groups, 4] of pictures, -1 =
+    blank, and cells [4 groups, 4], classes.
     """
     generator = torch.Generator().manual_seed(seed)
     seen: set[str] = set()

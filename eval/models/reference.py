@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vtok.eval.models.assets import asset
+from vtok.eval.models.assets import asset, load_weights
 from vtok.eval.models.clip import REFERENCE, DualEncoder, load_clip
 from vtok.eval.models.data import FASHION_MEAN, FASHION_STD, read_idx
 from vtok.eval.models.easyvqa import BLANK, PAGE_SIZE, caption, compose
@@ -40,30 +40,21 @@ class FashionViT:
 
 
 def load_reference_vit() -> nn.Module:
-    """The trained reference ViT in eval mode, fp32 (its weights are stored in fp16).
-
-    Its `pretrained_cfg` tells timm how its images are prepared.
+    """The trained reference ViT in eval mode, fp32 (its weights are stored in fp16); `pretrained_cfg` tells timm how its images
+    are prepared.
     """
-    from safetensors.torch import load_file
-
     anatomy = FashionViT()
     model: Any = anatomy.build()
-    model.load_state_dict({k: v.float() for k, v in load_file(asset(VIT_WEIGHTS)).items()})
-    model.pretrained_cfg = {
-        "input_size": (anatomy.in_chans, anatomy.img_size, anatomy.img_size),
-        "mean": (FASHION_MEAN,),
-        "std": (FASHION_STD,),
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-    }
+    model.load_state_dict(load_weights(VIT_WEIGHTS))
+    size = (anatomy.in_chans, anatomy.img_size, anatomy.img_size)
+    scale = {"mean": (FASHION_MEAN,), "std": (FASHION_STD,)}
+    model.pretrained_cfg = {"input_size": size, **scale, "crop_pct": 1.0, "interpolation": "bicubic"}
     return model.eval()
 
 
 def load_reference_images(split: str = "test") -> tuple[Tensor, Tensor]:
-    """Bundled Fashion-MNIST images: `"test"` (all 10,000) or `"calibration"` (1,000 training images kept out of training).
-
-    Returns:
-        (images [S, 1, 28, 28] uint8, labels [S] int64).
+    """Bundled Fashion-MNIST images: `"test"` (all 10,000) or `"calibration"` (1,000 training images kept out of training), as
+    (images [S, 1, 28, 28] uint8, labels [S] int64).
     """
     prefix = {"test": "t10k", "calibration": "calibration"}[split]
     images = read_idx(asset(f"fashion_mnist/{prefix}-images-idx3-ubyte.gz"))
@@ -146,21 +137,15 @@ def normalise_page(images: Tensor) -> Tensor:
 
 
 def load_reference_clip() -> DualEncoder:
-    """The trained reference CLIP in eval mode, fp32 (its weights are stored in fp16), with preprocessing and tokenizer.
-
-    Raises:
-        MissingExtraError: open_clip is not installed.
+    """The trained reference CLIP in eval mode, fp32 (its weights are stored in fp16), with preprocessing and tokenizer. Raises
+    `MissingExtraError` if open_clip is not installed.
     """
     return load_clip(REFERENCE)
 
 
 class Pages(NamedTuple):
-    """Pages with their captions.
-
-    Attributes:
-        images: [P, 3, 128, 128] uint8.
-        captions: one a page, all different.
-        cells: [P, 4] class of every cell (see `vtok.eval.models.easyvqa`).
+    """Pages [P, 3, 128, 128] uint8 with captions that are all different; `cells` [P, 4]: class of every cell (see
+    `vtok.eval.models.easyvqa`).
     """
 
     images: Tensor
@@ -169,10 +154,8 @@ class Pages(NamedTuple):
 
 
 def load_reference_pictures(split: str = "test") -> tuple[Tensor, Tensor]:
-    """Bundled easy-VQA pictures: `"test"` (888 test pictures) or `"calibration"` (training pictures kept out of training).
-
-    Returns:
-        (pictures [n, 3, 64, 64] uint8, classes [n] int64).
+    """Bundled easy-VQA pictures: `"test"` (888 test pictures) or `"calibration"` (training pictures kept out of training), as
+    (pictures [n, 3, 64, 64] uint8, classes [n] int64).
     """
     pictures = read_idx(asset(f"{DATA_FOLDER}/{split}-pictures-idx4-ubyte.gz"))
     classes = read_idx(asset(f"{DATA_FOLDER}/{split}-classes-idx1-ubyte.gz"))

@@ -13,23 +13,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vtok.eval.models.easyvqa import BLANK, CLASSES, COLOURS, PLACES, SHAPES, Pictures, compose
-from vtok.eval.models.reference import DATA_FOLDER, load_reference_pictures
+from vtok.eval.models.reference import load_reference_pictures
 from vtok.eval.models.reference_vlm import (
     YES_NO,
+    Questions,
     ReferenceLLaVA,
-    answering,
+    collect_questions,
     home_of,
     load_reference_llava,
-    processor_of,
-    read_packed,
+    make_processor,
+    read_questions,
     save_folder,
-    write_packed,
 )
 
 NEXT_FOLDER = "easyvqa_llava_next"
@@ -46,39 +47,29 @@ class ReferenceLLaVANeXT(ReferenceLLaVA):
 
     patch_size: int = 8
 
-    def config(self) -> Any:
-        """A `LlavaNextConfig`: crops of pages, of two pictures side by side and of two on top of each other."""
-        from transformers import LlavaNextConfig
+    kind: ClassVar[str] = "LlavaNext"
+    image_processor: ClassVar[str] = "LlavaNextImageProcessor"
 
-        return LlavaNextConfig(**self.parts(), image_seq_length=self.visual_tokens, image_grid_pinpoints=self.pinpoints())
-
-    def pinpoints(self) -> list[list[int]]:
-        """Heights and widths that an image may be brought to."""
+    def grids(self) -> dict[str, Any]:
+        """Heights and widths that an image may be brought to: pages, two pictures side by side, two on top of each other."""
         one, two = self.image_size, 2 * self.image_size
-        return [[two, two], [one, two], [two, one]]
-
-    def build(self) -> Any:
-        """A freshly initialised model that stops at the end of its answer."""
-        from transformers import LlavaNextForConditionalGeneration
-
-        return answering(LlavaNextForConditionalGeneration(self.config()))
+        return {"image_grid_pinpoints": [[two, two], [one, two], [two, one]]}
 
 
-def make_next_processor(anatomy: ReferenceLLaVANeXT) -> Any:
-    """A `LlavaNextProcessor` for pages and prompts."""
-    from transformers import LlavaNextImageProcessor, LlavaNextProcessor
+make_next_processor = make_processor
 
-    sizes, grids = (anatomy.image_size, anatomy.patch_size), anatomy.pinpoints()
-    return processor_of(LlavaNextProcessor, LlavaNextImageProcessor, *sizes, image_grid_pinpoints=grids)
+
+def page_and_quarters(pages: Tensor) -> Tensor:
+    """[B, 3, 2 s, 2 s] -> [B, 5, 3, s, s]: the page at half its size, then its quarters row by row."""
+    half = pages.shape[-1] // 2
+    small = F.interpolate(pages, size=(half, half), mode="bicubic", antialias=True, align_corners=False)
+    crops = pages.unflatten(3, (2, half)).unflatten(2, (2, half)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    return torch.cat((small[:, None], crops), 1)
 
 
 def differences(weights: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`weights` as differences from `base`, a byte each: matrices of the same shape as int8 times a scale of the row, the rest
-    as it is, in fp16.
-
-    Args:
-        weights: tensors by name.
-        base: tensors by name, as they will be when `add_differences` is called.
+    """`weights` as differences from `base`, as it will be when `add_differences` is called, a byte each: matrices of the same
+    shape as int8 times a scale of the row, the rest as it is, in fp16.
     """
     found = {}
     for name, weight in weights.items():
@@ -93,10 +84,8 @@ def differences(weights: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str
 
 
 def add_differences(found: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights that `differences` was given, fp32.
-
-    Raises:
-        ValueError: `base` lacks a tensor or has one of another shape.
+    """The weights that `differences` was given, fp32. Raises `ValueError` where `base` lacks a tensor or has one of another
+    shape.
     """
     weights = {}
     for name, value in found.items():
@@ -117,15 +106,11 @@ def add_differences(found: dict[str, Tensor], base: dict[str, Tensor]) -> dict[s
 def load_reference_llava_next(folder: Path | None = None, llava: Path | None = None) -> Any:
     """The trained reference LLaVA-NeXT in eval mode, fp32.
 
-    Args:
-        folder: what holds its configuration and its differences from the LLaVA; `None` = the bundled one.
-        llava: folder of the LLaVA; `None` = the bundled one.
-
-    Raises:
-        FileNotFoundError: the weights of one of the two are missing.
+    `folder` holds its configuration and its differences from the LLaVA in the folder `llava`; `None` = the bundled ones. Raises
+    `FileNotFoundError` if the weights of one of the two are missing.
     """
     from safetensors.torch import load_file
-    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+    from transformers import LlavaNextConfig
 
     home = home_of(NEXT_FOLDER, folder)
     if not (home / DIFFERENCES).is_file():
@@ -134,9 +119,9 @@ def load_reference_llava_next(folder: Path | None = None, llava: Path | None = N
             "vtok again"
         )
     weights = add_differences(load_file(home / DIFFERENCES), load_reference_llava(llava).state_dict())
-    model = LlavaNextForConditionalGeneration(LlavaNextConfig.from_pretrained(home))
+    model = ReferenceLLaVANeXT().build(LlavaNextConfig.from_pretrained(home))
     model.load_state_dict(weights)
-    return answering(model)
+    return model
 
 
 def load_reference_llava_next_processor(folder: Path | None = None) -> Any:
@@ -149,28 +134,6 @@ def load_reference_llava_next_processor(folder: Path | None = None) -> Any:
 def write_reference_llava_next(folder: Path) -> None:
     """Writes the reference LLaVA-NeXT as a folder of its own, complete, for `from_pretrained` (4.6 MB)."""
     save_folder(folder, load_reference_llava_next(), load_reference_llava_next_processor())
-
-
-class PageQuestions(NamedTuple):
-    """Questions about pages.
-
-    Attributes:
-        pictures: [P, 3, 128, 128] uint8 pages.
-        texts: Q questions; the prompt is `PROMPT.format(question=...)`.
-        answers: Q words.
-        rows: [Q] which page each is about.
-        open: [Q] bool, False where the answer is yes or no.
-        density: [Q] cells of that page that are not blank, 1 to 4.
-        cells: [P, 4] classes.
-    """
-
-    pictures: Tensor
-    texts: list[str]
-    answers: list[str]
-    rows: Tensor
-    open: Tensor
-    density: Tensor
-    cells: Tensor
 
 
 def draw_cells(count: int, generator: torch.Generator) -> Tensor:
@@ -211,27 +174,19 @@ def _one_apart(a: int, b: int) -> bool:
     return a != b and (a // len(SHAPES) == b // len(SHAPES) or a % len(SHAPES) == b % len(SHAPES))
 
 
-def page_questions(pictures: Tensor, classes: Tensor, rows: Tensor, asked: Iterable[tuple[str, str, int]]) -> PageQuestions:
-    """`PageQuestions` from pictures [n, 3, 64, 64] with classes [n], the pictures `rows [P, 4]` of every page (-1 = blank) and
+def page_questions(pictures: Tensor, classes: Tensor, rows: Tensor, asked: Iterable[tuple[str, str, int]]) -> Questions:
+    """`Questions` from pictures [n, 3, 64, 64] with classes [n], the pictures `rows [P, 4]` of every page (-1 = blank) and
     (question, answer, page).
     """
-    texts, answers, pages = zip(*asked)
-    about = torch.tensor(pages)
+    found = collect_questions(compose(pictures, rows), asked)
     cells = torch.cat((classes, classes.new_tensor([BLANK])))[rows]
-    is_open = torch.tensor([answer not in YES_NO for answer in answers])
-    density = (cells != BLANK).sum(1)[about]
-    return PageQuestions(compose(pictures, rows), list(texts), list(answers), about, is_open, density, cells)
+    return found._replace(density=(cells != BLANK).sum(1)[found.rows], cells=cells)
 
 
-def load_reference_page_questions() -> PageQuestions:
+def load_reference_page_questions() -> Questions:
     """Bundled questions about 600 pages of test pictures, 150 with each number of filled cells: six a page, of each kind."""
-    stored = read_packed(f"{DATA_FOLDER}/{PAGE_QUESTIONS}")
+    stored = read_questions(PAGE_QUESTIONS)
     return page_questions(*load_reference_pictures("test"), torch.tensor(stored["rows"]), stored["questions"])
-
-
-def write_page_questions(path: Path, rows: Tensor, asked: list[tuple[str, str, int]]) -> None:
-    """Writes what `load_reference_page_questions` reads; the same questions give the same bytes."""
-    write_packed(path, {"rows": rows.tolist(), "questions": [list(q) for q in asked]})
 
 
 def calibration_pages() -> list[Any]:

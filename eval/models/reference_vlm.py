@@ -13,12 +13,12 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vtok.eval.models.assets import asset
+from vtok.eval.models.assets import asset, save_weights
 from vtok.eval.models.data import read_idx
 from vtok.eval.models.easyvqa import COLOURS, PICTURE_SIZE, PLACES, SHAPES
 from vtok.eval.models.reference import DATA_FOLDER, MEAN, STD, load_reference_pictures
@@ -31,78 +31,28 @@ PROMPT = IMAGE_TOKEN + " {question}"  # the answer is one word, and then the end
 SPECIAL = ("<pad>", "<s>", "</s>", IMAGE_TOKEN, "<unk>")
 PAD, BOS, EOS, IMAGE, UNKNOWN = range(len(SPECIAL))
 YES_NO = ("yes", "no")
-_QUESTION_WORDS = [
-    "?",
-    "a",
-    "contain",
-    "does",
-    "image",
-    "in",
-    "is",
-    "not",
-    "of",
-    "present",
-    "shape",
-    "color",
-    "the",
-    "there",
-    "what",
-    "page",
-    "at",
-    "blank",
-    "cell",
-    "how",
-    "many",
-]
-WORDS = (*_QUESTION_WORDS, *YES_NO, *SHAPES, *COLOURS, *sorted({w for place in PLACES for w in place.split()}))
-
-
-def llava_parts(vision: Any, anatomy: Any, words: int) -> dict[str, Any]:
-    """What the configurations of all reference LLaVAs have in common.
-
-    Args:
-        vision: configuration of the tower.
-        anatomy: says `text_width`, `text_hidden`, `text_depth` and `text_heads` of the Llama.
-        words: of its vocabulary, special ones included.
-    """
-    from transformers import LlamaConfig
-
-    text = LlamaConfig(
-        vocab_size=words,
-        hidden_size=anatomy.text_width,
-        intermediate_size=anatomy.text_hidden,
-        num_hidden_layers=anatomy.text_depth,
-        num_attention_heads=anatomy.text_heads,
-        num_key_value_heads=anatomy.text_heads,
-        max_position_embeddings=1024,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        tie_word_embeddings=False,
-    )
-    return {
-        "vision_config": vision,
-        "text_config": text,
-        "image_token_id": IMAGE,
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "default",
-        "tie_word_embeddings": False,
-    }
+WORDS = (
+    *("?", "a", "contain", "does", "image", "in", "is", "not", "of", "present", "shape", "color", "the", "there", "what"),
+    *("page", "at", "blank", "cell", "how", "many", *YES_NO, *SHAPES, *COLOURS),
+    *sorted({word for place in PLACES for word in place.split()}),
+)
 
 
 @dataclass(frozen=True)
 class ReferenceLLaVA:
     """Anatomy of the reference LLaVA: Hugging Face's `LlavaForConditionalGeneration`, CLIP tower and Llama, 2.2 M parameters.
+    The other reference LLaVAs derive from it.
 
     The language model takes the tower's last layer without the class token, so that no layer is computed in vain (LLaVA-1.5
     takes the last but one).
 
     Attributes:
-        image_size: side of a picture in pixels.
+        image_size: side of what the tower sees, in pixels.
         patch_size: side of a patch; `(image_size / patch_size) ** 2` visual tokens.
         width: of the tower.
         depth: blocks of the tower.
         heads: of the tower.
+        hidden: width of the tower's MLPs; `None` = four times its own.
         text_width: of the language model.
         text_hidden: width of its MLPs.
         text_depth: its layers.
@@ -114,56 +64,81 @@ class ReferenceLLaVA:
     width: int = 96
     depth: int = 6
     heads: int = 3
+    hidden: int | None = None
     text_width: int = 128
     text_hidden: int = 320
     text_depth: int = 8
     text_heads: int = 4
+
+    kind: ClassVar[str] = "Llava"  # how the names of transformers' classes begin
+    image_processor: ClassVar[str] = "CLIPImageProcessor"
+    words: ClassVar[Sequence[str]] = WORDS  # of the vocabulary, behind `SPECIAL`
+    scale: ClassVar[tuple[Sequence[float], Sequence[float]]] = ((MEAN,) * 3, (STD,) * 3)  # mean and deviation of pixels
 
     @property
     def visual_tokens(self) -> int:
         """Tokens that a picture takes in the prompt."""
         return (self.image_size // self.patch_size) ** 2
 
-    def config(self) -> Any:
-        """A `LlavaConfig`."""
-        from transformers import LlavaConfig
+    def grids(self) -> dict[str, Any]:
+        """What configuration and image processor are told of crops."""
+        return {}
 
-        return LlavaConfig(**self.parts(), image_seq_length=self.visual_tokens)
-
-    def parts(self) -> dict[str, Any]:
-        """What the configurations of LLaVA and LLaVA-NeXT have in common."""
+    def vision(self) -> Any:
+        """Configuration of the tower."""
         from transformers import CLIPVisionConfig
 
-        vision = CLIPVisionConfig(
+        return CLIPVisionConfig(
             hidden_size=self.width,
-            intermediate_size=4 * self.width,
+            intermediate_size=self.hidden or 4 * self.width,
             num_hidden_layers=self.depth,
             num_attention_heads=self.heads,
             image_size=self.image_size,
             patch_size=self.patch_size,
         )
-        return llava_parts(vision, self, len(SPECIAL) + len(WORDS))
 
-    def build(self) -> Any:
-        """A freshly initialised model that stops at the end of its answer."""
-        from transformers import LlavaForConditionalGeneration
+    def config(self) -> Any:
+        """A `LlavaConfig`, or what its class is called for this kind."""
+        import transformers
 
-        return answering(LlavaForConditionalGeneration(self.config()))
+        text = transformers.LlamaConfig(
+            vocab_size=len(SPECIAL) + len(self.words),
+            hidden_size=self.text_width,
+            intermediate_size=self.text_hidden,
+            num_hidden_layers=self.text_depth,
+            num_attention_heads=self.text_heads,
+            num_key_value_heads=self.text_heads,
+            max_position_embeddings=1024,
+            pad_token_id=PAD,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            tie_word_embeddings=False,
+        )
+        return getattr(transformers, f"{self.kind}Config")(
+            vision_config=self.vision(),
+            text_config=text,
+            image_token_id=IMAGE,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="default",
+            tie_word_embeddings=False,
+            image_seq_length=(self.image_size // self.patch_size) ** 2,
+            **self.grids(),
+        )
 
+    def build(self, config: Any = None) -> Any:
+        """A freshly initialised model in eval mode that stops at the end of its answer in a plain `generate()`."""
+        import transformers
 
-def answering(model: Any) -> Any:
-    """`model` in eval mode, stopping at the end of its answer in a plain `generate()`."""
-    from transformers import GenerationConfig
-
-    model.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, max_new_tokens=4)
-    return model.eval()
+        model = getattr(transformers, f"{self.kind}ForConditionalGeneration")(config or self.config())
+        model.generation_config = transformers.GenerationConfig(
+            pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, max_new_tokens=4
+        )
+        return model.eval()
 
 
 def make_tokenizer(words: Sequence[str] = WORDS) -> Any:
-    """One token a word or punctuation mark, in lower case; a prompt begins with `<s>`; batches are padded on the left.
-
-    Args:
-        words: that it knows, behind `SPECIAL`.
+    """One token a word or punctuation mark, in lower case; a prompt begins with `<s>`; batches are padded on the left. It knows
+    `words` behind `SPECIAL`.
     """
     from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -188,43 +163,21 @@ def make_tokenizer(words: Sequence[str] = WORDS) -> Any:
 
 
 def make_processor(anatomy: ReferenceLLaVA) -> Any:
-    """A `LlavaProcessor` for pictures and prompts."""
-    from transformers import CLIPImageProcessor, LlavaProcessor
+    """A processor for pictures and prompts, which brings pictures to the size and scale of the tower."""
+    import transformers
 
-    return processor_of(LlavaProcessor, CLIPImageProcessor, anatomy.image_size, anatomy.patch_size)
-
-
-def processor_of(
-    kind: Any,
-    image_kind: Any,
-    side: int,
-    patch_size: int,
-    mean: Sequence[float] = (MEAN,) * 3,
-    std: Sequence[float] = (STD,) * 3,
-    words: Sequence[str] = WORDS,
-    **images: Any,
-) -> Any:
-    """A processor whose image processor brings pictures to the size and scale of the tower.
-
-    Args:
-        kind: class of the processor.
-        image_kind: class of its image processor.
-        side: of what the tower sees, in pixels.
-        patch_size: of the tower.
-        mean, std: of pixels in [0, 1], one a colour.
-        words: that the tokenizer knows.
-        **images: further settings of the image processor.
-    """
-    return kind(
-        image_processor=image_kind(
-            size={"shortest_edge": side},
-            crop_size={"height": side, "width": side},
-            image_mean=list(mean),
-            image_std=list(std),
-            **images,
-        ),
-        tokenizer=make_tokenizer(words),
-        patch_size=patch_size,
+    side, (mean, std) = anatomy.image_size, anatomy.scale
+    images = getattr(transformers, anatomy.image_processor)(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=list(mean),
+        image_std=list(std),
+        **anatomy.grids(),
+    )
+    return getattr(transformers, f"{anatomy.kind}Processor")(
+        image_processor=images,
+        tokenizer=make_tokenizer(anatomy.words),
+        patch_size=anatomy.patch_size,
         vision_feature_select_strategy="default",
         image_token=IMAGE_TOKEN,
         num_additional_image_tokens=1,  # the class token, which "default" takes away again
@@ -237,47 +190,28 @@ def save_folder(folder: Path, model: Any, processor: Any) -> None:
     save_weights(folder / LLAVA_WEIGHTS, model)
 
 
-def save_weights(path: Path, model: Any, without: str | None = None) -> None:
-    """Writes the weights in fp16, those left out whose names start with a text."""
-    from safetensors.torch import save
-
-    kept = {k: v for k, v in model.state_dict().items() if without is None or not k.startswith(without)}
-    write(path, save({k: v.detach().half().contiguous() for k, v in kept.items()}, metadata={"format": "pt"}))
-
-
-def load_weights(name: str) -> dict[str, Tensor]:
-    """Bundled weights, which are kept in fp16, in fp32.
-
-    Raises:
-        ConfigError: they are not there.
-    """
-    from safetensors.torch import load_file
-
-    return {k: v.float() for k, v in load_file(asset(name)).items()}
-
-
 def save_settings(folder: Path, model: Any, processor: Any) -> None:
     """The folder without the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = "float32"
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    for part in (model.config, model.generation_config, processor):
+        part.save_pretrained(folder)
 
 
 def load_reference_llava(folder: Path | None = None) -> Any:
-    """The trained reference LLaVA in eval mode, fp32 (its weights are stored in fp16).
-
-    Args:
-        folder: another folder of the same form; `None` = the bundled one.
-
-    Raises:
-        FileNotFoundError: the weights are missing.
+    """The trained reference LLaVA in eval mode, fp32 (its weights are stored in fp16), bundled or from another folder of the
+    same form. Raises `FileNotFoundError` if the weights are missing.
     """
     from transformers import LlavaForConditionalGeneration
 
-    return LlavaForConditionalGeneration.from_pretrained(_complete(LLAVA_FOLDER, folder), dtype=torch.float32).eval()
+    home = home_of(LLAVA_FOLDER, folder)
+    if not (home / LLAVA_WEIGHTS).is_file():
+        raise FileNotFoundError(
+            f"{home} has no {LLAVA_WEIGHTS}; train it: python -m vtok.eval.training.llava --export assets, or install vtok "
+            "again"
+        )
+    return LlavaForConditionalGeneration.from_pretrained(home, dtype=torch.float32).eval()
 
 
 def load_reference_llava_processor(folder: Path | None = None) -> Any:
@@ -292,25 +226,17 @@ def home_of(name: str, folder: Path | None) -> Path:
     return asset(f"{name}/config.json").parent if folder is None else folder
 
 
-def _complete(name: str, folder: Path | None) -> Path:
-    home = home_of(name, folder)
-    if not (home / LLAVA_WEIGHTS).is_file():
-        raise FileNotFoundError(
-            f"{home} has no {LLAVA_WEIGHTS}; train it: python -m vtok.eval.training.llava --export assets, or install vtok "
-            "again"
-        )
-    return home
-
-
 class Questions(NamedTuple):
     """Questions about pictures.
 
     Attributes:
-        pictures: [n, 3, 64, 64] uint8.
+        pictures: [n, 3, 64, 64] uint8, or pages [n, 3, 128, 128].
         texts: Q questions; the prompt is `PROMPT.format(question=...)`.
         answers: Q words.
         rows: [Q] which picture each is about.
         open: [Q] bool, False where the answer is yes or no.
+        density: [Q] cells of that page that are not blank, 1 to 4; about pages only.
+        cells: [n, 4] classes, see `vtok.eval.models.easyvqa`; about pages only.
     """
 
     pictures: Tensor
@@ -318,6 +244,8 @@ class Questions(NamedTuple):
     answers: list[str]
     rows: Tensor
     open: Tensor
+    density: Any = None
+    cells: Any = None
 
 
 def collect_questions(pictures: Tensor, asked: Iterable[tuple[str, str, int]]) -> Questions:
@@ -345,20 +273,15 @@ def load_reference_questions(split: str = "test") -> Questions:
     if split == "test":
         rest = read_idx(asset(f"{DATA_FOLDER}/{split}-rest-pictures-idx4-ubyte.gz"))
         pictures = torch.cat((pictures, rest.permute(0, 3, 1, 2)))
-    return collect_questions(pictures, read_packed(f"{DATA_FOLDER}/{split}-questions.json.gz"))
+    return collect_questions(pictures, read_questions(f"{split}-questions.json.gz"))
 
 
-def write_questions(path: Path, asked: Sequence[tuple[str, str, int]]) -> None:
-    """Writes what `load_reference_questions` reads; the same questions give the same bytes."""
-    write_packed(path, [list(q) for q in asked])
-
-
-def write_packed(path: Path, values: Any) -> None:
+def write_questions(path: Path, asked: Any) -> None:
     """Writes plain values as compressed JSON; the same values give the same bytes."""
-    write(path, gzip.compress(json.dumps(values, separators=(",", ":")).encode(), 9, mtime=0))
+    write(path, gzip.compress(json.dumps(asked, separators=(",", ":")).encode(), 9, mtime=0))
 
 
-def read_packed(name: str) -> Any:
-    """What `write_packed` wrote, from a bundled file."""
-    with gzip.open(asset(name), "rt", encoding="utf-8") as file:
+def read_questions(name: str) -> Any:
+    """What `write_questions` wrote, from a bundled file."""
+    with gzip.open(asset(f"{DATA_FOLDER}/{name}"), "rt", encoding="utf-8") as file:
         return json.load(file)

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from vtok.errors import ConfigError, MissingExtraError, unknown
+from vtok.errors import ConfigError, unknown
 from vtok.eval.common.videos import Clip
+from vtok.eval.models.assets import library
 from vtok.reading import is_folder
 
 REFERENCE_LLAVA, REFERENCE_NEXT = "reference-llava", "reference-llava-next"
@@ -23,9 +24,6 @@ class BeginsOnce:
 
     Its tokenizer would put that token in front of them once more: a prompt is taken as it is then, as transformers' own
     `apply_chat_template(tokenize=True)` does. Everything else is the processor's.
-
-    Args:
-        processor: images and prompts -> inputs of a model.
     """
 
     def __init__(self, processor: Any):
@@ -46,27 +44,18 @@ class BeginsOnce:
 
 @dataclass(frozen=True)
 class VisionLanguageModel:
-    """A model that answers questions about images.
+    """A model that answers questions about images."""
 
-    Attributes:
-        net: the model, with `generate()`.
-        processor: images and prompts -> inputs of the model.
-        name: under which it was found.
-        frames_as_images: whether frames of a video are shown as so many images, which is not what models for videos expect.
-    """
-
-    net: Any
-    processor: Any
-    name: str
+    net: Any  # the model, with `generate()`
+    processor: Any  # images and prompts -> inputs of the model
+    name: str  # under which it was found
+    # whether frames of a video are shown as so many images, which is not what models for videos expect
     frames_as_images: bool = False
 
     def prompt(self, question: str, image: bool = True, shown: Sequence[str] = ("image",)) -> str:
         """What is asked: one user turn of the processor's chat template, or the placeholders and the question.
 
-        Args:
-            question: the text.
-            image: whether anything is shown.
-            shown: in front of the question: "image" or "video", once for each.
+        `shown` in front of the question: "image" or "video", once for each; nothing without `image`.
         """
         shown = shown if image else ()
         if getattr(self.processor, "chat_template", None):
@@ -77,12 +66,8 @@ class VisionLanguageModel:
     def inputs(self, images: Sequence[Any], questions: Sequence[str]) -> Any:
         """One batch, padded on the left: image i belongs to question i; all of them are `None` for questions without one.
 
-        Args:
-            images: PIL images, lists of images that are shown together, or `Clip`s, frames of videos.
-            questions: the texts.
-
-        Raises:
-            ConfigError: the processor cannot make a batch of it.
+        An image is a PIL image, a list of images that are shown together, or a `Clip`, frames of a video. Raises `ConfigError`
+        if the processor cannot make a batch of it.
         """
         seen = [self._seen(image) for image in images]
         tokenizer = self.processor.tokenizer
@@ -123,13 +108,8 @@ class VisionLanguageModel:
     def _videos(clips: Sequence[Clip]) -> dict[str, Any]:
         """Keywords of a processor: frames that are chosen already, and when they were."""
         facts = [
-            {
-                "total_num_frames": clip.total,
-                "fps": clip.fps,
-                "frames_indices": list(clip.numbers),
-                "duration": clip.total / clip.fps,
-            }
-            for clip in clips
+            {"total_num_frames": c.total, "fps": c.fps, "frames_indices": list(c.numbers), "duration": c.total / c.fps}
+            for c in clips
         ]
         return {
             "videos": [np.stack([np.asarray(frame) for frame in clip.frames]) for clip in clips],
@@ -143,20 +123,14 @@ class VisionLanguageModel:
 
 
 def load_vlm(name: str) -> VisionLanguageModel:
-    """A vision-language model in eval mode.
-
-    Args:
-        name: `"reference-llava"`, `"reference-llava-next"`, `"reference-scenes"` or `"reference-print"`, which come with vtok;
-            or a name or folder of Hugging Face.
+    """A vision-language model in eval mode, by the name of one that comes with vtok (`BUNDLED`), or a name or folder of Hugging
+    Face.
 
     Raises:
         ConfigError: no such model, or one without a processor or without weights.
         MissingExtraError: transformers is not installed.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingExtraError("transformers", "transformers") from error
+    transformers = library("transformers")
     if name in _references():
         load, processor = _references()[name]
         return VisionLanguageModel(load(), processor(), name)

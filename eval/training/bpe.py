@@ -6,14 +6,12 @@ each word into one token. Any other text is still spelled in bytes.
 
 from __future__ import annotations
 
-import gzip
-import io
 from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
-from vtok.writing import write
+from vtok.eval.models.data import write_gzip
 
 BYTES = 256  # entries for bytes, and as many again for bytes that end a word
 SPECIALS = 2  # start and end of text
@@ -30,17 +28,10 @@ def learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
             return merges
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
-        spelled = [_merged(word, best) for word in spelled]
-
-
-def _merged(word: list[str], pair: tuple[str, str]) -> list[str]:
-    out: list[str] = []
-    i = 0
-    while i < len(word):
-        both = tuple(word[i : i + 2]) == pair
-        out.append("".join(pair) if both else word[i])
-        i += 2 if both else 1
-    return out
+        for word in spelled:
+            for i in range(len(word) - 1):  # what is behind a merged pair moves up
+                if tuple(word[i : i + 2]) == best:
+                    word[i : i + 2] = ["".join(best)]
 
 
 def vocabulary_size(merges: list[tuple[str, str]]) -> int:
@@ -51,7 +42,4 @@ def vocabulary_size(merges: list[tuple[str, str]]) -> int:
 def write_merges(path: Path, merges: list[tuple[str, str]]) -> None:
     """Writes a merges file, the same bytes every time; `SimpleTokenizer` skips its first line."""
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    packed = io.BytesIO()
-    with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as file:
-        file.write("\n".join(lines).encode())
-    write(path, packed.getvalue())
+    write_gzip(path, "\n".join(lines).encode())

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from vtok.eval.models.data import stack_pixels
 from vtok.eval.models.dinov2 import SIZE, load_dinov2, normalise
 from vtok.eval.models.dinov2.model import HEAD
 from vtok.writing import write
@@ -55,7 +55,7 @@ PHOTOS = {  # name -> (where the file is from, licence)
     "grace_hopper": ("matplotlib 3.11.2: matplotlib/mpl-data/sample_data/grace_hopper.jpg", "US government, public domain"),
     "face": ("scipy 1.7.3: scipy/misc/face.dat (a raccoon)", "Judy Weggelaar, public domain"),
 }
-_FACE = (768, 1024, 3)
+_FACE = (1024, 768)
 PICTURES, TEST, CALIBRATION, MOST = 200, 0.45, 4, 64  # looked at of a class; share, number, largest number of them
 ALIKE = 0.98  # cosine of two pictures of which one is left out
 _PIXELS, _QUALITY, _BATCH, _SEED = 40_000_000, 85, 16, 0
@@ -87,8 +87,8 @@ def features(model: nn.Module, images: Sequence[Image.Image]) -> Tensor:
     """[n, 384] fp32, of the class token."""
     found = []
     for start in range(0, len(images), _BATCH):
-        pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images[start : start + _BATCH]])
-        found.append(model(normalise(pixels).to(next(model.parameters()).dtype)).float())
+        pixels = normalise(stack_pixels(images[start : start + _BATCH]))
+        found.append(model(pixels.to(next(model.parameters()).dtype)).float())
     return torch.cat(found)
 
 
@@ -102,13 +102,9 @@ def different(found: Tensor) -> list[int]:
 
 
 def train(x: Tensor, y: Tensor, classes: int, decay: float = 1e-2) -> dict[str, Tensor]:
-    """Multinomial logistic regression on standardised features, written as a layer that takes them as they are.
+    """Multinomial logistic regression of classes [n] on standardised features [n, D], as a layer that takes them as they are.
 
-    Args:
-        x: [n, D].
-        y: [n] classes.
-        classes: how many there are.
-        decay: weight of the squared norm, which every feature has as if it had unit variance.
+    `decay`: weight of the squared norm, which every feature has as if it had unit variance.
     """
     mean, std = x.mean(0), x.std(0)
     layer = nn.Linear(x.shape[1], classes)
@@ -164,14 +160,11 @@ def photographs(source: Path, out: Path) -> None:
     """Writes `photographs/NAME-i.jpg`."""
     for name in PHOTOS:
         (path,) = source.glob(f"{name}.*")
-        image: Any = Image.open(path) if path.suffix != ".dat" else Image.fromarray(_raw(path))
+        raw = bz2.decompress(path.read_bytes()) if path.suffix == ".dat" else b""
+        image: Any = Image.frombytes("RGB", _FACE, raw) if raw else Image.open(path)
         for i, crop in enumerate(crops(image.convert("RGB"))):
             (out / "photographs").mkdir(parents=True, exist_ok=True)
             crop.save(out / "photographs" / f"{name}-{i}.jpg", quality=_QUALITY)
-
-
-def _raw(path: Path) -> np.ndarray:
-    return np.frombuffer(bz2.decompress(path.read_bytes()), np.uint8).reshape(_FACE)
 
 
 def _size(path: Path) -> int:

@@ -12,9 +12,7 @@ Shapes: B pictures, P visual tokens, W channels of the tower, D of the language 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,6 @@ from vtok.eval.models.data import write_idx
 from vtok.eval.models.easyvqa import COLOURS, SHAPES, classes_of, package_data, read_pictures
 from vtok.eval.models.reference import DATA_FOLDER, normalise_page
 from vtok.eval.models.reference_vlm import (
-    EOS,
     LLAVA_FOLDER,
     PROMPT,
     Questions,
@@ -38,51 +35,30 @@ from vtok.eval.models.reference_vlm import (
     save_folder,
     write_questions,
 )
-from vtok.eval.training.loop import (
-    Every,
-    Stage,
-    StageRun,
-    epoch_rows,
-    load_checkpoint,
-    parser,
-    resample_patches,
-    save_atomically,
-)
-from vtok.eval.training.turns import IGNORED, Turn, Turns, answer_logits, pack
+from vtok.eval.training.loop import BaseRecipe, Every, Stage, Training, parser, resample, save_atomically, stage_file
+from vtok.eval.training.turns import Turns, answer_logits, pack, share_right, some_of, turns_about
 
 ANSWER_TOKENS = 4
 EVERY = Every(50, 25, 500)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides the result.
+@dataclass(frozen=True, kw_only=True)
+class Recipe(BaseRecipe):
+    """See `BaseRecipe`."""
 
-    Attributes:
-        tower: first stretch: the tower alone learns to name shape and colour.
-        stages: run after it in this order, each with a new optimiser.
-        batch_size: pictures a step.
-        turns: questions of a picture a step, at most.
-        naming: weight of the loss for shape and colour on the class token, which keeps its attention meaningful.
-        warmup: share of a stage's steps spent warming up.
-        weight_decay: AdamW's, on matrices only.
-        shift: largest random translation in pixels; pictures are also mirrored both ways at random.
-        held_out: training pictures whose class is known kept away from training: the calibration set of `training.clip`.
-        model: the model that comes out; only its patch size changes with the stage.
-        seed: of initialisation, order, choice of questions and augmentation.
-    """
-
+    # first stretch: the tower alone learns to name shape and colour
     tower: Stage = field(default_factory=lambda: Stage(8, 6, 2e-3, 0.1))
+    # run after it in this order, each with a new optimiser
     stages: tuple[Stage, ...] = (Stage(8, 7, 1.5e-3, 0.15), Stage(4, 1.5, 8e-4, 0.0))
-    batch_size: int = 32
-    turns: int = 10
-    naming: float = 0.1
+    batch_size: int = 32  # pictures a step
+    turns: int = 10  # questions of a picture a step, at most
+    naming: float = 0.1  # weight of the loss for shape and colour on the class token, which keeps its attention meaningful
     warmup: float = 0.06
-    weight_decay: float = 0.05
-    shift: int = 4
+    shift: int = 4  # largest random translation in pixels; pictures are also mirrored both ways at random
+    # training pictures whose class is known kept away from training: the calibration set of `training.clip`.
     held_out: int = 178
+    # the model that comes out; only its patch size changes with the stage
     model: ReferenceLLaVA = field(default_factory=ReferenceLLaVA)
-    seed: int = 0
 
 
 def read(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,35 +78,15 @@ def augment(pictures: Tensor, shift: int) -> Tensor:
     return pictures[torch.arange(batch)[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
 
 
-def resample(model: Any, anatomy: ReferenceLLaVA, patch_size: int) -> Any:
-    """The same model on patches of another size."""
-    weights = model.state_dict()
-    ends = ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight")
-    patches, places = (next(name for name in weights if name.endswith(end)) for end in ends)
-    resample_patches(weights, patches, places, patch_size, anatomy.image_size)
-    built = replace(anatomy, patch_size=patch_size).build()
-    built.load_state_dict(weights)
-    return built
-
-
 class Lessons:
     """Training pictures with their questions, as tokens, and the classes of those whose class is known (-1 otherwise)."""
 
     def __init__(self, questions: Questions, classes: Tensor):
-        tokenizer = make_tokenizer()
-        self.pictures, self.classes = questions.pictures, classes
-        self.turns: list[list[Turn]] = [[] for _ in questions.pictures]
-        for text, answer, row in zip(questions.texts, questions.answers, questions.rows.tolist()):
-            (word,) = tokenizer.encode(answer, add_special_tokens=False)
-            self.turns[row].append((tokenizer.encode(text, add_special_tokens=False), word))
+        self.pictures, self.classes, self.turns = questions.pictures, classes, turns_about(questions, make_tokenizer())
 
     def draw(self, rows: Tensor, count: int) -> Turns:
         """Up to `count` random questions about each of the pictures `rows`."""
-        chosen = []
-        for row in rows.tolist():
-            turns = self.turns[row]
-            chosen.append([turns[i] for i in torch.randperm(len(turns))[:count].tolist()])
-        return pack(chosen)
+        return pack([some_of(self.turns[row], count) for row in rows])
 
 
 def load_questions(split: str, data: Path | None = None) -> tuple[Questions, Tensor]:
@@ -154,46 +110,27 @@ def load_lessons(held_out: int, data: Path | None = None) -> tuple[Questions, Te
 
 
 def accuracy(model: Any, questions: Questions, patch_size: int, batch_size: int = 100, blank: bool = False) -> dict[str, float]:
-    """Share of questions answered rightly by plain `generate()`, one question at a time, in percent.
+    """Share of questions answered rightly by plain `generate()`, one at a time, in percent: "all", "open", "yes_no".
 
-    Args:
-        model: a LLaVA on pictures of easy-VQA.
-        questions: what to ask.
-        patch_size: of its tower.
-        batch_size: questions a call, padded on the left.
-        blank: show a white picture instead.
-
-    Returns:
-        "all", "open", "yes_no".
+    `patch_size` is that of the tower, `batch_size` says how many go into a call, `blank` shows a white picture instead.
     """
     processor = make_processor(ReferenceLLaVA(image_size=questions.pictures.shape[-1], patch_size=patch_size))
-
-    def white(inputs: Any) -> None:
-        inputs["pixel_values"].fill_(1.0)
-
-    hit = right_answers(model, processor, questions, batch_size, white if blank else None).double()
+    hit = right_answers(model, processor, questions, batch_size, blank).double()
     parts = {"all": torch.ones_like(questions.open), "open": questions.open, "yes_no": ~questions.open}
     return {name: 100 * hit[part].mean().item() for name, part in parts.items()}
 
 
-def right_answers(
-    model: Any, processor: Any, questions: Any, batch_size: int, change: Callable[[Any], Any] | None = None
-) -> Tensor:
+def right_answers(model: Any, processor: Any, questions: Any, batch_size: int, blank: bool = False) -> Tensor:
     """Which questions plain `generate()` answers rightly, one at a time: [Q] bool.
 
-    Args:
-        model: a LLaVA or LLaVA-NeXT.
-        processor: of it.
-        questions: what to ask, with `texts`, `answers`, `rows` and `pictures`.
-        batch_size: questions a call, padded on the left.
-        change: alters the inputs of a call in place.
+    `batch_size` of them go into a call, padded on the left; `blank` shows white pictures instead.
     """
     right = []
     for rows in torch.arange(len(questions.texts)).split(batch_size):
         text = [PROMPT.format(question=questions.texts[i]) for i in rows.tolist()]
         inputs = processor(images=list(questions.pictures[questions.rows[rows]]), text=text, padding=True, return_tensors="pt")
-        if change is not None:
-            change(inputs)
+        if blank:
+            inputs["pixel_values"].fill_(1.0)
         with torch.inference_mode():
             out = model.generate(**inputs, do_sample=False, max_new_tokens=ANSWER_TOKENS)[:, inputs["input_ids"].shape[1] :]
         said = processor.batch_decode(out, skip_special_tokens=True)
@@ -201,62 +138,46 @@ def right_answers(
     return torch.tensor(right)
 
 
-def packed_accuracy(model: Any, lessons: Lessons, batch_size: int = 50) -> float:
+def packed_accuracy(model: Any, lessons: Lessons) -> float:
     """Share of all questions answered rightly, all questions of a picture in one sequence (what `accuracy` says, sooner)."""
-    model.eval()
-    hits = total = 0
-    with torch.inference_mode():
-        for rows in torch.arange(len(lessons.pictures)).split(batch_size):
-            turns = pack([lessons.turns[row] for row in rows.tolist()])
-            visual, _ = read(model, normalise_page(lessons.pictures[rows]))
-            wanted = turns.targets[turns.targets != IGNORED]
-            right = answer_logits(model, visual, turns).argmax(-1) == wanted
-            hits, total = hits + int(right[wanted != EOS].sum()), total + int((wanted != EOS).sum())
-    model.train()
-    return hits / total
+    return share_right(lessons.turns, model, lambda rows: read(model, normalise_page(lessons.pictures[rows]))[0], 50)
 
 
 def train(recipe: Recipe, checkpoint: Path, data: Path | None = None, every: Every = EVERY) -> Any:
-    """Runs (or resumes) the whole recipe.
+    """Runs (or resumes) the whole recipe, see `Training`; the trained model, fp32, in eval mode.
 
-    Args:
-        recipe: what to do.
-        checkpoint: file that holds weights, optimiser and position; read if it exists. The
-            model at the end of each stage is written next to it.
-        data: folder of easy-VQA, or `None` (see `load_easyvqa`).
-        every: what is done every so many steps.
-
-    Returns:
-        The trained model (fp32, eval mode).
+    Without a folder of `data` see `load_easyvqa`. The model at the end of each stage is written beside the checkpoint.
     """
     learned, classes, away = load_lessons(recipe.held_out, data)
     lessons, held_out = Lessons(learned, classes), Lessons(away, torch.full((recipe.held_out,), -1))
-    saved = load_checkpoint(checkpoint)
+    training, size = Training(recipe, checkpoint, every), recipe.batch_size
     torch.manual_seed(recipe.seed)
     patch_size = recipe.tower.patch_size
     model = replace(recipe.model, patch_size=patch_size).build()
     namer = Namer(recipe.model.width)
 
-    def test() -> None:
-        print(f"  {100 * packed_accuracy(model, held_out):.2f} % of the held-out questions", flush=True)
+    def loss_of(number: int, step: int) -> Tensor:
+        rows = training.epoch_rows(number, step, len(lessons.pictures), size)
+        pixels = normalise_page(augment(lessons.pictures[rows], recipe.shift))
+        classes = lessons.classes[rows]
+        if number == 0:  # shape and colour alone
+            seen = model.model.vision_tower(pixels)
+            patches = seen.last_hidden_state[:, 1:].mean(1)
+            return namer.loss(seen.pooler_output, classes, namer.pooled) + namer.loss(patches, classes, namer.patches)
+        visual, pooled = read(model, pixels)
+        turns = lessons.draw(rows, recipe.turns)
+        loss = F.cross_entropy(answer_logits(model, visual, turns), turns.wanted)
+        return loss + recipe.naming * namer.loss(pooled, classes, namer.pooled)
+
+    def test(number: int) -> str:
+        return f"{100 * packed_accuracy(model, held_out):.2f} % of the held-out questions" if number else ""
 
     for number, stage in enumerate((recipe.tower, *recipe.stages)):
         if stage.patch_size != patch_size:
             model, patch_size = resample(model, recipe.model, stage.patch_size), stage.patch_size
-        if saved is not None and saved["stage"] > number:
-            continue
-        total = round(stage.epochs * (len(lessons.pictures) // recipe.batch_size))
-        trained = nn.ModuleList([model.train(), namer])
-        own = every if number else every._replace(test=None)
-        run = StageRun(trained, stage, number, total, recipe, checkpoint, own)
-        run.run(partial(_loss, model, namer, recipe, number, lessons), saved, test)
-        save_atomically(model.state_dict(), stage_file(checkpoint, number))
+        if training.run(number, stage, nn.ModuleList([model, namer]), len(lessons.pictures) // size, size, loss_of, test):
+            save_atomically(model.state_dict(), stage_file(checkpoint, number))
     return model.eval()
-
-
-def stage_file(checkpoint: Path, number: int) -> Path:
-    """Where the model at the end of a stage is kept; stage 0 is the tower's."""
-    return checkpoint.with_name(f"{checkpoint.stem}_stage{number}.pt")
 
 
 class Namer(nn.Module):
@@ -274,30 +195,13 @@ class Namer(nn.Module):
         return loss + F.cross_entropy(logits[known, len(SHAPES) :], colour[known])
 
 
-def _loss(model: Any, namer: Namer, recipe: Recipe, number: int, lessons: Lessons, step: int) -> Tensor:
-    """Of one batch; in stage 0 of shape and colour alone."""
-    rows = epoch_rows(recipe, number, step, len(lessons.pictures))
-    pixels = normalise_page(augment(lessons.pictures[rows], recipe.shift))
-    classes = lessons.classes[rows]
-    if number == 0:
-        seen = model.model.vision_tower(pixels)
-        patches = seen.last_hidden_state[:, 1:].mean(1)
-        return namer.loss(seen.pooler_output, classes, namer.pooled) + namer.loss(patches, classes, namer.patches)
-    visual, pooled = read(model, pixels)
-    turns = lessons.draw(rows, recipe.turns)
-    logits = answer_logits(model, visual, turns)
-    loss = F.cross_entropy(logits, turns.targets[turns.targets != IGNORED])
-    return loss + recipe.naming * namer.loss(pooled, classes, namer.pooled)
-
-
 def export(model: Any, recipe: Recipe, folder: Path, data: Path | None = None) -> None:
-    """Writes the model and the questions with their pictures into `folder` (vtok's `assets/`)."""
+    """Writes the model, the questions, and the test pictures that `training.clip.export` leaves out: those of unknown class.
+
+    `folder` is vtok's `assets/`.
+    """
     save_folder(folder / LLAVA_FOLDER, model, make_processor(recipe.model))
-    export_questions(folder / DATA_FOLDER, recipe, data)
-
-
-def export_questions(folder: Path, recipe: Recipe, data: Path | None = None) -> None:
-    """Writes the questions, and the test pictures that `training.clip.export_data` leaves out: those of unknown class."""
+    folder = folder / DATA_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     test, classes = load_questions("test", data)
     _, _, calibration = load_lessons(recipe.held_out, data)

@@ -10,21 +10,27 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtok.eval.training.turns import IGNORED
 
 UNCLEAR = -1  # instead of a word: nothing is to be learned there
 
 
+def spread_out(model: Any, std: float) -> Any:
+    """A fresh model in which words can be told apart by patches, and with larger weights in the language model."""
+    nn.init.normal_(model.get_input_embeddings().weight, std=0.3)
+    for name, weight in model.model.language_model.layers.named_parameters():
+        if name.endswith("proj.weight"):
+            nn.init.normal_(weight, std=std)
+    return model
+
+
 def naming_loss(model: Any, visual: Tensor, told: Sequence[tuple[Tensor, Sequence[int]]], nothing: int) -> Tensor:
     """Cross entropy of the words at each patch.
 
-    Args:
-        model: of D channels.
-        visual: [B, P, D] as the language model takes them.
-        told: (right words [B, P], the words that there are to choose from), one for every thing that a patch shows.
-        nothing: the word for a patch that shows nothing, which may always be chosen.
+    visual [B, P, D] as the language model takes them; `told`: (right words [B, P], the words that there are to choose from),
+    one for every thing that a patch shows; `nothing`: the word for a patch that shows nothing, which may always be chosen.
     """
     table = model.get_input_embeddings().weight
     loss = torch.zeros(())
@@ -58,15 +64,7 @@ def attention_scores(
     rows: slice = slice(None),
     columns: slice = slice(None),
 ) -> Tensor:
-    """[B, heads, rows, columns] of a decoder layer before the softmax, not masked.
-
-    Args:
-        model: with a Llama.
-        number: of the layer.
-        states: what enters it.
-        positions: of the tokens.
-        heads, rows, columns: which of them; default: all.
-    """
+    """[B, heads, rows, columns] of a decoder layer of a Llama before the softmax, not masked; `states` is what enters it."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     language = model.model.language_model
@@ -83,10 +81,7 @@ def attention_scores(
 def missed(scores: Tensor, right: Tensor, asked: Tensor) -> Tensor:
     """Mean negative log of the share of attention that goes to the right places.
 
-    Args:
-        scores: [B, heads, T, P].
-        right: [B, T, P] bool.
-        asked: [B, T] bool, what counts, as far as there is a right place.
+    scores [B, heads, T, P]; right [B, T, P] bool; asked [B, T] bool, what counts, as far as there is a right place.
     """
     told = (asked & right.any(-1))[:, None].expand(-1, scores.shape[1], -1)
     share = scores.log_softmax(-1).masked_fill(~right[:, None], -torch.inf).logsumexp(-1)

@@ -9,7 +9,9 @@ Shapes: B sequences, P visual tokens each, T text tokens each, turns included.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +38,11 @@ class Turns(NamedTuple):
     turn: Tensor
     place: Tensor
 
+    @property
+    def wanted(self) -> Tensor:
+        """The targets to learn, in row-major order."""
+        return self.targets[self.targets != IGNORED]
+
 
 def pack(turns: Sequence[Sequence[Turn]]) -> Turns:
     """Sequences out of their turns, padded on the right."""
@@ -54,32 +61,40 @@ def pack(turns: Sequence[Sequence[Turn]]) -> Turns:
 
 
 def draw_turns(by_kind: Sequence[Sequence[Turn]], count: int, weights: Sequence[int]) -> list[Turn]:
-    """`count` random questions about an image at most, kinds drawn by weight, none twice.
-
-    Args:
-        by_kind: all questions about it, kind by kind.
-        count: of questions.
-        weights: of the kinds.
-    """
-    chosen = []
-    for turns, weight in zip(by_kind, weights):
-        share = round(count * weight / sum(weights))
-        chosen += [turns[i] for i in torch.randperm(len(turns))[:share].tolist()]
-    return chosen
+    """`count` random questions about an image at most, kinds drawn by weight, none twice; `by_kind`: all about it."""
+    shares = [round(count * weight / sum(weights)) for weight in weights]
+    return [turn for turns, share in zip(by_kind, shares) for turn in some_of(turns, share)]
 
 
-def as_turns(encode: Callable[[str], list[int]], asked: Mapping[str, Sequence[tuple[str, str]]]) -> list[list[Turn]]:
+def some_of(turns: Sequence[Turn], count: int) -> list[Turn]:
+    """Up to `count` of them at random, none twice."""
+    return [turns[i] for i in torch.randperm(len(turns))[:count].tolist()]
+
+
+def turn_maker(tokenizer: Any) -> Callable[[str, str], Turn]:
+    """(question, answer of one word) -> tokens; each text is read once."""
+    encode = cache(partial(tokenizer.encode, add_special_tokens=False))
+    return lambda question, answer: (encode(question), encode(answer)[0])
+
+
+def as_turns(turn_of: Callable[[str, str], Turn], asked: Mapping[str, Sequence[tuple[str, str]]]) -> list[list[Turn]]:
     """Questions and answers as tokens, kind by kind."""
-    return [[(encode(q), encode(a)[0]) for q, a in own] for own in asked.values()]
+    return [[turn_of(*one) for one in own] for own in asked.values()]
+
+
+def turns_about(questions: Any, tokenizer: Any) -> list[list[Turn]]:
+    """All questions about each picture; `questions` has `texts`, `answers`, `rows` and `pictures`."""
+    made, turns = turn_maker(tokenizer), [list[Turn]() for _ in questions.pictures]
+    for text, answer, row in zip(questions.texts, questions.answers, questions.rows.tolist()):
+        turns[row].append(made(text, answer))
+    return turns
 
 
 def turn_mask(turn: Tensor, prefix: int, hidden: Tensor | None = None) -> Tensor:
     """What may see what, [B, 1, prefix + T, prefix + T] bool: all is causal, and a turn sees the prefix and itself alone.
 
-    Args:
-        turn: see `Turns`.
-        prefix: tokens in front of the text, the first one included.
-        hidden: [B, prefix - 1] bool, visual tokens that nothing sees but they themselves, as if they had been dropped.
+    `prefix`: tokens in front of the text, the first one included; `hidden` [B, prefix - 1] bool: visual tokens that nothing
+    sees but they themselves, as if they had been dropped.
     """
     batch, length = turn.shape
     number = torch.cat((turn.new_full((batch, prefix), -1), turn), 1)  # -1 = seen by all that follow
@@ -117,6 +132,22 @@ def logits_and_states(
     return logits, out.hidden_states, positions
 
 
+def hits(model: Any, visual: Tensor, turns: Turns) -> Tensor:
+    """Which of the answers have the highest logit, [number of turns] bool in row-major order."""
+    return (answer_logits(model, visual, turns).argmax(-1) == turns.wanted)[turns.wanted != EOS]
+
+
+def share_right(turns: Sequence[Sequence[Turn]], model: Any, visual_of: Callable[[Tensor], Tensor], batch_size: int) -> float:
+    """Share of all questions answered rightly, all about a picture in one sequence.
+
+    `turns`: picture by picture; `model` in eval mode; `visual_of`: numbers of pictures [B] -> their visual tokens [B, P, D].
+    """
+    batches = torch.arange(len(turns)).split(batch_size)
+    with torch.inference_mode():
+        right = [hits(model, visual_of(rows), pack([turns[row] for row in rows])) for rows in batches]
+    return int(sum(part.sum() for part in right)) / sum(map(len, turns))
+
+
 def answered(
     model: Any,
     asked: Sequence[Sequence[Sequence[Turn]]],
@@ -127,32 +158,26 @@ def answered(
 ) -> str:
     """Share of right answers by kind of question, in a line.
 
-    Args:
-        model: in eval mode.
-        asked: image -> kind -> turns; `each` of these at most are drawn.
-        visual_of: numbers of images [B] -> their visual tokens [B, P, D].
-        kinds: names.
-        each: questions of a kind about an image.
-        batch_size: images at once.
+    `model` in eval mode; `asked`: image -> kind -> turns, `each` of these at most are drawn; `visual_of`: as above; `kinds`:
+    names.
     """
     right, count = [0] * len(kinds), [0] * len(kinds)
     torch.manual_seed(0)
     for rows in torch.arange(len(asked)).split(batch_size):
         visual = visual_of(rows)
         for kind in range(len(kinds)):
-            own = [[turns[i] for i in torch.randperm(len(turns))[:each].tolist()] for turns in (asked[r][kind] for r in rows)]
+            own = [some_of(asked[row][kind], each) for row in rows]
             keep = [i for i, turns in enumerate(own) if turns]
-            packed = pack([own[i] for i in keep])
-            wanted = packed.targets[packed.targets != IGNORED]
-            hits = (answer_logits(model, visual[keep], packed).argmax(-1) == wanted)[wanted != EOS]
-            right[kind] += int(hits.sum())
-            count[kind] += len(hits)
+            found = hits(model, visual[keep], pack([own[i] for i in keep]))
+            right[kind] += int(found.sum())
+            count[kind] += len(found)
     shares = [100 * r / n for r, n in zip(right, count)]
     parts = ", ".join(f"{kind} {share:.1f}" for kind, share in zip(kinds, shares))
     return f"held-out questions: {sum(shares) / len(shares):.2f} % ({parts})"
 
 
-def write_blind_answers(path: Path, asked: Iterable[Mapping[str, Sequence[tuple[str, str]]]]) -> None:
-    """Writes the most frequent answer to every text among questions and answers, image by image and kind by kind."""
+def write_blind_answers(path: Path, count: int, shown: Callable[[int], Any], about: Callable[..., Any], seed: int = 0) -> None:
+    """Writes the most frequent answer to every text of training, which asks about what `count` pictures show."""
+    asked = (about(shown(number), random.Random(f"{seed} {number}")) for number in range(count))
     pairs = [pair for by_kind in asked for own in by_kind.values() for pair in own]
     write(path, json.dumps(dict(sorted(blind_answers(*zip(*pairs)).items())), indent=0) + "\n")

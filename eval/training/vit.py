@@ -8,7 +8,6 @@ dropout would be as cheap, but teaches a model to do without random tokens, and 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +15,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok.eval.models.assets import save_weights
 from vtok.eval.models.data import load_fashion_mnist, normalise, write_idx
 from vtok.eval.models.reference import VIT_WEIGHTS, FashionViT, top1
-from vtok.eval.training.loop import Every, Stage, StageRun, epoch_rows, load_checkpoint, parser
-from vtok.writing import write
+from vtok.eval.training.loop import BaseRecipe, Every, Stage, Training, parser
 
 EVERY = Every(50, 200)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides the result.
+@dataclass(frozen=True, kw_only=True)
+class Recipe(BaseRecipe):
+    """See `BaseRecipe`."""
 
-    Attributes:
-        stages: run in this order; each starts with a new optimiser.
-        batch_size: images a step.
-        warmup: share of a stage's steps spent warming up.
-        weight_decay: AdamW's, on matrices only.
-        drop_path: stochastic depth rate of the last block.
-        label_smoothing: of the cross entropy.
-        shift: largest random translation in pixels; images are also mirrored at random.
-        held_out: training images kept away from training, as a calibration set.
-        seed: of initialisation, order, stochastic depth and augmentation.
-    """
-
+    # run in this order; each starts with a new optimiser
     stages: tuple[Stage, ...] = (Stage(4, 8, 2e-3, 0.3), Stage(2, 2.5, 1e-3, 0.0))
-    batch_size: int = 128
+    batch_size: int = 128  # images a step
     warmup: float = 0.08
-    weight_decay: float = 0.05
-    drop_path: float = 0.05
-    label_smoothing: float = 0.05
-    shift: int = 2
-    held_out: int = 1000
-    seed: int = 0
+    drop_path: float = 0.05  # stochastic depth rate of the last block
+    label_smoothing: float = 0.05  # of the cross entropy
+    shift: int = 2  # largest random translation in pixels; images are also mirrored at random
+    held_out: int = 1000  # training images kept away from training, as a calibration set
 
 
 def augment(images: Tensor, shift: int) -> Tensor:
@@ -63,54 +49,37 @@ def augment(images: Tensor, shift: int) -> Tensor:
 
 
 def train(recipe: Recipe, checkpoint: Path, data: Path | None = None, every: Every = EVERY) -> nn.Module:
-    """Runs (or resumes) the whole recipe.
+    """Runs (or resumes) the whole recipe, see `Training`; the trained model, fp32, in eval mode.
 
-    Args:
-        recipe: what to do.
-        checkpoint: file that holds weights, optimiser and position; read if it exists.
-        data: folder of the IDX files, or `None` (see `load_fashion_mnist`).
-        every: what is done every so many steps.
-
-    Returns:
-        The trained model (fp32, eval mode).
+    Without a folder of `data` see `load_fashion_mnist`.
     """
     images, labels = load_fashion_mnist("train", data)
     images, labels = images[: -recipe.held_out], labels[: -recipe.held_out]
-    saved = load_checkpoint(checkpoint)
+    training, size = Training(recipe, checkpoint, every), recipe.batch_size
     torch.manual_seed(recipe.seed)
     model: Any = FashionViT(patch_size=recipe.stages[0].patch_size).build(drop_path_rate=recipe.drop_path)
 
-    def loss_of(step: int, number: int) -> Tensor:
-        rows = epoch_rows(recipe, number, step, len(images))
+    def loss_of(number: int, step: int) -> Tensor:
+        rows = training.epoch_rows(number, step, len(images), size)
         x = augment(normalise(images[rows]), recipe.shift)
         return F.cross_entropy(model(x), labels[rows], label_smoothing=recipe.label_smoothing)
 
     for number, stage in enumerate(recipe.stages):
         if model.patch_embed.patch_size[0] != stage.patch_size:
             model.set_input_size(patch_size=(stage.patch_size, stage.patch_size))  # resamples weights and positions
-        if saved is None or saved["stage"] <= number:
-            total = round(stage.epochs * (len(images) // recipe.batch_size))
-            run = StageRun(model.train(), stage, number, total, recipe, checkpoint, every)
-            run.run(partial(loss_of, number=number), saved)
+        training.run(number, stage, model, len(images) // size, size, loss_of)
     return model.eval()
 
 
 def export(model: nn.Module, folder: Path, held_out: int, data: Path | None = None) -> None:
     """Writes the fp16 weights, the 10,000 test images and the calibration images into `folder` (vtok's `assets/`)."""
-    from safetensors.torch import save
-
-    write(folder / VIT_WEIGHTS, save({k: v.half().contiguous() for k, v in model.state_dict().items()}))
+    save_weights(folder / VIT_WEIGHTS, model)
     target = folder / "fashion_mnist"
     target.mkdir(parents=True, exist_ok=True)
-    train_images, train_labels = load_fashion_mnist("train", data)
-    test_images, test_labels = load_fashion_mnist("t10k", data)
-    parts = {
-        "t10k": (test_images, test_labels),
-        "calibration": (train_images[-held_out:], train_labels[-held_out:]),
-    }
-    for name, (images, labels) in parts.items():
-        write_idx(target / f"{name}-images-idx3-ubyte.gz", images[:, 0])
-        write_idx(target / f"{name}-labels-idx1-ubyte.gz", labels.to(torch.uint8))
+    for name, split, part in (("t10k", "t10k", slice(None)), ("calibration", "train", slice(-held_out, None))):
+        images, labels = load_fashion_mnist(split, data)
+        write_idx(target / f"{name}-images-idx3-ubyte.gz", images[part, 0])
+        write_idx(target / f"{name}-labels-idx1-ubyte.gz", labels[part].to(torch.uint8))
 
 
 def main() -> None:

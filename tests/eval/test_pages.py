@@ -36,8 +36,7 @@ from vtok.eval.training.pages.looking import (
     looking_loss,
     places_of,
 )
-from vtok.eval.training.pages.reading import pixels_of, stacked, views
-from vtok.eval.training.pages.train import Recipe, build, train
+from vtok.eval.training.pages.train import Recipe, build, pixels_of, stacked, train, views
 from vtok.eval.training.patch_words import UNCLEAR, missed
 from vtok.eval.training.turns import logits_and_states, pack
 

@@ -11,8 +11,8 @@ import vtok
 from vtok.eval.benchmarks import result
 from vtok.eval.benchmarks.flops import count_prompt_macs
 from vtok.eval.benchmarks.prefill import Times, compare, measure_prompts, selection_seconds
-from vtok.eval.models import random_vlm as prompts
-from vtok.eval.models.random_vlm import ARCHITECTURES, sample_prompts
+from vtok.eval.models import architectures as prompts
+from vtok.eval.models.architectures import ARCHITECTURES, sample_prompts
 from vtok.targets import vlm_targets
 
 

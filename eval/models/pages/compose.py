@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from PIL import Image
@@ -31,19 +32,12 @@ _SHADE, _WIDEST, _SHIFT = 12, 38, 3
 
 @dataclass(frozen=True)
 class Word:
-    """A printed word.
+    """A printed word."""
 
-    Attributes:
-        name: index into `NAMES`.
-        ink: index into `INK_NAMES`.
-        box: left, top, width, height of what is printed, in pixels.
-        place: line and column.
-    """
-
-    name: int
-    ink: int
-    box: tuple[int, int, int, int]
-    place: tuple[int, int]
+    name: int  # index into `NAMES`
+    ink: int  # index into `INK_NAMES`
+    box: tuple[int, int, int, int]  # left, top, width, height of what is printed, in pixels
+    place: tuple[int, int]  # line and column
 
 
 @dataclass(frozen=True)
@@ -102,7 +96,7 @@ def _varied(prints: list[np.ndarray], draw: random.Random) -> list[np.ndarray]:
 
 def _places(quarters: list[int], count: int, draw: random.Random) -> list[tuple[int, int]]:
     """Lines and columns of so many words, at least one in each of the quarters."""
-    free = [(line, column) for line in range(LINES) for column in range(COLUMNS) if quarter_of((line, column)) in quarters]
+    free = [place for place in product(range(LINES), range(COLUMNS)) if quarter_of(place) in quarters]
     while True:
         places = draw.sample(free, count)
         if {quarter_of(place) for place in places} == set(quarters):

@@ -15,16 +15,8 @@ SIZES = (11, 12)  # of print, in pixels
 # File of a font, without its ending. Whose print is for training, and whose for tests.
 FONTS = {
     "train": (
-        "DejaVuSans",
-        "DejaVuSans-Bold",
-        "DejaVuSansMono",
-        "DejaVuSansMono-Bold",
-        "DejaVuSerif-Bold",
-        "STIXGeneral",
-        "STIXGeneralBol",
-        "cmss10",
-        "cmr10",
-        "cmb10",
+        *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif-Bold"),
+        *("STIXGeneral", "STIXGeneralBol", "cmss10", "cmr10", "cmb10"),
     ),
     "test": ("DejaVuSerif",),
 }

@@ -20,15 +20,7 @@ _TEXTS = {
     "under": "what is under {}",
     "over": "what is over {}",
 }
-WORDS = (
-    *words_of(_TEXTS),
-    "nothing",
-    "no",
-    "yes",
-    *INK_NAMES,
-    *NAMES,
-)
-
+WORDS = (*words_of(_TEXTS), "nothing", "no", "yes", *INK_NAMES, *NAMES)
 TEST_PAGES = 128  # numbers 0, 1, ... of the test split
 CALIBRATION_PAGES = range(1_000_000, 1_000_080)  # of the training split, which training does not reach
 BLIND = "pages/blind-answers.json"
@@ -68,6 +60,4 @@ def density(number: int) -> int:
 
 def one_of_each(split: str, numbers: Iterable[int]) -> list[AskedOf]:
     """A question of every kind about each page, as far as there is one; of those about a presence every second is a "no"."""
-    return asked.one_of_each(
-        split, numbers, lambda number, draw: questions_about(draw_page(split, number).words, draw), QUARTERS
-    )
+    return asked.one_of_each(split, numbers, lambda n, draw: questions_about(draw_page(split, n).words, draw), QUARTERS)

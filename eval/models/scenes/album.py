@@ -53,17 +53,11 @@ PHOTOGRAPHS = {
 
 @dataclass(frozen=True)
 class Album:
-    """What the scenes of a split are made of.
+    """What the scenes of a split are made of."""
 
-    Attributes:
-        sprites: for every name in `NAMES` little pictures, RGBA.
-        photographs: RGB.
-        varied: whether colours are changed at random, so that few pictures teach more.
-    """
-
-    sprites: Sequence[Sequence[Image.Image]]
-    photographs: Sequence[Image.Image]
-    varied: bool
+    sprites: Sequence[Sequence[Image.Image]]  # for every name in `NAMES` little pictures, RGBA
+    photographs: Sequence[Image.Image]  # RGB
+    varied: bool  # whether colours are changed at random, so that few pictures teach more
 
 
 def sheet_name(artist: str) -> str:

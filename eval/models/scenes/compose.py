@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance
@@ -34,19 +35,12 @@ _JITTER, _CONTRAST, _SMOOTH = 14, 70, 4
 
 @dataclass(frozen=True)
 class Thing:
-    """A little thing on its plate.
+    """A little thing on its plate."""
 
-    Attributes:
-        name: index into `NAMES`.
-        colour: of its plate, index into `COLOUR_NAMES`.
-        box: left, top, side in pixels.
-        cell: row and column of the loose grid.
-    """
-
-    name: int
-    colour: int
-    box: tuple[int, int, int]
-    cell: tuple[int, int]
+    name: int  # index into `NAMES`
+    colour: int  # of its plate, index into `COLOUR_NAMES`
+    box: tuple[int, int, int]  # left, top, side in pixels
+    cell: tuple[int, int]  # row and column of the loose grid
 
 
 @dataclass(frozen=True)
@@ -61,7 +55,7 @@ def draw_scene(split: str, number: int) -> Scene:
     """The scene of that number in `"train"` or `"test"`: always the same."""
     album, draw = load_album(split), random.Random(f"{split} {number}")
     image = _background(album, draw)
-    cells = [(row, column) for row in range(GRID) for column in range(GRID)]
+    cells = list(product(range(GRID), repeat=2))
     count = draw.randint(*THINGS_PER_SCENE)
     things = []
     for name, cell in zip(draw.sample(range(len(NAMES)), count), draw.sample(cells, count)):

@@ -6,13 +6,14 @@ What is bundled are connector and Llama; the encoder is read from the installed 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+from vtok.eval.models.assets import load_weights
 from vtok.eval.models.dinov2 import load_hf_dinov2
 from vtok.eval.models.dinov2.model import HEADS, MEAN, PATCH, SIZE, STD, WIDTH
-from vtok.eval.models.reference_vlm import SPECIAL, answering, llava_parts, load_weights, processor_of
+from vtok.eval.models.reference_vlm import ReferenceLLaVA, make_processor
 from vtok.eval.models.scenes.questions import WORDS
 
 TRAINED = "scenes/trained.safetensors"  # connector and Llama
@@ -20,50 +21,38 @@ TOWER = "model.vision_tower."
 
 
 @dataclass(frozen=True)
-class ReferenceScenes:
-    """Anatomy: Hugging Face's `LlavaForConditionalGeneration` with a Dinov2 tower and a Llama.
+class ReferenceScenes(ReferenceLLaVA):
+    """Anatomy: Hugging Face's `LlavaForConditionalGeneration` with a Dinov2 tower and a Llama, see `ReferenceLLaVA`."""
 
-    Attributes:
-        tower_depth: blocks of the encoder that are there, of 12: what the connector takes is the output of the last of them,
-            which tells small things and their colours better than later ones do.
-        text_width: of the language model.
-        text_hidden: width of its MLPs.
-        text_depth: its layers.
-        text_heads: its heads.
-    """
-
-    tower_depth: int = 8
+    image_size: int = SIZE
+    patch_size: int = PATCH
+    width: int = WIDTH
+    # blocks of the encoder that are there, of 12: what the connector takes is the output of the last of them, which tells small
+    # things and their colours better than later ones do
+    depth: int = 8
+    heads: int = HEADS
     text_width: int = 256
     text_hidden: int = 512
     text_depth: int = 6
-    text_heads: int = 4
 
-    @property
-    def visual_tokens(self) -> int:
-        """Tokens that a picture takes in the prompt."""
-        return (SIZE // PATCH) ** 2
+    words: ClassVar = WORDS
+    scale: ClassVar = (MEAN, STD)
 
-    def config(self) -> Any:
-        """A `LlavaConfig`."""
-        from transformers import Dinov2Config, LlavaConfig
+    def vision(self) -> Any:
+        from transformers import Dinov2Config
 
-        vision = Dinov2Config(
-            patch_size=PATCH, image_size=SIZE, hidden_size=WIDTH, num_hidden_layers=self.tower_depth, num_attention_heads=HEADS
+        return Dinov2Config(
+            patch_size=self.patch_size,
+            image_size=self.image_size,
+            hidden_size=self.width,
+            num_hidden_layers=self.depth,
+            num_attention_heads=self.heads,
         )
-        return LlavaConfig(**llava_parts(vision, self, len(SPECIAL) + len(WORDS)), image_seq_length=self.visual_tokens)
-
-    def build(self) -> Any:
-        """A freshly initialised model, its tower too, that stops at the end of its answer."""
-        from transformers import LlavaForConditionalGeneration
-
-        return answering(LlavaForConditionalGeneration(self.config()))
 
 
 def load_tower(depth: int) -> Any:
-    """transformers' `Dinov2Model` with the first `depth` blocks of the reference DINOv2, in eval mode, fp32.
-
-    Raises:
-        ConfigError: the package with the weights is not installed.
+    """transformers' `Dinov2Model` with the first `depth` blocks of the reference DINOv2, in eval mode, fp32. Errors are those
+    of `load_hf_dinov2`.
     """
     tower: Any = load_hf_dinov2()
     del tower.encoder.layer[depth:]
@@ -73,20 +62,15 @@ def load_tower(depth: int) -> Any:
 
 def make_scenes_processor() -> Any:
     """A `LlavaProcessor` for scenes and prompts."""
-    from transformers import CLIPImageProcessor, LlavaProcessor
-
-    return processor_of(LlavaProcessor, CLIPImageProcessor, SIZE, PATCH, MEAN, STD, WORDS)
+    return make_processor(ReferenceScenes())
 
 
 def load_reference_scenes() -> Any:
-    """The trained model in eval mode, fp32 (its weights are stored in fp16).
-
-    Raises:
-        ConfigError: the package with the encoder's weights is not installed.
-        FileNotFoundError: the trained weights are missing.
+    """The trained model in eval mode, fp32 (its weights are stored in fp16). Raises `ConfigError` without the trained weights
+    or the package with the encoder's.
     """
     anatomy = ReferenceScenes()
     model = anatomy.build()
-    tower = load_tower(anatomy.tower_depth).state_dict()
+    tower = load_tower(anatomy.depth).state_dict()
     model.load_state_dict(load_weights(TRAINED) | {TOWER + name: value for name, value in tower.items()})
     return model.to(torch.float32).eval()

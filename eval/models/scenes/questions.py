@@ -20,15 +20,7 @@ _TEXTS = {
     "present": "is there any {}",
     "count": "how many plates are {}",
 }
-WORDS = (
-    *words_of(_TEXTS),
-    "no",
-    "yes",
-    *NUMBERS,
-    *COLOUR_NAMES,
-    *NAMES,
-)
-
+WORDS = (*words_of(_TEXTS), "no", "yes", *NUMBERS, *COLOUR_NAMES, *NAMES)
 TEST_SCENES = 160  # numbers 0, 1, ... of the test split
 CALIBRATION_SCENES = range(1_000_000, 1_000_080)  # of the training split, which training does not reach
 BLIND = "scenes/blind-answers.json"

@@ -22,7 +22,8 @@ import vtok
 from vtok.config import MethodConfig
 from vtok.core.prompt import VLMInfo, VLMReducer
 from vtok.eval.common.statistics import Interval, mean_interval, mean_stderr, paired_difference, share, with_error
-from vtok.eval.training.atp.questions import Asked, Host
+from vtok.eval.models.reference_vlm import load_reference_questions
+from vtok.eval.training.atp.questions import Asked, Host, as_asked
 from vtok.methods.atp import ATP, Slots
 from vtok.methods.atp.losses import average_tokens
 from vtok.methods.atp.modules import ATPModules, load
@@ -52,35 +53,21 @@ class ExchangedATP(ATP):
 
 @dataclass(frozen=True)
 class Answers:
-    """How a model did on n questions.
+    """How a model did on n questions."""
 
-    Attributes:
-        right: [n] 1 where the first token of the answer had the highest logit.
-        loss: [n] its negative log likelihood.
-        counts: [n, M] visual tokens behind every module; empty columns if unpruned.
-        average: [n] visual tokens on average over the decoder layers.
-    """
-
-    right: Tensor
-    loss: Tensor
-    counts: Tensor
-    average: Tensor
+    right: Tensor  # [n] 1 where the first token of the answer had the highest logit
+    loss: Tensor  # [n] its negative log likelihood
+    counts: Tensor  # [n, M] visual tokens behind every module; empty columns if unpruned
+    average: Tensor  # [n] visual tokens on average over the decoder layers
 
 
 @dataclass(frozen=True)
 class ATPReport:
-    """The model unpruned, pruned, and pruned by thresholds of other prompts, on the same questions in the same batches.
+    """The model unpruned, pruned, and pruned by thresholds of other prompts, on the same questions in the same batches."""
 
-    Attributes:
-        layers: decoder layers in front of which modules stand.
-        total: visual tokens of an image.
-        target: what training aimed at.
-        unpruned, pruned, exchanged: what came out.
-    """
-
-    layers: tuple[int, ...]
-    total: int
-    target: float | None
+    layers: tuple[int, ...]  # decoder layers in front of which modules stand
+    total: int  # visual tokens of an image
+    target: float | None  # what training aimed at
     unpruned: Answers
     pruned: Answers
     exchanged: Answers
@@ -88,10 +75,7 @@ class ATPReport:
 
 def load_test_questions() -> Asked:
     """The bundled test questions about easy-VQA's pictures."""
-    from vtok.eval.models.reference_vlm import load_reference_questions
-
-    found = load_reference_questions()
-    return Asked(list(found.pictures), found.texts, found.answers, found.rows.tolist())
+    return as_asked(load_reference_questions())
 
 
 def spread(asked: Asked, count: int | None, batch_size: int, seed: int = 0) -> list[list[int]]:
@@ -109,35 +93,27 @@ def spread(asked: Asked, count: int | None, batch_size: int, seed: int = 0) -> l
 
 def answer(host: Host, config: MethodConfig | None, asked: Asked, batches: Sequence[Sequence[int]]) -> Answers:
     """Asks every question once, with the model patched for the time of it; it must not be patched before."""
-    right, losses, counts, averages = [], [], [], []
-    model = host.model
+    found, model = [], host.model
     if config is not None:
         vtok.patch(model, config)
     try:
         for numbers in batches:
-            inputs = host.inputs(
-                [asked.images[asked.rows[i]] for i in numbers], [host.prompt(asked.questions[i]) for i in numbers]
-            )
+            images = [asked.images[asked.rows[i]] for i in numbers]
+            inputs = host.inputs(images, [host.prompt(asked.questions[i]) for i in numbers])
             answered = host.batch(asked, numbers)
             first = (answered.labels >= 0).int().argmax(1, keepdim=True)
-            wanted = answered.labels.gather(1, first).squeeze(1)
+            wanted = answered.labels.gather(1, first)
             with torch.inference_mode():
                 logits = model(**inputs, logits_to_keep=1).logits[:, -1].float()
-            right.append((logits.argmax(-1) == wanted).double())
-            losses.append(-logits.log_softmax(-1).gather(1, wanted[:, None]).squeeze(1).double())
-            if config is not None:
-                found, average = _counts(model, len(numbers))
-                counts.append(found)
-                averages.append(average)
+            right, loss = logits.argmax(-1) == wanted[:, 0], -logits.log_softmax(-1).gather(1, wanted)[:, 0]
+            none = torch.zeros(len(numbers), 0)
+            found.append((right.double(), loss.double(), *((none, none) if config is None else _counts(model))))
     finally:
         vtok.unpatch(model)
-    none = torch.zeros(sum(map(len, right)), 0)
-    return Answers(
-        torch.cat(right), torch.cat(losses), torch.cat(counts) if counts else none, torch.cat(averages) if averages else none
-    )
+    return Answers(*map(torch.cat, zip(*found)))
 
 
-def _counts(model: Any, batch: int) -> tuple[Tensor, Tensor]:
+def _counts(model: Any) -> tuple[Tensor, Tensor]:
     """(visual tokens [B, M] behind every module, [B] on average over the decoder layers) of the last prompts."""
     (target,) = vlm_targets(model)
     pruner = target.installed()
@@ -154,15 +130,7 @@ def _counts(model: Any, batch: int) -> tuple[Tensor, Tensor]:
 
 
 def measure(host: Host, weights: Path, asked: Asked, count: int | None = None, batch_size: int = 50) -> ATPReport:
-    """Runs the three models.
-
-    Args:
-        host: the model that the modules were trained for.
-        weights: file of the modules.
-        asked: questions.
-        count: random ones of them; `None` = all.
-        batch_size: prompts a batch, about different images.
-    """
+    """Runs the three models on `count` random questions (`None` = all); `weights`: file of the modules of the host."""
     spec, batches = load(weights).spec, spread(asked, count, batch_size)
     configs = (None, ATP(weights=str(weights)), ExchangedATP(weights=str(weights)))
     unpruned, pruned, exchanged = (answer(host, config, asked, batches) for config in configs)

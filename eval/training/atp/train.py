@@ -15,13 +15,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from vtok.errors import ConfigError
-from vtok.eval.models.data import cache_dir
 from vtok.eval.models.scenes import TEST_SCENES
 from vtok.eval.models.vlm import REFERENCE_SCENES
 from vtok.eval.training.atp.questions import (
@@ -35,8 +33,7 @@ from vtok.eval.training.atp.questions import (
     load_scene_questions,
 )
 from vtok.eval.training.atp.report import load_test_questions, measure, table
-from vtok.eval.training.loop import save_atomically
-from vtok.methods.atp.losses import ATPLosses
+from vtok.eval.training.loop import parser, save_atomically
 from vtok.methods.atp.modules import ATPModules
 from vtok.methods.atp.reducer import SoftATP
 from vtok.methods.atp.spec import ATPSpec
@@ -98,24 +95,15 @@ class Recipe:
 
 
 def make_modules(host: Host, recipe: Recipe) -> ATPModules:
-    """Untrained modules for a model: all thresholds are 0.5.
-
-    Raises:
-        ConfigError: the model has no fixed grid of visual tokens, or the target is not below it.
+    """Untrained modules for a model: all thresholds are 0.5. Raises `ConfigError` if the model has no fixed grid of visual
+    tokens, or the target is not below it.
     """
     (target,) = vlm_targets(host.model)
     info = target.info
     if info.grid is None:
         raise ConfigError(f"ATP needs the same grid of visual tokens for every image; those of {info.name} depend on the image")
-    spec = ATPSpec(
-        info.depth,
-        info.width,
-        info.grid,
-        recipe.layers,
-        recipe.hidden,
-        recipe.inputs,
-        target_tokens=recipe.target_tokens,
-    )
+    shape = (info.depth, info.width, info.grid)
+    spec = ATPSpec(*shape, recipe.layers, recipe.hidden, recipe.inputs, target_tokens=recipe.target_tokens)
     least = spec.num_slots * spec.sites[0] / spec.depth if recipe.over == "layers" else 0
     if not least < recipe.target_tokens < spec.num_slots:
         raise ConfigError(
@@ -133,44 +121,23 @@ def draw(asked: Asked, recipe: Recipe, step: int) -> list[int]:
     return asked.different(order, recipe.batch_size)
 
 
-class Progress(NamedTuple):
-    """What one step saw: the language loss, the budget losses, soft and hard counts on average over the decoder layers."""
-
-    language: float
-    losses: ATPLosses
-    soft: float
-    hard: float
-
-
-def advance(host: Host, modules: ATPModules, batch: Batch, recipe: Recipe, step: int) -> Progress:
-    """Gradients of one step; the optimiser is the caller's."""
+def advance(host: Host, modules: ATPModules, batch: Batch, recipe: Recipe, step: int) -> tuple[float, float, float]:
+    """Gradients of one step, for the caller's optimiser; the language loss, soft and hard counts on average over the layers."""
     soft = SoftATP(modules, recipe.temperature_at(step), batch.labels != IGNORED)
     with softened(host.model, soft):
         loss = host.model(**batch.inputs, labels=batch.labels, use_cache=False).loss
-    losses = soft.losses(
-        target_tokens=recipe.target_tokens,
-        lambda_atp=recipe.lambda_atp,
-        lambda_target=recipe.lambda_target,
-        over=recipe.over,
-    )
+    weights = {"lambda_atp": recipe.lambda_atp, "lambda_target": recipe.lambda_target}
+    losses = soft.losses(target_tokens=recipe.target_tokens, over=recipe.over, **weights)
     (loss + losses.extra).backward()
     with torch.no_grad():
-        return Progress(loss.item(), losses, losses.average.item(), soft.hard_average(recipe.over).item())
+        return loss.item(), losses.average.item(), soft.hard_average(recipe.over).item()
 
 
 def train(host: Host, asked: Asked, recipe: Recipe, checkpoint: Path, log_every: int = 10, save_every: int = 10) -> ATPModules:
-    """Runs (or resumes) the whole recipe.
+    """Runs (or resumes) the whole recipe; the trained modules in eval mode.
 
-    Args:
-        host: frozen model and processor.
-        asked: what to learn from.
-        recipe: what to do.
-        checkpoint: file that holds modules, optimiser and step; read if it exists, rewritten every `save_every` steps.
-        log_every: steps between log lines.
-        save_every: steps between checkpoints.
-
-    Returns:
-        The trained modules in eval mode.
+    `checkpoint` is a file that holds modules, optimiser and step; it is read if it exists, and rewritten every `save_every`
+    steps.
     """
     modules = make_modules(host, recipe)
     optimizer = torch.optim.AdamW(modules.parameters(), lr=recipe.lr, weight_decay=0.0)
@@ -185,7 +152,7 @@ def train(host: Host, asked: Asked, recipe: Recipe, checkpoint: Path, log_every:
     for step in range(first, recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr_at(step)
-        progress = advance(host, modules, host.batch(asked, draw(asked, recipe, step)), recipe, step)
+        language, soft, hard = advance(host, modules, host.batch(asked, draw(asked, recipe, step)), recipe, step)
         nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -193,8 +160,8 @@ def train(host: Host, asked: Asked, recipe: Recipe, checkpoint: Path, log_every:
         if done % log_every == 0 or done == recipe.steps:
             rate = (done - first) * recipe.batch_size / (time.monotonic() - started)
             print(
-                f"step {done}/{recipe.steps} language loss {progress.language:.4f} tokens {progress.soft:.1f} soft, "
-                f"{progress.hard:.1f} hard, target {recipe.target_tokens:g} {rate:.1f} questions/s",
+                f"step {done}/{recipe.steps} language loss {language:.4f} tokens {soft:.1f} soft, {hard:.1f} hard, "
+                f"target {recipe.target_tokens:g} {rate:.1f} questions/s",
                 flush=True,
             )
         if done % save_every == 0 or done == recipe.steps:
@@ -205,42 +172,36 @@ def train(host: Host, asked: Asked, recipe: Recipe, checkpoint: Path, log_every:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    import argparse
-
     standard = Recipe()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=None, help="folder, or reference-scenes (default: the reference LLaVA)")
-    parser.add_argument("--questions", type=Path, default=None, help="JSON lines (default: easy-VQA's training questions)")
-    parser.add_argument("--data", type=Path, default=None, help="folder of easy-VQA (default: the package easy-vqa)")
-    parser.add_argument("--target", type=float, default=standard.target_tokens, help="visual tokens on average over layers")
-    parser.add_argument("--layers", type=int, nargs="+", default=None, help="decoder layers (default: the paper's, scaled)")
-    parser.add_argument("--steps", type=int, default=standard.steps)
-    parser.add_argument("--batch-size", type=int, default=standard.batch_size)
-    parser.add_argument("--checkpoint", type=Path, default=cache_dir() / "train" / "atp.pt")
-    parser.add_argument("--export", type=Path, default=None, help="folder that receives the modules, e.g. assets")
-    parser.add_argument("--report", type=Path, default=None, help="measure the modules of this file, train nothing")
-    parser.add_argument("--count", type=int, default=None, help="questions of the report (default: all test questions)")
-    args = parser.parse_args(arguments)
+    found = parser(__doc__, "atp.pt", "the modules", "the package easy-vqa")
+    found.add_argument("--model", type=Path, default=None, help="folder, or reference-scenes (default: the reference LLaVA)")
+    found.add_argument("--questions", type=Path, default=None, help="JSON lines (default: easy-VQA's training questions)")
+    found.add_argument("--target", type=float, default=standard.target_tokens, help="visual tokens on average over layers")
+    found.add_argument("--layers", type=int, nargs="+", default=None, help="decoder layers (default: the paper's, scaled)")
+    found.add_argument("--steps", type=int, default=standard.steps)
+    found.add_argument("--batch-size", type=int, default=standard.batch_size)
+    found.add_argument("--report", type=Path, default=None, help="measure the modules of this file, train nothing")
+    found.add_argument("--count", type=int, default=None, help="questions of the report (default: all test questions)")
+    args = found.parse_args(arguments)
     host, scenes = load_host(args.model), str(args.model) == REFERENCE_SCENES
-    if args.report is None:
-        layers = None if args.layers is None else tuple(args.layers)
-        recipe = Recipe(args.target, layers, steps=args.steps, batch_size=args.batch_size)
-        if args.questions is not None:
-            asked = load_questions_file(args.questions)
-        else:
-            asked = load_scene_questions("train", SCENES) if scenes else load_easyvqa_questions(args.data)
-        modules = train(host, asked, recipe, args.checkpoint)
-        if args.export is not None:
-            path = args.export / (SCENES_WEIGHTS if scenes else ATP_WEIGHTS)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            modules.save(path)
-            print(f"modules are in {path}")
-        return
+    split, numbers = ("train", SCENES) if args.report is None else ("test", range(TEST_SCENES))
     if args.questions is not None:
-        questions = load_questions_file(args.questions)
+        asked = load_questions_file(args.questions)
+    elif scenes:
+        asked = load_scene_questions(split, numbers)
     else:
-        questions = load_scene_questions("test", range(TEST_SCENES)) if scenes else load_test_questions()
-    print(table(measure(host, args.report, questions, args.count)))
+        asked = load_easyvqa_questions(args.data) if args.report is None else load_test_questions()
+    if args.report is not None:
+        print(table(measure(host, args.report, asked, args.count)))
+        return
+    layers = None if args.layers is None else tuple(args.layers)
+    recipe = Recipe(args.target, layers, steps=args.steps, batch_size=args.batch_size)
+    modules = train(host, asked, recipe, args.checkpoint)
+    if args.export is not None:
+        path = args.export / (SCENES_WEIGHTS if scenes else ATP_WEIGHTS)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        modules.save(path)
+        print(f"modules are in {path}")
 
 
 if __name__ == "__main__":

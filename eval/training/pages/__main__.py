@@ -1,5 +1,3 @@
-"""`python -m vtok.eval.training.pages`."""
-
 from vtok.eval.training.pages.train import main
 
 main()

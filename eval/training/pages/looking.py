@@ -69,14 +69,9 @@ def join(crops: Tensor) -> Tensor:
 
 
 def lay_out(views: Tensor, newline: Tensor) -> tuple[Tensor, Tensor]:
-    """The visual tokens of a prompt, and those of the crops among them.
+    """The visual tokens of a prompt [B, P, D], and those of the crops among them [B, C, D].
 
-    Args:
-        views: [B, V, n, D], of the whole page first.
-        newline: [D], the end of a line.
-
-    Returns:
-        ([B, P, D]; [B, C, D]).
+    views [B, V, n, D], of the whole page first; newline [D], the end of a line.
     """
     crops = join(views[:, 1:])
     ends = newline.to(crops.dtype).expand(*crops.shape[:2], 1, -1)
@@ -94,14 +89,7 @@ def looking_loss(model: Any, states: Any, positions: Tensor, turns: Turns, place
 
     In the first layer, a patch should attend to the word above its own, and the word that a question ends with to its patches;
     in the second, that word should attend to what it asks for: the patches of the answer, or, for what stands over it, its own,
-    which know by then what is above them.
-
-    Args:
-        model: of D channels.
-        states: what enters every decoder layer.
-        positions: of the tokens, [B, 1 + P + T].
-        turns: the text.
-        places: of the pages.
+    which know by then what is above them. `states`: what enters every decoder layer; positions [B, 1 + P + T].
     """
     ids, targets = turns.ids, turns.targets
     asks = (targets != IGNORED) & (targets != EOS)

@@ -1,5 +1,3 @@
-"""`python -m vtok.eval.training.scenes`."""
-
 from vtok.eval.training.scenes.train import main
 
 main()

@@ -17,30 +17,29 @@ from PIL import Image
 
 from vtok.eval.models.scenes.album import SHEET, THINGS, sheet_name
 
-# Artist -> (folder within FOLDER, whose pictures they are, licence).
+# Artist -> (folder within FOLDER, files of its pictures, "" = curves in one file; whose they are, licence).
 SOURCES = {
-    "noto": ("google/package", "emoji-datasource-google 15.1.2: Noto Color Emoji, Google", "Apache-2.0"),
-    "twemoji": ("twitter/package", "emoji-datasource-twitter 15.1.2: Twemoji, Twitter and contributors", "CC-BY-4.0"),
-    "fluent-3d": ("f3d/package", "@lobehub/fluent-emoji-3d 1.1.0: Fluent Emoji, Microsoft", "MIT"),
-    "fluent-flat": ("flat/package", "@iconify-json/fluent-emoji-flat 1.2.3: Fluent Emoji, Microsoft", "MIT"),
-    "noto-v1": ("noto-v1/package", "@iconify-json/noto-v1 1.2.5: Noto Emoji of 2014, Google", "Apache-2.0"),
-    "emojione": ("emojione/package", "@iconify-json/emojione 1.2.3: Emoji One 2, JoyPixels", "CC-BY-4.0"),
-    "fxemoji": ("fxemoji/package", "@iconify-json/fxemoji 1.2.2: FxEmojis, Mozilla", "Apache-2.0"),
-    "streamline": ("streamline-emojis/package", "@iconify-json/streamline-emojis 1.2.4: Streamline", "CC-BY-4.0"),
+    "noto": ("google/package", "img/google/64/{}.png", "emoji-datasource-google 15.1.2: Noto Color Emoji, Google, Apache-2.0"),
+    "twemoji": (
+        *("twitter/package", "img/twitter/64/{}.png"),
+        "emoji-datasource-twitter 15.1.2: Twemoji, Twitter and contributors, CC-BY-4.0",
+    ),
+    "fluent-3d": ("f3d/package", "assets/{}.webp", "@lobehub/fluent-emoji-3d 1.1.0: Fluent Emoji, Microsoft, MIT"),
+    "fluent-flat": ("flat/package", "", "@iconify-json/fluent-emoji-flat 1.2.3: Fluent Emoji, Microsoft, MIT"),
+    "noto-v1": ("noto-v1/package", "", "@iconify-json/noto-v1 1.2.5: Noto Emoji of 2014, Google, Apache-2.0"),
+    "emojione": ("emojione/package", "", "@iconify-json/emojione 1.2.3: Emoji One 2, JoyPixels, CC-BY-4.0"),
+    "fxemoji": ("fxemoji/package", "", "@iconify-json/fxemoji 1.2.2: FxEmojis, Mozilla, Apache-2.0"),
+    "streamline": ("streamline-emojis/package", "", "@iconify-json/streamline-emojis 1.2.4: Streamline, CC-BY-4.0"),
 }
 
 
-def _picture(artist: str, folder: Path, code: str) -> Image.Image | None:
+def _picture(artist: str, source: Path, code: str) -> Image.Image | None:
     """One emoji; `None` = the artist did not draw it."""
+    place, files, _ = SOURCES[artist]
+    if not files:
+        return _curves(source / place, _called(source, code))
     bare = code.removesuffix("-fe0f")
-    if artist in ("noto", "twemoji"):
-        name = {"noto": "google", "twemoji": "twitter"}[artist]
-        paths = [folder / f"img/{name}/64/{c}.png" for c in (code, bare, f"{bare}-fe0f")]
-    elif artist == "fluent-3d":
-        paths = [folder / f"assets/{c}.webp" for c in (code, bare, f"{bare}-fe0f")]
-    else:
-        return _curves(folder, _called(folder.parent.parent, code))
-    found = [path for path in paths if path.is_file()]
+    found = [path for c in (code, bare, f"{bare}-fe0f") if (path := source / place / files.format(c)).is_file()]
     return Image.open(found[0]).convert("RGBA") if found else None
 
 
@@ -52,7 +51,6 @@ def _called(source: Path, code: str) -> str:
 
 def _curves(folder: Path, name: str) -> Image.Image | None:
     resvg_py: Any = importlib.import_module("resvg_py")
-
     icons: Any = json.loads((folder / "icons.json").read_text(encoding="utf-8"))
     name = icons.get("aliases", {}).get(name, {}).get("parent", name)
     found = icons["icons"].get(name) or icons["icons"].get(name.replace("-", ""))
@@ -67,12 +65,12 @@ def _curves(folder: Path, name: str) -> Image.Image | None:
     return Image.open(io.BytesIO(bytes(data))).convert("RGBA")
 
 
-def sheet(artist: str, folder: Path) -> Image.Image:
+def sheet(artist: str, source: Path) -> Image.Image:
     """All little pictures of an artist, one beside the other."""
     codes = [code for codes in THINGS.values() for code in codes]
     row = Image.new("RGBA", (SHEET * len(codes), SHEET))
     for i, code in enumerate(codes):
-        picture = _picture(artist, folder, code)
+        picture = _picture(artist, source, code)
         if picture is None:
             print(f"{artist} has no {code}")
             continue
@@ -88,10 +86,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--export", type=Path, required=True, help="vtok's assets/")
     args = parser.parse_args()
-    for artist, (place, _, _) in SOURCES.items():
+    for artist in SOURCES:
         path = args.export / sheet_name(artist)
         path.parent.mkdir(parents=True, exist_ok=True)
-        sheet(artist, args.folder / place).save(path, lossless=True, method=6)
+        sheet(artist, args.folder).save(path, lossless=True, method=6)
 
 
 if __name__ == "__main__":

@@ -51,11 +51,10 @@ def easy_vqa(calibration: bool = False) -> VQAData:
 
     if calibration:
         found = load_reference_questions("calibration")
-        return VQAData(f"{EASY_VQA}/calibration", _questions(found, [{}] * len(found.texts)), _reader(found.pictures))
+        return _stored(f"{EASY_VQA}/calibration", found, [{}] * len(found.texts), {})
     found = load_reference_questions("test")
-    groups = [{"kind": kind_of(answer)} for answer in found.answers]
     blind = json.loads(asset(f"{DATA_FOLDER}/blind-answers.json").read_text(encoding="utf-8"))
-    return VQAData(EASY_VQA, _questions(found, groups), _reader(found.pictures), blind=blind)
+    return _stored(EASY_VQA, found, [{"kind": kind_of(answer)} for answer in found.answers], blind)
 
 
 def easy_vqa_pages() -> VQAData:
@@ -64,12 +63,21 @@ def easy_vqa_pages() -> VQAData:
 
     found = load_reference_page_questions()
     groups = [{"kind": kind_of(a), "density": str(d)} for a, d in zip(found.answers, found.density.tolist())]
-    return VQAData(PAGES, _questions(found, groups), _reader(found.pictures), blind=blind_page_answers())
+    return _stored(PAGES, found, groups, blind_page_answers())
+
+
+def _stored(name: str, found: Any, groups: Sequence[Mapping[str, str]], blind: Mapping[str, str]) -> VQAData:
+    """Questions, each with what it is counted under, about pictures that lie in a tensor."""
+    from PIL import Image
+
+    arrays = found.pictures.permute(0, 2, 3, 1).numpy()
+    asked = enumerate(zip(found.texts, found.answers, found.rows.tolist(), groups))
+    questions = [Question(i, text, (answer,), row, group) for i, (text, answer, row, group) in asked]
+    return VQAData(name, questions, lambda row: Image.fromarray(arrays[row]), blind=blind)
 
 
 def scene_questions(calibration: bool = False) -> VQAData:
-    """The bundled questions about test scenes, or about scenes of training pictures that were kept out of training; `kind` says
-    what is asked."""
+    """The bundled questions about test scenes, or about scenes of training pictures that were kept out of training."""
     from vtok.eval.models import scenes
 
     split, numbers = ("train", scenes.CALIBRATION_SCENES) if calibration else ("test", range(scenes.TEST_SCENES))
@@ -87,7 +95,7 @@ def printed_pages(calibration: bool = False) -> VQAData:
 
 
 def _drawn(name: str, calibration: bool, asked: Sequence[Any], read: Callable[[Any], Any], blind: str) -> VQAData:
-    """Questions, each with what it is counted under, about pictures that are drawn when they are asked for."""
+    """The same about pictures that are drawn when they are asked for."""
     from vtok.eval.models.asked import blind_answers_of
 
     questions = [Question(i, one.text, (one.answer,), one.number, groups) for i, (one, groups) in enumerate(asked)]
@@ -107,21 +115,4 @@ def blind_page_answers() -> dict[str, str]:
     return blind_answers(*zip(*asked))
 
 
-def _questions(found: Any, groups: Sequence[Mapping[str, str]]) -> list[Question]:
-    asked = zip(found.texts, found.answers, found.rows.tolist(), groups)
-    return [Question(i, text, (answer,), row, group) for i, (text, answer, row, group) in enumerate(asked)]
-
-
-def _reader(pictures: Any) -> Callable[[int], Any]:
-    from PIL import Image
-
-    arrays = pictures.permute(0, 2, 3, 1).numpy()
-    return lambda row: Image.fromarray(arrays[row])
-
-
-_BUNDLED: dict[str, Callable[[], VQAData]] = {
-    EASY_VQA: easy_vqa,
-    PAGES: easy_vqa_pages,
-    SCENES: scene_questions,
-    PRINT: printed_pages,
-}
+_BUNDLED = {EASY_VQA: easy_vqa, PAGES: easy_vqa_pages, SCENES: scene_questions, PRINT: printed_pages}

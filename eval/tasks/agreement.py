@@ -42,20 +42,19 @@ def evaluate(
     progress: Progress | None = None,
     memory: BaselineCache[tuple[Tensor, Tensor]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Agreement of every setting with the unpatched model, picture by picture.
+    """Agreement with the unpatched model, picture by picture; see `vtok.eval.tasks` for what all tasks share.
 
     Args:
-        model: `"reference-dinov2"`, or that model, unpatched.
+        model: `"reference-dinov2"`, or that model.
         data_dir: bundled pictures, see `vtok.eval.tasks.pictures`.
-        settings: each `None` (unpatched), a method, (method, parameters), or a `Setting`.
+        settings, progress: see there.
         options: of the classification task; batch size, number of pictures, type and device are looked at.
-        progress, memory: see `vtok.eval.tasks.encoders.show`.
+        memory: see `vtok.eval.tasks.encoders.show`.
 
     Returns:
-        One record a setting. `metrics`: `cosine` of the class token's features, of saliency maps the mean absolute difference
-        `map_mae` of values in [0, 1] and the rank correlation `map_rank` (Spearman's, over pixels), each with `_stderr` and
-        `_ci` (95 %), crops of one photograph taken together; `per_image` holds them picture by picture, `cluster` says which go
-        together. Other data is refused.
+        Records whose `metrics` are `cosine` of the class token's features, and of saliency maps the mean absolute difference
+        `map_mae` of values in [0, 1] and the rank correlation `map_rank` (Spearman's, over pixels), crops of one photograph
+        taken together; `per_image` holds them picture by picture, `cluster` says which go together.
     """
     options, data_name = options or Options(), os.fspath(data_dir)
     if not is_bundled(data_name):

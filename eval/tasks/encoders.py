@@ -162,7 +162,7 @@ def autocast(device: torch.device, options: Any) -> AbstractContextManager:
 
 
 def described(base: nn.Module, size: Size, n: int, skipped: Sequence[Unreadable], options: Any) -> dict[str, Any]:
-    """Fields that all records of a run share: about the model as it was run, `n` scored images of a size, the skipped ones."""
+    """Fields that all records of a run share, of the model as it was run and of `n` scored images."""
     first = next(base.parameters())
     return {
         "split": options.split,

@@ -47,25 +47,19 @@ def evaluate(
     progress: Progress | None = None,
     memory: BaselineCache[Scores] | None = None,
 ) -> list[dict[str, Any]]:
-    """Top-1 and top-5 accuracy of every setting, all on the same batches.
+    """Top-1 and top-5 accuracy; see `vtok.eval.tasks` for what all tasks share.
 
     Args:
-        model: a timm name, `"reference-vit"`, `"reference-dinov2"`, or an unpatched model, which is left as it is.
+        model: a timm name, `"reference-vit"`, `"reference-dinov2"`, or a model.
         data_dir: folder with one sub-folder of images a class, what `options.dataset` reads, or `"fashion-mnist"`, which comes
             with vtok (`"fashion-mnist/test"`: the same images, of which `num_samples` takes the first), as the pictures of
             `vtok.eval.tasks.pictures` do (`"clip-art"`).
-        settings: each `None` (unpatched), a method, (method, parameters), or a `Setting`.
-        options: see `Options`.
-        progress, memory: see `vtok.eval.tasks.encoders.show`.
+        settings, options, progress: see there, and `Options`.
+        memory: see `vtok.eval.tasks.encoders.show`.
 
     Returns:
-        One record a setting (`vtok.eval.common.records`) with timm's fields, accuracies in percent, rounded as timm does;
-        `metrics` unrounded, in percent, `agreement` of predictions with the unpatched model's among them.
-
-    Raises:
-        ConfigError: nothing to read, labels that do not fit the model, an input size it does not take.
-        UnsupportedModelError: a method does not work on the model.
-        MissingExtraError: timm is not installed.
+        Records with timm's fields, accuracies in percent, rounded as timm does; `metrics` unrounded, in percent, `agreement` of
+        predictions with the unpatched model's among them.
     """
     options = options or Options()
     chosen = Setting.several(settings)

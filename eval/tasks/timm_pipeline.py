@@ -22,9 +22,7 @@ from vtok.targets.resolve import Size
 def check_timm_name(name: str, others: Iterable[str] = ()) -> None:
     """Nothing if timm has a model of that name (with or without a tag of weights), or if only its hub can tell.
 
-    Raises:
-        UnknownNameError: it has none; the message offers the nearest name, of timm or of `others`.
-        MissingExtraError: timm is not installed.
+    `UnknownNameError` offers the nearest name, of timm or of `others`.
     """
     try:
         import timm

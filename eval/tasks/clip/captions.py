@@ -64,12 +64,8 @@ def open_captions(
     Args:
         data: Karpathy's JSON file, or a folder with one `dataset*.json`; or `"reference-pages"`.
         split: the images to take: "test", "val" or "train".
-        images: folder of the images; "" = the folder of the JSON file. Images may lie in sub-folders named by `filepath`, or in
-            one called `images`.
+        images: folder of the images, "" = that of the JSON file; they may lie in folders named by `filepath`, or in `images`.
         max_captions: of each image, the first ones; `None` = all (clip_benchmark takes five of COCO's).
-
-    Raises:
-        ConfigError: no such file, not Karpathy's form, a split without images, or images that are nowhere.
     """
     if os.fspath(data) == CAPTIONED:
         return reference_pages()

@@ -39,23 +39,17 @@ def evaluate(
     progress: Progress | None = None,
     memory: BaselineCache[Tensor] | None = None,
 ) -> list[dict[str, Any]]:
-    """Recalls of every setting, all on the same batches. Captions of one image are one cluster for the errors.
+    """Recalls; see `vtok.eval.tasks` for what all tasks share. Captions of one image are one cluster for the errors.
 
     Args:
-        model: a name (see `load_clip`), or an unpatched model, which is left as it is.
+        model: a name (see `load_clip`), or a model.
         data: Karpathy's JSON file or its folder (see `open_captions`), or `"reference-pages"`.
-        settings: each `None` (unpatched), a method, (method, parameters), or a `Setting`.
-        options: see `RetrievalOptions`.
-        progress, memory: see `vtok.eval.tasks.encoders.show`.
+        settings, options, progress: see there, and `RetrievalOptions`.
+        memory: see `vtok.eval.tasks.encoders.show`.
 
     Returns:
-        One record a setting (`vtok.eval.common.records`) with clip_benchmark's fields; `metrics` are `image_retrieval_recall@k`
-        and `text_retrieval_recall@k` in [0, 1], and `recall_sum` (papers print 100 times that).
-
-    Raises:
-        ConfigError: nothing to read, a file of another form, a k that makes no sense.
-        UnsupportedModelError: a method does not work on the model.
-        MissingExtraError: the backend is not installed.
+        Records with clip_benchmark's fields; `metrics` are `image_retrieval_recall@k` and `text_retrieval_recall@k` in [0, 1],
+        and `recall_sum` (papers print 100 times that).
     """
     options = options or RetrievalOptions()
     if not options.recall_k:

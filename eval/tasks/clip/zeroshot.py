@@ -43,23 +43,17 @@ def evaluate(
     progress: Progress | None = None,
     memory: BaselineCache[Tensor] | None = None,
 ) -> list[dict[str, Any]]:
-    """Zero-shot accuracy of every setting, all on the same batches.
+    """Zero-shot accuracy; see `vtok.eval.tasks` for what all tasks share.
 
     Args:
-        model: a name (see `load_clip`), or an unpatched model, which is left as it is.
+        model: a name (see `load_clip`), or a model.
         data: folder with one sub-folder of images a class, what `options.dataset` reads, or `"reference-pictures"`.
-        settings: each `None` (unpatched), a method, (method, parameters), or a `Setting`.
-        options: see `ZeroshotOptions`.
-        progress, memory: see `vtok.eval.tasks.encoders.show`.
+        settings, options, progress: see there, and `ZeroshotOptions`.
+        memory: see `vtok.eval.tasks.encoders.show`.
 
     Returns:
-        One record a setting (`vtok.eval.common.records`) with clip_benchmark's fields; `metrics` are shares in [0, 1]: `acc1`,
-        `acc5` (`None` below five classes), `mean_per_class_recall`, and `agreement` with the unpatched model.
-
-    Raises:
-        ConfigError: nothing to read, or labels, names and prompts that do not fit together.
-        UnsupportedModelError: a method does not work on the model.
-        MissingExtraError: the backend is not installed.
+        Records with clip_benchmark's fields; `metrics` are shares in [0, 1]: `acc1`, `acc5` (`None` below five classes),
+        `mean_per_class_recall`, and `agreement` with the unpatched model.
     """
     options = options or ZeroshotOptions()
     images, names, name, notes = _open(os.fspath(data), options)

@@ -35,27 +35,19 @@ def evaluate(
     options: VQAOptions | None = None,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Accuracy, agreement, tokens and times of every setting, all on the same batches.
+    """Accuracy, agreement, tokens and times; see `vtok.eval.tasks` for what all tasks share.
 
     Args:
-        model: a name (see `load_vlm`), or an unpatched model, which is left as it is.
+        model: a name (see `load_vlm`), or a model.
         data: folder or file of the task's data (of the task "vqa": see `open_vqa`); "hub", "hub:NAME" or a folder of the
             `datasets` library; or questions.
-        settings: each `None` (unpatched), a method, (method, parameters), a list of configs, or a `Setting`.
-        options: see `VQAOptions`.
-        progress: called with (questions done, questions).
+        settings, options, progress: see there, and `VQAOptions`; a setting may also be a list of configs.
 
     Returns:
-        One record a setting (`vtok.eval.common.records`): `metrics` holds the scores and totals of the task, `groups` the same
-        for parts of the questions, `blind` the share that is right from the question alone (`None` = unknown). `tokens` are
-        visual tokens, in the prompt and in the decoder layers; `kv_bytes` keys and values of a prompt; `ttft_ms` a batch's
-        time to the first token, `decode_ms_per_token` each further one.
-
-    Raises:
-        ConfigError: nothing to ask, data or a model that cannot be read, processor and model that do not belong together.
-        UnknownNameError: no such task.
-        UnsupportedModelError: a method does not work on the model.
-        MissingExtraError: transformers is not installed, or `datasets`, where it is needed.
+        Records whose `metrics` hold the scores and totals of the task, `groups` the same for parts of the questions, `blind`
+        the share that is right from the question alone (`None` = unknown). `tokens` are visual tokens, in the prompt and in the
+        decoder layers; `kv_bytes` keys and values of a prompt; `ttft_ms` a batch's time to the first token,
+        `decode_ms_per_token` each further one.
     """
     options = options or VQAOptions()
     chosen = Setting.several(settings)

@@ -99,11 +99,10 @@ def _notes(annotations: Path) -> dict[Any, tuple[tuple[str, ...], str]]:
 
 
 def read_results(path: Path) -> dict[Any, str]:
-    """Answers in a public format for results, question -> answer: VQAv2's `[{"question_id", "answer"}, ...]`, or the same with
-    "questionId" and "prediction" or "answer", as GQA and DocVQA have it.
+    """Answers in a public format for results, question -> answer.
 
-    Raises:
-        ConfigError: the file is of another form, or has two answers to one question.
+    It is VQAv2's `[{"question_id", "answer"}, ...]`, or the same with "questionId" and "prediction" or "answer", as GQA and
+    DocVQA have it.
     """
     form = '[{"question_id", "answer"}, ...]'
     listed = entries(load_json(path, form), None, path, form)

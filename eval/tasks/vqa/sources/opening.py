@@ -17,17 +17,11 @@ _BLIND_PAGES, _BLIND_SEED = 2000, 5
 
 
 def open_vqa(data: str | os.PathLike, questions: str = "", annotations: str = "", images: str = "") -> VQAData:
-    """Questions by name, or from files.
+    """Questions by name (`"easy-vqa"`, `"easy-vqa-pages"`, `"scenes"`, `"print"`, which come with vtok), or from files.
 
-    Args:
-        data: `"easy-vqa"`, `"easy-vqa-pages"`, `"scenes"` or `"print"`, which come with vtok; a file with an object
-            `{"id", "image", "question", "answers"}` a line; or a folder of files in VQAv2's format.
-        questions: VQAv2's question file; "" = the one in the folder whose name holds "uestions".
-        annotations: VQAv2's annotation file; "" = the one in the folder whose name holds "nnotations".
-        images: folder of the images; "" = look in the folder of the data, at any depth.
-
-    Raises:
-        ConfigError: no such data, a file that is not of the form, a question without answers or without its image.
+    Files are one with an object `{"id", "image", "question", "answers"}` a line, or those of a folder in VQAv2's format, where
+    questions, annotations and images that are not named are looked for: by "uestions" and "nnotations" in their names, and
+    images at any depth.
     """
     name = os.fspath(data)
     if name in _BUNDLED:

@@ -93,11 +93,7 @@ class Rows:
     name: str = ""
 
     def ask(self, name: str, question: Ask, prompt: str = "") -> VQAData:
-        """The questions that the rows are, one or several each.
-
-        Raises:
-            ConfigError: a row of another form, no questions, or a number that stands for more than one.
-        """
+        """The questions that the rows are, one or several each; `ConfigError` for none, and for a number that several have."""
         found: list[Question] = []
         for row in self.rows:
             made = question(row)

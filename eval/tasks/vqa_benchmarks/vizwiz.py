@@ -18,16 +18,10 @@ _FORM = '[{"image", "question", "answers": [{"answer"}, ...]}, ...]'
 
 
 def _question(row: Row) -> Question:
-    name = (
-        row.text("image").rpartition(".")[0] if row.get("image") is not None else row.text("question_id").removesuffix(".jpg")
-    )
-    return Question(
-        name,
-        row.text("question").capitalize(),
-        row.answers(),
-        row.image,
-        {"kind": row.group("answer_type") or row.group("category")},
-    )
+    of_file = row.get("image") is not None
+    name = row.text("image").rpartition(".")[0] if of_file else row.text("question_id").removesuffix(".jpg")
+    kind = row.group("answer_type") or row.group("category")
+    return Question(name, row.text("question").capitalize(), row.answers(), row.image, {"kind": kind})
 
 
 def _write(folder: Path, name: str, questions: Sequence[Question], answers: Sequence[str]) -> None:

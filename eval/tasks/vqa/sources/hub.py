@@ -5,7 +5,7 @@ The names that lmms-eval 0.7 reads are the defaults, which every task states its
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +36,6 @@ class Hub(NamedTuple):
         config: its configuration, `None` = the only one.
         split: that is asked.
         form: of a row, for messages.
-        names: field -> column, where they differ; see `Row`.
         images: configuration that holds the images apart, "" = they stand in the rows.
         image_id: column that names a row's image there, whose rows have an `id`.
         same_image: column that is equal for rows with the same image, "" = none is known.
@@ -50,7 +49,6 @@ class Hub(NamedTuple):
     config: str | None
     split: str
     form: str
-    names: Mapping[str, str] = {}  # nobody changes it
     images: str = ""
     image_id: str = ""
     same_image: str = ""
@@ -98,7 +96,7 @@ def read(name: str, hub: Hub, sources: Sources) -> Rows:
 
 def _listed(hub: Hub, sources: Sources, rows: Any, split: str) -> Iterator[Row]:
     for i, content in enumerate(rows):
-        yield Row(content, f"{sources.data}, row {i}", hub.form, i, split=split, names=hub.names, ocr=bool(sources.ocr))
+        yield Row(content, f"{sources.data}, row {i}", hub.form, i, split=split, ocr=bool(sources.ocr))
 
 
 def _with_images(hub: Hub, sources: Sources, rows: Any, reader: _Rows, split: str) -> Iterator[Row]:

@@ -1,4 +1,9 @@
-"""Evaluation tasks by name. An entry is a function `(model, data_dir, settings, options) -> records`, one record a setting.
+"""Evaluation tasks by name: functions `(model, data, settings, options, progress) -> records`, one record a setting.
+
+The model, a name or unpatched, is left as it is; all settings see the same batches. A setting is `None` (unpatched), a method,
+(method, parameters), or a `Setting`; `progress` is called with (samples done, samples). A record is described in
+`vtok.eval.common.records`. Errors are `ConfigError` for data, models and options that cannot be read or do not fit together,
+`UnsupportedModelError` for a method that does not work on the model, `MissingExtraError` for what is not installed.
 
 Other packages add theirs through the entry-point groups `vtok.tasks` and `vtok.question_tasks`.
 """

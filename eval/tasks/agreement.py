@@ -10,7 +10,7 @@ Shapes: b images, M tokens that leave, n patches on a grid, D features.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,23 +20,12 @@ from torch import Tensor, nn
 import vtok
 from vtok.errors import ConfigError
 from vtok.eval.common.distributed import current
-from vtok.eval.common.settings import (
-    PassCost,
-    Setting,
-    backend,
-    dtype_of,
-    evaluating,
-    mean_cost,
-    method_name,
-    resolved_params,
-    to_device,
-    versions,
-    weight_sharing_copy,
-)
-from vtok.eval.common.settings import pass_cost as cost_of
+from vtok.eval.common.settings import dtype_of
+from vtok.eval.common.settings import Setting, backend, evaluating, to_device, weight_sharing_copy
 from vtok.eval.common.statistics import FEWEST, Z95, clustered_mean_stderr
 from vtok.eval.common.timing import BaselineCache
 from vtok.eval.models.dinov2 import Saliency, load_saliency
+from vtok.eval.tasks.encoders import Passes, Progress, described
 from vtok.eval.tasks.imagenet import load_named
 from vtok.eval.tasks.pictures import NAMES, is_bundled, open_pictures, origin
 from vtok.eval.tasks.timm_pipeline import Options, create_loader, data_config
@@ -50,27 +39,22 @@ def evaluate(
     data_dir: str | os.PathLike,
     settings: Sequence[Any] = (None,),
     options: Options | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     memory: BaselineCache[tuple[Tensor, Tensor]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Agreement of every setting with the unpatched model, picture by picture.
+    """Agreement with the unpatched model, picture by picture; see `vtok.eval.tasks` for what all tasks share.
 
     Args:
-        model: `"reference-dinov2"`, or that model, unpatched.
+        model: `"reference-dinov2"`, or that model.
         data_dir: bundled pictures, see `vtok.eval.tasks.pictures`.
-        settings: each `None` (unpatched), a method, (method, parameters), or a `Setting`.
+        settings, progress: see there.
         options: of the classification task; batch size, number of pictures, type and device are looked at.
-        progress: called with (images done, images).
-        memory: what earlier calls with the same model and data left of the unpatched model.
+        memory: see `vtok.eval.tasks.encoders.show`.
 
     Returns:
-        One record a setting. `metrics`: `cosine` of the class token's features, of saliency maps the mean absolute difference
-        `map_mae` of values in [0, 1] and the rank correlation `map_rank` (Spearman's, over pixels), each with `_stderr` and
-        `_ci` (95 %), crops of one photograph taken together; `per_image` holds them picture by picture, `cluster` says which go
-        together.
-
-    Raises:
-        ConfigError: other data, or the package with the weights is not installed.
+        Records whose `metrics` are `cosine` of the class token's features, and of saliency maps the mean absolute difference
+        `map_mae` of values in [0, 1] and the rank correlation `map_rank` (Spearman's, over pixels), crops of one photograph
+        taken together; `per_image` holds them picture by picture, `cluster` says which go together.
     """
     options, data_name = options or Options(), os.fspath(data_dir)
     if not is_bundled(data_name):
@@ -81,24 +65,21 @@ def evaluate(
         base = to_device(net, dtype_of(options.model_dtype), current().device(options.device))
         first, config = next(base.parameters()), data_config(base, options)
         data, head = open_pictures(data_name, options.num_samples), load_saliency().to(first.device)
-        models = [setting.apply(weight_sharing_copy(base), config["input_size"], trace=True) for setting in chosen]
-        found: list[list[Tensor]] = [[] for _ in models]
-        costs: list[list[PassCost]] = [[] for _ in models]
-        images: list[int] = []
+        size = config["input_size"]
+        found = [Passes[Tensor](setting.apply(weight_sharing_copy(base), size, trace=True), setting) for setting in chosen]
+        done = 0
         with torch.inference_mode():
             for number, batch in enumerate(create_loader(data, config, options)):
                 x = batch.images.to(first.device, first.dtype)
                 if number not in memory.outputs:
                     memory.outputs[number] = _seen(base, x, head)
-                images.append(len(x))
-                for patched, setting, values, spent in zip(models, chosen, found, costs):
-                    plain = setting.method is None
-                    values.append(
-                        _compared(memory.outputs[number] if plain else _seen(patched, x, head), memory.outputs[number])
-                    )
-                    spent.append(cost_of(patched, config["input_size"]))
+                for one in found:
+                    plain = one.setting.method is None
+                    seen = memory.outputs[number] if plain else _seen(one.model, x, head)
+                    one.add(_compared(seen, memory.outputs[number]), one.passed(size), len(x))
+                done += len(x)
                 if progress is not None:
-                    progress(sum(images), len(data))
+                    progress(done, len(data))
     whole = [origin(data.filename(row)) for row in range(len(data))]
     cluster = np.unique(whole, return_inverse=True)[1]
     about = {
@@ -106,30 +87,18 @@ def evaluate(
         "task": "agreement",
         "backend": backend(net),
         "dataset": data_name,
-        "n": len(data),
-        "batch_size": options.batch_size,
-        "dtype": str(first.dtype).removeprefix("torch."),
-        "device": str(first.device),
-        "seed": options.seed,
-        "img_size": config["input_size"][-1],
-        "versions": versions(),
         "cluster": cluster.tolist(),
         "primary": METRICS[0],
         "percent": False,
         "notes": [],
-        "num_skipped": 0,
-        "skipped": [],
     }
-    records = []
-    for patched, setting, values, spent in zip(models, chosen, found, costs):
-        columns = torch.cat(values).cpu().double().numpy().T
+    common, records = described(base, size, len(data), [], options) | about, []
+    del common["split"]  # there is none
+    for one in found:
+        columns = torch.cat(one.results).cpu().double().numpy().T
         each = dict(zip(METRICS, columns))
-        records.append(
-            about
-            | {"method": method_name(patched), "setting": setting.title, "params": resolved_params(patched)}
-            | {"metrics": _metrics(each, cluster), "per_image": {k: np.round(v, 6).tolist() for k, v in each.items()}}
-            | mean_cost(spent, images).fields()
-        )
+        per_image = {name: np.round(values, 6).tolist() for name, values in each.items()}
+        records.append(common | one.fields() | {"metrics": _metrics(each, cluster), "per_image": per_image})
     return records
 
 

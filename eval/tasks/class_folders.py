@@ -29,20 +29,9 @@ class ClassFolders:
     """The images of a folder with their classes, in the order in which timm lists them; a timm dataset and its reader in one.
 
     A class is the outermost folder that holds images; where all of these have the same name (`CLASS/images/`), it is the folder
-    around it. Hidden folders and `__MACOSX` do not count, nor do images beside the classes.
-
-    Args:
-        root: the folder.
-        class_map: class name -> label; folders that it does not name are left out. `None` = natural order of the folders.
-
-    Attributes:
-        root: as given.
-        samples: (path, label) of every image.
-        class_to_idx: class name -> label.
-        empty: names of folders beside the classes that hold no image.
-
-    Raises:
-        ConfigError: two classes have one name, or there are no images.
+    around it. Hidden folders and `__MACOSX` do not count, nor do images beside the classes. With `class_map` (class name ->
+    label) folders that it does not name are left out; without one labels follow the natural order of the folders. `samples`
+    holds (path, label) of every image, `empty` the names of folders beside the classes that hold none.
     """
 
     def __init__(self, root: str, class_map: Mapping[str, int] | None = None):
@@ -78,7 +67,6 @@ class ClassFolders:
         return open(path, "rb"), label
 
     def filename(self, index: int) -> str:
-        """Path of an image inside the folder."""
         return os.path.relpath(self.samples[index][0], self.root)
 
 
@@ -115,28 +103,13 @@ def _scanned(root: str) -> _Found:
     while len(held) > 1 and len({os.path.basename(one) for one in held}) == 1 and all(os.path.dirname(one) for one in held):
         held = {os.path.dirname(one): files for one, files in held.items()}
     around = {os.path.dirname(one) for one in held}
-    taken = {part for one in held for part in _upwards(one)}
+    taken = {str(part) for one in held for part in (Path(one), *Path(one).parents)}  # the classes and all around them
     empty = [os.path.basename(one) for one in folders if one and os.path.dirname(one) in around and one not in taken]
     return _Found(held, empty, loose)
 
 
-def _upwards(place: str) -> list[str]:
-    """A folder and all around it."""
-    parts = place.split(os.sep)
-    return [os.sep.join(parts[:depth]) for depth in range(1, len(parts) + 1)]
-
-
 def open_folder(root: str, split: str, class_map: str) -> ClassFolders:
-    """The images of a folder, or of the one in it that is named like the split.
-
-    Args:
-        root: the folder.
-        split: name of the split.
-        class_map: file with a class name a line (.txt) or a pickled mapping (.pkl); "" = folders in natural order.
-
-    Raises:
-        ConfigError: see `ClassFolders`; a class map that cannot be read.
-    """
+    """The images of a folder, or of the one in it that is named like the split; `class_map` is a file, see `read_class_map`."""
     wanted = split.partition("[")[0]
     names = [wanted, *next((group for group in _SPLITS if wanted in group), ())]
     inner = next((path for name in names if os.path.isdir(path := os.path.join(root, name))), root)
@@ -145,15 +118,7 @@ def open_folder(root: str, split: str, class_map: str) -> ClassFolders:
 
 
 def read_class_map(path: str, root: str) -> dict[str, int]:
-    """Class name -> label, from a file of timm's.
-
-    Args:
-        path: of the file, or its name in the folder of the data.
-        root: that folder.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
+    """Class name -> label, from a file of timm's kind: a name a line (.txt), or a pickled mapping (.pkl)."""
     from timm.data.readers.class_map import load_class_map
 
     file: Any = path  # timm's annotation forgets file names
@@ -190,19 +155,15 @@ def labels_for(
     remedy: str,
     ordered: bool = False,
 ) -> tuple[dict[int, int], str]:
-    """The labels that classes of a data set have in a numbering of so many classes.
+    """(label in the data -> label in a numbering of `count` classes, a note on how they were found or "").
 
     Args:
         class_to_idx: name of a class -> its label in the data.
         empty: names of further classes that have no images.
         count: classes of the numbering.
         known: names of all of these classes in their order, as far as they are known; several kinds of names.
-        what: has these classes, for messages: "the model has 1000 outputs".
-        remedy: what to do about labels that nothing vouches for, for messages.
+        what, remedy: for messages: what has these classes ("the model has 1000 outputs"), what to do where nothing vouches.
         ordered: whether the caller has put the classes of the numbering into the order of those of the data.
-
-    Returns:
-        (label in the data -> label of the numbering, a note on how they were found, "" if there is nothing to say).
 
     Raises:
         ConfigError: nothing says which is which.

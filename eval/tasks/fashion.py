@@ -23,12 +23,7 @@ def is_fashion(data: str) -> bool:
 
 
 def rows_of(data: str, count: int | None) -> list[int]:
-    """Which test images so many samples are, in their order: the first ones, or evenly spaced ones of all.
-
-    Args:
-        data: a name for which `is_fashion` holds.
-        count: of the samples; `None` = all.
-    """
+    """Which test images so many samples (`None` = all) are: the first ones, or evenly spaced ones, as the name says."""
     total = len(fashion_labels())
     taken = total if count is None else min(count, total)
     return list(range(taken)) if data in IN_ORDER else [i * total // taken for i in range(taken)]
@@ -43,13 +38,7 @@ def fashion_labels() -> np.ndarray:
 
 
 def open_fashion(num_samples: int | None = None, data: str = FASHION, split: str = "test") -> CheckedImages:
-    """Grey images of 28 x 28 pixels with ten classes.
-
-    Args:
-        num_samples: images to take, the first ones or evenly spaced ones as the name says; `None` = all.
-        data: a name for which `is_fashion` holds.
-        split: of `"fashion-mnist"`: `"test"` (10,000 images) or `"calibration"` (1,000, kept out of training and test).
-    """
+    """Grey images of 28 x 28 pixels, ten classes; of `"fashion-mnist"` also the split "calibration", which is in no test."""
     from vtok.eval.models.reference import load_reference_images
 
     images, labels = load_reference_images(IN_ORDER.get(data, split))

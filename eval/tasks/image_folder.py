@@ -46,14 +46,7 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What the loader yields.
-
-    Attributes:
-        images: [b, C, H, W]; `None` if no file of the batch could be read.
-        labels: [b] int64.
-        rows: numbers of the images in the dataset.
-        skipped: files of this batch that were left out.
-    """
+    """What the loader yields: images [b, C, H, W] (`None`: no file could be read), labels [b], numbers, files left out."""
 
     images: Tensor | None
     labels: Tensor
@@ -64,10 +57,8 @@ class Batch(NamedTuple):
 class CheckedImages(Dataset):
     """A timm `ImageDataset` or torchvision dataset whose unreadable files become `Unreadable`.
 
-    Args:
-        inner: has `reader` (timm) or returns (PIL image, label).
-        mode: PIL mode, "RGB" or "L".
-        num_samples: evenly spaced images to take; `None` = all.
+    `inner` has a `reader` (timm) or returns (PIL image, label); `mode` is a PIL mode; `num_samples` evenly spaced images are
+    taken (`None` = all).
     """
 
     def __init__(self, inner: Any, mode: str, num_samples: int | None = None):
@@ -109,7 +100,6 @@ class CheckedImages(Dataset):
             return open_picture(file, self.mode), label
 
     def filename(self, row: int) -> str:
-        """Path of an image inside the dataset, as far as it has one."""
         index = self.indices[row]
         return str(self.inner.filename(index)) if hasattr(self.inner, "filename") else f"image {index}"
 
@@ -137,11 +127,7 @@ def collate(items: Sequence[Sample | Unreadable]) -> Batch:
 
 
 def check_same_work(processes: Processes, data: CheckedImages, models: Sequence[nn.Module]) -> None:
-    """Raises unless all processes have the same images, weights and settings.
-
-    Raises:
-        ConfigError: one has others.
-    """
+    """Raises `ConfigError` unless all processes have the same images, weights and settings."""
     if processes.world > 1:
         rows = range(len(data))
         processes.check_same("list of images", key_of({"files": [os.path.basename(data.filename(row)) for row in rows]}))
@@ -179,10 +165,8 @@ def open_dataset(root: str, name: str, split: str, class_map: str, mode: str, nu
     Args:
         root: image folder (or its parent, which holds the split's folder), .tar file, or root of a named dataset.
         name: timm's name of the dataset, "" = image folder.
-        split: name of the split.
-        class_map: file with a class name a line (.txt) or a pickled mapping (.pkl); "" = folders in natural order.
-        mode: PIL mode.
-        num_samples: see `CheckedImages`.
+        split, class_map: see `Options`.
+        mode, num_samples: see `CheckedImages`.
 
     Raises:
         ConfigError: there is nothing there, or it is a stream.

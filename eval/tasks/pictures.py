@@ -25,12 +25,7 @@ def is_bundled(data: str) -> bool:
 
 
 def open_pictures(data: str, num_samples: int | None = None) -> CheckedImages:
-    """Pictures with the number of their class; photographs have none (-1).
-
-    Args:
-        data: a name for which `is_bundled` holds; "clip-art/select" is every second picture, "clip-art/held-out" the rest.
-        num_samples: evenly spaced pictures to take; `None` = all.
-    """
+    """Pictures with the number of their class, or -1; "clip-art/select" is every second one, "clip-art/held-out" the rest."""
     return CheckedImages(_Files(_paths(data)), "RGB", num_samples)
 
 

@@ -5,7 +5,6 @@ Shapes: b images, K model outputs.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -17,20 +16,16 @@ import torch
 from torch import Tensor
 
 from vtok.errors import ConfigError, brief, shown
-from vtok.reading import read_text
+from vtok.reading import from_json, read_text
 
 BUNDLED = "timm"  # as the value of real_labels: the file that comes with timm
 _VAL_FILE = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 
 class Scores(NamedTuple):
-    """What a batch scored.
+    """What a batch scored: most likely class [b], whether it or one of the top 5 is right [b], whether the image counts [b].
 
-    Attributes:
-        prediction: [b] int64, most likely class.
-        top1: [b] bool.
-        top5: [b] bool (top-K where the model has fewer than five outputs).
-        counts: [b] bool, False for images that ReaL leaves without a label.
+    Images that ReaL leaves without a label do not count; models with fewer than five outputs have a top K.
     """
 
     prediction: Tensor
@@ -53,39 +48,27 @@ class Scorer:
 
     @classmethod
     def load(cls, valid_labels: str | os.PathLike = "", real_labels: str | os.PathLike = "") -> Scorer:
-        """Reads a file with an output number a line, and a ReaL JSON file ("timm": the one that timm brings along).
-
-        Raises:
-            ConfigError: a file is missing or holds something else.
-        """
+        """Reads a file with an output number a line, and a ReaL JSON file ("timm": the one that timm brings along)."""
         valid = real = None
         if valid_labels:
+            lines = _text(valid_labels).split()
             try:
-                valid = tuple(int(line) for line in _text(valid_labels).split())
+                valid = tuple(int(line) for line in lines)
             except ValueError as error:
-                if isinstance(error, ConfigError):
-                    raise
                 raise ConfigError(f"valid labels {valid_labels} must hold one output number a line: {brief(error)}") from error
         if real_labels:
+            wrong = f"ReaL labels {real_labels} must be a JSON list of lists of classes"
+            sets = from_json(_text(real_labels), wrong)
             try:
-                sets = json.loads(_text(real_labels))
                 if not isinstance(sets, list) or not sets:
                     raise TypeError(f"found {shown(sets)}")
                 real = tuple(tuple(int(label) for label in one) for one in sets)
-            except (ValueError, TypeError, OverflowError, RecursionError) as error:
-                if isinstance(error, ConfigError):
-                    raise
-                raise ConfigError(
-                    f"ReaL labels {real_labels} must be a JSON list of lists of classes: {brief(error)}"
-                ) from error
+            except (ValueError, TypeError, OverflowError) as error:
+                raise ConfigError(f"{wrong}: {brief(error)}") from error
         return cls(valid, real)
 
     def num_labels(self, outputs: int) -> int:
-        """How many labels a dataset may have for a model with so many outputs.
-
-        Raises:
-            ConfigError: a valid label is no output of the model.
-        """
+        """How many labels a dataset may have for a model with so many outputs."""
         if self.valid is None:
             return outputs
         if not self.valid or min(self.valid) < 0 or max(self.valid) >= outputs:
@@ -95,13 +78,7 @@ class Scorer:
         return len(self.valid)
 
     def score(self, logits: Tensor, labels: Tensor, names: Sequence[str]) -> Scores:
-        """Scores a batch.
-
-        Args:
-            logits: [b, K].
-            labels: [b], of the dataset.
-            names: file names, which ReaL labels are looked up by.
-        """
+        """Scores logits [b, K] against labels [b] of the dataset, or ReaL's, which are looked up by file names."""
         if self.valid is not None:
             logits = logits[:, list(self.valid)]
         ranked = logits.float().topk(min(5, logits.shape[1]), dim=1).indices.cpu()

@@ -20,15 +20,9 @@ from vtok.targets.resolve import Size
 
 
 def check_timm_name(name: str, others: Iterable[str] = ()) -> None:
-    """Nothing if timm has a model of that name, or if only its hub can tell.
+    """Nothing if timm has a model of that name (with or without a tag of weights), or if only its hub can tell.
 
-    Args:
-        name: with or without a tag of weights.
-        others: further names that may have been meant.
-
-    Raises:
-        UnknownNameError: it has none; the message offers the nearest name.
-        MissingExtraError: timm is not installed.
+    `UnknownNameError` offers the nearest name, of timm or of `others`.
     """
     try:
         import timm
@@ -45,13 +39,7 @@ def check_timm_name(name: str, others: Iterable[str] = ()) -> None:
 
 
 def create_model(name: str, options: Options, meta: bool = False) -> nn.Module:
-    """timm's `create_model` with the weights that the options name; `meta`: without memory for weights.
-
-    Raises:
-        UnknownNameError: timm has no such model.
-        ConfigError: it cannot be made so, or its weights cannot be had.
-        MissingExtraError: timm is not installed.
-    """
+    """timm's `create_model` with the weights that the options name; `meta`: without memory for weights."""
     check_timm_name(name)
     import timm
 
@@ -78,10 +66,8 @@ def create_model(name: str, options: Options, meta: bool = False) -> nn.Module:
 def data_config(model: nn.Module, options: Options) -> dict[str, Any]:
     """Preprocessing as timm resolves it from model and flags: input_size, interpolation, mean, std, crop_pct, crop_mode.
 
-    A model built for one input size gets that size, whatever its configuration recommends for tests.
-
-    Raises:
-        ConfigError: the flags ask for a size that the model does not take.
+    A model built for one input size gets that size, whatever its configuration recommends for tests; flags that ask for another
+    are refused.
     """
     from timm.data import resolve_data_config
     from timm.data.loader import adapt_to_chs

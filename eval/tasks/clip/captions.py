@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,7 @@ _BIGGEST = 1 << 30  # bytes; COCO's has 144 MB
 
 @dataclass(frozen=True)
 class CaptionedImages:
-    """Images and the captions of each; indexing opens an image, as `CheckedImages` wants it: (PIL image, number).
-
-    Attributes:
-        name: of the data set.
-        files: name of each image.
-        captions: of each image, at least one.
-        open: number -> PIL image.
-    """
+    """Images and the captions of each; indexing opens an image, as `CheckedImages` wants it: (PIL image, number)."""
 
     name: str
     files: Sequence[str]
@@ -46,14 +40,8 @@ class CaptionedImages:
         return self.files[index]
 
 
-@dataclass(frozen=True)
-class _Files:
-    """Opens images by path (a class, not a closure: worker processes may have to pickle it)."""
-
-    paths: Sequence[Path]
-
-    def __call__(self, index: int) -> Any:
-        return open_picture(self.paths[index])
+def _open_one(paths: Sequence[Path], index: int) -> Any:  # no closure: worker processes may have to pickle it
+    return open_picture(paths[index])
 
 
 def reference_pages() -> CaptionedImages:
@@ -76,12 +64,8 @@ def open_captions(
     Args:
         data: Karpathy's JSON file, or a folder with one `dataset*.json`; or `"reference-pages"`.
         split: the images to take: "test", "val" or "train".
-        images: folder of the images; "" = the folder of the JSON file. Images may lie in sub-folders named by `filepath`, or in
-            one called `images`.
+        images: folder of the images, "" = that of the JSON file; they may lie in folders named by `filepath`, or in `images`.
         max_captions: of each image, the first ones; `None` = all (clip_benchmark takes five of COCO's).
-
-    Raises:
-        ConfigError: no such file, not Karpathy's form, a split without images, or images that are nowhere.
     """
     if os.fspath(data) == CAPTIONED:
         return reference_pages()
@@ -105,7 +89,7 @@ def open_captions(
         raise ConfigError(
             f"{path}: the image {brief(outside)} lies outside {root}; pass the folder that holds all of them (--images)"
         )
-    return CaptionedImages(path.stem, files, captions, _Files([root / file for file in files]))
+    return CaptionedImages(path.stem, files, captions, partial(_open_one, [root / file for file in files]))
 
 
 def _raw(value: Any) -> str:

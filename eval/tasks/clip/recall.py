@@ -22,13 +22,7 @@ def text_groups(texts: Sequence[str], equal_captions: bool = True) -> Tensor:
 
 
 class Positives:
-    """Which texts belong to which images: text t and image i match if i owns t or a text equal to t.
-
-    Args:
-        owner: [T] image of each text.
-        group: [T] see `text_groups`.
-        images: I.
-    """
+    """Which texts belong to which images: text t and image i match if i owns t (`owner`, [T]) or one equal to t (`group`)."""
 
     def __init__(self, owner: Tensor, group: Tensor, images: int):
         self.group = group
@@ -45,7 +39,7 @@ class Positives:
 
 
 def first_ranks(queries: Tensor, gallery: Tensor, positives: Callable[[slice], Tensor]) -> Tensor:
-    """How many wrong answers stand before the first right one.
+    """Wrong answers before the first right one, [Q] int64; G without a right one. Recall at k is the share below k.
 
     A wrong answer that scores the same as the best right one stands before it: a model that gives every pair the same score
     finds nothing, whatever order a sort would leave ties in. Without ties this is what a sort gives.
@@ -54,9 +48,6 @@ def first_ranks(queries: Tensor, gallery: Tensor, positives: Callable[[slice], T
         queries: [Q, D].
         gallery: [G, D].
         positives: rows of queries -> [rows, G] bool.
-
-    Returns:
-        [Q] int64, 0 = first; G for a query without a right answer. Recall at k is the share below k.
     """
     found = []
     for start in range(0, len(queries), CHUNK):

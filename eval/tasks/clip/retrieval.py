@@ -9,7 +9,8 @@ Shapes: I images, T texts, D width of the common space.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,12 @@ from torch import Tensor
 
 from vtok.errors import ConfigError
 from vtok.eval.common.distributed import current
-from vtok.eval.common.records import bits, finite
 from vtok.eval.common.statistics import clustered_mean_stderr, paired_difference, share
 from vtok.eval.common.timing import BaselineCache
 from vtok.eval.models.clip import DualEncoder
 from vtok.eval.options import RetrievalOptions
 from vtok.eval.tasks.clip.captions import open_captions
-from vtok.eval.tasks.clip.pipeline import Embedded, Progress, repeated, run
+from vtok.eval.tasks.clip.pipeline import Progress, run
 from vtok.eval.tasks.clip.recall import Positives, first_ranks, text_groups
 from vtok.eval.tasks.image_folder import CheckedImages
 
@@ -39,28 +39,17 @@ def evaluate(
     progress: Progress | None = None,
     memory: BaselineCache[Tensor] | None = None,
 ) -> list[dict[str, Any]]:
-    """Recalls of every setting, all on the same batches.
+    """Recalls; see `vtok.eval.tasks` for what all tasks share. Captions of one image are one cluster for the errors.
 
     Args:
-        model: a name (see `load_clip`), or an unpatched model, which is left as it is.
+        model: a name (see `load_clip`), or a model.
         data: Karpathy's JSON file or its folder (see `open_captions`), or `"reference-pages"`.
-        settings: each `None` (unpatched), a method, (method, parameters), or a `Setting`.
-        options: see `RetrievalOptions`.
-        progress: called with (images done, images).
-        memory: see `vtok.eval.tasks.clip.pipeline.run`.
+        settings, options, progress: see there, and `RetrievalOptions`.
+        memory: see `vtok.eval.tasks.encoders.show`.
 
     Returns:
-        One record a setting: clip_benchmark's fields (`dataset, model, pretrained, task, metrics, language`), where `metrics`
-        holds, in [0, 1], `image_retrieval_recall@k` and `text_retrieval_recall@k`, each also with `_stderr` and `_ci` (95 %)
-        and, against the unpatched setting, if there is one, the paired `_difference` with both; `recall_sum` is the sum of the
-        recalls (papers print 100 times that). Captions of one image are one cluster for the errors. Then `n` images,
-        `num_texts`, `method, params, tokens, gmacs, gflops, implied_speedup` (of the image tower, if vtok knows it), `skipped`
-        and what describes the run. Images that cannot be read are left out with their captions.
-
-    Raises:
-        ConfigError: nothing to read, a file of another form, a k that makes no sense.
-        UnsupportedModelError: a method does not work on the model.
-        MissingExtraError: the backend is not installed.
+        Records with clip_benchmark's fields; `metrics` are `image_retrieval_recall@k` and `text_retrieval_recall@k` in [0, 1],
+        and `recall_sum` (papers print 100 times that).
     """
     options = options or RetrievalOptions()
     if not options.recall_k:
@@ -69,27 +58,14 @@ def evaluate(
     images = CheckedImages(source, "RGB", options.num_samples)
     captions = [source.captions[index] for index in images.indices]
     texts = [caption for own in captions for caption in own]
-    features, embedded = run(model, images, settings, options, progress, lambda e: encode_texts(e, texts), memory)
-    gallery = _Gallery(images, captions, features.labels, embedded, options)
-    base = None if features.unpatched is None else gallery.hits(features.unpatched)
-    records = []
-    for one in features.settings:
-        hits = gallery.hits(one)
-        metrics = gallery.metrics(hits, base if one is not features.unpatched else None)
-        records.append(
-            {
-                "dataset": source.name,
-                "task": "zeroshot_retrieval",
-                "metrics": finite(metrics),
-                "correct": bits(hits[f"text_retrieval_recall@{min(options.recall_k)}"]),  # one query an image
-                **one.fields(),
-                **features.common,
-                "num_texts": len(gallery.owner),
-                "equal_captions": options.equal_captions,
-                **repeated("retrieval", features, one, data, options),
-            }
-        )
-    return records
+    about = {"dataset": source.name, "task": "zeroshot_retrieval", "equal_captions": options.equal_captions}
+
+    def score(embedded: Tensor, labels: Tensor) -> Callable[[Tensor], _Ranked]:
+        gallery = _Gallery(images, captions, labels, embedded, options)
+        about["num_texts"] = len(gallery.owner)  # of the images that could be read
+        return partial(_Ranked, gallery)
+
+    return run(model, images, data, settings, options, progress, memory, about, partial(encode_texts, texts=texts), score)
 
 
 def encode_texts(encoder: DualEncoder, texts: Sequence[str]) -> Tensor:
@@ -119,26 +95,29 @@ class _Gallery:
         group = text_groups([text for row in rows for text in captions[row]], options.equal_captions)
         self.positives, self.options = Positives(self.owner, group, len(rows)), options
 
-    def hits(self, one: Embedded) -> dict[str, np.ndarray]:
-        """Metric -> per query 1.0 if a right answer is among the first k, else 0.0."""
-        found = {}
-        images = one.features
-        image_ranks = first_ranks(self.texts, images, self.positives.of_texts)
-        text_ranks = first_ranks(images, self.texts, self.positives.of_images)
-        for k in self.options.recall_k:
-            found[f"image_retrieval_recall@{k}"] = (image_ranks < k).double().numpy()
-            found[f"text_retrieval_recall@{k}"] = (text_ranks < k).double().numpy()
-        return found
 
-    def metrics(self, hits: dict[str, np.ndarray], base: dict[str, np.ndarray] | None) -> dict[str, Any]:
+class _Ranked:
+    """Hits of one setting: metric -> per query 1.0 if a right answer is among the first k, else 0.0."""
+
+    def __init__(self, gallery: _Gallery, images: Tensor):
+        options, positives = gallery.options, gallery.positives
+        image_ranks = first_ranks(gallery.texts, images, positives.of_texts)
+        text_ranks = first_ranks(images, gallery.texts, positives.of_images)
+        self.owner, self.hits = gallery.owner.numpy(), dict[str, np.ndarray]()
+        for k in options.recall_k:
+            self.hits[f"image_retrieval_recall@{k}"] = (image_ranks < k).double().numpy()
+            self.hits[f"text_retrieval_recall@{k}"] = (text_ranks < k).double().numpy()
+        self.correct = self.hits[f"text_retrieval_recall@{min(options.recall_k)}"]  # one query an image
+
+    def metrics(self, base: _Ranked | None) -> dict[str, Any]:
         found: dict[str, float] = {}
         errors: dict[str, Any] = {}
-        for name, values in hits.items():
-            cluster = self.owner.numpy() if name.startswith("image") else np.arange(len(values))
+        for name, values in self.hits.items():
+            cluster = self.owner if name.startswith("image") else np.arange(len(values))
             found[name], errors[f"{name}_stderr"] = clustered_mean_stderr(values, cluster)
             errors[f"{name}_ci"] = share(values, cluster).ends
             if base is not None:
-                change = values - base[name]
+                change = values - base.hits[name]
                 difference, error = clustered_mean_stderr(change, cluster)
                 errors |= {f"{name}_difference": difference, f"{name}_difference_stderr": error}
                 errors[f"{name}_difference_ci"] = paired_difference(change, cluster).ends

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ from torch import Tensor
 
 from vtok.errors import ConfigError, MissingExtraError, brief, shown
 from vtok.eval.common.distributed import current
-from vtok.eval.common.records import bits, finite
-from vtok.eval.common.statistics import mean_stderr, paired_difference, share
+from vtok.eval.common.statistics import mean_stderr, share
 from vtok.eval.common.timing import BaselineCache
 from vtok.eval.models.clip import DualEncoder
 from vtok.eval.models.easyvqa import CLASSES, TEMPLATES
 from vtok.eval.options import PICTURES, ZeroshotOptions
 from vtok.eval.tasks.class_folders import are_ids, labels_for, wordnet_ids
-from vtok.eval.tasks.clip.pipeline import Embedded, Progress, repeated, run
+from vtok.eval.tasks.clip.pipeline import Progress, run
+from vtok.eval.tasks.encoders import compared
 from vtok.eval.tasks.image_folder import CheckedImages, open_dataset
 from vtok.reading import exists, from_json, read_text
 
@@ -42,56 +43,31 @@ def evaluate(
     progress: Progress | None = None,
     memory: BaselineCache[Tensor] | None = None,
 ) -> list[dict[str, Any]]:
-    """Zero-shot accuracy of every setting, all on the same batches.
+    """Zero-shot accuracy; see `vtok.eval.tasks` for what all tasks share.
 
     Args:
-        model: a name (see `load_clip`), or an unpatched model, which is left as it is.
+        model: a name (see `load_clip`), or a model.
         data: folder with one sub-folder of images a class, what `options.dataset` reads, or `"reference-pictures"`.
-        settings: each `None` (unpatched), a method, (method, parameters), or a `Setting`.
-        options: see `ZeroshotOptions`.
-        progress: called with (images done, images).
-        memory: see `vtok.eval.tasks.clip.pipeline.run`.
+        settings, options, progress: see there, and `ZeroshotOptions`.
+        memory: see `vtok.eval.tasks.encoders.show`.
 
     Returns:
-        One record a setting: clip_benchmark's fields (`dataset, model, pretrained, task, metrics, language`), where `metrics`
-        holds shares in [0, 1]: `acc1`, `acc5` (`None` below five classes), `mean_per_class_recall`, the standard errors
-        `acc1_stderr` and `mean_per_class_recall_stderr`, and against the unpatched setting, if there is one, the paired
-        `difference` of acc1, `difference_stderr`, `difference_ci` (95 %) and `agreement`; then `n, method, params, tokens,
-        gmacs, gflops, implied_speedup` (of the image tower, if vtok knows it), `skipped`, `notes`, and what describes the run.
-
-    Raises:
-        ConfigError: nothing to read, or labels, names and prompts that do not fit together.
-        UnsupportedModelError: a method does not work on the model.
-        MissingExtraError: the backend is not installed.
+        Records with clip_benchmark's fields; `metrics` are shares in [0, 1]: `acc1`, `acc5` (`None` below five classes),
+        `mean_per_class_recall`, and `agreement` with the unpatched model.
     """
     options = options or ZeroshotOptions()
     images, names, name, notes = _open(os.fspath(data), options)
     prompts = templates(options.templates or (TEMPLATES if name == "easyvqa" else ("a photo of a {c}.",)))
-    features, classifier = run(
-        model, images, settings, options, progress, lambda e: class_embeddings(e, names, prompts), memory
-    )
-    if int(features.labels.max()) >= len(names):
-        raise ConfigError(f"the data has label {int(features.labels.max())}, but there are only {len(names)} class names")
-    records = []
-    base = None if features.unpatched is None else _Scored(features.unpatched, classifier, features.labels)
-    for one in features.settings:
-        scored = _Scored(one, classifier, features.labels)
-        metrics = scored.metrics(base if one is not features.unpatched else None)
-        records.append(
-            {
-                "dataset": name,
-                "task": "zeroshot_classification",
-                "metrics": finite(metrics),
-                "correct": bits(scored.top1),
-                **one.fields(),
-                **features.common,
-                "num_classes": len(names),
-                "num_templates": len(prompts),
-                "notes": notes,
-                **repeated("zeroshot", features, one, data, options),
-            }
-        )
-    return records
+
+    def score(classifier: Tensor, labels: Tensor) -> Callable[[Tensor], _Scored]:
+        if int(labels.max()) >= len(names):
+            raise ConfigError(f"the data has label {int(labels.max())}, but there are only {len(names)} class names")
+        return lambda features: _Scored(features, classifier, labels)
+
+    about = {"dataset": name, "task": "zeroshot_classification", "notes": notes}
+    about |= {"num_classes": len(names), "num_templates": len(prompts)}
+    texts = partial(class_embeddings, names=names, prompts=prompts)
+    return run(model, images, data, settings, options, progress, memory, about, texts, score)
 
 
 def class_embeddings(encoder: DualEncoder, names: Sequence[str], prompts: Sequence[Template]) -> Tensor:
@@ -105,11 +81,7 @@ def class_embeddings(encoder: DualEncoder, names: Sequence[str], prompts: Sequen
 
 
 def templates(given: Sequence[str]) -> list[Template]:
-    """Prompts as they were named: texts, files, or open_clip's sets.
-
-    Raises:
-        ConfigError: a prompt without `{c}`, or with another field.
-    """
+    """Prompts as they were named: texts, files, or open_clip's sets; `ConfigError` for one without `{c}`."""
     found: list[Template] = []
     for text in given:
         if text in ("openai", "simple"):
@@ -133,30 +105,27 @@ def templates(given: Sequence[str]) -> list[Template]:
 class _Scored:
     """Predictions of one setting."""
 
-    def __init__(self, embedded: Embedded, classifier: Tensor, labels: Tensor):
-        scores = embedded.features @ classifier.T  # [n, K]
+    def __init__(self, features: Tensor, classifier: Tensor, labels: Tensor):
+        scores = features @ classifier.T  # [n, K]
         self.labels, self.classes = labels, classifier.shape[0]
         ranked = scores.topk(min(5, self.classes), dim=1).indices
         self.prediction = ranked[:, 0]
-        self.top1 = (self.prediction == labels).double().numpy()
+        self.correct = (self.prediction == labels).double().numpy()
         self.top5 = (ranked == labels[:, None]).any(1).double().numpy()
 
     def metrics(self, base: _Scored | None) -> dict[str, Any]:
-        acc1, stderr = mean_stderr(self.top1)
-        recall, recall_stderr = mean_per_class(self.top1, self.labels.numpy())
+        acc1, stderr = mean_stderr(self.correct)
+        recall, recall_stderr = mean_per_class(self.correct, self.labels.numpy())
         found: dict[str, Any] = {
             "acc1": acc1,
             "acc5": float(self.top5.mean()) if self.classes >= 5 else None,
             "mean_per_class_recall": recall,
             "acc1_stderr": stderr,
-            "acc1_ci": share(self.top1).ends,
+            "acc1_ci": share(self.correct).ends,
             "mean_per_class_recall_stderr": recall_stderr,
         }
         if base is not None:
-            difference, error = mean_stderr(self.top1 - base.top1)
-            same = float((self.prediction == base.prediction).double().mean())
-            ends = paired_difference(self.top1 - base.top1).ends
-            found |= {"difference": difference, "difference_stderr": error, "difference_ci": ends, "agreement": same}
+            found |= compared(self.correct, base.correct, self.prediction == base.prediction)
         return found
 
 
@@ -183,11 +152,7 @@ def _open(data: str, options: ZeroshotOptions) -> tuple[CheckedImages, list[str]
 
 
 def _names(images: CheckedImages, options: ZeroshotOptions) -> tuple[list[str], list[str]]:
-    """Class names, and what to know about them; the images get their labels.
-
-    Raises:
-        ConfigError: nothing says which name belongs to which label.
-    """
+    """Class names, and what to know about them; the images get their labels."""
     known, (given, ids) = images.class_to_idx, _given(options)
     if given is None:
         if not known:
@@ -221,11 +186,7 @@ def _given(options: ZeroshotOptions) -> tuple[list[str] | None, Sequence[str]]:
 
 
 def _from_folders(class_to_idx: Mapping[str, int]) -> list[str]:
-    """What folders are called, underscores as spaces; those of ImageNet by the names of its classes.
-
-    Raises:
-        ConfigError: they are called by numbers.
-    """
+    """What folders are called, underscores as spaces; those of ImageNet by the names of its classes."""
     names = [name for name, _ in sorted(class_to_idx.items(), key=lambda pair: pair[1])]
     if are_ids(names):
         words = dict(zip(wordnet_ids(len(_imagenet_names())), _imagenet_names()))
@@ -245,11 +206,7 @@ def _from_folders(class_to_idx: Mapping[str, int]) -> list[str]:
 
 
 def _imagenet_names() -> list[str]:
-    """open_clip's names of ImageNet's classes, in the order of their WordNet ids.
-
-    Raises:
-        MissingExtraError: open_clip is not installed.
-    """
+    """open_clip's names of ImageNet's classes, in the order of their WordNet ids."""
     try:
         from open_clip import IMAGENET_CLASSNAMES
     except ImportError as error:

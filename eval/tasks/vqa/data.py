@@ -88,11 +88,7 @@ class VQAData:
         return replace(self, questions=[q for q in self.questions if q.image in chosen])
 
     def identity(self) -> str:
-        """Hash of all that is asked: questions, answers, and what the images show. Every image is read once.
-
-        Raises:
-            ConfigError: an image that cannot be read.
-        """
+        """Hash of all that is asked: questions, answers, and what the images show. Every image is read once."""
         images = {q.image: self._identify(q.image) for q in self.questions}
         asked = [
             [q.doc_id, q.text, q.answers, images[q.image], dict(q.groups), dict(q.facts), self.blind.get(q.text)]
@@ -133,7 +129,6 @@ class VQAData:
         )
 
     def with_prompt(self, prompt: str) -> VQAData:
-        """The same questions with another text behind them."""
         return replace(self, prompt=prompt)
 
 
@@ -144,20 +139,11 @@ def _shrunk(seen: Any, factor: int) -> Any:
 
 
 def _stretches(total: int, count: int) -> list[int]:
-    """One row of each of `count` equal stretches of `total` rows."""
     return [int((i + i * GOLDEN % 1) * total / count) for i in range(count)]
 
 
 def blind_answers(questions: Iterable[str], answers: Iterable[str]) -> dict[str, str]:
-    """The most frequent answer to every question text, what a model that sees no image can say at best.
-
-    Args:
-        questions: texts of the training questions.
-        answers: to each of them.
-
-    Returns:
-        text -> answer; of answers that are equally frequent, the one that came first.
-    """
+    """Text of a question -> its most frequent answer (the first of several): what can be said without an image, at best."""
     said: dict[str, Counter[str]] = defaultdict(Counter)
     for question, answer in zip(questions, answers):
         said[question][answer] += 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from vtok.eval.runs.again import run_file
 from vtok.eval.tasks import QUESTION_TASKS
 from vtok.eval.tasks.vqa.data import VQAData
 from vtok.eval.tasks.vqa.job import Job
-from vtok.eval.tasks.vqa.pipeline import Progress
+from vtok.eval.tasks.vqa.pipeline import Asking, Progress
 from vtok.eval.tasks.vqa.sources.files import read_results
 from vtok.eval.tasks.vqa.task import QuestionTask, Sources, VQAOptions
 
@@ -34,31 +34,19 @@ def evaluate(
     options: VQAOptions | None = None,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Accuracy, agreement, tokens and times of every setting, all on the same batches.
+    """Accuracy, agreement, tokens and times; see `vtok.eval.tasks` for what all tasks share.
 
     Args:
-        model: a name (see `load_vlm`), or an unpatched model, which is left as it is.
+        model: a name (see `load_vlm`), or a model.
         data: folder or file of the task's data (of the task "vqa": see `open_vqa`); "hub", "hub:NAME" or a folder of the
             `datasets` library; or questions.
-        settings: each `None` (unpatched), a method, (method, parameters), a list of configs, or a `Setting`.
-        options: see `VQAOptions`.
-        progress: called with (questions done, questions).
+        settings, options, progress: see there, and `VQAOptions`; a setting may also be a list of configs.
 
     Returns:
-        One record a setting: `metrics` holds the scores and totals of the task, shares in [0, 1] unless `percent`, of "vqa"
-        `exact_match`, `soft_accuracy` (lmms-eval's normalisation), `soft_accuracy_official`; each with `_stderr` and,
-        against the unpatched setting, paired `_difference`, `_difference_stderr` and `_difference_ci` (95 %); `agreement`,
-        the share of answers that are the unpatched model's. `primary` names the headline metric, `groups` holds the same
-        for parts of the questions, `blind` the share that is right from the question alone (`None` = unknown). `tokens` are
-        visual tokens, in the prompt and in the decoder layers; `kv_bytes` keys and values of a prompt; `ttft_ms` a batch's
-        time to the first token, `decode_ms_per_token` each further one, `speedup` the paired speed-up of the first token,
-        `implied_speedup` its bound.
-
-    Raises:
-        ConfigError: nothing to ask, data or a model that cannot be read, processor and model that do not belong together.
-        UnknownNameError: no such task.
-        UnsupportedModelError: a method does not work on the model.
-        MissingExtraError: transformers is not installed, or `datasets`, where it is needed.
+        Records whose `metrics` hold the scores and totals of the task, `groups` the same for parts of the questions, `blind`
+        the share that is right from the question alone (`None` = unknown). `tokens` are visual tokens, in the prompt and in the
+        decoder layers; `kv_bytes` keys and values of a prompt; `ttft_ms` a batch's time to the first token,
+        `decode_ms_per_token` each further one.
     """
     options = options or VQAOptions()
     chosen = Setting.several(settings)
@@ -89,7 +77,8 @@ def evaluate(
         longest = task.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
         dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
         again = partial(run_file, task.name, vlm.name, "transformers", named, options=options, dtype=dtype)
-        job = Job(model, data, folder, options.batch_size, longest, options.seed, task, again, skipped)
+        asking = Asking(model, data, task, options.batch_size, longest, options.seed)
+        job = Job(asking, folder, again, skipped)
         job.run([job.entry(setting) for setting in chosen], progress)
         if options.baselines:
             job.run(job.baselines(), progress)
@@ -103,12 +92,9 @@ class _ByTask:
         if name.startswith("__"):
             raise AttributeError(name)
 
+        @wraps(evaluate)
         def evaluate_task(
-            model: str | VisionLanguageModel,
-            data: str | os.PathLike | VQAData,
-            settings: Sequence[Any] = (None,),
-            options: VQAOptions | None = None,
-            progress: Progress | None = None,
+            model: Any, data: Any, settings: Any = (None,), options: VQAOptions | None = None, progress: Progress | None = None
         ) -> list[dict[str, Any]]:
             return evaluate(model, data, settings, replace(options or VQAOptions(), task=name), progress)
 

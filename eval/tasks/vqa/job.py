@@ -16,47 +16,30 @@ from vtok.config import MethodConfig
 from vtok.eval.common.distributed import current
 from vtok.eval.common.records import BASELINES, Records, key_of
 from vtok.eval.common.settings import Setting, fingerprint, versions, weight_sharing_copy
-from vtok.eval.models.vlm import VisionLanguageModel
-from vtok.eval.tasks.vqa.data import VQAData
-from vtok.eval.tasks.vqa.pipeline import Entry, Line, Progress, Samples, ask
-from vtok.eval.tasks.vqa.plain import TASK
+from vtok.eval.tasks.vqa.pipeline import Asking, Entry, Line, Progress, Samples, ask
 from vtok.eval.tasks.vqa.records import Scored, accuracy_fields, cost_fields, time_fields, token_fields
-from vtok.eval.tasks.vqa.task import QuestionTask
 
 
 class Job:
-    """One evaluation: a model, questions, and settings that are asked one after the other.
+    """One evaluation: what is asked, and settings that are asked one after the other.
 
-    Args:
-        model: unpatched.
-        data: the questions.
-        folder: of the files, `None` = none.
-        batch_size: questions in a batch.
-        max_new_tokens: length of an answer at most.
-        seed: of methods that draw, and of the bootstrap.
-        task: whose scores are taken.
-        again: setting -> the run file that repeats it, `None` where there is none.
-        skipped: pictures that could not be read, whose questions are left out, and why.
+    `folder` (`None` = none) gets the files; `again` makes of a setting the run file that repeats it, or `None`; `skipped` has
+    pictures that could not be read, and why.
     """
 
     def __init__(
         self,
-        model: VisionLanguageModel,
-        data: VQAData,
+        asking: Asking,
         folder: Path | None,
-        batch_size: int,
-        max_new_tokens: int,
-        seed: int = 0,
-        task: QuestionTask = TASK,
-        again: Callable[[Setting], dict[str, Any] | None] = lambda setting: None,
+        again: Callable[[Setting], dict[str, Any] | None],
         skipped: Sequence[tuple[str, str]] = (),
     ):
-        self.model, self.data, self.folder, self.task, self.again = model, data, folder, task, again
-        self.batch_size, self.max_new_tokens, self.seed = batch_size, max_new_tokens, seed
+        self.asking, self.folder, self.again = asking, folder, again
+        self.model, self.data, self.task = asking.model, asking.data, asking.task
         self.skipped = [{"file": file, "reason": why} for file, why in skipped]
         self.samples = Samples(None if folder is None else folder / "samples.jsonl")
         self.entries: list[Entry] = []
-        self.weights, self.asked = fingerprint(model.net), data.identity()
+        self.weights, self.asked = fingerprint(self.model.net), self.data.identity()
 
     def entry(self, setting: Setting) -> Entry:
         """A setting with the model patched so; errors are those of `vtok.patch`."""
@@ -71,10 +54,10 @@ class Job:
             "data": self.data.name,
             "questions": self.asked,
             "prompt": self.data.prompt,
-            "max_new_tokens": self.max_new_tokens,
-            "batch_size": self.batch_size,
+            "max_new_tokens": self.asking.max_new_tokens,
+            "batch_size": self.asking.batch_size,
             "dtype": str(first.dtype),
-            "seed": self.seed,
+            "seed": self.asking.seed,
             "vtok": versions()["vtok"],
             **({"frames_as_images": True} if self.model.frames_as_images else {}),
         }
@@ -85,8 +68,7 @@ class Job:
         self.entries += entries
         base = [e for e in self.entries if e.unpatched and e not in entries]
         self.samples.check(entries, self.data.questions)
-        limits = (self.batch_size, self.max_new_tokens, self.seed)
-        ask(self.model, self.data, [*base, *entries], self.samples, *limits, progress, self.task)
+        ask(self.asking, [*base, *entries], self.samples, progress)
 
     def baselines(self) -> list[Entry]:
         """Random and uniform at the mean share of visual tokens that every setting kept; of these two the other one."""
@@ -100,7 +82,6 @@ class Job:
         return [entry for entry in found if entry.key not in there]
 
     def lines(self, entry: Entry) -> list[Line]:
-        """Samples of a setting, in the order of the questions."""
         found = [self.samples.line(entry, question) for question in self.data.questions]
         assert None not in found
         return [line for line in found if line is not None]
@@ -142,13 +123,13 @@ class Job:
         return records
 
     def _scored(self, answers: list[str]) -> Scored:
-        return Scored(self.data, answers, self.task, self.seed)
+        return Scored(self.data, answers, self.task, self.asking.seed)
 
     def _record(self, entry: Entry, base: Entry | None, before: Scored | None) -> dict[str, Any]:
         lines = self.lines(entry)
         scored = self._scored([line["prediction"] for line in lines])
         unpatched = None if base is None else self.lines(base)
-        timed, cost = time_fields(lines, not entry.unpatched, self.seed, current().world), self._cost(entry)
+        timed, cost = time_fields(lines, not entry.unpatched, self.asking.seed, current().world), self._cost(entry)
         if "speedup" in timed and "implied_speedup" in cost:
             timed["achieved"] = timed["speedup"] / cost["implied_speedup"]
         return {
@@ -187,13 +168,13 @@ class Job:
             "weights": self.weights,
             "backend": "transformers",
             "prompt": self.data.prompt,
-            "max_new_tokens": self.max_new_tokens,
-            "batch_size": self.batch_size,
+            "max_new_tokens": self.asking.max_new_tokens,
+            "batch_size": self.asking.batch_size,
             "param_count": round(sum(p.numel() for p in self.model.net.parameters()) / 1e6, 2),
             "dtype": str(first.dtype).removeprefix("torch."),
             "device": str(first.device),
             "threads": torch.get_num_threads(),
-            "seed": self.seed,
+            "seed": self.asking.seed,
             "versions": versions(),
             "num_skipped": len(self.skipped),
             "skipped": self.skipped,

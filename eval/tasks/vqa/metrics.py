@@ -1,23 +1,10 @@
 """Scores of answers to questions about images: exact match, VQAv2's soft accuracy as programs compute it, agreement.
 
-They give a prediction, for every one of the ten people who answered, min(1, how many of the other nine agree / 3), and take the
-mean. They differ in what they make of the texts first:
-
-| step | `"lmms"` (lmms-eval 0.7) | `"official"` (VQA's vqaEval.py) | `"vlmeval"` (VLMEvalKit) |
-|---|---|---|---|
-| new lines, tabs, outer white space | gone from prediction and answers | gone from the prediction alone | gone from both |
-| prediction | punctuation, then numbers and articles | the same | the same |
-| answers | the same | punctuation alone, and only unless all ten are equal; of a single answer the same | the same |
-| punctuation | with `{ } - !`, without `:` and `'` | with `:` and `'`, without `{ } - !` | as lmms |
-| commas inside numbers | any run of commas | a single comma | a single comma |
-| period | goes unless a digit follows | the same | goes unless a digit stands on either side |
-
-All mean to keep the period of a decimal number, but the pattern of the first two that should look behind it does not ("5."
-becomes "5", ".5" stays; VLMEvalKit leaves "5." alone), and only the first 32 go in any of them, as a flag stands where the
-count belongs.
-
-`"textvqa"` is lmms-eval's and M4C's for TextVQA: as `"lmms"`, after lower case, commas and question marks taken out, and a
-space put before "'s".
+They give a prediction, for every one of the ten people who answered, min(1, how many of the other nine agree / 3), and take
+the mean. What they make of the texts first differs, see `assets/docs/evaluate.md`: "lmms" is lmms-eval 0.7, "official" VQA's
+vqaEval.py, "vlmeval" VLMEvalKit, "textvqa" lmms-eval and M4C for TextVQA. All mean to keep the period of a decimal number, but
+the pattern of the first two that should look behind it does not ("5." becomes "5", ".5" stays), and only the first 32 go in
+any of them, as a flag stands where the count belongs.
 """
 
 from __future__ import annotations
@@ -77,12 +64,7 @@ def majority(answers: Sequence[str]) -> str:
 
 
 def without_punctuation(text: str, mode: str = "lmms") -> str:
-    """Takes a mark out where a space stands beside any of its kind or a comma stands in a number, else puts a space there.
-
-    Args:
-        text: an answer.
-        mode: see the module.
-    """
+    """Takes a mark out where a space stands beside any of its kind or a comma stands in a number, else puts a space there."""
     in_number = _COMMA_IN_NUMBER[mode].search(text) is not None
     cleaned = text
     for mark in _PUNCTUATION[mode]:
@@ -100,8 +82,8 @@ def without_articles(text: str) -> str:
 @lru_cache(maxsize=100_000)  # people give the same few answers again and again, and every setting is compared with them
 def normalised(prediction: str, mode: str = "lmms") -> str:
     """What is compared of a prediction."""
-    first = _FIRST.get(mode, str)
-    return without_articles(without_punctuation(_on_one_line(first(prediction)), mode))
+    first = _FIRST.get(mode, str)(prediction)
+    return without_articles(without_punctuation(first.replace("\n", " ").replace("\t", " ").strip(), mode))
 
 
 def normalised_answers(answers: Sequence[str], mode: str = "lmms") -> list[str]:
@@ -116,18 +98,12 @@ def normalised_answers(answers: Sequence[str], mode: str = "lmms") -> list[str]:
 
 
 def soft_accuracy(prediction: str, answers: Sequence[str], mode: str = "lmms") -> float:
-    """VQAv2's accuracy of one prediction, the mean over the leave-one-out subsets of the answers.
+    """VQAv2's accuracy of one prediction in [0, 1], the mean over the leave-one-out subsets of the answers.
 
     Args:
         prediction: of the model.
         answers: of the people, ten in VQAv2; a single one counts as if all ten had given it.
-        mode: one of `MODES`, see the module.
-
-    Returns:
-        A share in [0, 1].
-
-    Raises:
-        UnknownNameError: no such mode.
+        mode: one of `MODES`, see the module; `UnknownNameError` for others.
     """
     if mode not in MODES:
         raise unknown("normalisation", mode, MODES)
@@ -148,7 +124,3 @@ def words_apart(text: str) -> str:
 
 
 _FIRST = {"textvqa": words_apart}  # mode -> what comes before everything else
-
-
-def _on_one_line(text: str) -> str:
-    return text.replace("\n", " ").replace("\t", " ").strip()

@@ -24,7 +24,6 @@ from vtok.eval.common.records import Records, key_of
 from vtok.eval.common.settings import Setting
 from vtok.eval.models.vlm import VisionLanguageModel
 from vtok.eval.tasks.vqa.data import Question, VQAData
-from vtok.eval.tasks.vqa.plain import TASK
 from vtok.eval.tasks.vqa.task import QuestionTask
 from vtok.patches.hf_vlm.families import VLM
 from vtok.patches.hf_vlm.generic.outputs import feature_list
@@ -38,14 +37,7 @@ Line = dict[str, Any]
 
 @dataclass
 class Entry:
-    """One setting: what is run, and under which key its answers are stored.
-
-    Attributes:
-        setting: what was asked for.
-        net: the model, patched so.
-        key: hash of everything that decides an answer.
-        runs: batches that this process ran.
-    """
+    """One setting: the model patched so, the hash of everything that decides an answer, batches that this process ran."""
 
     setting: Setting
     net: Any
@@ -77,9 +69,8 @@ class Answers(NamedTuple):
         kv_bytes: [B] int64, keys and values of the prompt's real tokens in all layers.
         macs: MACs a question until its first token, mean over the batch: of the model as patched, of the unpatched one, of the
             reduction; `None` if unpatched.
-        first: seconds until the first token: vision tower, connector, prompt.
-        later: seconds a token after it; `None` if there was only one.
-        seconds: until the last token.
+        first, later, seconds: until the first token (vision tower, connector, prompt), a token after it (`None` if there was
+            only one), until the last.
     """
 
     texts: list[str]
@@ -93,18 +84,13 @@ class Answers(NamedTuple):
 
 
 class Samples:
-    """Answers by setting and question, in a file of JSON lines or in memory alone.
-
-    Args:
-        path: of the file; lines that are there already are not asked again. `None` = no file.
-    """
+    """Answers by setting and question, in a file of JSON lines, whose lines are not asked again, or (`None`) in memory."""
 
     def __init__(self, path: Path | None = None):
         self._path, self._records = path, None if path is None else Records(path)
         self._lines: dict[str, Line] = {} if self._records is None else self._records.by_key()
 
     def line(self, entry: Entry, question: Question) -> Line | None:
-        """The answer of a setting to a question, if it is there."""
         return self._lines.get(key_in(entry, question))
 
     def check(self, entries: Sequence[Entry], questions: Sequence[Question]) -> None:
@@ -129,21 +115,13 @@ class Samples:
             )
 
     def add(self, entry: Entry, questions: Sequence[Question], lines: Sequence[Line]) -> None:
-        """Stores the answers to a batch at once."""
         new = [{"key": key_in(entry, q), **line} for q, line in zip(questions, lines)]
         if self._records is not None:
             self._records.extend(new)
         self._lines.update({line["key"]: line for line in new})
 
     def share(self, processes: Processes, entries: Sequence[Entry], own: Sequence[Question], asked: Sequence[Question]) -> None:
-        """Brings the answers of all processes together, in all of them.
-
-        Args:
-            processes: of the run.
-            entries: the settings.
-            own: questions that this process asked.
-            asked: questions that all of them asked.
-        """
+        """Brings the answers of all processes together, in all of them: each asked its `own`, all of them what was `asked`."""
         lines = {key_in(entry, q): self.line(entry, q) for entry in entries for q in own}
         found = processes.gather(lines, (key_in(entry, q) for entry in entries for q in asked))
         self._lines.update({key: line for key, line in found.items() if line is not None})
@@ -152,43 +130,33 @@ class Samples:
             self._records.extend([line for key, line in found.items() if line is not None and key not in known])
 
 
-def ask(
-    model: VisionLanguageModel,
-    data: VQAData,
-    entries: Sequence[Entry],
-    samples: Samples,
-    batch_size: int,
-    max_new_tokens: int,
-    seed: int = 0,
-    progress: Progress | None = None,
-    task: QuestionTask = TASK,
-) -> None:
-    """Asks every question under every setting that has no answer to it yet.
+@dataclass(frozen=True)
+class Asking:
+    """What is asked of an unpatched model: questions of a task in batches of B, for answers of T tokens at most.
+
+    `seed` is that of methods that draw, with the number of the batch, so that a run that was stopped goes on as it would have.
+    """
+
+    model: VisionLanguageModel
+    data: VQAData
+    task: QuestionTask
+    batch_size: int
+    max_new_tokens: int
+    seed: int = 0
+
+
+def ask(asking: Asking, entries: Sequence[Entry], samples: Samples, progress: Progress | None = None) -> None:
+    """Asks every question under every setting that has no answer to it yet, and stores answers after every batch.
 
     Times are compared within a batch: where the unpatched setting has all its answers already, it runs again on every
     `TIMED_AGAIN`th batch on which another one does.
-
-    Args:
-        model: whose processor and tokenizer are used.
-        data: the questions.
-        entries: the settings.
-        samples: where answers go, after every batch of every setting.
-        batch_size: B.
-        max_new_tokens: T at most.
-        seed: of methods that draw; with the number of the batch, so that a run that was stopped goes on as it would have.
-        progress: called with (questions done, questions).
-        task: whose scores stand beside the answers.
-
-    Raises:
-        ConfigError: processor and model do not belong together.
-        UnsupportedModelError: vtok does not know the model.
     """
-    questions, checked = data.questions, False
+    model, data, questions, checked = asking.model, asking.data, asking.data.questions, False
     processes, own = current(), list[Question]()
     if processes.world > 1:
         decides = {"settings": [entry.key for entry in entries], "asked": questions}
         processes.check_same("model, setting or list of questions", key_of(decides))
-    for number, (start, batch) in enumerate(batches(questions, batch_size)):
+    for number, (start, batch) in enumerate(batches(questions, asking.batch_size)):
         if not processes.owns(number):
             continue
         own += batch
@@ -203,12 +171,12 @@ def ask(
             base: Answers | None = None
             for entry in sorted(entries, key=lambda e: not e.unpatched):
                 if entry in missing or (entry.unpatched and again):
-                    torch.manual_seed(seed + start)
-                    found = answer(model, entry.net, inputs, max_new_tokens)
+                    torch.manual_seed(asking.seed + start)
+                    found = answer(model, entry.net, inputs, asking.max_new_tokens)
                     base = found if entry.unpatched and base is None else base
                     if entry in missing:
                         said = found.texts if entry.unpatched else _said(entries, samples, batch)
-                        samples.add(entry, batch, _lines(batch, found, said, base, start, entry, task, processes.rank))
+                        samples.add(entry, batch, _lines(batch, found, said, base, start, entry, asking.task, processes.rank))
                     entry.runs += 1
         if progress is not None:
             progress(start + len(batch), len(questions))
@@ -228,14 +196,7 @@ def batches(questions: Sequence[Question], size: int) -> Iterator[tuple[int, Seq
 
 
 def answer(model: VisionLanguageModel, net: Any, inputs: Any, max_new_tokens: int) -> Answers:
-    """Greedy answers of a model to one batch, and what they cost.
-
-    Args:
-        model: whose tokenizer reads the answers.
-        net: the same model or a patched copy of it.
-        inputs: of the processor, B rows padded on the left.
-        max_new_tokens: T at most.
-    """
+    """Greedy answers of a model, or of its patched copy `net`, to one batch of the processor's, and what they cost."""
     length = inputs["input_ids"].shape[1]
     clock = Clock(inputs["input_ids"].device)
     with torch.inference_mode():
@@ -261,12 +222,7 @@ def macs(net: nn.Module) -> tuple[float, float, float] | None:
 
 
 def kept_tokens(net: nn.Module, visual: Tensor) -> Tensor:
-    """[B, decoder layers] int64: visual tokens that entered each decoder layer when the last prompt of this thread was read.
-
-    Args:
-        net: patched or not, the prompt went through it.
-        visual: [B], image tokens of the prompt.
-    """
+    """Visual tokens, of `visual` [B], that entered each layer in this thread's last pass: [B, decoder layers] int64."""
     counts = visual[:, None].repeat(1, only_vlm(net).info.depth)
     for prompt in vtok.info(net).prompts:
         for row in prompt.rows:
@@ -284,11 +240,7 @@ def kv_bytes(net: Any, text: Tensor, kept: Tensor) -> Tensor:
 
 
 def check_image_tokens(model: VisionLanguageModel, inputs: Any) -> None:
-    """Raises unless the processor makes as many image tokens as the model makes features.
-
-    Raises:
-        ConfigError: it does not; the message has both numbers.
-    """
+    """Raises `ConfigError` unless the processor makes as many image tokens as the model makes features."""
     vlm = only_vlm(model.net)
     ids = inputs["input_ids"]
     asked = int(visual_columns(ids, vlm.tokens).sum())
@@ -350,11 +302,7 @@ def _lines(
 
 
 def only_vlm(net: nn.Module) -> VLM:
-    """The vision-language model in a module, patched or not.
-
-    Raises:
-        UnsupportedModelError: it holds none, or several.
-    """
+    """The vision-language model in a module, patched or not; `UnsupportedModelError` if it holds none, or several."""
     found = vlm_targets(net)
     if len(found) != 1:
         raise UnsupportedModelError(
@@ -365,12 +313,7 @@ def only_vlm(net: nn.Module) -> VLM:
 
 
 class Clock:
-    """Notes when each token is there: a stopping criterion of `generate()` that never stops.
-
-    Attributes:
-        first: seconds from the making of the clock until the first token.
-        later: seconds a token after it; `None` if there was only one.
-    """
+    """Notes when each token is there: a stopping criterion of `generate()` that never stops."""
 
     def __init__(self, device: torch.device):
         self.device, self.start, self.times = device, time.perf_counter(), list[float]()

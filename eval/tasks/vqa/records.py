@@ -29,14 +29,7 @@ Line = dict[str, Any]
 
 
 class Scored:
-    """All answers of one setting.
-
-    Args:
-        data: the questions.
-        predictions: n answers in their order.
-        task: whose scores are taken.
-        seed: of the bootstrap of totals.
-    """
+    """All answers of one setting, in the order of the questions; `seed` is that of the bootstrap of totals."""
 
     def __init__(self, data: VQAData, predictions: Sequence[str], task: QuestionTask = TASK, seed: int = 0):
         self.predictions, self.task, self.seed = predictions, task, seed
@@ -51,16 +44,12 @@ class Scored:
         self.strata = {name: total.strata_of(data.questions) for name, total in task.totals.items()}
 
     def metrics(self, base: Scored | None, rows: np.ndarray | None = None) -> dict[str, Any]:
-        """Shares in [0, 1], or percent where the task has it so, of all questions or of some.
+        """Shares in [0, 1], or percent where the task has it so, of all questions or of some rows ([n] bool).
 
-        Args:
-            base: answers of the unpatched model to the same questions: adds paired differences and agreement.
-            rows: [n] bool; `None` = all.
-
-        Returns:
-            For each score its mean over the questions where it counts, `_stderr` and `_ci` (95 %, a score interval); with
-            `base` the same of its `_difference` and of `agreement`; for each total the same by a bootstrap over images. `None`
-            where no question counts, and instead of intervals of fewer than five images.
+        For each score its mean over the questions where it counts, `_stderr` and `_ci` (95 %, a score interval); with `base`,
+        the unpatched model's answers to the same questions, the same of the paired `_difference` and of `agreement`; for each
+        total the same by a bootstrap over images. `None` where no question counts, and instead of intervals of fewer than five
+        images.
         """
         rows = np.ones(len(self.predictions), bool) if rows is None else rows
         cluster, scale = self.cluster[rows], self.task.scale
@@ -97,14 +86,7 @@ def blind_scores(data: VQAData) -> np.ndarray | None:
 
 
 def accuracy_fields(data: VQAData, scored: Scored, base: Scored | None, kept: np.ndarray | None) -> dict[str, Any]:
-    """`n`, `metrics`, `blind` and `groups` of a record, and `correct`, one bit a question (see `correctness`).
-
-    Args:
-        data: the questions.
-        scored: answers of the setting.
-        base: of the unpatched one.
-        kept: [n] visual tokens, mean over decoder layers.
-    """
+    """`n`, `metrics`, `blind` and `groups` of a record, and `correct`, one bit a question; `kept` [n], mean over layers."""
     blind, groups = blind_scores(data), groups_of(data)
     by_group = {
         grouping: {
@@ -129,13 +111,7 @@ def accuracy_fields(data: VQAData, scored: Scored, base: Scored | None, kept: np
 
 
 def token_fields(lines: Sequence[Line], base: Sequence[Line] | None, visual: float) -> dict[str, Any]:
-    """`tokens` (visual ones in the prompt, mean by decoder layer) and `kv_bytes` of a prompt, beside the unpatched model's.
-
-    Args:
-        lines: samples of the setting.
-        base: of the unpatched one.
-        visual: image tokens of a prompt as the processor makes it, mean.
-    """
+    """`tokens` (visual ones in the prompt, mean by decoder layer) and `kv_bytes` of a prompt, beside the unpatched model's."""
     kept = np.array([line["kept_tokens"] for line in lines], float)  # [n, layers]
     held = {"patched": _average(lines, "kv_bytes"), "base": None if base is None else _average(base, "kv_bytes")}
     return {
@@ -145,11 +121,7 @@ def token_fields(lines: Sequence[Line], base: Sequence[Line] | None, visual: flo
 
 
 def cost_fields(lines: Sequence[Line]) -> dict[str, Any]:
-    """`gmacs` of a question up to its first token, `gflops` (2 x) and `implied_speedup`; empty where nothing is known.
-
-    Args:
-        lines: samples of the setting.
-    """
+    """`gmacs` of a question up to its first token, `gflops` (2 x) and `implied_speedup`; empty where nothing is known."""
     known = [line["macs"] for line in lines if line["macs"] is not None]
     if not known:
         return {}
@@ -160,13 +132,8 @@ def cost_fields(lines: Sequence[Line]) -> dict[str, Any]:
 def time_fields(lines: Sequence[Line], patched: bool, seed: int = 0, world: int = 1) -> dict[str, Any]:
     """`ttft_ms` and `decode_ms_per_token` (medians over batches) and, of a patched model, `speedup` of the first token.
 
-    `throughput` counts whole answers. The first batch of a process is left out if there are others.
-
-    Args:
-        lines: samples of the setting; those of one batch hold the same times.
-        patched: whether the unpatched model's times are another model's.
-        seed: of the bootstrap.
-        world: number of processes.
+    `throughput` counts whole answers. The first batch of a process is left out if there are others; the samples of one batch
+    hold the same times.
     """
     batches = list({line["batch"]: line for line in lines}.values())
     warm = [line for line in batches if not line["cold"]] or batches

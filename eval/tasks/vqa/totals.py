@@ -68,7 +68,9 @@ def total_fields(
 ) -> dict[str, Any]:
     """A metric of a record: its value, `_stderr`, `_ci` and, against the unpatched model, `_difference` with both.
 
-    Images are drawn with replacement, all their questions at once, and the same images for both models.
+    Images are drawn with replacement, all their questions at once, and the same images for both models. `None` stands instead
+    of a number where the questions say nothing about it, of errors for fewer than two images, and of intervals for fewer than
+    five, or where no resample differs.
 
     Args:
         name: of the metric.
@@ -78,10 +80,6 @@ def total_fields(
         cluster: [n] int, the image of each question.
         strata: [n] int, see `Total.strata_of`.
         seed: of the bootstrap.
-
-    Returns:
-        `None` instead of a number where the questions say nothing about it, instead of errors for fewer than two images,
-        and instead of intervals for fewer than five, or where no resample differs.
     """
     found: dict[str, Any] = {name: _number(total.combine(parts.sum(0)))}
     if base is not None:
@@ -98,7 +96,6 @@ def total_fields(
 
 
 def _resampled(total: Total, parts: np.ndarray, rows: np.ndarray, groups: tuple[int, ...], seed: int) -> np.ndarray | None:
-    """[R] the metric of every resample."""
     count = len(groups)
     if count < 2:
         return None

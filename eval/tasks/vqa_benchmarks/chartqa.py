@@ -1,28 +1,22 @@
-"""ChartQA (Masry et al., Findings of ACL 2022): questions about charts, written by people or made by a program, 1,250 each.
+"""ChartQA (Masry et al., Findings of ACL 2022): a number is right within 5 % of the target (relaxed accuracy), as in lmms-eval.
 
-Files: `test_human.json` and `test_augmented.json`, lists of `{"imgname", "query", "label"}`, and the images, `png/`. A
-number is right within 5 % of the target, a text if it is equal without case (relaxed accuracy). A percent sign divides by
-100; a target of 0 has no 5 %, so that it is compared as a text.
+A percent sign divides by 100; a target of 0 has no 5 %, so that it is compared as a text.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from vtok.errors import ConfigError
 from vtok.eval.common.pictures import find_files
-from vtok.eval.tasks.vqa.data import Question, VQAData
-from vtok.eval.tasks.vqa.sources.files import checked
-from vtok.eval.tasks.vqa.sources.hub import Hub
-from vtok.eval.tasks.vqa.sources.reading import Pictures, entries, fields, load_json, text_of
-from vtok.eval.tasks.vqa.task import QuestionTask, Score, Sources
+from vtok.eval.tasks.vqa.task import Files, Hub, Pictures, Question, QuestionTask, Row, Rows, Score, Sources
 
 ONE_WORD = "\nAnswer the question with a single word."
 PARTS = ("human", "augmented")
 TOLERANCE = 0.05
-_FORM = '[{"imgname", "query", "label"}, ...]'
-_HUB_FORM = '{"type", "question", "answer"}'
+_NAMES = {"question": "query", "answer": "label"}
+_FILE = Files("", '[{"imgname", "query", "label"}, ...]', image="imgname", names=_NAMES)
 
 
 def number_of(text: str) -> float | None:
@@ -46,24 +40,21 @@ def _part(part: str) -> Score:
     return lambda said, q: relaxed(said, q.target) if q.groups["part"] == part else float("nan")
 
 
-def _read(sources: Sources) -> VQAData:
-    split, found = sources.split or "test", []
-    one = sources.questions or (sources.data if sources.folder.is_file() else "")
-    if one:
-        files = {next((part for part in PARTS if part in Path(one).stem), "human"): Path(one)}
+def _read(sources: Sources) -> Rows:
+    split = sources.split or "test"
+    if sources.one_file:
+        one = Path(sources.one_file)
+        files = {next((part for part in PARTS if part in one.stem), "human"): one}
     else:
         files = {part: _only(sources.folder, f"{split}_{part}.json") for part in PARTS}
-    for part, path in files.items():
-        beside = path.parent / "png"
-        home = Path(sources.images) if sources.images else beside if beside.is_dir() else path.parent
-        pictures = Pictures(home, bool(sources.images))
-        for i, entry in enumerate(entries(load_json(path, _FORM), None, path, _FORM)):
-            place = f"{path}: entry {i}"
-            image, text, label = fields(entry, ("imgname", "query", "label"), place, _FORM)
-            file = str(pictures.find(text_of(image, "'imgname'", place), place))
-            asked, answer = text_of(text, "'query'", place), text_of(label, "'label'", place)
-            found.append(Question(f"{part}/{i}", asked, (answer,), file, {"part": part}))
-    return checked("chartqa", found, next(iter(files.values())), pictures, ONE_WORD, split)
+
+    def rows() -> Iterator[Row]:
+        for part, path in files.items():
+            beside = path.parent / "png"
+            home = Path(sources.images) if sources.images else beside if beside.is_dir() else path.parent
+            yield from _FILE.rows(path, Pictures(home, bool(sources.images)), part=part)
+
+    return Rows(rows(), next(iter(files.values())), Pictures.of(sources), split)
 
 
 def _only(folder: Path, name: str) -> Path:
@@ -73,24 +64,23 @@ def _only(folder: Path, name: str) -> Path:
     return found[0]
 
 
-def _from_row(row: Any, place: str, image: Any, split: str) -> Question:
-    kind, text, answer = fields(row, ("type", "question", "answer"), place, _HUB_FORM)
-    part = PARTS[0] if str(kind).startswith("human") else PARTS[1]
-    number = place.rpartition(" ")[2]
-    said = text_of(answer[0] if isinstance(answer, list) and len(answer) == 1 else answer, "'answer'", place)
-    return Question(f"{part}/{number}", text_of(text, "'question'", place), (said,), image, {"part": part})
+def _question(row: Row) -> Question:
+    part, answer = row.part or PARTS[not row.text("type").startswith("human")], row.get("answer")
+    listed = not row.part and isinstance(answer, list) and len(answer) == 1  # as rows of the datasets library may have it
+    said = row.texts("answer")[0] if listed else row.text("answer")
+    return Question(f"{part}/{row.number}", row.text("question"), (said,), row.image, {"part": part})
 
 
 TASK = QuestionTask(
     name="chartqa",
     read=_read,
+    question=_question,
+    prompt=ONE_WORD,
     scores={
         "relaxed_overall": lambda said, q: relaxed(said, q.target),
         "relaxed_human_split": _part("human"),
         "relaxed_augmented_split": _part("augmented"),
     },
-    primary="relaxed_overall",
-    correct="relaxed_overall",
     columns={"relaxed": "relaxed_overall", "human": "relaxed_human_split", "augmented": "relaxed_augmented_split"},
-    hub=Hub("lmms-lab-encoder/ChartQA", None, "test", _from_row, ONE_WORD),
+    hub=Hub("lmms-lab-encoder/ChartQA", None, "test", '{"type", "question", "answer"}'),
 )

@@ -1,18 +1,13 @@
 """MME (Fu et al., 2023): two questions about every image, one to be answered yes, one no, in 14 categories.
 
-Files: a folder for every category with, per image, a text file of two lines `question<TAB>Yes|No` and the image of the same
-name beside it, or both in `questions_answers_YN/` and `images/`. The metrics are in points, sums of percentages:
-
-    score of a category = 100 * accuracy + 100 * accuracy+   (accuracy+: images with both answers right)
-    perception = sum over its 10 categories (2000 at most), cognition = over its 4 (800), total = both
-
-Papers quote perception or the total without saying so: a record has both.
+The metrics are in points: of a category 100 * accuracy + 100 * accuracy+ (images with both answers right); perception is the
+sum over its 10 categories (2000 at most), cognition over its 4 (800), the total both. Papers quote either.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +16,8 @@ import numpy as np
 
 from vtok.errors import ConfigError, shown
 from vtok.eval.common.pictures import find_files, find_pictures
-from vtok.eval.tasks.vqa.data import Question, VQAData
-from vtok.eval.tasks.vqa.sources.files import checked
-from vtok.eval.tasks.vqa.sources.hub import Hub
-from vtok.eval.tasks.vqa.sources.reading import SHORT, Pictures, fields, text_of, yes_no
-from vtok.eval.tasks.vqa.task import QuestionTask, Sources
+from vtok.eval.tasks.vqa.sources.reading import yes_no
+from vtok.eval.tasks.vqa.task import SHORT, Hub, Pictures, Question, QuestionTask, Row, Rows, Sources, VQAData
 from vtok.eval.tasks.vqa.totals import Total, ratio
 from vtok.writing import write
 
@@ -84,36 +76,37 @@ def _accuracy_plus(sums: np.ndarray) -> np.ndarray:
     return 100 * ratio(s[..., 2], s[..., 3])
 
 
-def _question(number: str, category: str, line: str, answer: str, image: Any, file: str, place: str) -> Question:
-    text, facts = line.strip().replace(ASKED_FOR, ""), {"line": line.strip(), "file": file}
-    return Question(number, text, (yes_no(answer, place),), image, {"category": category}, facts)
+def _question(row: Row) -> Question:
+    number, category, _, answer = row.need("question_id", "category", "question", "answer")
+    if category not in CATEGORIES:
+        raise ConfigError(f"{row.place}: {shown(category)} is none of MME's categories: {', '.join(CATEGORIES)}")
+    said, line = yes_no(answer, row.place), row.text("question").strip()
+    file = row.get("file")  # of the folders, whose numbers are those of questions; those of rows are of images
+    key, file = (number, file) if file else (f"{number}/{said}", str(number).rpartition("/")[2])
+    facts = {"line": line, "file": file}
+    return Question(key, line.replace(ASKED_FOR, ""), (said,), row.image, {"category": category}, facts)
 
 
-def _read(sources: Sources) -> VQAData:
+def _read(sources: Sources) -> Rows:
     root = sources.folder
     present = [category for category in CATEGORIES if (root / category).is_dir()]
     if not present:
         raise ConfigError(f"{root} has none of MME's folders ({', '.join(CATEGORIES)}); name the folder that holds them")
-    found = []
-    for category in present:
-        files = _by_stem(root / category)
-        texts = find_files(root / category, "*.txt")
-        if not texts:
-            raise ConfigError(f"{root / category} holds no text file with questions; expected one an image, of {_FORM}")
-        for path in texts:
-            if path.stem not in files:
-                raise ConfigError(f"{path}: the image {path.stem} (.jpg, .png) is missing from {root / category}")
-            found += _pair(path, category, files[path.stem])
-    data = checked("mme", found, root, Pictures(root), SHORT, "test")
-    return _paired(data, str(root))
+    return Rows((row for category in present for row in _rows(root / category)), root, Pictures(root), "test")
+
+
+def _rows(folder: Path) -> Iterator[Row]:
+    files, texts = _by_stem(folder), find_files(folder, "*.txt")
+    if not texts:
+        raise ConfigError(f"{folder} holds no text file with questions; expected one an image, of {_FORM}")
+    for path in texts:
+        if path.stem not in files:
+            raise ConfigError(f"{path}: the image {path.stem} (.jpg, .png) is missing from {folder}")
+        yield from _pair(path, folder.name, files[path.stem])
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
-    """Name without its ending -> image, at any depth.
-
-    Raises:
-        ConfigError: two images have one name.
-    """
+    """Name without its ending -> image, at any depth."""
     found: dict[str, Path] = {}
     for path in find_pictures(folder):
         if found.setdefault(path.stem, path) is not path:
@@ -121,26 +114,17 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _pair(path: Path, category: str, image: Path) -> list[Question]:
-    """The two questions of a text file."""
+def _pair(path: Path, category: str, image: Path) -> Iterator[Row]:
     try:
         lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as text: {error}") from error
     if len(lines) != 2 or any(line.count("\t") != 1 for line in lines):
         raise ConfigError(f"{path} must hold {_FORM}, found {len(lines)} lines: {' | '.join(lines)[:80]!r}")
-    return [
-        _question(f"{category}/{image.name}/{i}", category, text, answer, str(image), image.name, f"{path}:{i}")
-        for i, (text, _, answer) in enumerate((line.partition("\t") for line in lines), 1)
-    ]
-
-
-def _from_row(row: Any, place: str, image: Any, split: str) -> Question:
-    number, category, text, answer = fields(row, ("question_id", "category", "question", "answer"), place, _HUB_FORM)
-    if category not in CATEGORIES:
-        raise ConfigError(f"{place}: {shown(category)} is none of MME's categories: {', '.join(CATEGORIES)}")
-    key, file = f"{number}/{yes_no(answer, place)}", str(number).rpartition("/")[2]
-    return _question(key, category, text_of(text, "'question'", place), answer, image, file, place)
+    for i, (text, _, answer) in enumerate((line.partition("\t") for line in lines), 1):
+        number = f"{category}/{image.name}/{i}"
+        fields = {"question_id": number, "category": category, "question": text, "answer": answer, "file": image.name}
+        yield Row(fields, f"{path}:{i}", _FORM, i, str(image))
 
 
 def _paired(data: VQAData, place: str) -> VQAData:
@@ -164,6 +148,9 @@ def _write(folder: Path, name: str, questions: Sequence[Question], answers: Sequ
 TASK = QuestionTask(
     name="mme",
     read=_read,
+    question=_question,
+    prompt=SHORT,
+    check=_paired,
     scores={"accuracy": _right},
     totals={
         "total": Total(_parts, _points(0, len(CATEGORIES)), "category"),
@@ -176,5 +163,5 @@ TASK = QuestionTask(
     columns={"total": "total", "perception": "perception", "cognition": "cognition"},
     percent=True,
     write=_write,
-    hub=Hub("lmms-lab-encoder/MME", None, "test", _from_row, SHORT, same_image="question_id", check=_paired),
+    hub=Hub("lmms-lab-encoder/MME", None, "test", _HUB_FORM, same_image="question_id"),
 )

@@ -1,18 +1,7 @@
 """POPE (Li et al., EMNLP 2023): is there a ... in the image? Yes or no, 3,000 questions a variant.
 
-Files: `coco_pope_adversarial.json`, `coco_pope_popular.json`, `coco_pope_random.json`, an object `{"question_id", "image",
-"text", "label"}` a line, and COCO's images. Those of the three that are there are asked, each a group.
-
-Three programs read an answer in three ways, and what is neither yes nor no is counted in three ways:
-
-| parser | yes, no | anything else |
-|---|---|---|
-| lmms-eval (names without ending) | the answer is the word, without case | neither; no miss (recall) if the label is yes |
-| LLaVA (`_llava`) | no if "No", "no" or "not" is a word of the first sentence | yes |
-| VLMEvalKit (`_vlmeval`) | the word is in the answer and the other one is not | neither; a miss if the label is yes |
-
-`yes_ratio` is the share of answers that are yes; `yes_ratio_labels` that of labels, which is what lmms-eval prints under the
-name `pope_yes_ratio`. Papers quote F1 or accuracy: say which.
+Three programs read an answer in three ways (`PARSERS`), and count in three ways what is neither yes nor no. `yes_ratio` is the
+share of answers that are yes, `yes_ratio_labels` that of labels, which lmms-eval prints as `pope_yes_ratio`.
 """
 
 from __future__ import annotations
@@ -20,23 +9,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from vtok.errors import ConfigError, shown
 from vtok.eval.common.pictures import find_files
-from vtok.eval.tasks.vqa.data import Question, VQAData
 from vtok.eval.tasks.vqa.metrics import without_punctuation
-from vtok.eval.tasks.vqa.sources.files import checked
-from vtok.eval.tasks.vqa.sources.hub import Hub
-from vtok.eval.tasks.vqa.sources.reading import SHORT, Pictures, fields, group_of, load_lines, number_of, text_of, yes_no
-from vtok.eval.tasks.vqa.task import QuestionTask, Score, Sources
+from vtok.eval.tasks.vqa.sources.reading import yes_no
+from vtok.eval.tasks.vqa.task import SHORT, Files, Hub, Pictures, Question, QuestionTask, Row, Rows, Score, Sources
 from vtok.eval.tasks.vqa.totals import Total, ratio
 from vtok.writing import write
 
 VARIANTS = ("adversarial", "popular", "random")
-_FORM = '{"question_id", "image", "text", "label"}'
+_FILE = Files("", '{"question_id", "image", "text", "label"}', kind="lines", names={"question": "text", "answer": "label"})
 _HUB_FORM = '{"question_id", "question", "answer", "category"}'
 
 
@@ -98,49 +83,41 @@ def _f1(s: np.ndarray) -> np.ndarray:
     return ratio(2 * p * r, p + r)
 
 
-def _scores() -> dict[str, Score]:
-    found: dict[str, Score] = {}
-    for ending, (parse, _) in PARSERS.items():
-        found |= {f"accuracy{ending}": _right(parse), f"yes_ratio{ending}": _yes(parse)}
-    return found | {"yes_ratio_labels": lambda said, q: float(q.target == "yes")}
+def _says(parse: Callable[[str], str], word: str = "") -> Score:
+    """Whether an answer means a word, or (without one) what is right."""
+    return lambda said, q: float(parse(said) == (word or q.target))
 
 
-def _right(parse: Callable[[str], str]) -> Score:
-    return lambda said, q: float(parse(said) == q.target)
+_SCORES = {
+    **{f"accuracy{ending}": _says(parse) for ending, (parse, _) in PARSERS.items()},
+    **{f"yes_ratio{ending}": _says(parse, "yes") for ending, (parse, _) in PARSERS.items()},
+    "yes_ratio_labels": lambda said, q: float(q.target == "yes"),
+}
+_TOTALS = {
+    f"{name}{ending}": Total(_counts(parse, misses), combine)
+    for ending, (parse, misses) in PARSERS.items()
+    for name, combine in (("f1", _f1), ("precision", _precision), ("recall", _recall))
+}
 
 
-def _yes(parse: Callable[[str], str]) -> Score:
-    return lambda said, q: float(parse(said) == "yes")
+def _question(row: Row) -> Question:
+    variant, number = row.part or row.group("category"), row.key("question_id")
+    group, text = {"variant": variant} if variant else {}, row.text("question").strip()
+    answer = yes_no(row.need("answer")[0], row.place)
+    return Question(f"{variant}/{number}" if variant else number, text, (answer,), row.image, group)
 
 
-def _totals() -> dict[str, Total]:
-    combines = {"f1": _f1, "precision": _precision, "recall": _recall}
-    return {
-        f"{name}{ending}": Total(_counts(parse, misses), combine)
-        for ending, (parse, misses) in PARSERS.items()
-        for name, combine in combines.items()
-    }
-
-
-def _read(sources: Sources) -> VQAData:
-    files = _files(sources)
-    pictures, found = Pictures.of(sources), []
-    for variant, path in files.items():
-        for place, entry in load_lines(path, _FORM):
-            number, image, text, label = fields(entry, ("question_id", "image", "text", "label"), place, _FORM)
-            file = str(pictures.find(text_of(image, "'image'", place), place))
-            group = {"variant": variant} if variant else {}
-            number_of(number, "'question_id'", place)
-            key = f"{variant}/{number}" if variant else number
-            found.append(Question(key, text_of(text, "'text'", place).strip(), (yes_no(label, place),), file, group))
-    return checked("pope", found, next(iter(files.values())), pictures, SHORT, "+".join(filter(None, files)))
+def _read(sources: Sources) -> Rows:
+    files, pictures = _files(sources), Pictures.of(sources)
+    rows = (row for variant, path in files.items() for row in _FILE.rows(path, pictures, part=variant))
+    return Rows(rows, next(iter(files.values())), pictures, "+".join(filter(None, files)))
 
 
 def _files(sources: Sources) -> Mapping[str, Path]:
     """Variant -> file; the variant is read off the file's name."""
-    one = sources.questions or (sources.data if sources.folder.is_file() else "")
-    if one:
-        return {next((variant for variant in VARIANTS if variant in Path(one).stem), ""): Path(one)}
+    if sources.one_file:
+        one = Path(sources.one_file)
+        return {next((variant for variant in VARIANTS if variant in one.stem), ""): one}
     if sources.split and sources.split not in VARIANTS:
         raise ConfigError(
             f"POPE has no split {shown(sources.split)}; one of {', '.join(VARIANTS)}, or none for all that are there"
@@ -168,23 +145,17 @@ def _write(folder: Path, name: str, questions: Sequence[Question], answers: Sequ
         write(folder / f"{name}{ending}.jsonl", "\n".join(lines) + "\n")
 
 
-def _from_row(row: Any, place: str, image: Any, split: str) -> Question:
-    number, text, label = fields(row, ("question_id", "question", "answer"), place, _HUB_FORM)
-    variant = group_of(row, "category", place)
-    key = f"{variant}/{number}" if variant else number
-    group = {"variant": variant} if variant else {}
-    return Question(key, text_of(text, "'question'", place).strip(), (yes_no(label, place),), image, group)
-
-
 TASK = QuestionTask(
     name="pope",
     read=_read,
-    scores=_scores(),
-    totals=_totals(),
+    question=_question,
+    prompt=SHORT,
+    scores=_SCORES,
+    totals=_TOTALS,
     primary="f1",
     correct="accuracy",
     columns={"F1": "f1", "accuracy": "accuracy"},
     max_new_tokens=128,
     write=_write,
-    hub=Hub("lmms-lab-encoder/POPE", None, "test", _from_row, SHORT, same_image="image_source"),
+    hub=Hub("lmms-lab-encoder/POPE", None, "test", _HUB_FORM, same_image="image_source"),
 )

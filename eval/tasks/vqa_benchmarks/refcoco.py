@@ -1,30 +1,20 @@
 """RefCOCO (Yu et al., ECCV 2016) as grounding: a sentence describes a thing, its box is asked for.
 
-Files: REFER's `refs(unc).p`, `[{"ref_id", "ann_id", "image_id", "split", "sentences": [{"sent"}]}]`, `instances.json`,
-COCO's `{"images": [{"id", "file_name", "width", "height"}], "annotations": [{"id", "bbox": [x, y, width, height]}]}`, and
-the images, `COCO_train2014_NUMBER.jpg`. Splits: val, testA (people), testB (other things). Every sentence is a question.
-Rows of the `datasets` library have a thing a row with all its sentences.
-
-Boxes are `[left, top, right, bottom]` as shares of the width and the height of the image. Of an answer the first four
-numbers in square brackets count, divided by commas; without any the box is empty. Scores are lmms-eval's: `iou`,
-intersection over union, `acc_10` to `acc_90`, whether it is at least 0.1 to 0.9 (papers print `acc_50`), `center_acc`,
-whether the middle of the box lies in the true one. lmms-eval stops with a division by zero where neither box covers
-anything; that is 0 here.
+Boxes are `[left, top, right, bottom]` as shares of the width and the height of the image. The scores are lmms-eval's, which
+stops with a division by zero where neither box covers anything; that is 0 here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vtok.errors import ConfigError, brief, shown
-from vtok.eval.tasks.vqa.data import Question, VQAData
-from vtok.eval.tasks.vqa.sources.files import checked
-from vtok.eval.tasks.vqa.sources.hub import Hub
-from vtok.eval.tasks.vqa.sources.reading import Pictures, entries, fields, load_json, located, number_of, text_of, texts_of
-from vtok.eval.tasks.vqa.task import QuestionTask, Score, Sources
+from vtok.eval.tasks.vqa.sources.reading import entries, load_json, located, text_of
+from vtok.eval.tasks.vqa.task import Hub, Pictures, Question, QuestionTask, Row, Rows, Score, Sources
 from vtok.reading import from_pickle
 
 ASK = (
@@ -84,57 +74,63 @@ def _finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _FAR
 
 
-def _questions(number: Any, sentences: Sequence[str], box: Box, image: Any) -> list[Question]:
+def _questions(row: Row) -> list[Question]:
     """One for each sentence about a thing."""
+    number, sentences, bbox = row.key("question_id"), row.texts("answer"), row.need("bbox")[0]
+    box = _share(bbox, row.get("width"), row.get("height"), row.place)
     target = "[" + ", ".join(f"{value:.3f}" for value in box) + "]"
     return [
-        Question(f"{number}/{i}", ASK + sentence, (target,), image, {}, {"box": list(box)})
+        Question(f"{number}/{i}", ASK + sentence, (target,), row.image, {}, {"box": list(box)})
         for i, sentence in enumerate(sentences)
     ]
 
 
-def _read(sources: Sources) -> VQAData:
+def _read(sources: Sources) -> Rows:
     path, split = located(sources, "refs(*).p"), sources.split or SPLIT
+    pictures = Pictures.of(sources)
+    return Rows(_rows(path, split, pictures), path, pictures, split)
+
+
+def _rows(path: Path, split: str, pictures: Pictures) -> Iterator[Row]:
+    """The references of a split as rows of the `datasets` library have them."""
     coco = path.parent / "instances.json"
     content = load_json(coco, _COCO_FORM)
     images, boxes = (_by_id(content, name, coco) for name in ("images", "annotations"))
-    pictures, found, splits = Pictures.of(sources), list[Question](), dict[Any, None]()
-    for i, ref in enumerate(_refs(path)):
-        place = f"{path}: entry {i}"
-        names = ("ref_id", "ann_id", "image_id", "split", "sentences")
-        number, thing, image, own, sentences = fields(ref, names, place, _REFS_FORM)
-        splits.setdefault(text_of(own, "'split'", place))
-        if own != split:
+    splits: dict[Any, None] = {}
+    for i, entry in enumerate(_refs(path)):
+        ref = Row(entry, f"{path}: entry {i}", _REFS_FORM)
+        sentences = ref.need("ref_id", "ann_id", "image_id", "split", "sentences")[-1]
+        splits.setdefault(ref.text("split"))
+        if ref.text("split") != split:
             continue
-        place = f"{path}: reference {brief(number_of(number, 'ref_id', place))}"
-        image, thing = number_of(image, "'image_id'", place), number_of(thing, "'ann_id'", place)
+        ref = replace(ref, place=f"{path}: reference {brief(ref.key('ref_id'))}")
+        image, thing = ref.key("image_id"), ref.key("ann_id")
         if not isinstance(sentences, list):
-            raise ConfigError(f"{place}: 'sentences' must be a list, found {shown(sentences)}; expected {_REFS_FORM}")
+            raise ConfigError(f"{ref.place}: 'sentences' must be a list, found {shown(sentences)}; expected {_REFS_FORM}")
         if image not in images or thing not in boxes:
-            raise ConfigError(f"{place}: {coco.name} has no image {brief(image)} with the annotation {brief(thing)}")
-        name, width, height = fields(images[image], ("file_name", "width", "height"), f"{coco}: image {image}", _COCO_FORM)
-        (bbox,) = fields(boxes[thing], ("bbox",), f"{coco}: annotation {thing}", _COCO_FORM)
-        file = str(pictures.find(text_of(name, "'file_name'", f"{coco}: image {image}"), f"{coco}: image {image}"))
-        told = [text_of(one.get("sent") if isinstance(one, dict) else one, "'sent'", place) for one in sentences]
-        found += _questions(number, told, _share(bbox, width, height, place), file)
-    if not found:
+            raise ConfigError(f"{ref.place}: {coco.name} has no image {brief(image)} with the annotation {brief(thing)}")
+        shown_image = images[image]
+        told = [text_of(one.get("sent") if isinstance(one, dict) else one, "'sent'", ref.place) for one in sentences]
+        width, height, bbox = *shown_image.need("width", "height"), *boxes[thing].need("bbox")
+        fields = {"question_id": ref.get("ref_id"), "answer": told, "bbox": bbox, "width": width, "height": height}
+        file = str(pictures.find(shown_image.text("file_name"), shown_image.place))
+        if told:
+            yield Row(fields, ref.place, _REFS_FORM, i, file, split)
+    if split not in splits:
         raise ConfigError(
             f"{path} has no reference of the split {shown(split)}, only of {', '.join(map(str, splits))} (--split)"
         )
-    return checked("refcoco", found, path, pictures, "", split)
 
 
-def _by_id(content: Any, name: str, coco: Path) -> dict[Any, Any]:
-    """The images or annotations of COCO's file by their numbers."""
+def _by_id(content: Any, name: str, coco: Path) -> dict[Any, Row]:
     found = {}
-    for i, one in enumerate(entries(content, name, coco, _COCO_FORM)):
-        place = f"{coco}: {name}, entry {i}"
-        found[number_of(fields(one, ("id",), place, _COCO_FORM)[0], "'id'", place)] = one
+    for i, entry in enumerate(entries(content, name, coco, _COCO_FORM)):
+        number = Row(entry, f"{coco}: {name}, entry {i}", _COCO_FORM).key("id")
+        found[number] = Row(entry, f"{coco}: {name.removesuffix('s')} {number}", _COCO_FORM)
     return found
 
 
 def _refs(path: Path) -> list[Any]:
-    """What REFER's file holds."""
     try:
         found = from_pickle(path.read_bytes())
     except OSError as error:
@@ -144,32 +140,25 @@ def _refs(path: Path) -> list[Any]:
     return entries(found, None, path, _REFS_FORM)
 
 
-def _from_row(row: Any, place: str, image: Any, split: str) -> list[Question]:
-    number, sentences, bbox = fields(row, ("question_id", "answer", "bbox"), place, _HUB_FORM)
-    box = _share(bbox, row["width"], row["height"], place)
-    return _questions(number, texts_of(sentences, "'answer'", place), box, image)
-
-
 def _iou(said: str, q: Question) -> float:
     return iou(tuple(q.facts["box"]), parse_box(said))
 
 
 def _within(share: int) -> Score:
-    """Whether a box is as near as some percent."""
     return lambda said, q: float(_iou(said, q) >= share / 100)
 
 
 TASK = QuestionTask(
     name="refcoco",
     read=_read,
+    question=_questions,
     scores={
         **{f"acc_{share}": _within(share) for share in (10, 30, 50, 70, 90)},
         "iou": _iou,
         "center_acc": lambda said, q: float(center_inside(tuple(q.facts["box"]), parse_box(said))),
     },
     primary="acc_50",
-    correct="acc_50",
     columns={"acc@0.5": "acc_50", "IoU": "iou"},
     max_new_tokens=1024,
-    hub=Hub("lmms-lab-encoder/RefCOCO", None, SPLIT, _from_row, "", sizes=True, same_image="file_name"),
+    hub=Hub("lmms-lab-encoder/RefCOCO", None, SPLIT, _HUB_FORM, sizes=True, same_image="file_name"),
 )

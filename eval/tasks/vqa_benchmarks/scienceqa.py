@@ -1,33 +1,22 @@
 """ScienceQA (Lu et al., NeurIPS 2022): school questions with choices: all, or (`scienceqa_img`) those with an image.
 
-Files: `problems.json`, question -> `{"question", "choices", "answer", "hint", "image"}`, `pid_splits.json`, split ->
-numbers, and `SPLIT/NUMBER/image.png`. Papers on images quote the 2,017 questions of the test split that have one; the whole
-split has 4,241, the others are asked without an image.
-
-| score | an answer is right if it is |
-|---|---|
-| `exact_match` (lmms-eval) | the letter, without case, or begins with the capital letter and a period |
-| `exact_match_llava` (LLaVA) | the capital letter, or begins with it, a period and a space, or says "The answer is X" |
+Answers are read as lmms-eval does (`letter_match`), and as LLaVA's program does (`parse_llava`).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from vtok.errors import ConfigError, brief, shown
-from vtok.eval.tasks.vqa.data import Question, VQAData
-from vtok.eval.tasks.vqa.sources.files import checked
-from vtok.eval.tasks.vqa.sources.hub import Hub
-from vtok.eval.tasks.vqa.sources.reading import Pictures, fields, group_of, load_json, located, text_of
-from vtok.eval.tasks.vqa.task import QuestionTask, Sources
+from vtok.eval.tasks.vqa.sources.reading import load_json, located
+from vtok.eval.tasks.vqa.task import Hub, Pictures, Question, QuestionTask, Row, Rows, Sources, VQAData
+from vtok.eval.tasks.vqa_choice.letters import BY_LETTER, listed
 from vtok.writing import write
 
-LETTER = "\nAnswer with the option's letter from the given choices directly."
 SPLIT = "test"
 LETTERS = "ABCDE"
 _FORM = '{"NUMBER": {"question", "choices", "answer", "image"}, ...}'
@@ -56,30 +45,25 @@ def letter_match(said: str, target: str) -> float:
 
 def prompt_text(question: str, choices: Sequence[str], hint: str) -> str:
     """Context, question, and one choice a line with its letter."""
-    lines = [f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(choices)]
-    return (f"Context: {hint}\n" if hint else "") + f"{question}\n" + "\n".join(lines)
+    return (f"Context: {hint}\n" if hint else "") + f"{question}\n{listed(choices)}"
 
 
-def _question(number: Any, entry: Any, place: str, image: Any) -> Question:
-    text, choices, answer = fields(entry, ("question", "choices", "answer"), place, _FORM)
+def _question(row: Row) -> Question:
+    choices, answer = row.need("question", "choices", "answer")[1:]
     number_like = isinstance(answer, int) and not isinstance(answer, bool)
     if not isinstance(choices, list) or not number_like or not 0 <= answer < len(choices):
         raise ConfigError(
-            f"{place}: 'answer' must be the place of one of its choices {shown(choices)} from 0 on, got {shown(answer)}"
+            f"{row.place}: 'answer' must be the place of one of its choices {shown(choices)} from 0 on, got {shown(answer)}"
         )
-    groups = {"subject": group_of(entry, "subject", place), "kind": "text" if image is None else "image"}
-    grade = re.fullmatch(r"grade(\d+)", group_of(entry, "grade", place))
+    groups = {"subject": row.group("subject"), "kind": "text" if row.image is None else "image"}
+    grade = re.fullmatch(r"grade(\d+)", row.group("grade"))
     if grade:
         groups["grade"] = "1-6" if int(grade.group(1)) <= 6 else "7-12"
-    prompt = prompt_text(
-        text_of(text, "'question'", place),
-        [text_of(choice, "every one of 'choices'", place) for choice in choices],
-        text_of(entry.get("hint") or "", "'hint'", place),
-    )
-    return Question(number, prompt, (chr(ord("A") + answer),), image, groups)
+    asked = prompt_text(row.text("question"), row.texts("choices"), row.text("hint") if row.get("hint") else "")
+    return Question(str(row.number), asked, (chr(ord("A") + answer),), row.image, groups)
 
 
-def _read(sources: Sources) -> VQAData:
+def _read(sources: Sources) -> Rows:
     path, split = located(sources, "problems.json"), sources.split or SPLIT
     problems, splits = load_json(path, _FORM), load_json(path.parent / "pid_splits.json", _SPLIT_FORM)
     if not isinstance(splits, dict) or not isinstance(splits.get(split), list):
@@ -87,32 +71,28 @@ def _read(sources: Sources) -> VQAData:
         raise ConfigError(
             f"{path.parent / 'pid_splits.json'} has no list of numbers under {shown(split)}, only {known} (--split)"
         )
-    pictures, found = Pictures.of(sources), []
-    for number in splits[split]:
-        place = f"{path}: question {brief(number)}"
-        entry = problems.get(str(number)) if isinstance(problems, dict) else None
-        if entry is None:
-            raise ConfigError(
-                f"{path} has no question {brief(number)}, which pid_splits.json counts among {split}; expected {_FORM}"
-            )
-        image = entry.get("image") if isinstance(entry, dict) else None
-        file = None if image is None else str(pictures.find(f"{split}/{number}/{text_of(image, 'image', place)}", place))
-        found.append(_question(str(number), entry, place, file))
-    # questions without an image last: batches hold one kind
-    found.sort(key=lambda q: q.image is None)
-    return checked("scienceqa", found, path, pictures, LETTER, split)
+    pictures = Pictures.of(sources)
+
+    def rows() -> Iterator[Row]:
+        for number in splits[split]:
+            place = f"{path}: question {brief(number)}"
+            entry = problems.get(str(number)) if isinstance(problems, dict) else None
+            if entry is None:
+                raise ConfigError(
+                    f"{path} has no question {brief(number)}, which pid_splits.json counts among {split}; expected {_FORM}"
+                )
+            row = Row(entry, place, _FORM, number)
+            shown_too = row.get("image") is not None
+            yield replace(row, image=str(pictures.find(f"{split}/{number}/{row.text('image')}", place)) if shown_too else None)
+
+    return Rows(rows(), path, pictures, split)
 
 
-def _with_images(data: VQAData, place: str) -> VQAData:
-    """The questions that have an image."""
+def _with_images(data: VQAData, data_name: str) -> VQAData:
     found = [q for q in data.questions if q.image is not None]
     if not found:
-        raise ConfigError(f"{place} has no question with an image; --task scienceqa asks without")
-    return replace(data, name="scienceqa_img", questions=found)
-
-
-def _from_row(row: Any, place: str, image: Any, split: str) -> Question:
-    return _question(place.rpartition(" ")[2], row, place, image)
+        raise ConfigError(f"{data_name} has no question with an image; --task scienceqa asks without")
+    return replace(data, questions=found)
 
 
 def _write(folder: Path, name: str, questions: Sequence[Question], answers: Sequence[str]) -> None:
@@ -123,28 +103,20 @@ def _write(folder: Path, name: str, questions: Sequence[Question], answers: Sequ
     write(folder / f"{name}.json", json.dumps(content))
 
 
-def _sorted(data: VQAData, place: str) -> VQAData:
-    return replace(data, questions=sorted(data.questions, key=lambda q: q.image is None))
-
-
-_SCORES = {
-    "exact_match": lambda said, q: letter_match(said, q.target),
-    "exact_match_llava": lambda said, q: float(parse_llava(said) == q.target),
-}
 _PATH = "lmms-lab-encoder/ScienceQA"
 TASK = QuestionTask(
     name="scienceqa",
     read=_read,
-    scores=_SCORES,
-    primary="exact_match",
-    correct="exact_match",
+    question=_question,
+    prompt=BY_LETTER,
+    # batches hold one kind of questions: those without an image come last
+    check=lambda data, _: replace(data, questions=sorted(data.questions, key=lambda q: q.image is None)),
+    scores={
+        "exact_match": lambda said, q: letter_match(said, q.target),
+        "exact_match_llava": lambda said, q: float(parse_llava(said) == q.target),
+    },
     columns={"exact": "exact_match"},
     write=_write,
-    hub=Hub(_PATH, "ScienceQA-FULL", SPLIT, _from_row, LETTER, optional=True, check=_sorted),
+    hub=Hub(_PATH, "ScienceQA-FULL", SPLIT, _FORM, optional=True),
 )
-TASK_IMG = replace(
-    TASK,
-    name="scienceqa_img",
-    read=lambda sources: _with_images(_read(sources), sources.data),
-    hub=Hub(_PATH, "ScienceQA-IMG", SPLIT, _from_row, LETTER, optional=True, check=_with_images),
-)
+TASK_IMG = replace(TASK, name="scienceqa_img", check=_with_images, hub=Hub(_PATH, "ScienceQA-IMG", SPLIT, _FORM, optional=True))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vtok.errors import ConfigError, shown
+from vtok.eval.tasks.vqa.sources.rows import Row
+
 BY_LETTER = "\nAnswer with the option's letter from the given choices directly."
 _STRIPPED = ",.!?;:'\""  # one after the other
 # what may stand in front of the letter, in English, Korean, Chinese and Japanese
@@ -26,12 +29,7 @@ def stripped(text: str, marks: str = _STRIPPED) -> str:
 
 
 def letter_of(said: str, letters: Sequence[str] = "ABCD") -> str:
-    """The letter that an answer means: the last one of those written in the surest way; "" if there is none.
-
-    Args:
-        said: by the model.
-        letters: of the choices, capitals.
-    """
+    """The letter (a capital) that an answer means: the last one of those written in the surest way; "" if there is none."""
     if not said.strip():
         return ""
     bare = stripped(said.strip())
@@ -59,3 +57,11 @@ def letter_of(said: str, letters: Sequence[str] = "ABCD") -> str:
 def listed(options: Sequence[str], form: str = "{}. {}") -> str:
     """One choice a line with its letter, from A on."""
     return "\n".join(form.format(chr(ord("A") + i), option) for i, option in enumerate(options))
+
+
+def one_of_four(row: Row) -> str:
+    """The letter that a row says is right; `ConfigError` if it is none."""
+    answer = row.get("answer")
+    if answer not in ("A", "B", "C", "D"):
+        raise ConfigError(f"{row.place}: 'answer' must be A, B, C or D, found {shown(answer)}")
+    return answer

@@ -1,15 +1,7 @@
 """MMMU (Yue et al., CVPR 2024), validation: 900 college questions of 30 subjects with up to seven images, few without choices.
 
-Rows of the `datasets` library alone: `id`, `question`, `options` (a list written as a text), `question_type`, `answer`,
-`image_1` to `image_7`. The images that the text names (`<image 1>`) are shown in front of it in the order of their numbers,
-as lmms-eval does with models that take a text and images; the text keeps their names.
-
-| score | |
-|---|---|
-| `accuracy` (lmms-eval) | the letter that is read, or the number or words of an open answer |
-| `accuracy_unguessed` | the same, but an answer without any letter is wrong |
-
-Of an answer without any letter lmms-eval draws one by chance; what that gives on average counts in `accuracy`.
+Images are shown in front of the text, which keeps their names, as lmms-eval does. Of an answer without any letter it draws
+one by chance: what that gives on average counts in `accuracy`.
 """
 
 from __future__ import annotations
@@ -17,16 +9,13 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from vtok.errors import ConfigError, brief, shown
-from vtok.eval.tasks.vqa.data import Question, VQAData
-from vtok.eval.tasks.vqa.sources.hub import Cell, Hub
-from vtok.eval.tasks.vqa.sources.reading import fields, text_of
-from vtok.eval.tasks.vqa.task import QuestionTask, Sources
+from vtok.eval.tasks.vqa.sources import SHORT as BY_WORD
+from vtok.eval.tasks.vqa.sources.reading import secret, text_of
+from vtok.eval.tasks.vqa.task import Cell, Hub, Question, QuestionTask, Row, Rows, Sources
 from vtok.eval.tasks.vqa_choice.letters import BY_LETTER, listed, stripped
 
-BY_WORD = "\nAnswer the question using a single word or phrase."
 DISCIPLINES = {
     "Art and Design": ("Art", "Art_Theory", "Design", "Music"),
     "Business": ("Accounting", "Economics", "Finance", "Manage", "Marketing"),
@@ -122,41 +111,40 @@ def _score(said: str, q: Question, guess: bool) -> float:
     return float(letter in q.answers) if letter else guess / len(options)
 
 
-def _options(row: Any, place: str) -> list[str]:
+def _options(row: Row) -> list[str]:
     value = row.get("options") or []
     try:
         found = ast.literal_eval(value) if isinstance(value, str) else value
     except (SyntaxError, ValueError):
         found = None
     if not isinstance(found, list):
-        raise ConfigError(f"{place}: 'options' must be a list of texts, found {shown(value)}")
-    return [text_of(one, "every one of 'options'", place) for one in found]
+        raise ConfigError(f"{row.place}: 'options' must be a list of texts, found {shown(value)}")
+    return [text_of(one, "every one of 'options'", row.place) for one in found]
 
 
-def _from_row(row: Any, place: str, image: Any, split: str) -> Question:
-    number, text, kind = fields(row, ("id", "question", "question_type"), place, _FORM)
+def _question(row: Row) -> Question:
+    number, kind, place = row.text("id"), row.text("question_type"), row.place
     if kind not in _KINDS:
         raise ConfigError(f"{place}: 'question_type' must be {' or '.join(_KINDS)}, found {shown(kind)}")
-    asked, options = text_of(text, "'question'", place), _options(row, place) if kind == _KINDS[0] else []
+    asked, options = row.text("question"), _options(row) if kind == _KINDS[0] else []
     answer = row.get("answer")
     answers = tuple(text_of(one, "'answer'", place) for one in (answer if isinstance(answer, list) else [answer]) if one)
-    if options and not set(answers) <= {chr(ord("A") + i) for i in range(len(options))} and not split.startswith("test"):
+    if options and not set(answers) <= {chr(ord("A") + i) for i in range(len(options))} and not secret(row.split):
         raise ConfigError(f"{place}: 'answer' must be the letter of one of {len(options)} choices, found {shown(answer)}")
     asked += f"\n{listed(options)}\n{BY_LETTER}" if options else f"\n{BY_WORD}"
     named = sorted({f"image_{n}" for n in re.findall(r"<image (\d+)>", asked)})
     unknown = [name for name in named if name not in IMAGES]
     if unknown:
         raise ConfigError(f"{place}: its text names {brief(unknown[0])}; rows of MMMU have {IMAGES[0]} to {IMAGES[-1]}")
-    shown_images = tuple(Cell(image, name) for name in named) or None
-    subject = re.fullmatch(r"[^_]+_(.+)_\d+", text_of(number, "'id'", place))
+    images = tuple(Cell(row.image, name) for name in named) or None
     groups = {"kind": "choices" if options else "open", "images": "several" if len(named) > 1 else "one"}
-    if subject:
+    if subject := re.fullmatch(r"[^_]+_(.+)_\d+", number):
         groups["subject"] = subject.group(1)
         groups["discipline"] = next((name for name, held in DISCIPLINES.items() if subject.group(1) in held), "")
-    return Question(number, asked, () if answers in ((), ("?",)) else answers, shown_images, groups, {"options": options})
+    return Question(row.get("id"), asked, () if answers in ((), ("?",)) else answers, images, groups, {"options": options})
 
 
-def _read(sources: Sources) -> VQAData:
+def _read(sources: Sources) -> Rows:
     raise ConfigError(
         "MMMU is distributed as rows of the datasets library: pass hub, hub:NAME or a folder of its parquet files, not "
         f"{sources.data}"
@@ -166,13 +154,13 @@ def _read(sources: Sources) -> VQAData:
 TASK = QuestionTask(
     name="mmmu",
     read=_read,
+    question=_question,
     scores={
         "accuracy": lambda said, q: _score(said, q, True),
         "accuracy_unguessed": lambda said, q: _score(said, q, False),
     },
-    primary="accuracy",
     correct="accuracy_unguessed",
     columns={"accuracy": "accuracy", "unguessed": "accuracy_unguessed"},
     max_new_tokens=128,
-    hub=Hub("lmms-lab-encoder/MMMU", None, "validation", _from_row, "", columns=IMAGES),
+    hub=Hub("lmms-lab-encoder/MMMU", None, "validation", _FORM, columns=IMAGES),
 )

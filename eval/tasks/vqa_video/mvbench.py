@@ -1,19 +1,13 @@
 """MVBench (Li et al., CVPR 2024): 4,000 questions with choices about short videos, 200 of each of 20 kinds.
 
-Files: `json/KIND.json`, `[{"video", "question", "candidates", "answer"}]`, and the videos, each kind's in a folder of its
-own. With `start` and `end`, seconds, only that part of a video is shown, unless it lies in a folder whose name ends with
-"segment": the authors' revision of the data that lmms-eval reads (`video`) has such parts cut out already. Videos of TVQA
-may also be folders with a picture a frame. `--frames` says how many frames are shown (16, as the authors do).
-
-`accuracy` is lmms-eval's: the letter in front of a period at the beginning of an answer, else its first lone letter from A
-to E in either case ("a" counts, the article too); an empty answer does not count (in `accuracy_all` it is wrong). `average`
-is the mean of the kinds' accuracies.
+The letter is read as lmms-eval does: in front of a period at the beginning of an answer, else the first lone one from A to E in
+either case. An empty answer does not count (in `accuracy_all` it is wrong).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +15,8 @@ import numpy as np
 
 from vtok.errors import ConfigError, shown
 from vtok.eval.common.pictures import find_files
-from vtok.eval.tasks.vqa.data import Question, VQAData
 from vtok.eval.tasks.vqa.metrics import without_punctuation
-from vtok.eval.tasks.vqa.sources.reading import entries, fields, load_json, text_of, texts_of
-from vtok.eval.tasks.vqa.task import QuestionTask, Sources
+from vtok.eval.tasks.vqa.task import Files, Question, QuestionTask, Row, Rows, Sources
 from vtok.eval.tasks.vqa.totals import Total, ratio
 from vtok.eval.tasks.vqa_choice.letters import listed
 from vtok.eval.tasks.vqa_video.videos import Span, Videos
@@ -54,7 +46,7 @@ FOLDERS = {
 }
 KINDS = tuple(sorted(FOLDERS))
 BEST = "Only give the best option.\n"
-_FORM = '[{"video", "question", "candidates", "answer"}, ...]'
+_FILE = Files("", '[{"video", "question", "candidates", "answer"}, ...]', image="video")
 _CUT = "segment"
 _FIRST = re.compile(r"([A-E])\.\s*.+", re.IGNORECASE)
 _LONE = re.compile(r"\b([A-E])\b", re.IGNORECASE)
@@ -88,25 +80,24 @@ def _average(sums: np.ndarray) -> np.ndarray:
     return ratio(ratio(s[..., 0], s[..., 1]).sum(-1), (s[..., 1] > 0).sum(-1), np.nan)
 
 
-def _question(number: str, kind: str, entry: Any, place: str, video: Any) -> Question:
-    text, candidates, answer = fields(entry, ("question", "candidates", "answer"), place, _FORM)
-    options = texts_of(candidates, "'candidates'", place)
-    wanted = text_of(answer, "'answer'", place)
+def _question(row: Row) -> Question:
+    options, wanted = row.texts("candidates"), row.text("answer")
     if wanted not in options:
-        raise ConfigError(f"{place}: 'answer' must be one of its candidates {shown(list(options))}, found {shown(wanted)}")
-    asked = f"Question:{text_of(text, repr('question'), place)}\nOption:\n{listed(options, '({}) {}')}\n"
-    return Question(number, asked, (chr(ord("A") + options.index(wanted)),), video, {"kind": kind})
+        raise ConfigError(f"{row.place}: 'answer' must be one of its candidates {shown(list(options))}, found {shown(wanted)}")
+    asked = f"Question:{row.text('question')}\nOption:\n{listed(options, '({}) {}')}\n"
+    letter = chr(ord("A") + options.index(wanted))
+    return Question(f"{row.part}/{row.number}", asked, (letter,), _seconds(row), {"kind": row.part})
 
 
-def _seconds(entry: Any, path: str, place: str) -> Any:
+def _seconds(row: Row) -> Any:
     """The video, or the part of it that a question is about."""
-    start, end = entry.get("start"), entry.get("end")
-    if start is None or end is None or Path(path).parent.name.endswith(_CUT):
-        return path
+    start, end = row.get("start"), row.get("end")
+    if start is None or end is None or Path(row.image).parent.name.endswith(_CUT):
+        return row.image
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (start, end))
     if not numbers or not 0 <= start < end:
-        raise ConfigError(f"{place}: 'start' and 'end' must be rising seconds, found {shown(start)} and {shown(end)}")
-    return Span(path, float(start), float(end))
+        raise ConfigError(f"{row.place}: 'start' and 'end' must be rising seconds, found {shown(start)} and {shown(end)}")
+    return Span(row.image, float(start), float(end))
 
 
 class _OfKind(Videos):
@@ -117,24 +108,24 @@ class _OfKind(Videos):
         return folders or super()._by_name(name)
 
 
-def _read(sources: Sources) -> VQAData:
+def _read(sources: Sources) -> Rows:
     root, chosen = sources.folder, sources.split
     files = [path for path in find_files(root, "*.json") if path.stem in FOLDERS and chosen in ("", path.stem)]
     if not files:
         wanted = chosen or "KIND"
         raise ConfigError(f"{root} holds no file {wanted}.json, where KIND is one of {', '.join(KINDS)}; name MVBench's folder")
-    videos, found, within = Videos.of(sources), list[Question](), dict[str, Videos]()
-    for path in files:
-        kind = path.stem
-        if FOLDERS[kind] not in within:
-            own = _own_folder(sources.image_folder, FOLDERS[kind])
-            within[FOLDERS[kind]] = _OfKind(own or sources.image_folder, bool(sources.images), sources.frames)
-        for i, entry in enumerate(entries(load_json(path, _FORM), None, path, _FORM)):
-            place = f"{path}: entry {i}"
-            (video,) = fields(entry, ("video",), place, _FORM)
-            file = str(within[FOLDERS[kind]].find(text_of(video, "'video'", place), place))
-            found.append(_question(f"{kind}/{i}", kind, entry, place, _seconds(entry, file, place)))
-    return videos.questions("mvbench", found, root, BEST, chosen or "train")
+
+    def rows() -> Iterator[Row]:
+        within: dict[str, Videos] = {}
+        for path in files:
+            folder = FOLDERS[path.stem]
+            if folder not in within:
+                own = _own_folder(sources.image_folder, folder) or sources.image_folder
+                within[folder] = _OfKind(own, bool(sources.images), sources.frames)
+            yield from _FILE.rows(path, within[folder], part=path.stem)
+
+    videos = Videos.of(sources)
+    return Rows(rows(), root, videos, chosen or "train", videos.title("mvbench"))
 
 
 def _own_folder(root: Path, name: str) -> Path | None:
@@ -146,9 +137,10 @@ def _own_folder(root: Path, name: str) -> Path | None:
 TASK = QuestionTask(
     name="mvbench",
     read=_read,
+    question=_question,
+    prompt=BEST,
     scores={"accuracy": _score, "accuracy_all": lambda said, q: float(read_letter(said) == q.target)},
     totals={"average": Total(_parts, _average, "kind")},
-    primary="accuracy",
     correct="accuracy_all",
     columns={"accuracy": "accuracy", "average": "average"},
 )

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vtok.errors import ConfigError
 from vtok.eval.common.pictures import digest, find_files
 from vtok.eval.common.videos import EXTENSIONS, Clip, check_video, read_clip
-from vtok.eval.tasks.vqa.data import Question, VQAData
 from vtok.eval.tasks.vqa.sources import Sources
-from vtok.eval.tasks.vqa.sources.files import checked
-from vtok.eval.tasks.vqa.sources.reading import Pictures
+from vtok.eval.tasks.vqa.sources.pictures import Pictures
 
 _ENDS = 1 << 20  # bytes at either end of a file that tell it from others
 
 
 class Span(NamedTuple):
-    """A part of a video.
-
-    Attributes:
-        path: of the file.
-        start, end: seconds.
-    """
+    """A part of a video file, in seconds."""
 
     path: str
     start: float
@@ -33,13 +25,7 @@ class Span(NamedTuple):
 
 
 class Videos(Pictures):
-    """Videos of a folder by name; reading one gives a `Clip`.
-
-    Args:
-        folder: they lie in it at any depth.
-        named: see `Pictures`.
-        count: frames of each.
-    """
+    """Videos of a folder by name; reading one gives a `Clip` of `count` frames."""
 
     kind = "video"
 
@@ -49,26 +35,14 @@ class Videos(Pictures):
 
     @classmethod
     def of(cls, sources: Sources) -> Videos:
-        """The videos of a task."""
         return cls(sources.image_folder, bool(sources.images), sources.frames)
 
-    def questions(self, name: str, found: Sequence[Question], path: Path, prompt: str, split: str = "") -> VQAData:
-        """Questions about them; the name says how many frames are shown.
+    def title(self, name: str) -> str:
+        """Name of questions about them, which says how many frames are shown."""
+        return f"{name}, {self.count} frames"
 
-        Raises:
-            ConfigError: see `checked`.
-        """
-        title = f"{name}, {self.count} frames"
-        return replace(checked(title, list(found), path, self, prompt, split), probe=self.probe)
-
-    def _by_name(self, name: str) -> list[Path]:
-        if self._index is None:
-            self._index = {}
-            for path in find_files(self.folder):
-                if path.suffix.lower() in EXTENSIONS:
-                    for key in {path.name, path.stem}:
-                        self._index.setdefault(key, []).append(path)
-        return self._index.get(name, [])
+    def _files(self) -> Iterable[Path]:
+        return (path for path in find_files(self.folder) if path.suffix.lower() in EXTENSIONS)
 
     def read(self, key: Any) -> Clip:
         """Frames of a file or of a `Span`."""

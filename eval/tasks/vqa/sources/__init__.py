@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vtok.eval.tasks.vqa.data import Question
+from vtok.reading import is_file
 
+SHORT = "\nAnswer the question using a single word or phrase."  # what lmms-eval puts behind most questions
 Score = Callable[[str, Question], float]
 Write = Callable[[Path, str, Sequence[Question], Sequence[str]], None]
 
@@ -30,8 +32,12 @@ class Sources(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        """Of the data."""
         return Path(self.data)
+
+    @property
+    def one_file(self) -> str:
+        """The file with the questions, if it was named; else ""."""
+        return self.questions or (self.data if is_file(self.data) else "")
 
     @property
     def image_folder(self) -> Path:

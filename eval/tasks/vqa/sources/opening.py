@@ -17,17 +17,11 @@ _BLIND_PAGES, _BLIND_SEED = 2000, 5
 
 
 def open_vqa(data: str | os.PathLike, questions: str = "", annotations: str = "", images: str = "") -> VQAData:
-    """Questions by name, or from files.
+    """Questions by name (`"easy-vqa"`, `"easy-vqa-pages"`, `"scenes"`, `"print"`, which come with vtok), or from files.
 
-    Args:
-        data: `"easy-vqa"`, `"easy-vqa-pages"`, `"scenes"` or `"print"`, which come with vtok; a file with an object
-            `{"id", "image", "question", "answers"}` a line; or a folder of files in VQAv2's format.
-        questions: VQAv2's question file; "" = the one in the folder whose name holds "uestions".
-        annotations: VQAv2's annotation file; "" = the one in the folder whose name holds "nnotations".
-        images: folder of the images; "" = look in the folder of the data, at any depth.
-
-    Raises:
-        ConfigError: no such data, a file that is not of the form, a question without answers or without its image.
+    Files are one with an object `{"id", "image", "question", "answers"}` a line, or those of a folder in VQAv2's format, where
+    questions, annotations and images that are not named are looked for: by "uestions" and "nnotations" in their names, and
+    images at any depth.
     """
     name = os.fspath(data)
     if name in _BUNDLED:
@@ -51,11 +45,10 @@ def easy_vqa(calibration: bool = False) -> VQAData:
 
     if calibration:
         found = load_reference_questions("calibration")
-        return VQAData(f"{EASY_VQA}/calibration", _questions(found, [{}] * len(found.texts)), _reader(found.pictures))
+        return _stored(f"{EASY_VQA}/calibration", found, [{}] * len(found.texts), {})
     found = load_reference_questions("test")
-    groups = [{"kind": kind_of(answer)} for answer in found.answers]
     blind = json.loads(asset(f"{DATA_FOLDER}/blind-answers.json").read_text(encoding="utf-8"))
-    return VQAData(EASY_VQA, _questions(found, groups), _reader(found.pictures), blind=blind)
+    return _stored(EASY_VQA, found, [{"kind": kind_of(answer)} for answer in found.answers], blind)
 
 
 def easy_vqa_pages() -> VQAData:
@@ -64,12 +57,21 @@ def easy_vqa_pages() -> VQAData:
 
     found = load_reference_page_questions()
     groups = [{"kind": kind_of(a), "density": str(d)} for a, d in zip(found.answers, found.density.tolist())]
-    return VQAData(PAGES, _questions(found, groups), _reader(found.pictures), blind=blind_page_answers())
+    return _stored(PAGES, found, groups, blind_page_answers())
+
+
+def _stored(name: str, found: Any, groups: Sequence[Mapping[str, str]], blind: Mapping[str, str]) -> VQAData:
+    """Questions, each with what it is counted under, about pictures that lie in a tensor."""
+    from PIL import Image
+
+    arrays = found.pictures.permute(0, 2, 3, 1).numpy()
+    asked = enumerate(zip(found.texts, found.answers, found.rows.tolist(), groups))
+    questions = [Question(i, text, (answer,), row, group) for i, (text, answer, row, group) in asked]
+    return VQAData(name, questions, lambda row: Image.fromarray(arrays[row]), blind=blind)
 
 
 def scene_questions(calibration: bool = False) -> VQAData:
-    """The bundled questions about test scenes, or about scenes of training pictures that were kept out of training; `kind` says
-    what is asked."""
+    """The bundled questions about test scenes, or about scenes of training pictures that were kept out of training."""
     from vtok.eval.models import scenes
 
     split, numbers = ("train", scenes.CALIBRATION_SCENES) if calibration else ("test", range(scenes.TEST_SCENES))
@@ -87,7 +89,7 @@ def printed_pages(calibration: bool = False) -> VQAData:
 
 
 def _drawn(name: str, calibration: bool, asked: Sequence[Any], read: Callable[[Any], Any], blind: str) -> VQAData:
-    """Questions, each with what it is counted under, about pictures that are drawn when they are asked for."""
+    """The same about pictures that are drawn when they are asked for."""
     from vtok.eval.models.asked import blind_answers_of
 
     questions = [Question(i, one.text, (one.answer,), one.number, groups) for i, (one, groups) in enumerate(asked)]
@@ -107,21 +109,4 @@ def blind_page_answers() -> dict[str, str]:
     return blind_answers(*zip(*asked))
 
 
-def _questions(found: Any, groups: Sequence[Mapping[str, str]]) -> list[Question]:
-    asked = zip(found.texts, found.answers, found.rows.tolist(), groups)
-    return [Question(i, text, (answer,), row, group) for i, (text, answer, row, group) in enumerate(asked)]
-
-
-def _reader(pictures: Any) -> Callable[[int], Any]:
-    from PIL import Image
-
-    arrays = pictures.permute(0, 2, 3, 1).numpy()
-    return lambda row: Image.fromarray(arrays[row])
-
-
-_BUNDLED: dict[str, Callable[[], VQAData]] = {
-    EASY_VQA: easy_vqa,
-    PAGES: easy_vqa_pages,
-    SCENES: scene_questions,
-    PRINT: printed_pages,
-}
+_BUNDLED = {EASY_VQA: easy_vqa, PAGES: easy_vqa_pages, SCENES: scene_questions, PRINT: printed_pages}

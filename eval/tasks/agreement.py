@@ -93,7 +93,7 @@ def evaluate(
         "notes": [],
     }
     common, records = described(base, size, len(data), [], options) | about, []
-    del common["split"]  # there is none
+    del common["split"], common["param_count"]  # of these records they were never part
     for one in found:
         columns = torch.cat(one.results).cpu().double().numpy().T
         each = dict(zip(METRICS, columns))

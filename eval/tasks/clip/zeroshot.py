@@ -64,7 +64,7 @@ def evaluate(
             raise ConfigError(f"the data has label {int(labels.max())}, but there are only {len(names)} class names")
         return lambda features: _Scored(features, classifier, labels)
 
-    about = {"dataset": name, "task": "zeroshot_classification", "notes": notes}
+    about: dict[str, Any] = {"dataset": name, "task": "zeroshot_classification", "notes": notes}
     about |= {"num_classes": len(names), "num_templates": len(prompts)}
     texts = partial(class_embeddings, names=names, prompts=prompts)
     return run(model, images, data, settings, options, progress, memory, about, texts, score)

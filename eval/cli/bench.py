@@ -71,8 +71,8 @@ def bench(
     from vtok.eval.benchmarks.prefill import measure_prompts
     from vtok.eval.benchmarks.programs import parse_beside
     from vtok.eval.benchmarks.throughput import measure
-    from vtok.eval.models.by_name import load_model, sample_images
     from vtok.eval.models.architectures import sample_prompts
+    from vtok.eval.models.by_name import load_model, sample_images
     from vtok.eval.runs import loader as runs
     from vtok.targets import vlm_targets
     from vtok.writing import write

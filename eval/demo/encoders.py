@@ -15,8 +15,8 @@ from pathlib import Path
 from rich.console import Console
 from torch import Tensor
 
-from vtok.eval.common.settings import fastest_on_cpu
 from vtok.eval.common.records import Record
+from vtok.eval.common.settings import fastest_on_cpu
 from vtok.eval.demo.control import attention_kept, measure_controls, value_of_choice
 from vtok.eval.demo.parts import measured, of_encoders, short_table, show, write_files
 from vtok.eval.models.data import FASHION_CLASSES, normalise

@@ -17,8 +17,8 @@ from typing import Any
 from rich.console import Console
 
 from vtok.errors import ConfigError
-from vtok.eval.common.settings import fastest_on_cpu
 from vtok.eval.common.records import Record
+from vtok.eval.common.settings import fastest_on_cpu
 from vtok.eval.demo.parts import (
     kept_by_crop,
     measured,

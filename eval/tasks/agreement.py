@@ -20,8 +20,7 @@ from torch import Tensor, nn
 import vtok
 from vtok.errors import ConfigError
 from vtok.eval.common.distributed import current
-from vtok.eval.common.settings import dtype_of
-from vtok.eval.common.settings import Setting, backend, evaluating, to_device, weight_sharing_copy
+from vtok.eval.common.settings import Setting, backend, dtype_of, evaluating, to_device, weight_sharing_copy
 from vtok.eval.common.statistics import FEWEST, Z95, clustered_mean_stderr
 from vtok.eval.common.timing import BaselineCache
 from vtok.eval.models.dinov2 import Saliency, load_saliency

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 
 from vtok.errors import ConfigError, UnsupportedModelError
 from vtok.eval.common.distributed import current
-from vtok.eval.common.settings import TYPES
 from vtok.eval.common.settings import (
+    TYPES,
     PassCost,
     Setting,
     mean_cost,

@@ -16,9 +16,8 @@ from torch import nn
 
 from vtok.errors import ConfigError
 from vtok.eval.common.distributed import current
-from vtok.eval.common.settings import dtype_of
 from vtok.eval.common.records import bits
-from vtok.eval.common.settings import Setting, backend, evaluating, model_name, to_device
+from vtok.eval.common.settings import Setting, backend, dtype_of, evaluating, model_name, to_device
 from vtok.eval.common.statistics import mean_stderr, share
 from vtok.eval.common.timing import BaselineCache
 from vtok.eval.models.dinov2 import REFERENCE_DINOV2, load_clip_art

@@ -16,9 +16,8 @@ from torch.utils.data import DataLoader
 
 from vtok.errors import ConfigError
 from vtok.eval.common.distributed import current
-from vtok.eval.common.settings import dtype_of
 from vtok.eval.common.records import bits, finite
-from vtok.eval.common.settings import Setting, evaluating, to_device
+from vtok.eval.common.settings import Setting, dtype_of, evaluating, to_device
 from vtok.eval.common.timing import BaselineCache
 from vtok.eval.models.clip import DualEncoder, load_clip
 from vtok.eval.options import ClipOptions

@@ -13,7 +13,7 @@ from vlm_zoo import build
 import vtok
 from vtok.patches.hf_vlm import image_features as hf
 from vtok.patches.hf_vlm.families import examples, find
-from vtok.patches.hf_vlm.tower_taps import TowerTaps
+from vtok.patches.hf_vlm.tower.taps import TowerTaps
 
 CROPPING = [name for name, example in examples().items() if example.pages is not None]
 BETA = 2

@@ -15,8 +15,8 @@ from vtok.config import MethodConfig
 from vtok.core.prompt import ImageFeatures, VLMReducer
 from vtok.core.reduction import Plan
 from vtok.patches.hf_vlm import image_features as hf
-from vtok.patches.hf_vlm import tower_taps
 from vtok.patches.hf_vlm.families import find
+from vtok.patches.hf_vlm.tower import taps as tower_taps
 
 Values = dict[str, Tensor]
 

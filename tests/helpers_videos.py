@@ -6,8 +6,8 @@ import numpy as np
 from vlm_zoo import build
 
 from vtok.eval.models.vlm import VisionLanguageModel
-from vtok.patches.hf_vlm.example_pages import END, IMAGE, START
-from vtok.patches.hf_vlm.example_videos import VIDEO
+from vtok.patches.hf_vlm.examples.pages import END, IMAGE, START
+from vtok.patches.hf_vlm.examples.videos import VIDEO
 
 FPS, SIDE = 10, 16
 

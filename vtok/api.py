@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from vtok import serialization as files
 from vtok.config import MethodConfig
+from vtok.config.numbers import native
 from vtok.core import reduction
 from vtok.errors import StateError, UnsupportedModelError, VtokError
 from vtok.patches.transaction import all_or_nothing
-from vtok.plain import native
 from vtok.registry import METHODS
 from vtok.reports.prompt import PromptPlan
 from vtok.reports.results import Info, PlanReport, Support

@@ -17,7 +17,7 @@ from vtok.errors import ConfigError, shown, unknown
 from vtok.eval.runs.methods import parse_method, parse_methods
 from vtok.reading import is_path
 from vtok.registry import METHODS
-from vtok.targets.vlm_resolve import POSITIONS
+from vtok.targets.vlm.resolve import POSITIONS
 
 NONE = "none"
 OPTIONS = ("flops", "positions", "prompt")  # of vtok.patch, for all methods together

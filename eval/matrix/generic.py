@@ -9,7 +9,7 @@ import re
 
 import vtok
 from vtok.patches.hf_vlm.families import find
-from vtok.targets.vlm_sites import prompt_methods
+from vtok.targets.vlm.sites import prompt_methods
 from vtok.testing.generic_models import CLASSES, empty, listed
 
 BEGIN, END = "<!-- generic matrix: `vtok matrix --generic` -->", "<!-- end of the generic matrix -->"

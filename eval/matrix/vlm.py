@@ -16,7 +16,7 @@ from vtok.patches.hf_vlm.examples import VLMExample
 from vtok.patches.hf_vlm.families import VLM, find
 from vtok.patches.hf_vlm.install import pruner_of
 from vtok.registry import METHODS
-from vtok.targets.vlm_tower import ON_GRID
+from vtok.targets.vlm.tower import ON_GRID
 from vtok.testing import tiny
 from vtok.testing.encoder_oracle import Evidence
 from vtok.testing.prompt_oracle import NOTHING, check_any_prompts

@@ -30,9 +30,9 @@ from vtok.eval.tune.score import class_values
 from vtok.eval.tune.subjects import Priced, Subject
 from vtok.patches.hf_vlm.families import VLM
 from vtok.targets import vlm_targets
-from vtok.targets.vlm_estimate import planned
-from vtok.targets.vlm_resolve import POSITIONS, resolve
-from vtok.targets.vlm_tower import budget_candidates
+from vtok.targets.vlm.estimate import planned
+from vtok.targets.vlm.resolve import POSITIONS, resolve
+from vtok.targets.vlm.tower import budget_candidates
 
 PRICED = 16  # calibration prompts that say what a setting costs
 

@@ -18,9 +18,7 @@ from torch import Tensor
 from vtok.core.prompt import Entry, Layout
 from vtok.core.reduction import Fold, folded
 from vtok.errors import StateError, UnsupportedModelError
-from vtok.patches.decoder import embedded_prompts as embedded
-from vtok.patches.decoder import layer_calls, masks, outputs, riders, turns
-from vtok.patches.decoder import packed_rows as packed
+from vtok.patches.decoder import layer_calls, masks, outputs
 from vtok.patches.decoder.attention_probe import layer_attention
 from vtok.patches.decoder.kv_cache import (
     CACHES,
@@ -41,6 +39,7 @@ from vtok.patches.decoder.kv_cache import (
 from vtok.patches.decoder.layer_calls import is_traced_step
 from vtok.patches.decoder.layout import decided, in_order, layout_of
 from vtok.patches.decoder.pass_state import PassState, Pruner, Recorded, TowerCall
+from vtok.patches.decoder.prompts import embedded, packed, riders, turns
 from vtok.patches.decoder.text_models import check_kind, check_origin, check_padding, final_norm_of
 from vtok.patches.hf_vlm import image_features as hf
 from vtok.patches.hf_vlm.encoded import plain

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from vtok.errors import UnsupportedModelError
 from vtok.patches.decoder import masks
-from vtok.patches.decoder import packed_rows as packed
 from vtok.patches.decoder.kv_cache import BUSY, WHOLE, PromptState, ShortCache, Stage, cache_in, cached_length, take
 from vtok.patches.decoder.pass_state import PassState
+from vtok.patches.decoder.prompts import packed
 
 # Keywords of a layer that follow a reduction by rules of their own.
 _TAKEN = frozenset({"hidden_states", "attention_mask", "position_embeddings", "position_ids"})

@@ -11,10 +11,10 @@ from torch import Tensor
 from vtok.core.prompt import Layout, VLMReducer
 from vtok.core.reduction import Fold
 from vtok.core.tokens import Site
-from vtok.patches.decoder import packed_rows as packed
 from vtok.patches.decoder.attention_probe import attention_on
 from vtok.patches.decoder.kv_cache import PromptState, Stage, take, to_columns
 from vtok.patches.decoder.pass_state import PassState
+from vtok.patches.decoder.prompts import packed
 from vtok.patches.precision import full_precision
 
 

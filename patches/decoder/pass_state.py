@@ -25,7 +25,7 @@ from vtok.errors import StateError
 from vtok.patches.decoder.kv_cache import PromptState, Stage, mark_busy, to_places
 from vtok.patches.hf_vlm.encoded import note_of
 from vtok.patches.hf_vlm.families import Family
-from vtok.patches.hf_vlm.tower_bridge import TowerBridge
+from vtok.patches.hf_vlm.tower.bridge import TowerBridge
 
 _CALLS = 64  # of a vision tower that are remembered for the next prompt
 _PLANS = 8  # prompts of one call of generate() that are remembered at a time

@@ -21,9 +21,9 @@ from vtok.core.prompt import LayerAttention, Layout
 from vtok.errors import ConfigError, StateError, UnsupportedModelError
 from vtok.patches import find_vlms
 from vtok.patches.decoder import masks
-from vtok.patches.decoder import packed_rows as packed
 from vtok.patches.decoder.attention_probe import layer_attention
 from vtok.patches.decoder.kv_cache import cache_in, cached_length
+from vtok.patches.decoder.prompts import packed
 from vtok.patches.hf_vlm import image_features as hf
 from vtok.patches.hf_vlm.families import VLM
 from vtok.patches.hf_vlm.install import pruner_of

@@ -22,7 +22,7 @@ class Note:
     """Of images that a patched model encoded. Others hand it on as it is: it is no mapping, no sequence and no tensor.
 
     Args:
-        blocks: of the vision tower that a method looks at: number -> what entered it (vtok.patches.hf_vlm.tower_taps.Caught).
+        blocks: of the vision tower that a method looks at: number -> what entered it (vtok.patches.hf_vlm.tower.taps.Caught).
         call: other arguments of `get_image_features` than pixels: sizes of images and the like; "pixel_size" is (height, width)
             of the pixels, if these were images of one size; "video_shape" is the shape of the pixels of videos.
         images: their features [n, D], by which they are found again after generate() has repeated them for beams.

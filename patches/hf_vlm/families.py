@@ -18,17 +18,17 @@ from vtok.patches.hf_packed.adapter import PackedAdapter, lone_tower
 from vtok.patches.hf_vision.adapter import HfAdapter
 from vtok.patches.hf_vision.tables import TOWERS, release
 from vtok.patches.hf_vlm import crops as hf_cuts
-from vtok.patches.hf_vlm import examples as tiny
 from vtok.patches.hf_vlm import layout as hf_views
 from vtok.patches.hf_vlm import stated_images as stated
 from vtok.patches.hf_vlm.examples import VLMExample
+from vtok.patches.hf_vlm.examples import models as tiny
 from vtok.patches.hf_vlm.generic import videos
 from vtok.patches.hf_vlm.generic.interfaces import encodes, position_axes, text_path
 from vtok.patches.hf_vlm.generic.refused import REFUSED, UNPROMPTED
 from vtok.patches.hf_vlm.image_features import Cuts, ViewCounts, Views
 from vtok.patches.hf_vlm.pixels import units
 from vtok.patches.hf_vlm.stated_images import VisionCosts
-from vtok.patches.hf_vlm.tower_bridge import TowerBridge, facts_of, feature_block, packed_bridge
+from vtok.patches.hf_vlm.tower.bridge import TowerBridge, facts_of, feature_block, packed_bridge
 from vtok.patches.macs import linear_macs
 from vtok.patches.protocol import Adapter, Tower, look_up
 

@@ -19,12 +19,12 @@ from vtok.core.reduction import Plan, apply_plan
 from vtok.core.tokens import TokenState
 from vtok.errors import StateError, UnsupportedModelError
 from vtok.ops.crops import Cut, ViewMap, view_map
-from vtok.patches.hf_vlm import tower_bridge as vlm_tower
-from vtok.patches.hf_vlm import tower_taps
 from vtok.patches.hf_vlm.encoded import note_of
 from vtok.patches.hf_vlm.generic import videos
 from vtok.patches.hf_vlm.generic.outputs import deep_features, feature_list, joined, parted, with_features
 from vtok.patches.hf_vlm.text import PromptTexts
+from vtok.patches.hf_vlm.tower import bridge as vlm_tower
+from vtok.patches.hf_vlm.tower import taps as tower_taps
 from vtok.patches.module_swap import weights_of
 from vtok.patches.precision import full_precision
 

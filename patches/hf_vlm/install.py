@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtok.config.numbers import check_numbers
 from vtok.core.prompt import ImageFeatures, VLMReducer
 from vtok.errors import ConfigError, StateError, UnsupportedModelError, VtokError, brief, shown
 from vtok.patches.decoder import hooks, masks
-from vtok.patches.decoder import packed_rows as packed
 from vtok.patches.decoder.kv_cache import cache_in, cached_length, compact, renumbered, take, unknown, vouch
 from vtok.patches.decoder.pass_state import Pruner
+from vtok.patches.decoder.prompts import packed
 from vtok.patches.decoder.text_models import check_padding
 from vtok.patches.hf_vlm import image_features as hf
-from vtok.patches.hf_vlm import tower_taps
 from vtok.patches.hf_vlm.families import VLM
 from vtok.patches.hf_vlm.generic.interfaces import vision_arguments
 from vtok.patches.hf_vlm.generic.outputs import feature_list, repeatable, short_output
 from vtok.patches.hf_vlm.macs import vision_tower
+from vtok.patches.hf_vlm.tower import taps as tower_taps
 from vtok.patches.module_swap import Mixin, swap_class
-from vtok.plain import check_numbers
 
 
 class Guard(Mixin):

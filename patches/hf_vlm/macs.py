@@ -27,7 +27,7 @@ from vtok.patches.hf_vision.adapter import HfAdapter
 from vtok.patches.hf_vision.tables import TOWERS
 from vtok.patches.hf_vlm.families import VLM
 from vtok.patches.hf_vlm.stated_images import VisionCosts, native_size, vision_config
-from vtok.patches.hf_vlm.tower_bridge import TowerBridge
+from vtok.patches.hf_vlm.tower.bridge import TowerBridge
 from vtok.patches.macs import linear_macs
 from vtok.patches.protocol import look_up
 

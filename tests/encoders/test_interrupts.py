@@ -18,8 +18,8 @@ from vtok.patches.transaction import _HOOKS, Snapshot, to_the_end
 
 HERE = {str(Path(vtok.__file__).parent)} | {str(Path(p)) for p in vtok.patches.__path__}
 # What decides and looks, and changes no module, need not be interrupted at each of its lines.
-CHANGING = ("api.py", "lifecycle.py", "encoder.py", "vlm.py", "vlm_resolve.py", "vlm_tower.py", "transaction.py")
-CHANGING += ("block.py", "module_swap.py", "adapter.py", "install.py", "tower_bridge.py", "tower_taps.py", "attention.py")
+CHANGING = ("api.py", "lifecycle.py", "encoder.py", "vlm/target.py", "vlm/resolve.py", "vlm/tower.py", "transaction.py")
+CHANGING += ("block.py", "module_swap.py", "adapter.py", "install.py", "tower/bridge.py", "tower/taps.py", "attention.py")
 
 
 def state(model: nn.Module) -> list:
@@ -40,7 +40,7 @@ def anatomy(model: nn.Module) -> list:
 
 @functools.cache
 def changing(file: str) -> bool:
-    return Path(file).name in CHANGING and any(file.startswith(root) for root in HERE)
+    return any(file.endswith(f"/{name}") for name in CHANGING) and any(file.startswith(root) for root in HERE)
 
 
 class Interrupts:

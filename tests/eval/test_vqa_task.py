@@ -22,7 +22,7 @@ from vtok.eval.tasks.vqa.metrics import soft_accuracy
 from vtok.eval.tasks.vqa.records import Scored, blind_scores, groups_of, time_fields
 from vtok.eval.tasks.vqa.sources.files import ONE_WORD, read_results
 from vtok.eval.tasks.vqa.sources.opening import open_vqa
-from vtok.targets.vlm_resolve import POSITIONS
+from vtok.targets.vlm.resolve import POSITIONS
 
 VISUAL = ANATOMY.visual_tokens
 SETTINGS = [None, ("uniform", {"keep": 0.5}), ("random", {"keep": 0.25})]

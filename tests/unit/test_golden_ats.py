@@ -15,8 +15,8 @@ import vtok
 from vtok.core.reduction import apply_plan
 from vtok.core.tokens import AttentionView, Place, Site, TokenState, log_size_bias
 from vtok.methods.ats import significance_scores
+from vtok.methods.ats.sampling import endpoint_samples, nearest
 from vtok.ops.rows import rows_where, take_rows, with_prefix
-from vtok.ops.sampling import endpoint_samples, nearest
 
 FUNCTIONS = ["ats_fn_n17", "ats_fn_n17_ref33", "ats_fn_n17_padded", "ats_fn_n50_flat", "ats_fn_n197"]
 MODULES = ["ats_module", "ats_module_padded"]

@@ -13,7 +13,7 @@ from vtok.core.prompt import Entry, LayerAttention, Layout
 from vtok.core.reduction import Fold, folded
 from vtok.core.tokens import Place, Site
 from vtok.methods.in_llm import sparsevlm
-from vtok.ops.density_peaks import density_peaks
+from vtok.methods.in_llm.density_peaks import density_peaks
 
 
 def prompt(g: dict) -> Layout:

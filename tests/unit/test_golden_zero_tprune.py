@@ -9,10 +9,10 @@ from torch import Tensor
 
 import vtok
 from vtok.core.reduction import apply_plan
-from vtok.methods import zero_tprune
 from vtok.methods.zero_tprune import Step, prune_plan
-from vtok.ops.duplicates import METRICS, most_similar, similarity, split_halves
-from vtok.ops.graph import head_root_mean_square, head_variance, importance, initial_signal, weighted_page_rank
+from vtok.methods.zero_tprune import config as zero_tprune
+from vtok.methods.zero_tprune.duplicates import METRICS, most_similar, similarity, split_halves
+from vtok.methods.zero_tprune.graph import head_root_mean_square, head_variance, importance, initial_signal, weighted_page_rank
 from vtok.ops.rows import take_rows
 
 BOUNDS = (0.01, 0.7)

@@ -17,10 +17,10 @@ from vtok.config import ModelInfo
 from vtok.core.prompt import View, VLMInfo
 from vtok.core.tokens import AttentionView, Place, Site, TokenState, log_size_bias
 from vtok.methods.ats import significance_scores
+from vtok.methods.ats.sampling import midpoint_samples
 from vtok.methods.baselines.uniform_grid import dither_rank
 from vtok.methods.pitome import energy_plan, energy_score, merge_count, sorted_bsm_plan
 from vtok.methods.zero_tprune import Step, prune_plan
-from vtok.ops.sampling import midpoint_samples
 from vtok.ops.selection import kept_tokens
 
 

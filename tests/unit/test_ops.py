@@ -9,11 +9,11 @@ from strategies import generator, normal, properties, seeds
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from vtok.ops.duplicates import METRICS, similarity
+from vtok.methods.ats.sampling import endpoint_samples, midpoint_samples, nearest
+from vtok.methods.zero_tprune.duplicates import METRICS, similarity
 from vtok.ops.hashing import splitmix
 from vtok.ops.matching import bipartite_pairs, bipartite_soft_matching, unit
 from vtok.ops.rows import ramp, rows_where, take_rows, with_prefix
-from vtok.ops.sampling import endpoint_samples, midpoint_samples, nearest
 
 sizes = st.integers(1, 12)
 REAL = torch.zeros(1)

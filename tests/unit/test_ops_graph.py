@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from strategies import generator, normal, properties, row_stochastic, seeds
 from torch import Tensor
 
-from vtok.ops.duplicates import METRICS, PARTITIONS, most_similar, similarity, split_halves
-from vtok.ops.graph import head_root_mean_square, head_variance, importance, initial_signal, weighted_page_rank
+from vtok.methods.zero_tprune.duplicates import METRICS, PARTITIONS, most_similar, similarity, split_halves
+from vtok.methods.zero_tprune.graph import head_root_mean_square, head_variance, importance, initial_signal, weighted_page_rank
 
 # The attention graph.
 graphs = (st.integers(1, 2), st.integers(1, 3), st.integers(3, 9), seeds)

@@ -14,7 +14,7 @@ from vtok.core.tokens import Place
 from vtok.methods.baselines.random_drop import RandomReducer
 from vtok.patches.block import ReducingBlock
 from vtok.patches.hf_packed.attention import PackedAttention
-from vtok.patches.hf_vlm.tower_bridge import DROPPED, holes
+from vtok.patches.hf_vlm.tower.bridge import DROPPED, holes
 from vtok.testing.encoder_oracle import differences
 
 METHODS = {

@@ -15,7 +15,7 @@ import vtok
 from vtok.eval.benchmarks.flops import count_prompt_macs
 from vtok.patches.hf_packed.adapter import raster_places
 from vtok.patches.hf_vlm import image_features as hf
-from vtok.patches.hf_vlm.example_pages import END, IMAGE, START
+from vtok.patches.hf_vlm.examples.pages import END, IMAGE, START
 from vtok.patches.hf_vlm.families import find
 from vtok.targets.resolve import run_of
 from vtok.testing import generic_models, generic_prompts, prompt_checks

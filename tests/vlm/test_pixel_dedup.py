@@ -20,7 +20,7 @@ from vtok.methods.pixel_dedup import codes_of, equal_to_neighbours, like_neighbo
 from vtok.patches.hf_vlm import image_features as hf
 from vtok.patches.hf_vlm.families import find
 from vtok.patches.hf_vlm.pixels import units
-from vtok.patches.hf_vlm.tower_bridge import holes
+from vtok.patches.hf_vlm.tower.bridge import holes
 from vtok.testing import generic_models
 from vtok.testing.generic_videos import video_inputs
 from vtok.testing.prompt_oracle import check_prompts

@@ -11,8 +11,8 @@ import vtok
 from vtok.eval.benchmarks.flops import FEATURES, count_prompt_macs, formulas
 from vtok.patches.hf_vlm.families import find
 from vtok.patches.hf_vlm.macs import stated_image
-from vtok.targets.vlm_estimate import planned
-from vtok.targets.vlm_resolve import resolve
+from vtok.targets.vlm.estimate import planned
+from vtok.targets.vlm.resolve import resolve
 
 PAIRS = [(name, kernel) for name, example in EXAMPLES.items() for kernel in example.kernels]
 

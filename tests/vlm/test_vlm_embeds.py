@@ -10,7 +10,7 @@ from helpers_towers import METHODS, TOKENWISE, deep, left_by
 from vlm_zoo import Columns, assert_same, generate, inputs, text_model, visual
 
 import vtok
-from vtok.patches.hf_vlm.tower_bridge import DROPPED, holes
+from vtok.patches.hf_vlm.tower.bridge import DROPPED, holes
 
 
 def _merged(model, values):

@@ -5,7 +5,7 @@ import torch
 from vlm_zoo import MaskOracle, assert_same, build, feature_keeps, generate
 
 import vtok
-from vtok.patches.hf_vlm.example_pages import END, IMAGE, START
+from vtok.patches.hf_vlm.examples.pages import END, IMAGE, START
 
 SIDES = ((64, 32), (32, 64), (48, 48))  # height and width of Pixtral's images
 

@@ -7,8 +7,8 @@ import torch
 from vlm_zoo import build, feature_keeps, generate, inputs, text_model, visual
 
 import vtok
-from vtok.patches.hf_vlm.example_pages import END, IMAGE, START
 from vtok.patches.hf_vlm.examples import VIDEO
+from vtok.patches.hf_vlm.examples.pages import END, IMAGE, START
 from vtok.patches.hf_vlm.layout import _first_grid
 
 QWEN = ["Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL"]

@@ -8,7 +8,7 @@ from vtok.patches import find_vlms, why_no_prompt
 from vtok.targets.base import Layers, Request, Target
 from vtok.targets.encoder import EncoderTarget
 from vtok.targets.resolve import Size, require_module, towers
-from vtok.targets.vlm import VLMTarget
+from vtok.targets.vlm.target import VLMTarget
 
 __all__ = ["Layers", "Request", "Target", "VLMTarget", "find_targets", "vlm_targets"]
 

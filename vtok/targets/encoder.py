@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vtok.capabilities import EncoderMethod, encoder_reducer
 from vtok.config import MethodConfig, ModelInfo, Reducer
+from vtok.config.numbers import check_numbers
 from vtok.core.tokens import Site
 from vtok.core.tracker import TokenTracker
 from vtok.cost.budget import Budget, default_target, solve, steps_of
@@ -21,7 +22,6 @@ from vtok.patches.block import install as install_blocks
 from vtok.patches.module_swap import own_class
 from vtok.patches.protocol import Adapter, Tower
 from vtok.patches.transaction import all_or_nothing
-from vtok.plain import check_numbers
 from vtok.reports.forecast import Forecast
 from vtok.reports.results import Info, PlanReport
 from vtok.targets.base import Layers, Request, Target

@@ -20,10 +20,10 @@ from vtok.patches.decoder.kv_cache import cache_in
 from vtok.patches.decoder.masks import stored_in
 from vtok.patches.decoder.pass_state import Counts, Pruner
 from vtok.patches.hf_vlm import image_features as hf
-from vtok.patches.hf_vlm import tower_bridge as vlm_tower
 from vtok.patches.hf_vlm.examples import VLMExample
 from vtok.patches.hf_vlm.families import VLM, find
 from vtok.patches.hf_vlm.install import pruner_of
+from vtok.patches.hf_vlm.tower import bridge as vlm_tower
 from vtok.testing.encoder_oracle import Evidence
 from vtok.testing.tiny import vlm_prompts
 

@@ -13,9 +13,9 @@ from torch.torch_version import TorchVersion
 
 from vtok.errors import MissingExtraError
 from vtok.patches.hf_vlm import image_features as hf
-from vtok.patches.hf_vlm.example_pages import END, IMAGE, PAD, START
-from vtok.patches.hf_vlm.example_videos import VIDEO
 from vtok.patches.hf_vlm.examples import VLMExample
+from vtok.patches.hf_vlm.examples.pages import END, IMAGE, PAD, START
+from vtok.patches.hf_vlm.examples.videos import VIDEO
 from vtok.patches.hf_vlm.families import examples as vlms
 from vtok.patches.hf_vlm.families import find
 from vtok.patches.protocol import Example

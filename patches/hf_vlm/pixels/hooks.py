@@ -1,6 +1,6 @@
 """Hooks of a packed vision tower: fewer patches go in, and what comes out is put where the model expects it.
 
-Features of units that left are `DROPPED`, by which the rest of a patched model knows them (`vtok.patches.hf_vlm.tower_bridge`).
+Features of units that left are `DROPPED`, by which the rest of a patched model knows them (`vtok.patches.hf_vlm.tower.bridge`).
 If nothing leaves, nothing is touched.
 
 Shapes: U units of all images, K units that stay, m patches of a unit, D width.
@@ -18,7 +18,7 @@ from vtok.errors import UnsupportedModelError
 from vtok.patches.decoder.hooks import PrunerHook
 from vtok.patches.decoder.pass_state import Pruner, TowerCall
 from vtok.patches.hf_vlm.pixels import units
-from vtok.patches.hf_vlm.tower_bridge import DROPPED
+from vtok.patches.hf_vlm.tower.bridge import DROPPED
 from vtok.patches.precision import full_precision
 
 

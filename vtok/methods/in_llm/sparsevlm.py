@@ -37,9 +37,9 @@ from vtok.core.reduction import Fold
 from vtok.core.search_space import Blocks, BudgetCandidates, Point, Space
 from vtok.core.tokens import Place, Site, at_least_fp32
 from vtok.errors import ConfigError, shown
+from vtok.methods.in_llm.density_peaks import density_peaks
 from vtok.methods.in_llm.stages import check_stages, shares
 from vtok.methods.preset import Official
-from vtok.ops.density_peaks import density_peaks
 from vtok.ops.rows import rows_where, take_rows
 from vtok.ops.selection import kept_counts, kept_tokens, largest
 

@@ -32,8 +32,8 @@ from vtok.core.reduction import Plan
 from vtok.core.search_space import Blocks, Point, Space
 from vtok.core.tokens import AttentionView, Place, Site, TokenState, at_least_fp32
 from vtok.errors import ConfigError, shown
+from vtok.methods.ats.sampling import endpoint_samples, midpoint_samples
 from vtok.ops.rows import rows_where, with_prefix
-from vtok.ops.sampling import endpoint_samples, midpoint_samples
 from vtok.ops.selection import kept_tokens
 
 if TYPE_CHECKING:

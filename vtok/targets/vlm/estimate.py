@@ -21,8 +21,8 @@ from vtok.reports.results import PromptInfo, PromptRow
 from vtok.targets.encoder import estimate_cost
 from vtok.targets.last_pass import rows_of, tower_info
 from vtok.targets.resolve import run_of
-from vtok.targets.vlm_resolve import POSITIONS
-from vtok.targets.vlm_tower import PATCHES
+from vtok.targets.vlm.resolve import POSITIONS
+from vtok.targets.vlm.tower import PATCHES
 
 
 def planned(model: nn.Module, vlm: VLM, pruner: Pruner, prompt: Prompt) -> PromptEstimate:

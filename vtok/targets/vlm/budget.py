@@ -19,9 +19,9 @@ from vtok.patches.hf_vlm.macs import stated_image
 from vtok.patches.transaction import all_or_nothing
 from vtok.reports.prompt import PromptPlan, averaged, stated
 from vtok.targets.lifecycle import evaluated, temporarily, unpatch
-from vtok.targets.vlm_estimate import describe, planned
-from vtok.targets.vlm_resolve import POSITIONS, install, resolve
-from vtok.targets.vlm_tower import budget_candidates
+from vtok.targets.vlm.estimate import describe, planned
+from vtok.targets.vlm.resolve import POSITIONS, install, resolve
+from vtok.targets.vlm.tower import budget_candidates
 
 
 def budgeted(

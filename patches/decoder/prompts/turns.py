@@ -16,9 +16,9 @@ from torch import Tensor
 
 from vtok.errors import UnsupportedModelError
 from vtok.patches.decoder import masks
-from vtok.patches.decoder import packed_rows as packed
 from vtok.patches.decoder.kv_cache import PromptState, Stage, attach_state, cache_in, cached_length, state_of
 from vtok.patches.decoder.pass_state import PassState, Pruner
+from vtok.patches.decoder.prompts import packed
 
 _COUNTS = {
     "full_attention",

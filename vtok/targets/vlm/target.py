@@ -17,12 +17,12 @@ from vtok.patches.hf_vlm.families import VLM, supported
 from vtok.patches.hf_vlm.install import pruner_of, short_inputs
 from vtok.reports.prompt import PromptPlan
 from vtok.reports.results import Info
-from vtok.targets import vlm_budget
 from vtok.targets.base import Layers, Request, Target
 from vtok.targets.resolve import run_of
-from vtok.targets.vlm_estimate import describe
-from vtok.targets.vlm_resolve import calibrated, install, resolve
-from vtok.targets.vlm_tower import ON_GRID, describe_tower, place, tower_patched
+from vtok.targets.vlm import budget as budgets
+from vtok.targets.vlm.estimate import describe
+from vtok.targets.vlm.resolve import calibrated, install, resolve
+from vtok.targets.vlm.tower import ON_GRID, describe_tower, place, tower_patched
 
 
 class VLMTarget(Target):
@@ -54,7 +54,7 @@ class VLMTarget(Target):
         vlm = self.vlm.sized(stated.input_size)
         configs = calibrated(vlm, configs, request.calibration, measures)
         inputs = request.calibration if free else None
-        configs, budget = vlm_budget.budgeted(self.model, vlm, configs, request.flops, stated, inputs)
+        configs, budget = budgets.budgeted(self.model, vlm, configs, request.flops, stated, inputs)
         pruner = resolve(vlm, configs, request.positions, request.trace)
         pruner.budget = budget
         return pruner
@@ -71,7 +71,7 @@ class VLMTarget(Target):
         free = request.prompt is None and request.input_size is None
         vlm = self.vlm.sized(Prompt.of(request.prompt, request.input_size).input_size)
         configs = calibrated(vlm, configs, request.calibration, measures=free)
-        return vlm_budget.plan(self.model, vlm, configs, request.flops, request.prompt, request.input_size, request.calibration)
+        return budgets.plan(self.model, vlm, configs, request.flops, request.prompt, request.input_size, request.calibration)
 
     def describe(self, kernels: Sequence[str] | None = None) -> Info:
         tower = describe_tower(self.vlm)

@@ -14,11 +14,11 @@ from vtok.errors import ConfigError, UnsupportedModelError
 from vtok.patches.block import check
 from vtok.patches.decoder.pass_state import Pruner
 from vtok.patches.hf_packed.adapter import sized
-from vtok.patches.hf_vlm import tower_bridge as vlm_tower
 from vtok.patches.hf_vlm.families import VLM
 from vtok.patches.hf_vlm.install import pruner_of
 from vtok.patches.hf_vlm.pixels import hooks as pixel_hooks
-from vtok.patches.hf_vlm.tower_bridge import TowerBridge
+from vtok.patches.hf_vlm.tower import bridge as vlm_tower
+from vtok.patches.hf_vlm.tower.bridge import TowerBridge
 from vtok.patches.protocol import Tower
 from vtok.patches.transaction import all_or_nothing, to_the_end
 from vtok.reports.results import TowerInfo
@@ -26,7 +26,7 @@ from vtok.targets.encoder import ResolvedMethods, install, resolve
 from vtok.targets.last_pass import tower_info
 from vtok.targets.lifecycle import unpatch
 from vtok.targets.resolve import run_of
-from vtok.targets.vlm_sites import prompt_methods
+from vtok.targets.vlm.sites import prompt_methods
 
 PATCHES = str(Site(Place.PATCHES, 0))
 ON_GRID = (

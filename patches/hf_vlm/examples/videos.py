@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtok.patches.hf_vlm.example_pages import END, START, Inputs, padded, words
+from vtok.patches.hf_vlm.examples.pages import END, START, Inputs, padded, words
 
 VIDEO = 118
 

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vtok.patches.hf_vlm import example_pages as pages
-from vtok.patches.hf_vlm import example_videos as videos
-from vtok.patches.hf_vlm.example_pages import END, IMAGE, PAD, START, Inputs
-from vtok.patches.hf_vlm.example_videos import VIDEO
+from vtok.patches.hf_vlm.examples import pages, videos
+from vtok.patches.hf_vlm.examples.pages import END, IMAGE, PAD, START, Inputs
+from vtok.patches.hf_vlm.examples.videos import VIDEO
 
 _TEXT: dict[str, Any] = {
     "hidden_size": 64,

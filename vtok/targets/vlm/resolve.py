@@ -19,8 +19,8 @@ from vtok.patches.decoder.text_models import counts_columns
 from vtok.patches.hf_vlm.families import VLM
 from vtok.patches.hf_vlm.install import calibration_inputs, observed
 from vtok.patches.hf_vlm.install import install as install_hooks
-from vtok.targets.vlm_sites import check_probe, check_site, check_tower
-from vtok.targets.vlm_tower import check_readable, install_tower, resolve_in_tower
+from vtok.targets.vlm.sites import check_probe, check_site, check_tower
+from vtok.targets.vlm.tower import check_readable, install_tower, resolve_in_tower
 
 
 def check_positions(positions: str) -> None:

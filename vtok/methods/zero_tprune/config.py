@@ -26,8 +26,8 @@ from vtok.core.reduction import Plan
 from vtok.core.search_space import Blocks, BudgetCandidates, Dimension, Point, Real, Space, Weights
 from vtok.core.tokens import AttentionView, Place, Site, TokenState
 from vtok.errors import ConfigError, shown
-from vtok.ops.duplicates import METRICS, PARTITIONS, most_similar, split_halves
-from vtok.ops.graph import importance
+from vtok.methods.zero_tprune.duplicates import METRICS, PARTITIONS, most_similar, split_halves
+from vtok.methods.zero_tprune.graph import importance
 from vtok.ops.room import check_room
 from vtok.ops.rows import rows_where, with_prefix
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vtok.capabilities import EncoderMethod, Info, PromptMethod
+from vtok.config.numbers import BITS, countable, native
+from vtok.config.renamed import RenamedMethods
 from vtok.core.encoder import ModelInfo, Reducer
-from vtok.deprecated import RenamedMethods
 from vtok.errors import ConfigError, UnsupportedModelError, shown, unknown
-from vtok.plain import BITS, countable, native
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -14,7 +14,7 @@ from vtok.errors import StateError, UnsupportedModelError
 from vtok.patches.decoder import masks
 from vtok.patches.decoder.kv_cache import PromptState, cache_in, cached_length
 from vtok.patches.decoder.pass_state import PassState, Pruner, Recorded
-from vtok.patches.hf_vlm import tower_bridge as vlm_tower
+from vtok.patches.hf_vlm.tower import bridge as vlm_tower
 
 
 def holes_in(kwargs: Mapping[str, Any]) -> Tensor | None:

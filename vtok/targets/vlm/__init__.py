@@ -1,0 +1,1 @@
+"""Vision-language models: methods on their prompts and in their vision towers."""

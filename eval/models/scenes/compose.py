@@ -55,7 +55,7 @@ def draw_scene(split: str, number: int) -> Scene:
     """The scene of that number in `"train"` or `"test"`: always the same."""
     album, draw = load_album(split), random.Random(f"{split} {number}")
     image = _background(album, draw)
-    cells = list(product(range(GRID), repeat=2))
+    cells = list(product(range(GRID), range(GRID)))
     count = draw.randint(*THINGS_PER_SCENE)
     things = []
     for name, cell in zip(draw.sample(range(len(NAMES)), count), draw.sample(cells, count)):

@@ -167,12 +167,12 @@ def train(recipe: Recipe, checkpoint: Path, every: Every = EVERY) -> Any:
         loss = F.cross_entropy(logits, turns.wanted) + recipe.naming * naming_loss(model, crops, told(places), NOTHING)
         return loss + recipe.looking * looking_loss(model, states, positions, turns, places) if guided else loss
 
+    def said_of(split: str, source: Lessons) -> str:
+        line = answered(model, source.turns, lambda rows: connect(rows, source)[0], KINDS, 3)
+        return f"{split}: {line}"
+
     def test(number: int) -> str:
-        said = []
-        for split, source in held_out.items():
-            line = answered(model, source.turns, lambda rows, source=source: connect(rows, source)[0], KINDS, 3)
-            said.append(f"{split}: {line}")
-        return "\n".join(said)
+        return "\n".join(said_of(*one) for one in held_out.items())
 
     for number, stage in enumerate((recipe.answer, recipe.shorten), 1):
         training.run(number, stage, model, recipe.pages // recipe.batch_size, recipe.batch_size, loss_of, test)

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from vtok.config import Reducer
 from vtok.core.reduction import Plan, apply_plan
 from vtok.core.tokens import AttentionView, Place, Site, TokenState, add_bias, gather_mask, gather_positions, log_size_bias
-from vtok.core.tracker import TokenTracker
+from vtok.core.tracker import ForwardState, TokenTracker
 from vtok.errors import UnsupportedModelError
 from vtok.ops.rows import take_rows
 from vtok.patches.attention import place_taps, projected_view, sdpa, tapped_view
-from vtok.patches.module_swap import Mixin, check_forward, swap_class
+from vtok.patches.module_swap import Hook, Mixin, check_forward, swap_class
 from vtok.patches.padding import RealRows, alone, padding_of, plan_without_padding, real_rows
 from vtok.patches.precision import autocasts, full_precision
-from vtok.patches.protocol import Attend, Block, BlockSpec, Projected, Tower
+from vtok.patches.protocol import Attend, Block, BlockSpec, Projected, Tower, qualified_name
 
 
 @dataclass
@@ -94,10 +94,10 @@ class ReducingBlock(Mixin):
         link = self._vtok
         run, spec = link.run, link.spec
         rows = x.transpose(0, 1) if spec.seq_first else x  # [B, N, C]
-        done, state = run.enter(link.index, rows, self.training)
+        done, state = run.enter(link.index, rows, self.training, x)
         state = state.on(x.device)
         if link.seeds and state.real is None:
-            state = self._padded(rows, state, {**dict(zip(spec.args, args)), **kwargs})
+            state = self._padded(done, rows, state, {**dict(zip(spec.args, args)), **kwargs})
         idle = link.site is None and state.untouched
         if idle or len(args) > len(spec.args):  # upstream's code, upstream's bits; and its error, if it is called wrongly
             out = super().forward(x, *args, **kwargs)
@@ -115,7 +115,7 @@ class ReducingBlock(Mixin):
         run.leave(done, link.index, state, out)
         return out
 
-    def _padded(self, x: Tensor, state: TokenState, kwargs: dict[str, Any]) -> TokenState:
+    def _padded(self, run: ForwardState, x: Tensor, state: TokenState, kwargs: dict[str, Any]) -> TokenState:
         """The state that enters the first block, with what the mask says of padding."""
         link = self._vtok
         assert link.spec.padding_mask is not None
@@ -125,7 +125,7 @@ class ReducingBlock(Mixin):
         if found is None:
             return state
         keep = found.keep.expand(x.shape[0], -1)
-        return link.run.seed(state._replace(keep=keep, real=keep, masked=not found.alone))
+        return link.run.seed(run, state._replace(keep=keep, real=keep, masked=not found.alone))
 
     def _hides_nothing(self, kwargs: dict[str, Any]) -> bool:
         """Whether a mask was made for tracing alone; see `UnmaskedImages`."""
@@ -165,6 +165,8 @@ class ReducingBlock(Mixin):
     def _split(self, x: Tensor, state: TokenState, kwargs: dict[str, Any]) -> tuple[Tensor, TokenState]:
         link = self._vtok
         spec, attend, attn = link.spec, link.attend, link.spec.attention(self)
+        if link.stepwise and not torch.compiler.is_compiling():
+            _check_unseen(attn)
         place = None if link.site is None else link.site.place
         bias = kwargs.get(spec.mask)
         rope = kwargs.get(spec.rope) if spec.rope else None
@@ -207,6 +209,24 @@ class ReducingBlock(Mixin):
         return real if real is not None and alone(self, self._vtok.spec.attention(self)) else None
 
 
+def _check_unseen(attn: nn.Module) -> None:
+    """Raises if somebody looks at an attention module, or changed it, whose layers are called one by one."""
+    hooks = (*attn._forward_hooks.values(), *attn._forward_pre_hooks.values())
+    theirs = [hook for hook in hooks if not isinstance(hook, Hook) and not _records(hook)]
+    wrapped = "forward" in attn.__dict__ and "_hf_hook" not in attn.__dict__
+    if theirs or wrapped:
+        raise UnsupportedModelError(
+            f"somebody {'hooked' if theirs else 'replaced the forward of'} the {type(attn).__name__} of a block in which vtok "
+            "calls the layers of attention one by one, so that this would not run; put it on the layers inside (qkv, proj), or "
+            "choose a method that leaves attention whole, such as tome or random"
+        )
+
+
+def _records(hook: Any) -> bool:
+    """Whether transformers put a hook there to record outputs; what it misses is refused where it is asked for."""
+    return str(getattr(hook, "__module__", "")).startswith("transformers.")
+
+
 def _apart(real: RealRows, p: Projected) -> Projected:
     """Queries, keys and values of real rows alone, laid out as the padded batch."""
     q, k, v = (real.heads_apart(t) for t in (p.q, p.k, p.v))
@@ -215,9 +235,30 @@ def _apart(real: RealRows, p: Projected) -> Projected:
 
 def check(tower: Tower, steps: dict[int, tuple[Site, Reducer]]) -> None:
     """Raises whatever `install` and the adapter's `attach` would raise; changes nothing."""
+    first = min(steps, default=len(tower.blocks))
+    seen: dict[int, int] = {}
     for i, block in enumerate(tower.blocks):
-        _link(i, block, TokenTracker(0, 0, False, False), steps.get(i))
+        if seen.setdefault(id(block.module), i) != i:
+            raise UnsupportedModelError(
+                f"blocks {seen[id(block.module)]} and {i} are one {type(block.module).__name__}, which runs several times in a "
+                "pass; vtok tells blocks apart by their modules. Give the tower a copy of it for every place (the copies may "
+                "share their weights)"
+            )
+        link = _link(i, block, TokenTracker(0, 0, False, False), steps.get(i))
+        if i >= first:
+            _check_own(i, block, link.stepwise)
         check_forward(block.module, block.spec.mixin or ReducingBlock)
+
+
+def _check_own(index: int, block: Block, stepwise: bool) -> None:
+    """Raises if a class of somebody's own has a forward that would not run."""
+    for own in (block.own_forward, block.own_attention if stepwise else None):
+        if own is not None:
+            raise UnsupportedModelError(
+                f"block {index}: {qualified_name(own)} has a forward of its own, which vtok would not run where tokens leave: "
+                "there it calls the children one by one, as the class is built that this one derives from. Put what is "
+                "different into children (norms, projections, MLP), or describe the class to vtok (CONTRIBUTING.md)"
+            )
 
 
 def install(blocks: tuple[Block, ...], run: TokenTracker, steps: dict[int, tuple[Site, Reducer]]) -> None:

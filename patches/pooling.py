@@ -93,8 +93,16 @@ class DenseOutputs(Mixin):
             if not grid or not self._off_grid(indices):
                 raise
             raise StateError(_OFF_GRID) from error
+        self._vtok_left(out)
         if grid and self._off_grid(indices):  # numbers that happen to divide would fill a grid with nonsense
             raise StateError(_OFF_GRID)
+        return out
+
+    def _vtok_left(self, out: Any) -> Any:
+        """Notes whose tokens these are, for a head that is called later."""
+        tokens = out[0] if isinstance(out, tuple) else out
+        if isinstance(tokens, Tensor):
+            self._vtok_run.remember(tokens, self._vtok_run.current, self._vtok_run.current.final)
         return out
 
     def _off_grid(self, indices: Any) -> bool:
@@ -108,6 +116,10 @@ class DenseOutputs(Mixin):
 class PatchedTrunk(DenseOutputs):
     """Mixin for timm trunks: average and maximum pooling over reduced tokens."""
 
+    def forward_features(self, *args: Any, **kwargs: Any) -> Any:
+        upstream: Any = super()
+        return self._vtok_left(upstream.forward_features(*args, **kwargs))
+
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         upstream: Any = super()
         return self._pool_reduced(x, upstream.pool, pool_type)
@@ -117,7 +129,7 @@ class PatchedTrunk(DenseOutputs):
         return self._pool_reduced(x, upstream._pool, pool_type)
 
     def _pool_reduced(self, x: Tensor, upstream: Any, pool_type: str | None) -> Tensor:
-        state = self._vtok_run.current.final
+        state = self._vtok_run.state_of(x)
         kind: Any = self.global_pool if pool_type is None else pool_type
         attends = getattr(self, "attn_pool", None) is not None
         if state is None or plain(state) or attends or kind not in ("avg", "max", "avgmax"):
@@ -129,7 +141,7 @@ class HeadPooledTrunk(PatchedTrunk):
     """Mixin for trunks that average the patches inside `forward_head` (BEiT)."""
 
     def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        state = self._vtok_run.current.final
+        state = self._vtok_run.state_of(x)
         upstream: Any = super()
         if state is not None and not plain(state) and self.global_pool == "avg":
             mean = weighted_mean(x, state, state.num_prefix)  # handed on as the one patch, whose plain mean it is

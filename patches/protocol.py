@@ -15,6 +15,7 @@ from vtok.config import ModelInfo
 from vtok.core.tokens import Rope
 from vtok.core.tracker import TokenTracker
 from vtok.cost.encoder import TowerCost
+from vtok.patches.module_swap import Mixin
 
 
 class Projected(NamedTuple):
@@ -149,11 +150,21 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class Block:
-    """One block of a tower with its description."""
+    """One block of a tower with its description.
+
+    Attributes:
+        module: the block.
+        spec: how it is built.
+        attend: how its attention is.
+        own_forward: the class of the block whose forward runs, if the description is that of a class it derives from.
+        own_attention: the same of its attention.
+    """
 
     module: nn.Module
     spec: BlockSpec
     attend: Attend
+    own_forward: type | None = None
+    own_attention: type | None = None
 
     @property
     def attention(self) -> nn.Module:
@@ -272,3 +283,16 @@ def qualified_name(cls: type) -> str:
 def look_up(module: nn.Module, table: dict[str, Any]) -> Any | None:
     """The entry for a module's class or nearest base, by qualified name: nothing is imported to recognise it."""
     return next((table[name] for name in map(qualified_name, type(module).__mro__) if name in table), None)
+
+
+def own_forward(module: nn.Module, table: dict[str, Any]) -> type | None:
+    """The class whose forward a module runs, if `look_up` finds the entry of a class that this one derives from: what the table
+    says need not hold for it."""
+    for cls in type(module).__mro__:
+        if issubclass(cls, Mixin):
+            continue
+        if qualified_name(cls) in table:
+            return None
+        if "forward" in vars(cls):
+            return cls
+    return None

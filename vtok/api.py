@@ -276,14 +276,15 @@ def _place(targets: list[Target], config: MethodConfig) -> str:
 
 
 def unmerge(model: nn.Module, tokens: Tensor, fill: float = 0.0) -> Tensor:
-    """Puts the tokens [B, N, C] of the last forward pass back on the original grid: [B, N0, C], prefix first.
+    """Puts the tokens [B, N, C] of a forward pass back on the original grid: [B, N0, C], prefix first.
 
-    The model must be patched with `trace=True`. Merged tokens share their features, dropped ones get `fill`.
+    Tokens that `forward_features` or a block returned are known again; others are taken for those of the last pass. The model
+    must be patched with `trace=True`. Merged tokens share their features, dropped ones get `fill`.
     """
     run = run_of(model)
     if run is None or run.current.final is None:
         raise StateError("unmerge needs a patched model that has just run; patch it with trace=True and call it first")
-    return reduction.unmerge(tokens, run.current.final, fill)
+    return reduction.unmerge(tokens, run.known_state(tokens) or run.current.final, fill)
 
 
 def save_config(model: nn.Module, path: str | os.PathLike) -> None:

@@ -23,7 +23,7 @@ from vtok.patches.hf_packed.block import PackedBlock
 from vtok.patches.hf_packed.units import first_state
 from vtok.patches.macs import linear_macs, position_macs
 from vtok.patches.module_swap import Hook
-from vtok.patches.protocol import Block, BlockSpec, Example, Tower, look_up, qualified_name
+from vtok.patches.protocol import Block, BlockSpec, Example, Tower, look_up, own_forward, qualified_name
 
 _SIDE = 448  # pixels of the image for which numbers are stated where no size is: half an edge of a photograph
 
@@ -175,7 +175,7 @@ def _block(tower: str, index: int, block: Any) -> Block:
     spec = look_up(block, BLOCKS)
     if spec is None or not all(hasattr(block.attn, name) for name in ("qkv", "proj", "scaling")):
         raise UnsupportedModelError(f"block {index} of {tower} holds a {qualified_name(type(block))}, which vtok cannot patch")
-    return Block(block, spec, _ATTEND)
+    return Block(block, spec, _ATTEND, own_forward(block, BLOCKS))
 
 
 class Frames(Hook):

@@ -14,7 +14,7 @@ from vtok.patches.hf_vision.heads import HeadEnds, HeadStarts, MeanInput, MeanOu
 from vtok.patches.hf_vision.tables import ATTENTIONS, BLOCKS, OWNERS, TOWERS, OwnerSpec, TowerSpec, release
 from vtok.patches.macs import block_cost, linear_macs, position_macs
 from vtok.patches.pooling import PoolBias
-from vtok.patches.protocol import Block, Example, Tower, look_up, qualified_name
+from vtok.patches.protocol import Block, Example, Tower, look_up, own_forward, qualified_name
 from vtok.patches.stems import ConvStem, StatedStem, UnmaskedImages, UnmaskedImagesEnd
 
 
@@ -157,7 +157,7 @@ def _block(tower: str, index: int, block: nn.Module) -> Block:
             f"block {index} of {tower} holds a {qualified_name(type(odd))}, which vtok cannot patch "
             f"(older versions of transformers build some of these differently); supported: {HfAdapter.supported}"
         )
-    return Block(block, spec, attend)
+    return Block(block, spec, attend, own_forward(block, BLOCKS), own_forward(attention, ATTENTIONS))
 
 
 def _spec(tower: Tower) -> TowerSpec:

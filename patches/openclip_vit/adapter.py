@@ -20,7 +20,7 @@ from vtok.patches.macs import block_cost, linear_macs, position_macs
 from vtok.patches.module_swap import swap_class
 from vtok.patches.openclip_vit.attention import OpenClipAttention, TorchAttention, added_mask, excluding_mask
 from vtok.patches.pooling import DenseOutputs, PoolBias, plain, weighted_mean
-from vtok.patches.protocol import Adapter, Attend, Block, BlockSpec, Example, Tower, look_up, qualified_name
+from vtok.patches.protocol import Adapter, Attend, Block, BlockSpec, Example, Tower, look_up, own_forward, qualified_name
 from vtok.patches.stems import ConvStem
 
 _PRE_NORM: dict[str, Any] = {"attn": "attn", "pre1": ("ln_1",), "pre2": ("ln_2",), "post2": ("ls_2",)}
@@ -158,7 +158,8 @@ def _block(index: int, block: Any) -> Block:
             f"block {index} uses scaled cosine attention, which open_clip itself cannot run; supported: "
             + OpenClipAdapter.supported
         )
-    return Block(block, replace(spec, seq_first=not getattr(block.attn, "batch_first", True)), attend)
+    spec = replace(spec, seq_first=not getattr(block.attn, "batch_first", True))
+    return Block(block, spec, attend, own_forward(block, BLOCKS), own_forward(block.attn, ATTENTIONS))
 
 
 def _names(module: nn.Module) -> tuple[str, str]:

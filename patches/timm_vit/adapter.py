@@ -17,7 +17,7 @@ from vtok.patches.macs import block_cost, linear_macs, position_macs, shape_only
 from vtok.patches.module_swap import swap_class
 from vtok.patches.padding import by_pairs
 from vtok.patches.pooling import HeadPooledTrunk, PatchedTrunk, PoolBias
-from vtok.patches.protocol import Attend, Block, BlockSpec, Example, Tower, look_up, qualified_name
+from vtok.patches.protocol import Attend, Block, BlockSpec, Example, Tower, look_up, own_forward, qualified_name
 from vtok.patches.stems import ImageStem, grid_of
 from vtok.patches.timm_vit.attention import (
     TimmAttention,
@@ -79,7 +79,7 @@ class TimmAdapter:
 
     def _tower(self, path: str, module: Any, stack: nn.Module, input_size: tuple[int, int, int] | None) -> Tower:
         name = type(module).__name__
-        blocks = tuple(_block(name, i, block) for i, block in enumerate(stack.children()))
+        blocks = tuple(_block(name, i, block) for i, block in enumerate(stack))
         if not blocks:
             raise UnsupportedModelError(f"{name} has no blocks left to patch")
         size = input_size or _native_size(module)
@@ -153,7 +153,7 @@ def _block(tower: str, index: int, block: nn.Module) -> Block:
             f"block {index} of {tower} attends with {qualified_name(type(attention))}, which vtok does not know; known: "
             + ", ".join(sorted(ATTENTIONS))
         )
-    return Block(block, spec, attend)
+    return Block(block, spec, attend, own_forward(block, BLOCKS), own_forward(attention, ATTENTIONS))
 
 
 def _patch_embed(trunk: Any) -> Any:

@@ -1,15 +1,19 @@
 """`TokenTracker`: what a patched tower remembers of a forward pass. One `TokenState` per block boundary, indexed, never popped.
 
-Every thread has its own passes. A block that gradient checkpointing computes again during backward finds the pass that it
-belongs to by the address of its input, which the checkpoint keeps alive: a newer pass cannot be mistaken for it.
+Every thread has its own passes. What leaves a block, or the tower, is known again by identity for as long as somebody holds it,
+so that passes may be mixed: two streams block by block, features of many batches and then their heads. Tokens that are not
+known again, because somebody changed them on the way, belong to the thread's last pass. A block that gradient checkpointing
+computes again during backward finds the pass that it belongs to by the address of its input, which the checkpoint keeps alive:
+a newer pass cannot be mistaken for it.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,18 +26,22 @@ _TRAINING_PASSES = 16  # forward passes remembered for a later backward (gradien
 
 
 def _address(x: Tensor) -> int:
-    return 0 if isinstance(x, FakeTensor) else x.data_ptr()  # fake tensors have no memory
+    if isinstance(x, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return 0  # fake tensors, and those of torch.func, have no memory of their own
+    return x.data_ptr()
 
 
 class ForwardState:
     """One forward pass: `states[i]` is the state that enters block i, `states[depth]` what leaves the last block."""
 
-    __slots__ = ("length", "seen", "states")
+    __slots__ = ("again", "length", "ran", "seen", "states")
 
-    def __init__(self, depth: int):
+    def __init__(self, depth: int, again: bool = False):
         self.states: list[TokenState | None] = [None] * (depth + 1)
         self.seen: list[int] = [0] * (depth + 1)  # address of the tensor that entered block i
         self.length = 0  # tokens that entered block 0
+        self.ran = 0  # the boundary behind the last block that ran
+        self.again = again  # whether backward computes this pass again
 
     @property
     def final(self) -> TokenState | None:
@@ -47,6 +55,23 @@ class ForwardState:
         """Tokens (rows, padding included) that entered block i; `i = depth` for what left the last block."""
         state = self.states[i]
         return self.length if state is None or state.index is None else state.index.shape[1]
+
+
+class _Known(NamedTuple):
+    """Tokens that left a block or the tower, and what is known of them."""
+
+    tokens: weakref.ref[Tensor]
+    run: ForwardState
+    state: TokenState
+
+
+class _Resumed(NamedTuple):
+    """The block that backward computed last: its pass, the next block, the address of that block's input, the backward."""
+
+    run: ForwardState
+    block: int
+    address: int
+    task: int
 
 
 class TokenTracker:
@@ -68,7 +93,8 @@ class TokenTracker:
 
     def _forget(self) -> None:
         self._passes: dict[int, deque[ForwardState]] = {}  # by thread
-        self._resumed: dict[int, tuple[ForwardState, int, int]] = {}  # by thread: pass, next block, address of its input
+        self._resumed: dict[int, _Resumed] = {}  # by thread
+        self._known: dict[int, _Known] = {}  # by id of the tokens, for as long as they live
         self._taps: dict[int, dict[str, Tensor]] = {}  # by thread
         # Compiled graphs trace these: they cannot ask for a thread's name.
         self._traced = ForwardState(self.depth)
@@ -86,8 +112,62 @@ class TokenTracker:
         """This thread's running or last pass."""
         if torch.compiler.is_compiling() or self._traced_last:
             return self._traced
+        resumed = self._resumed.get(threading.get_ident())
+        if resumed is not None and resumed.task == torch._C._current_graph_task_id() and resumed.run.states[-1] is not None:
+            return resumed.run  # what follows the last block is computed again with it
         passes = self._passes.get(threading.get_ident())
         return passes[-1] if passes else self._traced
+
+    def remember(self, x: Tensor, run: ForwardState, state: TokenState | None) -> None:
+        """Notes whose tokens `x` are, for as long as they live."""
+        if torch.compiler.is_compiling() or state is None:
+            return
+        known, key = self._known, id(x)
+        known[key] = _Known(weakref.ref(x, lambda _: known.pop(key, None)), run, state)
+
+    def known_state(self, x: Tensor) -> TokenState | None:
+        """The state of tokens that are known again, or `None`."""
+        known = self._recall(x)
+        return None if known is None else known.state
+
+    def _recall(self, x: Tensor) -> _Known | None:
+        found = None if torch.compiler.is_compiling() else self._known.get(id(x))
+        return found if found is not None and found.tokens() is x else None
+
+    def state_of(self, x: Tensor) -> TokenState | None:
+        """The state of tokens that left the tower; its pass is the current one from now on. `None` = none has run.
+
+        Raises:
+            StateError: they are fewer or more than what left the last pass, and no other pass is known to have left them.
+        """
+        known = self._recall(x)
+        if known is not None:
+            self._select(known.run)
+            return known.state
+        state = self.current.final
+        if not torch.compiler.is_compiling() and state is not None and (state.size is not None or state.keep is not None):
+            self._check_shape(x, state, "what follows the blocks was", "left the last pass")
+        return state
+
+    def _select(self, run: ForwardState) -> None:
+        """Makes a pass the current one of this thread."""
+        if run is self._traced or run.again:
+            return
+        self._traced_last = False
+        passes = self._passes_of(threading.get_ident())
+        if not passes or passes[-1] is not run:
+            if run in passes:
+                passes.remove(run)
+            passes.append(run)
+
+    @staticmethod
+    def _check_shape(x: Tensor, state: TokenState, who: str, where: str) -> None:
+        if x.ndim == 3 and state.index is not None and state.entered is None and x.shape[:2] != state.index.shape[:2]:
+            images, tokens = state.index.shape
+            raise StateError(
+                f"{who} given {x.shape[1]} tokens of {x.shape[0]} images, but {tokens} of {images} {where}; vtok knows of "
+                "every token which patches it stands for, so images or tokens cannot be added or taken out on the way"
+            )
 
     @property
     def taps(self) -> dict[str, Tensor]:
@@ -135,10 +215,10 @@ class TokenTracker:
     def _me() -> int:
         return 0 if torch.compiler.is_compiling() else threading.get_ident()  # compiled graphs cannot ask for a thread
 
-    def enter(self, i: int, x: Tensor, training: bool) -> tuple[ForwardState, TokenState]:
+    def enter(self, i: int, x: Tensor, training: bool, given: Tensor | None = None) -> tuple[ForwardState, TokenState]:
         """The pass that block i runs in, and the state of the tokens x [B, N, C] that enter it.
 
-        Block 0 opens a pass, whichever entry point was called.
+        Block 0 opens a pass, whichever entry point was called. `given`: what the block was called with, where that is not x.
 
         Raises:
             StateError: block i runs with no pass open, or is computed again for a pass that is no longer known.
@@ -147,54 +227,94 @@ class TokenTracker:
             run = self._traced
             self._traced_last = True
         elif torch._C._current_graph_task_id() != -1:  # inside backward: a checkpoint computes this block again
-            return self._resume(i, x)
+            return self._resume(i, x, x if given is None else given)
         else:
-            run = self._open(training) if i == 0 else self.current
+            known = self._recall(x if given is None else given)
+            if i == 0:
+                run = self._open(training)
+            else:
+                run = self.current if known is None else known.run
+                self._select(run)
             run.seen[i] = _address(x)
-        start = self._announced_rows() if i == 0 else None
-        if start is not None:
-            run.length, run.states[0] = start.length, start
-        elif i == 0:
-            run.length = x.shape[1]
-            grid, group = self._announced(x.shape[1] - self.num_prefix), self._identity(x) if self.trace else None
-            run.states[0] = TokenState(self.num_prefix, x.shape[1], group=group, grid=grid)
+            if known is not None:
+                run.length = known.run.length
+                run.states[i] = known.state
+                return run, known.state
+        if i == 0:
+            self._start(run, x)
+        elif not torch.compiler.is_compiling() and run is not self._traced and run.states[i] is None:
+            run.states[i] = run.states[run.ran]  # blocks in between were left out
         state = run.states[i]
         if state is None:
             raise StateError(f"block {i} was called although block 0 has not run; a patched tower runs from its first block")
+        if not torch.compiler.is_compiling() and i > 0:
+            if run.ran > i:
+                raise StateError(
+                    f"block {i} was given tokens of which vtok does not know what they stand for: block {run.ran - 1} ran "
+                    "before it, and these are not what a block left. A patched tower runs its blocks in order, on what the "
+                    "block before returned"
+                )
+            self._check_shape(x, state, f"block {i} was", f"left block {run.ran - 1}")
         return run, state
 
-    def seed(self, state: TokenState) -> TokenState:
-        """Makes `state` the one that enters block 0 of this thread's pass: some of its tokens are padding."""
-        self.current.states[0] = state
+    def _start(self, run: ForwardState, x: Tensor) -> None:
+        """Fills in what enters block 0."""
+        start = self._announced_rows()
+        if start is not None:
+            run.length, run.states[0] = start.length, start
+            return
+        run.length = x.shape[1]
+        grid, group = self._announced(x.shape[1] - self.num_prefix), self._identity(x) if self.trace else None
+        run.states[0] = TokenState(self.num_prefix, x.shape[1], group=group, grid=grid)
+
+    @staticmethod
+    def seed(run: ForwardState, state: TokenState) -> TokenState:
+        """Makes `state` the one that enters block 0 of a pass: some of its tokens are padding."""
+        run.states[0] = state
         return state
 
     def leave(self, run: ForwardState, i: int, state: TokenState, x: Tensor) -> None:
         """Records what leaves block i, in the pass that `enter` named."""
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            self._resumed[threading.get_ident()] = (run, i + 1, _address(x))
-            return
         run.states[i + 1] = state
+        if torch.compiler.is_compiling():
+            return
+        if run is not self._traced:  # of which compiled blocks do not say how far it is
+            run.ran = i + 1
+        self.remember(x, run, state)
+        task = torch._C._current_graph_task_id()
+        if task != -1:
+            self._resumed[threading.get_ident()] = _Resumed(run, i + 1, _address(x), task)
 
     def _open(self, training: bool) -> ForwardState:
         me = threading.get_ident()
         run = ForwardState(self.depth)
         self._traced_last = False
         self._taps.pop(me, None)  # of a pass that an error ended inside a block
+        passes = self._passes_of(me)
+        if not training:
+            passes.clear()
+        passes.append(run)
+        return run
+
+    def _passes_of(self, me: int) -> deque[ForwardState]:
         passes = self._passes.get(me)
         if passes is None:
             with self._lock:
                 alive = {t.ident for t in threading.enumerate()}
                 self._passes = {ident: p for ident, p in self._passes.items() if ident in alive}
                 passes = self._passes[me] = deque(maxlen=_TRAINING_PASSES)
-        if not training:
-            passes.clear()
-        passes.append(run)
-        return run
+        return passes
 
-    def _resume(self, i: int, x: Tensor) -> tuple[ForwardState, TokenState]:
-        me, address = threading.get_ident(), _address(x)
-        if i > 0 and self._resumed.get(me, (None, 0, 0))[1:] == (i, address):  # follows the block computed just before
-            run = self._resumed[me][0]
+    def _resume(self, i: int, x: Tensor, given: Tensor) -> tuple[ForwardState, TokenState]:
+        me, address, known = threading.get_ident(), _address(x), self._recall(given)
+        last = self._resumed.get(me)
+        if known is not None and known.run.again:  # follows a block that was computed again
+            return known.run, known.state
+        if i > 0 and last is not None and (last.block, last.address) == (i, address):
+            run = last.run
+        elif i == 0 and self._begins():  # the stem was computed again, too
+            run = ForwardState(self.depth, again=True)
+            self._start(run, x)
         else:
             found = next((p for p in self._recent() if p.seen[i] == address), None)
             if found is None:
@@ -203,11 +323,16 @@ class TokenTracker:
                     f"{_TRAINING_PASSES} (or the model was in eval mode, where one is kept); call backward sooner, or do "
                     "not checkpoint"
                 )
-            run = found
-            self._resumed[me] = (run, i, address)
+            run = ForwardState(self.depth, again=True)
+            run.length, run.states[i] = found.length, found.states[i]
         state = run.states[i]
         assert state is not None
         return run, state
+
+    def _begins(self) -> bool:
+        """Whether a stem of this thread has announced what enters block 0 next."""
+        me = threading.get_ident()
+        return me in self._grids or me in self._starts
 
     def _recent(self) -> Iterator[ForwardState]:
         """All known passes, newest first within a thread (backward may run in another thread than forward)."""

@@ -283,7 +283,7 @@ def _check_layer(model: Any, taps: TowerTaps, layers: Any) -> None:
     if block in taps.blocks and feature_block(layers, taps.depth) != block:
         raise StateError(
             f"the method looks at block {block} of the vision tower, but with vision_feature_layer={layers} the features come "
-            "from another; another than the config's cannot be passed to a patched model: set it in the config, then patch"
+            "from another; no other than the config's can be passed to this method: set it in the config first, then patch"
         )
 
 

@@ -182,6 +182,26 @@ def test_what_is_refused():
         vtok.patch(build("LLaVA-1.5"), Looking(blocks=(7,)))
 
 
+def test_features_of_another_layer_than_the_one_that_is_looked_at():
+    """A layer that a call names moves the features away from the block whose attention chooses among them."""
+    values = inputs("LLaVA-1.5")
+    model = vtok.patch(build("LLaVA-1.5"), "fastervlm", keep=0.5)
+    call = "with vision_feature_layer=-2 the features come from another"
+    with torch.no_grad():
+        expected = model(**copy.copy(values)).logits
+        for same in (-1, 2, None):
+            assert torch.equal(model(**copy.copy(values), vision_feature_layer=same).logits, expected)
+    with pytest.raises(vtok.StateError, match=f"looks at block 1 of the vision tower, but {call}"):
+        model(**copy.copy(values), vision_feature_layer=-2)
+    with pytest.raises(vtok.StateError, match=call):
+        generate(model, values, vision_feature_layer=-2)
+    with pytest.raises(vtok.StateError, match=call):
+        vtok.prune_inputs(vtok.unpatch(model), {**values, "vision_feature_layer": -2}, "fastervlm", keep=0.5)
+    vtok.patch(model, "uniform", keep=0.5)  # looks at no block
+    with torch.no_grad():
+        assert model(**copy.copy(values), vision_feature_layer=-2).logits.isfinite().all()
+
+
 def test_the_block_that_the_features_come_from():
     assert [feature_block(layer, 24) for layer in (-2, -1, 24, 1)] == [22, 23, 23, 0]
     assert feature_block([-2, -5, 6], 24) == 22

@@ -26,6 +26,7 @@ from vtok.errors import StateError
 from vtok.patches.block import Link, chain
 from vtok.patches.hf_vlm.encoded import Note, note_of, noted
 from vtok.patches.hf_vlm.generic.outputs import feature_list
+from vtok.patches.hf_vlm.tower_bridge import feature_block
 from vtok.patches.module_swap import Hook, Mixin, brought, leaves, remove_hooks, swap_class, weights_of
 from vtok.patches.padding import padding_of
 from vtok.patches.precision import as_now
@@ -132,8 +133,8 @@ def _each(view: AttentionView, change: Callable[[Tensor], Tensor]) -> AttentionV
 class TowerTaps:
     """Which blocks are looked at, and what this thread has caught in them. Shared by the hooks of one model."""
 
-    def __init__(self, blocks: Sequence[int]):
-        self.blocks = tuple(blocks)
+    def __init__(self, blocks: Sequence[int], depth: int = 0):
+        self.blocks, self.depth = tuple(blocks), depth  # blocks of the tower, once they are hooked
         self._local = threading.local()
 
     @property
@@ -159,6 +160,7 @@ class TowerTaps:
 
     def hook(self, tower: Tower) -> None:
         """Hooks the blocks."""
+        self.depth = len(tower.blocks)
         for i in self.blocks:
             block = tower.blocks[i]
             tap = BlockTap(self, i, block.spec, block.attend, tower.num_prefix)
@@ -183,10 +185,10 @@ class TowerTaps:
         return isinstance(hook, (BlockTap, OutputTap)) and hook.taps is self
 
     def __getstate__(self) -> dict[str, Any]:  # what a thread holds is neither copied nor pickled
-        return {"blocks": self.blocks}
+        return {"blocks": self.blocks, "depth": self.depth}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
-        self.__init__(saved["blocks"])  # type: ignore[misc]
+        self.__init__(saved["blocks"], saved["depth"])  # type: ignore[misc]
 
 
 class BlockTap(Hook):
@@ -255,11 +257,12 @@ def watched(model: nn.Module, function: Callable[..., Any], taps: TowerTaps) -> 
 
     @functools.wraps(function)
     def encode(*args: Any, **kwargs: Any) -> Any:
+        named = {**dict(zip(inspect.signature(function).parameters, args)), **kwargs}
+        _check_layer(model, taps, named.get("vision_feature_layer"))
         with taps.watching() as blocks, weights_of(model):
             output = function(*args, **kwargs)
         if isinstance(output, tuple):
             return output
-        named = {**dict(zip(inspect.signature(function).parameters, args)), **kwargs}
         call = {name: value for name, value in named.items() if not name.startswith("pixel_values")}
         pixels = named.get("pixel_values")
         if isinstance(pixels, Tensor) and pixels.ndim >= 4:  # [..., C, H, W]
@@ -269,6 +272,19 @@ def watched(model: nn.Module, function: Callable[..., Any], taps: TowerTaps) -> 
         return noted(output, Note(blocks, call, feature_list(output)))
 
     return encode
+
+
+def _check_layer(model: Any, taps: TowerTaps, layers: Any) -> None:
+    """The block that the features come from, which the method was told to look at, is still the config's."""
+    usual = getattr(model.config, "vision_feature_layer", None)
+    if layers is None or usual is None or not taps.depth:
+        return
+    block = feature_block(usual, taps.depth)
+    if block in taps.blocks and feature_block(layers, taps.depth) != block:
+        raise StateError(
+            f"the method looks at block {block} of the vision tower, but with vision_feature_layer={layers} the features come "
+            "from another; no other than the config's can be passed to this method: set it in the config first, then patch"
+        )
 
 
 def seen(output: Any, blocks: Sequence[int]) -> Note:

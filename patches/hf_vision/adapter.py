@@ -157,7 +157,7 @@ def _block(tower: str, index: int, block: nn.Module) -> Block:
             f"block {index} of {tower} holds a {qualified_name(type(odd))}, which vtok cannot patch "
             f"(older versions of transformers build some of these differently); supported: {HfAdapter.supported}"
         )
-    return Block(block, spec, attend, own_forward(block, BLOCKS), own_forward(attention, ATTENTIONS))
+    return Block(block, spec, attend, own_forward(block, BLOCKS), own_forward(spec.attention(block), ATTENTIONS))
 
 
 def _spec(tower: Tower) -> TowerSpec:

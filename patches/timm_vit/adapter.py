@@ -77,7 +77,7 @@ class TimmAdapter:
                 found.append(self._tower(path, module, stack, input_size))
         return found
 
-    def _tower(self, path: str, module: Any, stack: nn.Module, input_size: tuple[int, int, int] | None) -> Tower:
+    def _tower(self, path: str, module: Any, stack: Any, input_size: tuple[int, int, int] | None) -> Tower:
         name = type(module).__name__
         blocks = tuple(_block(name, i, block) for i, block in enumerate(stack))
         if not blocks:

@@ -26,7 +26,7 @@ from vtok.errors import StateError
 from vtok.patches.block import Link, chain
 from vtok.patches.hf_vlm.encoded import Note, note_of, noted
 from vtok.patches.hf_vlm.generic.outputs import feature_list
-from vtok.patches.hf_vlm.tower_bridge import feature_block
+from vtok.patches.hf_vlm.tower.bridge import feature_block
 from vtok.patches.module_swap import Hook, Mixin, brought, leaves, remove_hooks, swap_class, weights_of
 from vtok.patches.padding import padding_of
 from vtok.patches.precision import as_now

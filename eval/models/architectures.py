@@ -85,8 +85,9 @@ def sample_prompts(model: nn.Module, batch_size: int, prompt: Prompt | None = No
     token, vocabulary = vlm.tokens["image"], vlm.text.config.vocab_size
     image = stated_image(vlm, prompt.input_size)
     words = torch.randint(3, vocabulary, (batch_size, prompt.text_tokens), generator=generator)
+    plain = next(word for word in range(3, vocabulary) if word not in vlm.tokens.values())
     for special in vlm.tokens.values():
-        words[words == special] = 3
+        words[words == special] = plain
     each = torch.full((batch_size, image.tokens), token)
     parts, at = [words[:, :_FRONT], each], _FRONT
     for _ in range(prompt.images - 1):  # a word between images, as templates have it

@@ -134,6 +134,13 @@ def test_prompts_of_noise_hold_what_is_stated(name, size):
     assert all(torch.equal(values[key], again[key]) for key in values)
 
 
+def test_words_of_noise_are_no_image_tokens_whatever_their_number():
+    model = build("LLaVA-1.5")
+    model.config.image_token_id = 3  # as tokenizers of a few words have it
+    ids = sample_prompts(model, 8, vtok.Prompt(text_tokens=64))["input_ids"]
+    assert bool(((ids == 3).sum(1) == ids.shape[1] - 64).all())
+
+
 def test_the_scaled_llava_has_the_shares_of_the_real_one():
     plan = vtok.plan(prompts.build("llava-1.5-scaled", meta=True), "uniform", keep=0.1, prompt={"text_tokens": 64})
     e = plan.estimate

@@ -50,11 +50,16 @@ def tapped_view(
     """The view of a block whose attention ran by itself, from what the hooks caught.
 
     Raises:
-        StateError: a layer that is looked at was replaced, and the hook went with the old one.
+        StateError: a layer that is looked at was replaced, and the hook went with the old one; or it did not run.
     """
+    taps = run.taps
     if not torch.compiler.is_compiling():
         _check_taps(attend, attn, needs)
-    taps = run.taps
+        if missed := sorted({attend.taps[name].child for name in needs if name not in taps}):
+            raise StateError(
+                f"the forward of this {type(attn).__name__} does not call its {' and '.join(missed)}, which the method looks "
+                "at; let it call them, or choose a method that does not look at attention, such as random"
+            )
     q, k, v = (_heads_first(taps.pop(n), attend, attend.taps[n], attn) if n in taps else None for n in ("q", "k", "v"))
     k_rot = k
     if q is not None and rope is not None:  # taps lie before the rotation; probabilities need it after

@@ -5,6 +5,7 @@ Shapes: B batch, N tokens, C width, H heads, D head dim.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -287,12 +288,10 @@ def look_up(module: nn.Module, table: dict[str, Any]) -> Any | None:
 
 def own_forward(module: nn.Module, table: dict[str, Any]) -> type | None:
     """The class whose forward a module runs, if `look_up` finds the entry of a class that this one derives from: what the table
-    says need not hold for it."""
-    for cls in type(module).__mro__:
-        if issubclass(cls, Mixin):
-            continue
-        if qualified_name(cls) in table:
-            return None
-        if "forward" in vars(cls):
-            return cls
-    return None
+    says need not hold for it. A forward that was only wrapped, as transformers wraps that of every class of layers, is none."""
+    classes = [cls for cls in type(module).__mro__ if not issubclass(cls, Mixin)]
+    known = next((cls for cls in classes if qualified_name(cls) in table), None)
+    own = next((cls for cls in classes if "forward" in vars(cls)), None)
+    if known is None or own is None or inspect.unwrap(own.forward) is inspect.unwrap(known.forward):
+        return None
+    return own

@@ -168,10 +168,19 @@ def test_a_block_with_a_forward_of_its_own_is_refused(method):
 def test_attention_that_ats_takes_apart_must_be_what_it_says():
     model = _model()
     attention = type(model.blocks[2].attn)
-    model.blocks[2].attn.__class__ = type("Louder", (attention,), {"forward": lambda self, x, **kw: 2 * x})
+    louder = {"forward": lambda self, x, **kw: 2 * attention.forward(self, x, **kw)}
+    model.blocks[2].attn.__class__ = type("Louder", (attention,), louder)
     with pytest.raises(vtok.UnsupportedModelError, match=r"Louder has a forward of its own"):
         vtok.patch(model, "ats")
-    vtok.patch(model, "tome", r=2)(_images(1))  # which calls it whole
+    found, called = vtok.patch(model, "tome", r=[0, 0, 2]), []
+    found.blocks[2].attn.register_forward_hook(lambda module, args, out: called.append((args[0], out)))
+    with torch.no_grad():
+        found(_images(1))  # which calls it whole
+        entered, left = called[0]
+        assert torch.equal(left, 2 * attention.forward(vtok.unpatch(model).blocks[2].attn, entered))
+    model.blocks[2].attn.__class__ = type("Idle", (attention,), {"forward": lambda self, x, **kw: x})
+    with pytest.raises(vtok.StateError, match="forward of this Idle does not call its k_norm"):
+        vtok.patch(model, "tome", r=2)(_images(1))
 
     model = _model("ats")
     own = model.blocks[2].attn.forward

@@ -150,7 +150,9 @@ def __getattr__(name: str) -> Any:
     if name in _NAMES:
         found = globals()[name] = getattr(import_module(_NAMES[name]), name)
         return found
-    if not name.startswith("_") and find_spec(f"vtok.{name}") is not None:  # imported by being named: help(vtok.eval.demo.vit)
+    if (
+        not name.startswith("_") and find_spec(f"vtok.{name}") is not None
+    ):  # imported by being named: help(vtok.eval.demo.encoders)
         return import_module(f"vtok.{name}")
     raise AttributeError(f"module 'vtok' has no attribute {name!r}")
 

@@ -18,8 +18,12 @@ from vtok.eval.common.launch import check_command
 
 @cache
 def _first_lines(module: str) -> dict[str, str]:
-    """Function of a module in this folder -> first line of its docstring, read without importing what the module imports."""
-    tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8"))
+    """Function of a module in this folder -> first line of its docstring, read without importing what the module imports.
+
+    Empty where sources were not installed.
+    """
+    source = Path(__file__).with_name(f"{module}.py")
+    tree = ast.parse(source.read_text(encoding="utf-8") if source.is_file() else "")
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     return {node.name: (ast.get_docstring(node) or "").partition("\n")[0] for node in functions}
 
@@ -33,7 +37,7 @@ class Entry(NamedTuple):
     def help(self) -> str:
         """What the list of commands says of it."""
         module, _, function = self.home.partition(":")
-        return _first_lines(module)[function]
+        return _first_lines(module).get(function, "")
 
 
 COMMANDS = {

@@ -1,6 +1,6 @@
 """The support matrix of vision-language models that no row describes: which methods act on each, as `vtok.supports` says.
 
-That what is not refused is right is shown by tests, for every class and method: tests/test_vlm_generic.py.
+That what is not refused is right is shown by tests, for every class and method: tests/vlm/test_vlm_generic.py.
 """
 
 from __future__ import annotations

@@ -189,11 +189,12 @@ class _Group:
             if current().rank == 0:
                 try:
                     lock.acquire(blocking=False)
-                    state = _DONE if job.key in finished(self.records) else _MINE
                 except Timeout:  # an OSError too: another start has it
                     state = _HELD
                 except OSError as error:
                     raise ConfigError(f"{lock.lock_file} cannot be written: {reason(error)}") from error
+                else:
+                    state = _DONE if job.key in finished(self.records) else _MINE
             yield current().agree(state) or _HELD
         finally:
             lock.release()

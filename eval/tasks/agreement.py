@@ -93,6 +93,7 @@ def evaluate(
     }
     common, records = described(base, size, len(data), [], options) | about, []
     del common["split"], common["param_count"]  # of these records they were never part
+    common["dtype"] = str(next(base.parameters()).dtype).removeprefix("torch.")  # there is no autocast here
     for one in found:
         columns = torch.cat(one.results).cpu().double().numpy().T
         each = dict(zip(METRICS, columns))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from itertools import count
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -77,7 +78,8 @@ class Passes(Generic[T]):
         return what | ({} if self.cost is None else self.cost.fields()) | self.times
 
 
-class Shown(NamedTuple, Generic[T]):
+@dataclass(frozen=True)
+class Shown(Generic[T]):
     """What all settings made of the images: an entry each, that of the unpatched one, `labels` [n], files left out."""
 
     settings: list[Passes[T]]

@@ -30,6 +30,7 @@ from vtok.eval.tasks.image_folder import CheckedImages, open_dataset, other_file
 from vtok.eval.tasks.pictures import is_bundled, open_pictures
 from vtok.eval.tasks.scoring import Scorer, Scores
 from vtok.eval.tasks.timm_pipeline import Options, check_timm_name, create_loader, create_model, data_config
+from vtok.targets.resolve import towers
 
 REFERENCE_MODELS: dict[str, Callable[[], nn.Module]] = {
     "reference-vit": load_reference_vit,
@@ -76,6 +77,7 @@ def evaluate(
         size = config["input_size"]
         if brought is None:
             data.mode = "RGB" if size[0] == 3 else "L"
+        towers(base, size)  # raises where vtok knows no tower, before anything is computed
         notes = _check_labels(data, scorer, base, options)
         found = show(
             base,

@@ -124,6 +124,16 @@ def test_no_module_shadows_a_library(name):
     assert [path for path in modules().values() if path.stem == name or path.parent.name == name] == []
 
 
+def test_named_tuples_have_no_other_base():
+    """Python 3.10 refuses to make such a class."""
+    found = []
+    for path in modules().values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and len(node.bases) > 1:
+                found += [f"{path.relative_to(ROOT)}:{node.lineno}" for base in node.bases if ast.unparse(base) == "NamedTuple"]
+    assert found == []
+
+
 def test_nothing_dispatches_on_a_name():
     """No comparison of a method's, a task's or a family's name with a constant."""
     baselines = {"random", "uniform"}  # reports compare with these, and other things are called so

@@ -284,6 +284,13 @@ def test_refusals(model, folder, tmp_path):
         evaluate("vit_tiny_patch16_224", folder, [None], options(pretrained=False, num_classes=0))
 
 
+def test_a_model_without_a_tower_is_refused_before_anything_runs(folder):
+    net = timm.create_model("resnet10t", num_classes=len(CLASSES)).eval()
+    net.register_forward_hook(lambda *_: pytest.fail("it ran"))
+    with pytest.raises(vtok.UnsupportedModelError, match="supported"):
+        evaluate(net, folder, [None], options())
+
+
 def test_a_model_by_name_with_its_flags(folder):
     kwargs = {"img_size": 32, "patch_size": 8, "depth": 2}
     flags = options(pretrained=False, num_classes=3, gp="avg", model_kwargs=kwargs, num_samples=5, crop_pct=1.0)

@@ -89,8 +89,11 @@ def _says(parse: Callable[[str], str], word: str = "") -> Score:
 
 
 _SCORES = {
-    **{f"accuracy{ending}": _says(parse) for ending, (parse, _) in PARSERS.items()},
-    **{f"yes_ratio{ending}": _says(parse, "yes") for ending, (parse, _) in PARSERS.items()},
+    **{
+        name: score
+        for ending, (parse, _) in PARSERS.items()
+        for name, score in ((f"accuracy{ending}", _says(parse)), (f"yes_ratio{ending}", _says(parse, "yes")))
+    },
     "yes_ratio_labels": lambda said, q: float(q.target == "yes"),
 }
 _TOTALS = {

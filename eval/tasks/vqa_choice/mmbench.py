@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -119,7 +120,8 @@ def _table(path: Path) -> list[dict[str, str]]:
     import pandas as pd
 
     try:
-        found = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, encoding="utf-8-sig").fillna("")
+        text = io.StringIO(path.read_text(encoding="utf-8-sig"))
+        found = pd.read_csv(text, sep="\t", dtype=str, keep_default_na=False, index_col=False).fillna("")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} cannot be read as text: {error}") from error
     except (OSError, ValueError) as error:  # ValueError: no table

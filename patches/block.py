@@ -18,7 +18,7 @@ from vtok.core.tracker import ForwardState, TokenTracker
 from vtok.errors import UnsupportedModelError
 from vtok.ops.rows import take_rows
 from vtok.patches.attention import place_taps, projected_view, sdpa, tapped_view
-from vtok.patches.module_swap import Hook, Mixin, check_forward, swap_class
+from vtok.patches.module_swap import Hook, Mixin, check_forward, is_own, swap_class
 from vtok.patches.padding import RealRows, alone, padding_of, plan_without_padding, real_rows
 from vtok.patches.precision import autocasts, full_precision
 from vtok.patches.protocol import Attend, Block, BlockSpec, Projected, Tower, qualified_name
@@ -211,15 +211,25 @@ class ReducingBlock(Mixin):
 
 def _check_unseen(attn: nn.Module) -> None:
     """Raises if somebody looks at an attention module, or changed it, whose layers are called one by one."""
-    hooks = (*attn._forward_hooks.values(), *attn._forward_pre_hooks.values())
-    theirs = [hook for hook in hooks if not isinstance(hook, Hook) and not _records(hook)]
-    wrapped = "forward" in attn.__dict__ and "_hf_hook" not in attn.__dict__
+    theirs = [hook for hook in _hooks(attn) if not isinstance(hook, Hook) and not _records(hook)]
+    if theirs:  # what a profiler, say, puts on all modules alike looks on
+        everywhere = {_kind(hook) for child in attn.children() for hook in _hooks(child)}
+        theirs = [hook for hook in theirs if _kind(hook) not in everywhere]
+    wrapped = "forward" in attn.__dict__ and "_hf_hook" not in attn.__dict__ and not is_own(attn, "forward")
     if theirs or wrapped:
         raise UnsupportedModelError(
             f"somebody {'hooked' if theirs else 'replaced the forward of'} the {type(attn).__name__} of a block in which vtok "
             "calls the layers of attention one by one, so that this would not run; put it on the layers inside (qkv, proj), or "
             "choose a method that leaves attention whole, such as tome or random"
         )
+
+
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
+    return *module._forward_hooks.values(), *module._forward_pre_hooks.values()
+
+
+def _kind(hook: Any) -> tuple[type, Any]:
+    return type(hook), getattr(hook, "__qualname__", None)
 
 
 def _records(hook: Any) -> bool:
@@ -246,13 +256,14 @@ def check(tower: Tower, steps: dict[int, tuple[Site, Reducer]]) -> None:
             )
         link = _link(i, block, TokenTracker(0, 0, False, False), steps.get(i))
         if i >= first:
-            _check_own(i, block, link.stepwise)
+            _check_own(i, block, link)
         check_forward(block.module, block.spec.mixin or ReducingBlock)
 
 
-def _check_own(index: int, block: Block, stepwise: bool) -> None:
+def _check_own(index: int, block: Block, link: Link) -> None:
     """Raises if a class of somebody's own has a forward that would not run."""
-    for own in (block.own_forward, block.own_attention if stepwise else None):
+    whole = link.spec.whole or (link.site is None and link.attend.takes_bias and link.spec.passes_mask)
+    for own in (None if whole else block.own_forward, block.own_attention if link.stepwise else None):
         if own is not None:
             raise UnsupportedModelError(
                 f"block {index}: {qualified_name(own)} has a forward of its own, which vtok would not run where tokens leave: "

@@ -130,7 +130,7 @@ def check_forward(module: nn.Module, mixin: type) -> None:
     own = parts(type(module))[1] if isinstance(module, Mixin) else type(module)
     ours = mixed_class(mixin, own).forward  # type: ignore[attr-defined]
     leads = isinstance(inner, types.MethodType) and inner.__self__ is module and inner.__func__ is ours
-    if not leads and not _is_own(module, "forward") and not _is_own(module, "_old_forward"):
+    if not leads and not is_own(module, "forward") and not is_own(module, "_old_forward"):
         found = reprlib.repr(module.__dict__["forward"])  # cut short: a bound method prints its whole module
         raise StateError(
             f"forward of this {type(module).__name__} was replaced on the instance by {found}; "
@@ -138,14 +138,14 @@ def check_forward(module: nn.Module, mixin: type) -> None:
         )
 
 
-def _is_own(module: nn.Module, name: str) -> bool:
+def is_own(module: nn.Module, name: str) -> bool:
     """Whether an instance attribute is nothing but the class's forward, bound to the instance."""
     bound = module.__dict__.get(name)
     return getattr(bound, "__self__", None) is module and getattr(bound, "__func__", None) is type(module).forward
 
 
 def _set_class(module: nn.Module, cls: Any) -> None:
-    bound = [name for name in ("_old_forward", "forward") if _is_own(module, name)]
+    bound = [name for name in ("_old_forward", "forward") if is_own(module, name)]
     module.__class__ = cls
     for name in bound:
         module.__dict__[name] = types.MethodType(cls.forward, module)

@@ -292,6 +292,15 @@ def own_forward(module: nn.Module, table: dict[str, Any]) -> type | None:
     classes = [cls for cls in type(module).__mro__ if not issubclass(cls, Mixin)]
     known = next((cls for cls in classes if qualified_name(cls) in table), None)
     own = next((cls for cls in classes if "forward" in vars(cls)), None)
-    if known is None or own is None or inspect.unwrap(own.forward) is inspect.unwrap(known.forward):
+    if known is None or own is None or _inner(own) is _inner(known):
         return None
     return own
+
+
+def _inner(cls: Any) -> Any:
+    """The forward of a class without what transformers wraps around it. Others copy a signature with `functools.wraps`, too."""
+
+    def theirs(function: Any) -> bool:
+        return not str(getattr(function, "__globals__", {}).get("__name__", "")).startswith("transformers.")
+
+    return inspect.unwrap(cls.forward, stop=theirs)

@@ -1,5 +1,6 @@
 """Passes of one model that others mix, cut or compute again, and blocks that are not what their class says."""
 
+import functools
 import types
 
 import pytest
@@ -192,6 +193,76 @@ def test_attention_that_ats_takes_apart_must_be_what_it_says():
     model.blocks[2].attn.register_forward_hook(lambda module, args, out: 2 * out)
     with pytest.raises(vtok.UnsupportedModelError, match="somebody hooked the Attention"):
         model(_images(1))
+
+
+def test_hooks_on_all_modules_and_those_of_accelerate_that_are_gone_change_nothing():
+    x = _images(1)
+    expected = _model("ats")(x)
+    seen = _model("ats")
+    for module in seen.modules():
+        module.register_forward_pre_hook(lambda *_: None)
+    assert torch.equal(seen(x), expected)
+
+    hooks = pytest.importorskip("accelerate.hooks")
+    left = _model()
+    for block in left.blocks:
+        hooks.add_hook_to_module(block.attn, hooks.ModelHook())
+        hooks.remove_hook_from_module(block.attn)
+    assert torch.equal(vtok.patch(left, "ats", **METHODS["ats"])(x), expected)
+
+
+class Wrapped(Block):
+    @functools.wraps(Block.forward)
+    def forward(self, *args, **kwargs):
+        return 1.5 * super().forward(*args, **kwargs)
+
+
+def test_a_forward_of_its_own_behind_a_copied_signature_is_refused_and_one_that_runs_whole_is_not():
+    with pytest.raises(vtok.UnsupportedModelError, match="Wrapped has a forward of its own"):
+        vtok.patch(_model(block_fn=Wrapped), "tome", r=2)
+    model, x, calls = _model(), _images(1), []
+    model.blocks[2].__class__ = Louder  # behind all that is reduced, where no size has to be told
+    vtok.patch(model, "random", keep=0.7, layers=[1])
+    model.blocks[2].register_forward_hook(lambda _, args, out: calls.append((args[0], out)))
+    with torch.no_grad():
+        model(x)
+        entered, left = calls[0]
+        assert torch.equal(left, 1.5 * Block.forward(vtok.unpatch(model).blocks[2], entered))
+
+
+class Pair(Block):
+    def forward(self, x, attn_mask=None, is_causal=False):
+        return super().forward(x, attn_mask, is_causal), 0
+
+
+def test_a_block_in_front_that_returns_more_than_tokens():
+    model, x = _model(), _images(1)
+    vtok.patch(model, "tome", r=[0, 0, 2])
+    expected = model(x)
+    vtok.unpatch(model)
+    model.blocks[0].__class__ = Pair
+    vtok.patch(model, "tome", r=[0, 0, 2])
+    with torch.no_grad():
+        tokens, _ = model.blocks[0](_embedded(model, x))
+        assert torch.equal(model.forward_head(model.norm(model.blocks[1:](tokens))), expected)
+
+
+def test_two_ways_on_from_the_same_tokens():
+    model, x = _model("tome").train(), _images(1)
+    found = []
+    for wrap in (lambda block, t: block(t), lambda block, t: checkpoint(block, t, use_reentrant=False)):
+        model.zero_grad()
+        tokens = model.blocks[0](_embedded(model, x))
+        ends = []
+        for _ in range(2):
+            t = tokens
+            for block in model.blocks[1:]:
+                t = wrap(block, t)
+            ends.append(t)
+        (ends[0].square().sum() + ends[1].sum()).backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_one_block_in_several_places_is_refused():

@@ -43,6 +43,13 @@ class ForwardState:
         self.ran = 0  # the boundary behind the last block that ran
         self.again = again  # whether backward computes this pass again
 
+    def branch(self, i: int) -> ForwardState:
+        """A pass of its own that goes on from what entered block i."""
+        made = ForwardState(len(self.states) - 1)
+        made.length, made.ran = self.length, i
+        made.states[: i + 1] = self.states[: i + 1]
+        return made
+
     @property
     def final(self) -> TokenState | None:
         """What left the last block that ran: not always the last block (blocks may be cut off or a pass stopped early)."""
@@ -120,7 +127,7 @@ class TokenTracker:
 
     def remember(self, x: Tensor, run: ForwardState, state: TokenState | None) -> None:
         """Notes whose tokens `x` are, for as long as they live."""
-        if torch.compiler.is_compiling() or state is None:
+        if torch.compiler.is_compiling() or state is None or not isinstance(x, Tensor):
             return
         known, key = self._known, id(x)
         known[key] = _Known(weakref.ref(x, lambda _: known.pop(key, None)), run, state)
@@ -234,6 +241,9 @@ class TokenTracker:
                 run = self._open(training)
             else:
                 run = self.current if known is None else known.run
+                again = known is not None or (run.states[i] is not None and run.states[i].trivial)
+                if again and run is not self._traced and run.ran > i:
+                    run = run.branch(i)  # what the first way through the later blocks left stays as it is
                 self._select(run)
             run.seen[i] = _address(x)
             if known is not None:
@@ -310,7 +320,7 @@ class TokenTracker:
         last = self._resumed.get(me)
         if known is not None and known.run.again:  # follows a block that was computed again
             return known.run, known.state
-        if i > 0 and last is not None and (last.block, last.address) == (i, address):
+        if i > 0 and last is not None and last[1:] == (i, address, torch._C._current_graph_task_id()):
             run = last.run
         elif i == 0 and self._begins():  # the stem was computed again, too
             run = ForwardState(self.depth, again=True)

@@ -241,7 +241,8 @@ class TokenTracker:
                 run = self._open(training)
             else:
                 run = self.current if known is None else known.run
-                again = known is not None or (run.states[i] is not None and run.states[i].trivial)
+                stated = run.states[i]
+                again = known is not None or (stated is not None and stated.trivial)
                 if again and run is not self._traced and run.ran > i:
                     run = run.branch(i)  # what the first way through the later blocks left stays as it is
                 self._select(run)

@@ -54,18 +54,28 @@ def temporarily(model: nn.Module, change: Callable[[], Any], restore: Callable[[
         change: unpatches and patches it, or leaves it as it was where it fails.
         restore: patches it as it was before; called when it is unpatched.
     """
-    marks = _marks(model)
+    marks, done = _marks(model), False
 
-    def back() -> None:
+    def restored() -> None:
         if _marks(model) != marks:  # else nothing has been patched
             unpatch(model)
             restore()
 
+    def back() -> None:
+        nonlocal done
+        if not done:
+            all_or_nothing(model, restored)
+            done = True
+
     try:
-        change()
-        yield
-    finally:
-        to_the_end(lambda: all_or_nothing(model, back))
+        try:
+            change()
+            yield
+        finally:
+            to_the_end(back)
+    except BaseException:  # also an interrupt on the way into `finally`
+        to_the_end(back)
+        raise
 
 
 def _marks(model: nn.Module) -> list[int]:

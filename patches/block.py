@@ -51,6 +51,11 @@ class Link:
     merges: bool = False
 
     @property
+    def whole(self) -> bool:
+        """Whether the block's own forward runs, also once tokens have left."""
+        return self.spec.whole or (self.site is None and self.attend.takes_bias and self.spec.passes_mask)
+
+    @property
     def needs(self) -> frozenset[str]:
         """What the method looks at here."""
         return frozenset() if self.reducer is None else self.reducer.needs
@@ -103,15 +108,14 @@ class ReducingBlock(Mixin):
             out = super().forward(x, *args, **kwargs)
         else:
             kwargs = self._surroundings(rows, state, {**dict(zip(spec.args, args)), **kwargs} if args else kwargs)
-            if link.site is None and link.attend.takes_bias and spec.passes_mask:
+            if link.whole:
                 out = super().forward(x, **kwargs)
-            elif spec.whole:
-                out = super().forward(x, **kwargs)
-                view = tapped_view(link.attend, self, run, kwargs.get(spec.mask), None, link.needs)
-                out, state = link.move(out, state, link.decide(out, state, view))
             else:
                 out, state = self._split(rows, state, kwargs)
                 out = out.transpose(0, 1) if spec.seq_first else out
+            if spec.whole and link.site is not None:
+                view = tapped_view(link.attend, self, run, kwargs.get(spec.mask), None, link.needs)
+                out, state = link.move(out, state, link.decide(out, state, view))
         run.leave(done, link.index, state, out)
         return out
 
@@ -262,8 +266,7 @@ def check(tower: Tower, steps: dict[int, tuple[Site, Reducer]]) -> None:
 
 def _check_own(index: int, block: Block, link: Link) -> None:
     """Raises if a class of somebody's own has a forward that would not run."""
-    whole = link.spec.whole or (link.site is None and link.attend.takes_bias and link.spec.passes_mask)
-    for own in (None if whole else block.own_forward, block.own_attention if link.stepwise else None):
+    for own in (None if link.whole else block.own_forward, block.own_attention if link.stepwise else None):
         if own is not None:
             raise UnsupportedModelError(
                 f"block {index}: {qualified_name(own)} has a forward of its own, which vtok would not run where tokens leave: "

@@ -129,7 +129,7 @@ def _signature(kind: type, model: str, data: Any, method: str = METHOD_HELP, **o
     return signature(kind, leading)
 
 
-evaluate_imagenet.__signature__ = _signature(  # type: ignore[attr-defined]
+evaluate_imagenet.__signature__ = _signature(  # type: ignore[attr-defined]  # a function has one if it is set: typer reads it
     Options,
     "timm model name",
     Annotated[Path, typer.Option("--data", "--data-dir", help="image folder")],
@@ -139,7 +139,7 @@ for _command, _kind, _data in (
     (evaluate_zeroshot, ZeroshotOptions, f"folder with one sub-folder a class, what --dataset reads, or {PICTURES}"),
     (evaluate_retrieval, RetrievalOptions, f"Karpathy's JSON file or its folder, or {CAPTIONED}"),
 ):
-    _command.__signature__ = _signature(  # type: ignore[attr-defined]
+    _command.__signature__ = _signature(  # type: ignore[attr-defined]  # a function has one if it is set: typer reads it
         _kind,
         "open_clip or Hugging Face name or folder, or reference-clip",
         Annotated[str, typer.Option("--data", help=_data)],
@@ -149,7 +149,7 @@ _ASKED = (
     "easy-vqa, easy-vqa-pages, scenes, print, a .jsonl file, a folder in VQAv2's format; with --task the folder of that data "
     "set, hub, hub:NAME or a folder of the datasets library"
 )
-evaluate_vqa.__signature__ = _signature(  # type: ignore[attr-defined]
+evaluate_vqa.__signature__ = _signature(  # type: ignore[attr-defined]  # a function has one if it is set: typer reads it
     VQAOptions,
     "Hugging Face name or folder, reference-llava(-next), reference-scenes, reference-print",
     Annotated[str, typer.Option("--data", help=_ASKED)],

@@ -265,6 +265,24 @@ def test_two_ways_on_from_the_same_tokens():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("hooked", [(2,), (1, 2, 3)])
+def test_a_checkpoint_around_a_model_whose_tokens_a_hook_changes(hooked, reentrant):
+    """Several passes before one backward: none may be taken for another by where its tensors once lay."""
+    found = []
+    for checkpointed in (False, True):
+        model = _model("tome", global_pool="avg").train().double()
+        model.prompt = nn.Parameter(torch.full((24,), 0.1, dtype=torch.float64))
+        for i in hooked:
+            model.blocks[i].register_forward_pre_hook(lambda _, args, prompt=model.prompt: (args[0] + prompt,))
+        images = [_images(seed).double().requires_grad_() for seed in range(4)]
+        outputs = [checkpoint(model, x, use_reentrant=reentrant) if checkpointed else model(x) for x in images]
+        sum(out.square().sum() for out in outputs).backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
 def test_one_block_in_several_places_is_refused():
     model = _model()
     model.blocks = nn.Sequential(*[model.blocks[0]] * 3)

@@ -3,8 +3,8 @@
 Every thread has its own passes. What leaves a block, or the tower, is known again by identity for as long as somebody holds it,
 so that passes may be mixed: two streams block by block, features of many batches and then their heads. Tokens that are not
 known again, because somebody changed them on the way, belong to the thread's last pass. A block that gradient checkpointing
-computes again during backward finds the pass that it belongs to by the address of its input, which the checkpoint keeps alive:
-a newer pass cannot be mistaken for it.
+computes again during backward finds the pass that it belongs to by the memory of its input, if the checkpoint keeps that alive,
+so that no other pass can be mistaken for it; else it follows the block that was computed again just before.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from vtok.core.tokens import Grid, TokenState
 from vtok.errors import StateError
@@ -25,10 +26,18 @@ from vtok.errors import StateError
 _TRAINING_PASSES = 16  # forward passes remembered for a later backward (gradient accumulation, contrastive pairs)
 
 
-def _address(x: Tensor) -> int:
-    if isinstance(x, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(x):
-        return 0  # fake tensors, and those of torch.func, have no memory of their own
-    return x.data_ptr()
+class _Memory(NamedTuple):
+    """Where a tensor lies, which means nothing once its storage is gone."""
+
+    address: int
+    storage: StorageWeakRef
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Memory | None:
+        """`None` = fake tensors, and those of torch.func, have no memory of their own."""
+        if isinstance(x, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return None
+        return cls(x.data_ptr(), StorageWeakRef(x.untyped_storage()))
 
 
 class ForwardState:
@@ -38,7 +47,7 @@ class ForwardState:
 
     def __init__(self, depth: int, again: bool = False):
         self.states: list[TokenState | None] = [None] * (depth + 1)
-        self.seen: list[int] = [0] * (depth + 1)  # address of the tensor that entered block i
+        self.seen: list[_Memory | None] = [None] * (depth + 1)  # of the tensor that entered block i
         self.length = 0  # tokens that entered block 0
         self.ran = 0  # the boundary behind the last block that ran
         self.again = again  # whether backward computes this pass again
@@ -49,6 +58,11 @@ class ForwardState:
         made.length, made.ran = self.length, i
         made.states[: i + 1] = self.states[: i + 1]
         return made
+
+    def saw(self, i: int, memory: _Memory | None) -> bool:
+        """Whether what lies there entered block i, and has been kept since."""
+        seen = self.seen[i]
+        return seen is not None and memory is not None and seen.address == memory.address and not seen.storage.expired()
 
     @property
     def final(self) -> TokenState | None:
@@ -73,11 +87,10 @@ class _Known(NamedTuple):
 
 
 class _Resumed(NamedTuple):
-    """The block that backward computed last: its pass, the next block, the address of that block's input, the backward."""
+    """The block that backward computed last: its pass, the next block, the backward."""
 
     run: ForwardState
     block: int
-    address: int
     task: int
 
 
@@ -246,7 +259,7 @@ class TokenTracker:
                 if again and run is not self._traced and run.ran > i:
                     run = run.branch(i)  # what the first way through the later blocks left stays as it is
                 self._select(run)
-            run.seen[i] = _address(x)
+            run.seen[i] = _Memory.of(x)
             if known is not None:
                 run.length = known.run.length
                 run.states[i] = known.state
@@ -294,7 +307,7 @@ class TokenTracker:
         self.remember(x, run, state)
         task = torch._C._current_graph_task_id()
         if task != -1:
-            self._resumed[threading.get_ident()] = _Resumed(run, i + 1, _address(x), task)
+            self._resumed[threading.get_ident()] = _Resumed(run, i + 1, task)
 
     def _open(self, training: bool) -> ForwardState:
         me = threading.get_ident()
@@ -317,27 +330,28 @@ class TokenTracker:
         return passes
 
     def _resume(self, i: int, x: Tensor, given: Tensor) -> tuple[ForwardState, TokenState]:
-        me, address, known = threading.get_ident(), _address(x), self._recall(given)
-        last = self._resumed.get(me)
+        known, last = self._recall(given), self._resumed.get(threading.get_ident())
         if known is not None and known.run.again:  # follows a block that was computed again
             return known.run, known.state
-        if i > 0 and last is not None and last[1:] == (i, address, torch._C._current_graph_task_id()):
-            run = last.run
+        memory = _Memory.of(x)
+        found = next((p for p in self._recent() if p.saw(i, memory)), None)
+        if found is not None:
+            run = ForwardState(self.depth, again=True)
+            run.length, run.states[i] = found.length, found.states[i]
         elif i == 0 and self._begins():  # the stem was computed again, too
             run = ForwardState(self.depth, again=True)
             self._start(run, x)
+        elif i > 0 and last is not None and (last.block, last.task) == (i, torch._C._current_graph_task_id()):
+            run = last.run  # somebody changed the tokens behind the block that was computed just before
         else:
-            found = next((p for p in self._recent() if p.seen[i] == address), None)
-            if found is None:
-                raise StateError(
-                    f"block {i} is computed again by gradient checkpointing, but its forward pass is not among the last "
-                    f"{_TRAINING_PASSES} (or the model was in eval mode, where one is kept); call backward sooner, or do "
-                    "not checkpoint"
-                )
-            run = ForwardState(self.depth, again=True)
-            run.length, run.states[i] = found.length, found.states[i]
+            raise StateError(
+                f"block {i} is computed again by gradient checkpointing, but its forward pass is not among the last "
+                f"{_TRAINING_PASSES} (or the model was in eval mode, where one is kept); call backward sooner, or do "
+                "not checkpoint"
+            )
         state = run.states[i]
         assert state is not None
+        self._check_shape(x, state, f"block {i} was", f"left block {i - 1}")
         return run, state
 
     def _begins(self) -> bool:

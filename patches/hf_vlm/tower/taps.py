@@ -188,7 +188,7 @@ class TowerTaps:
         return {"blocks": self.blocks, "depth": self.depth}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
-        self.__init__(saved["blocks"], saved["depth"])  # type: ignore[misc]
+        self.__init__(saved["blocks"], saved["depth"])  # type: ignore[misc]  # builds it anew, locks too
 
 
 class BlockTap(Hook):
